@@ -1,0 +1,130 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Tele-FLM: Llama with a multiplier on the embeddings and one on the logits (muP). This file is the difference."""
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, LlamaModel, LlamaPreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+
+from .configuration_teleflm import TeleFLMConfig
+
+
+class TeleFLMPreTrainedModel(LlamaPreTrainedModel):
+    config: TeleFLMConfig
+    config_class = TeleFLMConfig
+
+
+class TeleFLMModel(TeleFLMPreTrainedModel, LlamaModel):
+    """The decoder without its head. Arguments and outputs are those of [`LlamaModel`]."""
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Specify exactly one of input_ids and inputs_embeds.")
+
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        inputs_embeds = inputs_embeds * self.config.embedding_scale  # main diff with Llama
+
+        return super().forward(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+class TeleFLMForCausalLM(TeleFLMPreTrainedModel, GenerationMixin):
+    """The decoder with its language-model head. Arguments and outputs are those of [`LlamaForCausalLM`]."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    # Not LlamaForCausalLM's: it would build a LlamaModel first, whose post_init consumes settings meant for ours.
+    def __init__(self, config: TeleFLMConfig):
+        super().__init__(config)
+        self.model = TeleFLMModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states) * self.config.logit_scale  # main diff with Llama
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class TeleFLMForSequenceClassification(GenericForSequenceClassification, TeleFLMPreTrainedModel): ...
+
+
+class TeleFLMForTokenClassification(GenericForTokenClassification, TeleFLMPreTrainedModel): ...
+
+
+class TeleFLMForQuestionAnswering(GenericForQuestionAnswering, TeleFLMPreTrainedModel): ...
+
+
+__all__ = [
+    "TeleFLMForCausalLM",
+    "TeleFLMForQuestionAnswering",
+    "TeleFLMForSequenceClassification",
+    "TeleFLMForTokenClassification",
+    "TeleFLMModel",
+    "TeleFLMPreTrainedModel",
+]
