@@ -1,0 +1,75 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Element types, in the four vocabularies a checkpoint is written in."""
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """An element type: torch's name for it, its safetensors code, its torch storage class, its numpy type."""
+
+    name: str
+    code: str
+    storage: str
+    numpy: np.dtype
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return self.numpy.itemsize
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether values may be scaled, cast and drawn at random in this type (the 8-bit floats may only be copied)."""
+        return self.name in ("bfloat16", "float16", "float32", "float64")
+
+    @property
+    def compute(self) -> np.dtype:
+        """The type arithmetic is done in before the one rounding to this type."""
+        return np.dtype(np.float32 if self.itemsize <= 2 else np.float64)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+DTYPES: tuple[DType, ...] = (
+    DType("bfloat16", "BF16", "BFloat16Storage", np.dtype(ml_dtypes.bfloat16)),
+    DType("float16", "F16", "HalfStorage", np.dtype("<f2")),
+    DType("float32", "F32", "FloatStorage", np.dtype("<f4")),
+    DType("float64", "F64", "DoubleStorage", np.dtype("<f8")),
+    DType("float8_e4m3fn", "F8_E4M3", "Float8_e4m3fnStorage", np.dtype(ml_dtypes.float8_e4m3fn)),
+    DType("float8_e5m2", "F8_E5M2", "Float8_e5m2Storage", np.dtype(ml_dtypes.float8_e5m2)),
+    DType("int64", "I64", "LongStorage", np.dtype("<i8")),
+    DType("int32", "I32", "IntStorage", np.dtype("<i4")),
+    DType("int16", "I16", "ShortStorage", np.dtype("<i2")),
+    DType("int8", "I8", "CharStorage", np.dtype("i1")),
+    DType("uint8", "U8", "ByteStorage", np.dtype("u1")),
+    DType("bool", "BOOL", "BoolStorage", np.dtype("?")),
+)
+
+BY_NAME = {dtype.name: dtype for dtype in DTYPES}
+BY_CODE = {dtype.code: dtype for dtype in DTYPES}
+BY_STORAGE = {dtype.storage: dtype for dtype in DTYPES}
+
+BFLOAT16 = BY_NAME["bfloat16"]
+FLOAT16 = BY_NAME["float16"]
+FLOAT32 = BY_NAME["float32"]
+FLOAT64 = BY_NAME["float64"]
+
+
+def parse_dtype(name: str) -> DType:
+    """Look up a floating dtype by torch's name, as users write it (`bfloat16`, `float16`, `float32`, `float64`).
+
+    Raises:
+        ValueError: the name is none of those.
+    """
+    dtype = BY_NAME.get(name)
+    if dtype is None or not dtype.is_floating:
+        raise ValueError(f"dtype {name!r} is not one of bfloat16, float16, float32, float64.")
+    return dtype

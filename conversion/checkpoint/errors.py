@@ -1,0 +1,12 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The error every reader, planner and the executor raise for bad input."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used as it is.
+
+    The message is one line: the file or field, the two values that disagree, and what to do.
+    """

@@ -1,0 +1,60 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Reproducible normal draws, at the speed of a table lookup.
+
+Element `i` of a tensor depends on (seed, tensor name, i) and on nothing else: not on workers, block or shard size, ranks
+or interruptions. The tensor's flat index range is cut into a fixed grid; each grid cell has a bit stream of its own,
+whose 16-bit words index the quantiles of the normal distribution at 65,536 equal probabilities. That is a normal
+distribution truncated at 4.32 standard deviations, with variance 0.99998 and kurtosis 2.999.
+"""
+
+from functools import lru_cache
+from statistics import NormalDist
+
+import numpy as np
+import xxhash
+
+from .dtypes import DType
+
+GRID = 1 << 20  # elements per independent stream
+_LEVELS = 1 << 16  # one table entry per 16-bit word
+
+
+def draw_words(seed: int, name: str, start: int, count: int) -> np.ndarray:
+    """The random 16-bit words of elements `start .. start + count` of a tensor.
+
+    Args:
+        seed: the plan's seed, non-negative.
+        name: the tensor's name.
+        start: first element, a multiple of `GRID`.
+        count: how many.
+
+    Returns:
+        uint16 array [count].
+    """
+    if start % GRID:
+        raise ValueError(f"start {start} is not a multiple of the grid of {GRID} elements.")
+    words = np.empty(count, np.uint16)
+    key = xxhash.xxh3_128_intdigest(name.encode())
+    for begin in range(0, count, GRID):
+        cell = words[begin : begin + GRID]
+        stream = np.random.SFC64(np.random.SeedSequence([seed, key, (start + begin) // GRID]))
+        raw = stream.random_raw(-(-cell.size // 4))
+        cell[:] = raw.astype("<u8", copy=False).view("<u2")[: cell.size]
+    return words
+
+
+@lru_cache(maxsize=64)
+def normal_table(std: float, dtype: DType) -> np.ndarray:
+    """The 65,536 values a word stands for: normal quantiles times `std`, rounded once to `dtype`."""
+    table = (_standard_quantiles() * std).astype(dtype.numpy)
+    table.setflags(write=False)
+    return table
+
+
+@lru_cache(maxsize=1)
+def _standard_quantiles() -> np.ndarray:
+    normal = NormalDist()
+    return np.array([normal.inv_cdf((level + 0.5) / _LEVELS) for level in range(_LEVELS)])

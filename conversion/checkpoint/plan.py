@@ -1,0 +1,406 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The plan algebra: where every byte of a checkpoint comes from, stated before any byte is written.
+
+A `CheckpointPlan` is a list of `TensorPlan`s; each is a list of pieces, and each piece fills one box of the tensor:
+
+    Copy     a window of a source file, times a factor, plus an offset
+    Fill     one constant
+    Normal   draws from a normal distribution, from a stream of the tensor's own
+    RowMean  the mean of some source rows, repeated
+
+Boxes are rectangular in the tensor's `layout`, a factorisation of its shape: with the rows of a query projection laid
+out as (kv head, query of its group, head_dim), a permutation of heads is one box and one strided window, never a piece
+a row. `TensorPlan.check` proves that the boxes tile the tensor exactly once.
+
+Planners (growth, conversion) only build these objects; `execute.py` only runs them.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+from .dtypes import DType
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+class PlanError(ValueError):
+    """A plan does not describe its output: the message names the tensor and the numbers that disagree."""
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangular block of an n-dimensional array: its first index and its size along each dimension."""
+
+    start: Shape
+    size: Shape
+
+    @property
+    def stop(self) -> Shape:
+        """One past the last index, along each dimension."""
+        return tuple(a + n for a, n in zip(self.start, self.size, strict=True))
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.size)
+
+    def intersect(self, other: "Box") -> "Box | None":
+        """The block both share, or None."""
+        start = tuple(map(max, self.start, other.start))
+        stop = tuple(map(min, self.stop, other.stop))
+        if any(a >= b for a, b in zip(start, stop, strict=True)):
+            return None
+        return Box(start, tuple(b - a for a, b in zip(start, stop, strict=True)))
+
+    def slices_in(self, outer: "Box") -> tuple[slice, ...]:
+        """Index of this block inside an array that holds `outer`."""
+        return tuple(slice(a - o, a - o + n) for a, o, n in zip(self.start, outer.start, self.size, strict=True))
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> "Box":
+        """The block that is all of `shape`."""
+        return cls((0,) * len(shape), tuple(shape))
+
+
+def complement(shape: Sequence[int], taken: Iterable[Box]) -> list[Box]:
+    """Disjoint boxes that cover exactly what `taken` leaves of an array of this shape, in index order."""
+    rest = [Box.whole(shape)]
+    for box in taken:
+        rest = [part for old in rest for part in _subtract(old, box)]
+    return sorted(rest, key=lambda box: box.start)
+
+
+def _subtract(box: Box, hole: Box) -> Iterator[Box]:
+    overlap = box.intersect(hole)
+    if overlap is None:
+        yield box
+        return
+    start, stop = list(box.start), list(box.stop)
+    for axis in range(len(start)):  # cut off what lies before and after the hole, one axis at a time
+        for a, b in ((start[axis], overlap.start[axis]), (overlap.stop[axis], stop[axis])):
+            if a < b:
+                lower, upper = [*start[:axis], a, *start[axis + 1 :]], [*stop[:axis], b, *stop[axis + 1 :]]
+                yield Box(tuple(lower), tuple(u - v for u, v in zip(upper, lower, strict=True)))
+        start[axis], stop[axis] = overlap.start[axis], overlap.stop[axis]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A strided window of a file: an array that is not loaded.
+
+    Args:
+        file: path of the file that holds the bytes.
+        offset: position of the first element in the file, in bytes.
+        shape: sizes, as of an array.
+        strides: distance between neighbours along each dimension, in elements; 0 repeats.
+        dtype: the element type; little-endian.
+    """
+
+    file: str
+    offset: int
+    shape: Shape
+    strides: Shape
+    dtype: DType
+
+    @classmethod
+    def contiguous(cls, file: str, offset: int, shape: Sequence[int], dtype: DType) -> "View":
+        """The window of a whole row-major tensor stored at `offset`."""
+        return cls(file, offset, tuple(shape), row_major_strides(shape), dtype)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements seen (each repeat counted)."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie in the file in row-major order without gaps."""
+        normal = row_major_strides(self.shape)
+        return all(n == 1 or s == r for n, s, r in zip(self.shape, self.strides, normal, strict=True))
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """First byte and one past the last byte of the file that the window touches."""
+        reach = sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+        return self.offset, self.offset + (reach + 1) * self.dtype.itemsize if self.numel else self.offset
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> "View":
+        """A smaller window: one slice per leading dimension, with non-negative bounds and a positive step."""
+        slices = index if isinstance(index, tuple) else (index,)
+        offset, shape, strides = self.offset, list(self.shape), list(self.strides)
+        for axis, part in enumerate(slices):
+            indices = range(self.shape[axis])[part]
+            offset += indices.start * self.strides[axis] * self.dtype.itemsize if len(indices) else 0
+            shape[axis], strides[axis] = len(indices), self.strides[axis] * indices.step
+        return View(self.file, offset, tuple(shape), tuple(strides), self.dtype)
+
+    def window(self, box: Box) -> "View":
+        """The part of this window that `box` selects."""
+        return self[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))]
+
+    def unflatten(self, axis: int, sizes: Sequence[int]) -> "View":
+        """Split one dimension into several, the last of which runs fastest."""
+        if math.prod(sizes) != self.shape[axis]:
+            raise PlanError(f"cannot lay out {self.shape[axis]} as {tuple(sizes)}: the product is {math.prod(sizes)}.")
+        inner = tuple(self.strides[axis] * stride for stride in row_major_strides(sizes))
+        shape = (*self.shape[:axis], *sizes, *self.shape[axis + 1 :])
+        strides = (*self.strides[:axis], *inner, *self.strides[axis + 1 :])
+        return View(self.file, self.offset, shape, strides, self.dtype)
+
+    def permute(self, *axes: int) -> "View":
+        """Reorder the dimensions."""
+        shape, strides = tuple(self.shape[a] for a in axes), tuple(self.strides[a] for a in axes)
+        return View(self.file, self.offset, shape, strides, self.dtype)
+
+
+def row_major_strides(shape: Sequence[int]) -> Shape:
+    """Strides, in elements, of a row-major array."""
+    return tuple(itertools.accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1))[::-1] if shape else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """A number that needs data: the mean or standard deviation of a source tensor, times a factor.
+
+    A dry run prints it as a symbol; the executor resolves it in a short prepass and records it in the manifest.
+    """
+
+    kind: Literal["mean", "std"]
+    tensor: str
+    view: View
+    factor: float = 1.0
+
+    def __mul__(self, factor: float) -> "Statistic":
+        return Statistic(self.kind, self.tensor, self.view, self.factor * factor)
+
+    def __str__(self) -> str:
+        symbol = f"{self.kind}({self.tensor})"
+        return symbol if self.factor == 1.0 else f"{self.factor:.6g} * {symbol}"
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """`source * scale + offset`, rounded once to the tensor's dtype; the bytes as they are if nothing changes."""
+
+    box: Box
+    source: View
+    scale: float = 1.0
+    offset: float = 0.0
+
+    def describe(self) -> str:
+        """One phrase for a dry run."""
+        factor = "" if self.scale == 1.0 else f" x {self.scale:.6g}"
+        return "copy" + factor + ("" if self.offset == 0.0 else f" + {self.offset:.6g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """One constant."""
+
+    box: Box
+    value: float | Statistic = 0.0
+
+    def describe(self) -> str:
+        """One phrase for a dry run."""
+        return "zeros" if self.value == 0.0 else f"constant {self.value}"
+
+
+@dataclass(frozen=True, slots=True)
+class Normal:
+    """Draws from N(0, std), each a function of (seed, tensor name, position) alone."""
+
+    box: Box
+    std: float | Statistic
+
+    def describe(self) -> str:
+        """One phrase for a dry run."""
+        return f"normal, std {self.std}"
+
+
+@dataclass(frozen=True, slots=True)
+class RowMean:
+    """The mean over the rows of `source` [rows, n], repeated along every dimension of the box but the last [n]."""
+
+    box: Box
+    source: View
+
+    def describe(self) -> str:
+        """One phrase for a dry run."""
+        return f"mean of {self.source.shape[0]} rows"
+
+
+Piece: TypeAlias = Copy | Fill | Normal | RowMean
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One output tensor: its name, shape and dtype, and the pieces that tile it.
+
+    Args:
+        name: the tensor's name in the checkpoint.
+        shape: its shape.
+        dtype: its element type.
+        pieces: what fills it; their boxes are indices into `layout`.
+        layout: a factorisation of `shape` in row-major order; `shape` itself unless given.
+    """
+
+    name: str
+    shape: Shape
+    dtype: DType
+    pieces: tuple[Piece, ...]
+    layout: Shape = ()
+
+    def __post_init__(self) -> None:
+        if not self.layout:
+            object.__setattr__(self, "layout", self.shape)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the output, in bytes."""
+        return self.numel * self.dtype.itemsize
+
+    def check(self) -> None:
+        """Prove that the pieces tile the tensor exactly once.
+
+        Disjoint boxes inside the tensor whose sizes add up to its size leave no element out and fill none twice.
+
+        Raises:
+            PlanError: they do not; the message names the tensor and the pieces.
+        """
+        if math.prod(self.layout) != self.numel:
+            raise PlanError(
+                f"{self.name}: layout {self.layout} does not have the {self.numel} elements of {self.shape}."
+            )
+        for piece in self.pieces:
+            self._check_piece(piece)
+        for a, b in itertools.combinations(self.pieces, 2):
+            if a.box.intersect(b.box):
+                raise PlanError(f"{self.name}: {a.describe()} {a.box} and {b.describe()} {b.box} overlap.")
+        filled = sum(piece.box.numel for piece in self.pieces)
+        if filled != self.numel:
+            raise PlanError(f"{self.name}: the pieces fill {filled} of {self.numel} elements.")
+
+    def _check_piece(self, piece: Piece) -> None:
+        where = f"{self.name}: {piece.describe()} {piece.box}"
+        if len(piece.box.start) != len(self.layout) or len(piece.box.size) != len(self.layout):
+            raise PlanError(f"{where} is not a box of layout {self.layout}.")
+        if any(
+            a < 0 or n < 1 or a + n > m for a, n, m in zip(piece.box.start, piece.box.size, self.layout, strict=True)
+        ):
+            raise PlanError(f"{where} reaches outside layout {self.layout}.")
+        if isinstance(piece, Copy) and piece.source.shape != piece.box.size:
+            raise PlanError(f"{where} takes a source of shape {piece.source.shape}.")
+        if isinstance(piece, RowMean) and (len(piece.source.shape) != 2 or piece.source.shape[1] != piece.box.size[-1]):
+            raise PlanError(f"{where} averages a source of shape {piece.source.shape}.")
+        changes = not isinstance(piece, Copy) or not is_byte_copy(piece, self.dtype)
+        dtypes = [self.dtype] + ([piece.source.dtype] if isinstance(piece, Copy | RowMean) else [])
+        if changes and not all(dtype.is_floating for dtype in dtypes):
+            raise PlanError(f"{where}: {' from '.join(map(str, dtypes))} can only be copied byte by byte.")
+
+
+def is_byte_copy(piece: Copy, dtype: DType) -> bool:
+    """Whether a copy changes no value, so that bytes can be moved without looking at them."""
+    return piece.scale == 1.0 and piece.offset == 0.0 and piece.source.dtype == dtype
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """A whole output checkpoint.
+
+    Args:
+        tensors: the tensors, in the order in which they are written.
+        config: the content of config.json.
+        sidecars: other files of the folder: name -> path of the file to copy, or its content.
+        lineage: what is made from what, for the manifest; JSON, without any local path.
+        seed: seed of the `Normal` pieces.
+    """
+
+    tensors: tuple[TensorPlan, ...]
+    config: dict[str, Any]
+    sidecars: dict[str, str | bytes] = field(default_factory=dict)
+    lineage: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def sources(self) -> set[str]:
+        """Paths of the files the pieces read."""
+        return {view.file for tensor in self.tensors for view in source_views(tensor)}
+
+    def check(self) -> None:
+        """Check every tensor (see `TensorPlan.check`) and that no name occurs twice.
+
+        Raises:
+            PlanError: something does not add up.
+        """
+        seen: set[str] = set()
+        for tensor in self.tensors:
+            if tensor.name in seen:
+                raise PlanError(f"{tensor.name} is planned twice.")
+            seen.add(tensor.name)
+            tensor.check()
+
+    def fingerprint(self) -> str:
+        """A digest of everything that decides the output's bytes; the directory the sources lie in does not."""
+        digest = hashlib.sha256()
+        for tensor in self.tensors:
+            digest.update(repr((tensor.name, tensor.shape, tensor.dtype.name, tensor.layout)).encode())
+            for piece in tensor.pieces:
+                digest.update(_portable_repr(piece).encode())
+        digest.update(json.dumps([self.config, self.lineage, self.seed], sort_keys=True).encode())
+        return digest.hexdigest()
+
+
+def source_views(tensor: TensorPlan) -> Iterator[View]:
+    """Every window of a source file a tensor depends on, statistics included."""
+    for piece in tensor.pieces:
+        if isinstance(piece, Copy | RowMean):
+            yield piece.source
+        elif isinstance(piece, Fill | Normal):
+            number = piece.value if isinstance(piece, Fill) else piece.std
+            if isinstance(number, Statistic):
+                yield number.view
+
+
+def _portable_repr(piece: Piece) -> str:
+    """A text that two plans share iff the piece is the same, wherever the source folder lies."""
+
+    def window(view: View) -> tuple[Any, ...]:
+        return view.file.rpartition("/")[2], view.offset, view.shape, view.strides, view.dtype.name
+
+    def number(value: float | Statistic) -> Any:
+        return (value.kind, window(value.view), value.factor) if isinstance(value, Statistic) else float(value)
+
+    box = (piece.box.start, piece.box.size)
+    match piece:
+        case Copy():
+            return repr(("copy", box, window(piece.source), piece.scale, piece.offset))
+        case Fill():
+            return repr(("fill", box, number(piece.value)))
+        case Normal():
+            return repr(("normal", box, number(piece.std)))
+        case RowMean():
+            return repr(("row mean", box, window(piece.source)))

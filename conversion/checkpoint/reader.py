@@ -1,0 +1,119 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Reading windows of files by `pread`: bounded memory, no mapping, any number of threads."""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from types import TracebackType
+
+import numpy as np
+
+from .errors import CheckpointError
+from .plan import Box, Shape, View
+
+# A strided window is read as one span when that is at most this much more than what it needs, else run by run.
+_SPAN_WASTE = 2.0
+_SPAN_SLACK = 64 * 1024
+
+
+class FileReader:
+    """Open source files and read windows of them. Thread-safe; a context manager that closes what it opened."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "FileReader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._descriptors.clear()
+        self._stack.close()
+
+    def descriptor(self, file: str) -> int:
+        """The file's descriptor, opened at the first use."""
+        with self._lock:
+            if file not in self._descriptors:
+                descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                self._stack.callback(os.close, descriptor)
+                self._descriptors[file] = descriptor
+            return self._descriptors[file]
+
+    def read(self, view: View) -> np.ndarray:
+        """The window's elements as a new row-major array."""
+        out = np.empty(view.shape, view.dtype.numpy)
+        self.read_into(view, out)
+        return out
+
+    def read_into(self, view: View, out: np.ndarray) -> None:
+        """Read the window into `out`, an array of its shape and dtype with any strides.
+
+        Raises:
+            CheckpointError: the file ends before the window does.
+        """
+        if not view.numel:
+            return
+        begin, end = view.span
+        if view.is_contiguous and out.flags.c_contiguous:
+            self._read_bytes(view.file, begin, out)
+        elif end - begin <= _SPAN_WASTE * view.nbytes + _SPAN_SLACK:
+            span = np.empty((end - begin) // view.dtype.itemsize, view.dtype.numpy)
+            self._read_bytes(view.file, begin, span)
+            strides = tuple(stride * view.dtype.itemsize for stride in view.strides)
+            out[...] = np.lib.stride_tricks.as_strided(span, view.shape, strides, writeable=False)
+        else:
+            axis = max(range(len(view.shape)), key=lambda a: view.strides[a] if view.shape[a] > 1 else -1)
+            for index in range(view.shape[axis]):
+                part = (*(slice(None),) * axis, slice(index, index + 1))
+                self.read_into(view[part], out[part])
+
+    def _read_bytes(self, file: str, offset: int, out: np.ndarray) -> None:
+        target = memoryview(out.reshape(-1).view(np.uint8))
+        descriptor = self.descriptor(file)
+        done = 0
+        while done < len(target):
+            count = os.preadv(descriptor, [target[done:]], offset + done)
+            if count == 0:
+                size = os.fstat(descriptor).st_size
+                raise CheckpointError(
+                    f"{file}: ends at byte {size}, but a tensor reaches to byte {offset + len(target)}: "
+                    "the file was cut short after its header was read."
+                )
+            done += count
+
+
+def boxes_of_range(shape: Shape, start: int, stop: int) -> Iterator[Box]:
+    """Cut the flat index range [start, stop) of a row-major array into boxes, each contiguous, in order.
+
+    At most two partial boxes a dimension and one whole one.
+    """
+    if start >= stop:
+        return
+    if len(shape) <= 1:
+        yield Box((start,), (stop - start,)) if shape else Box((), ())
+        return
+    row = 1
+    for size in shape[1:]:
+        row *= size
+    first, last = -(-start // row), stop // row  # whole rows lie between
+    if first > last:  # inside one row
+        yield from _in_row(shape, start // row, start % row, stop - last * row)
+        return
+    if start < first * row:
+        yield from _in_row(shape, first - 1, start - (first - 1) * row, row)
+    if first < last:
+        yield Box((first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:]))
+    if last * row < stop:
+        yield from _in_row(shape, last, 0, stop - last * row)
+
+
+def _in_row(shape: Shape, index: int, start: int, stop: int) -> Iterator[Box]:
+    for box in boxes_of_range(shape[1:], start, stop):
+        yield Box((index, *box.start), (1, *box.size))
