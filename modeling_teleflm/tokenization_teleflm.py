@@ -1,0 +1,239 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Tokenizer of the Tele-FLM (FLM-2) family: sentencepiece's own runtime behind transformers' interface."""
+
+import re
+from collections.abc import Iterator, Set
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
+from transformers import BatchEncoding
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+from transformers.utils.chat_template_utils import render_jinja_template
+
+# Absent when this file is a Hub repository's remote code: there transformers finds the repository's own template.
+_CHAT_TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
+
+
+class TeleFLMTokenizer(SentencePieceBackend):
+    """
+    Tokenizer of a Tele-FLM model, read from its `tokenizer.model`.
+
+    The text between two special tokens is encoded and decoded by sentencepiece itself, so ids are sentencepiece's ids
+    and `decode(encode(text)) == text` wherever sentencepiece's normaliser keeps the text. Converting the file to a
+    rust tokenizer would not do: the normaliser, runs of spaces and text after `<_user>` come out differently.
+
+    Control tokens are recognised wherever they stand, as sentencepiece does: a `<_bot>` inside a user's text becomes
+    the control token. Check texts from strangers before rendering them; `sanitize_control_tokens` is refused, because
+    sentencepiece cannot encode the name of a user-defined symbol as ordinary text.
+
+    Args:
+        vocab_file (`str`): the sentencepiece model.
+        unk_token, bos_token, eos_token, pad_token (`str`, *optional*): default to what the sentencepiece model calls
+            its own; `pad_token` stays unset if it has none.
+        add_bos_token (`bool`, *optional*, defaults to `True`): whether encoding starts with `bos_token`, as Llama's
+            does. Chats are not affected: they begin as their template begins.
+        add_eos_token (`bool`, *optional*, defaults to `False`): whether encoding ends with `eos_token`.
+        **kwargs: as [`PreTrainedTokenizer`] takes them; without `chat_template`, `chat_template.jinja` from beside this
+            file is used.
+    """
+
+    vocab_files_names = {"vocab_file": "tokenizer.model"}
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        vocab_file: str,
+        unk_token: str | None = None,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        pad_token: str | None = None,
+        add_bos_token: bool = True,
+        add_eos_token: bool = False,
+        **kwargs: Any,
+    ):
+        self.add_bos_token = add_bos_token
+        self.add_eos_token = add_eos_token
+        pieces = SentencePieceProcessor(model_file=vocab_file)
+        if "chat_template" not in kwargs and _CHAT_TEMPLATE_FILE.is_file():
+            kwargs["chat_template"] = _CHAT_TEMPLATE_FILE.read_text(encoding="utf-8")
+        # Not legacy means another dummy prefix than sentencepiece's, and a dependency on protobuf.
+        kwargs["legacy"] = True
+        super().__init__(
+            vocab_file=vocab_file,
+            unk_token=unk_token or _piece(pieces, pieces.unk_id()),
+            bos_token=bos_token or _piece(pieces, pieces.bos_id()),
+            eos_token=eos_token or _piece(pieces, pieces.eos_id()),
+            pad_token=pad_token or _piece(pieces, pieces.pad_id()),
+            add_bos_token=add_bos_token,
+            add_eos_token=add_eos_token,
+            **kwargs,
+        )
+
+    def tokenize(self, text: str, *args: Any, **kwargs: Any) -> list[str]:
+        """Split a text into pieces; special tokens stay whole unless `split_special_tokens` is given as true."""
+        if kwargs.get("split_special_tokens", self.split_special_tokens):
+            return self.sp_model.encode(text, out_type=str)
+        return [piece for piece, _, _ in self._tokenize_with_offsets(text)]
+
+    def _tokenize_with_offsets(self, text: str) -> Iterator[tuple[str, int, int]]:
+        """Yield (piece, start, end) in characters of `text`. `tokenize` is this too, so that ids and offsets agree."""
+        boundaries = self._boundaries()
+        start = 0
+        # The capture group keeps the boundaries among the parts; the longest name first, so that none hides another.
+        for part in re.split(f"({'|'.join(map(re.escape, sorted(boundaries, key=len, reverse=True)))})", text):
+            if part in boundaries:
+                yield part, start, start + len(part)
+            elif part:
+                encoding = self.sp_model.encode(part, return_type="offset_mapping")
+                for piece, (piece_start, piece_end) in zip(encoding["pieces"], encoding["offsets"], strict=True):
+                    # A dummy prefix, or a byte that does not end its character, is empty: it belongs to what follows.
+                    yield piece, start + piece_start, start + max(piece_end, piece_start + 1)
+            start += len(part)
+
+    def _boundaries(self) -> Set[str]:
+        """The tokens that cut a text into parts which sentencepiece encodes, and decodes, each on its own."""
+        # To sentencepiece, "<unk>" in a text is ordinary text, and an unknown piece does not interrupt its neighbours.
+        return self._added_tokens_encoder.keys() - {self.unk_token}
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """Put `bos_token` before and `eos_token` after each sequence, as `add_bos_token` and `add_eos_token` say."""
+        bos = [self.bos_token_id] if self.add_bos_token else []
+        eos = [self.eos_token_id] if self.add_eos_token else []
+        ids = bos + token_ids_0 + eos
+        return ids if token_ids_1 is None else ids + bos + token_ids_1 + eos
+
+    def get_special_tokens_mask(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
+    ) -> list[int]:
+        """Mark (1) what `build_inputs_with_special_tokens` adds; with `already_has_special_tokens`, special ids."""
+        if already_has_special_tokens:
+            return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
+        bos, eos = [1] * self.add_bos_token, [1] * self.add_eos_token
+        mask = bos + [0] * len(token_ids_0) + eos
+        return mask if token_ids_1 is None else mask + bos + [0] * len(token_ids_1) + eos
+
+    def _convert_id_to_token(self, index: int) -> str:
+        if not 0 <= index < self.vocab_size:
+            raise IndexError(
+                f"id {index} has no piece: {self.vocab_file} has {self.vocab_size} pieces. A model's vocab_size is "
+                "padded beyond them; those ids, and labels such as -100, cannot be decoded."
+            )
+        return self.sp_model.id_to_piece(index)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Join pieces into text as sentencepiece does; special tokens appear by name."""
+        return self._join(tokens, skipped=frozenset())
+
+    def _join(self, tokens: list[str], skipped: frozenset[str]) -> str:
+        text = ""
+        for is_boundary, part in groupby(tokens, key=self._boundaries().__contains__):
+            kept = [token for token in part if token not in skipped]
+            text += "".join(kept) if is_boundary else self.sp_model.decode(kept)
+        return text
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        spaces_between_special_tokens: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        tokens = self.convert_ids_to_tokens([token_ids] if isinstance(token_ids, int) else token_ids)
+        text = self._join(tokens, skipped=frozenset(self.all_special_tokens if skip_special_tokens else ()))
+        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+
+    def apply_chat_template(
+        self, conversation: Any, *args: Any, return_assistant_tokens_mask: bool = False, **kwargs: Any
+    ) -> Any:
+        """
+        Render conversations and encode them: [`PreTrainedTokenizerBase.apply_chat_template`] in every respect, and
+        `return_assistant_tokens_mask=True` works although this tokenizer is not a rust one.
+
+        The `assistant_masks` mark (1) each token that covers at least one character inside the template's
+        `{% generation %}` blocks. Padding is never marked; truncation cuts the mask with the ids.
+        """
+        if kwargs.get("sanitize_control_tokens"):
+            raise ValueError(
+                "sanitize_control_tokens is not possible: sentencepiece encodes a user-defined symbol such as '<_bot>' "
+                "as itself wherever it stands. Reject or rewrite such texts before rendering them."
+            )
+        if return_assistant_tokens_mask:
+            return self._apply_chat_template_with_masks(conversation, *args, **kwargs)
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def _apply_chat_template_with_masks(
+        self,
+        conversation: list,
+        tools: list | None = None,
+        documents: list[dict[str, str]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        tokenize: bool = True,
+        *,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = True,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **template_variables: Any,
+    ) -> BatchEncoding:
+        if not (tokenize and return_dict):
+            raise ValueError("return_assistant_tokens_mask=True needs tokenize=True and return_dict=True.")
+        if continue_final_message:
+            raise ValueError("continue_final_message and return_assistant_tokens_mask=True exclude each other.")
+        if len(conversation) == 0:
+            raise ValueError("There is no message in the conversation.")
+        batched = not isinstance(conversation[0], dict)
+        conversations = conversation if batched else [conversation]
+        texts, generated = render_jinja_template(
+            conversations=[[_without_none(message) for message in messages] for messages in conversations],
+            tools=tools,
+            documents=documents,
+            chat_template=self.get_chat_template(chat_template, tools),
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.special_tokens_map, **template_variables},
+        )
+        tokens = [list(self._tokenize_with_offsets(text)) for text in texts]
+        ids = [self.convert_tokens_to_ids([piece for piece, _, _ in row]) for row in tokens]
+        masks = [_assistant_mask(row, spans) for row, spans in zip(tokens, generated, strict=True)]
+
+        # Truncation and padding are transformers' own: the masks go through them a second time, as if they were ids.
+        fit = {"padding": padding, "truncation": truncation, "max_length": max_length, **(tokenizer_kwargs or {})}
+        encoding = self(ids, add_special_tokens=False, **fit)
+        fitted = self(masks, add_special_tokens=False, **{**fit, "return_attention_mask": True})
+        encoding["assistant_masks"] = [
+            [marked * real for marked, real in zip(*row, strict=True)]
+            for row in zip(fitted["input_ids"], fitted["attention_mask"], strict=True)
+        ]
+        if not batched and not return_tensors:
+            return BatchEncoding({name: rows[0] for name, rows in encoding.items()})
+        return encoding.convert_to_tensors(return_tensors)
+
+
+def _piece(pieces: SentencePieceProcessor, index: int) -> str | None:
+    return pieces.id_to_piece(index) if index >= 0 else None
+
+
+def _without_none(message: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _assistant_mask(tokens: list[tuple[str, int, int]], spans: list[tuple[int, int]]) -> list[int]:
+    """Mark (1) the tokens, given with their first and last-plus-one character, that touch one of the spans."""
+    return [
+        int(any(start < span_end and span_start < end for span_start, span_end in spans)) for _, start, end in tokens
+    ]
+
+
+__all__ = ["TeleFLMTokenizer"]
