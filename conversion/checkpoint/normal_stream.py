@@ -4,9 +4,9 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Reproducible normal draws, at the speed of a table lookup.
 
-Element `i` of a tensor depends on (seed, tensor name, i) and on nothing else: not on workers, block or shard size, ranks
-or interruptions. The tensor's flat index range is cut into a fixed grid; each grid cell has a bit stream of its own,
-whose 16-bit words index the quantiles of the normal distribution at 65,536 equal probabilities. That is a normal
+Element `i` of a tensor depends on (seed, tensor name, i) and on nothing else: not on workers, block or shard size,
+ranks or interruptions. The tensor's flat index range is cut into a fixed grid; each grid cell has a bit stream of its
+own, whose 16-bit words index the quantiles of the normal distribution at 65,536 equal probabilities. That is a normal
 distribution truncated at 4.32 standard deviations, with variance 0.99998 and kurtosis 2.999.
 """
 

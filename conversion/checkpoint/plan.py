@@ -255,7 +255,7 @@ class TensorPlan:
         shape: its shape.
         dtype: its element type.
         pieces: what fills it; their boxes are indices into `layout`.
-        layout: a factorisation of `shape` in row-major order; `shape` itself unless given.
+        layout: a factorisation of `shape` in row-major order; `shape` itself unless given ((1,) for a scalar).
     """
 
     name: str
@@ -266,7 +266,14 @@ class TensorPlan:
 
     def __post_init__(self) -> None:
         if not self.layout:
-            object.__setattr__(self, "layout", self.shape)
+            object.__setattr__(self, "layout", self.shape or (1,))
+
+    @classmethod
+    def copy_of(cls, name: str, source: View, dtype: DType | None = None) -> "TensorPlan":
+        """The plan that copies a whole source tensor, cast to `dtype` if given."""
+        flat = View(source.file, source.offset, source.shape or (1,), source.strides or (1,), source.dtype)
+        pieces = (Copy(Box.whole(flat.shape), flat),) if source.numel else ()
+        return cls(name, source.shape, dtype or source.dtype, pieces)
 
     @property
     def numel(self) -> int:

@@ -1,0 +1,153 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Making the elements of an output tensor from its plan, one block at a time."""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from .dtypes import DType
+from .normal_stream import GRID, draw_words, normal_table
+from .plan import Box, CheckpointPlan, Copy, Fill, Normal, RowMean, Statistic, TensorPlan, View, is_byte_copy
+from .reader import FileReader, boxes_of_range
+
+BLOCK = 4 * GRID  # elements made, hashed and written at a time: 8 MiB of bfloat16
+_SAMPLE = 1 << 22  # a statistic looks at this many elements at most,
+_WINDOW = 1 << 16  # in windows of this many, evenly spread
+_CHUNK = 1 << 16  # arithmetic runs over pieces that stay in the cache
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What the prepass found: the numbers behind the plan's symbols, and the mean rows."""
+
+    numbers: dict[Statistic, float]
+    rows: dict[View, np.ndarray]
+
+    def number(self, value: float | Statistic) -> float:
+        """The value itself, or the one behind the symbol."""
+        return self.numbers[value] if isinstance(value, Statistic) else value
+
+
+def resolve(plan: CheckpointPlan, reader: FileReader, workers: int) -> Resolved:
+    """Read what the plan's symbols stand for: a short pass over bounded samples of the sources.
+
+    Args:
+        plan: a checked plan.
+        reader: reads its sources.
+        workers: threads.
+    """
+    pieces = [piece for tensor in plan.tensors for piece in tensor.pieces]
+    values = [
+        piece.value if isinstance(piece, Fill) else piece.std for piece in pieces if isinstance(piece, Fill | Normal)
+    ]
+    statistics = list(dict.fromkeys(value for value in values if isinstance(value, Statistic)))
+    row_means = list(dict.fromkeys(piece.source for piece in pieces if isinstance(piece, RowMean)))
+    with ThreadPoolExecutor(workers) as pool:
+        numbers = pool.map(lambda statistic: measure(statistic, reader), statistics)
+        rows = pool.map(lambda view: row_mean(view, reader), row_means)
+        return Resolved(dict(zip(statistics, numbers, strict=True)), dict(zip(row_means, rows, strict=True)))
+
+
+def measure(statistic: Statistic, reader: FileReader) -> float:
+    """The mean or standard deviation of a window, in float64, over at most 4 Mi evenly spread elements."""
+    parts = [part.astype(np.float64).ravel() for part in _sample(statistic.view, reader)]
+    values = np.concatenate(parts)
+    return float(values.mean() if statistic.kind == "mean" else values.std()) * statistic.factor
+
+
+def _sample(view: View, reader: FileReader) -> Iterator[np.ndarray]:
+    windows = 1 if view.numel <= _SAMPLE else _SAMPLE // _WINDOW
+    size = view.numel if windows == 1 else _WINDOW
+    for index in range(windows):
+        start = index * (view.numel - size) // max(windows - 1, 1)
+        for box in boxes_of_range(view.shape, start, start + size):
+            yield reader.read(view.window(box))
+
+
+def row_mean(view: View, reader: FileReader) -> np.ndarray:
+    """The float64 mean over the rows of a [rows, n] window: [n]."""
+    rows, width = view.shape
+    step = max(1, BLOCK // width)
+    total = np.zeros(width)
+    for start in range(0, rows, step):
+        total += reader.read(view[start : start + step]).astype(np.float64).sum(axis=0)
+    return total / rows
+
+
+def blocks(numel: int) -> Iterator[tuple[int, int]]:
+    """The fixed grid a tensor is made on: flat element ranges."""
+    return ((start, min(start + BLOCK, numel)) for start in range(0, numel, BLOCK))
+
+
+def is_zero(tensor: TensorPlan, start: int, stop: int) -> bool:
+    """Whether a flat range is all zeros by plan, so that it needs no writing to a preallocated file."""
+    return all(isinstance(piece, Fill) and piece.value == 0.0 for piece, *_ in _overlaps(tensor, start, stop))
+
+
+def assemble(
+    tensor: TensorPlan, start: int, stop: int, *, reader: FileReader, resolved: Resolved, seed: int
+) -> np.ndarray:
+    """Make the elements `start .. stop` of a planned tensor.
+
+    Args:
+        tensor: a checked plan.
+        start: first element, on the grid of `blocks`.
+        stop: one past the last element.
+        reader: reads the sources.
+        resolved: the numbers behind the plan's symbols.
+        seed: seed of the random pieces.
+
+    Returns:
+        Array [stop - start] of the tensor's dtype.
+    """
+    block = np.empty(stop - start, tensor.dtype.numpy)
+    words: np.ndarray | None = None  # drawn once, if any piece of the block is random
+    for piece, box, at, whole in _overlaps(tensor, start, stop):
+        here = slice(at, at + whole.numel)
+        inside = box.slices_in(whole)
+        target = block[here].reshape(whole.size)[inside]
+        match piece:
+            case Copy():
+                _copy(piece, box, target, tensor.dtype, reader)
+            case Fill():
+                target[...] = resolved.number(piece.value)
+            case RowMean():
+                first = box.start[-1] - piece.box.start[-1]
+                target[...] = resolved.rows[piece.source][first : first + box.size[-1]]
+            case Normal():
+                words = draw_words(seed, tensor.name, start, stop - start) if words is None else words
+                table = normal_table(resolved.number(piece.std), tensor.dtype)
+                target[...] = table[words[here].reshape(whole.size)[inside]]
+    return block
+
+
+def _overlaps(
+    tensor: TensorPlan, start: int, stop: int
+) -> Iterable[tuple[Copy | Fill | Normal | RowMean, Box, int, Box]]:
+    """Where pieces meet a flat range: piece, shared box, offset in the range, and the contiguous box around it."""
+    at = 0
+    for whole in boxes_of_range(tensor.layout, start, stop):
+        for piece in tensor.pieces:
+            box = piece.box.intersect(whole)
+            if box is not None:
+                yield piece, box, at, whole
+        at += whole.numel
+
+
+def _copy(piece: Copy, box: Box, target: np.ndarray, dtype: DType, reader: FileReader) -> None:
+    view = piece.source.window(Box(tuple(slice_.start for slice_ in box.slices_in(piece.box)), box.size))
+    if is_byte_copy(piece, dtype):
+        reader.read_into(view, target)
+        return
+    source = reader.read(view).reshape(-1)
+    compute = np.promote_types(dtype.compute, view.dtype.compute)
+    result = np.empty(source.size, dtype.numpy)
+    for start in range(0, source.size, _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        result[chunk] = source[chunk].astype(compute) * piece.scale + piece.offset
+    target[...] = result.reshape(target.shape)

@@ -1,0 +1,85 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""`manifest.json`: what a checkpoint was made from, and the digest of every tensor.
+
+It is published beside the weights, so it holds no local path, no user and no host name.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from .assemble import BLOCK, Resolved
+from .containers import Shard
+from .errors import CheckpointError
+from .plan import CheckpointPlan
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+def block_digest(block: Any) -> bytes:
+    """Digest of one block's bytes (a buffer, or an array of any element type)."""
+    return xxhash.xxh3_128_digest(memoryview(block.view("u1")) if hasattr(block, "view") else block)
+
+
+def tensor_digest(blocks: Iterable[bytes]) -> str:
+    """Digest of a tensor: the hash of its blocks' digests in order, so that blocks may be made in any order."""
+    return xxhash.xxh3_128_hexdigest(b"".join(blocks))
+
+
+def make_manifest(
+    plan: CheckpointPlan, shards: Iterable[Shard], resolved: Resolved, digests: Mapping[str, str], version: str
+) -> dict[str, Any]:
+    """The manifest of a finished checkpoint.
+
+    Args:
+        plan: what was executed.
+        shards: the files it was written to.
+        resolved: the numbers behind the plan's symbols.
+        digests: tensor name -> digest; empty if none were taken.
+        version: version of this package.
+    """
+    return {
+        "format": FORMAT,
+        "teleflm_version": version,
+        "plan": plan.fingerprint(),
+        "seed": plan.seed,
+        "lineage": plan.lineage,
+        "statistics": {str(statistic): value for statistic, value in resolved.numbers.items()},
+        "digest": {"algorithm": "xxh3_128", "block_elements": BLOCK} if digests else None,
+        "tensors": {
+            tensor.name: {
+                "file": shard.filename,
+                "dtype": tensor.dtype.name,
+                "shape": list(tensor.shape),
+                **({"digest": digests[tensor.name]} if digests else {}),
+            }
+            for shard in shards
+            for tensor, _ in shard.tensors
+        },
+    }
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder, or None if it has none.
+
+    Raises:
+        CheckpointError: it is not one this version understands.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); remove the file or restore it.") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise CheckpointError(f"{path}: manifest format is {found!r}, this version reads {FORMAT}; update teleflm.")
+    return manifest
