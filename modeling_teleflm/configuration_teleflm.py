@@ -33,7 +33,9 @@ class TeleFLMConfig(LlamaConfig):
         **kwargs: every field of [`LlamaConfig`], with its meaning and default.
 
     Raises:
-        ValueError: fields contradict each other; the message names them and their values.
+        ValueError: `hidden_size` or `num_attention_heads` is below 1.
+        huggingface_hub.errors.StrictDataclassError: a field has the wrong type, or fields contradict each other; the
+            message names them and their values.
 
     ```python
     >>> from modeling_teleflm import TeleFLMConfig
@@ -53,7 +55,7 @@ class TeleFLMConfig(LlamaConfig):
     mup_scale_factor: float | int = 1.0
 
     def __post_init__(self, **kwargs):
-        # head_dim is derived by division in the parent, so a zero has to be refused before it.
+        # The parent derives head_dim by division, so a zero has to be refused before that.
         for field in ("hidden_size", "num_attention_heads"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")
@@ -75,15 +77,14 @@ class TeleFLMConfig(LlamaConfig):
 
     def validate_architecture(self):
         """Cross-field checks, run by `@strict` after `__init__`."""
-        sizes = ("vocab_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim")
-        for field in sizes:
+        for field in ("vocab_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}."
             )
-        if self.num_attention_heads % self.num_key_value_heads != 0:
+        if self.num_attention_heads % (self.num_key_value_heads or 1) != 0:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}."
@@ -98,8 +99,8 @@ class TeleFLMConfig(LlamaConfig):
         """Build the configuration of a member of the family, by name.
 
         Args:
-            name: `tele-flm-52b`, `flm-2-52b-instruct-2407` or `tele-flm-1t` (as published), or `tele-flm-102b`
-                (never published: inferred from the paper's sizes, see the model card).
+            name: `tele-flm-52b`, `flm-2-52b-instruct-2407` or `tele-flm-1t`, as published; or `tele-flm-102b`, which
+                was never published: its sizes are inferred from the reports of its growth into the 1T.
             **overrides: fields to set on top of the preset, for example `num_hidden_layers=2`.
 
         Raises:

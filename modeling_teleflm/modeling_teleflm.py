@@ -4,9 +4,11 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Tele-FLM: Llama with a multiplier on the embeddings and one on the logits (muP). This file is the difference."""
 
+from typing import Any
+
 import torch
 from torch import nn
-from transformers import GenerationMixin, LlamaModel, LlamaPreTrainedModel
+from transformers import AutoModel, GenerationMixin, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -20,16 +22,31 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_teleflm import TeleFLMConfig
 
+# What a folder written by `save_pretrained` loads as where this package is not installed.
+AUTO_MAP = {
+    "AutoConfig": "configuration_teleflm.TeleFLMConfig",
+    "AutoModel": "modeling_teleflm.TeleFLMModel",
+    "AutoModelForCausalLM": "modeling_teleflm.TeleFLMForCausalLM",
+    "AutoModelForQuestionAnswering": "modeling_teleflm.TeleFLMForQuestionAnswering",
+    "AutoModelForSequenceClassification": "modeling_teleflm.TeleFLMForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_teleflm.TeleFLMForTokenClassification",
+}
+
 
 class TeleFLMPreTrainedModel(LlamaPreTrainedModel):
     config: TeleFLMConfig
     config_class = TeleFLMConfig
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        # Left to itself, transformers lists the class it saves and no other, although the file it copies has them all.
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(*args, **kwargs)
+
 
 class TeleFLMModel(TeleFLMPreTrainedModel, LlamaModel):
     """The decoder without its head. Arguments and outputs are those of [`LlamaModel`]."""
 
-    def forward(
+    def forward(  # type: ignore[misc]
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -59,10 +76,10 @@ class TeleFLMModel(TeleFLMPreTrainedModel, LlamaModel):
 class TeleFLMForCausalLM(TeleFLMPreTrainedModel, GenerationMixin):
     """The decoder with its language-model head. Arguments and outputs are those of [`LlamaForCausalLM`]."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    _tied_weights_keys = LlamaForCausalLM._tied_weights_keys
+    _tp_plan = LlamaForCausalLM._tp_plan
+    _pp_plan = LlamaForCausalLM._pp_plan
+    _fsdp_plan = LlamaForCausalLM._fsdp_plan
 
     # Not LlamaForCausalLM's: it would build a LlamaModel first, whose post_init consumes settings meant for ours.
     def __init__(self, config: TeleFLMConfig):
@@ -73,7 +90,7 @@ class TeleFLMForCausalLM(TeleFLMPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -85,7 +102,7 @@ class TeleFLMForCausalLM(TeleFLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        outputs: BaseModelOutputWithPast = self.model(
+        outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -109,6 +126,10 @@ class TeleFLMForCausalLM(TeleFLMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+# The heads below make their decoder through AutoModel, which must know it where only this file is, not the package.
+AutoModel.register(TeleFLMConfig, TeleFLMModel, exist_ok=True)
 
 
 class TeleFLMForSequenceClassification(GenericForSequenceClassification, TeleFLMPreTrainedModel): ...

@@ -38,6 +38,8 @@ class TeleFLMTokenizer(SentencePieceBackend):
         add_bos_token (`bool`, *optional*, defaults to `True`): whether encoding starts with `bos_token`, as Llama's
             does. Chats are not affected: they begin as their template begins.
         add_eos_token (`bool`, *optional*, defaults to `False`): whether encoding ends with `eos_token`.
+        special_tokens_pattern (`str`, *optional*, defaults to `"bos"`): the two flags in one word (`none`, `bos`, `eos`
+            or `bos_eos`), as `save_pretrained` writes them; a flag that is given has precedence.
         **kwargs: as [`PreTrainedTokenizer`] takes them; without `chat_template`, `chat_template.jinja` from beside this
             file is used.
     """
@@ -52,12 +54,13 @@ class TeleFLMTokenizer(SentencePieceBackend):
         bos_token: str | None = None,
         eos_token: str | None = None,
         pad_token: str | None = None,
-        add_bos_token: bool = True,
-        add_eos_token: bool = False,
+        add_bos_token: bool | None = None,
+        add_eos_token: bool | None = None,
+        special_tokens_pattern: str = "bos",
         **kwargs: Any,
     ):
-        self.add_bos_token = add_bos_token
-        self.add_eos_token = add_eos_token
+        self.add_bos_token = "bos" in special_tokens_pattern if add_bos_token is None else add_bos_token
+        self.add_eos_token = "eos" in special_tokens_pattern if add_eos_token is None else add_eos_token
         pieces = SentencePieceProcessor(model_file=vocab_file)
         if "chat_template" not in kwargs and _CHAT_TEMPLATE_FILE.is_file():
             kwargs["chat_template"] = _CHAT_TEMPLATE_FILE.read_text(encoding="utf-8")
@@ -69,10 +72,20 @@ class TeleFLMTokenizer(SentencePieceBackend):
             bos_token=bos_token or _piece(pieces, pieces.bos_id()),
             eos_token=eos_token or _piece(pieces, pieces.eos_id()),
             pad_token=pad_token or _piece(pieces, pieces.pad_id()),
-            add_bos_token=add_bos_token,
-            add_eos_token=add_eos_token,
+            special_tokens_pattern=self.special_tokens_pattern,
             **kwargs,
         )
+        # transformers saves what init_kwargs names, except add_bos_token and add_eos_token, which it leaves out.
+        self.init_kwargs["special_tokens_pattern"] = self.special_tokens_pattern
+
+    @property
+    def special_tokens_pattern(self) -> str:
+        """What transformers adds around a sequence: `none`, `bos`, `eos` or `bos_eos`."""
+        return "_".join(["bos"] * self.add_bos_token + ["eos"] * self.add_eos_token) or "none"
+
+    @special_tokens_pattern.setter
+    def special_tokens_pattern(self, pattern: str) -> None:
+        self.add_bos_token, self.add_eos_token = "bos" in pattern, "eos" in pattern
 
     def tokenize(self, text: str, *args: Any, **kwargs: Any) -> list[str]:
         """Split a text into pieces; special tokens stay whole unless `split_special_tokens` is given as true."""
@@ -99,25 +112,6 @@ class TeleFLMTokenizer(SentencePieceBackend):
         """The tokens that cut a text into parts which sentencepiece encodes, and decodes, each on its own."""
         # To sentencepiece, "<unk>" in a text is ordinary text, and an unknown piece does not interrupt its neighbours.
         return self._added_tokens_encoder.keys() - {self.unk_token}
-
-    def build_inputs_with_special_tokens(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
-    ) -> list[int]:
-        """Put `bos_token` before and `eos_token` after each sequence, as `add_bos_token` and `add_eos_token` say."""
-        bos = [self.bos_token_id] if self.add_bos_token else []
-        eos = [self.eos_token_id] if self.add_eos_token else []
-        ids = bos + token_ids_0 + eos
-        return ids if token_ids_1 is None else ids + bos + token_ids_1 + eos
-
-    def get_special_tokens_mask(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
-    ) -> list[int]:
-        """Mark (1) what `build_inputs_with_special_tokens` adds; with `already_has_special_tokens`, special ids."""
-        if already_has_special_tokens:
-            return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
-        bos, eos = [1] * self.add_bos_token, [1] * self.add_eos_token
-        mask = bos + [0] * len(token_ids_0) + eos
-        return mask if token_ids_1 is None else mask + bos + [0] * len(token_ids_1) + eos
 
     def _convert_id_to_token(self, index: int) -> str:
         if not 0 <= index < self.vocab_size:
@@ -195,7 +189,7 @@ class TeleFLMTokenizer(SentencePieceBackend):
             raise ValueError("There is no message in the conversation.")
         batched = not isinstance(conversation[0], dict)
         conversations = conversation if batched else [conversation]
-        texts, generated = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[[_without_none(message) for message in messages] for messages in conversations],
             tools=tools,
             documents=documents,
@@ -204,6 +198,7 @@ class TeleFLMTokenizer(SentencePieceBackend):
             add_generation_prompt=add_generation_prompt,
             **{**self.special_tokens_map, **template_variables},
         )
+        texts, generated = rendered
         tokens = [list(self._tokenize_with_offsets(text)) for text in texts]
         ids = [self.convert_tokens_to_ids([piece for piece, _, _ in row]) for row in tokens]
         masks = [_assistant_mask(row, spans) for row, spans in zip(tokens, generated, strict=True)]
