@@ -1,0 +1,194 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Checks before the first step, of faults that a training loss does not show.
+
+- TRL computes the loss from the hidden states and `lm_head.weight`; the model's own `forward`, and with it a factor on
+  the logits, is bypassed. TRL applies the factor itself if the configuration names it `logit_scale`; else the loss is
+  wrong, and at initialization differs from the right one in the fourth digit only. [`FusedLossGuard`] compares the two.
+- A template whose assistant turns are trained on without the token that ends them gives a model that never stops.
+  [`check_stop_token`] renders a conversation and looks.
+- TRL drops rows and cuts tokens without a word. [`check_trained_tokens`] counts what reached the trainer.
+"""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import SFTTrainer
+
+from sft import SFTError
+from sft.data import IGNORE_INDEX
+
+# Standard deviation that the logits are brought to before log-probabilities are compared. A factor k on logits moves
+# log-probabilities by (k - 1) times about this; with the 0.001 of an untrained Tele-FLM, no precision would show it.
+_LOGIT_STD = 4.0
+# Of the spread of the log-probabilities. bfloat16 rounds logits by 2e-3 of their size; the mildest published factor is
+# 0.03125, for which the gap is above 100.
+_TOLERANCE = 0.02
+_PROBE_TOKENS = 128
+
+
+class GuardError(SFTError):
+    """What would be trained is not what was asked for."""
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+class FusedLossGuard(TrainerCallback):
+    """Stops a run before its first step if TRL's fused loss is not the loss of the model. See [`fused_loss_gap`].
+
+    A callback, because only when training begins is the model what the steps will call: wrapped for distribution,
+    sharded, under autocast.
+    """
+
+    def __init__(self, trainer: SFTTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raise [`GuardError`] on a mismatch."""
+        model: Any = self.trainer.model
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        gap = fused_loss_gap(self.trainer.model_wrapped, base, device=args.device)
+        if not gap <= _TOLERANCE:
+            raise GuardError(
+                f"TRL's fused loss is not the loss of {type(base).__name__}: log-probabilities differ by {gap:.2g} of "
+                f"their spread (at most {_TOLERANCE} is rounding). A factor on the logits must be readable as "
+                f"config.logit_scale, which {type(base.config).__name__} gives as "
+                f"{getattr(base.config, 'logit_scale', None)}; upgrade teleflm or trl."
+            )
+
+
+@torch.no_grad()
+def fused_loss_gap(model: nn.Module, base: PreTrainedModel, device: torch.device | str = "cpu") -> float:
+    """How far the log-probabilities of TRL's fused head are from those of the model's own logits.
+
+    Both come from `model`, in one forward each over 128 tokens, with the hidden states scaled up so that a factor on
+    the logits is visible in any precision. The model is left as it was: mode, gradients, random state.
+
+    Args:
+        model: what a training step calls, after `trl.trainer.utils.add_fused_lm_head`: `base` or a wrapper of it.
+        base: the causal language model inside.
+        device: where `model` expects its inputs.
+
+    Returns:
+        the root mean square of the differences, divided by the standard deviation of the log-probabilities; 0 is equal.
+    """
+    length = min(_PROBE_TOKENS, base.config.max_position_embeddings)
+    input_ids = (torch.arange(length, device=device) % base.config.vocab_size)[None]
+    targets = input_ids[:, 1:, None]
+
+    # Eager, because a graph compiled now would keep the scaling of the hidden states after its hook is gone.
+    with _evaluating(base), torch.compiler.set_stance("force_eager"):
+        logits = model(input_ids=input_ids, use_cache=False).logits
+        with _scaled_hidden_states(base, _LOGIT_STD / logits.float().std().item()):
+            logits = model(input_ids=input_ids, use_cache=False).logits
+            fused = model(input_ids=input_ids, labels=input_ids, use_cache=False, fused_lm_head=True).log_probs
+
+    native = logits[:, :-1].float().log_softmax(-1).gather(-1, targets).squeeze(-1)
+    difference = fused.float() - native
+    return (difference.square().mean().sqrt() / native.std()).item()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without dropout; each module gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _scaled_hidden_states(model: PreTrainedModel, factor: float) -> Iterator[None]:
+    def scale(module: nn.Module, args: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state * factor
+        return output
+
+    hook = model.base_model.register_forward_hook(scale)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+# --- the labels -------------------------------------------------------------------------------------------------------
+
+
+def check_stop_token(
+    tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int], assistant_only_loss: bool = True
+) -> None:
+    """Check that the chat template ends an assistant's turn with a stop token, and that the token is trained on.
+
+    Args:
+        tokenizer: with the chat template in question.
+        stop_ids: the ids that end generation.
+        assistant_only_loss: whether only the template's `{% generation %}` blocks are trained on.
+
+    Raises:
+        GuardError: nothing is trained on, or the last trained token of a turn is no stop token.
+    """
+    turns = [{"role": role, "content": "text"} for role in ("user", "assistant", "user")]
+    # A template may close a turn only when another follows, or only when none does.
+    for messages in (turns[:2], turns) if assistant_only_loss else (turns[:2],):
+        encoding: Any = tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=assistant_only_loss
+        )
+        mask = encoding["assistant_masks"] if assistant_only_loss else [1] * len(encoding["input_ids"])
+        trained = [token for token, marked in zip(encoding["input_ids"], mask, strict=True) if marked]
+        while trained and str(tokenizer.decode(trained[-1:])).isspace():
+            trained.pop()
+        if not trained:
+            raise GuardError(
+                "the chat template marks no token of an assistant's turn as trained; put what the assistant says "
+                "between {% generation %} and {% endgeneration %}, or set assistant_only_loss: false."
+            )
+        if trained[-1] not in stop_ids:
+            stops = ", ".join(f"{tokenizer.decode([stop])!r}" for stop in sorted(stop_ids))
+            raise GuardError(
+                f"the last trained token of an assistant's turn is {tokenizer.decode(trained[-1:])!r}, not a stop token "
+                f"({stops}): the model would not learn to stop. End the {{% generation %}} block of the chat template "
+                "with the eos_token."
+            )
+
+
+def check_trained_tokens(dataset: Dataset, expected: int) -> None:
+    """Check that a trainer's prepared dataset trains on as many tokens as were handed to it.
+
+    Args:
+        dataset: `trainer.train_dataset`, packed or not, with a column `labels`.
+        expected: the number of labels that are not -100 before.
+
+    Raises:
+        GuardError: tokens were lost, or masked and unmasked.
+    """
+    labels = pc.list_flatten(dataset.with_format("arrow")["labels"])
+    found = pc.sum(pc.not_equal(labels, IGNORE_INDEX)).as_py() or 0
+    if found != expected:
+        raise GuardError(
+            f"{expected} tokens of the conversations are to be trained on, but {found} reached the trainer: TRL cut or "
+            "masked the rest. Check max_length and packing_strategy."
+        )
+
+
+__all__ = ["FusedLossGuard", "GuardError", "check_stop_token", "check_trained_tokens", "fused_loss_gap"]
