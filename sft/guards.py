@@ -156,7 +156,7 @@ def check_stop_token(
         )
         mask = encoding["assistant_masks"] if assistant_only_loss else [1] * len(encoding["input_ids"])
         trained = [token for token, marked in zip(encoding["input_ids"], mask, strict=True) if marked]
-        while trained and str(tokenizer.decode(trained[-1:])).isspace():
+        while trained and not str(tokenizer.decode(trained[-1:])).strip():
             trained.pop()
         if not trained:
             raise GuardError(
@@ -166,9 +166,9 @@ def check_stop_token(
         if trained[-1] not in stop_ids:
             stops = ", ".join(f"{tokenizer.decode([stop])!r}" for stop in sorted(stop_ids))
             raise GuardError(
-                f"the last trained token of an assistant's turn is {tokenizer.decode(trained[-1:])!r}, not a stop token "
-                f"({stops}): the model would not learn to stop. End the {{% generation %}} block of the chat template "
-                "with the eos_token."
+                f"the last trained token of an assistant's turn is {tokenizer.decode(trained[-1:])!r}, not a stop "
+                f"token ({stops}): the model would not learn to stop. End the {{% generation %}} block of the chat "
+                "template with the eos_token."
             )
 
 

@@ -240,24 +240,16 @@ def _naming(key: str, value: Any) -> Iterator[None]:
 @contextmanager
 def _progress_bars(shown: bool) -> Iterator[None]:
     """Hide the bars of loading and tokenizing, which are switched for the whole process; and bring them back."""
-    hidden = []
-    if not shown:
-        for is_on, switch_off, switch_on in (
-            (datasets.are_progress_bars_enabled, datasets.disable_progress_bars, datasets.enable_progress_bars),
-            (
-                transformers_logging.is_progress_bar_enabled,
-                transformers_logging.disable_progress_bar,
-                transformers_logging.enable_progress_bar,
-            ),
-        ):
-            if is_on():
-                switch_off()
-                hidden.append(switch_on)
+    hidden = (
+        [] if shown else [library for library in (datasets, transformers_logging) if library.is_progress_bar_enabled()]
+    )
+    for library in hidden:
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        for switch_on in hidden:
-            switch_on()
+        for library in hidden:
+            library.enable_progress_bar()
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

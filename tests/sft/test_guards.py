@@ -1,0 +1,181 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Every guard passes what is right, and stops the fault planted here."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from trl.trainer.utils import add_fused_lm_head
+
+import sft.train
+from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM
+from sft.guards import GuardError, check_stop_token, check_trained_tokens, fused_loss_gap
+from sft.train import build_trainer, load_tokenizer, train
+from tests.fixtures.tiny import tiny_config
+
+
+class HiddenFactorConfig(TeleFLMConfig):
+    """The fault: a configuration that does not tell TRL the factor on the logits."""
+
+    logit_scale = None
+
+
+class HiddenFactorModel(TeleFLMForCausalLM):
+    """The model as it is, its factor on the logits known to itself alone."""
+
+    def forward(self, input_ids=None, labels=None, num_items_in_batch=None, **kwargs):
+        hidden_states = self.model(input_ids, **kwargs).last_hidden_state
+        logits = self.lm_head(hidden_states) * (self.config.output_mult / self.config.mup_scale_factor)
+        return CausalLMOutputWithPast(logits=logits)
+
+
+MODELS = {"right": (TeleFLMConfig, TeleFLMForCausalLM), "wrong": (HiddenFactorConfig, HiddenFactorModel)}
+
+
+def untrained_model(kind="right", dtype=torch.float32, **overrides):
+    """Tele-FLM's own initialization and the 52B's multipliers: logits so small that a loss hardly depends on them."""
+    config_class, model_class = MODELS[kind]
+    fields = {"num_hidden_layers": 2, "initializer_range": 0.004, "output_mult": 0.5, "mup_scale_factor": 16.0}
+    torch.manual_seed(0)
+    return model_class(config_class(**{**tiny_config().to_dict(), **fields, **overrides})).to(dtype)
+
+
+def gap(model):
+    add_fused_lm_head(model)
+    return fused_loss_gap(model, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("output_mult", "mup_scale_factor"), [(0.5, 16.0), (2.0, 80.0), (0.37, 11.0)])
+def test_gap_is_rounding_for_the_right_loss(dtype, output_mult, mup_scale_factor):
+    assert gap(untrained_model("right", dtype, output_mult=output_mult, mup_scale_factor=mup_scale_factor)) < 0.005
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("output_mult", "at_least"), [(0.5, 50), (14.0, 0.1), (17.0, 0.05)])
+def test_gap_shows_any_factor_that_trl_does_not_know(dtype, output_mult, at_least):
+    assert gap(untrained_model("wrong", dtype, output_mult=output_mult)) > at_least
+
+
+def test_a_comparison_of_losses_would_not_have_shown_it():
+    model = untrained_model("wrong")
+    add_fused_lm_head(model)
+    input_ids = torch.arange(128)[None]
+    logits = model(input_ids).logits[:, :-1]
+    native = torch.nn.functional.cross_entropy(logits.flatten(0, 1), input_ids[0, 1:]).item()
+    fused = model(input_ids, labels=input_ids, fused_lm_head=True).loss.item()
+    assert fused == pytest.approx(native, rel=1e-3)
+
+
+@pytest.mark.parametrize("keys", [{}, {"bf16": True}, {"use_peft": True}], ids=str)
+def test_a_run_with_the_wrong_loss_stops_before_its_first_step(keys, make_recipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(sft.train, "load_model", lambda arguments: untrained_model("wrong"))
+    steps = []
+    with pytest.raises(GuardError, match=r"the loss of HiddenFactorModel: .* config.logit_scale, .* gives as None"):
+        train(make_recipe(max_steps=2, **keys), callbacks=[on_step(steps.append)])
+    assert not steps
+    assert not list((tmp_path / "out").glob("**/*.safetensors"))
+
+
+def on_step(call):
+    class OnStep(sft.train.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            call(state.global_step)
+
+    return OnStep()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"bf16": True},
+        {"dtype": "bfloat16"},
+        {"use_peft": True},
+        {"use_peft": True, "bf16": True, "gradient_checkpointing": True},
+        {"gradient_checkpointing": True},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+    ],
+    ids=str,
+)
+def test_a_right_run_is_let_through(keys, make_recipe):
+    result = train(make_recipe(max_steps=1, **keys), progress=False)
+    assert result.global_step == 1
+    assert result.log_history[0]["loss"] == pytest.approx(6.4, abs=0.2), "close to log(640), the untrained model's loss"
+
+
+def test_the_model_is_left_as_it_was(make_recipe):
+    trainer, _, _ = build_trainer(make_recipe(use_peft=True, lora_dropout=0.5))
+    model = trainer.model.train()
+    model.get_base_model().model.layers[0].eval()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+    def state():
+        return (
+            [module.training for module in model.modules()],
+            [(name, p.requires_grad, p.grad.tolist()) for name, p in model.named_parameters()],
+            [len(module._forward_hooks) for module in model.modules()],
+            torch.get_rng_state().tolist(),
+            {name: tensor.tolist() for name, tensor in model.state_dict().items()},
+        )
+
+    before = copy.deepcopy(state())
+    assert fused_loss_gap(model, model.get_base_model()) < 0.005
+    assert state() == before
+
+
+TURNS = (
+    "{%% for m in messages %%}<_user>"
+    "{%% if m.role == 'user' %%}{{ m.content }}{%% else %%}%s{%% endif %%}"
+    "{%% endfor %%}"
+)
+TEMPLATES = {
+    "end token outside": TURNS % "{% generation %}{{ m.content }}{% endgeneration %}</s>",
+    "no end token": TURNS % "{% generation %}{{ m.content }}{% endgeneration %}",
+    "not the stop token": TURNS % "{% generation %}{{ m.content }}<_bot>{% endgeneration %}",
+    "end token only before another turn": TURNS
+    % "{% generation %}{{ m.content }}{% if not loop.last %}</s>{% endif %}{% endgeneration %}",
+    "end token only after the last turn": TURNS
+    % "{% generation %}{{ m.content }}{% if loop.last %}</s>{% endif %}{% endgeneration %}",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_template_that_does_not_train_the_stop_token_is_refused(template, make_recipe, tmp_path):
+    path = tmp_path / "template.jinja"
+    path.write_text(template)
+    with pytest.raises(
+        GuardError, match=r"last trained token of an assistant's turn is .* not a stop token \('</s>'\)"
+    ):
+        train(make_recipe(chat_template_path=str(path)))
+
+
+def test_a_template_without_marks_is_refused(make_recipe, tmp_path):
+    path = tmp_path / "template.jinja"
+    path.write_text("{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    with pytest.raises(GuardError, match="marks no token of an assistant's turn as trained"):
+        train(make_recipe(chat_template_path=str(path)))
+    tokenizer, stop_ids = load_tokenizer(make_recipe(chat_template_path=str(path)))
+    check_stop_token(tokenizer, stop_ids, assistant_only_loss=False)
+
+
+def test_space_after_the_stop_token_is_fine(make_recipe):
+    tokenizer, stop_ids = load_tokenizer(make_recipe())
+    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "eos_token ~ '\n'")
+    check_stop_token(tokenizer, stop_ids)
+
+
+@pytest.mark.parametrize("packing_strategy", ["bfd", "bfd_split", "wrapped"])
+def test_tokens_lost_on_the_way_to_the_trainer_are_noticed(packing_strategy, make_recipe):
+    trainer, report, _ = build_trainer(make_recipe(packing=True, packing_strategy=packing_strategy, max_length=64))
+    check_trained_tokens(trainer.train_dataset, report.trained_tokens)
+    with pytest.raises(GuardError, match=r"are to be trained on, but \d+ reached the trainer"):
+        check_trained_tokens(trainer.train_dataset.select(range(len(trainer.train_dataset) - 1)), report.trained_tokens)
+    with pytest.raises(GuardError, match=r"1 tokens .* 0 reached the trainer"):
+        check_trained_tokens(Dataset.from_dict({"labels": [[-100, -100]]}), 1)

@@ -1,0 +1,147 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+import sft
+from sft.recipe import Recipe, RecipeError, parse_overrides, read_recipe
+from tests.fixtures.tiny import tiny_model
+
+FOLDER = Path(sft.__file__).parent
+MINIMAL = {"model_name_or_path": "model", "data_files": "data.jsonl", "output_dir": "out", "use_cpu": True}
+
+
+def test_keys_reach_the_dataclass_that_declares_them():
+    recipe = Recipe.from_dict({**MINIMAL, "lora_r": 4, "learning_rate": 1, "assistant_only_loss": False})
+    assert (recipe.model.lora_r, recipe.training.learning_rate, recipe.data.assistant_only_loss) == (4, 1, False)
+    assert recipe.model.lora_target_modules == "all-linear"
+    assert recipe.training.bf16 is False, "TRL's default of bfloat16 is for accelerators"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("learnin_rate", 1e-5, "unknown key learnin_rate; did you mean learning_rate?"),
+        ("zzz", 1, "unknown key zzz; keys are those of"),
+        ("load_in_4bit", True, "unknown key load_in_4bit"),
+        ("learning_rate", "fast", "learning_rate is 'fast', of type str; expected float."),
+        ("learning_rate", True, "learning_rate is True, of type bool; expected float."),
+        ("max_length", 20.5, "max_length is 20.5, of type float; expected int or null."),
+        ("logging_steps", None, "logging_steps is None, of type NoneType; expected float."),
+        ("packing", "yes", "packing is 'yes', of type str; expected bool."),
+        ("save_strategy", False, "save_strategy is False, of type bool; expected str."),
+        ("data_files", [1], "data_files is [1], of type list; expected str or list[str]."),
+        ("lr_scheduler_kwargs", [], "lr_scheduler_kwargs is [], of type list; expected dict or str or null."),
+        ("packing_strategy", "best", "packing_strategy is 'best'; expected one of bfd, bfd_split, wrapped."),
+        ("dtype", "int4", "dtype is 'int4'; expected one of auto, bfloat16, float16, float32."),
+        ("save_strategy", "sometimes", "sometimes is not a valid SaveStrategy"),
+        ("trust_remote_code", True, "trust_remote_code has no effect here; no code of a checkpoint is ever executed"),
+        ("completion_only_loss", True, "completion_only_loss has no effect here; use assistant_only_loss"),
+    ],
+)
+def test_a_wrong_key_is_one_line_that_names_it(key, value, message):
+    with pytest.raises(RecipeError) as error:
+        Recipe.from_dict({**MINIMAL, key: value}, origin="my.yaml")
+    assert str(error.value).startswith("my.yaml")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_required_keys():
+    with pytest.raises(RecipeError, match="does not set data_files, output_dir; add it, or pass --data_files VALUE"):
+        Recipe.from_dict({"model_name_or_path": "model"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2\n", "is not valid YAML: .*seed is given twice"),
+        ("seed: [1\n", "is not valid YAML"),
+        ("- seed\n", "holds a list; a recipe is one flat mapping"),
+        ("seed: !!python/object/apply:os.system ['true']\n", "is not valid YAML"),
+    ],
+)
+def test_a_broken_file_is_one_line(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(path)
+
+
+def test_a_missing_file():
+    with pytest.raises(RecipeError, match=r"cannot read the recipe nowhere.yaml: No such file or directory"):
+        read_recipe("nowhere.yaml")
+
+
+def test_scalars_follow_yaml_1_2_and_overrides_win(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("save_strategy: no\nlr_scheduler_kwargs: {lr_end: 1e-9}\nseed: 1\nrun_name: on\n")
+    recipe = read_recipe(path, {**MINIMAL, "seed": 2})
+    assert recipe.training.save_strategy == "no"
+    assert recipe.training.lr_scheduler_kwargs == {"lr_end": 1e-9}
+    assert (recipe.training.seed, recipe.training.run_name) == (2, "on")
+    with pytest.raises(RecipeError, match=r"the command line: unknown key sed; did you mean seed\?"):
+        read_recipe(path, {**MINIMAL, "sed": 2})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--learning-rate", "2.7e-5", "--seed=3"], {"learning_rate": 2.7e-5, "seed": 3}),
+        (["--packing", "--max_length", "null"], {"packing": True, "max_length": None}),
+        (["--data_files", "a.jsonl", "b.jsonl"], {"data_files": ["a.jsonl", "b.jsonl"]}),
+        (["--max_steps", "-1"], {"max_steps": -1}),
+        (["--lr_scheduler_kwargs", "{lr_end: 1e-9}"], {"lr_scheduler_kwargs": {"lr_end": 1e-9}}),
+        (["--run_name", "a=b"], {"run_name": "a=b"}),
+        ([], {}),
+    ],
+)
+def test_overrides(arguments, expected):
+    assert parse_overrides(arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recipe.yaml"], "'recipe.yaml' belongs to no key"),
+        (["--seed", "1", "--seed", "2"], "--seed is given twice"),
+        (["--data_files", "[a"], "--data_files is not valid YAML"),
+    ],
+)
+def test_wrong_overrides(arguments, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_overrides(arguments)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("recipes/*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid_and_decay_linearly_to_the_published_floor(path):
+    # bfloat16 and sharding need accelerators; the keys are checked all the same.
+    training = read_recipe(path, {**MINIMAL, "bf16": False}).training
+    assert training.lr_scheduler_type == "polynomial"
+    assert training.lr_scheduler_kwargs == {"lr_end": 1e-9, "power": 1.0}
+    if path.stem == "flm-2-52b-full":
+        assert (training.learning_rate, training.max_length) == (2.7e-5, 2048)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("accelerate_configs/*.yaml")), ids=lambda path: path.stem)
+def test_shipped_accelerate_configs_are_accepted(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 8
+    if config.fsdp_config:
+        layers = {type(module).__name__ for module in tiny_model().modules()}
+        assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] in layers, (
+            "nothing but the root would be wrapped"
+        )
+
+
+def test_the_command_and_the_reading_of_data_start_without_torch():
+    code = (
+        "import sys, sft, sft.cli, sft.data; assert not {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
