@@ -4,6 +4,8 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Tele-FLM for transformers. Importing this package registers TeleFLM with the Auto classes."""
 
+from typing import Any
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -25,7 +27,7 @@ from .modeling_teleflm import (
 )
 from .tokenization_teleflm import TeleFLMTokenizer
 
-_MODEL_CLASSES = {
+_MODEL_CLASSES: dict[Any, type[TeleFLMPreTrainedModel]] = {
     AutoModel: TeleFLMModel,
     AutoModelForCausalLM: TeleFLMForCausalLM,
     AutoModelForQuestionAnswering: TeleFLMForQuestionAnswering,

@@ -37,6 +37,12 @@ class TeleFLMPreTrainedModel(LlamaPreTrainedModel):
     config: TeleFLMConfig
     config_class = TeleFLMConfig
 
+    def __init__(self, config: TeleFLMConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        # The generic heads make their decoder through AutoModel. Loaded from a Hub folder, this file is alone to know
+        # it, and the configuration's class is another copy than the one imported above.
+        AutoModel.register(type(config), TeleFLMModel, exist_ok=True)
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         # Left to itself, transformers lists the class it saves and no other, although the file it copies has them all.
         self.config.auto_map = dict(AUTO_MAP)
@@ -126,10 +132,6 @@ class TeleFLMForCausalLM(TeleFLMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-# The heads below make their decoder through AutoModel, which must know it where only this file is, not the package.
-AutoModel.register(TeleFLMConfig, TeleFLMModel, exist_ok=True)
 
 
 class TeleFLMForSequenceClassification(GenericForSequenceClassification, TeleFLMPreTrainedModel): ...

@@ -91,21 +91,31 @@ class TeleFLMTokenizer(SentencePieceBackend):
         """Split a text into pieces; special tokens stay whole unless `split_special_tokens` is given as true."""
         if kwargs.get("split_special_tokens", self.split_special_tokens):
             return self.sp_model.encode(text, out_type=str)
-        return [piece for piece, _, _ in self._tokenize_with_offsets(text)]
+        pieces: list[str] = []
+        for part, _, is_boundary in self._parts(text):
+            pieces += [part] if is_boundary else self.sp_model.encode(part, out_type=str)
+        return pieces
 
     def _tokenize_with_offsets(self, text: str) -> Iterator[tuple[str, int, int]]:
-        """Yield (piece, start, end) in characters of `text`. `tokenize` is this too, so that ids and offsets agree."""
-        boundaries = self._boundaries()
-        start = 0
-        # The capture group keeps the boundaries among the parts; the longest name first, so that none hides another.
-        for part in re.split(f"({'|'.join(map(re.escape, sorted(boundaries, key=len, reverse=True)))})", text):
-            if part in boundaries:
+        """Yield what `tokenize` returns as (piece, start, end), in characters of `text`."""
+        for part, start, is_boundary in self._parts(text):
+            if is_boundary:
                 yield part, start, start + len(part)
-            elif part:
-                encoding = self.sp_model.encode(part, return_type="offset_mapping")
-                for piece, (piece_start, piece_end) in zip(encoding["pieces"], encoding["offsets"], strict=True):
-                    # A dummy prefix, or a byte that does not end its character, is empty: it belongs to what follows.
-                    yield piece, start + piece_start, start + max(piece_end, piece_start + 1)
+                continue
+            encoding = self.sp_model.encode(part, return_type="offset_mapping")
+            for piece, (piece_start, piece_end) in zip(encoding["pieces"], encoding["offsets"], strict=True):
+                # A dummy prefix, or a byte that does not end its character, is empty: it belongs to what follows it.
+                yield piece, start + piece_start, start + max(piece_end, piece_start + 1)
+
+    def _parts(self, text: str) -> Iterator[tuple[str, int, bool]]:
+        """Cut a text at its boundary tokens: yield (part, start, is_boundary), none empty."""
+        boundaries = self._boundaries()
+        # The group keeps the boundaries among the parts; the longest name comes first, so that none hides another.
+        names = "|".join(map(re.escape, sorted(boundaries, key=len, reverse=True))) or "(?!)"
+        start = 0
+        for part in re.split(f"({names})", text):
+            if part:
+                yield part, start, part in boundaries
             start += len(part)
 
     def _boundaries(self) -> Set[str]:
