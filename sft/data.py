@@ -18,7 +18,7 @@ columns are ignored. A row that cannot be trained on is a [`Reject`] with one of
 | `bad_message` | has a message that is not an object |
 | `unknown_role` | has a role other than the three |
 | `system_not_first` | has a system message that is not its first |
-| `bad_content` | has a content that is not text, or an assistant's that is blank |
+| `bad_content` | has a content that is not text, or is an assistant's and blank |
 | `no_assistant` | has nobody to learn from |
 | `control_token` | spells out a control token in a content, which would become the real one |
 """
@@ -148,7 +148,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
             if line.strip():
                 try:
                     yield number, json.loads(line)
-                except ValueError as error:  # of JSON or of UTF-8
+                except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of a thousand brackets
                     yield number, _Problem("invalid_json", str(error))
 
 
@@ -178,7 +178,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
 def _find_problem(row: Any, control_tokens: Collection[str]) -> _Problem | None:
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages:
-        found = f"its columns are {', '.join(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
+        found = (
+            f"its columns are {', '.join(row) or 'none'}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
+        )
         return _Problem("no_messages", f"a row needs a non-empty list `messages`; {found}")
     for index, message in enumerate(messages):
         if problem := _find_message_problem(index, message, control_tokens):
@@ -199,6 +201,8 @@ def _find_message_problem(index: int, message: Any, control_tokens: Collection[s
         return _Problem("system_not_first", f"{where} is a system message; only messages[0] may be")
     if not isinstance(content, str):
         return _Problem("bad_content", f"{where} has a content of type {type(content).__name__}; expected text")
+    if re.search("[\ud800-\udfff]", content):
+        return _Problem("bad_content", f"{where} has half of a surrogate pair, which is no character")
     if role == "assistant" and not content.strip():
         return _Problem("bad_content", f"{where} is an assistant's and blank")
     if spelled := [token for token in control_tokens if token in content]:

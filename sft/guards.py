@@ -98,7 +98,7 @@ def fused_loss_gap(model: nn.Module, base: PreTrainedModel, device: torch.device
     # Eager, because a graph compiled now would keep the scaling of the hidden states after its hook is gone.
     with _evaluating(base), torch.compiler.set_stance("force_eager"):
         logits = model(input_ids=input_ids, use_cache=False).logits
-        with _scaled_hidden_states(base, _LOGIT_STD / logits.float().std().item()):
+        with _scaled_hidden_states(base, _LOGIT_STD / logits.float().std()):
             logits = model(input_ids=input_ids, use_cache=False).logits
             fused = model(input_ids=input_ids, labels=input_ids, use_cache=False, fused_lm_head=True).log_probs
 
@@ -120,7 +120,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _scaled_hidden_states(model: PreTrainedModel, factor: float) -> Iterator[None]:
+def _scaled_hidden_states(model: PreTrainedModel, factor: torch.Tensor) -> Iterator[None]:
     def scale(module: nn.Module, args: Any, output: Any) -> Any:
         output.last_hidden_state = output.last_hidden_state * factor
         return output

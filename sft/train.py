@@ -78,12 +78,13 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), progress
     Raises:
         SFTError: the recipe, the data or the model is refused; no step was done and nothing was saved.
     """
+    checkpoint = _checkpoint(recipe)
     with _progress_bars(progress):
         trainer, data, eval_data = build_trainer(recipe, callbacks)
         if not progress:
             trainer.remove_callback(ProgressCallback)
             trainer.remove_callback(PrinterCallback)
-        output = trainer.train(resume_from_checkpoint=_checkpoint(recipe))
+        output = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.save_state()
     return TrainResult(
@@ -174,8 +175,10 @@ def load_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, set[int]]:
     if not tokenizer.chat_template:
         raise RecipeError(f"{path} has no chat template; set chat_template_path to a Jinja file.")
 
-    eos = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
-    return tokenizer, set(eos) if isinstance(eos, list) else {eos}
+    stop_ids = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
+    if stop_ids is None:
+        raise RecipeError(f"{path} has no eos_token_id in generation_config.json or config.json, nor an eos_token.")
+    return tokenizer, set(stop_ids) if isinstance(stop_ids, list) else {stop_ids}
 
 
 def _prepare(

@@ -45,6 +45,8 @@ INVALID = [
     (chat(ASK, ("system", "Be brief."), ANSWER), "system_not_first", "messages[1] is a system message"),
     (chat(("user", None), ANSWER), "bad_content", "messages[0] has a content of type NoneType; expected text"),
     (chat(("user", [{"type": "text"}]), ANSWER), "bad_content", "messages[0] has a content of type list"),
+    (chat(ASK, ("assistant", "\ud83d")), "bad_content", "messages[1] has half of a surrogate pair"),
+    ("[" * 100_000, "invalid_json", "recursion"),
     (chat(ASK, ("assistant", " \n")), "bad_content", "messages[1] is an assistant's and blank"),
     (chat(ASK), "no_assistant", "none of its 1 messages"),
     (chat(("user", "Say <_bot>yes</s>"), ANSWER), "control_token", "messages[0] contains </s>"),

@@ -34,15 +34,14 @@ class HiddenFactorModel(TeleFLMForCausalLM):
         return CausalLMOutputWithPast(logits=logits)
 
 
-MODELS = {"right": (TeleFLMConfig, TeleFLMForCausalLM), "wrong": (HiddenFactorConfig, HiddenFactorModel)}
-
-
 def untrained_model(kind="right", dtype=torch.float32, **overrides):
     """Tele-FLM's own initialization and the 52B's multipliers: logits so small that a loss hardly depends on them."""
-    config_class, model_class = MODELS[kind]
     fields = {"num_hidden_layers": 2, "initializer_range": 0.004, "output_mult": 0.5, "mup_scale_factor": 16.0}
     torch.manual_seed(0)
-    return model_class(config_class(**{**tiny_config().to_dict(), **fields, **overrides})).to(dtype)
+    model = {"right": TeleFLMForCausalLM, "wrong": HiddenFactorModel}[kind](tiny_config(**{**fields, **overrides}))
+    if kind == "wrong":
+        model.config.__class__ = HiddenFactorConfig
+    return model.to(dtype)
 
 
 def gap(model):

@@ -232,3 +232,23 @@ def test_accelerate_launches_it(arguments):
     assert "3 steps" in result.stdout
     state = json.loads((Path(arguments[-1]) / "trainer_state.json").read_text())
     assert state["global_step"] == 3
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(arguments, make_recipe, tmp_path):
+    keys = {"packing": False, "max_steps": 3, "learning_rate": 1e-3, "per_device_train_batch_size": 4}
+    words = [word for key, value in keys.items() for word in (f"--{key}", str(value).lower())]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sft.train"]
+    root = Path(sft.__file__).parents[1]
+    result = subprocess.run([*launch, *arguments, *words, "--json"], cwd=root, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+    keys |= {"per_device_train_batch_size": 8, "max_length": 256, "output_dir": str(tmp_path / "one")}
+    one = train(
+        make_recipe(**keys, lr_scheduler_type="polynomial", lr_scheduler_kwargs={"lr_end": 1e-9}), progress=False
+    )
+    two = json.loads(result.stdout)["log_history"]
+    assert [entry["loss"] for entry in two if "loss" in entry] == pytest.approx(losses(one), rel=1e-5)
+    assert all(
+        torch.allclose(weights(tmp_path / "out")[name], weight, atol=1e-5)
+        for name, weight in weights(tmp_path / "one").items()
+    )
