@@ -54,10 +54,12 @@ def resolve(plan: CheckpointPlan, reader: FileReader, workers: int) -> Resolved:
 
 
 def measure(statistic: Statistic, reader: FileReader) -> float:
-    """The mean or standard deviation of a window, in float64, over at most 4 Mi evenly spread elements."""
-    parts = [part.astype(np.float64).ravel() for part in _sample(statistic.view, reader)]
-    values = np.concatenate(parts)
-    return float(values.mean() if statistic.kind == "mean" else values.std()) * statistic.factor
+    """The mean or standard deviation of a window, over at most 4 Mi evenly spread elements.
+
+    Computed in float64 and rounded to float32, so that the order in which a numpy version adds does not show.
+    """
+    values = np.concatenate([part.astype(np.float64).ravel() for part in _sample(statistic.view, reader)])
+    return float(np.float32(values.mean() if statistic.kind == "mean" else values.std())) * statistic.factor
 
 
 def _sample(view: View, reader: FileReader) -> Iterator[np.ndarray]:
@@ -118,7 +120,7 @@ def assemble(
                 target[...] = resolved.number(piece.value)
             case RowMean():
                 first = box.start[-1] - piece.box.start[-1]
-                target[...] = resolved.rows[piece.source][first : first + box.size[-1]]
+                target[...] = resolved.rows[piece.source][first : first + box.size[-1]] * piece.scale
             case Normal():
                 words = draw_words(seed, tensor.name, start, stop - start) if words is None else words
                 table = normal_table(resolved.number(piece.std), tensor.dtype)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from .assemble import assemble, blocks, is_zero, resolve
-from .containers import Shard, loadable_file, safetensors_index, safetensors_shards
+from .containers import Shard, loadable_file, parse_size, safetensors_index, safetensors_shards
 from .errors import CheckpointError
 from .manifest import MANIFEST, block_digest, make_manifest, read_manifest, tensor_digest
 from .plan import CheckpointPlan, TensorPlan
@@ -46,18 +46,23 @@ class WriteOptions:
     """How to write a checkpoint.
 
     Args:
-        max_shard_size: most bytes of tensors in a file (a larger tensor has a file to itself).
+        max_shard_size: most bytes of tensors in a file, or text such as `5GB` (a larger tensor has a file to itself).
         workers: threads; memory grows with it, the output's bytes do not depend on it.
         digest: hash every tensor for the manifest.
         overwrite: replace the checkpoint that the folder already holds.
         progress: called from any thread with the number of output bytes just finished.
     """
 
-    max_shard_size: int = 5 * 10**9
+    max_shard_size: str | int = "5GB"
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     digest: bool = True
     overwrite: bool = False
     progress: Callable[[int], None] = lambda nbytes: None
+
+    @property
+    def shard_bytes(self) -> int:
+        """`max_shard_size` in bytes."""
+        return parse_size(self.max_shard_size)
 
 
 @dataclass(frozen=True)
@@ -70,14 +75,13 @@ class Written:
     already_done: bool
 
 
-def write_checkpoint(plan: CheckpointPlan, out: Path, options: WriteOptions, version: str) -> Written:
+def write_checkpoint(plan: CheckpointPlan, out: Path, options: WriteOptions) -> Written:
     """Execute a plan into a Hub folder of safetensors.
 
     Args:
         plan: what to write; checked before anything is touched.
         out: the folder: new, without a checkpoint, or holding this very one already, unless `overwrite` is set.
         options: see `WriteOptions`.
-        version: version of this package, for the manifest.
 
     Raises:
         PlanError: the plan does not tile its output.
@@ -85,7 +89,7 @@ def write_checkpoint(plan: CheckpointPlan, out: Path, options: WriteOptions, ver
         OSError: the disk fails; the folder is then not loadable.
     """
     plan.check()
-    shards = safetensors_shards(plan.tensors, options.max_shard_size)
+    shards = safetensors_shards(plan.tensors, options.shard_bytes)
     written = Written(out, tuple(shard.filename for shard in shards), plan.nbytes, already_done=False)
     if any(Path(file).resolve().parent == out.resolve() for file in plan.sources):
         raise CheckpointError(f"{out}: is the source too; write to another folder.")
@@ -105,7 +109,7 @@ def write_checkpoint(plan: CheckpointPlan, out: Path, options: WriteOptions, ver
         for name, content in plan.sidecars.items():
             _write_file(out / name, content if isinstance(content, bytes) else Path(content).read_bytes())
         _write_file(out / "config.json", _json_bytes(plan.config))
-        _write_file(out / MANIFEST, _json_bytes(make_manifest(plan, shards, resolved, digests, version)))
+        _write_file(out / MANIFEST, _json_bytes(make_manifest(plan, shards, resolved, digests)))
         _make_loadable(shards, out)
     return written
 
@@ -239,8 +243,10 @@ def _exclusive(out: Path) -> Iterator[None]:
     try:
         if not _lock(descriptor, out / _LOCK):
             raise CheckpointError(f"{out}: another run is writing here; wait for it or choose another folder.")
-        yield
-        (out / _LOCK).unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            (out / _LOCK).unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 

@@ -7,6 +7,7 @@
 It is published beside the weights, so it holds no local path, no user and no host name.
 """
 
+import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -33,8 +34,16 @@ def tensor_digest(blocks: Iterable[bytes]) -> str:
     return xxhash.xxh3_128_hexdigest(b"".join(blocks))
 
 
+def package_version() -> str:
+    """Version of this package, or `unknown` in a checkout that was never installed."""
+    try:
+        return importlib.metadata.version("teleflm")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
 def make_manifest(
-    plan: CheckpointPlan, shards: Iterable[Shard], resolved: Resolved, digests: Mapping[str, str], version: str
+    plan: CheckpointPlan, shards: Iterable[Shard], resolved: Resolved, digests: Mapping[str, str]
 ) -> dict[str, Any]:
     """The manifest of a finished checkpoint.
 
@@ -43,11 +52,10 @@ def make_manifest(
         shards: the files it was written to.
         resolved: the numbers behind the plan's symbols.
         digests: tensor name -> digest; empty if none were taken.
-        version: version of this package.
     """
     return {
         "format": FORMAT,
-        "teleflm_version": version,
+        "teleflm_version": package_version(),
         "plan": plan.fingerprint(),
         "seed": plan.seed,
         "lineage": plan.lineage,

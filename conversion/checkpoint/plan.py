@@ -233,14 +233,15 @@ class Normal:
 
 @dataclass(frozen=True, slots=True)
 class RowMean:
-    """The mean over the rows of `source` [rows, n], repeated along every dimension of the box but the last [n]."""
+    """The mean over the rows of `source` [rows, n], times a factor, repeated in every row [n] of the box."""
 
     box: Box
     source: View
+    scale: float = 1.0
 
     def describe(self) -> str:
         """One phrase for a dry run."""
-        return f"mean of {self.source.shape[0]} rows"
+        return f"mean of {self.source.shape[0]} rows" + ("" if self.scale == 1.0 else f" x {self.scale:.6g}")
 
 
 Piece: TypeAlias = Copy | Fill | Normal | RowMean
@@ -410,4 +411,4 @@ def _portable_repr(piece: Piece) -> str:
         case Normal():
             return repr(("normal", box, number(piece.std)))
         case RowMean():
-            return repr(("row mean", box, window(piece.source)))
+            return repr(("row mean", box, window(piece.source), piece.scale))

@@ -1,0 +1,159 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The few numbers of a Tele-FLM configuration that checkpoints depend on, read from config.json without torch."""
+
+import importlib.util
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from .checkpoint.errors import CheckpointError
+
+MODEL_TYPE = "TeleFLM"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes and multipliers of a Tele-FLM model; the fields are config.json's."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool = False
+    use_mup: bool = False
+    input_mult: float = 1.0
+    output_mult: float = 1.0
+    mup_scale_factor: float = 1.0
+
+    @property
+    def embedding_scale(self) -> float:
+        """Factor on the token embeddings."""
+        return self.input_mult if self.use_mup else 1.0
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor on the logits."""
+        return self.output_mult / self.mup_scale_factor if self.use_mup else 1.0
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights, padding rows of the vocabulary included."""
+        h, hd = self.hidden_size, self.head_dim
+        attention = 2 * h * hd * (self.num_attention_heads + self.num_key_value_heads)
+        layer = attention + 3 * h * self.intermediate_size + 2 * h
+        return self.vocab_size * h * (1 if self.tie_word_embeddings else 2) + self.num_hidden_layers * layer + h
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], where: str = "config.json") -> "Architecture":
+        """Read and check a configuration.
+
+        Args:
+            config: content of a config.json.
+            where: what to call it in errors.
+
+        Raises:
+            CheckpointError: a field is missing, has the wrong type, or contradicts another.
+        """
+        if config.get("model_type") != MODEL_TYPE:
+            raise CheckpointError(f"{where}: model_type is {config.get('model_type')!r}, expected {MODEL_TYPE!r}.")
+        for unsupported in ("attention_bias", "mlp_bias"):
+            if config.get(unsupported):
+                raise CheckpointError(f"{where}: {unsupported} is true; Tele-FLM models have no biases.")
+        values = {field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None}
+        heads, hidden = _number(values, "num_attention_heads", where), _number(values, "hidden_size", where)
+        if hidden % heads:
+            raise CheckpointError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}.")
+        values.setdefault("num_key_value_heads", heads)
+        values.setdefault("head_dim", hidden // heads)
+        values.setdefault("rms_norm_eps", 1e-6)  # transformers' default for Llama
+        for field in fields(cls):
+            values[field.name] = _value(values, field.name, field.type, where)
+        if heads % values["num_key_value_heads"]:
+            raise CheckpointError(
+                f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads "
+                f"{values['num_key_value_heads']}."
+            )
+        return cls(**values)
+
+    def to_config(self, base: Mapping[str, Any]) -> dict[str, Any]:
+        """`base` with this architecture's numbers; everything else as it is there."""
+        return {**base, **asdict(self), "model_type": MODEL_TYPE}
+
+    def evolve(self, **changes: Any) -> "Architecture":
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+def _number(values: Mapping[str, Any], name: str, where: str) -> int:
+    return _value(values, name, int, where)
+
+
+def _value(values: Mapping[str, Any], name: str, kind: Any, where: str) -> Any:
+    """One field, of its declared type; sizes and multipliers must be above zero."""
+    if name not in values:
+        default = {field.name: field.default for field in fields(Architecture)}[name]
+        if isinstance(default, bool | float):
+            return default
+        raise CheckpointError(f"{where}: {name} is missing.")
+    value = values[name]
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{where}: {name} is {value!r}, expected true or false.")
+        return value
+    accepted = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, accepted):
+        raise CheckpointError(f"{where}: {name} is {value!r}, expected {'an integer' if kind is int else 'a number'}.")
+    if not (value > 0 and math.isfinite(value)):
+        raise CheckpointError(f"{where}: {name} is {value!r}; it must be finite and above 0.")
+    return kind(value)
+
+
+def package_folder() -> Path:
+    """Folder of `modeling_teleflm`, found without importing it (that would import torch)."""
+    spec = importlib.util.find_spec("modeling_teleflm")
+    if spec is None or spec.origin is None:
+        raise CheckpointError("modeling_teleflm is not installed; reinstall the teleflm package.")
+    return Path(spec.origin).parent
+
+
+def preset_names() -> list[str]:
+    """The presets there are."""
+    return sorted(path.stem for path in (package_folder() / "presets").glob("*.json"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """A preset's configuration.
+
+    Raises:
+        CheckpointError: there is none of that name; the message lists those there are.
+    """
+    if name not in preset_names():
+        raise CheckpointError(f"there is no preset {name!r}; known presets: {', '.join(preset_names())}.")
+    return json.loads((package_folder() / "presets" / f"{name}.json").read_text())
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """Read a config.json.
+
+    Raises:
+        CheckpointError: the file is missing or not a JSON object.
+    """
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file.") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}).") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(config).__name__}, expected an object.")
+    return config

@@ -1,0 +1,135 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What makes a folder of weights a Hub repository: configuration, code, tokenizer and model card."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .architecture import Architecture, package_folder
+from .checkpoint.errors import CheckpointError
+
+CODE_FILES = ("configuration_teleflm.py", "modeling_teleflm.py", "tokenization_teleflm.py")
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+_OTHER_FILES = ("generation_config.json",)
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_teleflm.TeleFLMConfig",
+    "AutoModel": "modeling_teleflm.TeleFLMModel",
+    "AutoModelForCausalLM": "modeling_teleflm.TeleFLMForCausalLM",
+    "AutoModelForQuestionAnswering": "modeling_teleflm.TeleFLMForQuestionAnswering",
+    "AutoModelForSequenceClassification": "modeling_teleflm.TeleFLMForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_teleflm.TeleFLMForTokenClassification",
+}
+_OLD_SPELLINGS = ("torch_dtype", "rope_theta", "rope_scaling", "transformers_version", "_name_or_path", "auto_map")
+
+
+def hub_config(base: Mapping[str, Any], architecture: Architecture, dtype: str) -> dict[str, Any]:
+    """The config.json of an output folder: `base` in today's spelling, with our numbers, code and dtype.
+
+    Args:
+        base: configuration of the source; fields we do not know are kept.
+        architecture: the output's numbers.
+        dtype: of the output's weights, for example `bfloat16`.
+    """
+    kept = {key: value for key, value in base.items() if key not in _OLD_SPELLINGS}
+    rope = dict(base.get("rope_parameters") or base.get("rope_scaling") or {})
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    rope.setdefault("rope_theta", float(base.get("rope_theta") or 10000.0))
+    own = {"architectures": ["TeleFLMForCausalLM"], "auto_map": AUTO_MAP, "dtype": dtype, "rope_parameters": rope}
+    return dict(sorted({**architecture.to_config(kept), **own}.items()))
+
+
+def hub_sidecars(source: Path, card: str) -> dict[str, str | bytes]:
+    """The other files of an output folder: our code, the source's tokenizer and generation settings, the model card.
+
+    Python files of the source are left behind: their place is taken by ours.
+
+    Args:
+        source: folder to copy from.
+        card: content of README.md.
+    """
+    package = package_folder()
+    files: dict[str, str | bytes] = {name: str(package / name) for name in CODE_FILES}
+    for name in (*TOKENIZER_FILES, *_OTHER_FILES):
+        if (source / name).is_file():
+            files[name] = str(source / name)
+    files["README.md"] = card.encode()
+    return files
+
+
+def count_pieces(folder: Path) -> int | None:
+    """Number of pieces of the folder's sentencepiece tokenizer, or None if it has none.
+
+    Raises:
+        CheckpointError: tokenizer.model cannot be read.
+    """
+    path = folder / "tokenizer.model"
+    if not path.is_file():
+        return None
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor(model_file=str(path)).get_piece_size()
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(f"{path}: not a sentencepiece model ({error}); restore it or remove it.") from None
+
+
+def model_card(architecture: Architecture, dtype: str, lineage: list[str]) -> str:
+    """A README.md with the facts that follow from the configuration.
+
+    Args:
+        architecture: the model's numbers.
+        dtype: of its weights.
+        lineage: one sentence a step of what it was made from.
+    """
+    a = architecture
+    rows = {
+        "Parameters": f"{a.num_parameters:,}",
+        "Layers": a.num_hidden_layers,
+        "Hidden size": f"{a.hidden_size:,}",
+        "Attention heads (key/value)": f"{a.num_attention_heads} ({a.num_key_value_heads})",
+        "Feed-forward size": f"{a.intermediate_size:,}",
+        "Vocabulary rows": f"{a.vocab_size:,}",
+        "Factor on the logits": f"{a.logit_scale:g}",
+        "Weights": dtype,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    steps = "\n".join(f"{i}. {step}" for i, step in enumerate(lineage, 1))
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- TeleFLM
+---
+# A Tele-FLM model
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+```
+
+With the `teleflm` package installed, `import modeling_teleflm` replaces `trust_remote_code=True`.
+
+## Made from
+
+{steps}
+
+`manifest.json` has the full record and the digest of every tensor.
+"""

@@ -1,0 +1,87 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The name and layout table of a Tele-FLM checkpoint in Hub format: one line a weight, in data-flow order."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from .architecture import Architecture
+from .checkpoint.errors import CheckpointError
+from .checkpoint.plan import Shape, View
+
+Axis: TypeAlias = Literal["vocab", "hidden", "query", "key_value", "ffn"]
+"""What a dimension of a weight counts: `query` is heads x head_dim, `key_value` is kv heads x head_dim."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight: its name, with `{}` for the layer's number, and what its dimensions count."""
+
+    name: str
+    axes: tuple[Axis, ...]
+
+    def shape(self, architecture: Architecture) -> Shape:
+        """Its shape in a model of that architecture."""
+        return tuple(axis_size(axis, architecture) for axis in self.axes)
+
+
+EMBED_TOKENS = Weight("model.embed_tokens.weight", ("vocab", "hidden"))
+LAYER = (
+    Weight("model.layers.{}.input_layernorm.weight", ("hidden",)),
+    Weight("model.layers.{}.self_attn.q_proj.weight", ("query", "hidden")),
+    Weight("model.layers.{}.self_attn.k_proj.weight", ("key_value", "hidden")),
+    Weight("model.layers.{}.self_attn.v_proj.weight", ("key_value", "hidden")),
+    Weight("model.layers.{}.self_attn.o_proj.weight", ("hidden", "query")),
+    Weight("model.layers.{}.post_attention_layernorm.weight", ("hidden",)),
+    Weight("model.layers.{}.mlp.gate_proj.weight", ("ffn", "hidden")),
+    Weight("model.layers.{}.mlp.up_proj.weight", ("ffn", "hidden")),
+    Weight("model.layers.{}.mlp.down_proj.weight", ("hidden", "ffn")),
+)
+NORM = Weight("model.norm.weight", ("hidden",))
+LM_HEAD = Weight("lm_head.weight", ("vocab", "hidden"))
+
+# Buffers that old checkpoints carry and every runtime computes.
+_DERIVED = "rotary_emb.inv_freq"
+
+
+def axis_size(axis: Axis, architecture: Architecture) -> int:
+    """Size of a dimension of that kind."""
+    return {
+        "vocab": architecture.vocab_size,
+        "hidden": architecture.hidden_size,
+        "query": architecture.num_attention_heads * architecture.head_dim,
+        "key_value": architecture.num_key_value_heads * architecture.head_dim,
+        "ffn": architecture.intermediate_size,
+    }[axis]
+
+
+def weights(architecture: Architecture) -> Iterator[tuple[str, Weight, int | None]]:
+    """Every weight of a model in data-flow order: its full name, its line in the table, its layer if it has one."""
+    yield EMBED_TOKENS.name, EMBED_TOKENS, None
+    for layer in range(architecture.num_hidden_layers):
+        for weight in LAYER:
+            yield weight.name.format(layer), weight, layer
+    yield NORM.name, NORM, None
+    if not architecture.tie_word_embeddings:
+        yield LM_HEAD.name, LM_HEAD, None
+
+
+def check_tensors(tensors: Mapping[str, View], architecture: Architecture, where: str) -> None:
+    """Check that a checkpoint holds exactly the weights of its architecture.
+
+    Raises:
+        CheckpointError: a weight is missing, unknown, or has another shape; the message names it.
+    """
+    expected = {name: weight.shape(architecture) for name, weight, _ in weights(architecture)}
+    for name in sorted(expected.keys() - tensors.keys()):
+        raise CheckpointError(f"{where}: {name} is missing; config.json describes {len(expected)} weights.")
+    for name, view in tensors.items():
+        if name.endswith(_DERIVED):
+            continue
+        if name not in expected:
+            raise CheckpointError(f"{where}: {name} is not a weight of a Tele-FLM model; it would be lost.")
+        if view.shape != expected[name]:
+            raise CheckpointError(f"{where}: {name} has shape {view.shape}, config.json says {expected[name]}.")

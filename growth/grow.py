@@ -1,0 +1,212 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Growing a checkpoint: source folder and target configuration to a plan, and the plan to a Hub folder."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from conversion.checkpoint.sources import Source, open_checkpoint
+
+from conversion.architecture import Architecture, load_config, load_preset, preset_names
+from conversion.checkpoint.containers import Shard, safetensors_shards
+from conversion.checkpoint.dtypes import DType, parse_dtype
+from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.execute import WriteOptions, Written, write_checkpoint
+from conversion.checkpoint.manifest import read_manifest
+from conversion.checkpoint.plan import CheckpointPlan
+from conversion.hub import count_pieces, hub_config, hub_sidecars, model_card
+from conversion.mapping import check_tensors, weights
+
+from .operators import grow_weight
+from .spec import Growth, check_same_function, plan_target
+
+METHODS = ("zero",)
+
+
+@dataclass(frozen=True)
+class GrowthResult:
+    """A growth, planned and, unless it was a dry run, written.
+
+    Args:
+        growth: what grows into what.
+        plan: the whole output, tensor by tensor.
+        shards: its files.
+        notes: what a user should know, one sentence each.
+        written: the output; None after a dry run.
+    """
+
+    growth: Growth
+    plan: CheckpointPlan
+    shards: list[Shard]
+    notes: list[str]
+    written: Written | None
+
+
+def grow_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    target: str | Path | Mapping[str, Any] | None = None,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    method: str = "zero",
+    layers: str = "interleave",
+    multipliers: str = "preserve",
+    dtype: str | None = None,
+    seed: int = 0,
+    options: WriteOptions | None = None,
+    dry_run: bool = False,
+) -> GrowthResult:
+    """Grow a checkpoint into a larger one that computes the same function.
+
+    Every axis may grow at once and by any ratio: hidden_size, num_attention_heads, num_key_value_heads,
+    intermediate_size, num_hidden_layers, vocab_size, and the multipliers may change. Needs no torch, and no more memory
+    than a few blocks, whatever the model.
+
+    Args:
+        source: folder of a Tele-FLM checkpoint, safetensors or `.bin`.
+        out: folder to write: new, or the finished result of the same call.
+        target: a preset's name, the path of a config.json, its content, or None for the source's own.
+        overrides: fields of the configuration on top of `target`.
+        method: `zero`: new entries that write the residual stream are zero.
+        layers: which layers to copy, see `growth.layer_selection.select_layers`.
+        multipliers: `preserve` or `target`, see `growth.spec.plan_target`.
+        dtype: of the output's weights; the source's unless given.
+        seed: of the random new entries.
+        options: how to write.
+        dry_run: plan and check everything, write nothing.
+
+    Raises:
+        CheckpointError: the source cannot be used, or the target cannot preserve it; nothing was written.
+        OSError: the disk failed; the output folder is not loadable.
+    """
+    if method not in METHODS:
+        raise CheckpointError(f"method is {method!r}, expected one of {', '.join(METHODS)}.")
+    options = options or WriteOptions()
+    checkpoint = open_checkpoint(source)
+    requested = {**_requested(target), **(overrides or {})}
+    check_same_function(checkpoint.config or {}, requested)
+    growth = plan_target(
+        source_architecture(checkpoint),
+        requested,
+        layers=layers,
+        multipliers=multipliers,
+        unused_rows=count_pieces(Path(checkpoint.folder)),
+    )
+    plan = plan_growth(checkpoint, growth, dtype=parse_dtype(dtype) if dtype else None, seed=seed)
+    shards = safetensors_shards(plan.tensors, options.shard_bytes)
+    written = None if dry_run else write_checkpoint(plan, Path(out), options)
+    return GrowthResult(growth, plan, shards, _notes(growth), written)
+
+
+def plan_growth(checkpoint: Source, growth: Growth, *, dtype: DType | None = None, seed: int = 0) -> CheckpointPlan:
+    """The plan of a growth: every tensor of the target in data-flow order, checked to tile.
+
+    Args:
+        checkpoint: the source; its tensors must be those of `growth.source`.
+        growth: what grows into what.
+        dtype: of the output's weights; each source tensor's own unless given.
+        seed: of the random new entries.
+
+    Raises:
+        CheckpointError: the tensors are not those of the architecture, or are not floating-point.
+    """
+    check_tensors(checkpoint.tensors, growth.source, checkpoint.folder)
+    tensors = []
+    for name, weight, layer in weights(growth.target):
+        origin = growth.layers[layer] if layer is not None else None
+        source_name = weight.name.format(origin.source if origin else None)
+        view = checkpoint.tensors[source_name]
+        if not view.dtype.is_floating:
+            raise CheckpointError(
+                f"{source_name} has dtype {view.dtype}; quantised weights cannot grow, use the originals."
+            )
+        is_copy = origin is not None and origin.is_copy
+        out_dtype = dtype or view.dtype
+        tensors.append(grow_weight(name, weight, source_name, view, growth, is_copy=is_copy, dtype=out_dtype))
+
+    lineage = _lineage(checkpoint, growth)
+    config = hub_config(checkpoint.config or {}, growth.target, tensors[0].dtype.name)
+    card = model_card(growth.target, tensors[0].dtype.name, _steps(lineage))
+    plan = CheckpointPlan(tuple(tensors), config, hub_sidecars(Path(checkpoint.folder), card), lineage, seed)
+    plan.check()
+    return plan
+
+
+def source_architecture(checkpoint: Source) -> Architecture:
+    """The architecture of a source checkpoint.
+
+    Raises:
+        CheckpointError: it has no usable config.json.
+    """
+    where = f"{checkpoint.folder}/config.json"
+    if checkpoint.config is None:
+        raise CheckpointError(f"{where}: no such file; a checkpoint needs its configuration beside the weights.")
+    return Architecture.from_config(checkpoint.config, where)
+
+
+def _requested(target: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+    """The target's configuration, from wherever it is."""
+    if target is None:
+        return {}
+    if isinstance(target, Mapping):
+        return dict(target)
+    if str(target) in preset_names():
+        return load_preset(str(target))
+    if not Path(target).exists() and Path(target).suffix != ".json":
+        return load_preset(str(target))  # explains which presets there are
+    path = Path(target)
+    return load_config(path / "config.json" if path.is_dir() else path)
+
+
+def _lineage(checkpoint: Source, growth: Growth) -> dict[str, Any]:
+    """The record of this growth, on top of the source's own record if it has one."""
+    parent = read_manifest(Path(checkpoint.folder))
+    return {
+        "operation": "grow",
+        "method": "zero",
+        "source": asdict(growth.source),
+        "target": asdict(growth.target),
+        "layers": [{"source": origin.source, "copy": origin.is_copy} for origin in growth.layers],
+        "parent": {"plan": parent["plan"], "lineage": parent["lineage"]} if parent else None,
+    }
+
+
+def _steps(lineage: Mapping[str, Any] | None) -> list[str]:
+    """The lineage as sentences, oldest first."""
+    if not lineage:
+        return []
+    parent = lineage["parent"] or {}
+    before = _steps(parent.get("lineage")) if parent else ["A checkpoint without a record of its own."]
+    if lineage["operation"] != "grow":
+        return [*before, f"{lineage['operation'].capitalize()}."]
+    old, new = lineage["source"], lineage["target"]
+    fields = [f"{field} {old[field]} to {new[field]}" for field in old if old[field] != new[field]]
+    return [*before, f"Grown without changing the function it computes: {', '.join(fields) or 'nothing changed'}."]
+
+
+def _notes(growth: Growth) -> list[str]:
+    """What a user should know about this growth."""
+    source, target = growth.source, growth.target
+    notes = []
+    if source.hidden_size != target.hidden_size:
+        notes.append(
+            f"Norm weights are multiplied by {growth.norm_scale:.6g} and rms_norm_eps becomes {target.rms_norm_eps:.6g}, "
+            "because the mean square of a wider stream is smaller."
+        )
+    if source.vocab_size != target.vocab_size:
+        known = growth.unused_rows is not None and growth.unused_rows < source.vocab_size
+        notes.append(
+            f"New lm_head rows repeat the mean of the {source.vocab_size - growth.unused_rows} rows without a piece."
+            if known and growth.unused_rows is not None
+            else "The source has no unused vocabulary rows: old logits are kept exactly, but the new rows take part in "
+            "the softmax, so probabilities change slightly."
+        )
+    if growth.head_scale != 1.0:
+        notes.append(f"lm_head is multiplied by {growth.head_scale:.6g} to make up for the new logit multiplier.")
+    if growth.embedding_scale != 1.0:
+        notes.append(f"input_mult is folded into embed_tokens, multiplied by {growth.embedding_scale:.6g}.")
+    return notes

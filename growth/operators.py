@@ -1,0 +1,157 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Zero-output growth, one rule a weight: what is copied where, and what fills the rest.
+
+The residual stream gets new features that stay zero: H = [h; 0]. So everything that *writes* the stream (embed_tokens,
+o_proj, down_proj) has zeros in its new entries, and the new entries of everything that *reads* it meet zeros, or feed
+zeros, and are free: they are drawn at random with the standard deviation of their own tensor, because a weight that
+starts at zero on both sides of a product never gets a gradient. Norms take the factor s and eps' of `Growth`.
+Derivations: Chen et al. (Net2Net), Yao et al. (MSG, arXiv 2305.02869); the RMSNorm factor is worked out in spec.py.
+"""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from conversion.checkpoint.dtypes import DType
+from conversion.checkpoint.plan import (
+    Box,
+    Copy,
+    Fill,
+    Normal,
+    Piece,
+    RowMean,
+    Shape,
+    Statistic,
+    TensorPlan,
+    View,
+    complement,
+)
+from conversion.mapping import EMBED_TOKENS, LM_HEAD, Axis, Weight, axis_size
+
+from .spec import Growth, key_value_copies
+
+_WRITERS = ("embed_tokens", "o_proj", "down_proj")  # they write the residual stream
+_OUTPUTS = ("o_proj", "down_proj")  # what a layer adds to it
+_MEAN_ROWS = 4096  # rows that a mean row looks at, at most
+
+
+@dataclass(frozen=True)
+class AxisGrowth:
+    """How one dimension grows.
+
+    Args:
+        source: the factors its old size is laid out in.
+        target: the factors its new size is laid out in.
+        parts: for each block copied: where it starts in `target`, and which window of `source` it is.
+    """
+
+    source: Shape
+    target: Shape
+    parts: tuple[tuple[Shape, Box], ...]
+
+
+def grow_axis(axis: Axis, growth: Growth) -> AxisGrowth:
+    """The growth of one kind of dimension: old entries first, new ones after; heads stay in their groups."""
+    if axis in ("query", "key_value"):
+        return _grow_heads(axis, growth)
+    old, new = axis_size(axis, growth.source), axis_size(axis, growth.target)
+    return AxisGrowth((old,), (new,), (((0,), Box.whole((old,))),))
+
+
+def _grow_heads(axis: Axis, growth: Growth) -> AxisGrowth:
+    """Query head (j, r) of the source must land in a group whose key/value head is a copy of j.
+
+    Copy t of the K key/value heads takes the places t*K .. t*K + K, and serves the queries t*g' .. t*g' + g' of each
+    group. With groups that do not get smaller there is one copy, and the queries are spread, group by group.
+    """
+    source, target, dim = growth.source, growth.target, growth.source.head_dim
+    kv_heads, new_kv_heads = source.num_key_value_heads, target.num_key_value_heads
+    copies = range(key_value_copies(source, target))
+    if axis == "key_value":
+        old = (kv_heads, dim)
+        return AxisGrowth(old, (new_kv_heads, dim), tuple(((t * kv_heads, 0), Box.whole(old)) for t in copies))
+    group = source.num_attention_heads // kv_heads
+    new_group = target.num_attention_heads // new_kv_heads
+    return AxisGrowth(
+        source=(kv_heads, group, dim),
+        target=(new_kv_heads, new_group, dim),
+        parts=tuple(
+            ((t * kv_heads, 0, 0), Box((0, t * new_group, 0), (kv_heads, min(new_group, group - t * new_group), dim)))
+            for t in copies
+        ),
+    )
+
+
+def grow_weight(
+    name: str, weight: Weight, source_name: str, view: View, growth: Growth, *, is_copy: bool, dtype: DType
+) -> TensorPlan:
+    """Plan one weight of the target.
+
+    Args:
+        name: its name in the target.
+        weight: its line in the table.
+        source_name: name of the source's tensor it comes from.
+        view: that tensor.
+        growth: what grows into what.
+        is_copy: whether it belongs to an additional layer, which must add nothing.
+        dtype: of the output.
+    """
+    shape = weight.shape(growth.target)
+    kind = weight.name.split(".")[-2]
+    if is_copy and kind in _OUTPUTS:
+        return TensorPlan(name, shape, dtype, (Fill(Box.whole(shape)),))
+
+    axes = [grow_axis(axis, growth) for axis in weight.axes]
+    layout = tuple(size for axis in axes for size in axis.target)
+    scale = _scale(weight, kind, growth)
+    pieces: list[Piece] = [
+        Copy(Box(_join(start for start, _ in parts), window.size), _unflatten(view, axes).window(window), scale)
+        for parts in itertools.product(*(axis.parts for axis in axes))
+        for window in [Box(_join(box.start for _, box in parts), _join(box.size for _, box in parts))]
+    ]
+    pieces += _new_vocabulary(weight, view, growth, scale)
+    rest = complement(layout, [piece.box for piece in pieces])
+    pieces += [_fill_rest(box, source_name, kind, view, scale) for box in rest]
+    return TensorPlan(name, shape, dtype, tuple(pieces), layout)
+
+
+def _scale(weight: Weight, kind: str, growth: Growth) -> float:
+    if weight.axes == ("hidden",):
+        return growth.norm_scale
+    return {"embed_tokens": growth.embedding_scale, "lm_head": growth.head_scale}.get(kind, 1.0)
+
+
+def _new_vocabulary(weight: Weight, view: View, growth: Growth, scale: float) -> list[Piece]:
+    """New vocabulary rows.
+
+    In the head they repeat the mean of the rows that no training target ever used: those are very negative, so the new
+    logits hardly touch the probabilities. Without such rows, and in the embedding, they are the mean of all.
+    """
+    old, new = growth.source.vocab_size, growth.target.vocab_size
+    if weight not in (EMBED_TOKENS, LM_HEAD) or old == new:
+        return []
+    scores = weight is LM_HEAD or growth.source.tie_word_embeddings
+    first = growth.unused_rows if scores and growth.unused_rows is not None and growth.unused_rows < old else 0
+    rows = view[first : old : max(1, (old - first) // _MEAN_ROWS)]
+    return [RowMean(Box((old, 0), (new - old, view.shape[1])), rows, scale)]
+
+
+def _fill_rest(box: Box, source_name: str, kind: str, view: View, scale: float) -> Piece:
+    if kind in _WRITERS:
+        return Fill(box)
+    if len(view.shape) == 1:
+        return Fill(box, Statistic("mean", source_name, view, scale))
+    return Normal(box, Statistic("std", source_name, view, scale))
+
+
+def _unflatten(view: View, axes: list[AxisGrowth]) -> View:
+    for position in reversed(range(len(axes))):
+        view = view.unflatten(position, axes[position].source)
+    return view
+
+
+def _join(parts: Iterable[Shape]) -> Shape:
+    return tuple(itertools.chain.from_iterable(parts))

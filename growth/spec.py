@@ -1,0 +1,182 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What is to grow into what: the target's numbers worked out and checked before anything is read or written."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from conversion.architecture import Architecture
+from conversion.checkpoint.errors import CheckpointError
+
+from .layer_selection import LayerOrigin, select_layers
+
+MULTIPLIERS = ("preserve", "target")
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_FUNCTION = ("hidden_act", "rope_parameters")  # beside the numbers: a different value is a different function
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A checked growth.
+
+    Args:
+        source: the architecture that grows.
+        target: the architecture it becomes, multipliers and epsilon already worked out.
+        layers: the origin of each target layer.
+        unused_rows: first vocabulary row without a piece in the tokenizer, if known; rows from there to the source's
+            vocab_size were never a training target.
+    """
+
+    source: Architecture
+    target: Architecture
+    layers: tuple[LayerOrigin, ...]
+    unused_rows: int | None = None
+
+    @property
+    def norm_scale(self) -> float:
+        """s = sqrt(d / D): factor on every norm weight.
+
+        With D - d features that are zero, mean(H^2) = (d / D) mean(h^2); together with eps' = eps * d / D the root in
+        RMSNorm shrinks by s, so the weights of the old features take up s.
+        """
+        return math.sqrt(self.source.hidden_size / self.target.hidden_size)
+
+    @property
+    def head_scale(self) -> float:
+        """Factor on lm_head that makes up for a different multiplier on the logits."""
+        ratio = self.source.logit_scale / self.target.logit_scale
+        return 1.0 if math.isclose(ratio, 1.0, rel_tol=1e-15) else ratio  # output_mult was rounded: not a change
+
+    @property
+    def embedding_scale(self) -> float:
+        """Factor on embed_tokens that makes up for a different multiplier on the embeddings."""
+        return self.source.embedding_scale / self.target.embedding_scale
+
+
+def plan_target(
+    source: Architecture, requested: Mapping[str, Any], *, layers: str, multipliers: str, unused_rows: int | None
+) -> Growth:
+    """Work out a growth and check that it preserves the function.
+
+    Args:
+        source: the architecture that grows.
+        requested: fields of the target's configuration, complete (a preset, a config.json) or some; what is not
+            given stays as in the source.
+        layers: which layers to copy, see `select_layers`.
+        multipliers: `preserve` keeps the weights and sets output_mult so that the logits keep their factor; `target`
+            takes the requested multipliers and rescales lm_head. Either way input_mult becomes 1.0, folded into
+            embed_tokens, because not every runtime applies it.
+        unused_rows: see `Growth`.
+
+    Raises:
+        CheckpointError: something shrinks, or the function cannot be preserved; names the field and both values.
+    """
+    if multipliers not in MULTIPLIERS:
+        raise CheckpointError(f"multipliers is {multipliers!r}, expected one of {', '.join(MULTIPLIERS)}.")
+    target = _target_architecture(source, requested)
+    for field in (*_SIZES, "vocab_size"):
+        old, new = getattr(source, field), getattr(target, field)
+        if new < old:
+            raise CheckpointError(f"{field} would shrink from {old} to {new}; growth only adds.")
+    _check_attention(source, target)
+    target = _with_multipliers(source, target, multipliers)
+    growth = Growth(
+        source=source,
+        target=target.evolve(rms_norm_eps=source.rms_norm_eps * source.hidden_size / target.hidden_size),
+        layers=select_layers(layers, source.num_hidden_layers, target.num_hidden_layers),
+        unused_rows=unused_rows,
+    )
+    _check_tied(growth)
+    return growth
+
+
+def _target_architecture(source: Architecture, requested: Mapping[str, Any]) -> Architecture:
+    names = {field.name for field in fields(Architecture)}
+    changes = {name: value for name, value in requested.items() if name in names and value is not None}
+    if "num_attention_heads" in changes and source.num_key_value_heads == source.num_attention_heads:
+        changes.setdefault("num_key_value_heads", changes["num_attention_heads"])  # multi-head attention stays so
+    changes["rms_norm_eps"] = source.rms_norm_eps  # follows from the widths
+    base = source.to_config({})
+    if "head_dim" not in changes and {"hidden_size", "num_attention_heads"} & changes.keys():
+        del base["head_dim"]  # as config.json has it: hidden_size / num_attention_heads, checked against the source's
+    return Architecture.from_config({**base, **changes}, where="target")
+
+
+def _check_attention(source: Architecture, target: Architecture) -> None:
+    if target.head_dim != source.head_dim:
+        raise CheckpointError(
+            f"head_dim would change from {source.head_dim} to {target.head_dim} (hidden_size {target.hidden_size} / "
+            f"num_attention_heads {target.num_attention_heads}): rotary frequencies and the softmax scale depend on "
+            f"it; use num_attention_heads {target.hidden_size // source.head_dim}."
+        )
+    copies = key_value_copies(source, target)
+    if target.num_key_value_heads < source.num_key_value_heads * copies:
+        raise CheckpointError(
+            f"num_key_value_heads {target.num_key_value_heads} is too few for {target.num_attention_heads} heads: in "
+            f"groups that small, each of the source's {source.num_key_value_heads} key/value heads needs {copies} "
+            f"copies; use at least {source.num_key_value_heads * copies}."
+        )
+    if target.tie_word_embeddings != source.tie_word_embeddings:
+        raise CheckpointError(
+            f"tie_word_embeddings would change from {source.tie_word_embeddings} to {target.tie_word_embeddings}."
+        )
+
+
+def key_value_copies(source: Architecture, target: Architecture) -> int:
+    """How many target key/value heads carry a copy of one source head: ceil(g / g'), g query heads a group."""
+    old_group = source.num_attention_heads // source.num_key_value_heads
+    new_group = target.num_attention_heads // target.num_key_value_heads
+    return -(-old_group // new_group)
+
+
+def _with_multipliers(source: Architecture, target: Architecture, multipliers: str) -> Architecture:
+    """The target's multipliers: input_mult 1.0, and the logits' factor kept or taken as requested."""
+    if multipliers == "target":
+        return target.evolve(input_mult=1.0)
+    if source.use_mup or target.use_mup:
+        scale = target.mup_scale_factor
+        return target.evolve(use_mup=True, input_mult=1.0, output_mult=source.logit_scale * scale)
+    return target
+
+
+def _check_tied(growth: Growth) -> None:
+    """With one matrix for embedding and head, only growth that treats both alike can be preserved."""
+    if not growth.source.tie_word_embeddings:
+        return
+    if growth.source.hidden_size != growth.target.hidden_size:
+        raise CheckpointError(
+            f"tie_word_embeddings is true and hidden_size would grow from {growth.source.hidden_size} to "
+            f"{growth.target.hidden_size}: the embedding needs zeros where the head needs weights; untie them first."
+        )
+    if growth.head_scale != 1.0 or growth.embedding_scale != 1.0:
+        raise CheckpointError(
+            f"tie_word_embeddings is true and the multipliers change (embeddings x {growth.embedding_scale:.6g}, "
+            f"head x {growth.head_scale:.6g}): one matrix cannot take both; untie them first."
+        )
+
+
+def check_same_function(source: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
+    """Check the requested fields that are not numbers of the architecture but decide the function.
+
+    Raises:
+        CheckpointError: the activation or the rotary embedding would change.
+    """
+    old, new = _comparable(source), _comparable(requested)
+    for field in _FUNCTION:
+        if field in new and old.get(field) != new[field]:
+            raise CheckpointError(f"{field} would change from {old.get(field)} to {new[field]}; growth keeps it.")
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Old and new spellings of the rotary settings, in the new one."""
+    given = {field: config[field] for field in _FUNCTION if config.get(field) is not None}
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if rope or config.get("rope_theta") is not None:
+        rope.setdefault("rope_type", rope.pop("type", "default"))
+        rope.setdefault("rope_theta", config.get("rope_theta", 10000))
+        given["rope_parameters"] = {key: float(v) if isinstance(v, int) else v for key, v in rope.items()}
+    return given
