@@ -1,0 +1,231 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Opening a Hugging Face checkpoint: its tensors as windows of its files, its configuration, its faults.
+
+Opening reads headers only, and every check that headers allow is made here, before anyone plans on what it found.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import xxhash
+
+from .errors import CheckpointError
+from .plan import View
+from .safetensors_file import read_header, read_header_bytes
+from .strict_json import parse_json_object
+from .torch_file import read_directory_bytes, read_torch_tensors
+
+Format: TypeAlias = Literal["safetensors", "torch"]
+
+# What transformers looks for, in its order.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+_INDEX_SUFFIX = ".index.json"
+_SHARD = re.compile(r"(?P<stem>.+)-\d+-of-\d+(?P<suffix>\.\w+)")
+_LFS_POINTER = b"version https://git-lfs"
+_MAX_JSON_BYTES = 100_000_000
+_EDGE_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that is open for planning; no tensor is loaded.
+
+    Args:
+        folder: absolute path of its folder.
+        format: the container of its weight files.
+        tensors: every tensor by name; in the order of the files, and within a file in the file's order.
+        files: absolute paths of the weight files.
+        config: the content of config.json; None if there is none.
+        metadata: `__metadata__` of the one safetensors file, or `metadata` of the index; empty otherwise.
+    """
+
+    folder: str
+    format: Format
+    tensors: dict[str, View]
+    files: tuple[str, ...]
+    config: dict[str, Any] | None
+    metadata: dict[str, Any]
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Source:
+    """Open a checkpoint in the Hugging Face layout, safetensors or torch.save, in one file or sharded.
+
+    Args:
+        path: its folder, its index, or one weight file, which is then opened alone.
+
+    Raises:
+        CheckpointError: there is none, a file is damaged, or the index and its shards disagree.
+    """
+    weights = _find_weights(Path(os.path.abspath(path)))
+    if weights.name.endswith(_INDEX_SUFFIX):
+        index = _read_json(weights)
+        files, tensors = _read_shards(weights, index)
+        metadata = index.get("metadata")
+        metadata = metadata if isinstance(metadata, dict) else {}
+    else:
+        files = (weights,)
+        tensors, metadata = _read_weights(weights)
+    config = weights.parent / "config.json"
+    return Source(
+        folder=str(weights.parent),
+        format=_format(files[0]),
+        tensors=tensors,
+        files=tuple(map(str, files)),
+        config=_read_json(config) if config.exists() else None,
+        metadata=metadata,
+    )
+
+
+def source_identity(path: str | os.PathLike[str]) -> str:
+    """A text that changes when a weight file does: its size, its time of change, a hash of its header.
+
+    The header is the one of safetensors, the directory and pickle of a torch.save zip, or both ends of any other file.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is a safetensors file with a damaged header.
+    """
+    file = Path(os.path.abspath(path))
+    try:
+        status = file.stat()
+        header = read_header_bytes(file) if _format(file) == "safetensors" else _torch_header(file)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from None
+    return f"{status.st_size}-{status.st_mtime_ns}-{xxhash.xxh3_128_hexdigest(header)}"
+
+
+def _torch_header(file: Path) -> bytes:
+    try:
+        return read_directory_bytes(file)
+    except CheckpointError:  # a .distcp file, for one, is many zips in a row
+        with file.open("rb") as stream:
+            head = stream.read(_EDGE_BYTES)
+            stream.seek(max(stream.seek(0, os.SEEK_END) - _EDGE_BYTES, 0))
+            return head + stream.read(_EDGE_BYTES)
+
+
+def _find_weights(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or folder.")
+    for name in WEIGHT_FILES:
+        if (path / name).exists():
+            return path / name
+    raise CheckpointError(f"{path} has no weights: expected one of {', '.join(WEIGHT_FILES)}.")
+
+
+def _format(file: Path) -> Format:
+    return "safetensors" if file.suffix == ".safetensors" else "torch"
+
+
+def _read_weights(file: Path) -> tuple[dict[str, View], dict[str, Any]]:
+    if _read_start(file, len(_LFS_POINTER)) == _LFS_POINTER:
+        raise CheckpointError(f"{file} is a Git LFS pointer, expected weights; run `git lfs pull` in its repository.")
+    if _format(file) == "torch":
+        return read_torch_tensors(file), {}
+    header = read_header(file)
+    return header.tensors, dict(header.metadata)
+
+
+def _read_start(file: Path, size: int) -> bytes:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(size)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    text = _read_start(file, _MAX_JSON_BYTES + 1)
+    if len(text) > _MAX_JSON_BYTES:
+        raise CheckpointError(f"{file} has more than {_MAX_JSON_BYTES} bytes, which no checkpoint needs.")
+    return parse_json_object(text, str(file))
+
+
+# Sharded checkpoints: the index says in which file each tensor is; the files must say the same.
+
+
+def _read_shards(index_file: Path, index: dict[str, Any]) -> tuple[tuple[Path, ...], dict[str, View]]:
+    expected = _parse_weight_map(index_file, index)
+    files = tuple(index_file.parent / name for name in sorted(set(expected.values())))
+    _check_files(index_file, files)
+    tensors: dict[str, View] = {}
+    for file in files:
+        found, _ = _read_weights(file)
+        for name, view in found.items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{name!r} is in {tensors[name].file} and in {file}; keep the one that {index_file.name} names "
+                    f"({expected.get(name)})."
+                )
+            tensors[name] = view
+        _check_shard(index_file, expected, file.name, found)
+    return files, tensors
+
+
+def _parse_weight_map(index_file: Path, index: dict[str, Any]) -> dict[str, str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index_file} has no weight_map of tensor names to file names; download it again.")
+    for tensor, name in weight_map.items():
+        # A name that leads elsewhere would make whoever opens the folder read, or later replace, files outside of it.
+        if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+            raise CheckpointError(
+                f"{index_file} places {tensor!r} in {name!r}, expected the name of a file in the same folder."
+            )
+    return weight_map
+
+
+def _check_files(index_file: Path, files: tuple[Path, ...]) -> None:
+    formats = {_format(file) for file in files}
+    if len(formats) > 1:
+        raise CheckpointError(f"{index_file} names safetensors files and others; make an index for each.")
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index_file} names {len(files)} files, {len(missing)} of them missing: {_some(missing)}; "
+            "download the rest."
+        )
+    kinds = {match.group("stem", "suffix") for file in files if (match := _SHARD.fullmatch(file.name))}
+    known = {file.name for file in files}
+    extra = [
+        entry.name
+        for entry in sorted(index_file.parent.iterdir())
+        if (match := _SHARD.fullmatch(entry.name))
+        and match.group("stem", "suffix") in kinds
+        and entry.name not in known
+    ]
+    if extra:
+        raise CheckpointError(
+            f"{index_file} names {len(files)} files, the folder has {len(extra)} more of their kind: {_some(extra)}; "
+            "move away those of the other save."
+        )
+
+
+def _check_shard(index_file: Path, expected: dict[str, str], file_name: str, found: dict[str, View]) -> None:
+    for name in found:
+        if expected.get(name) != file_name:
+            place = f"in {expected[name]}" if name in expected else "nowhere"
+            raise CheckpointError(f"{file_name} holds {name!r}, {index_file} places it {place}; download both again.")
+    absent = [name for name, place in expected.items() if place == file_name and name not in found]
+    if absent:
+        raise CheckpointError(
+            f"{index_file} places {len(absent)} tensors in {file_name} that it does not hold: {_some(absent)}; "
+            "download both again."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
