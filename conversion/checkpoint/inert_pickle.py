@@ -126,11 +126,11 @@ def load(
 
 
 # Opcodes whose meaning is the value that `genops` decodes.
-_LITERALS = frozenset(
-    ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT")
-    + ("BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8")
-    + ("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
-)
+_INTEGERS = ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4")
+_FLOATS = ("FLOAT", "BINFLOAT")
+_BYTES = ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8")
+_STRINGS = ("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING")
+_LITERALS = frozenset((*_INTEGERS, *_FLOATS, *_BYTES, *_STRINGS))
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
@@ -156,13 +156,13 @@ class _Machine:
             try:
                 self._spend(1)
                 if name in _LITERALS:
-                    self._stack.append(value)
+                    self._push(value)
                 elif name in _CONSTANTS:
-                    self._stack.append(_CONSTANTS[name])
+                    self._push(_CONSTANTS[name])
                 elif name in _TUPLES:
-                    self._stack.append(tuple(self._pop_many(_TUPLES[name])))
+                    self._push(tuple(self._pop_many(_TUPLES[name])))
                 elif name in _EMPTY:
-                    self._stack.append(_EMPTY[name]())
+                    self._push(_EMPTY[name]())
                 elif name in ("STOP", "PROTO", "FRAME"):
                     continue
                 elif (action := _ACTIONS.get(name)) is None:
@@ -179,6 +179,9 @@ class _Machine:
             raise ValueError("it takes more operations than any checkpoint needs")
 
     # The stack.
+
+    def _push(self, value: Any) -> None:
+        self._stack.append(value)
 
     def _pop(self) -> Any:
         if not self._stack:
@@ -209,6 +212,9 @@ class _Machine:
         items, self._stack = self._stack, self._below_marks.pop()
         return items
 
+    def _drop_mark(self, _: Any) -> None:
+        self._pop_mark()
+
     def _drop(self, _: Any) -> None:
         if self._stack:
             self._stack.pop()
@@ -222,14 +228,14 @@ class _Machine:
     def _get(self, index: int) -> None:
         if index not in self._memo:
             raise ValueError(f"it recalls object {index}, which it never stored")
-        self._stack.append(self._memo[index])
+        self._push(self._memo[index])
 
     def _put(self, index: int) -> None:
         if not 0 <= index < 2**32:
             raise ValueError(f"it stores an object as number {_short(index)}")
         value = self._pop()
         self._memo[index] = value
-        self._stack.append(value)
+        self._push(value)
 
     # Collections.
 
@@ -244,7 +250,7 @@ class _Machine:
             target.items.extend(items)
         else:
             raise ValueError(f"it appends to a {type(target).__name__}")
-        self._stack.append(target)
+        self._push(target)
 
     def _set_items(self, items: list[Any]) -> None:
         target, pairs = self._pop(), list(_pairs(items))
@@ -254,7 +260,7 @@ class _Machine:
             target.entries.extend(pairs)
         else:
             raise ValueError(f"it sets items of a {type(target).__name__}")
-        self._stack.append(target)
+        self._push(target)
 
     def _add_items(self, _: Any) -> None:
         items, target = self._pop_mark(), self._pop()
@@ -264,13 +270,13 @@ class _Machine:
             target.items.extend(items)
         else:
             raise ValueError(f"it adds items to a {type(target).__name__}")
-        self._stack.append(target)
+        self._push(target)
 
     def _dict(self, _: Any) -> None:
-        self._stack.append(dict(self._hashable_pairs(_pairs(self._pop_mark()))))
+        self._push(dict(self._hashable_pairs(_pairs(self._pop_mark()))))
 
     def _frozenset(self, _: Any) -> None:
-        self._stack.append(frozenset(map(self._hashable, self._pop_mark())))
+        self._push(frozenset(map(self._hashable, self._pop_mark())))
 
     def _hashable_pairs(self, pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
         return ((self._hashable(key), value) for key, value in pairs)
@@ -302,7 +308,7 @@ class _Machine:
         if type(module) is not str or type(name) is not str:
             raise ValueError(f"it names a global with a {type(module).__name__} and a {type(name).__name__}")
         known = self._known.get((module, name))
-        self._stack.append(Inert(module, name) if known is None else known)
+        self._push(Inert(module, name) if known is None else known)
 
     def _reduce(self, _: Any) -> None:
         args = self._pop_tuple()
@@ -335,7 +341,7 @@ class _Machine:
             result = Inert(callee.module, callee.name, args)
         else:
             result = Inert(callee.module, f"{callee.name[:80]}()", args)
-        self._stack.append(result)
+        self._push(result)
 
     def _ordered_dict(self, args: tuple[Any, ...]) -> dict[Any, Any]:
         pairs = args[0] if args else []
@@ -352,7 +358,7 @@ class _Machine:
             self._set_state(target, state)
         elif type(target) is not dict:  # the attributes of an OrderedDict, as state_dict's _metadata, are dropped
             raise ValueError(f"it sets the state of a {type(target).__name__}")
-        self._stack.append(target)
+        self._push(target)
 
     def _set_state(self, target: Inert, state: Any) -> None:
         # An object with slots has the pair (its dict or None, its slots).
@@ -368,13 +374,13 @@ class _Machine:
     def _persistent_id(self, _: Any) -> None:
         if self._persistent_load is None:
             raise ValueError("it refers to objects outside of it")
-        self._stack.append(self._persistent_load(self._pop()))
+        self._push(self._persistent_load(self._pop()))
 
 
 _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "MARK": _Machine._push_mark,
     "POP": _Machine._drop,
-    "POP_MARK": lambda machine, _: machine._pop_mark() and None,
+    "POP_MARK": _Machine._drop_mark,
     "DUP": _Machine._duplicate,
     **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine._get),
     **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine._put),
@@ -384,8 +390,8 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "SETITEM": lambda machine, _: machine._set_items(machine._pop_many(2)),
     "SETITEMS": lambda machine, _: machine._set_items(machine._pop_mark()),
     "ADDITEMS": _Machine._add_items,
-    "LIST": lambda machine, _: machine._stack.append(machine._pop_mark()),
-    "TUPLE": lambda machine, _: machine._stack.append(tuple(machine._pop_mark())),
+    "LIST": lambda machine, _: machine._push(machine._pop_mark()),
+    "TUPLE": lambda machine, _: machine._push(tuple(machine._pop_mark())),
     "DICT": _Machine._dict,
     "FROZENSET": _Machine._frozenset,
     "GLOBAL": _Machine._global,

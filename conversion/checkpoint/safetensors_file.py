@@ -15,7 +15,7 @@ import math
 import os
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from .dtypes import BY_CODE
 from .errors import CheckpointError
@@ -126,7 +126,7 @@ def _parse_entry(name: str, entry: Any, file: str, data_start: int) -> tuple[str
     return name, View.contiguous(file, data_start + start, shape, BY_CODE[code])
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 

@@ -139,10 +139,12 @@ class _Archive:
         if key not in self.storages:
             raise ValueError(f"it refers to storage data/{key[:80]}, which the file lacks")
         offset, nbytes = self.storages[key]
-        known = isinstance(kind, _StorageClass)
-        if known and nbytes != numel * kind.itemsize:
+        name = f"{kind.name[:80]} data/{key}"
+        if isinstance(kind, Inert):
+            return Storage(self.file, offset, nbytes, None, name)
+        if nbytes != numel * kind.itemsize:
             raise ValueError(f"storage data/{key} has {nbytes} bytes, expected {numel} x {kind.itemsize}")
-        return Storage(self.file, offset, nbytes, kind.dtype if known else None, f"{kind.name} data/{key}")
+        return Storage(self.file, offset, nbytes, kind.dtype, name)
 
 
 def _open_archive(path: str | os.PathLike[str], start: int, length: int | None) -> _Archive:
