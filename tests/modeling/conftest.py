@@ -5,8 +5,12 @@
 """Fixtures of the model's tests: one tokenizer, and one saved model with it, for the whole session."""
 
 import pytest
+import torch
 
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
+
+# The models are tiny: on a busy machine a second thread makes every product wait for its turn, a thousand times slower.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
