@@ -24,7 +24,7 @@ from .strict_json import parse_json_object
 
 # The reference library's limit: a header length beyond it is taken for damage, not for a need of memory.
 MAX_HEADER_BYTES = 100_000_000
-# torch's own bound on dimensions; it keeps the product of a hostile shape cheap.
+# numpy's bound; it keeps the product of a hostile shape cheap.
 MAX_DIMENSIONS = 64
 
 _AGAIN = "copy or download the file again"

@@ -34,9 +34,10 @@ def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
 
 
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for i, name in enumerate(names) if name in names[:i])
-        raise ValueError(f"{repeated!r} occurs twice")
+    members: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in members:
+            raise ValueError(f"{name!r} occurs twice")
+        name.encode()  # an escaped half of a surrogate pair is no text: UnicodeEncodeError is a ValueError
+        members[name] = value
     return members

@@ -28,7 +28,7 @@ from .plan import View
 # A torch.save file with 100,000 tensors stays well below both.
 MAX_DIRECTORY_BYTES = 16 * 2**20
 MAX_PICKLE_BYTES = 64 * 2**20
-# torch's own bound on dimensions.
+# numpy's bound; it keeps the product of a hostile shape cheap.
 MAX_DIMENSIONS = 64
 
 _AGAIN = "copy or download the file again"
