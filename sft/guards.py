@@ -37,8 +37,8 @@ from sft.data import IGNORE_INDEX
 # Standard deviation that the logits are brought to before log-probabilities are compared. A factor k on logits moves
 # log-probabilities by (k - 1) times about this; with the 0.001 of an untrained Tele-FLM, no precision would show it.
 _LOGIT_STD = 4.0
-# Of the spread of the log-probabilities. bfloat16 rounds logits by 2e-3 of their size; the mildest published factor is
-# 0.03125, for which the gap is above 100.
+# Of the spread of the log-probabilities. Rounding to bfloat16 makes a gap of 2e-3, the published factors of 0.03125 and
+# 0.025 one of about 100.
 _TOLERANCE = 0.02
 _PROBE_TOKENS = 128
 
@@ -80,8 +80,8 @@ class FusedLossGuard(TrainerCallback):
 def fused_loss_gap(model: nn.Module, base: PreTrainedModel, device: torch.device | str = "cpu") -> float:
     """How far the log-probabilities of TRL's fused head are from those of the model's own logits.
 
-    Both come from `model`, in one forward each over 128 tokens, with the hidden states scaled up so that a factor on
-    the logits is visible in any precision. The model is left as it was: mode, gradients, random state.
+    Both come from `model`, from one short row, with the hidden states scaled so that a factor on the logits is visible
+    in any precision. The model is left as it was: mode, gradients, random state.
 
     Args:
         model: what a training step calls, after `trl.trainer.utils.add_fused_lm_head`: `base` or a wrapper of it.

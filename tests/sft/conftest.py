@@ -9,11 +9,21 @@ from pathlib import Path
 from pydoc_data import topics
 
 import pytest
+import torch
 
 from sft.recipe import Recipe
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 STRICT = {"use_cpu": True, "seed": 0, "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no"}
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """Matrices this small are slower on several threads, and much slower on cores that others use too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

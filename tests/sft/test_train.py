@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -179,6 +180,17 @@ def test_bad_input_is_one_line(keys, message, make_recipe):
     assert "\n" not in str(error.value)
 
 
+def test_no_code_of_a_checkpoint_is_executed(make_recipe, tmp_path):
+    folder, marker = tmp_path / "foreign", tmp_path / "executed"
+    folder.mkdir()
+    auto_map = {"AutoConfig": "foreign.ForeignConfig", "AutoModelForCausalLM": "foreign.ForeignModel"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "foreign", "auto_map": auto_map}))
+    (folder / "foreign.py").write_text(f"open({str(marker)!r}, 'w')")
+    with pytest.raises(RecipeError, match="model_name_or_path is"):
+        train(make_recipe(model_name_or_path=str(folder)))
+    assert not marker.exists()
+
+
 def test_evaluation_rows_are_prepared_likewise(make_recipe, data_file):
     recipe = make_recipe(max_steps=1, eval_data_files=str(data_file), eval_strategy="steps", eval_steps=1)
     result = train(recipe, progress=False)
@@ -186,7 +198,8 @@ def test_evaluation_rows_are_prepared_likewise(make_recipe, data_file):
     assert any("eval_loss" in entry for entry in result.log_history)
 
 
-def test_progress_is_the_callers_to_show(make_recipe, capfd):
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+def test_progress_is_the_callers_to_show(disable_tqdm, make_recipe, capfd):
     steps = []
 
     class Bar(TrainerCallback):
@@ -194,9 +207,12 @@ def test_progress_is_the_callers_to_show(make_recipe, capfd):
             steps.append((state.global_step, state.max_steps))
 
     capfd.readouterr()
-    train(make_recipe(max_steps=2), callbacks=[Bar()], progress=False)
+    train(make_recipe(max_steps=2, disable_tqdm=disable_tqdm), callbacks=[Bar()], progress=False)
     assert steps == [(1, 2), (2, 2)]
-    assert "it/s" not in "".join(capfd.readouterr())
+    printed = "".join(capfd.readouterr())
+    assert "it/s" not in printed
+    assert "loss" not in printed
+    assert datasets.is_progress_bar_enabled(), "hidden for this run, not for what the caller does next"
 
 
 @pytest.fixture
