@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion.checkpoint.sources import Source, open_checkpoint
-
 from conversion.architecture import Architecture, load_config, load_preset, preset_names
 from conversion.checkpoint.containers import Shard, safetensors_shards
 from conversion.checkpoint.dtypes import DType, parse_dtype
@@ -18,6 +16,7 @@ from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import WriteOptions, Written, write_checkpoint
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.plan import CheckpointPlan
+from conversion.checkpoint.sources import Source, open_checkpoint
 from conversion.hub import count_pieces, hub_config, hub_sidecars, model_card
 from conversion.mapping import check_tensors, weights
 
@@ -194,8 +193,8 @@ def _notes(growth: Growth) -> list[str]:
     notes = []
     if source.hidden_size != target.hidden_size:
         notes.append(
-            f"Norm weights are multiplied by {growth.norm_scale:.6g} and rms_norm_eps becomes {target.rms_norm_eps:.6g}, "
-            "because the mean square of a wider stream is smaller."
+            f"Norm weights are multiplied by {growth.norm_scale:.6g} and rms_norm_eps becomes "
+            f"{target.rms_norm_eps:.6g}: the mean square of a wider stream is smaller."
         )
     if source.vocab_size != target.vocab_size:
         known = growth.unused_rows is not None and growth.unused_rows < source.vocab_size

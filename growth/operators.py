@@ -64,25 +64,25 @@ def grow_axis(axis: Axis, growth: Growth) -> AxisGrowth:
 def _grow_heads(axis: Axis, growth: Growth) -> AxisGrowth:
     """Query head (j, r) of the source must land in a group whose key/value head is a copy of j.
 
-    Copy t of the K key/value heads takes the places t*K .. t*K + K, and serves the queries t*g' .. t*g' + g' of each
-    group. With groups that do not get smaller there is one copy, and the queries are spread, group by group.
+    Groups that do not get smaller keep their one key/value head, and the new queries come after the old ones of each
+    group. Smaller groups need c copies of it: copy t of head j becomes head j*c + t and serves the old group's queries
+    from t*g' on, so the order of the old heads stays as it is.
     """
     source, target, dim = growth.source, growth.target, growth.source.head_dim
     kv_heads, new_kv_heads = source.num_key_value_heads, target.num_key_value_heads
-    copies = range(key_value_copies(source, target))
+    group, new_group = source.num_attention_heads // kv_heads, target.num_attention_heads // new_kv_heads
+    copies = key_value_copies(source, target)
+    # A run of heads that stay neighbours is one block: all of them, or with copies each (such models have few).
+    runs = [(0, kv_heads)] if copies == 1 else [(j, 1) for j in range(kv_heads)]
+    places = [(j * copies + t, j, count, t) for j, count in runs for t in range(copies)]
     if axis == "key_value":
-        old = (kv_heads, dim)
-        return AxisGrowth(old, (new_kv_heads, dim), tuple(((t * kv_heads, 0), Box.whole(old)) for t in copies))
-    group = source.num_attention_heads // kv_heads
-    new_group = target.num_attention_heads // new_kv_heads
-    return AxisGrowth(
-        source=(kv_heads, group, dim),
-        target=(new_kv_heads, new_group, dim),
-        parts=tuple(
-            ((t * kv_heads, 0, 0), Box((0, t * new_group, 0), (kv_heads, min(new_group, group - t * new_group), dim)))
-            for t in copies
-        ),
+        parts = tuple(((place, 0), Box((j, 0), (count, dim))) for place, j, count, _ in places)
+        return AxisGrowth((kv_heads, dim), (new_kv_heads, dim), parts)
+    parts = tuple(
+        ((place, 0, 0), Box((j, t * new_group, 0), (count, min(new_group, group - t * new_group), dim)))
+        for place, j, count, t in places
     )
+    return AxisGrowth((kv_heads, group, dim), (new_kv_heads, new_group, dim), parts)
 
 
 def grow_weight(

@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The error every reader, planner and the executor raise for bad input."""
+"""The errors that readers, planners and the executor raise for bad input."""
 
 
 class CheckpointError(ValueError):
@@ -10,3 +10,7 @@ class CheckpointError(ValueError):
 
     The message is one line: the file or field, the two values that disagree, and what to do.
     """
+
+
+class CorruptData(CheckpointError):
+    """A source that was readable when the plan was made failed while its data was being read."""

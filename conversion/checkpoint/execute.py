@@ -10,6 +10,7 @@ written where the header says they belong. Memory is workers x block, whatever t
 folder loadable comes last, so a folder that loads is complete.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -24,20 +25,15 @@ from typing import Any
 
 import numpy as np
 
-from .assemble import assemble, blocks, is_zero, resolve
+from .assemble import BLOCK, assemble, blocks, is_zero, resolve
 from .containers import Shard, loadable_file, parse_size, safetensors_index, safetensors_shards
 from .errors import CheckpointError
 from .manifest import MANIFEST, block_digest, make_manifest, read_manifest, tensor_digest
 from .plan import CheckpointPlan, TensorPlan
 from .reader import FileReader
+from .sources import WEIGHT_FILES
 
 PARTIAL = ".partial"
-LOADABLE = (  # in the order in which transformers looks for them
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 _LOCK = ".teleflm.lock"
 
 
@@ -50,14 +46,14 @@ class WriteOptions:
         workers: threads; memory grows with it, the output's bytes do not depend on it.
         digest: hash every tensor for the manifest.
         overwrite: replace the checkpoint that the folder already holds.
-        progress: called from any thread with the number of output bytes just finished.
+        progress: called from any thread with the number of output bytes just finished, and the number in all.
     """
 
     max_shard_size: str | int = "5GB"
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     digest: bool = True
     overwrite: bool = False
-    progress: Callable[[int], None] = lambda nbytes: None
+    progress: Callable[[int, int], None] = lambda nbytes, total: None
 
     @property
     def shard_bytes(self) -> int:
@@ -86,7 +82,7 @@ def write_checkpoint(plan: CheckpointPlan, out: Path, options: WriteOptions) -> 
     Raises:
         PlanError: the plan does not tile its output.
         CheckpointError: the folder cannot be used, or a source cannot be read.
-        OSError: the disk fails; the folder is then not loadable.
+        OSError: the disk fails or is too small; the folder is then not loadable.
     """
     plan.check()
     shards = safetensors_shards(plan.tensors, options.shard_bytes)
@@ -98,7 +94,7 @@ def write_checkpoint(plan: CheckpointPlan, out: Path, options: WriteOptions) -> 
         if _is_done(plan, shards, out):
             return Written(written.folder, written.files, written.nbytes, already_done=True)
         _clear(out, options.overwrite)
-        require_space(out, shards)
+        _require_space(out, shards)
         with FileReader() as reader:
             resolved = resolve(plan, reader, options.workers)
 
@@ -114,16 +110,23 @@ def write_checkpoint(plan: CheckpointPlan, out: Path, options: WriteOptions) -> 
     return written
 
 
-def require_space(out: Path, shards: list[Shard]) -> None:
-    """Refuse to start what the disk cannot hold.
+def free_space(out: Path) -> int:
+    """Bytes free where `out` is, or will be."""
+    return shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
 
-    Raises:
-        CheckpointError: the free space is less than the files need.
-    """
-    folder = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
-    need, free = sum(shard.nbytes for shard in shards), shutil.disk_usage(folder).free
+
+def peak_memory(plan: CheckpointPlan, workers: int) -> int:
+    """Bytes that running a plan takes at most beside the interpreter: some blocks a worker, whatever the model."""
+    itemsize = max(tensor.dtype.itemsize for tensor in plan.tensors)
+    return workers * BLOCK * (3 * itemsize + np.dtype(np.uint16).itemsize)  # a block, its source span, its draws
+
+
+def _require_space(out: Path, shards: list[Shard]) -> None:
+    need, free = sum(shard.nbytes for shard in shards), free_space(out)
     if need > free:
-        raise CheckpointError(f"{out}: needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; free some space first.")
+        raise OSError(
+            errno.ENOSPC, f"needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; free some space", str(out)
+        )
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,7 @@ def _write_shards(
     """Write all shards; returns tensor name -> digest, empty if none are wanted."""
     open_files: list[_ShardFile] = []
     digests: dict[str, dict[int, bytes]] = {}
+    total = sum(tensor.nbytes for shard in shards for tensor, _ in shard.tensors)
 
     def work_items() -> Iterator[_Block]:
         for shard in shards:
@@ -195,7 +199,7 @@ def _write_shards(
             digests[block.tensor.name][block.index] = block_digest(data)
         written = b"" if skip or is_zero(block.tensor, block.start, block.stop) else data
         block.file.write(written, block.at)
-        options.progress((block.stop - block.start) * block.tensor.dtype.itemsize)
+        options.progress((block.stop - block.start) * block.tensor.dtype.itemsize, total)
 
     try:
         _run(work_items(), work, options.workers)
@@ -273,7 +277,7 @@ def _is_done(plan: CheckpointPlan, shards: list[Shard], out: Path) -> bool:
 
 def _clear(out: Path, overwrite: bool) -> None:
     """Refuse a folder that holds a checkpoint; with `overwrite` remove that, the file that makes it loadable first."""
-    present = [name for name in LOADABLE if (out / name).exists()]
+    present = [name for name in WEIGHT_FILES if (out / name).exists()]
     if present and not overwrite:
         raise CheckpointError(
             f"{out}: already holds {present[0]}, made otherwise; choose another folder or --overwrite."

@@ -12,7 +12,7 @@ from types import TracebackType
 
 import numpy as np
 
-from .errors import CheckpointError
+from .errors import CorruptData
 from .plan import Box, Shape, View
 
 # A strided window is read as one span when that is at most this much more than what it needs, else run by run.
@@ -56,7 +56,7 @@ class FileReader:
         """Read the window into `out`, an array of its shape and dtype with any strides.
 
         Raises:
-            CheckpointError: the file ends before the window does.
+            CorruptData: the file ends before the window does.
         """
         if not view.numel:
             return
@@ -82,7 +82,7 @@ class FileReader:
             count = os.preadv(descriptor, [target[done:]], offset + done)
             if count == 0:
                 size = os.fstat(descriptor).st_size
-                raise CheckpointError(
+                raise CorruptData(
                     f"{file}: ends at byte {size}, but a tensor reaches to byte {offset + len(target)}: "
                     "the file was cut short after its header was read."
                 )

@@ -22,7 +22,7 @@ from conversion.checkpoint import assemble as assemble_module
 from conversion.checkpoint.assemble import measure
 from conversion.checkpoint.containers import parse_size, safetensors_shards
 from conversion.checkpoint.dtypes import BFLOAT16, BY_NAME, FLOAT32, FLOAT64
-from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.errors import CheckpointError, CorruptData
 from conversion.checkpoint.execute import WriteOptions, write_checkpoint
 from conversion.checkpoint.normal_stream import GRID, draw_words, normal_table
 from conversion.checkpoint.plan import (
@@ -262,7 +262,7 @@ def test_bad_plan_touches_nothing(tmp_path):
 def test_failure_leaves_nothing_loadable(shard_size, tmp_path):
     plan = mixed_plan(tmp_path)
     os.truncate(tmp_path / "weight", 3000)
-    with pytest.raises(CheckpointError, match="weight: ends at byte 3000"):
+    with pytest.raises(CorruptData, match="weight: ends at byte 3000"):
         write_checkpoint(plan, tmp_path / "out", WriteOptions(max_shard_size=shard_size))
     assert not [p.name for p in (tmp_path / "out").iterdir() if p.suffix in (".safetensors", ".json")]
 
@@ -292,7 +292,7 @@ def test_two_runs_on_one_folder(tmp_path):
 def test_no_space_is_found_before_work(tmp_path):
     numel = 1 << 50
     plan = CheckpointPlan((TensorPlan("w", (numel,), FLOAT32, (Fill(Box((0,), (numel,))),)),), {})
-    with pytest.raises(CheckpointError, match=r"needs 4503599\.\d+ GB.*are free"):
+    with pytest.raises(OSError, match=r"needs 4503599\.\d+ GB.*are free"):
         write_checkpoint(plan, tmp_path / "out", WriteOptions())
 
 

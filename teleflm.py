@@ -1,0 +1,48 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The front door: `teleflm`, also `python -m teleflm`. Every command is a call of a documented Python function."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from growth.cli import grow
+from sft.cli import app as sft_app
+
+app = typer.Typer(
+    help="Load, convert, grow, fine-tune and publish Tele-FLM models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(grow)
+app.add_typer(sft_app, name="sft")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from conversion.checkpoint.manifest import package_version
+
+        print(f"teleflm {package_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="teleflm")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

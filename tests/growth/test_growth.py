@@ -1,0 +1,491 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Growth preserves the function on every axis, and every way of getting it wrong is seen.
+
+The oracle is stock transformers running source and result; in float64 with norms that stay in float64, because bfloat16
+cannot see a forgotten epsilon.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import growth.operators as operators
+from conversion.architecture import Architecture
+from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.execute import WriteOptions
+from growth import grow_checkpoint
+from growth.numerics import LogitComparison, compare_logits
+from growth.spec import Growth
+from modeling_teleflm import TeleFLMForCausalLM
+from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
+
+IDS = torch.randint(0, 600, (2, 48), generator=torch.Generator().manual_seed(0))
+ALL_AXES = {
+    "hidden_size": 40,
+    "num_attention_heads": 5,
+    "intermediate_size": 110,
+    "num_hidden_layers": 5,
+    "vocab_size": 704,
+    "mup_scale_factor": 5.0,
+}
+
+
+def heads(query: int, key_value: int) -> dict[str, int]:
+    """Grouped attention with head_dim 8."""
+    return {"num_attention_heads": query, "num_key_value_heads": key_value, "hidden_size": 8 * query}
+
+
+GROUPED = heads(8, 2)
+TIED = {"tie_word_embeddings": True, "input_mult": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads split a product by its size, and each part's kernel may add in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def make_source(tmp_path_factory) -> Callable[..., Path]:
+    """Write a tiny source checkpoint with its tokenizer; float64 unless asked otherwise."""
+
+    def make(dtype: torch.dtype = torch.float64, **fields) -> Path:
+        folder = tmp_path_factory.mktemp("source")
+        tiny_model(tiny_config(**fields), dtype=dtype).save_pretrained(folder)
+        tiny_tokenizer(folder).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def source(make_source) -> Path:
+    return make_source()
+
+
+def load(folder: Path, dtype: torch.dtype | str = "auto") -> TeleFLMForCausalLM:
+    return TeleFLMForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+
+
+def compare(source: Path, out: Path, dtype: torch.dtype = torch.float64) -> LogitComparison:
+    return compare_logits(load(source), load(out), IDS, dtype)
+
+
+# Item 1 and 2: exact in float64, within the float32 floor in float32.
+
+
+@pytest.mark.parametrize(
+    ("fields", "target"),
+    [
+        pytest.param({}, {"hidden_size": 40, "num_attention_heads": 5}, id="hidden and heads"),
+        pytest.param({}, {"hidden_size": 128, "num_attention_heads": 16}, id="hidden x 4"),
+        pytest.param({}, {"intermediate_size": 110}, id="ffn"),
+        pytest.param({}, {"num_hidden_layers": 7}, id="layers"),
+        pytest.param({}, {"vocab_size": 704}, id="vocab"),
+        pytest.param({}, {"mup_scale_factor": 20.0}, id="multipliers"),
+        pytest.param({}, ALL_AXES, id="everything"),
+        pytest.param({"use_mup": False}, ALL_AXES, id="everything, from a model without muP"),
+        pytest.param(GROUPED, heads(10, 2), id="GQA 8/2 to 10/2"),
+        pytest.param(GROUPED, heads(12, 3), id="GQA 8/2 to 12/3"),
+        pytest.param(GROUPED, heads(16, 8), id="GQA 8/2 to 16/8"),
+        pytest.param(GROUPED, heads(8, 4), id="GQA 8/2 to 8/4"),
+        pytest.param(GROUPED, heads(8, 8), id="GQA 8/2 to 8/8"),
+        pytest.param(heads(6, 2), heads(10, 5), id="GQA 6/2 to 10/5: groups of 3 over groups of 2"),
+        pytest.param(TIED, {"vocab_size": 704, "num_hidden_layers": 5, "intermediate_size": 96}, id="tied"),
+    ],
+)
+def test_preserves_the_function(fields, target, make_source, tmp_path):
+    source = make_source(**fields)
+    grow_checkpoint(source, tmp_path / "out", target)
+    exact = compare(source, tmp_path / "out")
+    assert exact.relative < 1e-12
+    assert exact.same_argmax == 1.0
+    assert compare(source, tmp_path / "out", torch.float32).relative < 1e-5
+
+
+@pytest.mark.parametrize("multipliers", ["preserve", "target"])
+def test_multipliers(multipliers, source, tmp_path):
+    target = {**ALL_AXES, "mup_scale_factor": 5.0, "output_mult": 0.3, "input_mult": 7.0}
+    result = grow_checkpoint(source, tmp_path / "out", target, multipliers=multipliers)
+    assert compare(source, tmp_path / "out").relative < 1e-12
+    config = json.loads((tmp_path / "out/config.json").read_bytes())
+    assert config["mup_scale_factor"] == 5.0
+    assert config["output_mult"] == (0.3 if multipliers == "target" else 0.5 / 4.0 * 5.0)
+    assert config["input_mult"] == 1.0
+    assert any("input_mult is folded" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("layers", ["interleave", "stack", "top", "0,0,2,2"])
+def test_layers_may_be_copied_anywhere(layers, source, tmp_path):
+    grow_checkpoint(source, tmp_path / "out", {"num_hidden_layers": 7}, layers=layers)
+    assert compare(source, tmp_path / "out").relative < 1e-12
+
+
+# Item 3: in bfloat16, growth is invisible next to the noise of bfloat16 itself.
+
+
+def test_bfloat16_noise(make_source, tmp_path):
+    source = make_source(torch.bfloat16)
+    grow_checkpoint(source, tmp_path / "out", ALL_AXES)
+    exact = compare_logits(load(source, torch.bfloat16), load(source, torch.bfloat16), IDS)
+    assert exact.max_difference == 0.0
+    small, large = load(source, torch.bfloat16), load(tmp_path / "out", torch.bfloat16)
+    with torch.no_grad():
+        reference = small.double()(IDS).logits
+        noise = load(source, torch.bfloat16)(IDS).logits.double() - reference
+        growth_noise = large(IDS).logits.double()[..., : reference.shape[-1]] - load(source, torch.bfloat16)(IDS).logits
+    assert growth_noise.square().mean().sqrt() <= 2 * noise.square().mean().sqrt()
+    assert growth_noise.abs().max() <= 3 * noise.abs().max()
+
+    def cross_entropy(logits: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), IDS[:, 1:].reshape(-1))
+
+    assert abs(cross_entropy(reference + growth_noise) - cross_entropy(reference)) < 1e-3
+
+
+# Item 4: where no factor but a power of two appears, nothing is rounded: torch.equal, in every dtype.
+
+
+def old_vocabulary_logits(model: TeleFLMForCausalLM, vocab_size: int) -> torch.Tensor:
+    """Logits from a product of the old shape: one with more columns may use a kernel that adds in another order."""
+    with torch.no_grad():
+        hidden = model.model(IDS).last_hidden_state
+        return torch.nn.functional.linear(hidden, model.lm_head.weight[:vocab_size]) * model.config.logit_scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("fields", "target"),
+    [
+        pytest.param({}, {"num_hidden_layers": 5}, id="layers"),
+        pytest.param({}, {"vocab_size": 704}, id="vocab"),
+        pytest.param({}, {"intermediate_size": 96}, id="ffn"),
+        pytest.param(GROUPED, heads(8, 4), id="key/value heads"),
+        pytest.param({}, {"hidden_size": 128, "num_attention_heads": 16}, id="hidden x 4"),
+        pytest.param({}, {"mup_scale_factor": 16.0, "output_mult": 0.5}, id="multipliers x 1/4"),
+    ],
+)
+def test_bit_exact(fields, target, dtype, make_source, tmp_path):
+    source = make_source(dtype, **{"input_mult": 1.0, **fields})
+    grow_checkpoint(source, tmp_path / "out", target, multipliers="target")
+    old, new = (old_vocabulary_logits(load(folder, dtype), 640) for folder in (source, tmp_path / "out"))
+    assert torch.equal(old, new)
+
+
+# Item 5: mutants of the operators must fail items 1 and 2.
+
+
+def _skip_eps(monkeypatch):
+    build = Growth.__init__
+
+    def init(self, source, target, *args, **kwargs):
+        build(self, source, target.evolve(rms_norm_eps=source.rms_norm_eps), *args, **kwargs)
+
+    monkeypatch.setattr(Growth, "__init__", init)
+
+
+def _skip_one_norm(monkeypatch):
+    scale = operators._scale
+    monkeypatch.setattr(
+        operators, "_scale", lambda weight, *rest: 1.0 if "post_attention" in weight.name else scale(weight, *rest)
+    )
+
+
+def _one_writer_entry(monkeypatch):
+    fill = operators._fill_rest
+
+    def planted(box, source_name, kind, view, scale):
+        piece = fill(box, source_name, kind, view, scale)
+        return dataclasses.replace(piece, value=1e-4) if "layers.0.mlp.down" in source_name else piece
+
+    monkeypatch.setattr(operators, "_fill_rest", planted)
+
+
+def _swap_groups(monkeypatch):
+    heads = operators._grow_heads
+
+    def swapped(axis, growth):
+        result = heads(axis, growth)
+        (start, box), *rest = result.parts
+        return (
+            dataclasses.replace(result, parts=(((start[0] + 1, *start[1:]), box), *rest)) if axis == "query" else result
+        )
+
+    monkeypatch.setattr(operators, "_grow_heads", swapped)
+
+
+def _invert_head_ratio(monkeypatch):
+    monkeypatch.setattr(Growth, "head_scale", property(lambda g: g.target.logit_scale / g.source.logit_scale))
+
+
+def _copies_speak(monkeypatch):
+    monkeypatch.setattr(operators, "_OUTPUTS", ("down_proj",))
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [_skip_eps, _skip_one_norm, _one_writer_entry, _swap_groups, _invert_head_ratio, _copies_speak],
+)
+def test_mutants_are_caught(mutant, make_source, tmp_path, monkeypatch):
+    source = make_source(**GROUPED)
+    target = {"num_attention_heads": 12, "num_key_value_heads": 3, "hidden_size": 96, "num_hidden_layers": 4}
+    target |= {"intermediate_size": 96, "output_mult": 0.3}
+    grow_checkpoint(source, tmp_path / "good", target, multipliers="target")
+    assert compare(source, tmp_path / "good").relative < 1e-12
+    mutant(monkeypatch)
+    grow_checkpoint(source, tmp_path / "bad", target, multipliers="target")
+    assert compare(source, tmp_path / "bad").relative > 1e-9
+    assert compare(source, tmp_path / "bad", torch.float32).relative > 1e-5
+
+
+# Item 6: the new weights learn.
+
+
+def gradients_after_two_steps(model: TeleFLMForCausalLM) -> dict[str, torch.Tensor]:
+    """Plain SGD: the gradient each parameter gets at the third step."""
+    for _ in range(2):
+        model(IDS, labels=IDS).loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+        model.zero_grad()
+    model(IDS, labels=IDS).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def new_entries(old: Architecture, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The gradients of what the old model does not have, one flat tensor a weight."""
+    h, f, q = old.hidden_size, old.intermediate_size, old.num_attention_heads * old.head_dim
+    sizes = {"q_proj": (q, h), "k_proj": (q, h), "v_proj": (q, h), "o_proj": (h, q), "gate_proj": (f, h)}
+    sizes |= {
+        "up_proj": (f, h),
+        "down_proj": (h, f),
+        "embed_tokens": (old.vocab_size, h),
+        "lm_head": (old.vocab_size, h),
+    }
+    new = {}
+    for name, gradient in gradients.items():
+        size = sizes.get(name.split(".")[-2], (h,))
+        mask = torch.ones_like(gradient, dtype=torch.bool)
+        mask[tuple(slice(n) for n in size)] = False
+        new[name] = gradient[mask]
+    return new
+
+
+def test_new_weights_get_gradients_and_zeros_everywhere_are_dead(source, tmp_path):
+    target = {"hidden_size": 40, "num_attention_heads": 5, "intermediate_size": 110}
+    grow_checkpoint(source, tmp_path / "out", target)
+    old = Architecture.from_config(json.loads((source / "config.json").read_bytes()))
+    learning = new_entries(old, gradients_after_two_steps(load(tmp_path / "out")))
+    used = torch.zeros(640, dtype=torch.bool)
+    used[IDS[:, :-1].unique()] = True  # the last token of a row predicts nothing
+    for name, gradient in learning.items():
+        entries = gradient.reshape(640, -1)[used] if "embed_tokens" in name else gradient
+        assert (entries != 0).all(), name
+
+    model = load(tmp_path / "out")
+    with torch.no_grad():  # the control: all new entries zero
+        for name, parameter in model.named_parameters():
+            kept = torch.zeros_like(parameter, dtype=torch.bool)
+            h, f, q = old.hidden_size, old.intermediate_size, old.hidden_size
+            rows = {"gate_proj": f, "up_proj": f, "embed_tokens": 640, "lm_head": 640}.get(name.split(".")[-2], q)
+            kept[(slice(rows), slice({"down_proj": f}.get(name.split(".")[-2], h)))[: parameter.dim()]] = True
+            parameter[~kept] = 0
+    dead = new_entries(old, gradients_after_two_steps(model))
+    assert all(not dead[name].any() for name in dead if "gate" in name or "up_proj" in name or "q_proj" in name)
+
+
+# What is written.
+
+
+def test_the_folder_is_a_hub_repository(source, tmp_path):
+    grow_checkpoint(source, tmp_path / "out", ALL_AXES, options=WriteOptions(max_shard_size="100KB"))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "manifest.json", "README.md", "model.safetensors.index.json", "tokenizer.model"} <= names
+    assert {
+        "configuration_teleflm.py",
+        "modeling_teleflm.py",
+        "tokenization_teleflm.py",
+        "chat_template.jinja",
+    } <= names
+    config = json.loads((tmp_path / "out/config.json").read_bytes())
+    assert {key: config[key] for key in ALL_AXES} == ALL_AXES
+    assert config["rms_norm_eps"] == 1e-5 * 32 / 40
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_teleflm.TeleFLMForCausalLM"
+    assert load(tmp_path / "out").config.head_dim == 8
+    manifest = (tmp_path / "out/manifest.json").read_text()
+    lineage = json.loads(manifest)["lineage"]
+    assert lineage["source"]["hidden_size"] == 32
+    assert lineage["target"]["hidden_size"] == 40
+    assert [layer["source"] for layer in lineage["layers"]] == [0, 1, 1, 2, 2]
+    assert [layer["copy"] for layer in lineage["layers"]] == [False, False, True, False, True]
+    assert str(source) not in manifest
+    assert str(tmp_path) not in manifest
+
+
+def test_two_hops_equal_one_on_what_they_keep(source, tmp_path):
+    middle = {"hidden_size": 40, "num_attention_heads": 5, "intermediate_size": 96, "num_hidden_layers": 4}
+    end = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 128, "num_hidden_layers": 6}
+    grow_checkpoint(source, tmp_path / "middle", middle, layers="0")
+    grow_checkpoint(tmp_path / "middle", tmp_path / "two", end, layers="0,2")
+    grow_checkpoint(source, tmp_path / "one", end, layers="0,0,1")  # the same layer map, composed
+    assert compare(source, tmp_path / "two").relative < 1e-12
+    one, two = load_file(tmp_path / "one/model.safetensors"), load_file(tmp_path / "two/model.safetensors")
+    old = load_file(source / "model.safetensors")
+    for layer, origin in {0: 0, 3: 1, 5: 2}.items():  # where the layers of the source are after both
+        for name in ("self_attn.q_proj", "mlp.down_proj", "input_layernorm"):
+            kept = tuple(slice(n) for n in old[f"model.layers.{origin}.{name}.weight"].shape)
+            a, b = (tensors[f"model.layers.{layer}.{name}.weight"][kept] for tensors in (one, two))
+            torch.testing.assert_close(a, b, rtol=1e-15, atol=0)
+    configs = [json.loads((tmp_path / name / "config.json").read_bytes()) for name in ("one", "two")]
+    assert configs[0]["rms_norm_eps"] == pytest.approx(configs[1]["rms_norm_eps"], rel=1e-15)
+    card = (tmp_path / "two/README.md").read_text()
+    assert "hidden_size 32 to 40" in card
+    assert "hidden_size 40 to 64" in card
+
+
+def test_new_vocabulary_rows_hardly_touch_the_probabilities(make_source, tmp_path):
+    """Rows that were never a target are very negative in a trained model; new rows must look like them."""
+    source = make_source()
+    tensors = load_file(source / "model.safetensors")
+    hidden = load(source).model(IDS).last_hidden_state.mean((0, 1))
+    tensors["lm_head.weight"][600:] = -1000 * hidden / hidden.norm()  # ids without a piece
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    grow_checkpoint(source, tmp_path / "out", {"vocab_size": 704})
+    with torch.no_grad():
+        old, new = load(source)(IDS).logits.log_softmax(-1), load(tmp_path / "out")(IDS).logits.log_softmax(-1)
+    assert (old - new[..., :640]).abs().max() < 1e-3
+    head = load_file(tmp_path / "out/model.safetensors")["lm_head.weight"]
+    torch.testing.assert_close(head[640:], head[600:640].mean(0).expand(64, -1), rtol=1e-12, atol=0)
+
+
+def test_cached_generation_is_the_same(make_source, tmp_path):
+    source = make_source(torch.float32)
+    grow_checkpoint(source, tmp_path / "out", ALL_AXES)
+    arguments = {
+        "max_new_tokens": 128,
+        "min_new_tokens": 128,
+        "do_sample": False,
+        "suppress_tokens": list(range(640, 704)),
+    }
+    old = load(source).generate(IDS[:1, :8], **{**arguments, "suppress_tokens": None})
+    assert torch.equal(old, load(tmp_path / "out").generate(IDS[:1, :8], **arguments))
+
+
+def test_seed_and_nothing_else_decides_the_bytes(source, tmp_path):
+    options = {
+        "a": (0, WriteOptions(workers=1)),
+        "b": (0, WriteOptions(workers=4, max_shard_size="50KB")),
+        "c": (1, WriteOptions()),
+    }
+    tensors = {}
+    for name, (seed, option) in options.items():
+        grow_checkpoint(source, tmp_path / name, ALL_AXES, seed=seed, options=option)
+        files = sorted((tmp_path / name).glob("*.safetensors"))
+        tensors[name] = {key: value.numpy() for file in files for key, value in load_file(file).items()}
+    assert len(tensors["a"]) == len(tensors["b"])
+    assert all(np.array_equal(value, tensors["b"][key]) for key, value in tensors["a"].items())
+    assert any(not np.array_equal(value, tensors["c"][key]) for key, value in tensors["a"].items())
+
+
+# Bad input: one line that names the field and both values, before anything is written.
+
+
+WIDER = {"hidden_size": 40, "num_attention_heads": 5}
+DEEPER = {"num_hidden_layers": 4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "target", "message"),
+    [
+        ({}, {"hidden_size": 16, "num_attention_heads": 2}, "hidden_size would shrink from 32 to 16"),
+        ({}, {"num_hidden_layers": 2}, "num_hidden_layers would shrink from 3 to 2"),
+        ({}, {"vocab_size": 639}, "vocab_size would shrink from 640 to 639"),
+        ({}, {"hidden_size": 40}, "head_dim would change from 8 to 10.*num_attention_heads 5"),
+        ({}, {"head_dim": 16}, "head_dim would change from 8 to 16"),
+        ({}, {"hidden_size": 33}, "hidden_size 33 is not a multiple of num_attention_heads 4"),
+        ({}, heads(8, 6), "num_attention_heads 8 is not a multiple of num_key_value_heads 6"),
+        (heads(6, 2), heads(6, 3), "num_key_value_heads 3 is too few.*needs 2 copies; use at least 4"),
+        ({}, {"mup_scale_factor": 0}, "mup_scale_factor is 0; it must be finite and above 0"),
+        ({}, {"output_mult": -1.0}, r"output_mult is -1\.0"),
+        ({}, {"hidden_size": "64"}, "hidden_size is '64', expected an integer"),
+        ({}, {"use_mup": "yes"}, "use_mup is 'yes', expected true or false"),
+        ({}, {"rope_theta": 500000}, "rope_parameters would change"),
+        ({}, {"hidden_act": "gelu"}, "hidden_act would change from silu to gelu"),
+        ({}, {"tie_word_embeddings": True}, "tie_word_embeddings would change from False to True"),
+        (TIED, WIDER, "tie_word_embeddings is true and hidden_size would grow from 32 to 40"),
+        ({"tie_word_embeddings": True}, DEEPER, "tie_word_embeddings is true and the multipliers change"),
+        ({}, "tele-flm-53b", "no preset 'tele-flm-53b'; known presets: .*tele-flm-1t"),
+        ({}, "tele-flm-52b", "head_dim would change from 8 to 128"),
+        ({}, "missing.json", r"missing\.json: no such file"),
+    ],
+)
+def test_targets_that_are_refused(fields, target, message, make_source, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        grow_checkpoint(make_source(**fields), tmp_path / "out", target)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": "5"}, "layers lists 5, the source has layers 0 to 2"),
+        ({"layers": "1,2"}, "layers lists 2 copies, the target has 1 layers more"),
+        ({"layers": "spread"}, "layers 'spread' is neither one of interleave, stack, top nor a list"),
+        ({"method": "magic"}, "method is 'magic', expected one of zero"),
+        ({"multipliers": "both"}, "multipliers is 'both', expected one of preserve, target"),
+        ({"dtype": "int8"}, "dtype 'int8' is not one of bfloat16"),
+        ({"options": WriteOptions(max_shard_size="5 apples")}, "size '5 apples' is not a positive number of bytes"),
+    ],
+)
+def test_arguments_that_are_refused(arguments, message, source, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        grow_checkpoint(source, tmp_path / "out", DEEPER, **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def _drop(tensors):
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+
+
+def _add_bias(tensors):
+    tensors["model.layers.1.self_attn.q_proj.bias"] = torch.zeros(32)
+
+
+def _reshape(tensors):
+    tensors["model.norm.weight"] = torch.ones(31)
+
+
+def _quantise(tensors):
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_drop, r"model\.layers\.1\.mlp\.up_proj\.weight is missing"),
+        (_add_bias, r"q_proj\.bias is not a weight of a Tele-FLM model"),
+        (_reshape, r"model\.norm\.weight has shape \(31,\), config.json says \(32,\)"),
+        (_quantise, r"lm_head\.weight has dtype int8; quantised weights cannot grow"),
+    ],
+)
+def test_unknown_sources_are_refused(damage, message, make_source, tmp_path):
+    source = make_source()
+    tensors = load_file(source / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        grow_checkpoint(source, tmp_path / "out", {"num_hidden_layers": 4})
+    assert not (tmp_path / "out").exists()
