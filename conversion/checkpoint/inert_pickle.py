@@ -20,6 +20,7 @@ Bounded, too: the operations, the copies, the nesting, and what may be hashed (t
 exponential time or all of the C stack, a dict of colliding keys quadratic time).
 """
 
+import itertools
 import pickletools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,11 +30,14 @@ from .errors import CheckpointError
 
 MAX_OPERATIONS = 4_000_000
 MAX_DEPTH = 100
+# Of an object, beside the one for its opcode: bounds the memory of a pickle that makes nothing but objects.
+_OBJECT_OPERATIONS = 4
 
-# Below Python's hash modulus, so that equal hashes mean equal integers (but for -1 and -2).
+# Keys whose hashes cost little and cannot be made to collide: by Python's random seed, by identity, or, for integers
+# below the modulus of their hash, by being equal. There may be few of any others.
 _MAX_INTEGER_KEY = 2**61 - 1
+_MAX_OTHER_KEYS = 10_000
 _MAX_KEY_ITEMS = 16
-_MAX_TUPLE_KEYS = 10_000
 
 Known = Mapping[tuple[str, str], Any]
 
@@ -125,6 +129,8 @@ def load(
     return tree
 
 
+_CHEAP_KEYS = (str, bytes, bool, float, type(None), Inert)
+
 # Opcodes whose meaning is the value that `genops` decodes.
 _INTEGERS = ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4")
 _FLOATS = ("FLOAT", "BINFLOAT")
@@ -144,7 +150,7 @@ class _Machine:
         self._known = known
         self._persistent_load = persistent_load
         self._operations_left = max_operations
-        self._tuple_keys_left = _MAX_TUPLE_KEYS
+        self._other_keys_left = _MAX_OTHER_KEYS
         self._stack: list[Any] = []
         self._below_marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
@@ -162,6 +168,7 @@ class _Machine:
                 elif name in _TUPLES:
                     self._push(tuple(self._pop_many(_TUPLES[name])))
                 elif name in _EMPTY:
+                    self._spend(_OBJECT_OPERATIONS)
                     self._push(_EMPTY[name]())
                 elif name in ("STOP", "PROTO", "FRAME"):
                     continue
@@ -282,16 +289,17 @@ class _Machine:
         return ((self._hashable(key), value) for key, value in pairs)
 
     def _hashable(self, key: Any) -> Any:
-        if type(key) is tuple:
-            self._tuple_keys_left -= 1
-            if self._tuple_keys_left < 0 or len(key) > _MAX_KEY_ITEMS or tuple in map(type, key):
-                raise ValueError("its dicts have more or larger tuples as keys than any checkpoint needs")
+        kind = type(key)
+        if kind in _CHEAP_KEYS or (kind is int and abs(key) < _MAX_INTEGER_KEY):
+            return key
+        self._other_keys_left -= 1
+        if kind is tuple and len(key) <= _MAX_KEY_ITEMS and tuple not in map(type, key):
             for item in key:
                 self._hashable(item)
-        elif type(key) is int and abs(key) >= _MAX_INTEGER_KEY:
-            raise ValueError("a dict has an integer of more than 60 bits as key")
-        elif isinstance(key, list | dict | set | frozenset | bytearray):
-            raise ValueError(f"a dict has a {type(key).__name__} as key")
+        elif kind in (int, tuple, list, dict, set, frozenset, bytearray):
+            raise ValueError(f"a {kind.__name__} that no checkpoint needs is a key")
+        if self._other_keys_left < 0:
+            raise ValueError(f"more than {_MAX_OTHER_KEYS} keys are tuples")
         return key
 
     # Objects.
@@ -308,7 +316,7 @@ class _Machine:
         if type(module) is not str or type(name) is not str:
             raise ValueError(f"it names a global with a {type(module).__name__} and a {type(name).__name__}")
         known = self._known.get((module, name))
-        self._push(Inert(module, name) if known is None else known)
+        self._push(self._inert(module, name, None) if known is None else known)
 
     def _reduce(self, _: Any) -> None:
         args = self._pop_tuple()
@@ -338,18 +346,22 @@ class _Machine:
         elif (callee.module, callee.name) == _ORDERED_DICT and callee.args is None:
             result = self._ordered_dict(args)
         elif callee.args is None:
-            result = Inert(callee.module, callee.name, args)
+            result = self._inert(callee.module, callee.name, args)
         else:
-            result = Inert(callee.module, f"{callee.name[:80]}()", args)
+            result = self._inert(callee.module, f"{callee.name[:80]}()", args)
         self._push(result)
+
+    def _inert(self, module: str, name: str, args: tuple[Any, ...] | None) -> Inert:
+        self._spend(_OBJECT_OPERATIONS)
+        return Inert(module, name, args)
 
     def _ordered_dict(self, args: tuple[Any, ...]) -> dict[Any, Any]:
         pairs = args[0] if args else []
         if len(args) > 1 or type(pairs) is not list:
             raise ValueError("an OrderedDict is made from something else than a list of pairs")
+        self._spend(len(pairs))
         if not all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs):
             raise ValueError("an OrderedDict is made from something else than pairs")
-        self._spend(len(pairs))
         return dict(self._hashable_pairs((key, value) for key, value in pairs))
 
     def _build(self, _: Any) -> None:
@@ -365,8 +377,9 @@ class _Machine:
         is_pair = type(state) is tuple and len(state) == 2 and all(type(s) in (dict, type(None)) for s in state)
         parts = [part for part in state if part is not None] if is_pair else [state]
         for part in parts:
-            if type(part) is dict and all(type(name) is str for name in part):
+            if type(part) is dict:
                 self._spend(len(part))
+            if type(part) is dict and all(type(name) is str for name in part):
                 vars(target).update(part)
             else:
                 target.state = part
@@ -449,6 +462,7 @@ def _children(value: Any) -> Iterator[Any]:
         yield from value
         yield from value.values()
     elif type(value) is Inert:
-        yield from (value.args, value.state, value.items, value.entries, vars(value))
+        yield from (value.args, value.state, *value.items, *vars(value).values())
+        yield from itertools.chain.from_iterable(value.entries)
     elif _is_container(value):
         yield from value

@@ -297,7 +297,7 @@ class _StorageClass:
 
 def _size(args: tuple[Any, ...]) -> tuple[int, ...]:
     match args:
-        case (tuple() as sizes,) if _are_integers(sizes):
+        case (sizes,) if _are_sizes(sizes):
             return sizes
         case _:
             raise ValueError("a torch.Size is made from something else than integers")
@@ -330,8 +330,7 @@ def _view(
         return UnreadableTensor(f"a tensor on a {storage.name.partition(' ')[0]}, unknown to this package")
     if metadata:  # torch's lazy negation and conjugation: the bytes are not the values
         return UnreadableTensor("a lazily negated or conjugated tensor")
-    numbers = (offset, *sizes, *strides) if type(sizes) is tuple and type(strides) is tuple else ()
-    if not numbers or not _are_integers(numbers) or len(sizes) != len(strides) or len(sizes) > MAX_DIMENSIONS:
+    if not (_are_sizes(sizes) and _are_sizes(strides) and _are_sizes((offset,)) and len(sizes) == len(strides)):
         raise ValueError(f"a tensor on {storage.name} has no valid offset, sizes and strides")
     view = View(storage.file, storage.offset + offset * dtype.itemsize, sizes, strides, dtype)
     stop, storage_stop = view.span[1], storage.offset + storage.nbytes
@@ -343,8 +342,10 @@ def _view(
     return view
 
 
-def _are_integers(values: tuple[Any, ...]) -> bool:
-    return all(type(n) is int and 0 <= n < 2**63 for n in values)
+def _are_sizes(value: Any) -> bool:
+    return (
+        type(value) is tuple and len(value) <= MAX_DIMENSIONS and all(type(n) is int and 0 <= n < 2**63 for n in value)
+    )
 
 
 def _parameter(args: tuple[Any, ...]) -> View | UnreadableTensor:
