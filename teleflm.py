@@ -4,7 +4,6 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The front door: `teleflm`, also `python -m teleflm`. Every command is a call of a documented Python function."""
 
-import sys
 from typing import Annotated
 
 import typer
@@ -45,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

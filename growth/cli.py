@@ -151,17 +151,19 @@ def print_growth(result: "GrowthResult", out: Path, workers: int) -> None:
     if result.written is None:
         console.print(_plan_table(result.plan.tensors))
     for note in result.notes:
-        console.print(f"- {note}", highlight=False)
+        console.print(f"- {note}", highlight=False, soft_wrap=True)
     need = sum(shard.nbytes for shard in result.shards)
     size = f"{format_bytes(need)} in {len(result.shards)} file{'s' if len(result.shards) > 1 else ''}"
     if result.written is None:
         memory = format_bytes(peak_memory(result.plan, workers))
         free = format_bytes(free_space(out))
-        console.print(f"Would write {size} to {out} ({free} free), in about {memory} of memory.", highlight=False)
+        console.print(
+            f"Would write {size} to {out} ({free} free), in about {memory} of memory.", highlight=False, soft_wrap=True
+        )
     elif result.written.already_done:
-        console.print(f"{out} is already done: {size}.", highlight=False)
+        console.print(f"{out} is already done: {size}.", highlight=False, soft_wrap=True)
     else:
-        console.print(f"Wrote {size} to {out}.", highlight=False)
+        console.print(f"Wrote {size} to {out}.", highlight=False, soft_wrap=True)
 
 
 def _plan_table(tensors: "Iterable[TensorPlan]") -> "Table":
@@ -170,12 +172,13 @@ def _plan_table(tensors: "Iterable[TensorPlan]") -> "Table":
 
     groups: dict[tuple[str, str, str], list[TensorPlan]] = {}
     for tensor in tensors:
-        pieces = "; ".join(re.sub(r"layers\.\d+\.", "layers.*.", piece) for piece in pieces_of(tensor))
-        key = (re.sub(r"layers\.\d+\.", "layers.*.", tensor.name), " x ".join(map(str, tensor.shape)), pieces)
-        groups.setdefault(key, []).append(tensor)
-    table = Table("tensor", "count", "shape", "bytes", "made of", title="Plan", title_justify="left")
-    for (name, shape, pieces), members in groups.items():
-        table.add_row(name, str(len(members)), shape, format_bytes(sum(t.nbytes for t in members)), pieces)
+        name = re.sub(r"^model\.|\.weight$", "", re.sub(r"layers\.\d+", "layers.*", tensor.name))
+        pieces = [re.sub(r"\(.+\)", "(source)", piece) for piece in pieces_of(tensor)]
+        groups.setdefault((name, "x".join(map(str, tensor.shape)), "\n".join(pieces)), []).append(tensor)
+    table = Table("weight", "count", "shape", "size", "made of", title="Plan", title_justify="left")
+    table.columns[0].no_wrap = True
+    for (name, shape, made_of), members in groups.items():
+        table.add_row(name, str(len(members)), shape, format_bytes(sum(t.nbytes for t in members)), made_of)
     return table
 
 

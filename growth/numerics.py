@@ -7,6 +7,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from transformers import PreTrainedModel
@@ -87,9 +88,5 @@ def _exact_norms() -> Iterator[None]:
         variance = wide.square().mean(-1, keepdim=True)
         return norm.weight * (wide * torch.rsqrt(variance + norm.variance_epsilon)).to(hidden_states.dtype)
 
-    stock = LlamaRMSNorm.forward
-    LlamaRMSNorm.forward = forward
-    try:
+    with mock.patch.object(LlamaRMSNorm, "forward", forward):
         yield
-    finally:
-        LlamaRMSNorm.forward = stock

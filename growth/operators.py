@@ -76,13 +76,19 @@ def _grow_heads(axis: Axis, growth: Growth) -> AxisGrowth:
     runs = [(0, kv_heads)] if copies == 1 else [(j, 1) for j in range(kv_heads)]
     places = [(j * copies + t, j, count, t) for j, count in runs for t in range(copies)]
     if axis == "key_value":
-        parts = tuple(((place, 0), Box((j, 0), (count, dim))) for place, j, count, _ in places)
-        return AxisGrowth((kv_heads, dim), (new_kv_heads, dim), parts)
-    parts = tuple(
-        ((place, 0, 0), Box((j, t * new_group, 0), (count, min(new_group, group - t * new_group), dim)))
-        for place, j, count, t in places
+        return AxisGrowth(
+            source=(kv_heads, dim),
+            target=(new_kv_heads, dim),
+            parts=tuple(((place, 0), Box((j, 0), (count, dim))) for place, j, count, _ in places),
+        )
+    return AxisGrowth(
+        source=(kv_heads, group, dim),
+        target=(new_kv_heads, new_group, dim),
+        parts=tuple(
+            ((place, 0, 0), Box((j, t * new_group, 0), (count, min(new_group, group - t * new_group), dim)))
+            for place, j, count, t in places
+        ),
     )
-    return AxisGrowth((kv_heads, group, dim), (new_kv_heads, new_group, dim), parts)
 
 
 def grow_weight(

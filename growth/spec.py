@@ -84,9 +84,11 @@ def plan_target(
             raise CheckpointError(f"{field} would shrink from {old} to {new}; growth only adds.")
     _check_attention(source, target)
     target = _with_multipliers(source, target, multipliers)
+    # As a decimal: 1e-5 * 8192 / 20480 is to read 4e-06 in config.json, not 4.000000000000001e-06.
+    epsilon = float(f"{source.rms_norm_eps * source.hidden_size / target.hidden_size:.15g}")
     growth = Growth(
         source=source,
-        target=target.evolve(rms_norm_eps=source.rms_norm_eps * source.hidden_size / target.hidden_size),
+        target=target.evolve(rms_norm_eps=epsilon),
         layers=select_layers(layers, source.num_hidden_layers, target.num_hidden_layers),
         unused_rows=unused_rows,
     )

@@ -237,7 +237,7 @@ def _run(items: Iterator[_Block], work: Callable[[_Block], None], workers: int) 
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
-    return memoryview(array.view(np.uint8))
+    return array.view(np.uint8).data
 
 
 @contextmanager

@@ -189,7 +189,7 @@ class Statistic:
 
     def __str__(self) -> str:
         symbol = f"{self.kind}({self.tensor})"
-        return symbol if self.factor == 1.0 else f"{self.factor:.6g} * {symbol}"
+        return symbol if self.factor == 1.0 else f"{symbol} x {self.factor:.6g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +216,7 @@ class Fill:
 
     def describe(self) -> str:
         """One phrase for a dry run."""
-        return "zeros" if self.value == 0.0 else f"constant {self.value}"
+        return "zeros" if self.value == 0.0 else str(self.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +228,7 @@ class Normal:
 
     def describe(self) -> str:
         """One phrase for a dry run."""
-        return f"normal, std {self.std}"
+        return f"normal, {self.std}" if isinstance(self.std, Statistic) else f"normal, std {self.std:.6g}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ class FileReader:
                 self.read_into(view[part], out[part])
 
     def _read_bytes(self, file: str, offset: int, out: np.ndarray) -> None:
-        target = memoryview(out.reshape(-1).view(np.uint8))
+        target = out.reshape(-1).view(np.uint8).data
         descriptor = self.descriptor(file)
         done = 0
         while done < len(target):

@@ -322,7 +322,7 @@ def test_the_folder_is_a_hub_repository(source, tmp_path):
     } <= names
     config = json.loads((tmp_path / "out/config.json").read_bytes())
     assert {key: config[key] for key in ALL_AXES} == ALL_AXES
-    assert config["rms_norm_eps"] == 1e-5 * 32 / 40
+    assert config["rms_norm_eps"] == 8e-06
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_teleflm.TeleFLMForCausalLM"
     assert load(tmp_path / "out").config.head_dim == 8
     manifest = (tmp_path / "out/manifest.json").read_text()

@@ -1,0 +1,44 @@
+# A fresh machine needs Python 3.11 or later and make; the targets below install the rest into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test test-external lint format clean
+
+help:
+	@echo "make demo           the whole job on a small model: pretrain, load, grow, fine-tune, publish, chat"
+	@echo "make test           the tests"
+	@echo "make test-external  the tests that need heavy third parties (transformers' own suite, DeepSpeed, ...)"
+	@echo "make lint           ruff and mypy"
+
+demo: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m demo
+
+test: $(READY)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not external"
+
+test-external: $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[external]"
+	$(BIN)/python -m pytest -m external
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch comes first and pinned: whatever depends on it must find it there, not choose one.
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11; run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info

@@ -1,0 +1,142 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The command line as users and scripts meet it: real processes, exit codes, one-line errors, JSON."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conversion.architecture import Architecture, load_preset
+from conversion.checkpoint.containers import safetensors_index, safetensors_shards
+from conversion.checkpoint.dtypes import BFLOAT16
+from conversion.checkpoint.plan import TensorPlan
+from conversion.mapping import weights
+from tests.fixtures.tiny import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).parent.parent
+WIDER = ["--set", "hidden_size=40", "--set", "num_attention_heads=5"]
+
+
+def teleflm(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "teleflm", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer(folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source_52b(tmp_path_factory) -> Path:
+    """The 52B's headers over files of holes: everything that planning reads."""
+    folder = tmp_path_factory.mktemp("52b")
+    config = load_preset("tele-flm-52b")
+    architecture = Architecture.from_config(config)
+    tensors = [TensorPlan(name, weight.shape(architecture), BFLOAT16, ()) for name, weight, _ in weights(architecture)]
+    shards = safetensors_shards(tensors, 5 * 10**9)
+    for shard in shards:
+        with (folder / shard.filename).open("wb") as file:
+            file.write(shard.header)
+            file.truncate(shard.nbytes)
+    (folder / "model.safetensors.index.json").write_bytes(safetensors_index(shards))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_help_lists_the_commands():
+    result = teleflm("--help")
+    assert result.returncode == 0
+    assert {"grow", "sft"} <= set(re.findall(r"^│ (\w+)", result.stdout, re.MULTILINE))
+
+
+def test_grow_and_again(source, tmp_path):
+    result = teleflm("grow", source, tmp_path / "out", *WIDER, "--workers", 1, "--max-shard-size", "100KB")
+    assert (result.returncode, result.stderr.splitlines()) == (0, [result.stderr.strip()])
+    assert "hidden_size" in result.stdout
+    assert "Wrote" in result.stdout
+    assert (tmp_path / "out/model.safetensors.index.json").is_file()
+    again = teleflm("grow", source, tmp_path / "out", *WIDER, "--max-shard-size", "100KB")
+    assert again.returncode == 0
+    assert "already done" in again.stdout
+    other = teleflm("grow", source, tmp_path / "out", *WIDER, "--seed", 1)
+    assert other.returncode == 2
+    assert "--overwrite" in other.stderr
+    assert teleflm("grow", source, tmp_path / "out", *WIDER, "--seed", 1, "--overwrite").returncode == 0
+
+
+def test_json_is_one_object_on_stdout(source, tmp_path):
+    result = teleflm("grow", source, tmp_path / "out", *WIDER, "--json")
+    summary = json.loads(result.stdout)
+    assert summary["target"]["hidden_size"] == 40
+    assert summary["already_done"] is False
+    assert json.loads(teleflm("grow", source, tmp_path / "out", *WIDER, "--json").stdout)["already_done"] is True
+
+
+def test_dry_run_of_the_whole_family_writes_nothing(source_52b, tmp_path):
+    for preset, parameters in (("tele-flm-102b", 102_206_351_360), ("tele-flm-1t", 1_083_813_908_480)):
+        result = teleflm("grow", source_52b, tmp_path / "out", "--to", preset, "--dry-run", "--json")
+        plan = json.loads(result.stdout)
+        assert plan["parameters"] == parameters
+        assert sum(tensor["bytes"] for tensor in plan["tensors"]) == 2 * parameters
+        assert plan["disk"]["need"] > 2 * parameters
+        q_proj = next(
+            tensor for tensor in plan["tensors"] if tensor["name"].endswith("layers.0.self_attn.q_proj.weight")
+        )
+        assert q_proj["pieces"] == ["copy", "normal, std(model.layers.0.self_attn.q_proj.weight)"]
+        assert not (tmp_path / "out").exists()
+    human = teleflm("grow", source_52b, tmp_path / "out", "--to", "tele-flm-1t", "--dry-run").stdout
+    assert "1,083,813,908,480" in human
+    assert "layers.*.mlp.down_proj" in human
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("nowhere", "{out}", *WIDER), 2, "nowhere: no such file or folder"),
+        (("{source}", "{out}"), 2, "nothing to grow into: give --to"),
+        (("{source}", "{out}", "--set", "hidden_size"), 2, "--set 'hidden_size' is not KEY=VALUE"),
+        (("{source}", "{out}", "--set", "hidden_size=16"), 2, "hidden_size would shrink from 32 to 16"),
+        (("{source}", "{source}", *WIDER), 2, "is the source too"),
+        (("{source}", "{out}", *WIDER, "--workers", "0"), 2, "--workers"),
+        (("{source}", "{file}/out", *WIDER), 1, "Not a directory"),
+    ],
+)
+def test_errors_are_one_line(arguments, status, message, source, tmp_path):
+    (tmp_path / "file").touch()
+    places = {"source": source, "out": tmp_path / "out", "file": tmp_path / "file"}
+    result = teleflm("grow", *(argument.format(**places) for argument in arguments))
+    assert result.returncode == status
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_torch_in_a_dry_run_nor_in_a_run(source, source_52b, tmp_path):
+    """In the process that did the work, after it: threads share its modules, so this covers the workers."""
+    runs = [
+        ["grow", source_52b, tmp_path / "a", "--to", "tele-flm-1t", "--dry-run"],
+        ["grow", source, tmp_path / "b", *WIDER],
+    ]
+    for arguments in runs:
+        script = f"""if True:
+            import sys, teleflm
+            sys.argv = {["teleflm", *map(str, arguments)]!r}
+            try:
+                teleflm.main()
+            except SystemExit as stop:
+                assert stop.code == 0, stop.code
+            heavy = [name for name in ("torch", "transformers") if name in sys.modules]
+            assert not heavy, heavy
+        """
+        subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True)

@@ -1,0 +1,80 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Imports run one way, and what has to be light stays light."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Each of ours, and which of ours it may import.
+ALLOWED = {
+    "conversion/checkpoint": {"conversion.checkpoint"},
+    "conversion": {"conversion"},
+    "growth": {"conversion", "growth"},
+    "sft": {"conversion", "growth", "modeling_teleflm", "sft"},
+    "modeling_teleflm": {"modeling_teleflm"},
+    "teleflm.py": {"conversion", "growth", "sft"},
+}
+OURS = {"conversion", "growth", "sft", "modeling_teleflm", "teleflm"}
+HEAVY = ("torch", "transformers", "trl", "datasets", "matplotlib")
+
+
+def imported(path: Path) -> set[str]:
+    """Absolute names of the modules of ours that a file imports, wherever in it."""
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module)
+        elif isinstance(node, ast.ImportFrom):
+            parent = package.split(".")[: len(package.split(".")) - node.level + 1]
+            names.add(".".join([*parent, *([node.module] if node.module else [])]))
+    return {name for name in names if name.split(".")[0] in OURS}
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_imports_run_one_way(folder):
+    place = ROOT / folder
+    files = (
+        [place]
+        if place.is_file()
+        else [p for p in place.rglob("*.py") if folder in ("growth", "sft") or p.parent == place]
+    )
+    assert files
+    for file in files:
+        for name in imported(file):
+            allowed = any(name == prefix or name.startswith(prefix + ".") for prefix in ALLOWED[folder])
+            assert allowed, f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_model_files_stand_alone():
+    """The three files a Hub repository carries import third parties and each other, nothing else."""
+    for file in (ROOT / "modeling_teleflm").glob("*_teleflm.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1
+                assert node.module.endswith("_teleflm")
+
+
+@pytest.mark.parametrize(
+    ("statement", "light"),
+    [
+        ("import teleflm", HEAVY),
+        ("import conversion, conversion.hub, conversion.mapping, conversion.checkpoint.execute", HEAVY),
+        ("import growth", HEAVY),
+        ("import sft, sft.cli, sft.data", HEAVY),
+    ],
+)
+def test_light_imports(statement, light):
+    script = f"{statement}; import json, sys; print(json.dumps([m for m in {light!r} if m in sys.modules]))"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout) == []
