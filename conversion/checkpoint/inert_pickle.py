@@ -124,7 +124,7 @@ def load(
     try:
         tree = machine.run(data)
         _check_nesting(tree)
-    except ValueError as error:
+    except (ValueError, DeprecationWarning) as error:  # the latter under `python -W error`, for odd escapes
         raise CheckpointError(f"{where} is damaged or hostile: {error}; nothing was executed.") from None
     return tree
 
