@@ -10,7 +10,6 @@ which share a storage, as the parameters of one flat buffer do, stay windows of 
 """
 
 import io
-import math
 import os
 import struct
 import zipfile
@@ -241,7 +240,10 @@ def _locate_members(
     """Position and size, in bytes, of each member's content; ValueError where the two directories disagree."""
     members: dict[str, tuple[int, int]] = {}
     position = 0
-    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+    entries = sorted(entries, key=lambda entry: entry.header_offset)
+    if entries and entries[0].header_offset != 0:
+        raise ValueError(f"its first member begins at byte {entries[0].header_offset}, expected 0")
+    for entry in entries:
         name = entry.filename
         if name in members:
             raise ValueError(f"member {name!r} occurs twice")
@@ -333,11 +335,13 @@ def _view(
     if not (_are_sizes(sizes) and _are_sizes(strides) and _are_sizes((offset,)) and len(sizes) == len(strides)):
         raise ValueError(f"a tensor on {storage.name} has no valid offset, sizes and strides")
     view = View(storage.file, storage.offset + offset * dtype.itemsize, sizes, strides, dtype)
-    stop, storage_stop = view.span[1], storage.offset + storage.nbytes
-    if max(stop, view.offset) > storage_stop or math.prod(sizes) * dtype.itemsize >= 2**63:
+    if view.nbytes >= 2**63:
+        raise ValueError(f"a tensor of shape {sizes} on {storage.name} has 2^63 bytes or more")
+    excess = max(view.span) - (storage.offset + storage.nbytes)
+    if excess > 0:
         raise ValueError(
-            f"a tensor of shape {sizes} with strides {strides} and offset {offset} reaches "
-            f"{stop - storage_stop} bytes past its storage, {storage.name} of {storage.nbytes} bytes"
+            f"a tensor of shape {sizes} with strides {strides} and offset {offset} reaches {excess} bytes past its "
+            f"storage, {storage.name} of {storage.nbytes} bytes"
         )
     return view
 
