@@ -68,7 +68,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Source:
     Raises:
         CheckpointError: there is none, a file is damaged, or the index and its shards disagree.
     """
-    weights = _find_weights(Path(os.path.abspath(path)))
+    try:
+        return _open(_find_weights(Path(os.path.abspath(path))))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror}.") from None
+
+
+def _open(weights: Path) -> Source:
     if weights.name.endswith(_INDEX_SUFFIX):
         index = _read_json(weights)
         files, tensors = _read_shards(weights, index)
@@ -91,7 +97,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Source:
 def source_identity(path: str | os.PathLike[str]) -> str:
     """A text that changes when a weight file does: its size, its time of change, a hash of its header.
 
-    The header is the one of safetensors, the directory and pickle of a torch.save zip, or both ends of any other file.
+    The header is the one of safetensors, the directory and pickle of a torch.save zip (with a checksum of each
+    storage, as torch writes it), or both ends of any other file.
 
     Raises:
         CheckpointError: the file cannot be read, or is a safetensors file with a damaged header.
@@ -140,11 +147,8 @@ def _read_weights(file: Path) -> tuple[dict[str, View], dict[str, Any]]:
 
 
 def _read_start(file: Path, size: int) -> bytes:
-    try:
-        with file.open("rb") as stream:
-            return stream.read(size)
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from None
+    with file.open("rb") as stream:
+        return stream.read(size)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -222,8 +226,8 @@ def _check_shard(index_file: Path, expected: dict[str, str], file_name: str, fou
     absent = [name for name, place in expected.items() if place == file_name and name not in found]
     if absent:
         raise CheckpointError(
-            f"{index_file} places {len(absent)} tensors in {file_name} that it does not hold: {_some(absent)}; "
-            "download both again."
+            f"{index_file} places tensors in {file_name} that it does not hold, {len(absent)} of them: "
+            f"{_some(absent)}; download both again."
         )
 
 
