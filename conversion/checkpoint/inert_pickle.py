@@ -271,12 +271,9 @@ class _Machine:
 
     def _add_items(self, _: Any) -> None:
         items, target = self._pop_mark(), self._pop()
-        if type(target) is set:
-            target.update(map(self._hashable, items))
-        elif type(target) is Inert:
-            target.items.extend(items)
-        else:
+        if type(target) is not set:
             raise ValueError(f"it adds items to a {type(target).__name__}")
+        target.update(map(self._hashable, items))
         self._push(target)
 
     def _dict(self, _: Any) -> None:

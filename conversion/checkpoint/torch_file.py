@@ -79,7 +79,7 @@ def read_torch_file(path: str | os.PathLike[str], *, start: int = 0, length: int
         CheckpointError: the file is no zip by torch.save, is damaged, or its pickle is.
     """
     archive = _open_archive(path, start, length)
-    return inert_pickle.load(archive.pickled, f"{archive.file}: data.pkl", _KNOWN, archive.storage)
+    return inert_pickle.load(archive.pickled, f"{archive.file}: data.pkl", TORCH_GLOBALS, archive.storage)
 
 
 def read_torch_tensors(path: str | os.PathLike[str]) -> dict[str, View]:
@@ -387,7 +387,8 @@ _REBUILDERS: tuple[Callable[[tuple[Any, ...]], View | UnreadableTensor], ...] = 
 _PLAIN_TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
 _UNTYPED = _StorageClass("UntypedStorage", None, 1)
 
-_KNOWN: dict[tuple[str, str], Any] = {
+# Also what the metadata of torch.distributed.checkpoint is read with.
+TORCH_GLOBALS: dict[tuple[str, str], Any] = {
     **{("torch", dtype.name): dtype for dtype in DTYPES},
     **{("torch", dtype.storage): _StorageClass(dtype.storage, dtype, dtype.itemsize) for dtype in DTYPES},
     ("torch", "UntypedStorage"): _UNTYPED,

@@ -114,6 +114,10 @@ def test_other_objects_keep_what_they_are_made_of(protocol):
     assert [(key.args, value) for key, value in keyed.items()] == [((1,), "value")]
 
 
+def test_discarded_objects_are_gone():
+    assert load(b"N(K\x0100(K\x01K\x021.", "data") is None
+
+
 def test_known_names_become_the_callers_values():
     known = {("builtins", "print"): "seen", ("builtins", "max"): Rebuild(lambda args: sum(args))}
     data = pickle.dumps([print, Reduced(max, 1, 2), min], 4)
@@ -186,6 +190,8 @@ BOMBS = {
         + b"h\x01)Rh\x00b0" * 10**4 + b"N.",
         "more operations",
     ),
+    "OrderedDict of no pairs": (b"ccollections\nOrderedDict\n]Na\x85R.", "from something else than pairs"),
+    "OrderedDict of a string": (b"ccollections\nOrderedDict\n" + text("ab") + b"\x85R.", "than a list of pairs"),
     "many objects": (NAME + b"q\x00" + b"h\x00)R" * 10**6 + b".", "more operations"),
     "bytes of 2^40": (b"\x8e" + struct.pack("<Q", 2**40) + b"x.", "expected 1099511627776 bytes"),
     "bytes of 2^63": (b"\x8e" + struct.pack("<Q", 2**63) + b"x.", "bytes"),

@@ -167,6 +167,7 @@ FAULTS = {
     "index is a list": (lambda f: (f / INDEX).write_text("[]"), f"{INDEX} is a JSON list, expected an object"),
     "index is cut": (lambda f: (f / INDEX).write_text('{"weight_map": {"a"'), f"{INDEX} is not valid JSON"),
     "index is deep": (lambda f: (f / INDEX).write_text("[" * 100_000), "nests too deeply|not valid JSON"),
+    "index is huge": (lambda f: os.truncate(f / INDEX, 100_000_001), f"{INDEX} has more than 100000000 bytes"),
     "index is binary": (lambda f: (f / INDEX).write_bytes(b"\xff\xfe{}"), f"{INDEX} is not valid JSON"),
     "file of two containers": (
         lambda f: (torch.save({"d": torch.ones(1)}, f / "d.bin"), write_index(f, WEIGHT_MAP | {"d": "d.bin"})),

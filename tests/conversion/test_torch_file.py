@@ -258,6 +258,7 @@ SIX = {"0": bytes(24)}
 DAMAGED = {
     "nothing": (b"", "begins with b''"),
     "noise": (b"\x01\x02" * 50, r"begins with b'\\x01\\x02"),
+    "two letters": (b"PK", "truncated, damaged or no zip"),
     "before torch 1.6": (saved({"w": FLAT}, _use_new_zipfile_serialization=False), "torch before 1.6.*isolated env"),
     "before torch 0.1.10": (tar_archive(), "is a tar archive.*torch.save it again"),
     "bare pickle": (pickle.dumps({"w": 1}), "is a bare pickle.*weights_only=True"),
@@ -299,6 +300,12 @@ def test_damaged_files_are_one_clean_line(tmp_path, data, message):
         read_torch_tensors(path)
     assert str(refusal.value).startswith(str(path))
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["", "absent"])
+def test_a_folder_and_an_absent_file(tmp_path, name):
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_torch_file(tmp_path / name)
 
 
 def test_what_is_read_is_bounded(tmp_path):
