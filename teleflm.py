@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from conversion.cli import convert, inspect
 from growth.cli import grow
 from sft.cli import app as sft_app
 
@@ -17,6 +18,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(inspect)
+app.command()(convert)
 app.command()(grow)
 app.add_typer(sft_app, name="sft")
 

@@ -83,6 +83,25 @@ def count_pieces(folder: Path) -> int | None:
         raise CheckpointError(f"{path}: not a sentencepiece model ({error}); restore it or remove it.") from None
 
 
+def lineage_steps(lineage: Mapping[str, Any] | None) -> list[str]:
+    """The lineage of a manifest as sentences, oldest first."""
+    if not lineage:
+        return []
+    parent = lineage.get("parent")
+    before = lineage_steps(parent["lineage"]) if parent else ["A checkpoint without a record of its own."]
+    match lineage.get("operation"):
+        case "grow":
+            old, new = lineage["source"], lineage["target"]
+            fields = [f"{field} {old[field]} to {new[field]}" for field in old if old[field] != new[field]]
+            step = f"Grown without changing the function it computes: {', '.join(fields) or 'nothing changed'}."
+        case "convert":
+            cast = f", cast to {lineage['dtype']}" if lineage.get("dtype") else ""
+            step = f"Rewritten as safetensors from {lineage['from']} files{cast}."
+        case operation:
+            step = f"{operation}."
+    return [*before, step]
+
+
 def model_card(architecture: Architecture, dtype: str, lineage: list[str]) -> str:
     """A README.md with the facts that follow from the configuration.
 

@@ -69,6 +69,16 @@ def weights(architecture: Architecture) -> Iterator[tuple[str, Weight, int | Non
         yield LM_HEAD.name, LM_HEAD, None
 
 
+def is_derived(name: str) -> bool:
+    """Whether a tensor is a buffer that runtimes compute themselves."""
+    return name.endswith(_DERIVED)
+
+
+def _is_tied_copy(name: str, tensors: Mapping[str, View], architecture: Architecture) -> bool:
+    """Whether a tensor is the head of a tied model, stored as the very bytes of the embedding."""
+    return name == LM_HEAD.name and architecture.tie_word_embeddings and tensors[name] == tensors.get(EMBED_TOKENS.name)
+
+
 def check_tensors(tensors: Mapping[str, View], architecture: Architecture, where: str) -> None:
     """Check that a checkpoint holds exactly the weights of its architecture.
 
@@ -79,7 +89,7 @@ def check_tensors(tensors: Mapping[str, View], architecture: Architecture, where
     for name in sorted(expected.keys() - tensors.keys()):
         raise CheckpointError(f"{where}: {name} is missing; config.json describes {len(expected)} weights.")
     for name, view in tensors.items():
-        if name.endswith(_DERIVED):
+        if is_derived(name) or _is_tied_copy(name, tensors, architecture):
             continue
         if name not in expected:
             raise CheckpointError(f"{where}: {name} is not a weight of a Tele-FLM model; it would be lost.")

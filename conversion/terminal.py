@@ -16,7 +16,7 @@ import typer
 
 from conversion.checkpoint.errors import CheckpointError, CorruptData
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_NO, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 # The options that mean the same wherever they apply.
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and write nothing.")]
@@ -80,6 +80,27 @@ def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
             progress.advance(task, nbytes)
 
         yield advance
+
+
+def process_rank() -> tuple[int, int]:
+    """Which of how many processes this is, as torchrun or srun tell it; (0, 1) outside of both.
+
+    In a Slurm batch script only the steps started by srun share work, so the step's variables count.
+
+    Raises:
+        ValueError: the variables are no rank of a world.
+    """
+    environment = os.environ
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        names = ("RANK", "WORLD_SIZE")
+    elif "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS")
+    else:
+        return 0, 1
+    texts = [environment.get(name, "") for name in names]
+    if not all(text.isdigit() for text in texts) or int(texts[0]) >= int(texts[1]):
+        raise ValueError(f"{names[0]} is {texts[0]!r} and {names[1]} is {texts[1]!r}: that is no rank of a world.")
+    return int(texts[0]), int(texts[1])
 
 
 def print_json(value: Any) -> None:

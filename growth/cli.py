@@ -5,8 +5,6 @@
 """The command `teleflm grow`."""
 
 import json
-import re
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,15 +24,11 @@ from conversion.terminal import (
     Workers,
     byte_progress,
     exit_codes,
-    format_bytes,
     print_json,
+    process_rank,
 )
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from conversion.checkpoint.plan import TensorPlan
-
     from .grow import GrowthResult
 
 Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Tele-FLM checkpoint.")]
@@ -73,6 +67,7 @@ def grow(
         if to is None and not overrides:
             raise ValueError("nothing to grow into: give --to PRESET|CONFIG.json, --set KEY=VALUE, or both.")
         with byte_progress("growing") as progress:
+            rank, world_size = process_rank()
             result = grow_checkpoint(
                 source,
                 out,
@@ -83,7 +78,7 @@ def grow(
                 multipliers=multipliers,
                 dtype=dtype,
                 seed=seed,
-                options=WriteOptions(max_shard_size, workers, not no_digest, overwrite, progress),
+                options=WriteOptions(max_shard_size, workers, not no_digest, overwrite, progress, rank, world_size),
                 dry_run=dry_run,
             )
         if as_json:
@@ -109,79 +104,29 @@ def parse_override(text: str) -> tuple[str, int | float | bool | str]:
 
 def describe(result: "GrowthResult", out: Path, workers: int) -> dict[str, Any]:
     """The growth as one JSON object; a dry run's has every tensor."""
-    from conversion.checkpoint.execute import free_space, peak_memory
+    from conversion.plan_report import describe_result
 
-    need = sum(shard.nbytes for shard in result.shards)
-    summary = {
-        "out": str(out),
+    return {
         "source": asdict(result.growth.source),
         "target": asdict(result.growth.target),
         "parameters": result.growth.target.num_parameters,
         "layers": [{"source": origin.source, "copy": origin.is_copy} for origin in result.growth.layers],
-        "bytes": result.plan.nbytes,
-        "files": [{"name": shard.filename, "bytes": shard.nbytes} for shard in result.shards],
-        "memory_bytes": peak_memory(result.plan, workers),
-        "disk": {"need": need, "free": free_space(out)},
-        "notes": result.notes,
+        **describe_result(result, out, workers),
     }
-    if result.written:
-        return {**summary, "already_done": result.written.already_done}
-    tensors = [
-        {"name": t.name, "shape": t.shape, "dtype": t.dtype.name, "bytes": t.nbytes, "pieces": pieces_of(t)}
-        for t in result.plan.tensors
-    ]
-    return {**summary, "dry_run": True, "tensors": tensors}
 
 
 def print_growth(result: "GrowthResult", out: Path, workers: int) -> None:
-    """A summary for people; a dry run's has the whole plan, a line for each group of tensors made alike."""
+    """A summary for people: what grows, then the plan or what was written."""
     from rich.console import Console
     from rich.table import Table
 
-    from conversion.checkpoint.execute import free_space, peak_memory
+    from conversion.plan_report import print_result
 
-    console = Console()
     fields = Table("", "source", "target", title="Growth", title_justify="left")
     old, new = asdict(result.growth.source), asdict(result.growth.target)
     for field in old:
         if old[field] != new[field]:
             fields.add_row(field, f"{old[field]:,}", f"{new[field]:,}")
     fields.add_row("parameters", f"{result.growth.source.num_parameters:,}", f"{result.growth.target.num_parameters:,}")
-    console.print(fields)
-    if result.written is None:
-        console.print(_plan_table(result.plan.tensors))
-    for note in result.notes:
-        console.print(f"- {note}", highlight=False, soft_wrap=True)
-    need = sum(shard.nbytes for shard in result.shards)
-    size = f"{format_bytes(need)} in {len(result.shards)} file{'s' if len(result.shards) > 1 else ''}"
-    if result.written is None:
-        memory = format_bytes(peak_memory(result.plan, workers))
-        free = format_bytes(free_space(out))
-        console.print(
-            f"Would write {size} to {out} ({free} free), in about {memory} of memory.", highlight=False, soft_wrap=True
-        )
-    elif result.written.already_done:
-        console.print(f"{out} is already done: {size}.", highlight=False, soft_wrap=True)
-    else:
-        console.print(f"Wrote {size} to {out}.", highlight=False, soft_wrap=True)
-
-
-def _plan_table(tensors: "Iterable[TensorPlan]") -> "Table":
-    """The plan, with the layers that are made alike in one line."""
-    from rich.table import Table
-
-    groups: dict[tuple[str, str, str], list[TensorPlan]] = {}
-    for tensor in tensors:
-        name = re.sub(r"^model\.|\.weight$", "", re.sub(r"layers\.\d+", "layers.*", tensor.name))
-        pieces = [re.sub(r"\(.+\)", "(source)", piece) for piece in pieces_of(tensor)]
-        groups.setdefault((name, "x".join(map(str, tensor.shape)), "\n".join(pieces)), []).append(tensor)
-    table = Table("weight", "count", "shape", "size", "made of", title="Plan", title_justify="left")
-    table.columns[0].no_wrap = True
-    for (name, shape, made_of), members in groups.items():
-        table.add_row(name, str(len(members)), shape, format_bytes(sum(t.nbytes for t in members)), made_of)
-    return table
-
-
-def pieces_of(tensor: "TensorPlan") -> list[str]:
-    """What a tensor is made of, each kind once, with the symbols that need data as symbols."""
-    return list(dict.fromkeys(piece.describe() for piece in tensor.pieces))
+    Console().print(fields)
+    print_result(result, out, workers)

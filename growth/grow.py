@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from conversion.architecture import Architecture, load_config, load_preset, preset_names
-from conversion.checkpoint.containers import Shard, safetensors_shards
+from conversion.checkpoint.containers import safetensors_shards
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
-from conversion.checkpoint.execute import WriteOptions, Written, write_checkpoint
+from conversion.checkpoint.execute import CheckpointResult, WriteOptions, write_checkpoint
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.plan import CheckpointPlan
 from conversion.checkpoint.sources import Source, open_checkpoint
-from conversion.hub import count_pieces, hub_config, hub_sidecars, model_card
+from conversion.hub import count_pieces, hub_config, hub_sidecars, lineage_steps, model_card
 from conversion.mapping import check_tensors, weights
 
 from .operators import grow_weight
@@ -27,22 +27,10 @@ METHODS = ("zero",)
 
 
 @dataclass(frozen=True)
-class GrowthResult:
-    """A growth, planned and, unless it was a dry run, written.
-
-    Args:
-        growth: what grows into what.
-        plan: the whole output, tensor by tensor.
-        shards: its files.
-        notes: what a user should know, one sentence each.
-        written: the output; None after a dry run.
-    """
+class GrowthResult(CheckpointResult):
+    """A growth that was planned and, unless it was a dry run, written; `growth` says what grows into what."""
 
     growth: Growth
-    plan: CheckpointPlan
-    shards: list[Shard]
-    notes: list[str]
-    written: Written | None
 
 
 def grow_checkpoint(
@@ -98,7 +86,7 @@ def grow_checkpoint(
     plan = plan_growth(checkpoint, growth, dtype=parse_dtype(dtype) if dtype else None, seed=seed)
     shards = safetensors_shards(plan.tensors, options.shard_bytes)
     written = None if dry_run else write_checkpoint(plan, Path(out), options)
-    return GrowthResult(growth, plan, shards, _notes(growth), written)
+    return GrowthResult(plan, shards, _notes(growth), written, growth)
 
 
 def plan_growth(checkpoint: Source, growth: Growth, *, dtype: DType | None = None, seed: int = 0) -> CheckpointPlan:
@@ -129,7 +117,7 @@ def plan_growth(checkpoint: Source, growth: Growth, *, dtype: DType | None = Non
 
     lineage = _lineage(checkpoint, growth)
     config = hub_config(checkpoint.config or {}, growth.target, tensors[0].dtype.name)
-    card = model_card(growth.target, tensors[0].dtype.name, _steps(lineage))
+    card = model_card(growth.target, tensors[0].dtype.name, lineage_steps(lineage))
     plan = CheckpointPlan(tuple(tensors), config, hub_sidecars(Path(checkpoint.folder), card), lineage, seed)
     plan.check()
     return plan
@@ -172,19 +160,6 @@ def _lineage(checkpoint: Source, growth: Growth) -> dict[str, Any]:
         "layers": [{"source": origin.source, "copy": origin.is_copy} for origin in growth.layers],
         "parent": {"plan": parent["plan"], "lineage": parent["lineage"]} if parent else None,
     }
-
-
-def _steps(lineage: Mapping[str, Any] | None) -> list[str]:
-    """The lineage as sentences, oldest first."""
-    if not lineage:
-        return []
-    parent = lineage["parent"] or {}
-    before = _steps(parent.get("lineage")) if parent else ["A checkpoint without a record of its own."]
-    if lineage["operation"] != "grow":
-        return [*before, f"{lineage['operation'].capitalize()}."]
-    old, new = lineage["source"], lineage["target"]
-    fields = [f"{field} {old[field]} to {new[field]}" for field in old if old[field] != new[field]]
-    return [*before, f"Grown without changing the function it computes: {', '.join(fields) or 'nothing changed'}."]
 
 
 def _notes(growth: Growth) -> list[str]:

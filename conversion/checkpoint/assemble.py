@@ -12,12 +12,13 @@ import numpy as np
 
 from .dtypes import DType
 from .normal_stream import GRID, draw_words, normal_table
-from .plan import Box, CheckpointPlan, Copy, Fill, Normal, RowMean, Statistic, TensorPlan, View, is_byte_copy
+from .plan import Box, Copy, Fill, Normal, Piece, RowMean, Statistic, TensorPlan, View, is_byte_copy, row_major_strides
 from .reader import FileReader, boxes_of_range
 
 BLOCK = 4 * GRID  # elements made, hashed and written at a time: 8 MiB of bfloat16
 _SAMPLE = 1 << 22  # a statistic looks at this many elements at most,
 _WINDOW = 1 << 16  # in windows of this many, evenly spread
+_SHORT_RUN = 256 * 1024  # bytes worth a system call of their own
 _CHUNK = 1 << 16  # arithmetic runs over pieces that stay in the cache
 
 
@@ -32,19 +33,27 @@ class Resolved:
         """The value itself, or the one behind the symbol."""
         return self.numbers[value] if isinstance(value, Statistic) else value
 
+    def named(self, tensors: Iterable[TensorPlan]) -> dict[str, float]:
+        """The numbers behind the symbols that these tensors use, by the symbol's text."""
+        used = (piece_number(piece) for tensor in tensors for piece in tensor.pieces)
+        return {str(value): self.numbers[value] for value in used if isinstance(value, Statistic)}
 
-def resolve(plan: CheckpointPlan, reader: FileReader, workers: int) -> Resolved:
-    """Read what the plan's symbols stand for: a short pass over bounded samples of the sources.
+
+def piece_number(piece: Piece) -> float | Statistic | None:
+    """The one number of a constant or random piece."""
+    return piece.value if isinstance(piece, Fill) else piece.std if isinstance(piece, Normal) else None
+
+
+def resolve(tensors: Iterable[TensorPlan], reader: FileReader, workers: int) -> Resolved:
+    """Read what the symbols of some plans stand for: a short pass over bounded samples of the sources.
 
     Args:
-        plan: a checked plan.
-        reader: reads its sources.
+        tensors: checked plans.
+        reader: reads their sources.
         workers: threads.
     """
-    pieces = [piece for tensor in plan.tensors for piece in tensor.pieces]
-    values = [
-        piece.value if isinstance(piece, Fill) else piece.std for piece in pieces if isinstance(piece, Fill | Normal)
-    ]
+    pieces = [piece for tensor in tensors for piece in tensor.pieces]
+    values = map(piece_number, pieces)
     statistics = list(dict.fromkeys(value for value in values if isinstance(value, Statistic)))
     row_means = list(dict.fromkeys(piece.source for piece in pieces if isinstance(piece, RowMean)))
     with ThreadPoolExecutor(workers) as pool:
@@ -91,6 +100,34 @@ def is_zero(tensor: TensorPlan, start: int, stop: int) -> bool:
     return all(isinstance(piece, Fill) and piece.value == 0.0 for piece, *_ in _overlaps(tensor, start, stop))
 
 
+def copy_runs(tensor: TensorPlan, start: int, stop: int) -> list[tuple[View, int]] | None:
+    """A flat range as runs of source bytes that stay as they are, if it is nothing but that and zeros.
+
+    Returns:
+        Contiguous windows, each with its first element's place in the range; None if anything has to be made, or the
+        runs are so short that gathering them in memory is faster.
+    """
+    runs = []
+    for piece, box, at, whole in _overlaps(tensor, start, stop):
+        if isinstance(piece, Fill) and piece.value == 0.0:
+            continue
+        if not isinstance(piece, Copy) or not is_byte_copy(piece, tensor.dtype):
+            return None
+        view = _source_window(piece, box)
+        if not view.is_contiguous or not _is_contiguous(box, whole) or view.nbytes < _SHORT_RUN < tensor.nbytes:
+            return None
+        strides = row_major_strides(whole.size)
+        first = sum((a - b) * stride for a, b, stride in zip(box.start, whole.start, strides, strict=True))
+        runs.append((view, at + first))
+    return runs
+
+
+def _is_contiguous(box: Box, whole: Box) -> bool:
+    """Whether a box is one run of a row-major block: a dimension it does not fill has only ones before it."""
+    partial = [axis for axis, (n, m) in enumerate(zip(box.size, whole.size, strict=True)) if n != m]
+    return not partial or all(n == 1 for n in box.size[: partial[-1]])
+
+
 def assemble(
     tensor: TensorPlan, start: int, stop: int, *, reader: FileReader, resolved: Resolved, seed: int
 ) -> np.ndarray:
@@ -128,9 +165,7 @@ def assemble(
     return block
 
 
-def _overlaps(
-    tensor: TensorPlan, start: int, stop: int
-) -> Iterable[tuple[Copy | Fill | Normal | RowMean, Box, int, Box]]:
+def _overlaps(tensor: TensorPlan, start: int, stop: int) -> Iterator[tuple[Piece, Box, int, Box]]:
     """Where pieces meet a flat range: piece, shared box, offset in the range, and the contiguous box around it."""
     at = 0
     for whole in boxes_of_range(tensor.layout, start, stop):
@@ -141,8 +176,13 @@ def _overlaps(
         at += whole.numel
 
 
+def _source_window(piece: Copy, box: Box) -> View:
+    """The part of a copy's source that lands in `box`."""
+    return piece.source.window(Box(tuple(part.start for part in box.slices_in(piece.box)), box.size))
+
+
 def _copy(piece: Copy, box: Box, target: np.ndarray, dtype: DType, reader: FileReader) -> None:
-    view = piece.source.window(Box(tuple(slice_.start for slice_ in box.slices_in(piece.box)), box.size))
+    view = _source_window(piece, box)
     if is_byte_copy(piece, dtype):
         reader.read_into(view, target)
         return

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from .assemble import BLOCK, Resolved
+from .assemble import BLOCK
 from .containers import Shard
 from .errors import CheckpointError
 from .plan import CheckpointPlan
@@ -43,14 +43,14 @@ def package_version() -> str:
 
 
 def make_manifest(
-    plan: CheckpointPlan, shards: Iterable[Shard], resolved: Resolved, digests: Mapping[str, str]
+    plan: CheckpointPlan, shards: Iterable[Shard], statistics: Mapping[str, float], digests: Mapping[str, str]
 ) -> dict[str, Any]:
     """The manifest of a finished checkpoint.
 
     Args:
         plan: what was executed.
         shards: the files it was written to.
-        resolved: the numbers behind the plan's symbols.
+        statistics: symbol of the plan -> the number behind it.
         digests: tensor name -> digest; empty if none were taken.
     """
     return {
@@ -59,7 +59,7 @@ def make_manifest(
         "plan": plan.fingerprint(),
         "seed": plan.seed,
         "lineage": plan.lineage,
-        "statistics": {str(statistic): value for statistic, value in resolved.numbers.items()},
+        "statistics": dict(statistics),
         "digest": {"algorithm": "xxh3_128", "block_elements": BLOCK} if digests else None,
         "tensors": {
             tensor.name: {

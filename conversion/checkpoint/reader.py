@@ -13,6 +13,7 @@ from types import TracebackType
 import numpy as np
 
 from .errors import CorruptData
+from .kernel_copy import copy_range
 from .plan import Box, Shape, View
 
 # A strided window is read as one span when that is at most this much more than what it needs, else run by run.
@@ -74,6 +75,17 @@ class FileReader:
                 part = (*(slice(None),) * axis, slice(index, index + 1))
                 self.read_into(view[part], out[part])
 
+    def copy_to(self, view: View, target: int, offset: int) -> None:
+        """Copy a contiguous window's bytes into the file behind the descriptor `target`, at a byte offset.
+
+        Raises:
+            CorruptData: the source ends before the window does.
+        """
+        try:
+            copy_range(self.descriptor(view.file), view.offset, target, offset, view.nbytes)
+        except EOFError:
+            raise self._cut_short(view.file, view.span[1]) from None
+
     def _read_bytes(self, file: str, offset: int, out: np.ndarray) -> None:
         target = out.reshape(-1).view(np.uint8).data
         descriptor = self.descriptor(file)
@@ -81,12 +93,14 @@ class FileReader:
         while done < len(target):
             count = os.preadv(descriptor, [target[done:]], offset + done)
             if count == 0:
-                size = os.fstat(descriptor).st_size
-                raise CorruptData(
-                    f"{file}: ends at byte {size}, but a tensor reaches to byte {offset + len(target)}: "
-                    "the file was cut short after its header was read."
-                )
+                raise self._cut_short(file, offset + len(target))
             done += count
+
+    def _cut_short(self, file: str, end: int) -> CorruptData:
+        size = os.fstat(self.descriptor(file)).st_size
+        return CorruptData(
+            f"{file}: ends at byte {size}, but a tensor reaches to byte {end}: the file was cut short meanwhile."
+        )
 
 
 def boxes_of_range(shape: Shape, start: int, stop: int) -> Iterator[Box]:

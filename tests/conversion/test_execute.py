@@ -277,11 +277,11 @@ def test_two_runs_on_one_folder(tmp_path):
     out.mkdir()
     script = """if True:
         import fcntl, os, sys
-        fcntl.flock(os.open(sys.argv[1], os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX)
+        fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
         print("held", flush=True)
         input()
     """
-    holder = subprocess.Popen([sys.executable, "-c", script, out / ".teleflm.lock"], stdin=-1, stdout=-1, text=True)
+    holder = subprocess.Popen([sys.executable, "-c", script, out], stdin=-1, stdout=-1, text=True)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(CheckpointError, match="another run"):
         write_checkpoint(mixed_plan(tmp_path), out, WriteOptions())

@@ -1,0 +1,367 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What a run keeps beside its output until it is finished: enough to resume after a kill at any instant.
+
+`OUT/.teleflm` holds `run.json` (which plan, settings and sources: another run is refused), a journal for each shard
+that is being written (a line for each finished block, with its digest) and a record for each finished shard, which is
+also the barrier between ranks. Shards lie in OUT under a `.partial` name until all are finished.
+
+Nothing here is believed because it is written: blocks that a journal claims are hashed again before they count, and a
+finished shard counts only while its file has the size and time of its record.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from .assemble import blocks
+from .containers import Shard
+from .errors import CheckpointError
+from .kernel_copy import write_all
+from .manifest import MANIFEST, read_manifest, tensor_digest
+from .plan import CheckpointPlan
+from .sources import WEIGHT_FILES, source_identity
+
+PARTIAL = ".partial"
+FOLDER = ".teleflm"
+_POLL_SECONDS = 0.1
+_PATIENCE_SECONDS = 30.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The record of a finished shard.
+
+    Args:
+        size: bytes of the file.
+        mtime_ns: its time of change; another one means that somebody touched it.
+        digests: tensor name -> digest; empty if none are taken.
+        statistics: symbol of the plan -> its value, for the symbols this shard uses.
+    """
+
+    size: int
+    mtime_ns: int
+    digests: dict[str, str]
+    statistics: dict[str, float]
+
+
+class Workspace:
+    """The working folder of one run, as one of its ranks sees it. A context manager.
+
+    Args:
+        out: the output folder.
+        plan: what is written.
+        settings: what else decides the files, for example the shard size.
+        rank: of this process; rank 0 prepares the folder, the others wait for that.
+        overwrite: whether a checkpoint or another run in the folder may be removed.
+        is_done: whether the folder holds the finished output, so that there is nothing to wait for.
+
+    Raises:
+        CheckpointError: another run is writing here, the folder holds something else, or a source changed meanwhile.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        plan: CheckpointPlan,
+        settings: Mapping[str, Any],
+        rank: int,
+        overwrite: bool,
+        is_done: Callable[[], bool],
+    ) -> None:
+        self.out = out
+        self.folder = out / FOLDER
+        self._rank = rank
+        self._overwrite = overwrite
+        self._is_done = is_done
+        self._lock = -1
+        self._run = {
+            "plan": plan.fingerprint(),
+            "settings": dict(settings),
+            "seed": plan.seed,
+            "config": plan.config,
+            "lineage": plan.lineage,
+            "sources": {Path(file).name: source_identity(file) for file in sorted(plan.sources)},
+        }
+
+    def __enter__(self) -> "Workspace":
+        if self._rank == 0:
+            self._lock = _lock_folder(self.out)
+            try:
+                self._prepare()
+            except BaseException:
+                os.close(self._lock)
+                raise
+        else:
+            self._await_run()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+
+    def _prepare(self) -> None:
+        """Resume the run that is here, or make room and start one; the loadable file goes first."""
+        if self._is_done():
+            return
+        present = [name for name in WEIGHT_FILES if (self.out / name).exists()]
+        if present and not self._overwrite:
+            raise CheckpointError(
+                f"{self.out}: already holds {present[0]}, made otherwise; choose another folder or --overwrite."
+            )
+        old = _read_run(self.folder)
+        if old is not None and not present:
+            difference = _difference(old, self._run)
+            if difference is None:
+                return
+            if not self._overwrite:
+                raise CheckpointError(
+                    f"{self.out}: holds an interrupted run, but {difference}; repeat that run, or --overwrite it."
+                )
+        manifest = read_manifest(self.out) if present else None
+        stale = {Path(entry["file"]).name for entry in manifest["tensors"].values()} if manifest else set()
+        for name in [*present, *sorted(stale), MANIFEST, *(path.name for path in self.out.glob(f"*{PARTIAL}"))]:
+            (self.out / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        write_file(self.folder / "run.json", json.dumps(self._run).encode())
+
+    def _await_run(self) -> None:
+        polls = _polls(f"rank 0 to prepare {self.out}")
+        while not self._is_done():
+            old = _read_run(self.folder)
+            if old is not None:
+                difference = _difference(old, self._run)
+                if difference is None:
+                    return
+                if not self._overwrite:
+                    raise CheckpointError(f"{self.out}: another rank started a run here, but {difference}.")
+            next(polls)
+
+    def finished(self, shard: Shard) -> Finished | None:
+        """The record of a shard, or None if it is not finished, or not what its record says."""
+        record = _read_json(self.folder / f"{shard.filename}.done")
+        if record is None:
+            return None
+        for path in (self.out / (shard.filename + PARTIAL), self.out / shard.filename):
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                if (status.st_size, status.st_mtime_ns) == (record["size"], record["mtime_ns"]):
+                    return Finished(**record)
+        return None
+
+    def wait_for(self, shard: Shard) -> Finished:
+        """The record of a shard, as soon as the rank that writes it is finished."""
+        polls = _polls(f"{shard.filename}, which another rank writes")
+        while (record := self.finished(shard)) is None:
+            next(polls)
+        return record
+
+    def require_space(self, shards: list[Shard]) -> None:
+        """Refuse to start what the disk cannot hold.
+
+        Raises:
+            OSError: the free space is less than what the shards still need.
+        """
+        need = sum(shard.nbytes - self._allocated(shard) for shard in shards)
+        free = shutil.disk_usage(self.out).free
+        if need > free:
+            text = f"needs {need / 1e9:.3f} GB more, {free / 1e9:.3f} GB are free; free some space, then run this again"
+            raise OSError(errno.ENOSPC, text, str(self.out))
+
+    def _allocated(self, shard: Shard) -> int:
+        for name in (shard.filename + PARTIAL, shard.filename):
+            with suppress(FileNotFoundError):
+                return min((self.out / name).stat().st_blocks * 512, shard.nbytes)
+        return 0
+
+    def remove(self) -> None:
+        """Forget the run: its output is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class ShardFile:
+    """A shard being written under its partial name. The last of its blocks to finish syncs it and leaves its record.
+
+    Args:
+        shard: the file's layout.
+        workspace: where its journal is.
+        statistics: for its record.
+        digest: whether blocks come with digests; only then can a journal be checked, and is one kept.
+
+    Raises:
+        CheckpointError: another process is writing it.
+        OSError: there is no room for it.
+    """
+
+    def __init__(self, shard: Shard, workspace: Workspace, statistics: dict[str, float], *, digest: bool) -> None:
+        self._shard = shard
+        self._workspace = workspace
+        self._statistics = statistics
+        self._journal_path = workspace.folder / f"{shard.filename}.journal"
+        self._lock = threading.Lock()
+        self._pending = 1 + sum(1 for tensor, _ in shard.tensors for _ in blocks(tensor.numel))
+        self._digests: dict[str, dict[int, bytes]] = {tensor.name: {} for tensor, _ in shard.tensors} if digest else {}
+        self.claims = _read_journal(self._journal_path) if digest else {}
+        path = workspace.out / (shard.filename + PARTIAL)
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._journal = os.open(self._journal_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{self._workspace.out}: another run is writing {self._shard.filename}; wait for it."
+            ) from None
+        (self._workspace.folder / f"{self._shard.filename}.done").unlink(missing_ok=True)
+        if not self.claims:
+            os.ftruncate(self.descriptor, 0)  # so that what no block writes reads as zeros
+        os.ftruncate(self.descriptor, self._shard.nbytes)
+        os.posix_fallocate(self.descriptor, 0, self._shard.nbytes)
+        write_all(self.descriptor, self._shard.header, 0)
+
+    @property
+    def resumed(self) -> bool:
+        """Whether an interrupted run wrote parts of the file, so that nothing can be assumed of the rest."""
+        return bool(self.claims)
+
+    def record(self, tensor: str, index: int, digest: bytes) -> None:
+        """Note that a block is in the file."""
+        if self.claims.get((tensor, index)) != digest:
+            os.write(self._journal, f"{index} {digest.hex()} {tensor}\n".encode())
+        self._digests[tensor][index] = digest
+
+    def release(self) -> None:
+        """Give up a hold on the file: each block has one, and whoever hands them out. The last completes the shard."""
+        with self._lock:
+            self._pending -= 1
+            if self._pending:
+                return
+        os.fsync(self.descriptor)
+        status = os.fstat(self.descriptor)
+        digests = {name: tensor_digest(parts[i] for i in range(len(parts))) for name, parts in self._digests.items()}
+        record = Finished(status.st_size, status.st_mtime_ns, digests, self._statistics)
+        done = self._workspace.folder / f"{self._shard.filename}.done"
+        write_file(done, json.dumps(asdict(record)).encode())
+        self._journal_path.unlink(missing_ok=True)
+        self.close()
+
+    def close(self) -> None:
+        """Close the files, finished or not."""
+        for name in ("descriptor", "_journal"):
+            if getattr(self, name) >= 0:
+                os.close(getattr(self, name))
+                setattr(self, name, -1)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    partial = path.with_name(path.name + PARTIAL)
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock_folder(out: Path) -> int:
+    """Hold OUT against a second run. The lock goes with the process, so a killed run leaves none."""
+    descriptor = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CheckpointError(f"{out}: another run is writing here; wait for it or choose another folder.") from None
+    except OSError:  # network file systems may refuse to lock a folder; the shards' own locks remain
+        logger.debug("cannot lock %s", out)
+    return descriptor
+
+
+def _read_run(folder: Path) -> dict[str, Any] | None:
+    return _read_json(folder / "run.json")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A file of ours, which is either whole or not there."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """The first thing in which two runs differ, for people; None if they are the same."""
+    before, after = _flatten(old), _flatten(json.loads(json.dumps(new)))
+    for key in sorted(
+        before.keys() | after.keys(), key=lambda key: (key == "plan", not key.startswith("sources"), key)
+    ):
+        if before.get(key) != after.get(key):
+            if key.startswith("sources."):
+                return f"the source file {key.removeprefix('sources.')} has changed since"
+            if key == "plan":
+                return "its tensors were planned otherwise"
+            return f"{key} was {before.get(key)!r} and is {after.get(key)!r}"
+    return None
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        k: v for name, part in value.items() for k, v in _flatten(part, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
+def _read_journal(path: Path) -> dict[tuple[str, int], bytes]:
+    """The blocks a journal claims; a line that a kill cut short is none."""
+    claims: dict[tuple[str, int], bytes] = {}
+    with suppress(FileNotFoundError):
+        for line in path.read_bytes().split(b"\n")[:-1]:
+            parts = line.decode(errors="replace").split(" ", 2)
+            if len(parts) == 3 and parts[0].isdigit() and len(parts[1]) == 32:
+                with suppress(ValueError):
+                    claims[parts[2], int(parts[0])] = bytes.fromhex(parts[1])
+    return claims
+
+
+def _polls(what: str) -> Iterator[None]:
+    """Tick, slowly, until the caller has what it waits for; say so once if that takes long."""
+    started, told = time.monotonic(), False
+    while True:
+        time.sleep(_POLL_SECONDS)
+        yield
+        if not told and time.monotonic() - started > _PATIENCE_SECONDS:
+            logger.warning("waiting for %s", what)
+            told = True

@@ -1,0 +1,126 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The commands `teleflm inspect` and `teleflm convert`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from conversion.terminal import (
+    DEFAULT_WORKERS,
+    EXIT_NO,
+    Debug,
+    DryRun,
+    Dtype,
+    Json,
+    MaxShardSize,
+    NoDigest,
+    Overwrite,
+    Workers,
+    byte_progress,
+    exit_codes,
+    format_bytes,
+    print_json,
+    process_rank,
+)
+
+if TYPE_CHECKING:
+    from .inspect import Inspection
+
+Path_ = Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a checkpoint, or one weight file.")]
+Check = Annotated[bool, typer.Option("--check", help="Read every tensor and compare it with manifest.json.")]
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a checkpoint.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
+Format = Annotated[str, typer.Option(help="Format of SRC: auto, or hf for the Hugging Face layout.")]
+
+
+def inspect(
+    path: Path_,
+    check: Check = False,
+    workers: Workers = DEFAULT_WORKERS,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a checkpoint is: architecture, parameters, files, record, problems."""
+    from .inspect import inspect_checkpoint
+
+    with exit_codes(debug=debug):
+        with byte_progress("checking") as progress:
+            inspection = inspect_checkpoint(path, check=check, workers=workers, progress=progress)
+        if as_json:
+            print_json(_describe(inspection))
+        else:
+            _print_inspection(inspection)
+    if inspection.damages:
+        raise typer.Exit(EXIT_NO)
+
+
+def convert(
+    source: Source,
+    out: Out,
+    format: Format = "auto",
+    dtype: Dtype = None,
+    workers: Workers = DEFAULT_WORKERS,
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+    no_digest: NoDigest = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Rewrite a checkpoint as a Hub folder of safetensors."""
+    from .checkpoint.execute import WriteOptions
+    from .convert import convert_checkpoint
+    from .plan_report import describe_result, print_result
+
+    with exit_codes(debug=debug):
+        with byte_progress("converting") as progress:
+            rank, world_size = process_rank()
+            options = WriteOptions(max_shard_size, workers, not no_digest, overwrite, progress, rank, world_size)
+            result = convert_checkpoint(source, out, format=format, dtype=dtype, options=options, dry_run=dry_run)
+        if as_json:
+            print_json(describe_result(result, out, workers))
+        else:
+            print_result(result, out, workers)
+
+
+def _describe(inspection: "Inspection") -> dict[str, Any]:
+    """The inspection as one JSON object, with the numbers that follow from the architecture."""
+    architecture = inspection.architecture
+    derived = {"logit_scale": architecture.logit_scale} if architecture else {}
+    return {**asdict(inspection), **derived}
+
+
+def _print_inspection(inspection: "Inspection") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(show_header=False, title=inspection.folder, title_justify="left")
+    table.add_row("model type", inspection.model_type or "unknown: no config.json")
+    table.add_row("parameters", f"{inspection.parameters:,}")
+    table.add_row("dtypes", ", ".join(f"{name} ({count} tensors)" for name, count in inspection.dtypes.items()))
+    sizes = inspection.files.values()
+    table.add_row("weights", f"{format_bytes(sum(sizes))} in {len(sizes)} {inspection.format} files")
+    if inspection.architecture:
+        a = inspection.architecture
+        table.add_row("layers", f"{a.num_hidden_layers}")
+        table.add_row("hidden size", f"{a.hidden_size:,}, feed-forward {a.intermediate_size:,}")
+        table.add_row("heads", f"{a.num_attention_heads} of {a.head_dim}, {a.num_key_value_heads} key/value")
+        table.add_row("multipliers", f"embeddings x {a.embedding_scale:g}, logits x {a.logit_scale:g}")
+        pieces = f", {inspection.pieces:,} pieces" if inspection.pieces else ", no tokenizer"
+        padding = f", {inspection.padding_rows:,} rows of padding" if inspection.padding_rows else ""
+        table.add_row("vocabulary", f"{a.vocab_size:,} rows{pieces}{padding}")
+    console.print(table)
+    for step in inspection.lineage:
+        console.print(f"- {step}", highlight=False, soft_wrap=True)
+    for problem in inspection.problems:
+        console.print(f"[bold red]problem[/] {problem}", highlight=False, soft_wrap=True)
+    for damage in inspection.damages or []:
+        console.print(f"[bold red]damaged[/] {damage.tensor} of {damage.file} {damage.reason}.", soft_wrap=True)
+    if inspection.damages == []:
+        console.print("Every tensor has its digest.")

@@ -1,0 +1,76 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What a command says about a plan: a JSON object for scripts, a table and a line for people."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .checkpoint.execute import CheckpointResult, free_space, peak_memory
+from .checkpoint.plan import TensorPlan
+from .terminal import format_bytes
+
+
+def describe_result(result: CheckpointResult, out: Path, workers: int) -> dict[str, Any]:
+    """The result as a JSON object; a dry run's has every tensor."""
+    summary = {
+        "out": str(out),
+        "bytes": result.plan.nbytes,
+        "files": [{"name": shard.filename, "bytes": shard.nbytes} for shard in result.shards],
+        "memory_bytes": peak_memory(result.plan, workers),
+        "disk": {"need": sum(shard.nbytes for shard in result.shards), "free": free_space(out)},
+        "notes": result.notes,
+    }
+    if result.written:
+        return {**summary, "already_done": result.written.already_done}
+    tensors = [
+        {"name": t.name, "shape": t.shape, "dtype": t.dtype.name, "bytes": t.nbytes, "pieces": _pieces(t)}
+        for t in result.plan.tensors
+    ]
+    return {**summary, "dry_run": True, "tensors": tensors}
+
+
+def print_result(result: CheckpointResult, out: Path, workers: int) -> None:
+    """A summary for people; a dry run's has the whole plan, a line for each group of tensors made alike."""
+    console = Console(highlight=False, soft_wrap=True)
+    if result.written is None:
+        console.print(_plan_table(result.plan.tensors))
+    for note in result.notes:
+        console.print(f"- {note}")
+    size = f"{format_bytes(sum(shard.nbytes for shard in result.shards))} in {_count(len(result.shards), 'file')}"
+    if result.written is None:
+        memory, free = format_bytes(peak_memory(result.plan, workers)), format_bytes(free_space(out))
+        console.print(f"Would write {size} to {out} ({free} free), with about {memory} of buffers.")
+    elif result.written.already_done:
+        console.print(f"{out} is already done: {size}.")
+    else:
+        console.print(f"Wrote {size} to {out}.")
+
+
+def _plan_table(tensors: Iterable[TensorPlan]) -> Table:
+    """The plan, with the layers that are made alike in one line."""
+    groups: dict[tuple[str, str, str], list[TensorPlan]] = {}
+    for tensor in tensors:
+        name = re.sub(r"^model\.|\.weight$", "", re.sub(r"layers\.\d+", "layers.*", tensor.name))
+        pieces = [re.sub(r"\(.+\)", "(source)", piece) for piece in _pieces(tensor)]
+        groups.setdefault((name, "x".join(map(str, tensor.shape)), "\n".join(pieces)), []).append(tensor)
+    table = Table("weight", "count", "shape", "size", "made of", title="Plan", title_justify="left")
+    table.columns[0].no_wrap = True
+    for (name, shape, made_of), members in groups.items():
+        table.add_row(name, str(len(members)), shape, format_bytes(sum(t.nbytes for t in members)), made_of)
+    return table
+
+
+def _pieces(tensor: TensorPlan) -> list[str]:
+    """What a tensor is made of, each kind once, with the symbols that need data as symbols."""
+    return list(dict.fromkeys(piece.describe() for piece in tensor.pieces))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
