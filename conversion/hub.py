@@ -4,21 +4,18 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """What makes a folder of weights a Hub repository: configuration, code, tokenizer and model card."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .architecture import Architecture, package_folder
+from .architecture import Architecture, load_config, package_folder
 from .checkpoint.errors import CheckpointError
 
 CODE_FILES = ("configuration_teleflm.py", "modeling_teleflm.py", "tokenization_teleflm.py")
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+TOKENIZER_FILES = ("tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_CHAT_TEMPLATE = "chat_template.jinja"
 _OTHER_FILES = ("generation_config.json",)
 
 AUTO_MAP = {
@@ -28,6 +25,11 @@ AUTO_MAP = {
     "AutoModelForQuestionAnswering": "modeling_teleflm.TeleFLMForQuestionAnswering",
     "AutoModelForSequenceClassification": "modeling_teleflm.TeleFLMForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_teleflm.TeleFLMForTokenClassification",
+}
+# Without these, transformers would encode with a class of its own, and other ids.
+_TOKENIZER_CLASS = {
+    "tokenizer_class": "TeleFLMTokenizer",
+    "auto_map": {"AutoTokenizer": ["tokenization_teleflm.TeleFLMTokenizer", None]},
 }
 _OLD_SPELLINGS = ("torch_dtype", "rope_theta", "rope_scaling", "transformers_version", "_name_or_path", "auto_map")
 
@@ -62,6 +64,11 @@ def hub_sidecars(source: Path, card: str) -> dict[str, str | bytes]:
     for name in (*TOKENIZER_FILES, *_OTHER_FILES):
         if (source / name).is_file():
             files[name] = str(source / name)
+    if "tokenizer.model" in files:
+        tokenizer = load_config(source / _TOKENIZER_CONFIG) if (source / _TOKENIZER_CONFIG).is_file() else {}
+        files[_TOKENIZER_CONFIG] = (json.dumps({**tokenizer, **_TOKENIZER_CLASS}, indent=2) + "\n").encode()
+        if "chat_template" not in tokenizer:
+            files.setdefault(_CHAT_TEMPLATE, str(package / _CHAT_TEMPLATE))
     files["README.md"] = card.encode()
     return files
 
