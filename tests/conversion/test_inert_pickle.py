@@ -212,6 +212,7 @@ BOMBS = {
     "key without value": (b"}(Nu.", "a key has no value"),
     "object of no class": (b"(o.", "object of no class"),
     "empty stack": (b".", "takes from an empty stack"),
+    "tuple of too few": (b"N\x86.", "takes from an empty stack"),
     "no mark": (b"Nt.", "mark that is not there"),
     "persistent id as text": (b"Pid\n.", "no checkpoint needs opcode PERSID"),
     "extension": (b"\x83\x01\x00.", "no checkpoint needs opcode EXT2"),
