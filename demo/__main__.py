@@ -1,0 +1,468 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""A small Tele-FLM is born, published, grown, fine-tuned and packaged, and answers questions about Python.
+
+python -m demo [--out out/demo] [--seed 0] [--quick]
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, PreTrainedModel, logging, set_seed
+
+from conversion import WriteOptions, convert_checkpoint
+from growth import grow_checkpoint
+from growth.numerics import LogitComparison, compare_logits
+from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM, TeleFLMTokenizer
+from sft.recipe import Recipe
+from sft.train import train as fine_tune
+
+from .corpus import Corpus, Messages, collect
+from .published import SHARDS, save_as_published
+from .report import Phase, Report, plot_losses
+from .training import BATCH_SIZE, BLOCK_LENGTH, QUIET, BarCallback, Block, Log, pack, stack, train_on_text
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the demo is: the model, and how long it trains."""
+
+    pieces: int
+    hidden_size: int
+    pretraining_steps: int
+    grown_steps: int
+    sft_steps: int
+
+    def config(self) -> TeleFLMConfig:
+        """A Tele-FLM in small, with a few vocabulary rows more than the tokenizer has pieces, as the 52B has.
+
+        mup_scale_factor is hidden_size / 512, as in the 52B and the 102B. The other multipliers are larger than theirs
+        (1 and 0.5), because some hundred steps are too few to make small embeddings and small logits large.
+        """
+        return TeleFLMConfig(
+            vocab_size=self.pieces + 32,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.hidden_size * 8 // 3,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=2 * BLOCK_LENGTH,
+            rms_norm_eps=1e-5,
+            use_mup=True,
+            input_mult=16.0,
+            output_mult=1.5,
+            mup_scale_factor=self.hidden_size / 512,
+        )
+
+
+FULL = Size(pieces=2000, hidden_size=192, pretraining_steps=400, grown_steps=80, sft_steps=500)
+QUICK = Size(pieces=600, hidden_size=48, pretraining_steps=60, grown_steps=16, sft_steps=40)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every step needs to know."""
+
+    report: Report
+    size: Size
+    out: Path
+    seed: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text to train on and the text to judge by, as blocks of token ids."""
+
+    training: list[Block]
+    heldout: list[Block]
+
+
+# Files and folders of the output. A run removes these, and nothing else, before it starts.
+MARKER = ".teleflm-demo"
+MADE = (
+    *("conversations.jsonl", "heldout.jsonl", "tokenizer", "published", "grown-float64", "grown", "continued", "sft"),
+    *("hub", "loss.png", "summary.json"),
+)
+
+# What is said to the finished model: chats of one or more turns. The last name was kept from all training.
+CHATS = [
+    ["What does os.path.join do?", "What are its parameters?"],
+    ["What is the class pathlib.Path?"],
+    ["What is the module json?"],
+    ["What does re.compile do?"],
+]
+
+
+def main() -> None:
+    """Live the life of a model, from its corpus to its first chat."""
+    options = parse_arguments()
+    size = QUICK if options.quick else FULL
+    out = prepare_folder(options.out)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    set_seed(options.seed)
+
+    console = Console()
+    console.print(f"[bold]The life of a small Tele-FLM[/bold], written to {out}\n", highlight=False)
+    run = Run(Report(console), size, out, options.seed)
+    corpus = collect_corpus(run)
+    tokenizer = train_tokenizer(run, corpus)
+    text = Text(pack(corpus.texts, tokenizer), pack(corpus.heldout_texts, tokenizer)[: 4 * BATCH_SIZE])
+    model, pretraining = pretrain(run, text)
+    source = publish_and_load(run, model, tokenizer)
+    grown, growth = grow(run, source, text)
+    continued, start = train_grown(run, source, grown, tokenizer, text)
+    sft = fine_tune_on_conversations(run)
+    write_hub_folder(run)
+    answers = chat(run)
+
+    plot_losses([Phase("pretraining", pretraining), Phase("growth", continued), Phase("SFT", sft)], out / "loss.png")
+    summary = summarize(run.report, growth, start, sft, answers)
+    (out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    console.print(run.report.table())
+    console.print(transcript(answers))
+    for name, what in (("loss.png", "the losses"), ("hub", "the model"), ("summary.json", "all numbers")):
+        console.print(f"{out / name}: {what}", highlight=False, soft_wrap=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m demo", description="The life of a small Tele-FLM.")
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a smaller model and less training: it learns little")
+    return parser.parse_args()
+
+
+def prepare_folder(out: Path) -> Path:
+    """Make the output folder, or remove what an earlier run left in it; a folder that is not ours is refused."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / MARKER).is_file():
+        sys.exit(f"{out}: not empty, and not written by this demo; choose another folder with --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).touch()
+    for path in (out / name for name in MADE):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return out
+
+
+# --- the steps --------------------------------------------------------------------------------------------------------
+
+
+def collect_corpus(run: Run) -> Corpus:
+    """Read what Python says of itself."""
+    with run.report.step("Corpus") as step:
+        corpus = collect()
+        write_conversations(corpus.conversations, run.out / "conversations.jsonl")
+        write_conversations(corpus.heldout_conversations, run.out / "heldout.jsonl")
+        characters = sum(map(len, corpus.texts))
+        step.result(
+            "text and chats from Python's own documentation",
+            f"{characters / 1e6:.1f} M characters, {len(corpus.conversations):,} chats",
+        )
+    return corpus
+
+
+def write_conversations(conversations: list[Messages], path: Path) -> None:
+    """Write conversations as sft reads them."""
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations))
+
+
+def train_tokenizer(run: Run, corpus: Corpus) -> TeleFLMTokenizer:
+    """Train a sentencepiece model like Tele-FLM's: BPE, bytes for what it has no piece for, one piece a chat marker."""
+    with run.report.step("Tokenizer") as step:
+        folder = run.out / "tokenizer"
+        folder.mkdir()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for text in corpus.texts for line in text.splitlines() if line.strip()),
+            model_prefix=str(folder / "tokenizer"),
+            model_type="bpe",
+            vocab_size=run.size.pieces,
+            byte_fallback=True,
+            character_coverage=1.0,
+            user_defined_symbols=["<_system>", "<_user>", "<_bot>"],
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+        tokenizer = TeleFLMTokenizer(str(folder / "tokenizer.model"))
+        tokenizer.save_pretrained(folder)
+        text = "".join(corpus.heldout_texts)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if tokenizer.decode(ids) != text:
+            raise AssertionError("the tokenizer does not give back the held-out text")
+        step.result("held-out text comes back unchanged", f"{len(text) / len(ids):.2f} characters a token")
+    return tokenizer
+
+
+def pretrain(run: Run, text: Text) -> tuple[TeleFLMForCausalLM, Log]:
+    """Train a new model on the text."""
+    with run.report.step("Pretraining") as step:
+        model = TeleFLMForCausalLM(run.size.config())
+        log = train_on_text(
+            model,
+            text.training,
+            text.heldout,
+            step,
+            output_dir=run.out / "published",
+            steps=run.size.pretraining_steps,
+            learning_rate=4e-3,
+            warmup_steps=20,
+            seed=run.seed,
+        )
+        first, *_, last = losses(log, "eval_loss")
+        step.result(
+            f"{model.num_parameters() / 1e6:.1f} M parameters learn: held-out loss falls", f"{first:.2f} → {last:.2f}"
+        )
+    return model, log
+
+
+def publish_and_load(run: Run, model: TeleFLMForCausalLM, tokenizer: TeleFLMTokenizer) -> PreTrainedModel:
+    """Save as Tele-FLM is published, and load that as anybody would.
+
+    Published weights are bfloat16. What was rounded away is gone: every comparison from here on is with what loads.
+    """
+    with run.report.step("Published layout") as step:
+        save_as_published(model, run.out / "published")
+        tokenizer.save_pretrained(run.out / "published")
+        source = AutoModelForCausalLM.from_pretrained(run.out / "published", dtype=torch.float32)
+        weights = zip(model.parameters(), source.parameters(), strict=True)
+        if not all(torch.equal(saved.bfloat16().float(), loaded) for saved, loaded in weights):
+            raise AssertionError(f"{run.out / 'published'}: the weights that load are not those that were saved")
+        step.result("AutoModelForCausalLM loads .bin shards and a 4.40 config", f"{SHARDS} shards, bfloat16")
+    return source
+
+
+def grow(run: Run, source: PreTrainedModel, text: Text) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Grow on every axis, and compare source and result.
+
+    Growth multiplies norm weights by sqrt(d / D), an irrational number, so the proof is of weights stored in float64.
+    Training goes on from the same growth stored in float32, which differs by the rounding of that factor.
+    """
+    with run.report.step("Growth") as step:
+        step.start(total=3)
+        options = WriteOptions(progress=lambda nbytes, total: step.advance(nbytes / total))
+        target = grown_sizes(source.config)
+        grow_checkpoint(
+            run.out / "published", run.out / "grown-float64", overrides=target, dtype="float64", options=options
+        )
+        grow_checkpoint(run.out / "published", run.out / "grown", overrides=target, dtype="float32", options=options)
+
+        step.note("comparing")
+        ids = stack(text.heldout[:4])
+        exact = AutoModelForCausalLM.from_pretrained(run.out / "grown-float64")
+        grown = AutoModelForCausalLM.from_pretrained(run.out / "grown")
+        proof, stored = compare_logits(source, exact, ids), compare_logits(source, grown, ids)
+        same_text = torch.equal(continue_greedily(source, ids), continue_greedily(grown, ids))
+        check_growth(proof, same_text)
+        ratio = grown.num_parameters() / source.num_parameters()
+        step.result(
+            f"{grown.num_parameters() / 1e6:.1f} M parameters (x {ratio:.2f}), the same logits in float64, the same "
+            "text when it generates",
+            f"largest difference {proof.relative:.0e}",
+        )
+    return grown, {
+        "target": target,
+        "parameters": [source.num_parameters(), grown.num_parameters()],
+        "relative_difference_float64": proof.relative,
+        "relative_difference_float32": stored.relative,
+        "tokens_compared": proof.tokens,
+        "same_generated_tokens": same_text,
+    }
+
+
+def grown_sizes(config: Any) -> dict[str, float]:
+    """From 52B to 102B, every axis of Tele-FLM grew by a quarter; the vocabulary is padded to a multiple of 64."""
+    axes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes: dict[str, float] = {axis: getattr(config, axis) * 5 // 4 for axis in axes}
+    return {
+        **sizes,
+        "vocab_size": -(-config.vocab_size // 64) * 64,
+        "mup_scale_factor": config.mup_scale_factor * 1.25,
+    }
+
+
+def check_growth(proof: LogitComparison, same_text: bool) -> None:
+    """Stop the demo if growth changed what the model computes."""
+    if proof.relative > 1e-12 or not same_text:
+        raise AssertionError(f"growth changed the model: logits by {proof.relative:.2g}, same text: {same_text}")
+
+
+def continue_greedily(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What a model makes of the beginnings of some texts, 48 tokens each."""
+    return model.generate(ids[:, :32], max_new_tokens=48, do_sample=False, pad_token_id=model.config.eos_token_id)
+
+
+def train_grown(
+    run: Run, source: PreTrainedModel, grown: PreTrainedModel, tokenizer: TeleFLMTokenizer, text: Text
+) -> tuple[Log, dict[str, float]]:
+    """Train what was grown, from the source's loss on.
+
+    With a fresh optimizer the rate has to rise again, over fewer steps than at first, and to no more than the source's
+    last. Half the source's highest is as high as a model this small bears.
+    """
+    with run.report.step("Training what was grown") as step:
+        source_loss = heldout_loss(source, text.heldout)
+        log = train_on_text(
+            grown,
+            text.training,
+            text.heldout,
+            step,
+            output_dir=run.out / "continued",
+            steps=run.size.grown_steps,
+            learning_rate=1e-3,
+            warmup_steps=5,
+            seed=run.seed + 1,
+        )
+        grown.save_pretrained(run.out / "continued")
+        tokenizer.save_pretrained(run.out / "continued")
+        first, *_, last = losses(log, "eval_loss")
+        step.result(f"it starts at the source's loss ({source_loss:.5f}) and learns", f"{first:.5f} → {last:.2f}")
+    return log, {"source_loss": source_loss, "grown_first_loss": first, "grown_last_loss": last}
+
+
+@torch.no_grad()
+def heldout_loss(model: PreTrainedModel, heldout: list[Block]) -> float:
+    """Mean loss of a model on held-out text, in nats a token."""
+    model.eval()
+    ids = stack(heldout)
+    return torch.stack([model(input_ids=batch, labels=batch).loss for batch in ids.split(BATCH_SIZE)]).mean().item()
+
+
+def fine_tune_on_conversations(run: Run) -> Log:
+    """Fine-tune the whole model on the chats, as `teleflm sft train` does: on the answers alone, packed, guarded."""
+    with run.report.step("Fine-tuning") as step:
+        recipe = Recipe.from_dict(
+            {
+                **QUIET,
+                "model_name_or_path": str(run.out / "continued"),
+                "data_files": str(run.out / "conversations.jsonl"),
+                "eval_data_files": str(run.out / "heldout.jsonl"),
+                "output_dir": str(run.out / "sft"),
+                "max_length": BLOCK_LENGTH,
+                "packing": True,
+                "eval_packing": False,
+                "max_steps": run.size.sft_steps,
+                "per_device_train_batch_size": BATCH_SIZE // 2,
+                "activation_checkpointing": False,
+                "learning_rate": 2e-3,
+                "warmup_steps": 10,
+                "lr_scheduler_type": "cosine_with_min_lr",
+                "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+                "eval_strategy": "steps",
+                "eval_steps": max(1, run.size.sft_steps // 5),
+                "eval_on_start": True,
+                "seed": run.seed,
+            }
+        )
+        result = fine_tune(recipe, callbacks=[BarCallback(step)], progress=False)
+        first, *_, last = losses(result.log_history, "eval_loss")
+        step.result(
+            f"it learns to answer: loss on held-out chats, {result.data.trained_tokens:,} tokens trained on",
+            f"{first:.2f} → {last:.2f}",
+        )
+    return result.log_history
+
+
+def write_hub_folder(run: Run) -> None:
+    """Write what goes to the Hub: bfloat16 safetensors, code, tokenizer, chat template and model card."""
+    with run.report.step("Hub folder") as step:
+        step.start(total=1)
+        options = WriteOptions(progress=lambda nbytes, total: step.advance(nbytes / total))
+        convert_checkpoint(run.out / "sft", run.out / "hub", dtype="bfloat16", options=options)
+        files = [path for path in (run.out / "hub").iterdir() if not path.name.startswith(".")]
+        size = sum(path.stat().st_size for path in files)
+        step.result(
+            "safetensors, code, tokenizer, chat template, model card", f"{len(files)} files, {size / 1e6:.1f} MB"
+        )
+
+
+def chat(run: Run) -> list[dict[str, Any]]:
+    """Talk to the model in a process that has only transformers and the Hub folder."""
+    with run.report.step("Chat") as step:
+        step.start(total=sum(map(len, CHATS)))
+        answers = []
+        for answer in run_chat(run.out / "hub"):
+            step.note(answer["question"])
+            step.advance()
+            answers.append(answer)
+        step.result("a fresh process without this package loads and answers", f"{len(answers)} answers")
+    return answers
+
+
+def run_chat(folder: Path) -> Iterator[dict[str, Any]]:
+    """Run chat.py and yield its answers as they come."""
+    script = Path(__file__).with_name("chat.py")
+    command = [sys.executable, "-I", str(script), str(folder.resolve())]
+    with tempfile.TemporaryDirectory() as elsewhere, tempfile.TemporaryFile("w+") as errors:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": elsewhere}
+        process = subprocess.Popen(
+            command,
+            cwd=elsewhere,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with process, process.stdin as questions:
+            json.dump(CHATS, questions)
+            questions.close()
+            yield from map(json.loads, process.stdout)
+        if process.returncode:
+            errors.seek(0)
+            raise RuntimeError(f"{' '.join(command)} failed:\n{errors.read()}")
+
+
+# --- what there is to show --------------------------------------------------------------------------------------------
+
+
+def losses(log: Log, key: str) -> list[float]:
+    """The values of one quantity in a trainer's log."""
+    return [entry[key] for entry in log if key in entry]
+
+
+def summarize(
+    report: Report, growth: dict[str, Any], starts: dict[str, float], sft: Log, answers: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Everything that was shown, for a program to read."""
+    return {
+        "python": platform.python_version(),
+        "seconds": round(report.seconds, 1),
+        "steps": [vars(step) for step in report.steps],
+        "growth": growth,
+        "training": starts,
+        "sft": {"heldout_loss": losses(sft, "eval_loss"), "loss": losses(sft, "loss")},
+        "chat": answers,
+    }
+
+
+def transcript(answers: list[dict[str, Any]]) -> Table:
+    """The chat, to read."""
+    table = Table("You", "Tele-FLM", title="Chat in a fresh process", title_justify="left", show_lines=True)
+    for answer in answers:
+        table.add_row(answer["question"], answer["answer"])
+    return table
+
+
+if __name__ == "__main__":
+    main()

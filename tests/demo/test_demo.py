@@ -1,0 +1,136 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The demo, run as a user runs it, shows what it says it shows; and it touches nothing that is not its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from demo.corpus import collect
+from sft.data import read_conversations
+
+ROOT = Path(__file__).resolve().parents[2]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def run_demo(*arguments: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+    # Not the one thread that tests are given: what a user runs.
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    return subprocess.run(
+        [sys.executable, "-m", "demo", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A finished run, in a folder where an earlier one was interrupted, beside a file of the user's."""
+    out = tmp_path_factory.mktemp("demo")
+    (out / ".teleflm-demo").touch()
+    (out / "notes.txt").write_text("mine")
+    (out / "grown").mkdir()
+    (out / "grown" / "model.safetensors").write_text("half a file")
+    run = run_demo("--quick", "--out", str(out))
+    assert run.returncode == 0, run.stderr
+    return out, run
+
+
+@pytest.fixture(scope="module")
+def summary(finished) -> dict:
+    return json.loads((finished[0] / "summary.json").read_text())
+
+
+def test_growth_is_exact(summary):
+    growth = summary["growth"]
+    assert growth["relative_difference_float64"] < 1e-12
+    assert growth["relative_difference_float32"] < 1e-6
+    assert growth["same_generated_tokens"]
+    assert growth["parameters"][1] > 1.5 * growth["parameters"][0]
+
+
+def test_training_goes_on_from_the_loss_of_the_source(summary):
+    training = summary["training"]
+    assert training["grown_first_loss"] == pytest.approx(training["source_loss"], abs=1e-4)
+    assert training["grown_last_loss"] < training["grown_first_loss"]
+
+
+def test_fine_tuning_learns_to_answer(summary):
+    first, *_, last = summary["sft"]["heldout_loss"]
+    assert last < first - 0.2
+
+
+def test_a_process_without_the_package_answers(summary):
+    assert len(summary["chat"]) == 5
+    assert all(answer["answer"] and answer["code"].startswith("transformers_modules.") for answer in summary["chat"])
+
+
+def test_every_step_is_reported(finished, summary):
+    out, run = finished
+    assert len(summary["steps"]) == 9
+    assert all(step["number"] and step["number"] in run.stdout for step in summary["steps"])
+    assert "Warning" not in run.stdout + run.stderr
+    assert (out / "loss.png").read_bytes().startswith(PNG)
+
+
+def test_the_output_is_the_published_layout_and_a_hub_folder(finished):
+    out, _ = finished
+    assert {path.name for path in (out / "published").glob("pytorch_model*")} == {
+        *(f"pytorch_model-{shard:05d}-of-00003.bin" for shard in (1, 2, 3)),
+        "pytorch_model.bin.index.json",
+    }
+    config = json.loads((out / "published" / "config.json").read_text())
+    assert (config["rope_scaling"], config["torch_dtype"], config["transformers_version"]) == (
+        None,
+        "bfloat16",
+        "4.40.0",
+    )
+    assert {path.name for path in (out / "hub").iterdir()} >= {
+        *("config.json", "model.safetensors", "tokenizer.model", "chat_template.jinja", "README.md", "manifest.json"),
+        *("configuration_teleflm.py", "modeling_teleflm.py", "tokenization_teleflm.py"),
+    }
+
+
+def test_a_run_starts_clean_and_leaves_what_is_not_its_own(finished):
+    out, _ = finished
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "grown" / "model.safetensors").stat().st_size > 100_000
+
+
+@pytest.mark.parametrize("name", ["somebody's model.safetensors", "config.json"])
+def test_a_folder_of_somebody_else_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    run = run_demo("--quick", "--out", str(tmp_path))
+    assert run.returncode != 0
+    assert run.stderr == f"{tmp_path}: not empty, and not written by this demo; choose another folder with --out.\n"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_the_corpus_is_what_it_is_said_to_be(tmp_path):
+    corpus = collect()
+    assert corpus == collect()
+    assert len(corpus.conversations) > 2500
+    assert sum(len(messages) > 2 for messages in corpus.conversations) > 1000
+    (tmp_path / "all.jsonl").write_text(
+        "".join(json.dumps({"messages": messages}) + "\n" for messages in corpus.conversations)
+    )
+    _, rejects = read_conversations([tmp_path / "all.jsonl"], ["<_system>", "<_user>", "<_bot>", "<s>", "</s>"])
+    assert not rejects
+
+
+def test_nothing_held_out_is_trained_on():
+    corpus = collect()
+    trained = {messages[0]["content"] for messages in corpus.conversations}
+    assert "What does re.compile do?" not in trained  # what the demo asks as a question it has never seen
+    assert not trained & {messages[0]["content"] for messages in corpus.heldout_conversations}
+    assert not set(corpus.texts) & set(corpus.heldout_texts)
