@@ -36,6 +36,11 @@ class Architecture:
     mup_scale_factor: float = 1.0
 
     @property
+    def group_size(self) -> int:
+        """Query heads that share a key/value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
     def embedding_scale(self) -> float:
         """Factor on the token embeddings."""
         return self.input_mult if self.use_mup else 1.0

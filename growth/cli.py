@@ -35,7 +35,8 @@ Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Tele-FL
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
 To = Annotated[str | None, typer.Option(metavar="PRESET|CONFIG.json", help="What to grow into.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A field of the target; repeatable.")]
-Method = Annotated[str, typer.Option(help="zero: new entries that write the residual stream are zero.")]
+Method = Annotated[str, typer.Option(help="zero: new features start at zero. tile: they repeat the old ones.")]
+Noise = Annotated[float, typer.Option(help="tile: what tells copies apart, in units of a weight's own spread.")]
 Layers = Annotated[str, typer.Option(help="Layers to copy: interleave, stack, top, or a list such as 3,7,11.")]
 Multipliers = Annotated[str, typer.Option(help="preserve the logit factor, or take the target's and rescale lm_head.")]
 
@@ -46,6 +47,7 @@ def grow(
     to: To = None,
     overrides: Set = None,
     method: Method = "zero",
+    noise: Noise = 0.3,
     layers: Layers = "interleave",
     multipliers: Multipliers = "preserve",
     dtype: Dtype = None,
@@ -74,6 +76,7 @@ def grow(
                 to,
                 overrides=dict(parse_override(text) for text in overrides or ()),
                 method=method,
+                noise=noise,
                 layers=layers,
                 multipliers=multipliers,
                 dtype=dtype,

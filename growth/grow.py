@@ -23,8 +23,6 @@ from conversion.mapping import check_tensors, weights
 from .operators import grow_weight
 from .spec import Growth, check_same_function, plan_target
 
-METHODS = ("zero",)
-
 
 @dataclass(frozen=True)
 class GrowthResult(CheckpointResult):
@@ -40,6 +38,7 @@ def grow_checkpoint(
     *,
     overrides: Mapping[str, Any] | None = None,
     method: str = "zero",
+    noise: float = 0.3,
     layers: str = "interleave",
     multipliers: str = "preserve",
     dtype: str | None = None,
@@ -58,7 +57,9 @@ def grow_checkpoint(
         out: folder to write: new, or the finished result of the same call.
         target: a preset's name, the path of a config.json, its content, or None for the source's own.
         overrides: fields of the configuration on top of `target`.
-        method: `zero`: new entries that write the residual stream are zero.
+        method: `zero`: new entries that write the residual stream are zero. `tile`: features, heads and neurons are
+            repeated; for a hidden_size that is a multiple of the old one.
+        noise: of `tile`: what tells copies apart, as a fraction of a weight's own standard deviation; 0 for none.
         layers: which layers to copy, see `growth.layer_selection.select_layers`.
         multipliers: `preserve` or `target`, see `growth.spec.plan_target`.
         dtype: of the output's weights; the source's unless given.
@@ -70,8 +71,6 @@ def grow_checkpoint(
         CheckpointError: the source cannot be used, or the target cannot preserve it; nothing was written.
         OSError: the disk failed; the output folder is not loadable.
     """
-    if method not in METHODS:
-        raise CheckpointError(f"method is {method!r}, expected one of {', '.join(METHODS)}.")
     options = options or WriteOptions()
     checkpoint = open_checkpoint(source)
     requested = {**_requested(target), **(overrides or {})}
@@ -82,6 +81,8 @@ def grow_checkpoint(
         layers=layers,
         multipliers=multipliers,
         unused_rows=count_pieces(Path(checkpoint.folder)),
+        method=method,
+        noise=noise if method == "tile" else 0.0,
     )
     plan = plan_growth(checkpoint, growth, dtype=parse_dtype(dtype) if dtype else None, seed=seed)
     shards = safetensors_shards(plan.tensors, options.shard_bytes)
@@ -154,7 +155,8 @@ def _lineage(checkpoint: Source, growth: Growth) -> dict[str, Any]:
     parent = read_manifest(Path(checkpoint.folder))
     return {
         "operation": "grow",
-        "method": "zero",
+        "method": growth.method,
+        "noise": growth.noise,
         "source": asdict(growth.source),
         "target": asdict(growth.target),
         "layers": [{"source": origin.source, "copy": origin.is_copy} for origin in growth.layers],
@@ -166,7 +168,15 @@ def _notes(growth: Growth) -> list[str]:
     """What a user should know about this growth."""
     source, target = growth.source, growth.target
     notes = []
-    if source.hidden_size != target.hidden_size:
+    copies = target.hidden_size // source.hidden_size
+    if growth.method == "tile" and copies > 1:
+        notes.append(
+            f"Train on with 1/{copies} of the learning rate: a step moves each of the {copies} copies that make up an "
+            "old weight."
+        )
+        if not growth.noise:
+            notes.append("Without noise the copies stay equal for ever, and the new capacity is never used.")
+    if growth.norm_scale != 1.0:
         notes.append(
             f"Norm weights are multiplied by {growth.norm_scale:.6g} and rms_norm_eps becomes "
             f"{target.rms_norm_eps:.6g}: the mean square of a wider stream is smaller."

@@ -2,16 +2,24 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Zero-output growth, one rule a weight: what is copied where, and what fills the rest.
+"""Growth, one rule a weight: what is copied where, and what fills the rest.
 
-The residual stream gets new features that stay zero: H = [h; 0]. So everything that *writes* the stream (embed_tokens,
-o_proj, down_proj) has zeros in its new entries, and the new entries of everything that *reads* it meet zeros, or feed
-zeros, and are free: they are drawn at random with the standard deviation of their own tensor, because a weight that
-starts at zero on both sides of a product never gets a gradient. Norms take the factor s and eps' of `Growth`.
-Derivations: Chen et al. (Net2Net), Yao et al. (MSG, arXiv 2305.02869); the RMSNorm factor is worked out in spec.py.
+`zero`. The residual stream gets new features that stay zero: H = [h; 0]. So everything that *writes* the stream
+(embed_tokens, o_proj, down_proj) has zeros in its new entries, and the new entries of everything that *reads* it meet
+zeros, or feed zeros, and are free: they are drawn at random with the standard deviation of their own tensor, because a
+weight that starts at zero on both sides of a product never gets a gradient. Norms take the factor s and eps' of
+`Growth`.
+
+`tile`. Features, heads and neurons are repeated as a whole: H = [h; h; ...]. A weight that reads k copies takes 1/k of
+its value from each; norms stay as they are. Copies would stay equal for ever, so each takes noise of its own that adds
+up to zero over the copies that are read together. An axis that is no multiple of its old size, other than the hidden
+one, grows as in `zero`.
+
+Derivations: Net2Net (arXiv 1511.05641), MSG (arXiv 2305.02869); the RMSNorm factor is worked out in spec.py.
 """
 
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,6 +28,7 @@ from conversion.checkpoint.plan import (
     Box,
     Copy,
     Fill,
+    Noise,
     Normal,
     Piece,
     RowMean,
@@ -39,26 +48,49 @@ _MEAN_ROWS = 4096  # rows that a mean row looks at, at most
 
 
 @dataclass(frozen=True)
+class Part:
+    """A block that is copied: its start in the target's layout, its window of the source, and which copy it is."""
+
+    start: Shape
+    window: Box
+    copy: int = 0
+
+
+@dataclass(frozen=True)
 class AxisGrowth:
     """How one dimension grows.
 
     Args:
         source: the factors its old size is laid out in.
         target: the factors its new size is laid out in.
-        parts: for each block copied: where it starts in `target`, and which window of `source` it is.
+        parts: the blocks that are copied.
+        copies: how many copies of each entry there are, if all have as many, so that a reader may share among them.
     """
 
     source: Shape
     target: Shape
-    parts: tuple[tuple[Shape, Box], ...]
+    parts: tuple[Part, ...]
+    copies: int = 1
 
 
 def grow_axis(axis: Axis, growth: Growth) -> AxisGrowth:
     """The growth of one kind of dimension: old entries first, new ones after; heads stay in their groups."""
+    old, new = axis_size(axis, growth.source), axis_size(axis, growth.target)
+    if growth.method == "tile" and _repeats(axis, growth):
+        copies = new // old
+        parts = tuple(Part((t, 0), Box((0, 0), (1, old)), t) for t in range(copies))
+        return AxisGrowth((1, old), (copies, old), parts, copies)
     if axis in ("query", "key_value"):
         return _grow_heads(axis, growth)
-    old, new = axis_size(axis, growth.source), axis_size(axis, growth.target)
-    return AxisGrowth((old,), (new,), (((0,), Box.whole((old,))),))
+    return AxisGrowth((old,), (new,), (Part((0,), Box.whole((old,))),))
+
+
+def _repeats(axis: Axis, growth: Growth) -> bool:
+    """Whether `tile` repeats a kind of dimension: by a whole number of times, and heads only in groups as before."""
+    source, target = growth.source, growth.target
+    if axis in ("query", "key_value") and source.group_size != target.group_size:
+        return False
+    return axis != "vocab" and axis_size(axis, target) % axis_size(axis, source) == 0
 
 
 def _grow_heads(axis: Axis, growth: Growth) -> AxisGrowth:
@@ -70,7 +102,7 @@ def _grow_heads(axis: Axis, growth: Growth) -> AxisGrowth:
     """
     source, target, dim = growth.source, growth.target, growth.source.head_dim
     kv_heads, new_kv_heads = source.num_key_value_heads, target.num_key_value_heads
-    group, new_group = source.num_attention_heads // kv_heads, target.num_attention_heads // new_kv_heads
+    group, new_group = source.group_size, target.group_size
     copies = key_value_copies(source, target)
     # A run of heads that stay neighbours is one block: all of them, or with copies each (such models have few).
     runs = [(0, kv_heads)] if copies == 1 else [(j, 1) for j in range(kv_heads)]
@@ -79,13 +111,13 @@ def _grow_heads(axis: Axis, growth: Growth) -> AxisGrowth:
         return AxisGrowth(
             source=(kv_heads, dim),
             target=(new_kv_heads, dim),
-            parts=tuple(((place, 0), Box((j, 0), (count, dim))) for place, j, count, _ in places),
+            parts=tuple(Part((place, 0), Box((j, 0), (count, dim))) for place, j, count, _ in places),
         )
     return AxisGrowth(
         source=(kv_heads, group, dim),
         target=(new_kv_heads, new_group, dim),
         parts=tuple(
-            ((place, 0, 0), Box((j, t * new_group, 0), (count, min(new_group, group - t * new_group), dim)))
+            Part((place, 0, 0), Box((j, t * new_group, 0), (count, min(new_group, group - t * new_group), dim)))
             for place, j, count, t in places
         ),
     )
@@ -112,13 +144,19 @@ def grow_weight(
 
     axes = [grow_axis(axis, growth) for axis in weight.axes]
     layout = tuple(size for axis in axes for size in axis.target)
-    scale = _scale(weight, kind, growth)
-    pieces: list[Piece] = [
-        Copy(Box(_join(start for start, _ in parts), window.size), _unflatten(view, axes).window(window), scale)
-        for parts in itertools.product(*(axis.parts for axis in axes))
-        for window in [Box(_join(box.start for _, box in parts), _join(box.size for _, box in parts))]
-    ]
-    pieces += _new_vocabulary(weight, view, growth, scale)
+    shared = axes[-1].copies if len(axes) == 2 and kind != "embed_tokens" else 1  # the input axis of a matrix
+    scale = _scale(weight, kind, growth) / shared
+    laid_out = _unflatten(view, axes)
+    pieces: list[Piece] = []
+    for parts in itertools.product(*(axis.parts for axis in axes)):
+        window = Box(_join(part.window.start for part in parts), _join(part.window.size for part in parts))
+        box = Box(_join(part.start for part in parts), window.size)
+        noise = None
+        if shared > 1 and growth.noise:
+            std = Statistic("std", source_name, view, scale * growth.noise)
+            noise = Noise(std, _balanced_weight(parts[-1].copy, shared), f"{name}/{parts[0].copy}", view.offset)
+        pieces.append(Copy(box, laid_out.window(window), scale, noise=noise))
+    pieces += _new_vocabulary(weight, view, growth, axes[-1].target, scale)
     rest = complement(layout, [piece.box for piece in pieces])
     pieces += [_fill_rest(box, source_name, kind, view, scale) for box in rest]
     return TensorPlan(name, shape, dtype, tuple(pieces), layout)
@@ -130,7 +168,12 @@ def _scale(weight: Weight, kind: str, growth: Growth) -> float:
     return {"embed_tokens": growth.embedding_scale, "lm_head": growth.head_scale}.get(kind, 1.0)
 
 
-def _new_vocabulary(weight: Weight, view: View, growth: Growth, scale: float) -> list[Piece]:
+def _balanced_weight(copy: int, copies: int) -> float:
+    """Weights that add up to zero over the copies, all different, with a mean square of 1."""
+    return (copy - (copies - 1) / 2) / math.sqrt((copies**2 - 1) / 12)
+
+
+def _new_vocabulary(weight: Weight, view: View, growth: Growth, hidden: Shape, scale: float) -> list[Piece]:
     """New vocabulary rows.
 
     In the head they repeat the mean of the rows that no training target ever used: those are very negative, so the new
@@ -142,7 +185,8 @@ def _new_vocabulary(weight: Weight, view: View, growth: Growth, scale: float) ->
     scores = weight is LM_HEAD or growth.source.tie_word_embeddings
     first = growth.unused_rows if scores and growth.unused_rows is not None and growth.unused_rows < old else 0
     rows = view[first : old : max(1, (old - first) // _MEAN_ROWS)]
-    return [RowMean(Box((old, 0), (new - old, view.shape[1])), rows, scale)]
+    size = (new - old, *hidden[:-1], view.shape[1])  # every copy of the old features
+    return [RowMean(Box((old, *(0 for _ in hidden)), size), rows, scale)]
 
 
 def _fill_rest(box: Box, source_name: str, kind: str, view: View, scale: float) -> Piece:

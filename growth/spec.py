@@ -14,6 +14,7 @@ from conversion.checkpoint.errors import CheckpointError
 
 from .layer_selection import LayerOrigin, select_layers
 
+METHODS = ("zero", "tile")
 MULTIPLIERS = ("preserve", "target")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 _FUNCTION = ("hidden_act", "rope_parameters")  # beside the numbers: a different value is a different function
@@ -29,21 +30,26 @@ class Growth:
         layers: the origin of each target layer.
         unused_rows: first vocabulary row without a piece in the tokenizer, if known; rows from there to the source's
             vocab_size were never a training target.
+        method: `zero` or `tile`.
+        noise: of `tile`: standard deviation of what tells copies of a weight apart, in units of the copy's own.
     """
 
     source: Architecture
     target: Architecture
     layers: tuple[LayerOrigin, ...]
     unused_rows: int | None = None
+    method: str = "zero"
+    noise: float = 0.0
 
     @property
     def norm_scale(self) -> float:
-        """s = sqrt(d / D): factor on every norm weight.
+        """s = sqrt(d / D): factor on every norm weight; 1 for `tile`.
 
         With D - d features that are zero, mean(H^2) = (d / D) mean(h^2); together with eps' = eps * d / D the root in
-        RMSNorm shrinks by s, so the weights of the old features take up s.
+        RMSNorm shrinks by s, so the weights of the old features take up s. Features repeated as a whole leave the mean
+        square as it is.
         """
-        return math.sqrt(self.source.hidden_size / self.target.hidden_size)
+        return 1.0 if self.method == "tile" else math.sqrt(self.source.hidden_size / self.target.hidden_size)
 
     @property
     def head_scale(self) -> float:
@@ -58,7 +64,14 @@ class Growth:
 
 
 def plan_target(
-    source: Architecture, requested: Mapping[str, Any], *, layers: str, multipliers: str, unused_rows: int | None
+    source: Architecture,
+    requested: Mapping[str, Any],
+    *,
+    layers: str,
+    multipliers: str,
+    unused_rows: int | None,
+    method: str = "zero",
+    noise: float = 0.0,
 ) -> Growth:
     """Work out a growth and check that it preserves the function.
 
@@ -71,10 +84,16 @@ def plan_target(
             takes the requested multipliers and rescales lm_head. Either way input_mult becomes 1.0, folded into
             embed_tokens, because not every runtime applies it.
         unused_rows: see `Growth`.
+        method: see `Growth`.
+        noise: see `Growth`.
 
     Raises:
         CheckpointError: something shrinks, or the function cannot be preserved; names the field and both values.
     """
+    if method not in METHODS:
+        raise CheckpointError(f"method is {method!r}, expected one of {', '.join(METHODS)}.")
+    if not 0 <= noise < 1:
+        raise CheckpointError(f"noise is {noise}, expected a number from 0 to below 1.")
     if multipliers not in MULTIPLIERS:
         raise CheckpointError(f"multipliers is {multipliers!r}, expected one of {', '.join(MULTIPLIERS)}.")
     target = _target_architecture(source, requested)
@@ -84,13 +103,21 @@ def plan_target(
             raise CheckpointError(f"{field} would shrink from {old} to {new}; growth only adds.")
     _check_attention(source, target)
     target = _with_multipliers(source, target, multipliers)
+    if method == "tile" and target.hidden_size % source.hidden_size:
+        raise CheckpointError(
+            f"hidden_size {target.hidden_size} is not a multiple of the source's {source.hidden_size}: features "
+            "repeated in part would change the norms; use the method zero."
+        )
     # As a decimal: 1e-5 * 8192 / 20480 is to read 4e-06 in config.json, not 4.000000000000001e-06.
-    epsilon = float(f"{source.rms_norm_eps * source.hidden_size / target.hidden_size:.15g}")
+    shrink = 1.0 if method == "tile" else source.hidden_size / target.hidden_size
+    epsilon = float(f"{source.rms_norm_eps * shrink:.15g}")
     growth = Growth(
         source=source,
         target=target.evolve(rms_norm_eps=epsilon),
         layers=select_layers(layers, source.num_hidden_layers, target.num_hidden_layers),
         unused_rows=unused_rows,
+        method=method,
+        noise=noise,
     )
     _check_tied(growth)
     return growth
@@ -130,9 +157,7 @@ def _check_attention(source: Architecture, target: Architecture) -> None:
 
 def key_value_copies(source: Architecture, target: Architecture) -> int:
     """How many target key/value heads carry a copy of one source head: ceil(g / g'), g query heads a group."""
-    old_group = source.num_attention_heads // source.num_key_value_heads
-    new_group = target.num_attention_heads // target.num_key_value_heads
-    return -(-old_group // new_group)
+    return -(-source.group_size // target.group_size)
 
 
 def _with_multipliers(source: Architecture, target: Architecture, multipliers: str) -> Architecture:

@@ -11,8 +11,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from .dtypes import DType
-from .normal_stream import GRID, draw_words, normal_table
-from .plan import Box, Copy, Fill, Normal, Piece, RowMean, Statistic, TensorPlan, View, is_byte_copy, row_major_strides
+from .normal_stream import GRID, draw_words, normal_table, standard_normal_table
+from .plan import (
+    Box,
+    Copy,
+    Fill,
+    Noise,
+    Normal,
+    Piece,
+    RowMean,
+    Statistic,
+    TensorPlan,
+    View,
+    is_byte_copy,
+    piece_number,
+    row_major_strides,
+)
 from .reader import FileReader, boxes_of_range
 
 BLOCK = 4 * GRID  # elements made, hashed and written at a time: 8 MiB of bfloat16
@@ -37,11 +51,6 @@ class Resolved:
         """The numbers behind the symbols that these tensors use, by the symbol's text."""
         used = (piece_number(piece) for tensor in tensors for piece in tensor.pieces)
         return {str(value): self.numbers[value] for value in used if isinstance(value, Statistic)}
-
-
-def piece_number(piece: Piece) -> float | Statistic | None:
-    """The one number of a constant or random piece."""
-    return piece.value if isinstance(piece, Fill) else piece.std if isinstance(piece, Normal) else None
 
 
 def resolve(tensors: Iterable[TensorPlan], reader: FileReader, workers: int) -> Resolved:
@@ -152,7 +161,7 @@ def assemble(
         target = block[here].reshape(whole.size)[inside]
         match piece:
             case Copy():
-                _copy(piece, box, target, tensor.dtype, reader)
+                _copy(piece, box, target, tensor.dtype, reader, resolved, seed)
             case Fill():
                 target[...] = resolved.number(piece.value)
             case RowMean():
@@ -181,15 +190,31 @@ def _source_window(piece: Copy, box: Box) -> View:
     return piece.source.window(Box(tuple(part.start for part in box.slices_in(piece.box)), box.size))
 
 
-def _copy(piece: Copy, box: Box, target: np.ndarray, dtype: DType, reader: FileReader) -> None:
+def _copy(
+    piece: Copy, box: Box, target: np.ndarray, dtype: DType, reader: FileReader, resolved: Resolved, seed: int
+) -> None:
     view = _source_window(piece, box)
     if is_byte_copy(piece, dtype):
         reader.read_into(view, target)
         return
     source = reader.read(view).reshape(-1)
+    words = None if piece.noise is None else _words_of(view, piece.noise, seed).reshape(-1)
     compute = np.promote_types(dtype.compute, view.dtype.compute)
     result = np.empty(source.size, dtype.numpy)
     for start in range(0, source.size, _CHUNK):
         chunk = slice(start, start + _CHUNK)
-        result[chunk] = source[chunk].astype(compute) * piece.scale + piece.offset
+        values = source[chunk].astype(compute) * piece.scale + piece.offset
+        if piece.noise is not None and words is not None:
+            amplitude = piece.noise.weight * resolved.number(piece.noise.std)
+            values += standard_normal_table(compute)[words[chunk]] * amplitude
+        result[chunk] = values
     target[...] = result.reshape(target.shape)
+
+
+def _words_of(view: View, noise: Noise, seed: int) -> np.ndarray:
+    """The random word of each element of a source window, by the element's place in its tensor."""
+    begin, end = ((position - noise.origin) // view.dtype.itemsize for position in view.span)
+    start = begin // GRID * GRID
+    words = draw_words(seed, noise.stream, start, end - start)
+    strides = tuple(stride * words.itemsize for stride in view.strides)
+    return np.lib.stride_tricks.as_strided(words[begin - start :], view.shape, strides, writeable=False)

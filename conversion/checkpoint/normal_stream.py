@@ -54,6 +54,14 @@ def normal_table(std: float, dtype: DType) -> np.ndarray:
     return table
 
 
+@lru_cache(maxsize=2)
+def standard_normal_table(compute: np.dtype) -> np.ndarray:
+    """The 65,536 values of the standard normal distribution a word stands for, in a type to compute in."""
+    table = _standard_quantiles().astype(compute)
+    table.setflags(write=False)
+    return table
+
+
 @lru_cache(maxsize=1)
 def _standard_quantiles() -> np.ndarray:
     normal = NormalDist()

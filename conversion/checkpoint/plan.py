@@ -193,18 +193,39 @@ class Statistic:
 
 
 @dataclass(frozen=True, slots=True)
+class Noise:
+    """Normal draws on top of a copy: each source element's own, times a weight that each copy has for itself.
+
+    Copies of one block whose weights add up to zero differ from each other and still add up to what they would without.
+
+    Args:
+        std: standard deviation of the draws.
+        weight: this copy's factor on them.
+        stream: name of the random stream; copies that share draws share it.
+        origin: position in the file of the element whose draw is the stream's first, in bytes.
+    """
+
+    std: float | Statistic
+    weight: float
+    stream: str
+    origin: int
+
+
+@dataclass(frozen=True, slots=True)
 class Copy:
-    """`source * scale + offset`, rounded once to the tensor's dtype; the bytes as they are if nothing changes."""
+    """`source * scale + offset + noise`, rounded once to the tensor's dtype; the bytes as they are if none changes."""
 
     box: Box
     source: View
     scale: float = 1.0
     offset: float = 0.0
+    noise: Noise | None = None
 
     def describe(self) -> str:
         """One phrase for a dry run."""
         factor = "" if self.scale == 1.0 else f" x {self.scale:.6g}"
-        return "copy" + factor + ("" if self.offset == 0.0 else f" + {self.offset:.6g}")
+        offset = "" if self.offset == 0.0 else f" + {self.offset:.6g}"
+        return "copy" + factor + offset + ("" if self.noise is None else f" + noise, std {self.noise.std}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +368,7 @@ def first_overlap(pieces: Sequence[Piece]) -> tuple[Piece, Piece] | None:
 
 def is_byte_copy(piece: Copy, dtype: DType) -> bool:
     """Whether a copy changes no value, so that bytes can be moved without looking at them."""
-    return piece.scale == 1.0 and piece.offset == 0.0 and piece.source.dtype == dtype
+    return piece.scale == 1.0 and piece.offset == 0.0 and piece.noise is None and piece.source.dtype == dtype
 
 
 @dataclass(frozen=True)
@@ -407,10 +428,21 @@ def source_views(tensor: TensorPlan) -> Iterator[View]:
     for piece in tensor.pieces:
         if isinstance(piece, Copy | RowMean):
             yield piece.source
-        elif isinstance(piece, Fill | Normal):
-            number = piece.value if isinstance(piece, Fill) else piece.std
-            if isinstance(number, Statistic):
-                yield number.view
+        number = piece_number(piece)
+        if isinstance(number, Statistic):
+            yield number.view
+
+
+def piece_number(piece: Piece) -> float | Statistic | None:
+    """The one number of a constant, random or noisy piece."""
+    match piece:
+        case Fill():
+            return piece.value
+        case Normal():
+            return piece.std
+        case Copy(noise=Noise(std=std)):
+            return std
+    return None
 
 
 def _portable_repr(piece: Piece) -> str:
@@ -425,7 +457,13 @@ def _portable_repr(piece: Piece) -> str:
     box = (piece.box.start, piece.box.size)
     match piece:
         case Copy():
-            return repr(("copy", box, window(piece.source), piece.scale, piece.offset))
+            noise = piece.noise and (
+                number(piece.noise.std),
+                piece.noise.weight,
+                piece.noise.stream,
+                piece.noise.origin,
+            )
+            return repr(("copy", box, window(piece.source), piece.scale, piece.offset, noise))
         case Fill():
             return repr(("fill", box, number(piece.value)))
         case Normal():

@@ -218,10 +218,11 @@ def _swap_groups(monkeypatch):
 
     def swapped(axis, growth):
         result = heads(axis, growth)
-        (start, box), *rest = result.parts
-        return (
-            dataclasses.replace(result, parts=(((start[0] + 1, *start[1:]), box), *rest)) if axis == "query" else result
-        )
+        if axis != "query":
+            return result
+        first, *rest = result.parts
+        moved = dataclasses.replace(first, start=(first.start[0] + 1, *first.start[1:]))
+        return dataclasses.replace(result, parts=(moved, *rest))
 
     monkeypatch.setattr(operators, "_grow_heads", swapped)
 
