@@ -6,6 +6,6 @@
 
 from hypothesis import settings
 
-# Shared machines stall at any moment: how long an example takes says nothing. And a suite that gates must not roll dice.
+# Shared machines stall at any moment, so the time of an example says nothing; and a suite that gates rolls no dice.
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
