@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -31,7 +31,7 @@ from .kernel_copy import write_all
 from .manifest import MANIFEST, block_digest, make_manifest, read_manifest
 from .plan import CheckpointPlan, TensorPlan
 from .reader import FileReader
-from .workspace import FOLDER, PARTIAL, Finished, ShardFile, Workspace, sync_folder, write_file
+from .workspace import FOLDER, PARTIAL, Finished, ShardFile, Workspace, naming_errors, sync_folder
 
 
 @dataclass(frozen=True)
@@ -106,27 +106,31 @@ def write_checkpoint(plan: CheckpointPlan, out: Path, options: WriteOptions) -> 
     plan.check()
     shards = safetensors_shards(plan.tensors, options.shard_bytes)
     written = Written(out, tuple(shard.filename for shard in shards), plan.nbytes)
-    if any(Path(file).resolve().parent == out.resolve() for file in plan.sources):
+    if any(out.resolve() in (Path(file).parent.resolve(), Path(file).resolve().parent) for file in plan.sources):
         raise CheckpointError(f"{out}: is the source too; write to another folder.")
     out.mkdir(parents=True, exist_ok=True)
-    if _is_done(plan, shards, out):
-        shutil.rmtree(out / FOLDER, ignore_errors=True)  # of a run that was killed on its last step
-        return replace(written, already_done=True)
     settings = {"max_shard_size": options.shard_bytes, "digest": options.digest}
 
     def is_done() -> bool:
-        return _is_done(plan, shards, out)
+        return _is_done(plan, shards, out, options.digest)
 
+    if is_done():
+        shutil.rmtree(out / FOLDER, ignore_errors=True)  # of a run that was killed on its last step
+        return replace(written, already_done=True)
     with Workspace(out, plan, settings, options.rank, options.overwrite, is_done) as workspace, FileReader() as reader:
-        if is_done():  # while we waited
-            return replace(written, already_done=True)
         mine = shards[options.rank :: options.world_size]
-        workspace.require_space(mine)
-        _write_shards(plan, mine, workspace, reader, options)
+        todo = [shard for shard in mine if workspace.finished(shard) is None]
+        if is_done():  # asked after looking at the records, which go when all is done
+            return replace(written, already_done=True)
+        workspace.require_space(todo)
+        total = _tensor_bytes(mine)
+        options.progress(total - _tensor_bytes(todo), total)
+        _write_shards(plan, todo, total, workspace, reader, options)
         if options.rank == 0:
             finished = [workspace.wait_for(shard) for shard in shards]
-            _write_small_files(plan, shards, finished, out)
-            _make_loadable(shards, out)
+            workspace.check_sources()
+            _write_small_files(plan, shards, finished, workspace)
+            _make_loadable(shards, workspace)
             workspace.remove()
     return written
 
@@ -159,17 +163,19 @@ class _Block:
 
 
 def _write_shards(
-    plan: CheckpointPlan, shards: Sequence[Shard], workspace: Workspace, reader: FileReader, options: WriteOptions
+    plan: CheckpointPlan,
+    shards: Sequence[Shard],
+    total: int,
+    workspace: Workspace,
+    reader: FileReader,
+    options: WriteOptions,
 ) -> None:
-    """Write the shards that are not finished yet, and leave a record of each."""
-    todo = [shard for shard in shards if workspace.finished(shard) is None]
-    total = sum(tensor.nbytes for shard in shards for tensor, _ in shard.tensors)
-    options.progress(total - sum(tensor.nbytes for shard in todo for tensor, _ in shard.tensors), total)
-    resolved = resolve([tensor for shard in todo for tensor, _ in shard.tensors], reader, options.workers)
+    """Write some shards, and leave a record of each; `total` is for the progress."""
+    resolved = resolve([tensor for shard in shards for tensor, _ in shard.tensors], reader, options.workers)
     open_files: list[ShardFile] = []
 
     def work_items() -> Iterator[_Block]:
-        for shard in todo:
+        for shard in shards:
             statistics = resolved.named([tensor for tensor, _ in shard.tensors])
             file = ShardFile(shard, workspace, statistics, digest=options.digest)
             open_files.append(file)
@@ -183,11 +189,12 @@ def _write_shards(
             array = assemble(block.tensor, block.start, block.stop, reader=reader, resolved=resolved, seed=plan.seed)
             return array.view(np.uint8).data
 
-        if options.digest:
-            block.file.record(block.tensor.name, block.index, _write_hashed(block, make))
-        else:
-            _write_plain(block, make, reader)
-        block.file.release()
+        with naming_errors(block.file.path):
+            if options.digest:
+                block.file.record(block.tensor.name, block.index, _write_hashed(block, make))
+            else:
+                _write_plain(block, make, reader)
+            block.file.release()
         options.progress(block.nbytes, total)
 
     try:
@@ -249,34 +256,48 @@ def _run(items: Iterator[_Block], work: Callable[[_Block], None], workers: int) 
             stop.set()
 
 
-def _is_done(plan: CheckpointPlan, shards: Sequence[Shard], out: Path) -> bool:
-    """Whether the folder is the finished result of this very plan."""
-    files = {tensor.name: shard.filename for shard in shards for tensor, _ in shard.tensors}
-    if not all((out / name).is_file() for name in {*files.values(), loadable_file(shards)}):
+def _tensor_bytes(shards: Iterable[Shard]) -> int:
+    return sum(tensor.nbytes for shard in shards for tensor, _ in shard.tensors)
+
+
+def _is_done(plan: CheckpointPlan, shards: Sequence[Shard], out: Path, digest: bool) -> bool:
+    """Whether the folder is the finished result of this very plan, made from the sources as they are now."""
+    try:
+        sizes = [(out / shard.filename).stat().st_size for shard in shards]
+        finished = (out / loadable_file(shards)).stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
+    if sizes != [shard.nbytes for shard in shards]:
+        return False
+    if any(os.stat(file).st_mtime_ns > finished for file in plan.sources):
         return False
     manifest = read_manifest(out)
-    if manifest is None or manifest["plan"] != plan.fingerprint():
+    if manifest is None or manifest.get("plan") != plan.fingerprint() or (digest and not manifest.get("digest")):
         return False
+    files = {tensor.name: shard.filename for shard in shards for tensor, _ in shard.tensors}
     return {name: entry["file"] for name, entry in manifest["tensors"].items()} == files
 
 
-def _write_small_files(plan: CheckpointPlan, shards: Sequence[Shard], finished: Sequence[Finished], out: Path) -> None:
+def _write_small_files(
+    plan: CheckpointPlan, shards: Sequence[Shard], finished: Sequence[Finished], workspace: Workspace
+) -> None:
     digests = {name: digest for record in finished for name, digest in record.digests.items()}
     statistics = {symbol: value for record in finished for symbol, value in record.statistics.items()}
     for name, content in plan.sidecars.items():
-        write_file(out / name, content if isinstance(content, bytes) else Path(content).read_bytes())
-    write_file(out / "config.json", _json_bytes(plan.config))
-    write_file(out / MANIFEST, _json_bytes(make_manifest(plan, shards, statistics, digests)))
+        workspace.write(name, content if isinstance(content, bytes) else Path(content).read_bytes())
+    workspace.write("config.json", _json_bytes(plan.config))
+    workspace.write(MANIFEST, _json_bytes(make_manifest(plan, shards, statistics, digests)))
 
 
-def _make_loadable(shards: Sequence[Shard], out: Path) -> None:
+def _make_loadable(shards: Sequence[Shard], workspace: Workspace) -> None:
     """Give the shards their names, and last of all put the file in place that makes the folder load."""
+    out = workspace.out
     for shard in shards:
         if (out / (shard.filename + PARTIAL)).exists():  # a killed run may have renamed some
             (out / (shard.filename + PARTIAL)).rename(out / shard.filename)
     if len(shards) > 1:
         sync_folder(out)
-        write_file(out / loadable_file(shards), safetensors_index(shards))
+        workspace.write(loadable_file(shards), safetensors_index(shards))
     sync_folder(out)
 
 

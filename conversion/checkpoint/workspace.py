@@ -17,11 +17,12 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,14 +30,16 @@ from typing import Any
 
 from .assemble import blocks
 from .containers import Shard
-from .errors import CheckpointError
+from .errors import CheckpointError, CorruptData
 from .kernel_copy import write_all
-from .manifest import MANIFEST, read_manifest, tensor_digest
+from .manifest import MANIFEST, package_version, tensor_digest
 from .plan import CheckpointPlan
 from .sources import WEIGHT_FILES, source_identity
 
 PARTIAL = ".partial"
 FOLDER = ".teleflm"
+# Every name under which transformers and we save weights: what --overwrite removes, and nothing else touches.
+_WEIGHTS = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 _POLL_SECONDS = 0.1
 _PATIENCE_SECONDS = 30.0
 
@@ -90,13 +93,15 @@ class Workspace:
         self._overwrite = overwrite
         self._is_done = is_done
         self._lock = -1
+        self._sources = plan.sources
         self._run = {
+            "version": package_version(),
             "plan": plan.fingerprint(),
             "settings": dict(settings),
             "seed": plan.seed,
             "config": plan.config,
             "lineage": plan.lineage,
-            "sources": {Path(file).name: source_identity(file) for file in sorted(plan.sources)},
+            "sources": _identities(self._sources),
         }
 
     def __enter__(self) -> "Workspace":
@@ -118,42 +123,56 @@ class Workspace:
             os.close(self._lock)
 
     def _prepare(self) -> None:
-        """Resume the run that is here, or make room and start one; the loadable file goes first."""
+        """Resume the run that is here, or make room and start one."""
         if self._is_done():
             return
-        present = [name for name in WEIGHT_FILES if (self.out / name).exists()]
-        if present and not self._overwrite:
-            raise CheckpointError(
-                f"{self.out}: already holds {present[0]}, made otherwise; choose another folder or --overwrite."
-            )
-        old = _read_run(self.folder)
-        if old is not None and not present:
-            difference = _difference(old, self._run)
-            if difference is None:
-                return
-            if not self._overwrite:
-                raise CheckpointError(
-                    f"{self.out}: holds an interrupted run, but {difference}; repeat that run, or --overwrite it."
-                )
-        manifest = read_manifest(self.out) if present else None
-        stale = {Path(entry["file"]).name for entry in manifest["tensors"].values()} if manifest else set()
-        for name in [*present, *sorted(stale), MANIFEST, *(path.name for path in self.out.glob(f"*{PARTIAL}"))]:
-            (self.out / name).unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        run, obstacle = self._survey()
+        if obstacle is None and run is not None:
+            return
+        if obstacle is not None and not self._overwrite:
+            raise CheckpointError(obstacle)
+        self._clear()
         self.folder.mkdir()
         write_file(self.folder / "run.json", json.dumps(self._run).encode())
 
     def _await_run(self) -> None:
         polls = _polls(f"rank 0 to prepare {self.out}")
         while not self._is_done():
-            old = _read_run(self.folder)
-            if old is not None:
-                difference = _difference(old, self._run)
-                if difference is None:
-                    return
-                if not self._overwrite:
-                    raise CheckpointError(f"{self.out}: another rank started a run here, but {difference}.")
+            run, obstacle = self._survey()
+            if obstacle is None and run is not None:
+                return
+            if obstacle is not None and not self._overwrite and not self._is_done():  # rank 0 refuses too
+                raise CheckpointError(obstacle)
             next(polls)
+
+    def _survey(self) -> tuple[dict[str, Any] | None, str | None]:
+        """The run that is here, and what stands in the way of this one; to be asked only if the output is not done."""
+        run = _read_json(self.folder / "run.json")
+        present = sorted(name for name in os.listdir(self.out) if _WEIGHTS.fullmatch(name))
+        loadable = [name for name in WEIGHT_FILES if name in present]
+        if loadable or (present and run is None):
+            name = (loadable or present)[0]
+            return (
+                run,
+                f"{self.out}: already holds {name}, made otherwise or from other sources; choose another folder or --overwrite.",
+            )
+        difference = run and _difference(run, self._run)
+        if difference:
+            text = f"holds an interrupted run, but {difference}; repeat that run, or --overwrite it."
+            return run, f"{self.out}: {text}"
+        return run, None
+
+    def _clear(self) -> None:
+        """Remove a checkpoint or a run: first what other ranks would join, then what loads, then the rest."""
+        names = [name for name in os.listdir(self.out) if _WEIGHTS.fullmatch(name.removesuffix(PARTIAL))]
+        for name in names:
+            if name.endswith(PARTIAL):
+                with (self.out / name).open("rb") as file:
+                    _lock(file.fileno(), f"{self.out}: another run is writing {name}; wait for it.")
+        (self.folder / "run.json").unlink(missing_ok=True)
+        for name in (*sorted(names, key=lambda name: name not in WEIGHT_FILES), MANIFEST):
+            (self.out / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def finished(self, shard: Shard) -> Finished | None:
         """The record of a shard, or None if it is not finished, or not what its record says."""
@@ -192,6 +211,23 @@ class Workspace:
                 return min((self.out / name).stat().st_blocks * 512, shard.nbytes)
         return 0
 
+    def check_sources(self) -> None:
+        """Check that the sources still are what they were when the run began.
+
+        Raises:
+            CorruptData: one is not, so that the output may hold some of both.
+        """
+        try:
+            changed = _difference({"sources": self._run["sources"]}, {"sources": _identities(self._sources)})
+        except CheckpointError as error:
+            raise CorruptData(str(error)) from None
+        if changed:
+            raise CorruptData(f"{self.out}: {changed} the run began; start over with --overwrite.")
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file of the output; what a kill leaves of it lies in the working folder."""
+        write_file(self.out / name, content, self.folder / (name + PARTIAL))
+
     def remove(self) -> None:
         """Forget the run: its output is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -220,22 +256,20 @@ class ShardFile:
         self._pending = 1 + sum(1 for tensor, _ in shard.tensors for _ in blocks(tensor.numel))
         self._digests: dict[str, dict[int, bytes]] = {tensor.name: {} for tensor, _ in shard.tensors} if digest else {}
         self.claims = _read_journal(self._journal_path) if digest else {}
-        path = workspace.out / (shard.filename + PARTIAL)
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._journal = os.open(self._journal_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self.path = workspace.out / (shard.filename + PARTIAL)
+        self.descriptor = self._journal = -1
         try:
-            self._open()
+            with naming_errors(self.path):
+                self._open(digest)
         except BaseException:
             self.close()
             raise
 
-    def _open(self) -> None:
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(
-                f"{self._workspace.out}: another run is writing {self._shard.filename}; wait for it."
-            ) from None
+    def _open(self, digest: bool) -> None:
+        if digest:
+            self._journal = os.open(self._journal_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        _lock(self.descriptor, f"{self._workspace.out}: another run is writing {self._shard.filename}; wait for it.")
         (self._workspace.folder / f"{self._shard.filename}.done").unlink(missing_ok=True)
         if not self.claims:
             os.ftruncate(self.descriptor, 0)  # so that what no block writes reads as zeros
@@ -277,14 +311,32 @@ class ShardFile:
                 setattr(self, name, -1)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    partial = path.with_name(path.name + PARTIAL)
-    with partial.open("wb") as file:
+def write_file(path: Path, content: bytes, partial: Path | None = None) -> None:
+    """Write a small file so that it is there whole or not at all.
+
+    Args:
+        path: the file.
+        content: what it shall hold.
+        partial: where it is written before it gets its name; beside it unless given.
+    """
+    partial = partial or path.with_name(path.name + PARTIAL)
+    with naming_errors(path), partial.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
+
+
+@contextmanager
+def naming_errors(path: Path) -> Iterator[None]:
+    """Have an error of the operating system say which file it is about; one of a descriptor does not know."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            error.strerror = f"{os.strerror(error.errno)}; free some space, then run this again"
+        raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -297,28 +349,40 @@ def sync_folder(folder: Path) -> None:
 
 
 def _lock_folder(out: Path) -> int:
-    """Hold OUT against a second run. The lock goes with the process, so a killed run leaves none."""
+    """Hold OUT against a second run."""
     descriptor = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        _lock(descriptor, f"{out}: another run is writing here; wait for it or choose another folder.")
+    except BaseException:
         os.close(descriptor)
-        raise CheckpointError(f"{out}: another run is writing here; wait for it or choose another folder.") from None
-    except OSError:  # network file systems may refuse to lock a folder; the shards' own locks remain
-        logger.debug("cannot lock %s", out)
+        raise
     return descriptor
 
 
-def _read_run(folder: Path) -> dict[str, Any] | None:
-    return _read_json(folder / "run.json")
+def _lock(descriptor: int, refusal: str) -> None:
+    """Hold an open file against other processes. The lock goes with the descriptor, so a killed run leaves none."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointError(refusal) from None
+    except OSError as error:  # some network file systems have no locks
+        logger.warning("running without a lock: %s", error)
+
+
+def _identities(files: Iterable[str]) -> dict[str, str]:
+    """The identity of each file, by its path below the folder they share: where that folder lies does not matter."""
+    paths = sorted(map(os.path.abspath, files))
+    folder = os.path.commonpath(map(os.path.dirname, paths)) if paths else ""
+    return {os.path.relpath(path, folder): source_identity(path) for path in paths}
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """A file of ours, which is either whole or not there."""
+    """A file of ours, which is either whole or as good as not there."""
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
         return None
+    return value if isinstance(value, dict) else None
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
