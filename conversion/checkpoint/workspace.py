@@ -152,10 +152,8 @@ class Workspace:
         loadable = [name for name in WEIGHT_FILES if name in present]
         if loadable or (present and run is None):
             name = (loadable or present)[0]
-            return (
-                run,
-                f"{self.out}: already holds {name}, made otherwise or from other sources; choose another folder or --overwrite.",
-            )
+            text = f"already holds {name}, made otherwise or from other sources; choose another folder or --overwrite."
+            return run, f"{self.out}: {text}"
         difference = run and _difference(run, self._run)
         if difference:
             text = f"holds an interrupted run, but {difference}; repeat that run, or --overwrite it."
