@@ -84,6 +84,8 @@ class TeleFLMConfig(LlamaConfig):
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}."
             )
+        if self.head_dim is not None and self.head_dim % 2 != 0:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary position embeddings need an even one.")
         if self.num_attention_heads % (self.num_key_value_heads or 1) != 0:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "

@@ -16,7 +16,6 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
@@ -85,7 +84,7 @@ class TeleFLMForCausalLM(TeleFLMPreTrainedModel, GenerationMixin):
     _tied_weights_keys = LlamaForCausalLM._tied_weights_keys
     _tp_plan = LlamaForCausalLM._tp_plan
     _pp_plan = LlamaForCausalLM._pp_plan
-    _fsdp_plan = LlamaForCausalLM._fsdp_plan
+    _fsdp_plan = getattr(LlamaForCausalLM, "_fsdp_plan", None)  # since transformers 5.15
 
     # Not LlamaForCausalLM's: it would build a LlamaModel first, whose post_init consumes settings meant for ours.
     def __init__(self, config: TeleFLMConfig):
@@ -108,18 +107,19 @@ class TeleFLMForCausalLM(TeleFLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        outputs = self.model(
+        outputs = LlamaForCausalLM.forward(
+            self,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            return_dict=True,
             **kwargs,
         )
-
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        logits = self.lm_head(hidden_states) * self.config.logit_scale  # main diff with Llama
+        logits = outputs.logits * self.config.logit_scale  # main diff with Llama
 
         loss = None
         if labels is not None:

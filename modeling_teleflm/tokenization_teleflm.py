@@ -164,6 +164,8 @@ class TeleFLMTokenizer(SentencePieceBackend):
         The `assistant_masks` mark (1) each token that covers at least one character inside the template's
         `{% generation %}` blocks. Padding is never marked; truncation cuts the mask with the ids.
         """
+        if len(conversation) == 0:
+            raise ValueError("There is no message in the conversation.")
         if kwargs.get("sanitize_control_tokens"):
             raise ValueError(
                 "sanitize_control_tokens is not possible: sentencepiece encodes a user-defined symbol such as '<_bot>' "
@@ -195,8 +197,6 @@ class TeleFLMTokenizer(SentencePieceBackend):
             raise ValueError("return_assistant_tokens_mask=True needs tokenize=True and return_dict=True.")
         if continue_final_message:
             raise ValueError("continue_final_message and return_assistant_tokens_mask=True exclude each other.")
-        if len(conversation) == 0:
-            raise ValueError("There is no message in the conversation.")
         batched = not isinstance(conversation[0], dict)
         conversations = conversation if batched else [conversation]
         rendered: Any = render_jinja_template(

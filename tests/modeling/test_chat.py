@@ -161,7 +161,7 @@ def test_batches_are_padded_and_cut_with_their_masks(tokenizer, side, tensors):
     }
     unbatched = masked(tokenizer, CHAT, return_tensors=tensors)
     assert isinstance(unbatched["assistant_masks"], {None: list, "pt": torch.Tensor, "np": np.ndarray}[tensors])
-    assert np.array(unbatched["assistant_masks"]).tolist() == (
+    assert np.asarray(unbatched["assistant_masks"]).tolist() == (
         [long.assistant_masks] if tensors else long.assistant_masks
     )
     multiple = masked(tokenizer, CHAT, padding=True, tokenizer_kwargs={"pad_to_multiple_of": 64})
