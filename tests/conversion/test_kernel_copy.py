@@ -1,0 +1,155 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Copies inside the kernel, and what happens where the kernel will not."""
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conversion.checkpoint import kernel_copy
+from conversion.checkpoint.errors import CorruptData
+from conversion.checkpoint.execute import WriteOptions, write_checkpoint
+from conversion.checkpoint.kernel_copy import copy_range, write_all
+from conversion.checkpoint.plan import CheckpointPlan
+from tests.fixtures.checkpoint_runs import contents, make_sources, mixed_plan
+
+SIZE = 100_000
+DATA = np.random.default_rng(0).bytes(SIZE)
+
+copy_file_range = os.copy_file_range
+
+
+def raises(code: int):
+    def refuse(*args):
+        raise OSError(code, os.strerror(code))
+
+    return refuse
+
+
+def refuses_after_some(*args):
+    """As a file system that gives up in the middle."""
+    if args[3] > 20_000:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+    return short(*args)
+
+
+def short(source, target, count, *offsets):
+    return copy_file_range(source, target, min(count, 4097), *offsets)
+
+
+KERNELS = {
+    "as it is": copy_file_range,
+    **{name: raises(getattr(errno, name)) for name in ("EXDEV", "EINVAL", "ENOSYS", "EOPNOTSUPP", "EPERM")},
+    "returns 0": lambda *args: 0,
+    "short counts": short,
+    "refuses after some": refuses_after_some,
+}
+
+
+@pytest.fixture(params=KERNELS.values(), ids=KERNELS)
+def kernel(request, monkeypatch):
+    monkeypatch.setattr(os, "copy_file_range", request.param)
+    monkeypatch.setattr(kernel_copy, "_BUFFER", 7001)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Descriptors of a source and a target, and the target's path."""
+    (tmp_path / "source").write_bytes(DATA)
+    source = os.open(tmp_path / "source", os.O_RDONLY)
+    target = os.open(tmp_path / "target", os.O_RDWR | os.O_CREAT)
+    yield source, target, tmp_path / "target"
+    os.close(source)
+    os.close(target)
+
+
+@pytest.mark.parametrize(
+    ("begin", "to", "count"), [(0, 0, SIZE), (4097, 13, 50_000), (SIZE - 1, 4096, 1), (3, 5, 0), (0, 1 << 33, 20_000)]
+)
+def test_bytes_arrive(kernel, files, begin, to, count):
+    source, target, _ = files
+    copy_range(source, begin, target, to, count)
+    assert os.pread(target, count + 1, to) == DATA[begin : begin + count]
+    assert not any(os.pread(target, min(to, 1 << 20), 0))
+
+
+def test_the_end_of_the_source_is_an_error(kernel, files):
+    source, target, _ = files
+    with pytest.raises(EOFError):
+        copy_range(source, SIZE - 10, target, 0, 20)
+    assert os.pread(target, 30, 0) == DATA[-10:]
+
+
+def test_checkpoints_are_the_same_whatever_the_kernel_does(kernel, tmp_path):
+    make_sources(tmp_path / "sources")
+    write_checkpoint(mixed_plan(tmp_path / "sources"), tmp_path / "plain", WriteOptions(digest=False))
+    plain = contents(tmp_path / "plain")
+    write_checkpoint(mixed_plan(tmp_path / "sources"), tmp_path / "digests", WriteOptions())
+    assert contents(tmp_path / "digests")["model.safetensors"] == plain["model.safetensors"]
+
+
+def test_a_source_cut_short_meanwhile_is_named(kernel, tmp_path):
+    make_sources(tmp_path / "sources")
+    plan = mixed_plan(tmp_path / "sources")
+    plan = CheckpointPlan(plan.tensors[-1:], {})
+    os.truncate(tmp_path / "sources/weight", 9000)
+    with pytest.raises(CorruptData, match=r"sources/weight: ends at byte 9000, but a tensor reaches to byte 12016"):
+        write_checkpoint(plan, tmp_path / "out", WriteOptions(digest=False))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG])
+def test_other_errors_are_not_papered_over(code, files, monkeypatch):
+    source, target, path = files
+    monkeypatch.setattr(os, "copy_file_range", raises(code))
+    with pytest.raises(OSError, match=os.strerror(code)) as caught:
+        copy_range(source, 0, target, 0, SIZE)
+    assert caught.value.errno == code
+    assert path.stat().st_size == 0
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_errors_name_the_file(code, tmp_path, monkeypatch):
+    """A descriptor has no name; the one line that a user sees needs one."""
+    make_sources(tmp_path / "sources")
+    monkeypatch.setattr(os, "copy_file_range", raises(code))
+    with pytest.raises(OSError, match=os.strerror(code)) as caught:
+        write_checkpoint(mixed_plan(tmp_path / "sources"), tmp_path / "out", WriteOptions(digest=False))
+    assert caught.value.filename == str(tmp_path / "out/model.safetensors.partial")
+    assert ("free some space, then run this again" in caught.value.strerror) == (code == errno.ENOSPC)
+
+
+def test_short_writes_go_on(files, monkeypatch):
+    _, target, path = files
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: pwrite(file, data[:999], offset))
+    write_all(target, memoryview(DATA), 5)
+    assert path.read_bytes() == bytes(5) + DATA
+
+
+def test_reading_goes_on_after_short_counts(tmp_path, monkeypatch):
+    """Signals and network file systems cut reads."""
+    make_sources(tmp_path / "sources")
+    write_checkpoint(mixed_plan(tmp_path / "sources"), tmp_path / "whole", WriteOptions())
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, offset: preadv(file, [buffers[0][:1001]], offset))
+    write_checkpoint(mixed_plan(tmp_path / "sources"), tmp_path / "out", WriteOptions())
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_the_kernel_does_the_copying(tmp_path, monkeypatch):
+    """What does not change never passes through this process."""
+    make_sources(tmp_path / "sources")
+    (tensor,) = [t for t in mixed_plan(tmp_path / "sources").tensors if t.name == "ids"]
+    read: list[int] = []
+    monkeypatch.setattr(os, "preadv", lambda *args: read.append(1))
+    moved: list[int] = []
+    monkeypatch.setattr(os, "copy_file_range", lambda *args: moved.append(copy_file_range(*args)) or moved[-1])
+    write_checkpoint(CheckpointPlan((tensor,), {}), tmp_path / "out", WriteOptions(digest=False))
+    assert sum(moved) == tensor.nbytes
+    assert not read
+    assert Path(tmp_path / "out/model.safetensors").read_bytes().endswith((tmp_path / "sources/ids").read_bytes()[16:])
