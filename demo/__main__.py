@@ -23,6 +23,7 @@ from typing import Any
 import sentencepiece
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel, logging, set_seed
 
@@ -71,7 +72,7 @@ class Size:
 
 
 FULL = Size(pieces=2000, hidden_size=192, pretraining_steps=400, grown_steps=80, sft_steps=500)
-QUICK = Size(pieces=600, hidden_size=48, pretraining_steps=60, grown_steps=16, sft_steps=40)
+QUICK = Size(pieces=600, hidden_size=48, pretraining_steps=60, grown_steps=24, sft_steps=40)
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,17 @@ def main() -> None:
     write_hub_folder(run)
     answers = chat(run)
 
-    plot_losses([Phase("pretraining", pretraining), Phase("growth", continued), Phase("SFT", sft)], out / "loss.png")
+    before, after = (count / 1e6 for count in growth["parameters"])
+    phases = [
+        Phase(f"pretraining, {before:.1f} M parameters", pretraining),
+        Phase(f"growth, to {after:.1f} M parameters", continued),
+        Phase("SFT, loss of the answers alone", sft),
+    ]
+    plot_losses(phases, out / "loss.png")
     summary = summarize(run.report, growth, start, sft, answers)
     (out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     console.print(run.report.table())
-    console.print(transcript(answers))
+    console.print(transcript(answers, corpus))
     for name, what in (("loss.png", "the losses"), ("hub", "the model"), ("summary.json", "all numbers")):
         console.print(f"{out / name}: {what}", highlight=False, soft_wrap=True)
 
@@ -315,8 +322,8 @@ def train_grown(
 ) -> tuple[Log, dict[str, float]]:
     """Train what was grown, from the source's loss on.
 
-    With a fresh optimizer the rate has to rise again, over fewer steps than at first, and to no more than the source's
-    last. Half the source's highest is as high as a model this small bears.
+    The optimizer is fresh, so the rate rises again: over fewer steps than at first, and to an eighth, because what the
+    source has learned is to be kept.
     """
     with run.report.step("Training what was grown") as step:
         source_loss = heldout_loss(source, text.heldout)
@@ -327,7 +334,7 @@ def train_grown(
             step,
             output_dir=run.out / "continued",
             steps=run.size.grown_steps,
-            learning_rate=1e-3,
+            learning_rate=5e-4,
             warmup_steps=5,
             seed=run.seed + 1,
         )
@@ -456,11 +463,14 @@ def summarize(
     }
 
 
-def transcript(answers: list[dict[str, Any]]) -> Table:
-    """The chat, to read."""
-    table = Table("You", "Tele-FLM", title="Chat in a fresh process", title_justify="left", show_lines=True)
+def transcript(answers: list[dict[str, Any]], corpus: Corpus) -> Table:
+    """The chat, to read; what was asked of something that was kept from training is marked."""
+    heldout = {messages[0]["content"] for messages in corpus.heldout_conversations}
+    table = Table("You", "Tele-FLM", title="\nChat in a fresh process", title_justify="left", show_lines=True)
     for answer in answers:
-        table.add_row(answer["question"], answer["answer"])
+        mark = " [dim](never seen in training)" if answer["question"] in heldout else ""
+        table.add_row(f"{answer['question']}{mark}", escape(answer["answer"]))
+    table.caption = "A model this small learns in minutes how answers sound, not whether they are right."
     return table
 
 

@@ -102,7 +102,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training in the plot: its name, and the log of its trainer."""
+    """A stretch of training in the plot: its name (what stands before a comma marks its beginning) and its log."""
 
     name: str
     log: Sequence[dict[str, float]]
@@ -125,7 +125,7 @@ def plot_losses(phases: Sequence[Phase], path: Path) -> None:
     axes.margins(x=0.01)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(title="dots: held out, thin: training batches", frameon=False)
     figure.savefig(path)
 
 
@@ -133,11 +133,16 @@ def _draw_phase(axes: Axes, phase: Phase, begin: float, color: str) -> None:
     steps, losses = phase.curve("loss")
     axes.plot([begin + step for step in steps], losses, color=color, alpha=0.35, linewidth=0.8)
     steps, losses = phase.curve("eval_loss")
-    axes.plot(
-        [begin + step for step in steps], losses, "o-", color=color, markersize=4, label=f"{phase.name}, held out"
-    )
+    axes.plot([begin + step for step in steps], losses, "o-", color=color, markersize=4, label=phase.name)
     if begin:
         axes.axvline(begin, color="0.4", linestyle="--", linewidth=1)
         axes.annotate(
-            f" {phase.name}", (begin, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right"
+            phase.name.partition(",")[0],
+            (begin, 0.98),
+            (-4, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            rotation=90,
+            va="top",
+            ha="right",
         )
