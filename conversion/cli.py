@@ -82,6 +82,8 @@ def convert(
             rank, world_size = process_rank()
             options = WriteOptions(max_shard_size, workers, not no_digest, overwrite, progress, rank, world_size)
             result = convert_checkpoint(source, out, format=format, dtype=dtype, options=options, dry_run=dry_run)
+        if rank > 0:  # one of them speaks for all, when all is done
+            return
         if as_json:
             print_json(describe_result(result, out, workers))
         else:

@@ -98,7 +98,7 @@ def process_rank() -> tuple[int, int]:
     else:
         return 0, 1
     texts = [environment.get(name, "") for name in names]
-    if not all(text.isdigit() for text in texts) or int(texts[0]) >= int(texts[1]):
+    if not all(text.isascii() and text.isdigit() for text in texts) or int(texts[0]) >= int(texts[1]):
         raise ValueError(f"{names[0]} is {texts[0]!r} and {names[1]} is {texts[1]!r}: that is no rank of a world.")
     return int(texts[0]), int(texts[1])
 
