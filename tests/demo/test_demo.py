@@ -130,6 +130,6 @@ def test_the_corpus_is_what_it_is_said_to_be(tmp_path):
 def test_nothing_held_out_is_trained_on():
     corpus = collect()
     trained = {messages[0]["content"] for messages in corpus.conversations}
-    assert "What does re.compile do?" not in trained  # what the demo asks as a question it has never seen
+    assert "What does re.compile do?" not in trained  # the demo asks this as a held-out question
     assert not trained & {messages[0]["content"] for messages in corpus.heldout_conversations}
     assert not set(corpus.texts) & set(corpus.heldout_texts)
