@@ -16,7 +16,7 @@ demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m demo
 
 test: $(READY)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not external"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not external"
 
 test-external: $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[external]"

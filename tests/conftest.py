@@ -4,7 +4,13 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Settings of the whole suite."""
 
+import os
+
 from hypothesis import settings
+
+# Before torch is imported, here or in a child: models this small lose by a second thread, a thousandfold where the
+# processors are shared.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Shared machines stall at any moment, so the time of an example says nothing; and a suite that gates rolls no dice.
 settings.register_profile("suite", deadline=None, derandomize=True)
