@@ -292,7 +292,8 @@ class ShardFile:
             self._pending -= 1
             if self._pending:
                 return
-        os.fsync(self.descriptor)
+        with naming_errors(self.path):  # where writes are delayed, the disk may turn out to be full only here
+            os.fsync(self.descriptor)
         status = os.fstat(self.descriptor)
         digests = {name: tensor_digest(parts[i] for i in range(len(parts))) for name, parts in self._digests.items()}
         record = Finished(status.st_size, status.st_mtime_ns, digests, self._statistics)
