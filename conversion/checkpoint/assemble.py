@@ -27,9 +27,9 @@ from .plan import (
     piece_number,
     row_major_strides,
 )
-from .reader import FileReader, boxes_of_range
+from .reader import CHUNK, FileReader, boxes_of_range
 
-BLOCK = 4 * GRID  # elements made, hashed and written at a time: 8 MiB of bfloat16
+BLOCK = 4 * GRID  # elements of a unit of work, with a digest of its own: 8 MiB of bfloat16
 _SAMPLE = 1 << 22  # a statistic looks at this many elements at most,
 _WINDOW = 1 << 16  # in windows of this many, evenly spread
 _SHORT_RUN = 256 * 1024  # bytes worth a system call of their own
@@ -113,8 +113,8 @@ def copy_runs(tensor: TensorPlan, start: int, stop: int) -> list[tuple[View, int
     """A flat range as runs of source bytes that stay as they are, if it is nothing but that and zeros.
 
     Returns:
-        Contiguous windows, each with its first element's place in the range; None if anything has to be made, or the
-        runs are so short that gathering them in memory is faster.
+        Contiguous windows in order, each with its first element's place in the range; None if anything has to be made,
+        or the runs are so short that gathering them in memory is faster.
     """
     runs = []
     for piece, box, at, whole in _overlaps(tensor, start, stop):
@@ -128,13 +128,38 @@ def copy_runs(tensor: TensorPlan, start: int, stop: int) -> list[tuple[View, int
         strides = row_major_strides(whole.size)
         first = sum((a - b) * stride for a, b, stride in zip(box.start, whole.start, strides, strict=True))
         runs.append((view, at + first))
-    return runs
+    return sorted(runs, key=lambda run: run[1])
 
 
 def _is_contiguous(box: Box, whole: Box) -> bool:
     """Whether a box is one run of a row-major block: a dimension it does not fill has only ones before it."""
     partial = [axis for axis, (n, m) in enumerate(zip(box.size, whole.size, strict=True)) if n != m]
     return not partial or all(n == 1 for n in box.size[: partial[-1]])
+
+
+def stream(
+    tensor: TensorPlan, start: int, stop: int, *, reader: FileReader, resolved: Resolved, seed: int
+) -> Iterator[memoryview]:
+    """The bytes of the elements `start .. stop` of a planned tensor in order, in chunks; each may overwrite the last.
+
+    The arguments are those of `assemble`.
+    """
+    runs = copy_runs(tensor, start, stop)
+    if runs is None:
+        for first in range(start, stop, GRID):
+            last = min(first + GRID, stop)
+            yield assemble(tensor, first, last, reader=reader, resolved=resolved, seed=seed).view(np.uint8).data
+        return
+    at = 0
+    for view, first in runs:
+        yield from _zeros((first - at) * tensor.dtype.itemsize)
+        yield from reader.chunks(view)
+        at = first + view.numel
+    yield from _zeros((stop - start - at) * tensor.dtype.itemsize)
+
+
+def _zeros(nbytes: int) -> Iterator[memoryview]:
+    return (memoryview(bytes(min(CHUNK, nbytes - at))) for at in range(0, nbytes, CHUNK))
 
 
 def assemble(

@@ -71,6 +71,6 @@ def check_digests(
 def _block_digests(view: View, block: int, reader: FileReader, progress: Callable[[int], None]) -> Iterator[bytes]:
     flat = View.contiguous(view.file, view.offset, (view.numel,), view.dtype)
     for start in range(0, view.numel, block):
-        data = reader.read(flat[start : start + block])
-        progress(data.nbytes)
-        yield block_digest(data)
+        part = flat[start : start + block]
+        yield block_digest(reader.chunks(part))
+        progress(part.nbytes)

@@ -6,7 +6,7 @@
 
 Blocks of all tensors are made by a few threads (reading, hashing, casting and writing release the interpreter lock) and
 written where the header says they belong; bytes that do not change are moved inside the kernel. Memory is
-workers x block, whatever the model. Shards are independent, so the ranks of any launcher each take some. What is
+a few MB a worker, whatever the model. Shards are independent, so the ranks of any launcher each take some. What is
 finished is journalled (`workspace.py`), and the file that makes the folder loadable comes last, so a folder that loads
 is complete.
 """
@@ -24,13 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from .assemble import BLOCK, assemble, blocks, copy_runs, is_zero, resolve
+from .assemble import blocks, copy_runs, is_zero, resolve, stream
 from .containers import Shard, loadable_file, parse_size, safetensors_index, safetensors_shards
 from .errors import CheckpointError
 from .kernel_copy import write_all
 from .manifest import MANIFEST, block_digest, make_manifest, read_manifest
-from .plan import CheckpointPlan, TensorPlan
-from .reader import FileReader
+from .normal_stream import GRID
+from .plan import CheckpointPlan, TensorPlan, View
+from .reader import FileReader, read_chunks
 from .workspace import FOLDER, PARTIAL, Finished, ShardFile, Workspace, naming_errors, sync_folder
 
 
@@ -141,9 +142,9 @@ def free_space(out: Path) -> int:
 
 
 def peak_memory(plan: CheckpointPlan, workers: int) -> int:
-    """Bytes that running a plan takes at most beside the interpreter: some blocks a worker, whatever the model."""
+    """Bytes that running a plan takes at most beside the interpreter: a few MB a worker, whatever the model."""
     itemsize = max(tensor.dtype.itemsize for tensor in plan.tensors)
-    return workers * BLOCK * (3 * itemsize + np.dtype(np.uint16).itemsize)  # a block, its source span, its draws
+    return workers * GRID * (3 * itemsize + np.dtype(np.uint16).itemsize)  # elements, their source span, their draws
 
 
 @dataclass(frozen=True)
@@ -185,15 +186,12 @@ def _write_shards(
             file.release()
 
     def work(block: _Block) -> None:
-        def make() -> memoryview:
-            array = assemble(block.tensor, block.start, block.stop, reader=reader, resolved=resolved, seed=plan.seed)
-            return array.view(np.uint8).data
-
+        data = stream(block.tensor, block.start, block.stop, reader=reader, resolved=resolved, seed=plan.seed)
         with naming_errors(block.file.path):
             if options.digest:
-                block.file.record(block.tensor.name, block.index, _write_hashed(block, make))
+                block.file.record(block.tensor.name, block.index, _write_hashed(block, data, reader))
             else:
-                _write_plain(block, make, reader)
+                _write_plain(block, data, reader)
             block.file.release()
         options.progress(block.nbytes, total)
 
@@ -204,31 +202,48 @@ def _write_shards(
             file.close()
 
 
-def _write_hashed(block: _Block, make: Callable[[], memoryview]) -> bytes:
+def _write_hashed(block: _Block, data: Iterator[memoryview], reader: FileReader) -> bytes:
     """Put a block into its file, unless it is there already; returns its digest."""
+    descriptor = block.file.descriptor
     claimed = block.file.claims.get((block.tensor.name, block.index))
-    if claimed is not None and block_digest(os.pread(block.file.descriptor, block.nbytes, block.at)) == claimed:
+    if claimed is not None and block_digest(read_chunks(descriptor, block.at, block.at + block.nbytes)) == claimed:
         return claimed
     if is_zero(block.tensor, block.start, block.stop) and not block.file.resumed:
         return _zero_digest(block.nbytes)
-    data = make()
-    write_all(block.file.descriptor, data, block.at)
-    return block_digest(data)
+    runs = copy_runs(block.tensor, block.start, block.stop)
+    if runs is None or block.file.resumed:
+        return block_digest(_written(descriptor, data, block.at))
+    digest = block_digest(data)  # of the source; then the kernel copies what it has just read
+    _copy_runs(block, runs, reader)
+    return digest
 
 
-def _write_plain(block: _Block, make: Callable[[], memoryview], reader: FileReader) -> None:
+def _written(descriptor: int, data: Iterable[memoryview], at: int) -> Iterator[memoryview]:
+    """Each chunk, once it is in the file."""
+    for chunk in data:
+        write_all(descriptor, chunk, at)
+        yield chunk
+        at += len(chunk)
+
+
+def _write_plain(block: _Block, data: Iterator[memoryview], reader: FileReader) -> None:
     """Put a block into its file without looking at bytes that do not change."""
     runs = copy_runs(block.tensor, block.start, block.stop)
     if runs is None:
-        write_all(block.file.descriptor, make(), block.at)
-        return
+        for _ in _written(block.file.descriptor, data, block.at):
+            pass
+    else:
+        _copy_runs(block, runs, reader)
+
+
+def _copy_runs(block: _Block, runs: Iterable[tuple[View, int]], reader: FileReader) -> None:
     for view, at in runs:
         reader.copy_to(view, block.file.descriptor, block.at + at * view.dtype.itemsize)
 
 
 @lru_cache(maxsize=16)
 def _zero_digest(nbytes: int) -> bytes:
-    return block_digest(bytes(nbytes))
+    return block_digest([bytes(nbytes)])
 
 
 def _run(items: Iterator[_Block], work: Callable[[_Block], None], workers: int) -> None:

@@ -9,6 +9,9 @@ import os
 
 _UNSUPPORTED = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 _BUFFER = 8 << 20
+# Larger writes make the page cache allocate in larger units. On a virtual machine the host has often taken those back,
+# and must find memory for them first: 3.5 GiB in writes of 256 KiB took 7.6 s here, in writes of 64 KiB 2.7 s.
+_WRITE = 64 * 1024
 
 
 def copy_range(source: int, source_offset: int, target: int, target_offset: int, count: int) -> None:
@@ -43,8 +46,9 @@ def copy_range(source: int, source_offset: int, target: int, target_offset: int,
         done += len(data)
 
 
-def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+def write_all(descriptor: int, content: bytes | memoryview, offset: int) -> None:
     """`pwrite` until everything is written."""
+    data = memoryview(content)
     written = 0
     while written < len(data):
-        written += os.pwrite(descriptor, data[written:], offset + written)
+        written += os.pwrite(descriptor, data[written : written + _WRITE], offset + written)

@@ -24,9 +24,12 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 
 
-def block_digest(block: Any) -> bytes:
-    """Digest of one block's bytes (a buffer, or an array of any element type)."""
-    return xxhash.xxh3_128_digest(memoryview(block.view("u1")) if hasattr(block, "view") else block)
+def block_digest(chunks: Iterable[bytes | memoryview]) -> bytes:
+    """Digest of one block's bytes, which may come in chunks of any size."""
+    digest = xxhash.xxh3_128()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.digest()
 
 
 def tensor_digest(blocks: Iterable[bytes]) -> str:

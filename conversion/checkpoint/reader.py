@@ -20,6 +20,9 @@ from .plan import Box, Shape, View
 _SPAN_WASTE = 2.0
 _SPAN_SLACK = 64 * 1024
 
+# Bytes that are read, hashed and written before the next: they stay in a core's cache, where a block has no room.
+CHUNK = 256 * 1024
+
 
 class FileReader:
     """Open source files and read windows of them. Thread-safe; a context manager that closes what it opened."""
@@ -75,6 +78,17 @@ class FileReader:
                 part = (*(slice(None),) * axis, slice(index, index + 1))
                 self.read_into(view[part], out[part])
 
+    def chunks(self, view: View) -> Iterator[memoryview]:
+        """The bytes of a contiguous window in order, in chunks; each is overwritten by the next.
+
+        Raises:
+            CorruptData: the file ends before the window does.
+        """
+        try:
+            yield from read_chunks(self.descriptor(view.file), *view.span)
+        except EOFError:
+            raise self._cut_short(view.file, view.span[1]) from None
+
     def copy_to(self, view: View, target: int, offset: int) -> None:
         """Copy a contiguous window's bytes into the file behind the descriptor `target`, at a byte offset.
 
@@ -88,19 +102,38 @@ class FileReader:
 
     def _read_bytes(self, file: str, offset: int, out: np.ndarray) -> None:
         target = out.reshape(-1).view(np.uint8).data
-        descriptor = self.descriptor(file)
-        done = 0
-        while done < len(target):
-            count = os.preadv(descriptor, [target[done:]], offset + done)
-            if count == 0:
-                raise self._cut_short(file, offset + len(target))
-            done += count
+        try:
+            _read_into(self.descriptor(file), target, offset)
+        except EOFError:
+            raise self._cut_short(file, offset + len(target)) from None
 
     def _cut_short(self, file: str, end: int) -> CorruptData:
         size = os.fstat(self.descriptor(file)).st_size
         return CorruptData(
             f"{file}: ends at byte {size}, but a tensor reaches to byte {end}: the file was cut short meanwhile."
         )
+
+
+def read_chunks(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:
+    """The bytes `begin .. end` of an open file in order, in chunks; each is overwritten by the next.
+
+    Raises:
+        EOFError: the file ends before.
+    """
+    buffer = memoryview(bytearray(min(CHUNK, end - begin)))
+    for offset in range(begin, end, CHUNK):
+        chunk = buffer[: end - offset]
+        _read_into(descriptor, chunk, offset)
+        yield chunk
+
+
+def _read_into(descriptor: int, target: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(target):
+        count = os.preadv(descriptor, [target[done:]], offset + done)
+        if count == 0:
+            raise EOFError
+        done += count
 
 
 def boxes_of_range(shape: Shape, start: int, stop: int) -> Iterator[Box]:
