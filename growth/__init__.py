@@ -2,9 +2,32 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Function-preserving growth of Tele-FLM checkpoints."""
+"""Function-preserving growth of Tele-FLM checkpoints, and the judge of it.
 
-from .grow import GrowthResult, grow_checkpoint, plan_growth
-from .spec import Growth
+Names are imported at their first use: whoever verifies a growth loads nothing of what grew.
+"""
 
-__all__ = ["Growth", "GrowthResult", "grow_checkpoint", "plan_growth"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .grow import GrowthResult, grow_checkpoint, plan_growth
+    from .spec import Growth
+    from .verify import Verification, verify_checkpoints
+
+__all__ = ["Growth", "GrowthResult", "Verification", "grow_checkpoint", "plan_growth", "verify_checkpoints"]
+
+_MODULES = {
+    "Growth": "spec",
+    "GrowthResult": "grow",
+    "grow_checkpoint": "grow",
+    "plan_growth": "grow",
+    "Verification": "verify",
+    "verify_checkpoints": "verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

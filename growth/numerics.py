@@ -2,40 +2,26 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Proof from numbers: do two models compute the same logits, to the last bits of float64?"""
+"""Proof from numbers with loaded models: do two compute the same logits, to the last bits of float64?"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.utils import logging
 
+from conversion.architecture import Architecture
+from conversion.checkpoint.sources import Source
 
-@dataclass(frozen=True)
-class LogitComparison:
-    """How far the logits of two models are apart, over the vocabulary both have.
+from .comparison import LogitComparison
 
-    Args:
-        tokens: positions compared.
-        max_difference: largest absolute difference.
-        rms_difference: root mean square difference.
-        max_logit: largest absolute logit of the first model, the scale of the two above.
-        same_argmax: share of positions at which both prefer the same token.
-    """
-
-    tokens: int
-    max_difference: float
-    rms_difference: float
-    max_logit: float
-    same_argmax: float
-
-    @property
-    def relative(self) -> float:
-        """Largest difference in units of the largest logit."""
-        return self.max_difference / self.max_logit
+# Of a config.json, what names the class or is none of LlamaConfig's business.
+_NOT_LLAMA = ("model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
 
 
 def compare_logits(
@@ -67,6 +53,37 @@ def compare_logits(
 
 
 @torch.no_grad()
+def checkpoint_logits(checkpoint: Source, input_ids: np.ndarray, dtype: str) -> np.ndarray:
+    """Load a checkpoint into transformers' own Llama and run it.
+
+    The two factors in which a Tele-FLM differs are applied around the embedding and the head, so that the logits depend
+    on no modelling code of this project, nor on any that the folder brings.
+
+    Args:
+        checkpoint: the checkpoint, open.
+        input_ids: token ids [T].
+        dtype: what to compute in: `float64`, `float32` or `bfloat16`.
+
+    Returns:
+        Logits [T, vocab_size], float64.
+    """
+    config: dict[str, Any] = checkpoint.config or {}
+    architecture = Architecture.from_config(config, f"{checkpoint.folder}/config.json")
+    with _no_progress_bar():
+        model = LlamaForCausalLM.from_pretrained(
+            checkpoint.folder,
+            config=LlamaConfig.from_dict({key: value for key, value in config.items() if key not in _NOT_LLAMA}),
+            dtype=getattr(torch, dtype),
+            attn_implementation="eager",
+            local_files_only=True,
+        ).eval()
+    model.model.embed_tokens.register_forward_hook(lambda *call: call[-1] * architecture.embedding_scale)
+    with _exact_norms():
+        logits = model(torch.from_numpy(input_ids)[None], use_cache=False).logits[0] * architecture.logit_scale
+    return logits.double().numpy()
+
+
+@torch.no_grad()
 def _logits(model: PreTrainedModel, input_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     weights = {name: tensor.to(dtype) for name, tensor in model.named_parameters()}
     was_training = model.training
@@ -90,3 +107,15 @@ def _exact_norms() -> Iterator[None]:
 
     with mock.patch.object(LlamaRMSNorm, "forward", forward):
         yield
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Let transformers load in silence: stderr is for what the caller shows."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

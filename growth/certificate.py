@@ -1,0 +1,368 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The certificate of a growth: every byte of the grown model held against the conditions, in one streaming pass.
+
+What a condition allows is worked out here from A's bytes, so that the certificate depends on nothing that the growth
+did or recorded, except for the map of its layers.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from conversion.architecture import Architecture
+from conversion.checkpoint.dtypes import DType
+from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.manifest import read_manifest
+from conversion.checkpoint.plan import View
+from conversion.checkpoint.reader import FileReader
+from conversion.checkpoint.sources import Source, open_checkpoint
+from conversion.mapping import check_tensors
+
+from .conditions import Block, Conditions, FieldCondition, TensorConditions, growth_steps, state_conditions
+
+_BLOCK = 1 << 18  # elements looked at together, but at least one row: with temporaries about ten megabytes
+
+
+@dataclass(frozen=True)
+class Violation:
+    """The first element of a tensor that breaks a condition.
+
+    Args:
+        tensor: its name in B.
+        row: its row; None in a vector.
+        column: its column, or its index in a vector.
+        found: what B holds.
+        expected: what it has to be, as text.
+        count: elements of the tensor that break a condition.
+        reason: where the condition comes from.
+    """
+
+    tensor: str
+    row: int | None
+    column: int
+    found: float
+    expected: str
+    count: int
+    reason: str
+
+    def __str__(self) -> str:
+        place = f"[{self.column}]" if self.row is None else f"[{self.row}, {self.column}]"
+        more = f" (and {self.count - 1:,} more of its elements)" if self.count > 1 else ""
+        return f"{self.tensor}{place} is {self.found!r}, expected {self.expected}: {self.reason}{more}."
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What was found in one block: violations, and for a copy how far its worst element is from the exact value.
+
+    Args:
+        block: the condition.
+        worst_ulp: largest distance from A's value times the factor, in units in the last place of B's dtype.
+        violations: elements that break the condition.
+        first: row, column, value found and value expected of the first of them.
+        all_zero: whether the block is nothing but zeros.
+    """
+
+    block: Block
+    worst_ulp: float = 0.0
+    violations: int = 0
+    first: tuple[int, int, float, str] | None = None
+    all_zero: bool = True
+
+    def __add__(self, other: "BlockResult") -> "BlockResult":
+        """Both parts of the same block, this one first."""
+        return BlockResult(
+            self.block,
+            max(self.worst_ulp, other.worst_ulp),
+            self.violations + other.violations,
+            self.first or other.first,
+            self.all_zero and other.all_zero,
+        )
+
+
+@dataclass(frozen=True)
+class TensorResult:
+    """What was found in one tensor."""
+
+    conditions: TensorConditions
+    dtype: DType
+    shape: tuple[int, ...]
+    blocks: tuple[BlockResult, ...]
+
+    @property
+    def worst_ulp(self) -> float:
+        """Largest distance of a copy from its exact value, in units in the last place."""
+        return max(block.worst_ulp for block in self.blocks)
+
+    @property
+    def violation(self) -> Violation | None:
+        """The first element, row by row, that breaks a condition."""
+        broken = [block.first for block in self.blocks if block.first]
+        if not broken:
+            return None
+        row, column, found, expected = min(broken, key=lambda first: first[:2])
+        count = sum(block.violations for block in self.blocks)
+        where = row if len(self.shape) > 1 else None
+        return Violation(self.conditions.name, where, column, found, expected, count, self.conditions.reason)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether its new entries are free but all zero, so that training may never move them."""
+        free = [block for block in self.blocks if block.block.rule == "free"]
+        return bool(free) and all(block.all_zero for block in free)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What the bytes of B prove.
+
+    Args:
+        conditions: what had to hold.
+        tensors: what was found, in data-flow order; empty if the configurations are not comparable.
+    """
+
+    conditions: Conditions
+    tensors: tuple[TensorResult, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether B computes A's function."""
+        return not self.broken_fields and not self.violations
+
+    @property
+    def broken_fields(self) -> list[FieldCondition]:
+        """Fields of B's configuration that break a condition."""
+        return [condition for condition in self.conditions.fields if not condition.holds]
+
+    @property
+    def violations(self) -> list[Violation]:
+        """The first violation of each tensor that has one, in data-flow order."""
+        return [tensor.violation for tensor in self.tensors if tensor.violation]
+
+    @property
+    def notes(self) -> list[str]:
+        """What holds or does not, beyond yes and no."""
+        notes = []
+        if self.conditions.steps > 1:
+            notes.append(f"B is {self.conditions.steps} growths away from A; their layer maps were composed.")
+        dead = [tensor.conditions.name for tensor in self.tensors if tensor.is_dead]
+        if dead:
+            some = ", ".join(dead[:3]) + (", ..." if len(dead) > 3 else "")
+            notes.append(f"New entries of {len(dead)} tensors are all zero and may never learn: {some}.")
+        rows = [field for field in self.conditions.fields if field.field == "vocab_size"]
+        if self.holds and rows and rows[0].expected != f"{rows[0].found} or more":
+            notes.append("Old logits are kept; the new vocabulary rows take part in the softmax beside them.")
+        return notes
+
+
+def certify(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    workers: int = os.cpu_count() or 1,
+    progress: Callable[[int, int], None] = lambda nbytes, total: None,
+) -> Certificate:
+    """Prove from the bytes of two checkpoints that B computes A's function, or name what breaks it.
+
+    Copied blocks must be A's times their factor, correctly rounded to B's dtype (byte by byte where the factor is 1 and
+    the dtype A's), blocks that must be zero zero, and everything finite. B is read once, A as often as it was copied;
+    memory is a few megabytes a worker, whatever the model.
+
+    Args:
+        a: folder of the source.
+        b: folder of the grown model; its manifest.json says which layers are copies.
+        workers: threads.
+        progress: called, from any thread, with the bytes just read and those in all.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read, or B's record does not lead back to A.
+    """
+    first, second = open_checkpoint(a), open_checkpoint(b)
+    source, target = (
+        Architecture.from_config(_config(checkpoint), f"{checkpoint.folder}/config.json")
+        for checkpoint in (first, second)
+    )
+    check_tensors(first.tensors, source, first.folder)
+    check_tensors(second.tensors, target, second.folder)
+    manifest = read_manifest(Path(second.folder))
+    steps = growth_steps(source, target, manifest["lineage"] if manifest else None)
+    conditions = state_conditions(_config(first), _config(second), steps)
+    return Certificate(conditions, tuple(_check_all(first, second, conditions, workers, progress)))
+
+
+def _config(checkpoint: Source) -> dict[str, object]:
+    if checkpoint.config is None:
+        raise CheckpointError(f"{checkpoint.folder}/config.json: no such file; the conditions follow from it.")
+    return checkpoint.config
+
+
+def _check_all(
+    a: Source, b: Source, conditions: Conditions, workers: int, progress: Callable[[int, int], None]
+) -> Iterator[TensorResult]:
+    total = sum(b.tensors[tensor.name].nbytes for tensor in conditions.tensors)
+    with FileReader() as reader, ThreadPoolExecutor(workers) as pool:
+        # A tensor is a task: a thousand of them, in the order in which the first fault is to be named.
+        yield from pool.map(
+            lambda tensor: check_tensor(
+                a.tensors[tensor.source],
+                b.tensors[tensor.name],
+                tensor,
+                reader,
+                steps=conditions.steps,
+                progress=lambda nbytes: progress(nbytes, total),
+            ),
+            conditions.tensors,
+        )
+
+
+def check_tensor(
+    a: View,
+    b: View,
+    conditions: TensorConditions,
+    reader: FileReader,
+    *,
+    steps: int = 1,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> TensorResult:
+    """Hold one tensor against its conditions.
+
+    Args:
+        a: the source's tensor, [rows, columns] or [n].
+        b: the grown model's.
+        conditions: what B's has to be.
+        reader: reads both.
+        steps: number of growths between them, each of which rounded once.
+        progress: called with the bytes of B just read.
+
+    Raises:
+        CheckpointError: a tensor is not floating-point.
+    """
+    for view in (a, b):
+        if not view.dtype.is_floating:
+            raise CheckpointError(f"{view.file}: {conditions.name} has dtype {view.dtype}, expected a floating one.")
+    shape, rounding = b.shape, _Rounding(conditions.factor, a.dtype, b.dtype, steps)
+    a, b = (view if len(view.shape) > 1 else view.unflatten(0, (1, view.numel)) for view in (a, b))
+    results: list[BlockResult] = []
+    for (start, stop), band in groupby(conditions.blocks, key=lambda block: block.rows):
+        blocks = list(band)
+        found = [BlockResult(block) for block in blocks]
+        for low, high in _row_ranges(start, stop, b.shape[1]):
+            values = reader.read(b[low:high])
+            progress(values.nbytes)
+            copied = [block for block in blocks if block.rule == "copy"]
+            originals = reader.read(a[_source_rows(copied[0], low, high)]) if copied else None
+            found = [
+                before + _check_block(block, low, values, originals, rounding)
+                for before, block in zip(found, blocks, strict=True)
+            ]
+        results += found
+    return TensorResult(conditions, b.dtype, shape, tuple(results))
+
+
+def _row_ranges(start: int, stop: int, columns: int) -> Iterator[tuple[int, int]]:
+    step = max(1, _BLOCK // columns)
+    return ((low, min(low + step, stop)) for low in range(start, stop, step))
+
+
+def _source_rows(block: Block, low: int, high: int) -> slice:
+    first = block.source[0] + low - block.rows[0]
+    return slice(first, first + high - low)
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """How the copies of a tensor came to be: `source` elements times a factor, rounded to `dtype` in some steps."""
+
+    factor: float
+    source: DType
+    dtype: DType
+    steps: int
+
+    @property
+    def is_byte_copy(self) -> bool:
+        return self.factor == 1.0 and self.source == self.dtype
+
+    @property
+    def allowed_ulps(self) -> float:
+        """How far a correctly rounded copy may be from the exact product, in units in the last place.
+
+        Half a unit for the last rounding, and one for each growth before it: half a unit of a value just below a power
+        of two is a whole one above. A hundredth covers an intermediate result in float32. In float64 the factor itself
+        is rounded too.
+        """
+        return 2.0 * self.steps if self.dtype.itemsize == 8 else self.steps - 0.5 + 0.01
+
+
+def _check_block(
+    block: Block, low: int, values: np.ndarray, originals: np.ndarray | None, rounding: _Rounding
+) -> BlockResult:
+    """The rows of a block that start at `low`; `values` [rows, all columns] of B, `originals` the same rows of A."""
+    found = values[:, slice(*block.columns)]
+    worst, expected = 0.0, None
+    if block.rule == "copy" and originals is not None:
+        expected = originals[:, block.source[1] : block.source[1] + found.shape[1]]
+        broken, worst = _check_copy(found, expected, rounding)
+    else:
+        broken = _is_nonzero(found) if block.rule == "zero" else _is_not_finite(found)
+    all_zero = block.rule != "zero" and not _is_nonzero(found).any()
+    result = BlockResult(block, worst, int(np.count_nonzero(broken)), None, all_zero)
+    if not result.violations:
+        return result
+    row, column = (int(index) for index in np.unravel_index(int(np.argmax(broken)), broken.shape))
+    wanted = {"zero": "0", "free": "a finite number"}.get(block.rule, "")
+    if expected is not None:
+        place = (block.source[0] + low + row - block.rows[0], block.source[1] + column)
+        wanted = f"{float(expected[row, column]) * rounding.factor!r} from A's [{place[0]}, {place[1]}]"
+    first = (low + row, block.columns[0] + column, float(found[row, column]), wanted)
+    return replace(result, first=first)
+
+
+def _check_copy(found: np.ndarray, original: np.ndarray, rounding: _Rounding) -> tuple[np.ndarray, float]:
+    """Which elements are not the original times the factor, and the largest distance in units in the last place."""
+    unusable = _is_not_finite(found)
+    if rounding.is_byte_copy:
+        differs = _bits(found) != _bits(original)
+        ulps = _ulps(found, original, rounding) if differs.any() else np.zeros(1)
+        broken = unusable | differs
+    else:
+        ulps = _ulps(found, original, rounding)
+        broken = unusable | ~(ulps <= rounding.allowed_ulps)
+    return broken, float(np.max(ulps, where=np.isfinite(ulps), initial=0.0))
+
+
+def _ulps(found: np.ndarray, original: np.ndarray, rounding: _Rounding) -> np.ndarray:
+    """Distance of each element from the original times the factor, in units in the last place of that product."""
+    exact = original.astype(np.float64)
+    exact *= rounding.factor
+    limits = ml_dtypes.finfo(rounding.dtype.numpy)
+    last_place = np.ldexp(1.0, np.maximum(np.frexp(exact)[1] - 1, limits.minexp) - limits.nmant)
+    with np.errstate(invalid="ignore"):  # what is not finite is named as such
+        exact -= found.astype(np.float64)
+        return np.divide(np.abs(exact, out=exact), last_place, out=exact)
+
+
+# On the bits, because bfloat16 arithmetic in numpy is far slower than integers.
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+    return values.view(f"u{values.itemsize}")
+
+
+def _is_nonzero(values: np.ndarray) -> np.ndarray:
+    bits = _bits(values)
+    return (bits & bits.dtype.type((1 << (8 * bits.itemsize - 1)) - 1)) != 0
+
+
+def _is_not_finite(values: np.ndarray) -> np.ndarray:
+    limits, bits = ml_dtypes.finfo(values.dtype), _bits(values)
+    exponent = bits.dtype.type(((1 << limits.nexp) - 1) << limits.nmant)
+    return (bits & exponent) == exponent

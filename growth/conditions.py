@@ -1,0 +1,458 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The conditions under which a grown model computes its source's function, stated without the code that grew it.
+
+From the two configurations and the map of the layers follows what every block of every tensor has to be: the source's
+block times a factor, zero, or free. A model that meets these conditions computes the same function, whoever wrote it
+and however; the argument needs no input and no tolerance beyond the rounding of what is stored. `certificate.py` holds
+the bytes against them.
+
+Nothing here imports the operators or the specification of growth: a mistake there must not repeat itself here.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
+from typing import Any, Literal, TypeAlias
+
+from conversion.architecture import Architecture
+from conversion.checkpoint.errors import CheckpointError
+from conversion.mapping import EMBED_TOKENS, LM_HEAD, Axis, Weight, axis_size, weights
+
+Rule: TypeAlias = Literal["copy", "zero", "free"]
+
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+_WRITERS = ("embed_tokens", "o_proj", "down_proj")  # they add to the residual stream; everything else reads it
+_EXACT = 1e-12  # two numbers of a configuration agree: JSON has them as decimals of 15 digits or more
+
+
+@dataclass(frozen=True)
+class Run:
+    """Indices `target .. target + size` along an axis of B hold what `source .. source + size` hold in A."""
+
+    target: int
+    source: int
+    size: int
+
+
+AxisMap: TypeAlias = tuple[Run, ...]
+"""Where the old entries of an axis are in B, in B's order; what no run covers is new."""
+
+
+@dataclass(frozen=True)
+class LayerSource:
+    """The layer of A that a layer of B comes from, and whether it is an additional copy of it."""
+
+    layer: int
+    is_copy: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """One growth of a lineage: from which numbers to which, and where each layer comes from."""
+
+    source: Architecture
+    target: Architecture
+    layers: tuple[LayerSource, ...]
+    method: str = "zero"
+
+
+@dataclass(frozen=True)
+class FieldCondition:
+    """What a field of B's configuration has to be."""
+
+    field: str
+    found: Any
+    expected: Any
+    holds: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"config.json: {self.field} is {self.found}, expected {self.expected}: {self.reason}."
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one block of a tensor has to be.
+
+    Args:
+        rule: `copy` of A times the tensor's factor, `zero`, or `free`: any finite numbers.
+        rows: first row and one past the last; a vector is one row.
+        columns: first column and one past the last.
+        source: first row and column of the block in A's tensor, for a copy.
+    """
+
+    rule: Rule
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    source: tuple[int, int] = (0, 0)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return (self.rows[1] - self.rows[0]) * (self.columns[1] - self.columns[0])
+
+
+@dataclass(frozen=True)
+class TensorConditions:
+    """What a tensor of B has to be.
+
+    Args:
+        name: its name.
+        source: name of A's tensor that its copies come from.
+        factor: on the copies.
+        blocks: tile the tensor, in bands: blocks of the same rows are neighbours, from left to right.
+        reason: why the copies, zeros and free entries are where they are.
+    """
+
+    name: str
+    source: str
+    factor: float
+    blocks: tuple[Block, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """All that has to hold for B to compute A's function.
+
+    Args:
+        steps: number of growths between A and B, each of which rounds once.
+        fields: conditions on config.json, checked: they need no data.
+        tensors: conditions on the weights, in data-flow order; none if the configurations are not comparable.
+    """
+
+    steps: int
+    fields: tuple[FieldCondition, ...]
+    tensors: tuple[TensorConditions, ...]
+
+
+def state_conditions(a: Mapping[str, Any], b: Mapping[str, Any], steps: Sequence[Step]) -> Conditions:
+    """State what B has to be to compute A's function.
+
+    Args:
+        a: content of the source's config.json.
+        b: content of the grown model's config.json.
+        steps: the growths that lead from A to B, oldest first; see `growth_steps`.
+
+    Raises:
+        CheckpointError: a configuration is unusable, the map does not fit it, or the method is unknown.
+    """
+    source, target = Architecture.from_config(a, "A's config.json"), Architecture.from_config(b, "B's config.json")
+    methods = sorted({step.method for step in steps})
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown or len(methods) != 1:
+        raise CheckpointError(
+            f"the lineage has growth by {', '.join(methods)}; a certificate can be stated for "
+            f"{' or '.join(METHODS)} alone: compare logits instead, with --text FILE."
+        )
+    layers = compose_layers([step.layers for step in steps])
+    _check_layers(layers, source, target)
+    sizes = tuple(_size_conditions(source, target))
+    if not all(condition.holds for condition in sizes):
+        return Conditions(len(steps), sizes, ())
+    fields = (*sizes, *_function_conditions(a, b, source, target))
+    return Conditions(len(steps), fields, tuple(METHODS[methods[0]](source, target, layers, steps)))
+
+
+# The configuration.
+
+
+def _size_conditions(source: Architecture, target: Architecture) -> Iterator[FieldCondition]:
+    """Sizes may only grow, heads keep their size, and every query group must find its key/value head."""
+    for field in _SIZES:
+        old, new = getattr(source, field), getattr(target, field)
+        yield FieldCondition(field, new, f"{old} or more", new >= old, "growth only adds")
+    old, new = source.head_dim, target.head_dim
+    reason = "rotary frequencies and the softmax scale depend on it"
+    yield FieldCondition("head_dim", new, old, new == old, reason)
+    need = source.num_key_value_heads * _key_value_copies(source, target)
+    found = target.num_key_value_heads
+    reason = "each group of queries needs a copy of its key/value head"
+    yield FieldCondition("num_key_value_heads", found, f"{need} or more", found >= need, reason)
+
+
+def _function_conditions(
+    a: Mapping[str, Any], b: Mapping[str, Any], source: Architecture, target: Architecture
+) -> Iterator[FieldCondition]:
+    """Everything beside the sizes that decides what a model computes."""
+    for field, old, new in (
+        ("hidden_act", a.get("hidden_act") or "silu", b.get("hidden_act") or "silu"),
+        ("rope_parameters", rope_parameters(a), rope_parameters(b)),
+        ("tie_word_embeddings", source.tie_word_embeddings, target.tie_word_embeddings),
+    ):
+        yield FieldCondition(field, new, old, new == old, "another value is another function")
+    d, width = source.hidden_size, target.hidden_size
+    eps, found = source.rms_norm_eps * d / width, target.rms_norm_eps
+    holds = math.isclose(found, eps, rel_tol=_EXACT)
+    reason = f"{source.rms_norm_eps:g} x {d} / {width}, the share of features that are not zero"
+    yield FieldCondition("rms_norm_eps", found, float(f"{eps:.15g}"), holds, reason)
+    if source.tie_word_embeddings:
+        ratio = _ratio(source.embedding_scale, target.embedding_scale)
+        found = _ratio(source.logit_scale, target.logit_scale)
+        holds = math.isclose(found, ratio, rel_tol=_EXACT)
+        reason = "tied, one matrix is embedding and head, and can make up for one factor only"
+        yield FieldCondition("output_mult", f"to be made up by x {found:g}", f"x {ratio:g}", holds, reason)
+
+
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary embedding of a configuration, in today's spelling, every number a float."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+    return {
+        key: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        for key, value in sorted(rope.items())
+    }
+
+
+# Where the old entries of each axis are.
+
+
+def axis_map(axis: Axis, source: Architecture, target: Architecture) -> AxisMap:
+    """Where one growth puts the old entries of an axis.
+
+    Old features, neurons and vocabulary rows come first. A query head must stay with its keys and values: with g
+    queries a key/value head in A and g' in B, each key/value head j is there c = ceil(g / g') times, as heads j*c and
+    following, and query r of its group is query r mod g' of the copy j*c + floor(r / g').
+    """
+    if axis not in ("query", "key_value"):
+        return (Run(0, 0, axis_size(axis, source)),)
+    group = source.num_attention_heads // source.num_key_value_heads
+    new_group = target.num_attention_heads // target.num_key_value_heads
+    copies = _key_value_copies(source, target)
+    places = {
+        "query": [
+            ((head // group * copies + head % group // new_group) * new_group + head % group % new_group, head)
+            for head in range(source.num_attention_heads)
+        ],
+        "key_value": [
+            (head * copies + copy, head) for head in range(source.num_key_value_heads) for copy in range(copies)
+        ],
+    }[axis]
+    dim = source.head_dim
+    return _join(Run(new * dim, old * dim, dim) for new, old in places)
+
+
+def compose(first: AxisMap, second: AxisMap) -> AxisMap:
+    """Where old entries are after two growths."""
+    return _join(
+        Run(later.target + start - later.source, earlier.source + start - earlier.target, stop - start)
+        for later in second
+        for earlier in first
+        for start in [max(later.source, earlier.target)]
+        for stop in [min(later.source + later.size, earlier.target + earlier.size)]
+        if start < stop
+    )
+
+
+def compose_layers(maps: Sequence[Sequence[LayerSource]]) -> tuple[LayerSource, ...]:
+    """Where layers come from after several growths; a copy of a copy, or the successor of one, is a copy."""
+    result = tuple(maps[0])
+    for later in maps[1:]:
+        outside = [origin.layer for origin in later if origin.layer >= len(result)]
+        if outside:
+            raise CheckpointError(f"the lineage names layer {outside[0]} of a model with {len(result)} layers.")
+        result = tuple(
+            LayerSource(result[origin.layer].layer, origin.is_copy or result[origin.layer].is_copy) for origin in later
+        )
+    return result
+
+
+def _join(runs: Iterable[Run]) -> AxisMap:
+    """Runs in B's order, neighbours in both models made one."""
+    joined: list[Run] = []
+    for run in sorted(runs, key=lambda run: run.target):
+        last = joined[-1] if joined else None
+        if last and (last.target + last.size, last.source + last.size) == (run.target, run.source):
+            joined[-1] = Run(last.target, last.source, last.size + run.size)
+        else:
+            joined.append(run)
+    return tuple(joined)
+
+
+def _key_value_copies(source: Architecture, target: Architecture) -> int:
+    group = source.num_attention_heads // source.num_key_value_heads
+    new_group = target.num_attention_heads // target.num_key_value_heads
+    return math.ceil(group / new_group)
+
+
+def _check_layers(layers: Sequence[LayerSource], source: Architecture, target: Architecture) -> None:
+    """Every layer of A has to run once, in order; copies may stand anywhere."""
+    if len(layers) != target.num_hidden_layers:
+        raise CheckpointError(
+            f"the layer map has {len(layers)} layers, B's config.json says num_hidden_layers "
+            f"{target.num_hidden_layers}; restore B's manifest.json."
+        )
+    originals = [origin.layer for origin in layers if not origin.is_copy]
+    if originals != list(range(source.num_hidden_layers)):
+        raise CheckpointError(
+            f"the layer map keeps layers {originals}, expected all {source.num_hidden_layers} of A in order; "
+            "A is not what B was grown from."
+        )
+    outside = [origin.layer for origin in layers if not 0 <= origin.layer < source.num_hidden_layers]
+    if outside:
+        raise CheckpointError(f"the layer map names layer {outside[0]}, A has {source.num_hidden_layers}.")
+
+
+# The weights, method by method.
+
+
+def zero_conditions(
+    source: Architecture, target: Architecture, layers: Sequence[LayerSource], steps: Sequence[Step]
+) -> Iterator[TensorConditions]:
+    """Conditions of zero-output growth.
+
+    The stream of B is A's with features appended that stay zero, H = [h; 0]. Nothing may write to these, so the new
+    entries of what writes are zero; what reads them is free. RMSNorm divides by sqrt(d/D) times what it divided by in
+    A, given eps x d/D, and its weights make up for it. A layer that is a copy writes nothing at all.
+    """
+    maps: dict[Axis, AxisMap] = {}
+    for weight in {weight for _, weight, _ in weights(target)}:
+        for axis in weight.axes:
+            if axis not in maps:
+                maps[axis] = _axis_over_steps(axis, source, target, steps)
+    for name, weight, layer in weights(target):
+        origin = layers[layer] if layer is not None else None
+        kind = weight.name.split(".")[-2]
+        shape = weight.shape(target)
+        rows, columns = (shape[0] if len(shape) > 1 else 1), shape[-1]
+        source_name = weight.name.format(origin.layer if origin else None)
+        if origin is not None and origin.is_copy and kind in _WRITERS:
+            silent = Block("zero", (0, rows), (0, columns))
+            yield TensorConditions(name, source_name, 1.0, (silent,), f"an additional copy of layer {origin.layer}")
+            continue
+        factor, reason = _factor(weight, source, target)
+        row_map = maps[weight.axes[0]] if len(shape) > 1 else (Run(0, 0, 1),)
+        rest: Rule = "zero" if kind in _WRITERS else "free"
+        # A new token is no input of A: its embedding is free, in all features.
+        new_rows: Rule = "free" if weight is EMBED_TOKENS else rest
+        blocks = _tile(rows, columns, row_map, maps[weight.axes[-1]], rest, new_rows)
+        yield TensorConditions(name, source_name, factor, tuple(blocks), reason)
+
+
+METHODS: dict[str, Callable[..., Iterator[TensorConditions]]] = {"zero": zero_conditions}
+"""A method of growth is a list of conditions."""
+
+
+def _axis_over_steps(axis: Axis, source: Architecture, target: Architecture, steps: Sequence[Step]) -> AxisMap:
+    """An axis from A to B. The ends are what their config.json says, the record is asked for what lies between."""
+    stations = [source, *(step.target for step in steps[:-1]), target]
+    return reduce(compose, (axis_map(axis, before, after) for before, after in pairwise(stations)))
+
+
+def _factor(weight: Weight, source: Architecture, target: Architecture) -> tuple[float, str]:
+    """The factor on a weight's old entries, and why."""
+    d, width = source.hidden_size, target.hidden_size
+    if weight.axes == ("hidden",) and d != width:
+        return math.sqrt(d / width), f"sqrt({d} / {width}), because {width - d} of {width} features are zero"
+    if weight is EMBED_TOKENS and source.embedding_scale != target.embedding_scale:
+        old, new = source.embedding_scale, target.embedding_scale
+        return _ratio(old, new), f"the model multiplies embeddings by {old:g} in A and by {new:g} in B"
+    if weight is LM_HEAD and source.logit_scale != target.logit_scale:
+        old, new = source.logit_scale, target.logit_scale
+        return _ratio(old, new), f"the model multiplies logits by {old:g} in A and by {new:g} in B"
+    return 1.0, "old entries stay as they are"
+
+
+def _ratio(old: float, new: float) -> float:
+    """old / new; 1 where they differ by no more than a division that was undone."""
+    return 1.0 if math.isclose(old, new, rel_tol=_EXACT) else old / new
+
+
+def _tile(
+    rows: int, columns: int, row_map: AxisMap, column_map: AxisMap, rest: Rule, new_rows: Rule
+) -> Iterator[Block]:
+    """The blocks of a matrix, band by band: old rows cut at the old columns, new rows in one piece."""
+    for start, stop, source_row in _segments(rows, row_map):
+        if source_row is None:
+            yield Block(new_rows, (start, stop), (0, columns))
+            continue
+        for left, right, source_column in _segments(columns, column_map):
+            if source_column is None:
+                yield Block(rest, (start, stop), (left, right))
+            else:
+                yield Block("copy", (start, stop), (left, right), (source_row, source_column))
+
+
+def _segments(size: int, runs: AxisMap) -> Iterator[tuple[int, int, int | None]]:
+    """An axis of B cut into old and new: start, stop, and where it starts in A (None if new)."""
+    at = 0
+    for run in runs:
+        if at < run.target:
+            yield at, run.target, None
+        yield run.target, run.target + run.size, run.source
+        at = run.target + run.size
+    if at < size:
+        yield at, size, None
+
+
+# The record.
+
+
+def growth_steps(a: Architecture, b: Architecture, lineage: Mapping[str, Any] | None) -> tuple[Step, ...]:
+    """The growths that lead from A to B, oldest first, from the lineage in B's manifest.
+
+    Two models of the same sizes need no record: every layer comes from its namesake.
+
+    Raises:
+        CheckpointError: the lineage does not lead back to a model of A's sizes, or is not readable.
+    """
+    if _sizes(a) == _sizes(b):
+        return (Step(a, b, tuple(LayerSource(i, False) for i in range(b.num_hidden_layers))),)
+    steps: list[Step] = []
+    record = lineage
+    while record:
+        if record.get("operation") == "grow":
+            steps.insert(0, _read_step(record))
+            if _sizes(steps[0].source) == _sizes(a):
+                return tuple(steps)
+        parent = record.get("parent")
+        record = parent.get("lineage") if isinstance(parent, Mapping) else None
+    if not steps:
+        if a.num_hidden_layers != b.num_hidden_layers:
+            raise CheckpointError(
+                f"B has no record of a growth (manifest.json), and {b.num_hidden_layers} layers where A has "
+                f"{a.num_hidden_layers}: which are copies is unknown; compare logits instead, with --text FILE."
+            )
+        return (Step(a, b, tuple(LayerSource(i, False) for i in range(b.num_hidden_layers))),)
+    oldest = steps[0].source
+    differ = next(field for field in _SIZES if getattr(oldest, field) != getattr(a, field))
+    raise CheckpointError(
+        f"B was grown from a model with {differ} {getattr(oldest, differ)}, A has {getattr(a, differ)}; "
+        "give the model that B's manifest.json names."
+    )
+
+
+def _sizes(architecture: Architecture) -> tuple[int, ...]:
+    return tuple(getattr(architecture, field) for field in _SIZES)
+
+
+def _read_step(record: Mapping[str, Any]) -> Step:
+    try:
+        layers = tuple(_read_layer(layer) for layer in record["layers"])
+        source, target = (
+            Architecture.from_config({**record[end], "model_type": "TeleFLM"}, f"manifest.json: lineage.{end}")
+            for end in ("source", "target")
+        )
+        return Step(source, target, layers, str(record["method"]))
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"manifest.json: the lineage's growth has no usable {error}; restore the file.") from None
+
+
+def _read_layer(layer: Mapping[str, Any]) -> LayerSource:
+    source, is_copy = layer["source"], layer["copy"]
+    if type(source) is not int or source < 0 or type(is_copy) is not bool:
+        raise CheckpointError(f"manifest.json: a layer of the lineage is {dict(layer)}; restore the file.")
+    return LayerSource(source, is_copy)

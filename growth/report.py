@@ -1,0 +1,258 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""A verification for people and for scripts: one self-contained HTML page, its plots, and all of it as JSON."""
+
+import base64
+import io
+import json
+import re
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.manifest import package_version
+
+from .certificate import Certificate, TensorResult
+from .comparison import BINS, Numbers
+from .verify import Verification
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_TEMPLATE = Path(__file__).with_name("report.html.jinja")
+_BLUE, _GREY = "#2563eb", "#94a3b8"
+
+
+@dataclass(frozen=True)
+class SummaryLine:
+    """The weights of one kind, all layers together, under one condition.
+
+    Args:
+        weight: the name, `*` for the layer.
+        count: tensors.
+        condition: what holds: A's block with its factor, zero, or free.
+        elements: how many were checked.
+        worst: largest distance of a copy from its exact value, in units in the last place, as text.
+        holds: whether all of them meet it.
+    """
+
+    weight: str
+    count: int
+    condition: str
+    elements: int
+    worst: str
+    holds: bool
+
+
+def summarise(certificate: Certificate) -> list[SummaryLine]:
+    """The certificate in a few dozen lines, in data-flow order."""
+    groups: dict[tuple[str, str], list[tuple[TensorResult, str]]] = {}
+    for tensor in certificate.tensors:
+        weight = re.sub(r"^model\.|\.weight$", "", re.sub(r"layers\.\d+", "layers.*", tensor.conditions.name))
+        factor = "" if tensor.conditions.factor == 1.0 else f" x {tensor.conditions.factor:.6g}"
+        for rule in dict.fromkeys(block.block.rule for block in tensor.blocks):
+            condition = {"copy": f"A's{factor}", "zero": "zero", "free": "free, finite"}[rule]
+            groups.setdefault((weight, condition), []).append((tensor, rule))
+    lines = []
+    for (weight, condition), members in groups.items():
+        blocks = [block for tensor, rule in members for block in tensor.blocks if block.block.rule == rule]
+        worst = max(block.worst_ulp for block in blocks)
+        shown = "exact" if condition == "A's" and worst == 0 else f"{worst:.3g}"
+        lines.append(
+            SummaryLine(
+                weight,
+                len(members),
+                condition,
+                sum(block.block.numel for block in blocks),
+                shown if condition.startswith("A's") else "",
+                not any(block.violations for block in blocks),
+            )
+        )
+    return lines
+
+
+def describe(verification: Verification) -> dict[str, Any]:
+    """A verification as one JSON object."""
+    result: dict[str, Any] = {"same": verification.same, "notes": list(verification.notes)}
+    if verification.certificate:
+        certificate = verification.certificate
+        result["certificate"] = {
+            "holds": certificate.holds,
+            "growths": certificate.conditions.steps,
+            "config": [{**asdict(field), "found": str(field.found)} for field in certificate.conditions.fields],
+            "violations": [{**asdict(violation), "message": str(violation)} for violation in certificate.violations],
+            "tensors": [_describe_tensor(tensor) for tensor in certificate.tensors],
+        }
+    if verification.numbers:
+        numbers = verification.numbers
+        result["numbers"] = {
+            **asdict(numbers),
+            "same": numbers.same,
+            "relative": numbers.difference.relative,
+            "histogram_bins": list(BINS),
+        }
+    return result
+
+
+def _describe_tensor(tensor: TensorResult) -> dict[str, Any]:
+    return {
+        "name": tensor.conditions.name,
+        "source": tensor.conditions.source,
+        "dtype": tensor.dtype.name,
+        "shape": tensor.shape,
+        "factor": tensor.conditions.factor,
+        "worst_ulp": tensor.worst_ulp,
+        "violations": sum(block.violations for block in tensor.blocks),
+        "elements": {
+            rule: sum(block.block.numel for block in tensor.blocks if block.block.rule == rule)
+            for rule in ("copy", "zero", "free")
+        },
+    }
+
+
+# The page.
+
+
+def check_report_folder(folder: Path) -> None:
+    """Refuse, before hours of work, a report that could not be written after them.
+
+    Raises:
+        CheckpointError: the place is no folder, or a library is missing.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: is a file; give --report a folder.")
+    if find_spec("matplotlib") is None:
+        raise CheckpointError("--report needs matplotlib; pip install 'teleflm[bench]'.")
+
+
+def write_report(verification: Verification, folder: Path, names: tuple[str, str] = ("A", "B")) -> None:
+    """Write `index.html`, self-contained, and beside it the plots and `verification.json`.
+
+    Args:
+        verification: the verdict and what it rests on.
+        folder: where; made if absent, files of an earlier report are replaced.
+        names: what to call A and B.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    plots = {name: _png(figure) for name, figure in _figures(verification).items()}
+    for name, png in plots.items():
+        (folder / f"{name}.png").write_bytes(png)
+    text = json.dumps(describe(verification), indent=1, ensure_ascii=False)
+    (folder / "verification.json").write_text(text, encoding="utf-8")
+    (folder / "index.html").write_text(_page(verification, plots, names), encoding="utf-8")
+
+
+def _page(verification: Verification, plots: dict[str, bytes], names: tuple[str, str]) -> str:
+    from jinja2 import Environment
+
+    certificate, numbers = verification.certificate, verification.numbers
+    elements = dict.fromkeys(("copy", "zero", "free"), 0)
+    for tensor in certificate.tensors if certificate else ():
+        for block in tensor.blocks:
+            elements[block.block.rule] += block.block.numel
+    return (
+        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        .from_string(_TEMPLATE.read_text(encoding="utf-8"))
+        .render(
+            verification=verification,
+            certificate=certificate,
+            numbers=numbers,
+            lines=summarise(certificate) if certificate else [],
+            faults=[str(x) for x in (*certificate.broken_fields, *certificate.violations)] if certificate else [],
+            elements=elements,
+            total=sum(elements.values()),
+            names=names,
+            plots={name: base64.b64encode(png).decode() for name, png in plots.items()},
+            version=package_version(),
+        )
+    )
+
+
+# The plots.
+
+
+def _figures(verification: Verification) -> dict[str, "Figure"]:
+    numbers, figures = verification.numbers, {}
+    if numbers:
+        figures["differences"] = _difference_figure(numbers)
+        if numbers.layers:
+            figures["layers"] = _layer_figure(numbers)
+    return figures
+
+
+def _difference_figure(numbers: Numbers) -> "Figure":
+    """Histograms of |difference|: B beside A, and A's own rounding."""
+    coarse, fine = numbers.floor_dtypes
+    figure, axes = _figure()
+    shown = np.zeros(len(BINS) - 1, bool)
+    for comparison, color, label in (
+        (numbers.floor, _GREY, f"A's rounding floor: {coarse} beside {fine}"),
+        (numbers.difference, _BLUE, f"B beside A, in {numbers.dtype}"),
+    ):
+        counts = np.array(comparison.histogram, np.float64)
+        zeros = f", {counts[0] / counts.sum():.1%} exactly zero" if counts[0] else ""
+        axes.stairs(counts[1:] / counts.sum(), BINS, fill=True, color=color, alpha=0.55, label=label + zeros)
+        shown |= counts[1:] > 0
+    axes.axvline(numbers.difference.max_logit, color="black", linewidth=0.8, linestyle=":", label="the largest logit")
+    axes.set_xscale("log")
+    used = BINS[:-1][shown]
+    axes.set_xlim(used.min(initial=numbers.difference.max_logit) / 2, numbers.difference.max_logit * 3)
+    axes.set_xlabel("absolute difference of a logit")
+    axes.set_ylabel("share of all logits")
+    _legend_above(axes)
+    return figure
+
+
+def _layer_figure(numbers: Numbers) -> "Figure":
+    """How far each layer moves the stream, and how far B's stream is from A's after it."""
+    coarse, fine = numbers.floor_dtypes
+    figure, axes = _figure()
+    index = [layer.layer for layer in numbers.layers]
+    originals = [layer for layer in numbers.layers if layer.distance is not None]
+    axes.bar(
+        [layer.layer for layer in originals],
+        [layer.distance or 0.0 for layer in originals],
+        color="#dbeafe",
+        label="how far the layer moves its input: 1 - cos",
+    )
+    for color, label, values in (
+        (_GREY, f"A: {coarse} beside {fine}", [layer.floor for layer in numbers.layers]),
+        (_BLUE, "B beside A", [layer.difference for layer in numbers.layers]),
+    ):
+        axes.plot(index, values, "o-", color=color, markersize=3, label=label)
+    copies = [layer.layer for layer in numbers.layers if layer.is_copy]
+    for number, copy in enumerate(copies):
+        label = "" if number else "an additional layer"
+        axes.axvspan(copy - 0.5, copy + 0.5, color="#f1f5f9", zorder=0, label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel("layer of B")
+    axes.set_ylabel("relative to the stream")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _legend_above(axes)
+    return figure
+
+
+def _figure() -> tuple["Figure", Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=9)
+    return figure, axes
+
+
+def _legend_above(axes: Any) -> None:
+    axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+
+
+def _png(figure: "Figure") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
+    return buffer.getvalue()

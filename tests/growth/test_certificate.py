@@ -1,0 +1,382 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The judge accepts every growth that the logits accept, and names the first element of every fault planted.
+
+The growths and the mutants are those of test_growth.py, where the numbers judge them.
+"""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file as save_numpy
+from safetensors.torch import load_file, save_file
+
+import tests.growth.test_growth as growth_tests
+from conversion import convert_checkpoint
+from conversion.architecture import Architecture
+from conversion.checkpoint.errors import CheckpointError
+from conversion.mapping import weights
+from growth import grow_checkpoint
+from growth.certificate import Certificate, certify
+from growth.conditions import Run, axis_map, compose
+from tests.fixtures.tiny import tiny_config, tiny_model
+
+ROOT = Path(__file__).parents[2]
+GROWTHS = growth_tests.test_preserves_the_function.pytestmark[0].args[1]
+MUTANTS = growth_tests.test_mutants_are_caught.pytestmark[0].args[1]
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+ALL_AXES, GROUPED, heads = growth_tests.ALL_AXES, growth_tests.GROUPED, growth_tests.heads
+
+
+@pytest.fixture(scope="module")
+def make_source(tmp_path_factory) -> Callable[..., Path]:
+    def make(dtype: str = "float64", **fields) -> Path:
+        folder = tmp_path_factory.mktemp("source")
+        tiny_model(tiny_config(**fields), dtype=DTYPES[dtype]).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def grown(make_source, tmp_path_factory) -> tuple[Path, Path]:
+    """A grouped source of 8/2 heads and its growth along every axis, bfloat16."""
+    source, out = make_source("bfloat16", **GROUPED), tmp_path_factory.mktemp("grown") / "out"
+    target = {"hidden_size": 96, **heads(12, 3), "intermediate_size": 110, "num_hidden_layers": 5, "vocab_size": 704}
+    grow_checkpoint(source, out, {**target, "output_mult": 0.3}, layers="0,2", multipliers="target")
+    return source, out
+
+
+def problems(certificate: Certificate) -> str:
+    return "\n".join(map(str, [*certificate.broken_fields, *certificate.violations]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("fields", "target"), GROWTHS)
+def test_accepts(fields, target, dtype, make_source, tmp_path):
+    source = make_source(dtype, **fields)
+    grow_checkpoint(source, tmp_path / "out", target)
+    certificate = certify(source, tmp_path / "out", workers=2)
+    assert certificate.holds, problems(certificate)
+    assert max(tensor.worst_ulp for tensor in certificate.tensors) <= (1.0 if dtype == "float64" else 0.51)
+    assert not any(tensor.is_dead for tensor in certificate.tensors)
+    for tensor in certificate.tensors:
+        assert sum(block.block.numel for block in tensor.blocks) == np.prod(tensor.shape)
+
+
+@pytest.mark.parametrize("multipliers", ["preserve", "target"])
+def test_accepts_new_multipliers(multipliers, make_source, tmp_path):
+    source = make_source("bfloat16")
+    target = {**ALL_AXES, "output_mult": 0.3, "input_mult": 7.0}
+    grow_checkpoint(source, tmp_path / "out", target, multipliers=multipliers)
+    factors = {tensor.conditions.name: tensor.conditions.factor for tensor in certify(source, tmp_path / "out").tensors}
+    assert certify(source, tmp_path / "out").holds
+    assert factors["model.embed_tokens.weight"] == 2.5
+    assert factors["lm_head.weight"] == (1.0 if multipliers == "preserve" else pytest.approx(0.125 / 0.06))
+
+
+@pytest.mark.parametrize("layers", ["stack", "top", "0,0,2,2"])
+def test_accepts_copies_anywhere(layers, make_source, tmp_path):
+    source = make_source("float32")
+    grow_checkpoint(source, tmp_path / "out", {"num_hidden_layers": 7}, layers=layers)
+    assert certify(source, tmp_path / "out").holds
+
+
+def test_accepts_other_formats_and_dtypes(make_source, tmp_path):
+    """Models of the same sizes need no record: B may come from any tool, in another container or dtype."""
+    source = make_source("float32")
+    tensors = load_file(source / "model.safetensors")
+    (tmp_path / "bin").mkdir()
+    shutil.copy(source / "config.json", tmp_path / "bin")
+    torch.save(tensors, tmp_path / "bin/pytorch_model.bin")
+    convert_checkpoint(tmp_path / "bin", tmp_path / "half", dtype="bfloat16")
+    assert all(tensor.worst_ulp == 0 for tensor in certify(source, tmp_path / "bin").tensors)
+    rounded = certify(tmp_path / "bin", tmp_path / "half")
+    assert rounded.holds
+    assert 0.4 < max(tensor.worst_ulp for tensor in rounded.tensors) <= 0.5
+    assert not certify(tmp_path / "half", source).holds  # what was rounded away is not there
+
+
+# Two growths.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_certifies_over_two_growths(dtype, make_source, tmp_path):
+    source = make_source(dtype, **GROUPED)
+    grow_checkpoint(source, tmp_path / "b", {**heads(12, 3), "num_hidden_layers": 4}, layers="1")
+    # A layer that is a copy becomes an original's neighbour; its own copy must be silent too.
+    target = {**heads(16, 8), "num_hidden_layers": 6, "intermediate_size": 110, "vocab_size": 704}
+    grow_checkpoint(tmp_path / "b", tmp_path / "c", target, layers="0,2")
+    assert certify(tmp_path / "b", tmp_path / "c").holds
+    certificate = certify(source, tmp_path / "c")
+    assert certificate.holds, problems(certificate)
+    assert certificate.conditions.steps == 2
+    assert any("2 growths away" in note for note in certificate.notes)
+    assert max(tensor.worst_ulp for tensor in certificate.tensors) <= (4.0 if dtype == "float64" else 1.5)
+    damage(tmp_path / "c", "model.layers.5.mlp.down_proj.weight", (3, 4))
+    (violation,) = certify(source, tmp_path / "c").violations
+    assert (violation.tensor, violation.row, violation.column) == ("model.layers.5.mlp.down_proj.weight", 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "places"),
+    [
+        (heads(8, 2), heads(10, 2), [0, 1, 2, 3, 5, 6, 7, 8]),  # groups of 4 become groups of 5
+        (heads(8, 2), heads(16, 8), [0, 1, 2, 3, 4, 5, 6, 7]),  # two copies of each key/value head, two queries each
+        (heads(6, 2), heads(10, 5), [0, 1, 2, 4, 5, 6]),  # groups of 3 over two groups of 2
+    ],
+)
+def test_every_query_stays_with_its_keys(source, target, places):
+    """Against attention as it is defined: query head n reads key/value head floor(n / group)."""
+    small, large = (Architecture.from_config(tiny_config(**fields).to_dict()) for fields in (source, target))
+    queries, keys = axis_map("query", small, large), axis_map("key_value", small, large)
+    query_of = {(run.target + i) // 8: (run.source + i) // 8 for run in queries for i in range(0, run.size, 8)}
+    key_of = {(run.target + i) // 8: (run.source + i) // 8 for run in keys for i in range(0, run.size, 8)}
+    assert sorted(query_of) == places
+    group, new_group = (a.num_attention_heads // a.num_key_value_heads for a in (small, large))
+    for new, old in query_of.items():
+        assert key_of[new // new_group] == old // group
+
+
+def test_maps_compose_like_arrays():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        a, b, c = np.sort(rng.integers(1, 40, 3))
+        one, two = rng.permutation(b)[:a], rng.permutation(c)[:b]  # where old entries go
+        first, second = (tuple(Run(int(t), s, 1) for s, t in enumerate(places)) for places in (one, two))
+        composed = {run.source + i: run.target + i for run in compose(first, second) for i in range(run.size)}
+        assert composed == dict(enumerate(two[one]))
+
+
+# Faults.
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_of_the_operators_are_caught(mutant, make_source, tmp_path, monkeypatch):
+    source = make_source("bfloat16", **GROUPED)
+    target = {**heads(12, 3), "num_hidden_layers": 4, "intermediate_size": 96, "output_mult": 0.3}
+    grow_checkpoint(source, tmp_path / "good", target, multipliers="target")
+    assert certify(source, tmp_path / "good").holds
+    mutant(monkeypatch)
+    grow_checkpoint(source, tmp_path / "bad", target, multipliers="target")
+    assert not certify(source, tmp_path / "bad").holds
+
+
+def damage(folder: Path, name: str, index: tuple[int, ...], value: float | None = None) -> float:
+    """Change one element by the least there is, or to a value; returns what it was."""
+    tensors = load_file(folder / "model.safetensors")
+    element = tensors[name][index]
+    old, other = element.item(), torch.tensor(0.0 if element == 0 else torch.inf, dtype=element.dtype)
+    toward = torch.tensor(1.0, dtype=element.dtype) if element == 0 else other
+    tensors[name][index] = torch.nextafter(element, toward) if value is None else value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return old
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "expected"),
+    [
+        pytest.param("model.embed_tokens.weight", (7, 60), "from A's [7, 60]", id="a copied and scaled embedding"),
+        pytest.param("model.embed_tokens.weight", (7, 64), "expected 0", id="an embedding that writes a new feature"),
+        pytest.param("model.layers.1.input_layernorm.weight", (3,), "from A's [0, 3]", id="a norm"),
+        pytest.param("model.layers.2.self_attn.q_proj.weight", (95, 9), None, id="a new head is free"),
+        pytest.param("model.layers.2.self_attn.q_proj.weight", (17, 9), "from A's [17, 9]", id="an old head"),
+        pytest.param("model.layers.2.self_attn.k_proj.weight", (15, 5), "from A's [15, 5]", id="a key head"),
+        pytest.param("model.layers.2.self_attn.o_proj.weight", (17, 64), "expected 0", id="a new head that speaks"),
+        pytest.param("model.layers.2.self_attn.o_proj.weight", (64, 17), "expected 0", id="a new feature written"),
+        pytest.param("model.layers.1.self_attn.o_proj.weight", (0, 0), "an additional copy of layer 0", id="a copy"),
+        pytest.param("model.layers.4.mlp.down_proj.weight", (95, 109), "an additional copy of layer 2", id="last one"),
+        pytest.param("model.layers.3.mlp.gate_proj.weight", (87, 63), "from A's [87, 63]", id="an old neuron"),
+        pytest.param("model.layers.3.mlp.down_proj.weight", (0, 88), "expected 0", id="a new neuron that speaks"),
+        pytest.param("model.norm.weight", (63,), "from A's [0, 63]", id="the last norm"),
+        pytest.param("lm_head.weight", (639, 0), "multiplies logits by 0.125 in A and by 0.075 in B", id="the head"),
+    ],
+)
+def test_one_changed_element_is_named(name, index, expected, grown, tmp_path):
+    """Changed by one unit in the last place, or from zero to the smallest number there is."""
+    source, out = grown[0], shutil.copytree(grown[1], tmp_path / "out")
+    old = damage(out, name, index)
+    certificate = certify(source, out)
+    if expected is None:
+        assert certificate.holds
+        return
+    (violation,) = certificate.violations
+    row = index[0] if len(index) == 2 else None
+    assert (violation.tensor, violation.row, violation.column, violation.count) == (name, row, index[-1], 1)
+    assert violation.found != old
+    assert expected in str(violation)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("index", [(17, 9), (95, 9)], ids=["copied", "free"])
+def test_what_is_not_finite_is_refused(value, index, grown, tmp_path):
+    name, out = "model.layers.2.self_attn.q_proj.weight", shutil.copytree(grown[1], tmp_path / "out")
+    damage(out, name, index, value)
+    (violation,) = certify(grown[0], out).violations
+    assert (violation.row, violation.column) == index
+
+
+def _edit_config(**fields) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_bytes())
+        (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+    return edit
+
+
+def _swap_layers(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    for name in list(tensors):
+        if ".layers.2." in name:
+            other = name.replace(".layers.2.", ".layers.3.")
+            tensors[name], tensors[other] = tensors[other], tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (_edit_config(rms_norm_eps=1e-5), r"rms_norm_eps is 1e-05, expected 6.66666666666667e-06: 1e-05 x 64 / 96"),
+        (_edit_config(output_mult=0.31), r"lm_head.weight\[0, 0\] is .* logits by 0.125 in A and by 0.0775 in B"),
+        (_edit_config(input_mult=1.5), r"model.embed_tokens.weight\[0, 0\] is .* by 2.5 in A and by 1.5 in B"),
+        (_edit_config(rope_parameters={"rope_type": "default", "rope_theta": 5e5}), "rope_parameters is .*500000"),
+        (_edit_config(hidden_act="gelu"), "hidden_act is gelu, expected silu"),
+        (_swap_layers, r"model.layers.2.input_layernorm.weight\[0\]"),
+    ],
+)
+def test_whole_model_faults_are_named(fault, message, grown, tmp_path):
+    out = shutil.copytree(grown[1], tmp_path / "out")
+    fault(out)
+    certificate = certify(grown[0], out)
+    assert not certificate.holds
+    assert re.search(message, problems(certificate).splitlines()[0])
+
+
+def test_dead_new_weights_are_noted(grown, tmp_path):
+    """Zeros keep the function; but a neuron that is zero on both sides never learns."""
+    out = shutil.copytree(grown[1], tmp_path / "out")
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][88:] = 0
+    tensors["model.layers.0.mlp.up_proj.weight"][:, 64:] = 0
+    save_file(tensors, out / "model.safetensors")
+    certificate = certify(grown[0], out)
+    assert certificate.holds
+    assert any("1 tensors are all zero and may never learn: model.layers.0.mlp.up_proj" in n for n in certificate.notes)
+
+
+# What cannot be judged.
+
+
+def _edit_lineage(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        change(manifest["lineage"])
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return edit
+
+
+def _truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (_truncate, "model.safetensors"),
+        (lambda folder: (folder / "manifest.json").unlink(), "no record of a growth.* 5 layers where A has 3"),
+        (_edit_lineage(lambda lineage: lineage.update(method="magic")), "growth by magic; a certificate"),
+        (_edit_lineage(lambda lineage: lineage["layers"].pop()), "the layer map has 4 layers.*num_hidden_layers 5"),
+        (_edit_lineage(lambda lineage: lineage["layers"][1].update(copy=False)), r"keeps layers \[0, 0, 1, 2\]"),
+        (_edit_lineage(lambda lineage: lineage["layers"][1].update(source=9)), "names layer 9, A has 3"),
+        (_edit_lineage(lambda lineage: lineage["layers"][1].update(source="0")), "a layer of the lineage is"),
+        (_edit_lineage(lambda lineage: lineage.pop("layers")), "has no usable 'layers'"),
+        (_edit_lineage(lambda lineage: lineage["source"].update(vocab_size=600)), "vocab_size 600, A has 640"),
+        (_edit_config(intermediate_size=111), "has shape .*config.json says"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(fault, message, grown, tmp_path):
+    out = shutil.copytree(grown[1], tmp_path / "out")
+    fault(out)
+    with pytest.raises(CheckpointError, match=message):
+        certify(grown[0], out)
+
+
+def test_a_smaller_model_is_no_growth(make_source):
+    narrow, wide = make_source("float32"), make_source("float32", hidden_size=64, num_attention_heads=8)
+    (field, *_) = certify(wide, narrow).broken_fields
+    assert "hidden_size is 32, expected 64 or more" in str(field)
+
+
+# Independence and memory.
+
+
+JUDGES = ("certificate", "conditions", "comparison", "forward", "numerics", "verify", "report", "verify_cli")
+GROWERS = ("operators", "spec", "grow", "layer_selection", "tile", "masks", "fold")
+
+
+@pytest.mark.parametrize("module", JUDGES)
+def test_no_judge_imports_what_grows(module):
+    tree = ast.parse((ROOT / "growth" / f"{module}.py").read_text())
+    imported = {
+        node.module.split(".")[-1] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module
+    }
+    imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert imported.isdisjoint({*GROWERS, *(f"growth.{name}" for name in GROWERS)})
+
+
+def test_nothing_that_grows_is_loaded_to_verify(grown):
+    script = f"""if True:
+        import sys
+        from growth import verify_checkpoints
+        assert verify_checkpoints({str(grown[0])!r}, {str(grown[1])!r}).same
+        growers = {["growth." + name for name in GROWERS]!r}
+        print([name for name in [*growers, "torch", "transformers"] if name in sys.modules])
+    """
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_memory_is_a_few_blocks(tmp_path):
+    """128 MiB of weights are certified in a fraction of it, whatever their shape."""
+    rng = np.random.default_rng(0)
+    config = tiny_config(vocab_size=16384, hidden_size=512, intermediate_size=4096, num_attention_heads=8)
+    config = {**config.to_dict(), "num_key_value_heads": 8, "head_dim": 64, "num_hidden_layers": 5}
+    _write_bfloat16(tmp_path / "a", Architecture.from_config(config), config, rng)
+    grow_checkpoint(
+        tmp_path / "a", tmp_path / "b", {"hidden_size": 640, "num_attention_heads": 10, "num_key_value_heads": 10}
+    )
+    assert (tmp_path / "b/model.safetensors").stat().st_size > 128 << 20
+    script = f"""if True:
+        import resource
+        from growth.certificate import certify
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert certify({str(tmp_path / "a")!r}, {str(tmp_path / "b")!r}, workers=2).holds
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 40 << 10  # KiB
+
+
+def _write_bfloat16(folder: Path, architecture: Architecture, config: dict, rng: np.random.Generator) -> None:
+    folder.mkdir()
+    tensors = {
+        name: rng.standard_normal(weight.shape(architecture), np.float32).astype(ml_dtypes.bfloat16)
+        for name, weight, _ in weights(architecture)
+    }
+    save_numpy(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "TeleFLM"}))
