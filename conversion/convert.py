@@ -69,6 +69,8 @@ def plan_conversion(checkpoint: Source, *, dtype: DType | None = None) -> tuple[
     Raises:
         CheckpointError: a Tele-FLM's tensors are not those of its configuration.
     """
+    if not checkpoint.tensors:
+        raise CheckpointError(f"{checkpoint.folder}: {Path(checkpoint.files[0]).name} holds no tensors.")
     is_teleflm = (checkpoint.config or {}).get("model_type") == MODEL_TYPE
     plan, notes = (_plan_teleflm if is_teleflm else _plan_any)(checkpoint, dtype)
     plan.check()
