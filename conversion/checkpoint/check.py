@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .assemble import BLOCK
 from .errors import CheckpointError, CorruptData
 from .manifest import MANIFEST, block_digest, tensor_digest
 from .plan import View
 from .reader import FileReader
 from .sources import Source
+
+_MAX_BLOCK = 16 * BLOCK  # elements read at a time, whatever a manifest asks for
 
 
 @dataclass(frozen=True)
@@ -41,21 +44,20 @@ def check_digests(
         The tensors that are missing, unknown or changed, in the order of the manifest; empty if all is well.
 
     Raises:
-        CheckpointError: the manifest has no digests.
+        CheckpointError: the manifest has no digests, or none that can be checked.
     """
-    if not manifest.get("digest"):
-        raise CheckpointError(f"{source.folder}/{MANIFEST}: was written with --no-digest; there is nothing to check.")
-    expected = manifest["tensors"]
-    block = manifest["digest"]["block_elements"]
+    expected, block = _read_expected(manifest, f"{source.folder}/{MANIFEST}")
     total = sum(view.nbytes for name, view in source.tensors.items() if name in expected)
 
     def examine(name: str) -> Damage | None:
         entry, view = expected[name], source.tensors.get(name)
         if view is None:
             return Damage(name, entry["file"], "is missing")
-        found = (Path(view.file).name, view.dtype.name, list(view.shape))
-        if found != (entry["file"], entry["dtype"], entry["shape"]):
-            return Damage(name, found[0], f"is {found[1]} {found[2]}, expected {entry['dtype']} {entry['shape']}")
+        file, dtype, shape = Path(view.file).name, view.dtype.name, list(view.shape)
+        if file != entry["file"]:
+            return Damage(name, file, f"was expected in {entry['file']}")
+        if (dtype, shape) != (entry["dtype"], entry["shape"]):
+            return Damage(name, file, f"is {dtype} {shape}, expected {entry['dtype']} {entry['shape']}")
         try:
             digest = tensor_digest(_block_digests(view, block, reader, lambda nbytes: progress(nbytes, total)))
         except CorruptData as error:
@@ -66,6 +68,27 @@ def check_digests(
         damages = [damage for damage in pool.map(examine, expected) if damage is not None]
     unknown = [name for name in source.tensors if name not in expected]
     return damages + [Damage(name, Path(source.tensors[name].file).name, "is not in the manifest") for name in unknown]
+
+
+def _read_expected(manifest: Mapping[str, Any], where: str) -> tuple[dict[str, dict[str, Any]], int]:
+    """What a manifest says of each tensor, and the elements of a block; it may come from anywhere."""
+    match manifest:
+        case {"digest": None}:
+            raise CheckpointError(f"{where}: was written with --no-digest; there is nothing to check.")
+        case {"digest": {"algorithm": "xxh3_128", "block_elements": int(block)}} if 0 < block <= _MAX_BLOCK:
+            pass
+        case _:
+            raise CheckpointError(
+                f"{where}: digest is {manifest.get('digest')!r}, expected xxh3_128 over blocks of at most {_MAX_BLOCK} "
+                "elements; update teleflm or restore the file."
+            )
+    for name, entry in manifest["tensors"].items():
+        match entry:
+            case {"file": str(), "dtype": str(), "shape": list(), "digest": str()}:
+                pass
+            case _:
+                raise CheckpointError(f"{where}: {name} lacks a file, dtype, shape or digest; restore the file.")
+    return manifest["tensors"], block
 
 
 def _block_digests(view: View, block: int, reader: FileReader, progress: Callable[[int], None]) -> Iterator[bytes]:

@@ -88,6 +88,9 @@ class FileReader:
             yield from read_chunks(self.descriptor(view.file), *view.span)
         except EOFError:
             raise self._cut_short(view.file, view.span[1]) from None
+        except OSError as error:
+            error.filename = view.file  # which a descriptor does not know
+            raise
 
     def copy_to(self, view: View, target: int, offset: int) -> None:
         """Copy a contiguous window's bytes into the file behind the descriptor `target`, at a byte offset.
@@ -106,6 +109,9 @@ class FileReader:
             _read_into(self.descriptor(file), target, offset)
         except EOFError:
             raise self._cut_short(file, offset + len(target)) from None
+        except OSError as error:
+            error.filename = file  # which a descriptor does not know
+            raise
 
     def _cut_short(self, file: str, end: int) -> CorruptData:
         size = os.fstat(self.descriptor(file)).st_size
