@@ -151,14 +151,36 @@ class Numbers:
 
     @property
     def same(self) -> bool:
-        """Whether rounding explains the difference: that of A's dtype, twice for the mean and four times at most."""
-        difference, floor = self.difference, self.floor
+        """Whether rounding explains the difference: twice that of A's in the mean, four times at the largest."""
         if self.exact:
-            return difference.relative <= _EXACT
+            return self.difference.relative <= _EXACT
+        return self.rms_ratio <= _RMS_FLOORS and self.max_ratio <= _MAX_FLOORS
+
+    @property
+    def rms_ratio(self) -> float:
+        """Root mean square difference in units of the floor's."""
+        return _ratio(self.difference.rms_difference, self.floor.rms_difference)
+
+    @property
+    def max_ratio(self) -> float:
+        """Largest difference in units of the floor's."""
+        return _ratio(self.difference.max_difference, self.floor.max_difference)
+
+    @property
+    def reason(self) -> str:
+        """What `same` rests on, a sentence."""
+        if self.exact:
+            limit = f"weights and arithmetic are float64, which allows {_EXACT:g}"
+            return f"The largest difference is {self.difference.relative:.2g} of the largest logit; {limit}."
         return (
-            difference.rms_difference <= _RMS_FLOORS * floor.rms_difference
-            and difference.max_difference <= _MAX_FLOORS * floor.max_difference
+            f"The difference's root mean square is {self.rms_ratio:.3g} times that of rounding A to "
+            f"{self.floor_dtypes[0]} (at most {_RMS_FLOORS:g}), its largest {self.max_ratio:.3g} times "
+            f"(at most {_MAX_FLOORS:g})."
         )
+
+
+def _ratio(value: float, floor: float) -> float:
+    return value / floor if floor else 0.0 if value == 0 else float("inf")
 
 
 def no_progress(what: str) -> AbstractContextManager[Callable[[int, int], None]]:

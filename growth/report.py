@@ -94,7 +94,7 @@ def describe(verification: Verification) -> dict[str, Any]:
         result["numbers"] = {
             **asdict(numbers),
             "same": numbers.same,
-            "relative": numbers.difference.relative,
+            "reason": numbers.reason,
             "histogram_bins": list(BINS),
         }
     return result

@@ -126,3 +126,4 @@ def _print_numbers(console: "Console", numbers: "Numbers") -> None:
         share = f"{result.same_argmax:.2%}"
         table.add_row(f"{name}", f"{result.max_difference:.3g}", f"{result.rms_difference:.3g}", share)
     console.print(table)
+    console.print(numbers.reason, markup=False)

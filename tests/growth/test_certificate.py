@@ -109,6 +109,14 @@ def test_accepts_other_formats_and_dtypes(make_source, tmp_path):
     assert not certify(tmp_path / "half", source).holds  # what was rounded away is not there
 
 
+def test_old_and_new_spellings_of_the_rotary_embedding_are_the_same(grown, tmp_path):
+    source = shutil.copytree(grown[0], tmp_path / "source")
+    config = json.loads((source / "config.json").read_bytes())
+    del config["rope_parameters"]
+    (source / "config.json").write_text(json.dumps({**config, "rope_theta": 10000, "rope_scaling": None}))
+    assert certify(source, grown[1]).holds
+
+
 # Two growths.
 
 
@@ -314,6 +322,13 @@ def test_what_cannot_be_judged_is_refused(fault, message, grown, tmp_path):
     fault(out)
     with pytest.raises(CheckpointError, match=message):
         certify(grown[0], out)
+
+
+def test_other_methods_are_refused_by_name(make_source, tmp_path):
+    source = make_source("float32")
+    grow_checkpoint(source, tmp_path / "out", {"hidden_size": 64, "num_attention_heads": 8}, method="tile")
+    with pytest.raises(CheckpointError, match=r"growth by tile; a certificate can be stated for zero alone.*--text"):
+        certify(source, tmp_path / "out")
 
 
 def test_a_smaller_model_is_no_growth(make_source):

@@ -1,0 +1,425 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The numbers that `verify` judges by, against transformers; its verdicts, its report, and the command."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file as save_numpy
+from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+import growth.comparison as comparison
+import growth.forward as forward
+import tests.growth.test_growth as growth_tests
+from conversion.architecture import Architecture
+from conversion.checkpoint.dtypes import parse_dtype
+from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.reader import FileReader
+from conversion.checkpoint.sources import open_checkpoint
+from conversion.mapping import weights
+from growth import Verification, grow_checkpoint, verify_checkpoints
+from growth.comparison import LogitComparer, compare_numbers
+from growth.forward import StreamedModel
+from growth.numerics import _logits, checkpoint_logits, compare_logits
+from growth.report import describe, write_report
+from tests.fixtures.tiny import tiny_config, tiny_model, tiny_sentencepiece
+
+ROOT = Path(__file__).parents[2]
+MUTANTS = growth_tests.test_mutants_are_caught.pytestmark[0].args[1]
+ALL_AXES, GROUPED, heads = growth_tests.ALL_AXES, growth_tests.GROUPED, growth_tests.heads
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+IDS = np.random.default_rng(0).integers(0, 600, 48)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def make_source(tmp_path_factory) -> Callable[..., Path]:
+    def make(dtype: str = "float64", **fields) -> Path:
+        folder = tmp_path_factory.mktemp("source")
+        tiny_model(tiny_config(**fields), dtype=DTYPES[dtype]).save_pretrained(folder)
+        (folder / "tokenizer.model").write_bytes(tiny_sentencepiece())
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def grown(make_source, tmp_path_factory) -> tuple[Path, Path]:
+    """A float64 source and its growth along every axis."""
+    source, out = make_source(), tmp_path_factory.mktemp("grown") / "out"
+    grow_checkpoint(source, out, ALL_AXES)
+    return source, out
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("The value of a subscription is the item that the key selects. " * 20)
+    return file
+
+
+# The streamed forward pass, against transformers.
+
+
+def streamed_logits(folder: Path, dtype: str, ids: np.ndarray = IDS, rows: int = 100) -> np.ndarray:
+    with FileReader() as reader, ThreadPoolExecutor(2) as pool:
+        model = StreamedModel(open_checkpoint(folder), parse_dtype(dtype), reader, pool)
+        *_, last = model.hidden_states(ids)
+        return np.concatenate(list(model.logits(last, rows)), axis=1)
+
+
+@contextmanager
+def exact_rotary():
+    """Transformers computes the angles in float32 whatever the model's dtype."""
+
+    def angles(rotary, x, position_ids):
+        inverse = rotary.config.rope_parameters["rope_theta"] ** -(torch.arange(0, 8, 2, dtype=x.dtype) / 8)
+        turned = torch.cat([position_ids[..., None].to(x.dtype) * inverse] * 2, -1)
+        return turned.cos(), turned.sin()
+
+    with mock.patch.object(LlamaRotaryEmbedding, "forward", angles):
+        yield
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"use_mup": False},
+        GROUPED,
+        growth_tests.TIED,
+        {"rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}},
+    ],
+    ids=["plain", "without muP", "grouped", "tied", "fast rotation"],
+)
+def test_streamed_forward_is_transformers(fields, make_source):
+    folder = make_source(**fields)
+    stock = tiny_model(tiny_config(**fields), dtype=torch.float64)
+    with exact_rotary(), torch.no_grad():
+        expected = _logits(stock, torch.from_numpy(IDS)[None], torch.float64)
+    scale = expected.abs().max().item()
+    np.testing.assert_allclose(streamed_logits(folder, "float64"), expected[0], rtol=0, atol=1e-14 * scale)
+    with torch.no_grad():
+        single = tiny_model(tiny_config(**fields))(torch.from_numpy(IDS)[None]).logits[0]
+    np.testing.assert_allclose(streamed_logits(folder, "float32"), single, rtol=0, atol=2e-6 * scale)
+
+
+def test_streamed_bfloat16_rounds_as_transformers_does(make_source):
+    """Not the same roundings, as matrix products differ, but as many and as large."""
+    folder = make_source("bfloat16")
+    exact, ours = (streamed_logits(folder, dtype) for dtype in ("float64", "bfloat16"))
+    theirs = checkpoint_logits(open_checkpoint(folder), IDS, "bfloat16")
+    noise, expected = (np.sqrt(np.square(logits - exact).mean()) for logits in (ours, theirs))
+    assert 0.8 < noise / expected < 1.25
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_loaded_forward_is_this_projects_model(dtype, make_source):
+    folder = make_source(dtype, **GROUPED)
+    with torch.no_grad():
+        expected = growth_tests.load(folder)(torch.from_numpy(IDS)[None]).logits[0]
+    logits = checkpoint_logits(open_checkpoint(folder), IDS, dtype)
+    np.testing.assert_allclose(logits, expected.double(), rtol=0, atol=1e-6 if dtype == "float64" else 0)
+
+
+def test_row_blocks_change_nothing(make_source, monkeypatch):
+    folder = make_source(**GROUPED)
+    whole = streamed_logits(folder, "float64", rows=10_000)
+    monkeypatch.setattr(forward, "BLOCK", 500)  # less than one row of some weights
+    np.testing.assert_allclose(streamed_logits(folder, "float64", rows=7), whole, rtol=0, atol=1e-15)
+
+
+def test_comparer_sums_up_what_numpy_computes_at_once():
+    rng = np.random.default_rng(0)
+    first, second = rng.standard_normal((2, 9, 100))
+    second[:, :30] = first[:, :30]
+    comparer = LogitComparer(9)
+    for start, stop in ((60, 100), (0, 30), (30, 60)):  # in any order
+        comparer.add(start, first[:, start:stop], second[:, start:stop])
+    result, difference = comparer.result(), np.abs(first - second)
+    assert result.max_difference == difference.max()
+    assert result.rms_difference == pytest.approx(np.sqrt(np.square(difference).mean()), rel=1e-14)
+    assert result.max_logit == np.abs(first).max()
+    assert result.same_argmax == (first.argmax(1) == second.argmax(1)).mean()
+    assert result.histogram[0] == 9 * 30
+    assert sum(result.histogram) == 900
+
+
+# Verdicts.
+
+
+@pytest.mark.parametrize("way", ["loaded", "streamed"])
+@pytest.mark.parametrize("compute", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("stored", ["float64", "bfloat16"])
+def test_growth_is_accepted_by_its_numbers(stored, compute, way, make_source, text, tmp_path):
+    source = make_source(stored)
+    grow_checkpoint(source, tmp_path / "out", ALL_AXES)
+    verification = verify_checkpoints(source, tmp_path / "out", text=text, dtype=compute, forward=way, max_tokens=64)
+    numbers = verification.numbers
+    assert verification.same
+    assert verification.certificate is None
+    assert numbers.difference.tokens == 64
+    if (stored, compute) == ("float64", "float64"):
+        assert numbers.difference.relative < 1e-14
+    else:
+        assert numbers.difference.rms_difference > 0.1 * numbers.floor.rms_difference
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_fail_by_their_numbers(mutant, make_source, tmp_path, monkeypatch):
+    source = make_source(**GROUPED)
+    target = {**heads(12, 3), "num_hidden_layers": 4, "intermediate_size": 96, "output_mult": 0.3}
+    mutant(monkeypatch)
+    grow_checkpoint(source, tmp_path / "bad", target, multipliers="target")
+    a, b = open_checkpoint(source), open_checkpoint(tmp_path / "bad")
+    for way in ("loaded", "streamed"):
+        for dtype in ("float64", "float32"):
+            assert not compare_numbers(a, b, IDS, dtype=dtype, forward=way).same, (way, dtype)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_is_not_a_number_is_not_the_same(grown, tmp_path):
+    out = shutil.copytree(grown[1], tmp_path / "out")
+    tensors = load_file(out / "model.safetensors")
+    tensors["lm_head.weight"][100, 0] = torch.nan
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    for way in ("loaded", "streamed"):
+        assert not compare_numbers(open_checkpoint(grown[0]), open_checkpoint(out), IDS, forward=way).same
+
+
+def test_both_ways_agree(grown, text):
+    loaded, streamed = (verify_checkpoints(*grown, text=text, forward=way).numbers for way in ("loaded", "streamed"))
+    assert streamed.floor.rms_difference == pytest.approx(loaded.floor.rms_difference, rel=0.2)
+    assert streamed.difference.max_logit == pytest.approx(loaded.difference.max_logit, rel=1e-6)
+    models = [growth_tests.load(folder) for folder in grown]
+    known = compare_logits(*models, torch.from_numpy(IDS)[None])
+    numbers = compare_numbers(*map(open_checkpoint, grown), IDS, forward="streamed")
+    assert numbers.difference.max_logit == pytest.approx(known.max_logit, rel=1e-6)
+    assert numbers.difference.relative < 1e-12 > known.relative
+
+
+def test_layer_by_layer_shows_where_it_went_wrong(grown, tmp_path):
+    a, out = open_checkpoint(grown[0]), shutil.copytree(grown[1], tmp_path / "out")
+    good = compare_numbers(a, open_checkpoint(out), IDS, forward="streamed").layers
+    assert [(layer.source, layer.is_copy) for layer in good] == [
+        (0, False),
+        (1, False),
+        (1, True),
+        (2, False),
+        (2, True),
+    ]
+    assert all(layer.difference < 1e-14 for layer in good)
+    assert [layer.distance is None for layer in good] == [layer.is_copy for layer in good]
+    model = tiny_model(dtype=torch.float64)
+    with torch.no_grad():
+        states = model(torch.from_numpy(IDS)[None], output_hidden_states=True).hidden_states
+    cosine = torch.nn.functional.cosine_similarity(states[0], states[1], dim=-1).mean()
+    assert good[0].distance == pytest.approx(1 - cosine.item(), rel=1e-5)
+
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"][3, 4] = 1e-6
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    bad = compare_numbers(a, open_checkpoint(out), IDS, forward="streamed")
+    assert not bad.same
+    assert [layer.difference > 1e-12 for layer in bad.layers] == [False, False, True, True, True]
+
+
+def test_models_of_other_sizes_are_compared_all_the_same(make_source):
+    """Without a record, layers cannot be paired; logits can."""
+    deep, narrow = make_source(num_hidden_layers=5), make_source(**heads(2, 2))
+    for other in (deep, narrow):
+        numbers = compare_numbers(open_checkpoint(make_source()), open_checkpoint(other), IDS, forward="streamed")
+        assert not numbers.same
+        assert numbers.layers == ()
+
+
+# How it goes about it.
+
+
+def test_what_fits_is_loaded_and_what_does_not_is_streamed(grown, text, monkeypatch):
+    for free, way, stated in (
+        (10**9, "loaded", "memory"),
+        (10**6, "streamed", r"layer by layer: .* to read, about \d"),
+    ):
+        monkeypatch.setattr(comparison, "available_memory", lambda free=free: free)
+        notes = []
+        assert verify_checkpoints(*grown, text=text, max_tokens=16, notify=notes.append).numbers.forward == way
+        assert re.search(rf"^16 tokens in float64, .*{stated}", notes[0])
+    assert forward.available_memory() > 10**7
+
+
+def test_both_proofs_at_once(grown, text):
+    verification = verify_checkpoints(*grown, growth=True, text=text, max_tokens=16)
+    assert verification.certificate.holds
+    assert verification.numbers.same
+    other = Verification(verification.certificate, None)
+    assert other.same
+
+
+def test_streaming_takes_a_few_blocks_and_no_torch(tmp_path):
+    """A model of 140 MB; a block of 2^22 elements is 16 MiB in float32."""
+    config = tiny_config(vocab_size=16384, hidden_size=512, intermediate_size=4096, num_attention_heads=8).to_dict()
+    config |= {"num_key_value_heads": 8, "head_dim": 64, "num_hidden_layers": 8, "model_type": "TeleFLM"}
+    rng = np.random.default_rng(0)
+    tensors = {
+        name: (0.02 * rng.standard_normal(weight.shape(Architecture.from_config(config)), np.float32)).astype(
+            ml_dtypes.bfloat16
+        )
+        for name, weight, _ in weights(Architecture.from_config(config))
+    }
+    save_numpy(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.model").write_bytes(tiny_sentencepiece())
+    (tmp_path / "text").write_text("the quick brown fox")
+    script = f"""if True:
+        import resource, sys
+        from growth import verify_checkpoints
+        import growth.comparison, growth.verify, sentencepiece
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        path = {str(tmp_path)!r}
+        result = verify_checkpoints(path, path, text=path + "/text", dtype="float32", forward="streamed", workers=2)
+        assert result.same and result.numbers.difference.max_difference == 0
+        assert "torch" not in sys.modules
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (tmp_path / "model.safetensors").stat().st_size > 130 << 20
+    assert int(result.stdout) < 120 << 10  # KiB; in float32 the model has 270 MiB
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": "missing"}, "missing: no such file"),
+        ({"text": "empty"}, "empty: is empty"),
+        ({"text": "latin"}, "latin: is not UTF-8 at byte 2"),
+        ({"growth": False}, "nothing to verify by"),
+        ({"dtype": "int8"}, "dtype is 'int8', expected one of float64, float32, bfloat16"),
+        ({"forward": "guess"}, "forward is 'guess', expected one of auto, loaded, streamed"),
+        ({"max_tokens": 1}, "max_tokens is 1"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message, grown, tmp_path):
+    (tmp_path / "empty").touch()
+    (tmp_path / "latin").write_bytes(b"na\xefve")
+    if "text" in arguments:
+        arguments = {"text": tmp_path / arguments["text"]}
+    with pytest.raises(CheckpointError, match=message):
+        verify_checkpoints(*grown, **arguments)
+
+
+def test_tokenizers_that_do_not_fit_are_noticed(grown, text, tmp_path):
+    source, out = (shutil.copytree(folder, tmp_path / name) for folder, name in zip(grown, "ab", strict=True))
+    (out / "tokenizer.model").write_bytes(tiny_sentencepiece("unigram"))
+    assert any("tokenizer.model of B is not A's" in n for n in verify_checkpoints(source, out, text=text).notes)
+    (source / "tokenizer.model").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model: no such file; the text needs A's tokenizer"):
+        verify_checkpoints(source, out, text=text)
+
+
+def test_other_rotary_types_are_refused_when_streamed(make_source):
+    folder = make_source(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
+    source = open_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"rope_type is linear.*Use a machine with the memory"):
+        compare_numbers(source, source, IDS, forward="streamed")
+    assert compare_numbers(source, source, IDS, forward="loaded").difference.max_difference == 0
+
+
+# The report and the command.
+
+
+def test_report_is_one_page_that_needs_nothing_else(grown, text, tmp_path):
+    verification = verify_checkpoints(*grown, growth=True, text=text, max_tokens=32, forward="streamed")
+    write_report(verification, tmp_path / "report", names=("small", "<large>"))
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {
+        "index.html",
+        "verification.json",
+        "differences.png",
+        "layers.png",
+    }
+    page = (tmp_path / "report/index.html").read_text()
+    assert "&lt;large&gt; computes the same function as small" in page
+    assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?(?!data:)[\w/.:]""", page)
+    assert page.count("data:image/png;base64,") == 2
+    assert "layers.*.mlp.down_proj" in page
+    assert json.loads((tmp_path / "report/verification.json").read_text()) == json.loads(
+        json.dumps(describe(verification))
+    )
+
+
+def test_report_of_a_failure_names_it(grown, tmp_path):
+    out = shutil.copytree(grown[1], tmp_path / "out")
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.layers.3.mlp.down_proj.weight"][39, 5] = 1e-9
+    save_file(tensors, out / "model.safetensors")
+    write_report(verify_checkpoints(grown[0], out), tmp_path / "report")
+    page = (tmp_path / "report/index.html").read_text()
+    assert "B does not compute the function of A" in page
+    assert "model.layers.3.mlp.down_proj.weight[39, 5] is 1e-09, expected 0" in page
+    (violation,) = json.loads((tmp_path / "report/verification.json").read_text())["certificate"]["violations"]
+    assert (violation["row"], violation["column"], violation["found"]) == (39, 5, 1e-9)
+
+
+def teleflm_verify(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "teleflm", "verify", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_command(grown, text, tmp_path):
+    good = teleflm_verify(*grown, "--growth", "--text", text, "--forward", "streamed", "--report", tmp_path / "report")
+    assert good.returncode == 0, good.stderr
+    assert "A and B compute the same function." in good.stdout
+    assert re.search(r"tokens in float64, layer by layer: .* to read, about", good.stderr)
+    assert (tmp_path / "report/index.html").is_file()
+
+    out = shutil.copytree(grown[1], tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    bad = teleflm_verify(grown[0], out, "--json")
+    assert bad.returncode == 3
+    described = json.loads(bad.stdout)
+    failed = teleflm_verify(grown[0], out, "--text", text, "--dtype", "float32")
+    assert failed.returncode == 3
+    assert re.search(r"root mean square is [\d.]+ times that of rounding", failed.stdout)
+    assert described["same"] is False
+    assert [field["field"] for field in described["certificate"]["config"] if not field["holds"]] == ["rms_norm_eps"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere", "{b}"), "nowhere: no such file or folder"),
+        (("{b}", "{a}"), "which are copies is unknown"),
+        (("{a}", "{b}", "--text", "nowhere.txt"), "nowhere.txt: no such file"),
+        (("{a}", "{b}", "--report", "{a}/config.json"), "config.json: is a file"),
+    ],
+)
+def test_command_refuses_in_one_line(arguments, message, grown):
+    result = teleflm_verify(*(argument.format(a=grown[0], b=grown[1]) for argument in arguments))
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert message in result.stderr
