@@ -10,6 +10,7 @@ import typer
 
 from conversion.cli import convert, inspect
 from growth.cli import grow
+from growth.verify_cli import verify
 from sft.cli import app as sft_app
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command()(inspect)
 app.command()(convert)
 app.command()(grow)
+app.command()(verify)
 app.add_typer(sft_app, name="sft")
 
 
