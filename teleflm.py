@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from conversion.cli import convert, inspect
-from growth.cli import grow
+from growth.cli import fold, grow
 from growth.verify_cli import verify
 from sft.cli import app as sft_app
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command()(inspect)
 app.command()(convert)
 app.command()(grow)
+app.command()(fold)
 app.command()(verify)
 app.add_typer(sft_app, name="sft")
 

@@ -35,8 +35,13 @@ Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Tele-FL
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
 To = Annotated[str | None, typer.Option(metavar="PRESET|CONFIG.json", help="What to grow into.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A field of the target; repeatable.")]
-Method = Annotated[str, typer.Option(help="zero: new features start at zero. tile: they repeat the old ones.")]
+Method = Annotated[
+    str, typer.Option(help="New features: zero, tile (they repeat the old ones), mask (silent at first).")
+]
 Noise = Annotated[float, typer.Option(help="tile: what tells copies apart, in units of a weight's own spread.")]
+MaskSteps = Annotated[int, typer.Option(help="mask: steps of training over which the masks rise.", min=1)]
+Optimizer = Annotated[Path | None, typer.Option(metavar="DIR", help="Trainer checkpoint whose optimizer.pt grows too.")]
+Alpha = Annotated[float | None, typer.Option(help="Volume of what is new, 0 to 1; the checkpoint's own unless given.")]
 Layers = Annotated[str, typer.Option(help="Layers to copy: interleave, stack, top, or a list such as 3,7,11.")]
 Multipliers = Annotated[str, typer.Option(help="preserve the logit factor, or take the target's and rescale lm_head.")]
 
@@ -48,6 +53,8 @@ def grow(
     overrides: Set = None,
     method: Method = "zero",
     noise: Noise = 0.3,
+    mask_steps: MaskSteps = 5000,
+    optimizer: Optimizer = None,
     layers: Layers = "interleave",
     multipliers: Multipliers = "preserve",
     dtype: Dtype = None,
@@ -77,6 +84,8 @@ def grow(
                 overrides=dict(parse_override(text) for text in overrides or ()),
                 method=method,
                 noise=noise,
+                mask_steps=mask_steps,
+                optimizer=optimizer,
                 layers=layers,
                 multipliers=multipliers,
                 dtype=dtype,
@@ -88,6 +97,36 @@ def grow(
             print_json(describe(result, out, workers))
         else:
             print_growth(result, out, workers)
+
+
+def fold(
+    source: Source,
+    out: Out,
+    alpha: Alpha = None,
+    dtype: Dtype = None,
+    workers: Workers = DEFAULT_WORKERS,
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+    no_digest: NoDigest = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the plain checkpoint that computes what a masked one computes."""
+    from conversion.checkpoint.execute import WriteOptions
+    from conversion.plan_report import describe_result, print_result
+
+    from .fold import fold_masks
+
+    with exit_codes(debug=debug):
+        with byte_progress("folding") as progress:
+            rank, world_size = process_rank()
+            options = WriteOptions(max_shard_size, workers, not no_digest, overwrite, progress, rank, world_size)
+            result = fold_masks(source, out, alpha=alpha, dtype=dtype, options=options, dry_run=dry_run)
+        if as_json:
+            print_json(describe_result(result, out, workers))
+        else:
+            print_result(result, out, workers)
 
 
 def parse_override(text: str) -> tuple[str, int | float | bool | str]:

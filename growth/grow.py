@@ -7,9 +7,9 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from conversion.architecture import Architecture, load_config, load_preset, preset_names
+from conversion.architecture import Architecture, load_config, load_preset, package_folder, preset_names
 from conversion.checkpoint.containers import safetensors_shards
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
@@ -20,8 +20,14 @@ from conversion.checkpoint.sources import Source, open_checkpoint
 from conversion.hub import count_pieces, hub_config, hub_sidecars, lineage_steps, model_card
 from conversion.mapping import check_tensors, weights
 
+from .fold import MASKED_CODE, MaskState
 from .operators import grow_weight
 from .spec import Growth, check_same_function, plan_target
+
+if TYPE_CHECKING:
+    from .optimizer import AdamState
+
+SHORT_MASKS = 2000
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ def grow_checkpoint(
     overrides: Mapping[str, Any] | None = None,
     method: str = "zero",
     noise: float = 0.3,
+    mask_steps: int = 5000,
+    optimizer: str | Path | None = None,
     layers: str = "interleave",
     multipliers: str = "preserve",
     dtype: str | None = None,
@@ -58,8 +66,11 @@ def grow_checkpoint(
         target: a preset's name, the path of a config.json, its content, or None for the source's own.
         overrides: fields of the configuration on top of `target`.
         method: `zero`: new entries that write the residual stream are zero. `tile`: features, heads and neurons are
-            repeated; for a hidden_size that is a multiple of the old one.
+            repeated; for a hidden_size that is a multiple of the old one. `mask`: new entries are random everywhere,
+            in a checkpoint for training whose masks silence them at first.
         noise: of `tile`: what tells copies apart, as a fraction of a weight's own standard deviation; 0 for none.
+        mask_steps: of `mask`: over how many optimizer steps the masks rise from 0 to 1.
+        optimizer: a checkpoint of transformers' Trainer, or its optimizer.pt, whose AdamW state grows too; needs torch.
         layers: which layers to copy, see `growth.layer_selection.select_layers`.
         multipliers: `preserve` or `target`, see `growth.spec.plan_target`.
         dtype: of the output's weights; the source's unless given.
@@ -83,11 +94,15 @@ def grow_checkpoint(
         unused_rows=count_pieces(Path(checkpoint.folder)),
         method=method,
         noise=noise if method == "tile" else 0.0,
+        mask_steps=mask_steps if method == "mask" else 0,
     )
     plan = plan_growth(checkpoint, growth, dtype=parse_dtype(dtype) if dtype else None, seed=seed)
+    adam = _read_optimizer(optimizer, growth)
     shards = safetensors_shards(plan.tensors, options.shard_bytes)
     written = None if dry_run else write_checkpoint(plan, Path(out), options)
-    return GrowthResult(plan, shards, _notes(growth), written, growth)
+    if adam and written and options.rank == 0:
+        _write_optimizer(adam, growth, Path(out))
+    return GrowthResult(plan, shards, [*_notes(growth), _optimizer_note(adam)], written, growth)
 
 
 def plan_growth(checkpoint: Source, growth: Growth, *, dtype: DType | None = None, seed: int = 0) -> CheckpointPlan:
@@ -119,7 +134,11 @@ def plan_growth(checkpoint: Source, growth: Growth, *, dtype: DType | None = Non
     lineage = _lineage(checkpoint, growth)
     config = hub_config(checkpoint.config or {}, growth.target, tensors[0].dtype.name)
     card = model_card(growth.target, tensors[0].dtype.name, lineage_steps(lineage))
-    plan = CheckpointPlan(tuple(tensors), config, hub_sidecars(Path(checkpoint.folder), card), lineage, seed)
+    sidecars = hub_sidecars(Path(checkpoint.folder), card)
+    if growth.method == "mask":
+        config = MaskState.of_growth(growth).to_config(config)
+        sidecars[MASKED_CODE] = str(package_folder() / MASKED_CODE)
+    plan = CheckpointPlan(tuple(tensors), config, sidecars, lineage, seed)
     plan.check()
     return plan
 
@@ -150,6 +169,30 @@ def _requested(target: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
     return load_config(path / "config.json" if path.is_dir() else path)
 
 
+def _read_optimizer(path: str | Path | None, growth: Growth) -> "AdamState | None":
+    if path is None:
+        return None
+    from .optimizer import read_adam_state  # torch, which nothing else here needs
+
+    return read_adam_state(path, growth.source)
+
+
+def _write_optimizer(state: "AdamState", growth: Growth, out: Path) -> None:
+    from .optimizer import write_adam_state
+
+    write_adam_state(state, growth, out)
+
+
+def _optimizer_note(state: "AdamState | None") -> str:
+    if state:
+        return f"optimizer.pt: Adam's moments after {max(state.steps.values()):.0f} steps, grown with the weights."
+    return (
+        "No optimizer state (--optimizer): with fresh moments the first steps are as large as the learning rate "
+        "allows, so warm it up again, and to no more than where the last stage ended. FLM-101B took a twentieth of its "
+        "first warm-up."
+    )
+
+
 def _lineage(checkpoint: Source, growth: Growth) -> dict[str, Any]:
     """The record of this growth, on top of the source's own record if it has one."""
     parent = read_manifest(Path(checkpoint.folder))
@@ -157,6 +200,7 @@ def _lineage(checkpoint: Source, growth: Growth) -> dict[str, Any]:
         "operation": "grow",
         "method": growth.method,
         "noise": growth.noise,
+        "mask_steps": growth.mask_steps,
         "source": asdict(growth.source),
         "target": asdict(growth.target),
         "layers": [{"source": origin.source, "copy": origin.is_copy} for origin in growth.layers],
@@ -176,6 +220,16 @@ def _notes(growth: Growth) -> list[str]:
         )
         if not growth.noise:
             notes.append("Without noise the copies stay equal for ever, and the new capacity is never used.")
+    if growth.method == "mask":
+        notes.append(
+            "A checkpoint for training: at step 0 its masks silence what is new. `python -m growth.train` raises them "
+            f"over {growth.mask_steps} steps; `teleflm fold` writes the plain model of any moment."
+        )
+        if growth.mask_steps < SHORT_MASKS:
+            notes.append(
+                f"mask_steps {growth.mask_steps} is short: untrained weights that speak up within less than "
+                f"{SHORT_MASKS} steps disturb the model before they have adapted. MSG uses 5000."
+            )
     if growth.norm_scale != 1.0:
         notes.append(
             f"Norm weights are multiplied by {growth.norm_scale:.6g} and rms_norm_eps becomes "

@@ -15,6 +15,10 @@ its value from each; norms stay as they are. Copies would stay equal for ever, s
 up to zero over the copies that are read together. An axis that is no multiple of its old size, other than the hidden
 one, grows as in `zero`.
 
+`mask`. Old entries are copied as they are and new ones drawn at random, those that write the stream and the outputs of
+additional layers included. What keeps the function is not in the weights: the masks of `modeling_teleflm`'s
+`TeleFLMMaskedForCausalLM` silence what is new, and raise it over the first steps of training.
+
 Derivations: Net2Net (arXiv 1511.05641), MSG (arXiv 2305.02869); the RMSNorm factor is worked out in spec.py.
 """
 
@@ -139,12 +143,13 @@ def grow_weight(
     """
     shape = weight.shape(growth.target)
     kind = weight.name.split(".")[-2]
-    if is_copy and kind in _OUTPUTS:
+    is_masked = growth.method == "mask"
+    if is_copy and kind in _OUTPUTS and not is_masked:
         return TensorPlan(name, shape, dtype, (Fill(Box.whole(shape)),))
 
     axes = [grow_axis(axis, growth) for axis in weight.axes]
     layout = tuple(size for axis in axes for size in axis.target)
-    shared = axes[-1].copies if len(axes) == 2 and kind != "embed_tokens" else 1  # the input axis of a matrix
+    shared = read_copies(weight, growth)
     scale = _scale(weight, kind, growth) / shared
     laid_out = _unflatten(view, axes)
     pieces: list[Piece] = []
@@ -158,8 +163,14 @@ def grow_weight(
         pieces.append(Copy(box, laid_out.window(window), scale, noise=noise))
     pieces += _new_vocabulary(weight, view, growth, axes[-1].target, scale)
     rest = complement(layout, [piece.box for piece in pieces])
-    pieces += [_fill_rest(box, source_name, kind, view, scale) for box in rest]
+    pieces += [_fill_rest(box, source_name, "" if is_masked else kind, view, scale) for box in rest]
     return TensorPlan(name, shape, dtype, tuple(pieces), layout)
+
+
+def read_copies(weight: Weight, growth: Growth) -> int:
+    """How many copies of each of its inputs a weight reads, and shares its value among."""
+    has_inputs = len(weight.axes) == 2 and weight is not EMBED_TOKENS
+    return grow_axis(weight.axes[-1], growth).copies if has_inputs else 1
 
 
 def _scale(weight: Weight, kind: str, growth: Growth) -> float:

@@ -14,7 +14,7 @@ from conversion.checkpoint.errors import CheckpointError
 
 from .layer_selection import LayerOrigin, select_layers
 
-METHODS = ("zero", "tile")
+METHODS = ("zero", "tile", "mask")
 MULTIPLIERS = ("preserve", "target")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 _FUNCTION = ("hidden_act", "rope_parameters")  # beside the numbers: a different value is a different function
@@ -30,8 +30,9 @@ class Growth:
         layers: the origin of each target layer.
         unused_rows: first vocabulary row without a piece in the tokenizer, if known; rows from there to the source's
             vocab_size were never a training target.
-        method: `zero` or `tile`.
+        method: `zero`, `tile` or `mask`.
         noise: of `tile`: standard deviation of what tells copies of a weight apart, in units of the copy's own.
+        mask_steps: of `mask`: steps of training over which the masks rise.
     """
 
     source: Architecture
@@ -40,16 +41,17 @@ class Growth:
     unused_rows: int | None = None
     method: str = "zero"
     noise: float = 0.0
+    mask_steps: int = 0
 
     @property
     def norm_scale(self) -> float:
-        """s = sqrt(d / D): factor on every norm weight; 1 for `tile`.
+        """s = sqrt(d / D): factor on every norm weight; 1 unless the method is `zero`.
 
         With D - d features that are zero, mean(H^2) = (d / D) mean(h^2); together with eps' = eps * d / D the root in
         RMSNorm shrinks by s, so the weights of the old features take up s. Features repeated as a whole leave the mean
-        square as it is.
+        square as it is, and a masked norm divides by the features that count.
         """
-        return 1.0 if self.method == "tile" else math.sqrt(self.source.hidden_size / self.target.hidden_size)
+        return math.sqrt(self.source.hidden_size / self.target.hidden_size) if self.method == "zero" else 1.0
 
     @property
     def head_scale(self) -> float:
@@ -72,6 +74,7 @@ def plan_target(
     unused_rows: int | None,
     method: str = "zero",
     noise: float = 0.0,
+    mask_steps: int = 0,
 ) -> Growth:
     """Work out a growth and check that it preserves the function.
 
@@ -86,6 +89,7 @@ def plan_target(
         unused_rows: see `Growth`.
         method: see `Growth`.
         noise: see `Growth`.
+        mask_steps: see `Growth`.
 
     Raises:
         CheckpointError: something shrinks, or the function cannot be preserved; names the field and both values.
@@ -94,6 +98,8 @@ def plan_target(
         raise CheckpointError(f"method is {method!r}, expected one of {', '.join(METHODS)}.")
     if not 0 <= noise < 1:
         raise CheckpointError(f"noise is {noise}, expected a number from 0 to below 1.")
+    if method == "mask" and mask_steps < 1:
+        raise CheckpointError(f"mask_steps is {mask_steps}, expected at least 1.")
     if multipliers not in MULTIPLIERS:
         raise CheckpointError(f"multipliers is {multipliers!r}, expected one of {', '.join(MULTIPLIERS)}.")
     target = _target_architecture(source, requested)
@@ -109,7 +115,7 @@ def plan_target(
             "repeated in part would change the norms; use the method zero."
         )
     # As a decimal: 1e-5 * 8192 / 20480 is to read 4e-06 in config.json, not 4.000000000000001e-06.
-    shrink = 1.0 if method == "tile" else source.hidden_size / target.hidden_size
+    shrink = source.hidden_size / target.hidden_size if method == "zero" else 1.0
     epsilon = float(f"{source.rms_norm_eps * shrink:.15g}")
     growth = Growth(
         source=source,
@@ -118,6 +124,7 @@ def plan_target(
         unused_rows=unused_rows,
         method=method,
         noise=noise,
+        mask_steps=mask_steps,
     )
     _check_tied(growth)
     return growth

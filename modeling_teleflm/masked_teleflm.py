@@ -231,6 +231,7 @@ class TeleFLMMaskedForCausalLM(TeleFLMForCausalLM):
                 module.step.fill_(step)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As [`PreTrainedModel.save_pretrained`]; the folder names this file's classes."""
         self.config.auto_map = dict(AUTO_MAP)
         LlamaPreTrainedModel.save_pretrained(self, *args, **kwargs)
 

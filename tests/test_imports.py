@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "conversion/checkpoint": {"conversion.checkpoint"},
     "conversion": {"conversion"},
-    "growth": {"conversion", "growth"},
+    "growth": {"conversion", "growth", "modeling_teleflm"},
     "sft": {"conversion", "growth", "modeling_teleflm", "sft"},
     "modeling_teleflm": {"modeling_teleflm"},
     "teleflm.py": {"conversion", "growth", "sft"},
