@@ -61,6 +61,16 @@ class Violation:
 
 
 @dataclass(frozen=True)
+class Fault:
+    """An element that breaks a condition: where it is, what it is, and what a copy or a zero has to be."""
+
+    row: int
+    column: int
+    found: float
+    expected: float
+
+
+@dataclass(frozen=True)
 class BlockResult:
     """What was found in one block: violations, and for a copy how far its worst element is from the exact value.
 
@@ -68,14 +78,14 @@ class BlockResult:
         block: the condition.
         worst_ulp: largest distance from A's value times the factor, in units in the last place of B's dtype.
         violations: elements that break the condition.
-        first: row, column, value found and value expected of the first of them.
+        first: the first of them.
         all_zero: whether the block is nothing but zeros.
     """
 
     block: Block
     worst_ulp: float = 0.0
     violations: int = 0
-    first: tuple[int, int, float, str] | None = None
+    first: Fault | None = None
     all_zero: bool = True
 
     def __add__(self, other: "BlockResult") -> "BlockResult":
@@ -106,13 +116,31 @@ class TensorResult:
     @property
     def violation(self) -> Violation | None:
         """The first element, row by row, that breaks a condition."""
-        broken = [block.first for block in self.blocks if block.first]
-        if not broken:
+        faults = [(result.block, result.first) for result in self.blocks if result.first]
+        if not faults:
             return None
-        row, column, found, expected = min(broken, key=lambda first: first[:2])
-        count = sum(block.violations for block in self.blocks)
-        where = row if len(self.shape) > 1 else None
-        return Violation(self.conditions.name, where, column, found, expected, count, self.conditions.reason)
+        block, fault = min(faults, key=lambda found: (found[1].row, found[1].column))
+        return Violation(
+            tensor=self.conditions.name,
+            row=fault.row if len(self.shape) > 1 else None,
+            column=fault.column,
+            found=fault.found,
+            expected=self._expected(block, fault),
+            count=sum(result.violations for result in self.blocks),
+            reason=block.reason,
+        )
+
+    def _expected(self, block: Block, fault: Fault) -> str:
+        if block.rule != "copy":
+            return {"zero": "0", "free": "a finite number"}[block.rule]
+        row, column = (
+            source + index - first
+            for source, index, first in zip(
+                block.source, (fault.row, fault.column), (block.rows[0], block.columns[0]), strict=True
+            )
+        )
+        place = f"[{row}, {column}]" if len(self.shape) > 1 else f"[{column}]"
+        return f"{fault.expected!r} from {self.conditions.source}{place} of A"
 
     @property
     def is_dead(self) -> bool:
@@ -307,23 +335,20 @@ def _check_block(
 ) -> BlockResult:
     """The rows of a block that start at `low`; `values` [rows, all columns] of B, `originals` the same rows of A."""
     found = values[:, slice(*block.columns)]
-    worst, expected = 0.0, None
+    worst, original = 0.0, None
     if block.rule == "copy" and originals is not None:
-        expected = originals[:, block.source[1] : block.source[1] + found.shape[1]]
-        broken, worst = _check_copy(found, expected, rounding)
+        original = originals[:, block.source[1] : block.source[1] + found.shape[1]]
+        broken, worst = _check_copy(found, original, rounding)
     else:
         broken = _is_nonzero(found) if block.rule == "zero" else _is_not_finite(found)
     all_zero = block.rule != "zero" and not _is_nonzero(found).any()
     result = BlockResult(block, worst, int(np.count_nonzero(broken)), None, all_zero)
     if not result.violations:
         return result
-    row, column = (int(index) for index in np.unravel_index(int(np.argmax(broken)), broken.shape))
-    wanted = {"zero": "0", "free": "a finite number"}.get(block.rule, "")
-    if expected is not None:
-        place = (block.source[0] + low + row - block.rows[0], block.source[1] + column)
-        wanted = f"{float(expected[row, column]) * rounding.factor!r} from A's [{place[0]}, {place[1]}]"
-    first = (low + row, block.columns[0] + column, float(found[row, column]), wanted)
-    return replace(result, first=first)
+    at = np.unravel_index(int(np.argmax(broken)), broken.shape)
+    expected = 0.0 if original is None else float(original[at]) * rounding.factor
+    fault = Fault(low + int(at[0]), block.columns[0] + int(at[1]), float(found[at]), expected)
+    return replace(result, first=fault)
 
 
 def _check_copy(found: np.ndarray, original: np.ndarray, rounding: _Rounding) -> tuple[np.ndarray, float]:

@@ -90,12 +90,14 @@ class Block:
         rule: `copy` of A times the tensor's factor, `zero`, or `free`: any finite numbers.
         rows: first row and one past the last; a vector is one row.
         columns: first column and one past the last.
+        reason: why.
         source: first row and column of the block in A's tensor, for a copy.
     """
 
     rule: Rule
     rows: tuple[int, int]
     columns: tuple[int, int]
+    reason: str
     source: tuple[int, int] = (0, 0)
 
     @property
@@ -113,14 +115,12 @@ class TensorConditions:
         source: name of A's tensor that its copies come from.
         factor: on the copies.
         blocks: tile the tensor, in bands: blocks of the same rows are neighbours, from left to right.
-        reason: why the copies, zeros and free entries are where they are.
     """
 
     name: str
     source: str
     factor: float
     blocks: tuple[Block, ...]
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -330,16 +330,13 @@ def zero_conditions(
         rows, columns = (shape[0] if len(shape) > 1 else 1), shape[-1]
         source_name = weight.name.format(origin.layer if origin else None)
         if origin is not None and origin.is_copy and kind in _WRITERS:
-            silent = Block("zero", (0, rows), (0, columns))
-            yield TensorConditions(name, source_name, 1.0, (silent,), f"an additional copy of layer {origin.layer}")
+            reason = f"this layer is an additional copy of layer {origin.layer}, and adds nothing"
+            yield TensorConditions(name, source_name, 1.0, (Block("zero", (0, rows), (0, columns), reason),))
             continue
         factor, reason = _factor(weight, source, target)
         row_map = maps[weight.axes[0]] if len(shape) > 1 else (Run(0, 0, 1),)
-        rest: Rule = "zero" if kind in _WRITERS else "free"
-        # A new token is no input of A: its embedding is free, in all features.
-        new_rows: Rule = "free" if weight is EMBED_TOKENS else rest
-        blocks = _tile(rows, columns, row_map, maps[weight.axes[-1]], rest, new_rows)
-        yield TensorConditions(name, source_name, factor, tuple(blocks), reason)
+        blocks = _tile(rows, columns, row_map, maps[weight.axes[-1]], kind, reason)
+        yield TensorConditions(name, source_name, factor, tuple(blocks))
 
 
 METHODS: dict[str, Callable[..., Iterator[TensorConditions]]] = {"zero": zero_conditions}
@@ -371,19 +368,22 @@ def _ratio(old: float, new: float) -> float:
     return 1.0 if math.isclose(old, new, rel_tol=_EXACT) else old / new
 
 
-def _tile(
-    rows: int, columns: int, row_map: AxisMap, column_map: AxisMap, rest: Rule, new_rows: Rule
-) -> Iterator[Block]:
+def _tile(rows: int, columns: int, row_map: AxisMap, column_map: AxisMap, kind: str, reason: str) -> Iterator[Block]:
     """The blocks of a matrix, band by band: old rows cut at the old columns, new rows in one piece."""
+    new: tuple[Rule, str] = ("free", "new entries may be any finite numbers")
+    silent: tuple[Rule, str] = ("zero", "new features stay zero, and new heads and neurons add nothing to the old ones")
+    rest = silent if kind in _WRITERS else new
+    # A new token is no input of A: its embedding is free, in all features.
+    new_rows = new if kind == "embed_tokens" else rest
     for start, stop, source_row in _segments(rows, row_map):
         if source_row is None:
-            yield Block(new_rows, (start, stop), (0, columns))
+            yield Block(new_rows[0], (start, stop), (0, columns), new_rows[1])
             continue
         for left, right, source_column in _segments(columns, column_map):
             if source_column is None:
-                yield Block(rest, (start, stop), (left, right))
+                yield Block(rest[0], (start, stop), (left, right), rest[1])
             else:
-                yield Block("copy", (start, stop), (left, right), (source_row, source_column))
+                yield Block("copy", (start, stop), (left, right), reason, (source_row, source_column))
 
 
 def _segments(size: int, runs: AxisMap) -> Iterator[tuple[int, int, int | None]]:

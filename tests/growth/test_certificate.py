@@ -24,7 +24,7 @@ from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
 import tests.growth.test_growth as growth_tests
-from conversion import convert_checkpoint
+from conversion import WriteOptions, convert_checkpoint
 from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError
 from conversion.mapping import weights
@@ -90,7 +90,9 @@ def test_accepts_new_multipliers(multipliers, make_source, tmp_path):
 @pytest.mark.parametrize("layers", ["stack", "top", "0,0,2,2"])
 def test_accepts_copies_anywhere(layers, make_source, tmp_path):
     source = make_source("float32")
-    grow_checkpoint(source, tmp_path / "out", {"num_hidden_layers": 7}, layers=layers)
+    options = WriteOptions(max_shard_size="50KB")
+    grow_checkpoint(source, tmp_path / "out", {"num_hidden_layers": 7}, layers=layers, options=options)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 5
     assert certify(source, tmp_path / "out").holds
 
 
@@ -196,19 +198,44 @@ def damage(folder: Path, name: str, index: tuple[int, ...], value: float | None 
 @pytest.mark.parametrize(
     ("name", "index", "expected"),
     [
-        pytest.param("model.embed_tokens.weight", (7, 60), "from A's [7, 60]", id="a copied and scaled embedding"),
+        pytest.param(
+            "model.embed_tokens.weight",
+            (7, 60),
+            " from model.embed_tokens.weight[7, 60] of A",
+            id="a copied and scaled embedding",
+        ),
         pytest.param("model.embed_tokens.weight", (7, 64), "expected 0", id="an embedding that writes a new feature"),
-        pytest.param("model.layers.1.input_layernorm.weight", (3,), "from A's [0, 3]", id="a norm"),
+        pytest.param(
+            "model.layers.1.input_layernorm.weight",
+            (3,),
+            " from model.layers.0.input_layernorm.weight[3] of A",
+            id="a norm",
+        ),
         pytest.param("model.layers.2.self_attn.q_proj.weight", (95, 9), None, id="a new head is free"),
-        pytest.param("model.layers.2.self_attn.q_proj.weight", (17, 9), "from A's [17, 9]", id="an old head"),
-        pytest.param("model.layers.2.self_attn.k_proj.weight", (15, 5), "from A's [15, 5]", id="a key head"),
+        pytest.param(
+            "model.layers.2.self_attn.q_proj.weight",
+            (17, 9),
+            " from model.layers.1.self_attn.q_proj.weight[17, 9] of A",
+            id="an old head",
+        ),
+        pytest.param(
+            "model.layers.2.self_attn.k_proj.weight",
+            (15, 5),
+            " from model.layers.1.self_attn.k_proj.weight[15, 5] of A",
+            id="a key head",
+        ),
         pytest.param("model.layers.2.self_attn.o_proj.weight", (17, 64), "expected 0", id="a new head that speaks"),
         pytest.param("model.layers.2.self_attn.o_proj.weight", (64, 17), "expected 0", id="a new feature written"),
         pytest.param("model.layers.1.self_attn.o_proj.weight", (0, 0), "an additional copy of layer 0", id="a copy"),
         pytest.param("model.layers.4.mlp.down_proj.weight", (95, 109), "an additional copy of layer 2", id="last one"),
-        pytest.param("model.layers.3.mlp.gate_proj.weight", (87, 63), "from A's [87, 63]", id="an old neuron"),
+        pytest.param(
+            "model.layers.3.mlp.gate_proj.weight",
+            (87, 63),
+            " from model.layers.2.mlp.gate_proj.weight[87, 63] of A",
+            id="an old neuron",
+        ),
         pytest.param("model.layers.3.mlp.down_proj.weight", (0, 88), "expected 0", id="a new neuron that speaks"),
-        pytest.param("model.norm.weight", (63,), "from A's [0, 63]", id="the last norm"),
+        pytest.param("model.norm.weight", (63,), " from model.norm.weight[63] of A", id="the last norm"),
         pytest.param("lm_head.weight", (639, 0), "multiplies logits by 0.125 in A and by 0.075 in B", id="the head"),
     ],
 )
