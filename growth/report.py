@@ -7,6 +7,7 @@
 import base64
 import io
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -97,7 +98,19 @@ def describe(verification: Verification) -> dict[str, Any]:
             "reason": numbers.reason,
             "histogram_bins": list(BINS),
         }
-    return result
+    return _as_json(result)
+
+
+def _as_json(value: Any) -> Any:
+    """Numbers that JSON does not have, NaN and infinities, as their names."""
+    match value:
+        case dict():
+            return {key: _as_json(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_as_json(item) for item in value]
+        case float() if not math.isfinite(value):
+            return repr(value)
+    return value
 
 
 def _describe_tensor(tensor: TensorResult) -> dict[str, Any]:

@@ -206,7 +206,10 @@ def test_what_is_not_a_number_is_not_the_same(grown, tmp_path):
     tensors["lm_head.weight"][100, 0] = torch.nan
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     for way in ("loaded", "streamed"):
-        assert not compare_numbers(open_checkpoint(grown[0]), open_checkpoint(out), IDS, forward=way).same
+        numbers = compare_numbers(open_checkpoint(grown[0]), open_checkpoint(out), IDS, forward=way)
+        assert not numbers.same
+        described = json.dumps(describe(Verification(verify_checkpoints(grown[0], out).certificate, numbers)))
+        assert json.loads(described, parse_constant=pytest.fail)["numbers"]["difference"]["max_difference"] == "nan"
 
 
 def test_both_ways_agree(grown, text):
