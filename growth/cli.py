@@ -42,7 +42,8 @@ Noise = Annotated[float, typer.Option(help="tile: what tells copies apart, in un
 MaskSteps = Annotated[int, typer.Option(help="mask: steps of training over which the masks rise.", min=1)]
 Optimizer = Annotated[Path | None, typer.Option(metavar="DIR", help="Trainer checkpoint whose optimizer.pt grows too.")]
 Alpha = Annotated[float | None, typer.Option(help="Volume of what is new, 0 to 1; the checkpoint's own unless given.")]
-Layers = Annotated[str, typer.Option(help="Layers to copy: interleave, stack, top, or a list such as 3,7,11.")]
+Layers = Annotated[str, typer.Option(help="Layers to copy: interleave, stack, top, distance, or a list like 3,7,11.")]
+Calibration = Annotated[Path | None, typer.Option(metavar="TEXTFILE", help="distance: the text to measure on.")]
 Multipliers = Annotated[str, typer.Option(help="preserve the logit factor, or take the target's and rescale lm_head.")]
 
 
@@ -56,6 +57,7 @@ def grow(
     mask_steps: MaskSteps = 5000,
     optimizer: Optimizer = None,
     layers: Layers = "interleave",
+    calibration: Calibration = None,
     multipliers: Multipliers = "preserve",
     dtype: Dtype = None,
     seed: Seed = 0,
@@ -87,12 +89,15 @@ def grow(
                 mask_steps=mask_steps,
                 optimizer=optimizer,
                 layers=layers,
+                calibration=calibration,
                 multipliers=multipliers,
                 dtype=dtype,
                 seed=seed,
                 options=WriteOptions(max_shard_size, workers, not no_digest, overwrite, progress, rank, world_size),
                 dry_run=dry_run,
             )
+        if rank > 0:  # one of them speaks for all, when all is done
+            return
         if as_json:
             print_json(describe(result, out, workers))
         else:
@@ -153,6 +158,7 @@ def describe(result: "GrowthResult", out: Path, workers: int) -> dict[str, Any]:
         "target": asdict(result.growth.target),
         "parameters": result.growth.target.num_parameters,
         "layers": [{"source": origin.source, "copy": origin.is_copy} for origin in result.growth.layers],
+        "layer_distances": [asdict(distance) for distance in result.distances],
         **describe_result(result, out, workers),
     }
 
@@ -171,4 +177,9 @@ def print_growth(result: "GrowthResult", out: Path, workers: int) -> None:
             fields.add_row(field, f"{old[field]:,}", f"{new[field]:,}")
     fields.add_row("parameters", f"{result.growth.source.num_parameters:,}", f"{result.growth.target.num_parameters:,}")
     Console().print(fields)
+    if result.distances:
+        distances = Table("layer", "1 - cos", "moved by", title="Layer distances", title_justify="left")
+        for distance in result.distances:
+            distances.add_row(str(distance.layer), f"{distance.cosine:.4f}", f"{distance.relative:.4f}")
+        Console().print(distances)
     print_result(result, out, workers)

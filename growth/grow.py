@@ -4,7 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Growing a checkpoint: source folder and target configuration to a plan, and the plan to a Hub folder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from conversion.hub import count_pieces, hub_config, hub_sidecars, lineage_steps
 from conversion.mapping import check_tensors, weights
 
 from .fold import MASKED_CODE, MaskState
+from .layer_distance import LayerDistance, measure_layer_distances, nearest_layers, read_calibration
 from .operators import grow_weight
 from .spec import Growth, check_same_function, plan_target
 
@@ -32,9 +33,15 @@ SHORT_MASKS = 2000
 
 @dataclass(frozen=True)
 class GrowthResult(CheckpointResult):
-    """A growth that was planned and, unless it was a dry run, written; `growth` says what grows into what."""
+    """A growth that was planned and, unless it was a dry run, written.
+
+    Args:
+        growth: what grows into what.
+        distances: how far each layer of the source moves its input, if that was measured.
+    """
 
     growth: Growth
+    distances: Sequence[LayerDistance] = ()
 
 
 def grow_checkpoint(
@@ -48,6 +55,7 @@ def grow_checkpoint(
     mask_steps: int = 5000,
     optimizer: str | Path | None = None,
     layers: str = "interleave",
+    calibration: str | Path | None = None,
     multipliers: str = "preserve",
     dtype: str | None = None,
     seed: int = 0,
@@ -71,7 +79,9 @@ def grow_checkpoint(
         noise: of `tile`: what tells copies apart, as a fraction of a weight's own standard deviation; 0 for none.
         mask_steps: of `mask`: over how many optimizer steps the masks rise from 0 to 1.
         optimizer: a checkpoint of transformers' Trainer, or its optimizer.pt, whose AdamW state grows too; needs torch.
-        layers: which layers to copy, see `growth.layer_selection.select_layers`.
+        layers: which layers to copy, see `growth.layer_selection.select_layers`; or `distance`, those that move their
+            input least on the calibration text. A dry run does not measure, and plans with `interleave` in its place.
+        calibration: of `distance`: a text file, of which the first 1,024 tokens are used.
         multipliers: `preserve` or `target`, see `growth.spec.plan_target`.
         dtype: of the output's weights; the source's unless given.
         seed: of the random new entries.
@@ -86,26 +96,37 @@ def grow_checkpoint(
     checkpoint = open_checkpoint(source)
     requested = {**_requested(target), **(overrides or {})}
     check_same_function(checkpoint.config or {}, requested)
+    architecture = source_architecture(checkpoint)
+    distances = _layer_distances(checkpoint, layers, calibration, options.workers, dry_run)
+    extra = requested.get("num_hidden_layers", architecture.num_hidden_layers) - architecture.num_hidden_layers
     growth = plan_target(
-        source_architecture(checkpoint),
+        architecture,
         requested,
-        layers=layers,
+        layers=_chosen_layers(layers, distances, extra),
         multipliers=multipliers,
         unused_rows=count_pieces(Path(checkpoint.folder)),
         method=method,
         noise=noise if method == "tile" else 0.0,
         mask_steps=mask_steps if method == "mask" else 0,
     )
-    plan = plan_growth(checkpoint, growth, dtype=parse_dtype(dtype) if dtype else None, seed=seed)
+    plan = plan_growth(checkpoint, growth, dtype=parse_dtype(dtype) if dtype else None, seed=seed, distances=distances)
     adam = _read_optimizer(optimizer, growth)
     shards = safetensors_shards(plan.tensors, options.shard_bytes)
     written = None if dry_run else write_checkpoint(plan, Path(out), options)
     if adam and written and options.rank == 0:
         _write_optimizer(adam, growth, Path(out))
-    return GrowthResult(plan, shards, [*_notes(growth), _optimizer_note(adam)], written, growth)
+    notes = [*_notes(growth), *_layer_notes(layers, growth, distances), _optimizer_note(adam)]
+    return GrowthResult(plan, shards, notes, written, growth, distances)
 
 
-def plan_growth(checkpoint: Source, growth: Growth, *, dtype: DType | None = None, seed: int = 0) -> CheckpointPlan:
+def plan_growth(
+    checkpoint: Source,
+    growth: Growth,
+    *,
+    dtype: DType | None = None,
+    seed: int = 0,
+    distances: Sequence[LayerDistance] = (),
+) -> CheckpointPlan:
     """The plan of a growth: every tensor of the target in data-flow order, checked to tile.
 
     Args:
@@ -113,6 +134,7 @@ def plan_growth(checkpoint: Source, growth: Growth, *, dtype: DType | None = Non
         growth: what grows into what.
         dtype: of the output's weights; each source tensor's own unless given.
         seed: of the random new entries.
+        distances: by which the copied layers were chosen, if they were; for the record.
 
     Raises:
         CheckpointError: the tensors are not those of the architecture, or are not floating-point.
@@ -131,7 +153,7 @@ def plan_growth(checkpoint: Source, growth: Growth, *, dtype: DType | None = Non
         out_dtype = dtype or view.dtype
         tensors.append(grow_weight(name, weight, source_name, view, growth, is_copy=is_copy, dtype=out_dtype))
 
-    lineage = _lineage(checkpoint, growth)
+    lineage = {**_lineage(checkpoint, growth), "layer_distances": [asdict(distance) for distance in distances]}
     config = hub_config(checkpoint.config or {}, growth.target, tensors[0].dtype.name)
     card = model_card(growth.target, tensors[0].dtype.name, lineage_steps(lineage))
     sidecars = hub_sidecars(Path(checkpoint.folder), card)
@@ -141,6 +163,36 @@ def plan_growth(checkpoint: Source, growth: Growth, *, dtype: DType | None = Non
     plan = CheckpointPlan(tuple(tensors), config, sidecars, lineage, seed)
     plan.check()
     return plan
+
+
+def _layer_distances(
+    checkpoint: Source, layers: str, calibration: str | Path | None, workers: int, dry_run: bool
+) -> list[LayerDistance]:
+    if layers != "distance":
+        if calibration is not None:
+            raise CheckpointError(
+                f"calibration is {calibration}, but layers is {layers!r}; it serves 'distance' alone."
+            )
+        return []
+    if calibration is None:
+        raise CheckpointError("layers is 'distance', which measures on text; give a calibration file.")
+    input_ids = read_calibration(calibration, checkpoint.folder)
+    return [] if dry_run else measure_layer_distances(checkpoint, input_ids, workers)
+
+
+def _chosen_layers(layers: str, distances: Sequence[LayerDistance], extra: int) -> str:
+    if layers != "distance":
+        return layers
+    return ",".join(map(str, nearest_layers(distances, extra))) if distances and extra > 0 else "interleave"
+
+
+def _layer_notes(layers: str, growth: Growth, distances: Sequence[LayerDistance]) -> list[str]:
+    copied = [str(origin.source) for origin in growth.layers if origin.is_copy]
+    if layers != "distance" or not copied:
+        return []
+    if not distances:
+        return ["Which layers are copied is measured when this is run; the plan copies them evenly in their place."]
+    return [f"Copied are layers {', '.join(copied)}, which move their input least."]
 
 
 def source_architecture(checkpoint: Source) -> Architecture:

@@ -4,12 +4,15 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Layer distances against transformers' own hidden states."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.sources import open_checkpoint
+from growth import grow_checkpoint
 from growth.layer_distance import LayerDistance, measure_layer_distances, nearest_layers, read_calibration
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
 
@@ -56,6 +59,32 @@ def test_the_layers_that_move_least_are_copied(folder):
     assert nearest_layers(distances, 2) == [1, 3]
     assert nearest_layers(distances, 5) == [0, 1, 2, 3, 4]
     assert nearest_layers(distances, 6) == [0, 1, 2, 3, 3, 4]
+
+
+def test_grow_copies_by_distance(folder, tmp_path):
+    (tmp_path / "text.txt").write_text("The import statement finds a module and binds it to a name. " * 20)
+    arguments = {"layers": "distance", "calibration": tmp_path / "text.txt"}
+    result = grow_checkpoint(folder, tmp_path / "out", {"num_hidden_layers": 7}, **arguments)
+    copied = [origin.source for origin in result.growth.layers if origin.is_copy]
+    assert copied == nearest_layers(result.distances, 2) == [1, 3]
+    assert [origin.source for origin in result.growth.layers] == [0, 1, 1, 2, 3, 3, 4]
+    lineage = json.loads((tmp_path / "out/manifest.json").read_bytes())["lineage"]
+    assert [distance["layer"] for distance in lineage["layer_distances"]] == [0, 1, 2, 3, 4]
+    planned = grow_checkpoint(folder, tmp_path / "plan", {"num_hidden_layers": 7}, **arguments, dry_run=True)
+    assert any("measured when this is run" in note for note in planned.notes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": "distance"}, "give a calibration file"),
+        ({"calibration": "text.txt"}, "it serves 'distance' alone"),
+        ({"layers": "distance", "calibration": "nowhere.txt"}, "No such file"),
+    ],
+)
+def test_distance_needs_text(arguments, message, folder, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        grow_checkpoint(folder, tmp_path / "out", {"num_hidden_layers": 7}, **arguments)
 
 
 def test_ties_go_to_the_lower_layer():
