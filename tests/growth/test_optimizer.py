@@ -1,0 +1,327 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Adam's moments grow as the gradients do.
+
+The oracle is autograd: with beta1 = beta2 = 0 the moments of torch's AdamW are the gradient and its square, so those of
+the grown state must be the gradient of the grown model and its square, wherever an entry of the source went.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+from typer.testing import CliRunner
+
+from conversion.architecture import Architecture
+from conversion.checkpoint.errors import CheckpointError
+from growth import grow_checkpoint
+from growth.mup import parameter_groups
+from growth.optimizer import load_adam_state, read_adam_state
+from modeling_teleflm import TeleFLMForCausalLM
+from teleflm import app
+from tests.growth.test_growth import (  # noqa: F401
+    ALL_AXES,
+    GROUPED,
+    IDS,
+    heads,
+    load,
+    make_source,
+    one_thread,
+    source,
+)
+
+TARGET = {**ALL_AXES, "output_mult": 0.3}
+
+
+def trainer_groups(model: torch.nn.Module) -> list[dict]:
+    """The groups of transformers' Trainer, which leave norms without decay."""
+    norms = [parameter for name, parameter in model.named_parameters() if "norm" in name]
+    matrices = [parameter for name, parameter in model.named_parameters() if "norm" not in name]
+    return [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+
+
+def mup_groups(model: torch.nn.Module) -> list[dict]:
+    return parameter_groups(model, learning_rate=1e-3, weight_decay=0.1, width_ratio=2.0)
+
+
+def one_group(model: torch.nn.Module) -> list[dict]:
+    return [{"params": list(model.parameters())}]
+
+
+def gradients(model: TeleFLMForCausalLM, vocab_size: int = 640) -> dict[str, torch.Tensor]:
+    """Of a loss that only sees the old vocabulary."""
+    logits = model(IDS).logits[..., :vocab_size]
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def save_state(folder: Path, path: Path, groups=trainer_groups, betas=(0.0, 0.0)) -> None:
+    model = load(folder)
+    optimizer = torch.optim.AdamW(groups(model), lr=1e-3, betas=betas)
+    gradients(model)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), path)
+
+
+def by_name(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    saved = torch.load(path, weights_only=True)
+    groups = saved["param_groups"]
+    return {name: saved["state"][i] for g in groups for name, i in zip(g["param_names"], g["params"], strict=True)}
+
+
+@pytest.mark.parametrize("groups", [trainer_groups, mup_groups, one_group])
+@pytest.mark.parametrize(
+    ("fields", "target", "arguments"),
+    [
+        pytest.param({}, TARGET, {}, id="zero"),
+        pytest.param(GROUPED, {**heads(12, 3), "num_hidden_layers": 5}, {}, id="zero, GQA 8/2 to 12/3"),
+        pytest.param({}, {**TARGET, **heads(8, 8)}, {"method": "tile", "noise": 0.0}, id="tile"),
+        pytest.param(
+            GROUPED, {**heads(16, 4), "intermediate_size": 264}, {"method": "tile", "noise": 0.0}, id="x 2, x 3"
+        ),
+    ],
+)
+def test_moments_are_the_gradient_of_the_grown_model(fields, target, arguments, groups, make_source, tmp_path):  # noqa: F811
+    source = make_source(**fields)  # noqa: F811
+    save_state(source, tmp_path / "optimizer.pt", groups)
+    result = grow_checkpoint(source, tmp_path / "out", target, optimizer=tmp_path, multipliers="target", **arguments)
+    assert any("after 1 steps" in note for note in result.notes)
+    grown, model = by_name(tmp_path / "out/optimizer.pt"), load(tmp_path / "out")
+    expected = gradients(model)
+    assert list(expected) == sorted(grown, key=list(expected).index)
+    copies = {index for index, origin in enumerate(result.growth.layers) if origin.is_copy}
+    for name, state in grown.items():
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        assert m.dtype == v.dtype == torch.float32
+        assert m.shape == expected[name].shape
+        assert state["step"] == 1
+        is_copy = name.startswith("model.layers.") and int(name.split(".")[2]) in copies
+        old = m != 0
+        if is_copy:
+            assert not old.any()
+            assert (v == v.flatten()[0]).all()
+        else:
+            assert old.any()
+            scale = expected[name].abs().max().item()
+            torch.testing.assert_close(m[old].double(), expected[name][old], rtol=1e-5, atol=1e-6 * scale)
+            torch.testing.assert_close(v[old].double(), expected[name][old] ** 2, rtol=1e-5, atol=1e-6 * scale**2)
+        mean = expected[name].square()
+        if "embed" not in name and not is_copy and (~old).any():  # rows of tokens that do not occur are old and zero
+            assert (v[~old] == v[~old][0]).all()
+            torch.testing.assert_close(v[~old][0].double(), mean[old].mean(), rtol=1e-5, atol=0)
+
+
+def test_every_old_entry_is_carried(source, tmp_path):  # noqa: F811
+    """A second oracle, by hand: where each old block is, and its factor."""
+    save_state(source, tmp_path / "optimizer.pt")
+    result = grow_checkpoint(source, tmp_path / "out", TARGET, optimizer=tmp_path, multipliers="target")
+    model = load(source)
+    before = gradients(model)
+    after = by_name(tmp_path / "out/optimizer.pt")
+    originals = [i for i, origin in enumerate(result.growth.layers) if not origin.is_copy]
+    s, head, embed = (32 / 40) ** 0.5, (0.5 / 4) / (0.3 / 5), 2.5
+    for name, g in before.items():
+        parts = name.split(".")
+        if parts[1] == "layers":
+            parts[2] = str(originals[int(parts[2])])
+        c = s if "norm" in name else head if "lm_head" in name else embed if "embed" in name else 1.0
+        state = after[".".join(parts)]
+        kept = tuple(map(slice, g.shape))
+        torch.testing.assert_close(state["exp_avg"][kept].double(), g / c, rtol=1e-6, atol=0)
+        torch.testing.assert_close(state["exp_avg_sq"][kept].double(), (g / c) ** 2, rtol=1e-6, atol=0)
+        rest = torch.ones(state["exp_avg"].shape, dtype=torch.bool)
+        rest[kept] = False
+        assert not state["exp_avg"][rest].any()
+        mean = ((g / c) ** 2).mean()
+        torch.testing.assert_close(state["exp_avg_sq"][rest].double(), mean.expand(int(rest.sum())), rtol=1e-6, atol=0)
+
+
+def test_key_value_copies_share_the_gradient(make_source, tmp_path):  # noqa: F811
+    """Each copy serves some of the queries; what is known is that their gradients add up to the old one."""
+    source = make_source(**GROUPED)  # noqa: F811
+    save_state(source, tmp_path / "optimizer.pt")
+    grow_checkpoint(source, tmp_path / "out", heads(8, 4), optimizer=tmp_path)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    m = by_name(tmp_path / "out/optimizer.pt")[name]["exp_avg"].double()
+    truth = gradients(load(tmp_path / "out"))[name]
+    torch.testing.assert_close(m.view(2, 2, 8, -1).sum(1), truth.view(2, 2, 8, -1).sum(1), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("betas", "grown", "zeroed"), [((0.9, 0.95), 0.10, 0.45), ((0.9, 0.999), 0.10, 3.16)], ids=["0.95", "0.999"]
+)
+@pytest.mark.parametrize("with_v", [True, False], ids=["v = mean", "v = 0"])
+def test_the_first_update_of_new_entries(with_v, betas, grown, zeroed, source, tmp_path):  # noqa: F811
+    """In units of the learning rate, at a gradient of the usual size and a step counter that goes on.
+
+    A mean of v that starts at zero would make it several times the learning rate.
+    """
+    save_state(source, tmp_path / "optimizer.pt", betas=betas)
+    saved = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    for state in saved["state"].values():
+        state["step"].fill_(100_000)
+    torch.save(saved, tmp_path / "optimizer.pt")
+    grow_checkpoint(source, tmp_path / "out", {"intermediate_size": 110}, optimizer=tmp_path)
+    model = load(tmp_path / "out")
+    optimizer = torch.optim.AdamW(trainer_groups(model), lr=1e-3, betas=betas, eps=0.0, weight_decay=0.0)
+    load_adam_state(optimizer, model, tmp_path / "out/optimizer.pt")
+    parameter = model.model.layers[1].mlp.gate_proj.weight
+    usual = optimizer.state[parameter]["exp_avg_sq"][-1, -1].sqrt().item()
+    if not with_v:
+        optimizer.state[parameter]["exp_avg_sq"][88:] = 0
+    before = parameter.detach().clone()
+    parameter.grad = torch.full_like(parameter, usual)
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    optimizer.step()
+    update = (before - parameter.detach())[88:] / 1e-3
+    torch.testing.assert_close(update, torch.full_like(update, grown if with_v else zeroed), rtol=0.02, atol=0)
+
+
+@pytest.fixture(scope="module")
+def trained(make_source, tmp_path_factory) -> tuple[Path, Path]:  # noqa: F811
+    """A source and a checkpoint of its training by transformers' own Trainer."""
+    source = make_source(torch.float32)  # noqa: F811
+    return source, run(load(source), tmp_path_factory.mktemp("run")) / "checkpoint-3"
+
+
+def run(model, folder: Path, trainer_class=Trainer, **arguments) -> Path:
+    args = TrainingArguments(
+        str(folder),
+        max_steps=3,
+        save_steps=3,
+        learning_rate=1e-3,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=2,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
+    trainer_class(model, args, train_dataset=rows, **arguments).train()
+    return folder
+
+
+def test_from_one_trainer_to_the_next(trained, tmp_path):
+    folder, checkpoint = trained
+    grow_checkpoint(folder, tmp_path / "out", ALL_AXES, optimizer=checkpoint)
+    model = load(tmp_path / "out")
+    saved = torch.load(tmp_path / "out/optimizer.pt", weights_only=True)
+    own = Trainer(model, TrainingArguments(str(tmp_path / "x"), use_cpu=True)).create_optimizer()
+    own.load_state_dict(saved)
+    assert [len(group["params"]) for group in own.param_groups] == [5 * 7 + 2, 5 * 2 + 1]
+    other = torch.optim.AdamW(mup_groups(model), lr=1e-3)
+    load_adam_state(other, model, tmp_path / "out/optimizer.pt")
+    for parameter in model.parameters():
+        assert other.state[parameter]["step"] == 3
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(own.state[parameter][moment], other.state[parameter][moment])
+    assert other.param_groups[1]["lr"] == 5e-4  # settings are the new run's
+    run(model, tmp_path / "next", optimizers=(own, None))
+    assert own.state[model.lm_head.weight]["step"] == 6
+
+
+def test_the_command(trained, tmp_path):
+    folder, checkpoint = trained
+    arguments = ["grow", folder, tmp_path / "out", "--set", "intermediate_size=96", "--optimizer", checkpoint]
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0
+    assert "optimizer.pt: Adam's moments after 3 steps" in result.output
+    first = (tmp_path / "out/optimizer.pt").read_bytes()
+    again = CliRunner().invoke(app, list(map(str, arguments)))
+    assert "already done" in again.output
+    assert (tmp_path / "out/optimizer.pt").read_bytes() == first
+    without = CliRunner().invoke(app, [*map(str, arguments[:5]), "--dry-run"])
+    assert "No optimizer state" in without.output
+
+
+# Bad input: one line, before anything is written.
+
+
+def _momentum(saved):
+    for state in saved["state"].values():
+        state["momentum_buffer"] = state.pop("exp_avg")
+
+
+def _other_shape(saved):
+    saved["state"][0]["exp_avg_sq"] = torch.zeros(640, 31)
+
+
+def _fewer(saved):
+    saved["param_groups"][1]["params"].pop()
+
+
+def _lost(saved):
+    del saved["state"][3]
+
+
+def _integers(saved):
+    saved["state"][0]["exp_avg"] = torch.zeros(640, 32, dtype=torch.int8)
+
+
+def _nothing(saved):
+    saved.clear()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_momentum, r"state of model\.embed_tokens\.weight is .*momentum_buffer.*only Adam"),
+        (
+            _other_shape,
+            r"exp_avg_sq of model\.embed_tokens\.weight has shape \(640, 31\), config\.json says \(640, 32\)",
+        ),
+        (_fewer, r"param_groups have \[23, 6\] parameters, the model has \[30\] or \[23, 7\] or \[2, 21, 7\]"),
+        (_lost, r"state of model\.layers\.0\.self_attn\.v_proj\.weight is None"),
+        (_integers, r"exp_avg of model\.embed_tokens\.weight is no tensor of floating-point numbers"),
+        (_nothing, "is no optimizer state"),
+    ],
+)
+def test_other_states_are_refused(damage, message, trained, tmp_path):
+    saved = torch.load(trained[1] / "optimizer.pt", weights_only=True)
+    damage(saved)
+    torch.save(saved, tmp_path / "optimizer.pt")
+    with pytest.raises(CheckpointError, match=message):
+        grow_checkpoint(trained[0], tmp_path / "out", ALL_AXES, optimizer=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("optimizer_0", "FSDP's sharded state; only an unsharded"),
+        ("latest", "DeepSpeed's state; only an unsharded"),
+        ("nothing", r"holds no optimizer\.pt"),
+    ],
+)
+def test_sharded_states_are_a_stated_limit(name, message, source, tmp_path):  # noqa: F811
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / name).touch()
+    with pytest.raises(CheckpointError, match=message):
+        grow_checkpoint(source, tmp_path / "out", ALL_AXES, optimizer=tmp_path / "state")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_state_of_another_model_is_not_loaded(trained, tmp_path):
+    folder, checkpoint = trained
+    grow_checkpoint(folder, tmp_path / "out", {"intermediate_size": 96}, optimizer=checkpoint)
+    for model, message in (
+        (load(folder), r"gate_proj\.weight has shape \(96, 32\), the model has \(88, 32\)"),
+        (TeleFLMForCausalLM(load(folder).config), r"gate_proj\.weight has shape"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load_adam_state(torch.optim.AdamW(model.parameters()), model, tmp_path / "out/optimizer.pt")
+    with pytest.raises(CheckpointError, match="does not name its parameters"):
+        load_adam_state(torch.optim.AdamW(model.parameters()), model, checkpoint / "optimizer.pt")
+
+
+def test_moments_are_read_without_loading_them(trained):
+    folder, checkpoint = trained
+    architecture = Architecture.from_config(json.loads((folder / "config.json").read_bytes()))
+    state = read_adam_state(checkpoint, architecture)
+    assert state.steps["model.norm.weight"] == 3
+    assert state.moments["lm_head.weight"][0].shape == (640, 32)
+    assert state.groups[0][0]["betas"] == (0.9, 0.999)
