@@ -1,0 +1,199 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Continued pretraining: packing, masks, grown moments, muP, and resuming as if nothing had happened."""
+
+import json
+import re
+from pathlib import Path
+from pydoc_data import topics
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, TrainingArguments
+
+from conversion.checkpoint.errors import CheckpointError
+from growth import grow_checkpoint
+from growth.fold import fold_masks
+from growth.train import GrowthArguments, build_trainer, load_blocks, main, parse_arguments, train
+from modeling_teleflm import TeleFLMForCausalLM
+from tests.fixtures.tiny import tiny_model, tiny_tokenizer
+from tests.growth.test_growth import one_thread  # noqa: F401
+
+TARGET = {"hidden_size": 40, "num_attention_heads": 5, "intermediate_size": 110, "num_hidden_layers": 4}
+TEXTS = [text for text in topics.topics.values() if len(text) > 200][:12]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "topics.jsonl"
+    path.write_text("".join(json.dumps({"text": text[:2000]}) + "\n" for text in TEXTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer(folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def masked(source, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("masked") / "out"
+    grow_checkpoint(source, folder, TARGET, method="mask", mask_steps=20)
+    return folder
+
+
+@pytest.fixture
+def arguments(text, masked, tmp_path):
+    """The keys of a run that takes a moment."""
+
+    def build(**keys) -> dict:
+        defaults = {
+            "model_name_or_path": str(masked),
+            "train_files": [str(text)],
+            "output_dir": str(tmp_path / "run"),
+            "block_size": 32,
+            "max_steps": 10,
+            "learning_rate": 1e-3,
+            "per_device_train_batch_size": 2,
+            "use_cpu": True,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            "save_steps": 5,
+        }
+        return {**defaults, **keys}
+
+    return build
+
+
+def split(keys: dict) -> tuple[GrowthArguments, TrainingArguments]:
+    own = GrowthArguments.__dataclass_fields__
+    ours, theirs = ({key: keys[key] for key in keys if (key in own) is mine} for mine in (True, False))
+    return GrowthArguments(**ours), TrainingArguments(**theirs)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_resuming_changes_no_bit(arguments, masked, tmp_path):
+    """Ten steps, and five that another process continues: masks, muP groups, moments, schedule and data go on."""
+    keys = arguments(mup_base_width=32, weight_decay=0.1, lr_scheduler_type="cosine", warmup_steps=2)
+    train(*split(keys))
+    whole, half = tmp_path / "run", tmp_path / "run/checkpoint-5"
+    assert json.loads((half / "config.json").read_bytes())["growth_state"]["step"] == 5
+    train(*split({**keys, "output_dir": str(tmp_path / "again"), "resume_from_checkpoint": str(half)}))
+    first, second = weights(whole), weights(tmp_path / "again")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], weights(half)["lm_head.weight"])
+    for folder in (whole, tmp_path / "again"):
+        assert json.loads((folder / "config.json").read_bytes())["growth_state"]["step"] == 10
+    optimizers = [
+        torch.load(folder / "checkpoint-10/optimizer.pt", weights_only=True) for folder in (whole, tmp_path / "again")
+    ]
+    assert str(optimizers[0]["param_groups"]) == str(optimizers[1]["param_groups"])
+    assert [group["initial_lr"] for group in optimizers[0]["param_groups"]] == pytest.approx([1e-3, 8e-4, 1e-3])
+    for index, state in optimizers[0]["state"].items():
+        assert all(torch.equal(value, optimizers[1]["state"][index][key]) for key, value in state.items())
+
+
+def test_what_was_trained_folds_and_has_learnt(arguments, source, tmp_path):
+    keys = arguments(max_steps=60, save_strategy="no", learning_rate=0.02, per_device_train_batch_size=4)
+    growth, args = split(keys)
+    trainer = build_trainer(growth, args)
+    before = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+    train(growth, args)
+    fold_masks(tmp_path / "run", tmp_path / "plain")
+    assert "alpha 1" in (tmp_path / "plain/README.md").read_text()  # after 60 steps, of 20
+    plain = TeleFLMForCausalLM.from_pretrained(tmp_path / "plain")
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain").encode("a b") == trainer.processing_class.encode("a b")
+    ids = torch.tensor(trainer.train_dataset["input_ids"])
+    with torch.no_grad():
+        assert plain(ids, labels=ids).loss < before - 0.5
+
+
+def test_moments_that_grew_with_the_weights_are_used(arguments, source, tmp_path):
+    train(*split(arguments(model_name_or_path=str(source), max_steps=5)))
+    grow_checkpoint(tmp_path / "run", tmp_path / "grown", TARGET, optimizer=tmp_path / "run/checkpoint-5")
+    for fresh, steps in ((False, 5), (True, None)):
+        keys = arguments(model_name_or_path=str(tmp_path / "grown"), fresh_optimizer=fresh, mup_base_width=32)
+        trainer = build_trainer(*split({**keys, "output_dir": str(tmp_path / f"next-{fresh}")}))
+        state = trainer.create_optimizer().state.get(trainer.model.lm_head.weight, {})
+        assert state.get("step") == steps
+    keys |= {"fresh_optimizer": False, "output_dir": str(tmp_path / "next"), "max_steps": 3, "save_steps": 3}
+    train(*split(keys))
+    saved = torch.load(tmp_path / "next/checkpoint-3/optimizer.pt", weights_only=True)
+    assert {state["step"].item() for state in saved["state"].values()} == {8}
+
+
+def test_packing(text, source):
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    blocks = load_blocks([str(text)], tokenizer, GrowthArguments(str(source), [str(text)], block_size=50))
+    ids: list[int] = []
+    for row in text.read_text().splitlines():
+        ids += [1, *tokenizer(json.loads(row)["text"], add_special_tokens=False)["input_ids"], 2]
+    assert [id_ for block in blocks["input_ids"] for id_ in block] == ids[: len(ids) // 50 * 50]
+    assert blocks["labels"] == blocks["input_ids"]
+
+
+def test_a_text_file_is_one_document(source, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("one line\nanother\n\nand a third " * 20)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    blocks = load_blocks([str(path)], tokenizer, GrowthArguments(str(source), [str(path)], block_size=40))
+    assert sum(block.count(1) for block in blocks["input_ids"]) == 1
+
+
+# The command line.
+
+
+def test_a_run_from_yaml(arguments, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(arguments(max_steps=2, save_strategy="no")))
+    assert main([str(tmp_path / "run.yaml")]) == 0
+    assert "mean loss" in capsys.readouterr().out
+    assert (tmp_path / "run/model.safetensors").is_file()
+
+
+def test_keys_and_values_on_the_command_line(tmp_path):
+    line = f"--model_name_or_path m --train_files a b --output_dir {tmp_path} --mup_base_width 64 --max_steps 7"
+    growth, args = parse_arguments(line.split())
+    assert growth == GrowthArguments("m", ["a", "b"], mup_base_width=64)
+    assert args.max_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"block_sise": 1}, "block_sise"),
+        ({"block_size": 1}, "block_size is 1, expected at least 2"),
+        ({"mup_base_width": 0}, "mup_base_width is 0, expected at least 1"),
+        ({"train_files": ["nowhere.jsonl"]}, r"nowhere\.jsonl: no such file"),
+        ({"train_files": [__file__]}, "expected files of one kind"),
+        ({"text_column": "body"}, "has no column body; it has text"),
+        ({"block_size": 10**6}, "less text than one block of 1000000 tokens"),
+        ({"model_name_or_path": "nowhere"}, "model_name_or_path is 'nowhere', which holds no config.json"),
+        ({"resume_from_checkpoint": "true"}, "holds no checkpoint"),
+    ],
+)
+def test_errors_are_one_line(keys, message, arguments, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(arguments(**keys)))
+    assert main([str(tmp_path / "run.yaml")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert re.search(message, error)
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_a_second_run_does_not_mix_with_the_first(arguments):
+    keys = arguments(max_steps=1, save_steps=1)
+    train(*split(keys))
+    with pytest.raises(CheckpointError, match=r"already holds .*checkpoint-1; choose another, or go on"):
+        train(*split(keys))
