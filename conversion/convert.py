@@ -11,7 +11,7 @@ from .architecture import MODEL_TYPE, Architecture
 from .checkpoint.containers import safetensors_shards
 from .checkpoint.dtypes import DType, parse_dtype
 from .checkpoint.errors import CheckpointError
-from .checkpoint.execute import CheckpointResult, WriteOptions, write_checkpoint
+from .checkpoint.execute import CheckpointResult, WriteOptions, foresee, write_checkpoint
 from .checkpoint.manifest import MANIFEST, read_manifest
 from .checkpoint.plan import CheckpointPlan, TensorPlan, View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
@@ -55,8 +55,9 @@ def convert_checkpoint(
     checkpoint = open_checkpoint(source)
     plan, notes = plan_conversion(checkpoint, dtype=parse_dtype(dtype) if dtype else None)
     shards = safetensors_shards(plan.tensors, options.shard_bytes)
-    written = None if dry_run else write_checkpoint(plan, Path(out), options)
-    return CheckpointResult(plan, shards, notes, written)
+    if dry_run:
+        return CheckpointResult(plan, shards, notes + foresee(plan, shards, Path(out), options), None)
+    return CheckpointResult(plan, shards, notes, write_checkpoint(plan, Path(out), options))
 
 
 def plan_conversion(checkpoint: Source, *, dtype: DType | None = None) -> tuple[CheckpointPlan, list[str]]:

@@ -95,27 +95,39 @@ def lineage_steps(lineage: Mapping[str, Any] | None) -> list[str]:
     if not lineage:
         return []
     parent = lineage.get("parent")
-    before = lineage_steps(parent["lineage"]) if parent else ["A checkpoint without a record of its own."]
-    match lineage.get("operation"):
-        case "grow":
-            old, new = lineage["source"], lineage["target"]
-            fields = [f"{field} {old[field]} to {new[field]}" for field in old if old[field] != new[field]]
+    before = ["A checkpoint without a record of its own."]
+    if isinstance(parent, dict) and isinstance(parent.get("lineage"), dict):
+        before = lineage_steps(parent["lineage"])
+    match lineage:
+        case {"operation": "grow", "source": dict() as old, "target": dict() as new}:
+            fields = [f"{field} {old[field]} to {new.get(field)}" for field in old if old[field] != new.get(field)]
             step = f"Grown without changing the function it computes: {', '.join(fields) or 'nothing changed'}."
-        case "convert":
+            if lineage.get("method") == "mask":
+                step += f" Masks silence what is new, until {lineage['mask_steps']} steps of training have raised them."
+        case "fold":
+            masks = lineage["masks"]
+            step = (
+                f"Its masks, at step {masks['step']} of {masks['total_steps']}, folded into the weights at alpha "
+                f"{lineage['alpha']:g}."
+            )
+        case {"operation": "convert", "from": container}:
             cast = f", cast to {lineage['dtype']}" if lineage.get("dtype") else ""
-            step = f"Rewritten as safetensors from {lineage['from']} files{cast}."
-        case operation:
-            step = f"{operation}."
+            step = f"Rewritten as safetensors from {container} files{cast}."
+        case {"operation": "fold", "alpha": float() | int() as alpha}:
+            step = f"Growth masks folded into the weights at alpha {alpha:g}."
+        case _:
+            step = f"{str(lineage.get('operation'))[:80]}."
     return [*before, step]
 
 
-def model_card(architecture: Architecture, dtype: str, lineage: list[str]) -> str:
+def model_card(architecture: Architecture, dtype: str, lineage: list[str], module: str = "modeling_teleflm") -> str:
     """A README.md with the facts that follow from the configuration.
 
     Args:
         architecture: the model's numbers.
         dtype: of its weights.
         lineage: one sentence a step of what it was made from.
+        module: of this package, whose import makes the model known.
     """
     a = architecture
     rows = {
@@ -151,7 +163,7 @@ tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
 ```
 
-With the `teleflm` package installed, `import modeling_teleflm` replaces `trust_remote_code=True`.
+With the `teleflm` package installed, `import {module}` replaces `trust_remote_code=True`.
 
 ## Made from
 

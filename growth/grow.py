@@ -13,7 +13,7 @@ from conversion.architecture import Architecture, load_config, load_preset, pack
 from conversion.checkpoint.containers import safetensors_shards
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
-from conversion.checkpoint.execute import CheckpointResult, WriteOptions, write_checkpoint
+from conversion.checkpoint.execute import CheckpointResult, WriteOptions, foresee, write_checkpoint
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.plan import CheckpointPlan
 from conversion.checkpoint.sources import Source, open_checkpoint
@@ -116,6 +116,8 @@ def grow_checkpoint(
     if adam and written and options.rank == 0:
         _write_optimizer(adam, growth, Path(out))
     notes = [*_notes(growth), *_layer_notes(layers, growth, distances), _optimizer_note(adam)]
+    if dry_run:
+        notes += foresee(plan, shards, Path(out), options)
     return GrowthResult(plan, shards, notes, written, growth, distances)
 
 
@@ -155,9 +157,11 @@ def plan_growth(
 
     lineage = {**_lineage(checkpoint, growth), "layer_distances": [asdict(distance) for distance in distances]}
     config = hub_config(checkpoint.config or {}, growth.target, tensors[0].dtype.name)
-    card = model_card(growth.target, tensors[0].dtype.name, lineage_steps(lineage))
+    is_masked = growth.method == "mask"
+    module = "growth.masks" if is_masked else "modeling_teleflm"
+    card = model_card(growth.target, tensors[0].dtype.name, lineage_steps(lineage), module)
     sidecars = hub_sidecars(Path(checkpoint.folder), card)
-    if growth.method == "mask":
+    if is_masked:
         config = MaskState.of_growth(growth).to_config(config)
         sidecars[MASKED_CODE] = str(package_folder() / MASKED_CODE)
     plan = CheckpointPlan(tuple(tensors), config, sidecars, lineage, seed)

@@ -107,10 +107,9 @@ def write_checkpoint(plan: CheckpointPlan, out: Path, options: WriteOptions) -> 
     plan.check()
     shards = safetensors_shards(plan.tensors, options.shard_bytes)
     written = Written(out, tuple(shard.filename for shard in shards), plan.nbytes)
-    if any(out.resolve() in (Path(file).parent.resolve(), Path(file).resolve().parent) for file in plan.sources):
+    if _is_source(plan, out):
         raise CheckpointError(f"{out}: is the source too; write to another folder.")
     out.mkdir(parents=True, exist_ok=True)
-    settings = {"max_shard_size": options.shard_bytes, "digest": options.digest}
 
     def is_done() -> bool:
         return _is_done(plan, shards, out, options.digest)
@@ -118,7 +117,10 @@ def write_checkpoint(plan: CheckpointPlan, out: Path, options: WriteOptions) -> 
     if is_done():
         shutil.rmtree(out / FOLDER, ignore_errors=True)  # of a run that was killed on its last step
         return replace(written, already_done=True)
-    with Workspace(out, plan, settings, options.rank, options.overwrite, is_done) as workspace, FileReader() as reader:
+    with (
+        Workspace(out, plan, _settings(options), options.rank, options.overwrite, is_done) as workspace,
+        FileReader() as reader,
+    ):
         mine = shards[options.rank :: options.world_size]
         todo = [shard for shard in mine if workspace.finished(shard) is None]
         if is_done():  # asked after looking at the records, which go when all is done
@@ -134,6 +136,35 @@ def write_checkpoint(plan: CheckpointPlan, out: Path, options: WriteOptions) -> 
             _make_loadable(shards, workspace)
             workspace.remove()
     return written
+
+
+def foresee(plan: CheckpointPlan, shards: Sequence[Shard], out: Path, options: WriteOptions) -> list[str]:
+    """What `write_checkpoint` would meet in a folder, a sentence each; nothing is touched. For a dry run."""
+    if _is_source(plan, out):
+        return [f"It would be refused: {out} is the source too; write to another folder."]
+    if _is_done(plan, shards, out, options.digest):
+        return [f"{out} is already done."]
+    notes = []
+    if out.is_dir():
+        workspace = Workspace(out, plan, _settings(options), options.rank, options.overwrite, lambda: False)
+        run, obstacle = workspace.survey()
+        if obstacle is not None:
+            notes.append(f"{'It would be removed' if options.overwrite else 'It would be refused'}: {obstacle}")
+        elif run is not None:
+            notes.append(f"{out} holds an interrupted run of this, which would be resumed.")
+    need, free = sum(shard.nbytes for shard in shards), free_space(out)
+    if need > free:
+        notes.append(f"It would be refused: {need / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free.")
+    return notes
+
+
+def _settings(options: WriteOptions) -> dict[str, Any]:
+    """What decides the files beside the plan."""
+    return {"max_shard_size": options.shard_bytes, "digest": options.digest}
+
+
+def _is_source(plan: CheckpointPlan, out: Path) -> bool:
+    return any(out.resolve() in (Path(file).parent.resolve(), Path(file).resolve().parent) for file in plan.sources)
 
 
 def free_space(out: Path) -> int:

@@ -8,7 +8,6 @@ It is published beside the weights, so it holds no local path, no user and no ho
 """
 
 import importlib.metadata
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,11 @@ from .assemble import BLOCK
 from .containers import Shard
 from .errors import CheckpointError
 from .plan import CheckpointPlan
+from .strict_json import parse_json_object
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+_FIELDS = {"plan": str, "lineage": dict, "tensors": dict}  # what a manifest of this format has at least
 
 
 def block_digest(chunks: Iterable[bytes | memoryview]) -> bytes:
@@ -86,11 +87,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); remove the file or restore it.") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise CheckpointError(f"{path}: manifest format is {found!r}, this version reads {FORMAT}; update teleflm.")
+    manifest = parse_json_object(path.read_bytes(), str(path))
+    if manifest.get("format") != FORMAT:
+        found = repr(manifest.get("format"))[:80]
+        raise CheckpointError(f"{path}: manifest format is {found}, this version reads {FORMAT}; update teleflm.")
+    for field, kind in _FIELDS.items():
+        if not isinstance(manifest.get(field), kind):
+            found = type(manifest.get(field)).__name__
+            raise CheckpointError(
+                f"{path}: {field} is a {found}, expected a {kind.__name__}; restore or remove the file."
+            )
     return manifest

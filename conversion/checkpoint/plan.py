@@ -22,7 +22,8 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -415,10 +416,12 @@ class CheckpointPlan:
     def fingerprint(self) -> str:
         """A digest of everything that decides the output's bytes; the directory the sources lie in does not."""
         digest = hashlib.sha256()
+        folder = os.path.commonpath(list(map(os.path.dirname, self.sources))) if self.sources else ""
+        names = {file: os.path.relpath(file, folder) for file in self.sources}
         for tensor in self.tensors:
             digest.update(repr((tensor.name, tensor.shape, tensor.dtype.name, tensor.layout)).encode())
             for piece in tensor.pieces:
-                digest.update(_portable_repr(piece).encode())
+                digest.update(_portable_repr(piece, names).encode())
         digest.update(json.dumps([self.config, self.lineage, self.seed], sort_keys=True).encode())
         return digest.hexdigest()
 
@@ -445,11 +448,11 @@ def piece_number(piece: Piece) -> float | Statistic | None:
     return None
 
 
-def _portable_repr(piece: Piece) -> str:
+def _portable_repr(piece: Piece, names: Mapping[str, str]) -> str:
     """A text that two plans share iff the piece is the same, wherever the source folder lies."""
 
     def window(view: View) -> tuple[Any, ...]:
-        return view.file.rpartition("/")[2], view.offset, view.shape, view.strides, view.dtype.name
+        return names[view.file], view.offset, view.shape, view.strides, view.dtype.name
 
     def number(value: float | Statistic) -> Any:
         return (value.kind, window(value.view), value.factor) if isinstance(value, Statistic) else float(value)

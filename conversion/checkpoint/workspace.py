@@ -126,7 +126,7 @@ class Workspace:
         """Resume the run that is here, or make room and start one."""
         if self._is_done():
             return
-        run, obstacle = self._survey()
+        run, obstacle = self.survey()
         if obstacle is None and run is not None:
             return
         if obstacle is not None and not self._overwrite:
@@ -138,15 +138,15 @@ class Workspace:
     def _await_run(self) -> None:
         polls = _polls(f"rank 0 to prepare {self.out}")
         while not self._is_done():
-            run, obstacle = self._survey()
+            run, obstacle = self.survey()
             if obstacle is None and run is not None:
                 return
             if obstacle is not None and not self._overwrite and not self._is_done():  # rank 0 refuses too
                 raise CheckpointError(obstacle)
             next(polls)
 
-    def _survey(self) -> tuple[dict[str, Any] | None, str | None]:
-        """The run that is here, and what stands in the way of this one; to be asked only if the output is not done."""
+    def survey(self) -> tuple[dict[str, Any] | None, str | None]:
+        """The run that is here, and what stands in the way of this one; to be asked of a folder that is not done."""
         run = _read_json(self.folder / "run.json")
         present = sorted(name for name in os.listdir(self.out) if _WEIGHTS.fullmatch(name))
         loadable = [name for name in WEIGHT_FILES if name in present]

@@ -23,7 +23,7 @@ from conversion.checkpoint.assemble import measure
 from conversion.checkpoint.containers import parse_size, safetensors_shards
 from conversion.checkpoint.dtypes import BFLOAT16, BY_NAME, FLOAT32, FLOAT64
 from conversion.checkpoint.errors import CheckpointError, CorruptData
-from conversion.checkpoint.execute import WriteOptions, write_checkpoint
+from conversion.checkpoint.execute import WriteOptions, foresee, write_checkpoint
 from conversion.checkpoint.normal_stream import GRID, draw_words, normal_table
 from conversion.checkpoint.plan import (
     Box,
@@ -312,3 +312,37 @@ def test_sizes(text, size):
 def test_bad_sizes(text):
     with pytest.raises(ValueError, match="not a positive number of bytes"):
         parse_size(text)
+
+
+def test_a_dry_run_foresees(tmp_path):
+    """What would be met, without touching anything."""
+
+    def told(plan: CheckpointPlan, out: Path, **options) -> str:
+        written = WriteOptions(**options)
+        return " ".join(foresee(plan, safetensors_shards(plan.tensors, written.shard_bytes), out, written))
+
+    plan, out = mixed_plan(tmp_path), tmp_path / "out"
+    other = CheckpointPlan(plan.tensors, plan.config, seed=8)
+    assert told(plan, out) == ""
+    assert not out.exists()
+    assert "is the source too" in told(plan, tmp_path)
+    write_checkpoint(plan, out, WriteOptions())
+    before = digest_of_files(out)
+    assert "already done" in told(plan, out)
+    assert "would be refused" in told(other, out)
+    assert "would be removed" in told(other, out, overwrite=True)
+    assert digest_of_files(out) == before
+    large = CheckpointPlan((TensorPlan("w", (1 << 50,), FLOAT32, (Fill(Box((0,), (1 << 50,))),)),), {})
+    assert "4,503,599.6 GB are needed" in told(large, tmp_path / "large")
+
+
+def test_an_interrupted_run_is_foreseen(tmp_path):
+    plan, out = mixed_plan(tmp_path), tmp_path / "out"
+    data = (tmp_path / "weight").read_bytes()
+    os.truncate(tmp_path / "weight", 3000)
+    with pytest.raises(CorruptData):
+        write_checkpoint(plan, out, WriteOptions())
+    shards = safetensors_shards(plan.tensors, WriteOptions().shard_bytes)
+    assert "would be resumed" in " ".join(foresee(plan, shards, out, WriteOptions()))
+    (tmp_path / "weight").write_bytes(data)
+    assert "weight has changed since" in " ".join(foresee(plan, shards, out, WriteOptions()))

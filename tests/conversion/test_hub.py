@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import modeling_teleflm.modeling_teleflm as modeling
-from conversion import convert_checkpoint, hub
+from conversion import convert_checkpoint, hub, inspect_checkpoint
 from conversion.architecture import Architecture, load_preset, preset_names
 from conversion.checkpoint.errors import CheckpointError
 from growth import grow_checkpoint
@@ -134,3 +134,30 @@ def test_tokenizer_that_is_none(published, tmp_path):
     (published / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(CheckpointError, match=r"tokenizer\.model: not a sentencepiece model"):
         grow_checkpoint(published, tmp_path / "out", WIDER)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", r"manifest\.json is not valid JSON"),
+        (b"[" * 100_000, r"manifest\.json (nests too deeply|is not valid JSON)"),
+        (b"[]", r"manifest\.json is a JSON list, expected an object"),
+        (b"{}", "manifest format is None, this version reads 1"),
+        (b'{"format": 1}', "plan is a NoneType, expected a str"),
+        (b'{"format": 1, "plan": "x", "lineage": [], "tensors": {}}', "lineage is a list, expected a dict"),
+    ],
+)
+def test_a_manifest_of_somebody_elses(content, message, published, tmp_path):
+    (published / "manifest.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        convert_checkpoint(published, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert any("manifest.json" in problem for problem in inspect_checkpoint(published).problems)
+
+
+@pytest.mark.parametrize(
+    "lineage",
+    [{}, {"operation": "grow"}, {"operation": 3, "parent": "x"}, {"operation": "convert", "parent": {"lineage": 1}}],
+)
+def test_a_lineage_of_somebody_elses_is_told_as_far_as_it_goes(lineage):
+    assert all(isinstance(step, str) for step in hub.lineage_steps(lineage))

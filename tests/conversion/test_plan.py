@@ -156,3 +156,14 @@ def test_fingerprint_follows_every_decision_but_not_the_folder():
     assert plan() == plan(folder="/b")
     changed = [plan(std=0.25), plan(scale=2.0), plan(dtype=FLOAT32), plan(seed=1), plan(config={"a": 1})]
     assert len({plan(), *changed}) == 6
+
+
+def test_fingerprint_tells_ranks_files_of_one_name_apart():
+    """Native checkpoints repeat a file name in a folder a rank; two plans that swap them are two plans."""
+
+    def plan(*files):
+        views = [View.contiguous(f"/native/{file}/model_optim_rng.pt", 8, (4, 3), FLOAT32) for file in files]
+        pieces = (Copy(LEFT, views[0]), Copy(RIGHT, views[1]))
+        return CheckpointPlan((TensorPlan("weight", (4, 6), FLOAT32, pieces),), {}).fingerprint()
+
+    assert plan("mp_rank_00", "mp_rank_01") != plan("mp_rank_01", "mp_rank_00")
