@@ -102,14 +102,6 @@ def lineage_steps(lineage: Mapping[str, Any] | None) -> list[str]:
         case {"operation": "grow", "source": dict() as old, "target": dict() as new}:
             fields = [f"{field} {old[field]} to {new.get(field)}" for field in old if old[field] != new.get(field)]
             step = f"Grown without changing the function it computes: {', '.join(fields) or 'nothing changed'}."
-            if lineage.get("method") == "mask":
-                step += f" Masks silence what is new, until {lineage['mask_steps']} steps of training have raised them."
-        case "fold":
-            masks = lineage["masks"]
-            step = (
-                f"Its masks, at step {masks['step']} of {masks['total_steps']}, folded into the weights at alpha "
-                f"{lineage['alpha']:g}."
-            )
         case {"operation": "convert", "from": container}:
             cast = f", cast to {lineage['dtype']}" if lineage.get("dtype") else ""
             step = f"Rewritten as safetensors from {container} files{cast}."
@@ -120,14 +112,13 @@ def lineage_steps(lineage: Mapping[str, Any] | None) -> list[str]:
     return [*before, step]
 
 
-def model_card(architecture: Architecture, dtype: str, lineage: list[str], module: str = "modeling_teleflm") -> str:
+def model_card(architecture: Architecture, dtype: str, lineage: list[str]) -> str:
     """A README.md with the facts that follow from the configuration.
 
     Args:
         architecture: the model's numbers.
         dtype: of its weights.
         lineage: one sentence a step of what it was made from.
-        module: of this package, whose import makes the model known.
     """
     a = architecture
     rows = {
@@ -163,7 +154,7 @@ tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
 ```
 
-With the `teleflm` package installed, `import {module}` replaces `trust_remote_code=True`.
+With the `teleflm` package installed, `import modeling_teleflm` replaces `trust_remote_code=True`.
 
 ## Made from
 

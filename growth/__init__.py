@@ -11,15 +11,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .fold import fold_masks
     from .grow import GrowthResult, grow_checkpoint, plan_growth
     from .spec import Growth
     from .verify import Verification, verify_checkpoints
 
-__all__ = ["Growth", "GrowthResult", "Verification", "grow_checkpoint", "plan_growth", "verify_checkpoints"]
+__all__ = [
+    "Growth",
+    "GrowthResult",
+    "Verification",
+    "fold_masks",
+    "grow_checkpoint",
+    "plan_growth",
+    "verify_checkpoints",
+]
 
 _MODULES = {
     "Growth": "spec",
     "GrowthResult": "grow",
+    "fold_masks": "fold",
     "grow_checkpoint": "grow",
     "plan_growth": "grow",
     "Verification": "verify",

@@ -21,7 +21,7 @@ from conversion.architecture import MODEL_TYPE, Architecture
 from conversion.checkpoint.containers import safetensors_shards
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
-from conversion.checkpoint.execute import CheckpointResult, WriteOptions, write_checkpoint
+from conversion.checkpoint.execute import CheckpointResult, WriteOptions, foresee, write_checkpoint
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.plan import Box, CheckpointPlan, Copy, Fill, Piece, TensorPlan, View
 from conversion.checkpoint.sources import Source, open_checkpoint
@@ -202,6 +202,8 @@ def fold_masks(
     notes = [f"Masks at alpha {folded:g}; the checkpoint is at step {state.step} of {state.total_steps}."]
     if folded < 1 and folded < state.alpha:
         notes.append("Below the checkpoint's own alpha, this is not the model that was trained.")
+    if dry_run:
+        notes += foresee(plan, shards, Path(out), options)
     return CheckpointResult(plan, shards, notes, written)
 
 
@@ -225,17 +227,15 @@ def plan_fold(checkpoint: Source, *, alpha: float | None = None, dtype: DType | 
         for name, weight, layer in weights(architecture)
     )
     parent = read_manifest(Path(checkpoint.folder))
-    before = parent["lineage"] if parent else None
     lineage = {
         "operation": "fold",
         "alpha": alpha,
         "masks": asdict(state),
-        "parent": {"plan": parent["plan"], "lineage": before} if parent else None,
+        "parent": {"plan": parent["plan"], "lineage": parent["lineage"]} if parent else None,
     }
     base = {key: value for key, value in (checkpoint.config or {}).items() if key != "growth_state"}
     out_dtype = tensors[0].dtype.name
-    step = f"Its masks, at step {state.step} of {state.total_steps}, folded into the weights at alpha {alpha:g}."
-    card = model_card(architecture, out_dtype, [*lineage_steps(before), step])
+    card = model_card(architecture, out_dtype, lineage_steps(lineage))
     config = hub_config(base, architecture, out_dtype)
     plan = CheckpointPlan(tensors, config, hub_sidecars(Path(checkpoint.folder), card), lineage)
     plan.check()

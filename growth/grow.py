@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from .optimizer import AdamState
 
 SHORT_MASKS = 2000
+_MASKED_STEP = (
+    "What is new is behind masks, which {} steps of training raise: a checkpoint for training, made known by "
+    "`import growth.masks`; `teleflm fold` writes a plain model."
+)
 
 
 @dataclass(frozen=True)
@@ -158,8 +162,8 @@ def plan_growth(
     lineage = {**_lineage(checkpoint, growth), "layer_distances": [asdict(distance) for distance in distances]}
     config = hub_config(checkpoint.config or {}, growth.target, tensors[0].dtype.name)
     is_masked = growth.method == "mask"
-    module = "growth.masks" if is_masked else "modeling_teleflm"
-    card = model_card(growth.target, tensors[0].dtype.name, lineage_steps(lineage), module)
+    steps = [*lineage_steps(lineage), *([_MASKED_STEP.format(growth.mask_steps)] if is_masked else [])]
+    card = model_card(growth.target, tensors[0].dtype.name, steps)
     sidecars = hub_sidecars(Path(checkpoint.folder), card)
     if is_masked:
         config = MaskState.of_growth(growth).to_config(config)

@@ -149,7 +149,7 @@ def grow_weight(
 
     axes = [grow_axis(axis, growth) for axis in weight.axes]
     layout = tuple(size for axis in axes for size in axis.target)
-    shared = read_copies(weight, growth)
+    shared = axes[-1].copies if len(axes) == 2 and kind != "embed_tokens" else 1  # the input axis of a matrix
     scale = _scale(weight, kind, growth) / shared
     laid_out = _unflatten(view, axes)
     pieces: list[Piece] = []
@@ -165,12 +165,6 @@ def grow_weight(
     rest = complement(layout, [piece.box for piece in pieces])
     pieces += [_fill_rest(box, source_name, "" if is_masked else kind, view, scale) for box in rest]
     return TensorPlan(name, shape, dtype, tuple(pieces), layout)
-
-
-def read_copies(weight: Weight, growth: Growth) -> int:
-    """How many copies of each of its inputs a weight reads, and shares its value among."""
-    has_inputs = len(weight.axes) == 2 and weight is not EMBED_TOKENS
-    return grow_axis(weight.axes[-1], growth).copies if has_inputs else 1
 
 
 def _scale(weight: Weight, kind: str, growth: Growth) -> float:

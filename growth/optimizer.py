@@ -5,7 +5,7 @@
 """Growing Adam's moments with the weights, so that training goes on without a new warm-up.
 
 If a weight becomes w' = c w without changing the function, its gradient becomes g' = g / c, and so the moments become
-m' = m / c and v' = v / c^2. Of k copies that are read together each gets 1/k of the gradient. A new entry starts at
+m' = m / c and v' = v / c^2; n copies of it share that gradient (`gradient_factor`). A new entry starts at
 m = 0 and at the mean of its tensor's v: with v = 0 and a step counter that goes on, its first update would be several
 times the learning rate (3.2 times at beta2 = 0.999, where this one is 0.1 times).
 """
@@ -31,7 +31,7 @@ from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM
 
 from .layer_selection import LayerOrigin
 from .mup import group_names
-from .operators import grow_weight, read_copies
+from .operators import grow_weight
 from .spec import Growth
 
 OPTIMIZER_FILE = "optimizer.pt"
@@ -226,7 +226,10 @@ def _grow_entry(
 
 
 def gradient_factor(weight: Weight, plan: TensorPlan, growth: Growth) -> float:
-    """How the gradient of an old entry changes: 1 / (the factor on the weight x the copies that share its output).
+    """How the gradient of an old entry changes, m' / m.
+
+    The n copies of an entry w, of value c w each, move together: n c g' = g. So a weight that is scaled has g / c, and
+    one that is repeated and shared out (c = 1 / n) keeps its gradient, unless it is repeated as an output too.
 
     Args:
         weight: the weight's line in the table.
@@ -234,9 +237,8 @@ def gradient_factor(weight: Weight, plan: TensorPlan, growth: Growth) -> float:
         growth: what grows into what.
     """
     copies = [piece for piece in plan.pieces if isinstance(piece, Copy)]
-    read = read_copies(weight, growth)
-    written = sum(piece.box.numel for piece in copies) / math.prod(weight.shape(growth.source)) / read
-    return 1.0 / (copies[0].scale * read * written)  # the plan's scale shares the value among the copies read
+    times = sum(piece.box.numel for piece in copies) / math.prod(weight.shape(growth.source))
+    return 1.0 / (copies[0].scale * times)
 
 
 def _place(plan: TensorPlan, factor: float, rest: float, reader: FileReader, *, is_new: bool) -> torch.Tensor:

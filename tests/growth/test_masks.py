@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, Traine
 import growth.fold as folding
 from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError
-from growth import grow_checkpoint
-from growth.fold import fold_masks
+from growth import fold_masks, grow_checkpoint
 from growth.masks import MaskCallback, TeleFLMMaskedForCausalLM
 from growth.numerics import compare_logits
 from modeling_teleflm import TeleFLMForCausalLM
@@ -121,7 +120,9 @@ def test_what_is_written(grouped, masked, tmp_path):
     assert "growth_state" not in plain
     assert (plain["model_type"], plain["rms_norm_eps"]) == ("TeleFLM", 1e-5)
     assert not (tmp_path / "one/masked_teleflm.py").exists()
-    assert "folded into the weights at alpha 1" in (tmp_path / "one/README.md").read_text()
+    card = (tmp_path / "one/README.md").read_text()
+    assert "Growth masks folded into the weights at alpha 1." in card
+    assert "`import growth.masks`" in (masked / "README.md").read_text()
 
 
 def test_new_heads_of_larger_groups_lie_between_the_old_ones(grouped, tmp_path):

@@ -16,6 +16,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
+import growth.optimizer as growing
 from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError
 from growth import grow_checkpoint
@@ -90,10 +91,15 @@ def test_moments_are_the_gradient_of_the_grown_model(fields, target, arguments, 
     save_state(source, tmp_path / "optimizer.pt", groups)
     result = grow_checkpoint(source, tmp_path / "out", target, optimizer=tmp_path, multipliers="target", **arguments)
     assert any("after 1 steps" in note for note in result.notes)
-    grown, model = by_name(tmp_path / "out/optimizer.pt"), load(tmp_path / "out")
+    copies = {index for index, origin in enumerate(result.growth.layers) if origin.is_copy}
+    check_moments(tmp_path / "out", copies)
+
+
+def check_moments(folder: Path, copies: set[int]) -> None:
+    """Compare the moments of a grown checkpoint with its gradients."""
+    grown, model = by_name(folder / "optimizer.pt"), load(folder)
     expected = gradients(model)
     assert list(expected) == sorted(grown, key=list(expected).index)
-    copies = {index for index, origin in enumerate(result.growth.layers) if origin.is_copy}
     for name, state in grown.items():
         m, v = state["exp_avg"], state["exp_avg_sq"]
         assert m.dtype == v.dtype == torch.float32
@@ -113,6 +119,56 @@ def test_moments_are_the_gradient_of_the_grown_model(fields, target, arguments, 
         if "embed" not in name and not is_copy and (~old).any():  # rows of tokens that do not occur are old and zero
             assert (v[~old] == v[~old][0]).all()
             torch.testing.assert_close(v[~old][0].double(), mean[old].mean(), rtol=1e-5, atol=0)
+
+
+def _no_factor(monkeypatch):
+    monkeypatch.setattr(growing, "gradient_factor", lambda *args: 1.0)
+
+
+def _inverse_factor(monkeypatch):
+    factor = growing.gradient_factor
+    monkeypatch.setattr(growing, "gradient_factor", lambda *args: 1.0 / factor(*args))
+
+
+def _copies_do_not_share(monkeypatch):
+    def factor(weight, plan, growth):
+        return 1.0 / next(piece.scale for piece in plan.pieces if hasattr(piece, "scale"))
+
+    monkeypatch.setattr(growing, "gradient_factor", factor)
+
+
+def _new_entries_at_zero(monkeypatch):
+    place = growing._place
+    monkeypatch.setattr(
+        growing, "_place", lambda plan, factor, rest, *args, **kw: place(plan, factor, 0.0, *args, **kw)
+    )
+
+
+def _additional_layers_as_copies(monkeypatch):
+    place = growing._place
+    monkeypatch.setattr(growing, "_place", lambda *args, is_new: place(*args, is_new=False))
+
+
+@pytest.mark.parametrize(
+    ("mutant", "method"),
+    [
+        (_no_factor, "zero"),
+        (_no_factor, "tile"),
+        (_inverse_factor, "zero"),
+        (_copies_do_not_share, "tile"),
+        (_new_entries_at_zero, "zero"),
+        (_additional_layers_as_copies, "zero"),
+    ],
+)
+def test_mutants_are_caught(mutant, method, source, tmp_path, monkeypatch):  # noqa: F811
+    save_state(source, tmp_path / "optimizer.pt")
+    mutant(monkeypatch)
+    target = {**TARGET, **heads(8, 8)}
+    result = grow_checkpoint(
+        source, tmp_path / "out", target, optimizer=tmp_path, method=method, noise=0.0, multipliers="target"
+    )
+    with pytest.raises(AssertionError):
+        check_moments(tmp_path / "out", {i for i, origin in enumerate(result.growth.layers) if origin.is_copy})
 
 
 def test_every_old_entry_is_carried(source, tmp_path):  # noqa: F811

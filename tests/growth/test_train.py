@@ -5,7 +5,10 @@
 """Continued pretraining: packing, masks, grown moments, muP, and resuming as if nothing had happened."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from pydoc_data import topics
 
@@ -23,6 +26,7 @@ from modeling_teleflm import TeleFLMForCausalLM
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 from tests.growth.test_growth import one_thread  # noqa: F401
 
+ROOT = Path(__file__).parents[2]
 TARGET = {"hidden_size": 40, "num_attention_heads": 5, "intermediate_size": 110, "num_hidden_layers": 4}
 TEXTS = [text for text in topics.topics.values() if len(text) > 200][:12]
 
@@ -103,6 +107,30 @@ def test_resuming_changes_no_bit(arguments, masked, tmp_path):
     assert [group["initial_lr"] for group in optimizers[0]["param_groups"]] == pytest.approx([1e-3, 8e-4, 1e-3])
     for index, state in optimizers[0]["state"].items():
         assert all(torch.equal(value, optimizers[1]["state"][index][key]) for key, value in state.items())
+
+
+def test_two_processes_train_as_one(arguments, tmp_path):
+    """Half the batch each; real processes, as `accelerate launch` and `torchrun` start them."""
+    keys = arguments(max_steps=3, save_strategy="no", mup_base_width=32, per_device_train_batch_size=4)
+    train(*split(keys))
+    keys |= {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 2}
+    (tmp_path / "run.json").write_text(json.dumps(keys))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "growth.train"]
+    result = subprocess.run(
+        [*launch, str(tmp_path / "run.json")],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    one, two = (json.loads((tmp_path / name / "trainer_state.json").read_bytes()) for name in ("run", "two"))
+    losses = [[entry["loss"] for entry in state["log_history"] if "loss" in entry] for state in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert json.loads((tmp_path / "two/config.json").read_bytes())["growth_state"]["step"] == 3
+    for name, weight in weights(tmp_path / "run").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_what_was_trained_folds_and_has_learnt(arguments, source, tmp_path):
