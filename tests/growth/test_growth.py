@@ -373,16 +373,96 @@ def test_new_vocabulary_rows_hardly_touch_the_probabilities(make_source, tmp_pat
 
 
 def test_cached_generation_is_the_same(make_source, tmp_path):
-    source = make_source(torch.float32)
+    source = make_source(torch.float32, max_position_embeddings=512)
     grow_checkpoint(source, tmp_path / "out", ALL_AXES)
-    arguments = {
-        "max_new_tokens": 128,
-        "min_new_tokens": 128,
-        "do_sample": False,
-        "suppress_tokens": list(range(640, 704)),
+    length = {"max_new_tokens": 256, "min_new_tokens": 256, "do_sample": False}
+    old = load(source).generate(IDS[:1, :8], **length)
+    new = load(tmp_path / "out").generate(IDS[:1, :8], **length, suppress_tokens=list(range(640, 704)))
+    assert old.shape == (1, 264)
+    assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [40, 128])
+def test_the_source_can_be_cut_out_again(width, dtype, make_source, tmp_path):
+    """The old block, divided by the norms' factor, is the source: exactly if the factor is a power of two."""
+    source = make_source(dtype, input_mult=1.0)
+    grow_checkpoint(source, tmp_path / "out", {"hidden_size": width, "num_attention_heads": width // 8})
+    factor = (32 / width) ** 0.5
+    old, new = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    for name, tensor in old.items():
+        block = new[name][tuple(slice(n) for n in tensor.shape)]
+        if "norm" in name and width == 40:
+            back = (block.double() / factor).to(dtype)
+            assert ((back - tensor).abs() <= torch.finfo(dtype).eps * tensor.abs()).all(), name  # one unit at most
+        else:
+            assert torch.equal((block.double() / (factor if "norm" in name else 1)).to(dtype), tensor), name
+
+
+def test_two_hops_in_bfloat16_stay_within_two_units(make_source, tmp_path):
+    source = make_source(torch.bfloat16)
+    for start, end, width in (("source", "middle", 40), ("middle", "two", 64), ("source", "one", 64)):
+        folder = source if start == "source" else tmp_path / start
+        grow_checkpoint(folder, tmp_path / end, {"hidden_size": width, "num_attention_heads": width // 8})
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, tensor in load_file(source / "model.safetensors").items():
+        kept = tuple(slice(n) for n in tensor.shape)
+        a, b = one[name][kept].double(), two[name][kept].double()
+        assert ((a - b).abs() <= 2 * torch.finfo(torch.bfloat16).eps * a.abs()).all(), name
+
+
+def grown_densely(old: dict[str, torch.Tensor], layers: list[tuple[int, bool]]) -> dict[str, torch.Tensor]:
+    """Hidden 32 to 40, one head more, 88 to 96 neurons, layers copied: the definition, with new entries of any value.
+
+    Written from the requirement alone: a stream [h; 0], norms times sqrt(32/40), outputs of new things zero.
+    """
+    generator = torch.Generator().manual_seed(7)
+
+    def widen(weight: torch.Tensor, rows: int, columns: int, writes: bool) -> torch.Tensor:
+        new = torch.randn(rows, columns, generator=generator, dtype=torch.float64) * (0 if writes else 1)
+        new[: weight.shape[0], : weight.shape[1]] = weight
+        return new
+
+    def norm(weight: torch.Tensor) -> torch.Tensor:
+        return torch.cat([weight * (32 / 40) ** 0.5, torch.randn(8, generator=generator, dtype=torch.float64)])
+
+    new = {"model.embed_tokens.weight": widen(old["model.embed_tokens.weight"], 640, 40, True)}
+    new |= {
+        "lm_head.weight": widen(old["lm_head.weight"], 640, 40, False),
+        "model.norm.weight": norm(old["model.norm.weight"]),
     }
-    old = load(source).generate(IDS[:1, :8], **{**arguments, "suppress_tokens": None})
-    assert torch.equal(old, load(tmp_path / "out").generate(IDS[:1, :8], **arguments))
+    shapes = {"self_attn.q_proj": (40, 40), "self_attn.k_proj": (40, 40), "self_attn.v_proj": (40, 40)}
+    shapes |= {
+        "self_attn.o_proj": (40, 40),
+        "mlp.gate_proj": (96, 40),
+        "mlp.up_proj": (96, 40),
+        "mlp.down_proj": (40, 96),
+    }
+    for layer, (origin, is_copy) in enumerate(layers):
+        for name, shape in shapes.items():
+            writes = name.endswith(("o_proj", "down_proj"))
+            weight = widen(old[f"model.layers.{origin}.{name}.weight"], *shape, writes)
+            new[f"model.layers.{layer}.{name}.weight"] = weight * 0 if is_copy and writes else weight
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            new[f"model.layers.{layer}.{name}.weight"] = norm(old[f"model.layers.{origin}.{name}.weight"])
+    return new
+
+
+def test_agrees_with_the_dense_definition(make_source, tmp_path):
+    """Where the definition says a value, growth has it; where it lets any be, the function does not depend on it."""
+    source = make_source(input_mult=1.0)
+    target = {"hidden_size": 40, "num_attention_heads": 5, "intermediate_size": 96, "num_hidden_layers": 4}
+    result = grow_checkpoint(source, tmp_path / "out", target)
+    layers = [(origin.source, origin.is_copy) for origin in result.growth.layers]
+    expected = grown_densely(load_file(source / "model.safetensors"), layers)
+    model, grown = load(tmp_path / "out"), load_file(tmp_path / "out/model.safetensors")
+    assert expected.keys() == grown.keys()
+    for name, tensor in expected.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "embed_tokens.weight")):
+            assert torch.equal(grown[name], tensor), name
+    model.load_state_dict(expected)
+    assert compare_logits(load(source), model, IDS).relative < 1e-12
+    assert compare_logits(load(tmp_path / "out"), model, IDS).relative < 1e-12
 
 
 def test_seed_and_nothing_else_decides_the_bytes(source, tmp_path):
