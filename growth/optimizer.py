@@ -13,6 +13,7 @@ times the learning rate (3.2 times at beta2 = 0.999, where this one is 0.1 times
 import math
 import os
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,8 @@ def _name_groups(file: str, saved: list[Any], names: list[str]) -> list[tuple[di
     sizes = [len(group["params"]) for group in saved]
     if all("param_names" in group for group in saved):
         found = [list(group["param_names"]) for group in saved]
-        if sorted(name for group in found for name in group) != sorted(names) or sizes != list(map(len, found)):
+        named = sorted(map(str, chain.from_iterable(found)))
+        if named != sorted(names) or sizes != list(map(len, found)):
             raise CheckpointError(f"{file}: param_names are not the {len(names)} parameters of the model.")
     else:
         kinds = group_names(names)
@@ -148,6 +150,9 @@ def _moments(file: str, name: str, entry: Any, shape: tuple[int, ...]) -> tuple[
         raise CheckpointError(
             f"{file}: the state of {name} is {keys}, expected exp_avg, exp_avg_sq, step; only Adam and AdamW can grow."
         )
+    step = entry["step"]
+    if not isinstance(step, int | float) and not (isinstance(step, View) and step.numel == 1):
+        raise CheckpointError(f"{file}: step of {name} is a {type(step).__name__}, expected a number.")
     for key in _MOMENTS:
         view = entry[key]
         if not isinstance(view, View) or not view.dtype.is_floating:

@@ -318,6 +318,15 @@ def _integers(saved):
     saved["state"][0]["exp_avg"] = torch.zeros(640, 32, dtype=torch.int8)
 
 
+def _no_number(saved):
+    saved["state"][0]["step"] = "three"
+
+
+def _other_names(saved):
+    for group in saved["param_groups"]:
+        group["param_names"] = [f"weight.{index}" for index in group["params"]]
+
+
 def _nothing(saved):
     saved.clear()
 
@@ -333,6 +342,8 @@ def _nothing(saved):
         (_fewer, r"param_groups have \[23, 6\] parameters, the model has \[30\] or \[23, 7\] or \[2, 21, 7\]"),
         (_lost, r"state of model\.layers\.0\.self_attn\.v_proj\.weight is None"),
         (_integers, r"exp_avg of model\.embed_tokens\.weight is no tensor of floating-point numbers"),
+        (_no_number, r"step of model\.embed_tokens\.weight is a str, expected a number"),
+        (_other_names, "param_names are not the 30 parameters of the model"),
         (_nothing, "is no optimizer state"),
     ],
 )
