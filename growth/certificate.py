@@ -5,7 +5,7 @@
 """The certificate of a growth: every byte of the grown model held against the conditions, in one streaming pass.
 
 What a condition allows is worked out here from A's bytes, so that the certificate depends on nothing that the growth
-did or recorded, except for the map of its layers.
+did or recorded, except for its method and the map of its layers.
 """
 
 import os
@@ -40,10 +40,11 @@ class Violation:
         tensor: its name in B.
         row: its row; None in a vector.
         column: its column, or its index in a vector.
-        found: what B holds.
+        found: what B holds; where copies have to add up to a value, what they do.
         expected: what it has to be, as text.
         count: elements of the tensor that break a condition.
         reason: where the condition comes from.
+        others: columns of the further copies that have to add up with this one.
     """
 
     tensor: str
@@ -53,16 +54,18 @@ class Violation:
     expected: str
     count: int
     reason: str
+    others: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        place = f"[{self.column}]" if self.row is None else f"[{self.row}, {self.column}]"
+        columns = (self.column, *self.others)
+        place = " + ".join(f"[{column}]" if self.row is None else f"[{self.row}, {column}]" for column in columns)
         more = f" (and {self.count - 1:,} more of its elements)" if self.count > 1 else ""
         return f"{self.tensor}{place} is {self.found!r}, expected {self.expected}: {self.reason}{more}."
 
 
 @dataclass(frozen=True)
 class Fault:
-    """An element that breaks a condition: where it is, what it is, and what a copy or a zero has to be."""
+    """An element that breaks a condition: where it is, what it is, and what a copy, a sum or a zero has to be."""
 
     row: int
     column: int
@@ -72,11 +75,12 @@ class Fault:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """What was found in one block: violations, and for a copy how far its worst element is from the exact value.
+    """What was found in one block: violations, and for copies how far the worst is from the exact value.
 
     Args:
         block: the condition.
-        worst_ulp: largest distance from A's value times the factor, in units in the last place of B's dtype.
+        worst_ulp: largest distance from A's value times the factor, in units in the last place of B's dtype: of that
+            value, and where copies add up to it, of the largest of them.
         violations: elements that break the condition.
         first: the first of them.
         all_zero: whether the block is nothing but zeros.
@@ -128,10 +132,11 @@ class TensorResult:
             expected=self._expected(block, fault),
             count=sum(result.violations for result in self.blocks),
             reason=block.reason,
+            others=tuple(start + fault.column - block.columns[0] for start in block.others),
         )
 
     def _expected(self, block: Block, fault: Fault) -> str:
-        if block.rule != "copy":
+        if block.rule not in ("copy", "sum"):
             return {"zero": "0", "free": "a finite number"}[block.rule]
         row, column = (
             source + index - first
@@ -180,8 +185,8 @@ class Certificate:
     def notes(self) -> list[str]:
         """What holds or does not, beyond yes and no."""
         notes = []
-        if self.conditions.steps > 1:
-            notes.append(f"B is {self.conditions.steps} growths away from A; their layer maps were composed.")
+        if self.conditions.growths > 1:
+            notes.append(f"B is {self.conditions.growths} growths away from A; their layer maps were composed.")
         dead = [tensor.conditions.name for tensor in self.tensors if tensor.is_dead]
         if dead:
             some = ", ".join(dead[:3]) + (", ..." if len(dead) > 3 else "")
@@ -202,12 +207,13 @@ def certify(
     """Prove from the bytes of two checkpoints that B computes A's function, or name what breaks it.
 
     Copied blocks must be A's times their factor, correctly rounded to B's dtype (byte by byte where the factor is 1 and
-    the dtype A's), blocks that must be zero zero, and everything finite. B is read once, A as often as it was copied;
+    the dtype A's), copies that are read together add up to that within the rounding of each, blocks that must be zero
+    zero, and everything finite. B is read once, A as often as it was copied;
     memory is a few megabytes a worker, whatever the model.
 
     Args:
         a: folder of the source.
-        b: folder of the grown model; its manifest.json says which layers are copies.
+        b: folder of the grown model; its manifest.json says by which method, and which layers are copies.
         workers: threads.
         progress: called, from any thread, with the bytes just read and those in all.
 
@@ -245,7 +251,7 @@ def _check_all(
                 b.tensors[tensor.name],
                 tensor,
                 reader,
-                steps=conditions.steps,
+                roundings=conditions.roundings,
                 progress=lambda nbytes: progress(nbytes, total),
             ),
             conditions.tensors,
@@ -258,7 +264,7 @@ def check_tensor(
     conditions: TensorConditions,
     reader: FileReader,
     *,
-    steps: int = 1,
+    roundings: int = 1,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> TensorResult:
     """Hold one tensor against its conditions.
@@ -268,7 +274,7 @@ def check_tensor(
         b: the grown model's.
         conditions: what B's has to be.
         reader: reads both.
-        steps: number of growths between them, each of which rounded once.
+        roundings: how often the tensor was rounded between them.
         progress: called with the bytes of B just read.
 
     Raises:
@@ -277,7 +283,7 @@ def check_tensor(
     for view in (a, b):
         if not view.dtype.is_floating:
             raise CheckpointError(f"{view.file}: {conditions.name} has dtype {view.dtype}, expected a floating one.")
-    shape, rounding = b.shape, _Rounding(conditions.factor, a.dtype, b.dtype, steps)
+    shape, rounding = b.shape, _Rounding(conditions.factor, a.dtype, b.dtype, roundings)
     a, b = (view if len(view.shape) > 1 else view.unflatten(0, (1, view.numel)) for view in (a, b))
     results: list[BlockResult] = []
     for (start, stop), band in groupby(conditions.blocks, key=lambda block: block.rows):
@@ -286,7 +292,7 @@ def check_tensor(
         for low, high in _row_ranges(start, stop, b.shape[1]):
             values = reader.read(b[low:high])
             progress(values.nbytes)
-            copied = [block for block in blocks if block.rule == "copy"]
+            copied = [block for block in blocks if block.rule in ("copy", "sum")]
             originals = reader.read(a[_source_rows(copied[0], low, high)]) if copied else None
             found = [
                 before + _check_block(block, low, values, originals, rounding)
@@ -308,12 +314,12 @@ def _source_rows(block: Block, low: int, high: int) -> slice:
 
 @dataclass(frozen=True)
 class _Rounding:
-    """How the copies of a tensor came to be: `source` elements times a factor, rounded to `dtype` in some steps."""
+    """How the copies of a tensor came to be: `source` elements times a factor, rounded to `dtype`, maybe repeatedly."""
 
     factor: float
     source: DType
     dtype: DType
-    steps: int
+    times: int
 
     @property
     def is_byte_copy(self) -> bool:
@@ -323,11 +329,20 @@ class _Rounding:
     def allowed_ulps(self) -> float:
         """How far a correctly rounded copy may be from the exact product, in units in the last place.
 
-        Half a unit for the last rounding, and one for each growth before it: half a unit of a value just below a power
-        of two is a whole one above. A hundredth covers an intermediate result in float32. In float64 the factor itself
-        is rounded too.
+        Half a unit for the last rounding, and one for each before it: half a unit of a value just below a power of two
+        is a whole one above. A hundredth covers an intermediate result in float32. In float64 the factor itself is
+        rounded too.
         """
-        return 2.0 * self.steps if self.dtype.itemsize == 8 else self.steps - 0.5 + 0.01
+        return 2.0 * self.times if self.dtype.itemsize == 8 else self.times - 0.5 + 0.01
+
+    def allowed_ulps_of_sum(self, copies: int) -> float:
+        """The same for a sum, in units of the largest copy: as much for each of them.
+
+        In float64 the additions here round as well, each by half a unit of a partial sum, which is at most `copies`
+        times the largest.
+        """
+        additions = copies * copies / 2 if self.dtype.itemsize == 8 else 0.0
+        return copies * self.allowed_ulps + additions
 
 
 def _check_block(
@@ -336,12 +351,16 @@ def _check_block(
     """The rows of a block that start at `low`; `values` [rows, all columns] of B, `originals` the same rows of A."""
     found = values[:, slice(*block.columns)]
     worst, original = 0.0, None
-    if block.rule == "copy" and originals is not None:
+    if originals is not None and block.rule in ("copy", "sum"):
         original = originals[:, block.source[1] : block.source[1] + found.shape[1]]
-        broken, worst = _check_copy(found, original, rounding)
-    else:
+    if original is None:
         broken = _is_nonzero(found) if block.rule == "zero" else _is_not_finite(found)
-    all_zero = block.rule != "zero" and not _is_nonzero(found).any()
+    elif block.rule == "sum":
+        copies = [values[:, start : start + found.shape[1]] for start in (block.columns[0], *block.others)]
+        found, broken, worst = _check_sum(copies, original, rounding)
+    else:
+        broken, worst = _check_copy(found, original, rounding)
+    all_zero = block.rule == "free" and not _is_nonzero(found).any()
     result = BlockResult(block, worst, int(np.count_nonzero(broken)), None, all_zero)
     if not result.violations:
         return result
@@ -364,15 +383,40 @@ def _check_copy(found: np.ndarray, original: np.ndarray, rounding: _Rounding) ->
     return broken, float(np.max(ulps, where=np.isfinite(ulps), initial=0.0))
 
 
+def _check_sum(
+    copies: list[np.ndarray], original: np.ndarray, rounding: _Rounding
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """What the copies add up to, where that is not the original times the factor, and the largest distance.
+
+    Each copy was rounded to within half a unit in its last place, whatever else it holds, so the sum is within as many
+    halves as there are copies, of units of the largest.
+    """
+    total, largest = np.zeros(original.shape), np.zeros(original.shape)
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is named as such
+        for copy in copies:
+            wide = copy.astype(np.float64)
+            total += wide
+            np.maximum(largest, np.abs(wide, out=wide), out=largest)
+        distance = np.abs(original.astype(np.float64) * rounding.factor - total)
+        ulps = distance / _last_place(largest, rounding.dtype)
+    broken = ~(ulps <= rounding.allowed_ulps_of_sum(len(copies)))
+    return total, broken, float(np.max(ulps, where=np.isfinite(ulps), initial=0.0))
+
+
 def _ulps(found: np.ndarray, original: np.ndarray, rounding: _Rounding) -> np.ndarray:
     """Distance of each element from the original times the factor, in units in the last place of that product."""
     exact = original.astype(np.float64)
     exact *= rounding.factor
-    limits = ml_dtypes.finfo(rounding.dtype.numpy)
-    last_place = np.ldexp(1.0, np.maximum(np.frexp(exact)[1] - 1, limits.minexp) - limits.nmant)
+    last_place = _last_place(exact, rounding.dtype)
     with np.errstate(invalid="ignore"):  # what is not finite is named as such
         exact -= found.astype(np.float64)
         return np.divide(np.abs(exact, out=exact), last_place, out=exact)
+
+
+def _last_place(values: np.ndarray, dtype: DType) -> np.ndarray:
+    """The unit in the last place of each value, as the dtype has it."""
+    limits = ml_dtypes.finfo(dtype.numpy)
+    return np.ldexp(1.0, np.maximum(np.frexp(values)[1] - 1, limits.minexp) - limits.nmant)
 
 
 # On the bits, because bfloat16 arithmetic in numpy is far slower than integers.

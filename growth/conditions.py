@@ -5,25 +5,25 @@
 """The conditions under which a grown model computes its source's function, stated without the code that grew it.
 
 From the two configurations and the map of the layers follows what every block of every tensor has to be: the source's
-block times a factor, zero, or free. A model that meets these conditions computes the same function, whoever wrote it
-and however; the argument needs no input and no tolerance beyond the rounding of what is stored. `certificate.py` holds
-the bytes against them.
+block times a factor, copies that add up to it, zero, or free. A model that meets these conditions computes the same
+function, whoever wrote it and however; the argument needs no input and no tolerance beyond the rounding of what is
+stored. `certificate.py` holds the bytes against them.
 
 Nothing here imports the operators or the specification of growth: a mistake there must not repeat itself here.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError
 from conversion.mapping import EMBED_TOKENS, LM_HEAD, Axis, Weight, axis_size, weights
 
-Rule: TypeAlias = Literal["copy", "zero", "free"]
+Rule: TypeAlias = Literal["copy", "sum", "zero", "free"]
 
 _SIZES = (
     "hidden_size",
@@ -33,6 +33,7 @@ _SIZES = (
     "num_key_value_heads",
     "vocab_size",
 )
+_METHODS = ("zero", "tile", "mask")
 _WRITERS = ("embed_tokens", "o_proj", "down_proj")  # they add to the residual stream; everything else reads it
 _EXACT = 1e-12  # two numbers of a configuration agree: JSON has them as decimals of 15 digits or more
 
@@ -47,7 +48,7 @@ class Run:
 
 
 AxisMap: TypeAlias = tuple[Run, ...]
-"""Where the old entries of an axis are in B, in B's order; what no run covers is new."""
+"""Where the old entries of an axis are in B, in B's order, maybe several times; what no run covers is new."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,24 @@ class LayerSource:
 
 @dataclass(frozen=True)
 class Step:
-    """One growth of a lineage: from which numbers to which, and where each layer comes from."""
+    """One growth of a lineage.
+
+    Args:
+        source: the numbers it started from.
+        target: the numbers it led to.
+        layers: where each layer comes from.
+        method: `zero`, `tile` or `mask`.
+        noise: of `tile`: whether the copies of a weight differ, so that only their sum is A's.
+        alpha: of `mask`: the volume of what is new, at which its masks were folded into the weights; None if they
+            were not.
+    """
 
     source: Architecture
     target: Architecture
     layers: tuple[LayerSource, ...]
     method: str = "zero"
+    noise: bool = False
+    alpha: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,11 +100,13 @@ class Block:
     """What one block of a tensor has to be.
 
     Args:
-        rule: `copy` of A times the tensor's factor, `zero`, or `free`: any finite numbers.
+        rule: `copy` of A times the tensor's factor; `sum`: copies side by side add up to that; `zero`; or `free`: any
+            finite numbers.
         rows: first row and one past the last; a vector is one row.
         columns: first column and one past the last.
         reason: why.
-        source: first row and column of the block in A's tensor, for a copy.
+        source: first row and column of the block in A's tensor, for a copy or a sum.
+        others: first columns of the further copies, for a sum.
     """
 
     rule: Rule
@@ -99,11 +114,12 @@ class Block:
     columns: tuple[int, int]
     reason: str
     source: tuple[int, int] = (0, 0)
+    others: tuple[int, ...] = ()
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
-        return (self.rows[1] - self.rows[0]) * (self.columns[1] - self.columns[0])
+        """Number of elements, those of all copies."""
+        return (self.rows[1] - self.rows[0]) * (self.columns[1] - self.columns[0]) * (1 + len(self.others))
 
 
 @dataclass(frozen=True)
@@ -113,7 +129,7 @@ class TensorConditions:
     Args:
         name: its name.
         source: name of A's tensor that its copies come from.
-        factor: on the copies.
+        factor: on the copies, or on what they add up to.
         blocks: tile the tensor, in bands: blocks of the same rows are neighbours, from left to right.
     """
 
@@ -128,12 +144,14 @@ class Conditions:
     """All that has to hold for B to compute A's function.
 
     Args:
-        steps: number of growths between A and B, each of which rounds once.
+        growths: number of growths between A and B.
+        roundings: how often the weights were written between A and B, rounded each time.
         fields: conditions on config.json, checked: they need no data.
         tensors: conditions on the weights, in data-flow order; none if the configurations are not comparable.
     """
 
-    steps: int
+    growths: int
+    roundings: int
     fields: tuple[FieldCondition, ...]
     tensors: tuple[TensorConditions, ...]
 
@@ -147,23 +165,51 @@ def state_conditions(a: Mapping[str, Any], b: Mapping[str, Any], steps: Sequence
         steps: the growths that lead from A to B, oldest first; see `growth_steps`.
 
     Raises:
-        CheckpointError: a configuration is unusable, the map does not fit it, or the method is unknown.
+        CheckpointError: a configuration is unusable, the map does not fit it, the method is unknown, or B has masks
+            that do not silence what is new.
     """
     source, target = Architecture.from_config(a, "A's config.json"), Architecture.from_config(b, "B's config.json")
-    methods = sorted({step.method for step in steps})
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown or len(methods) != 1:
-        raise CheckpointError(
-            f"the lineage has growth by {', '.join(methods)}; a certificate can be stated for "
-            f"{' or '.join(METHODS)} alone: compare logits instead, with --text FILE."
-        )
+    for step in steps:
+        _check_method(step)
+    _check_noise(source, steps)
     layers = compose_layers([step.layers for step in steps])
     _check_layers(layers, source, target)
+    roundings = len(steps) + sum(step.alpha is not None for step in steps)
     sizes = tuple(_size_conditions(source, target))
     if not all(condition.holds for condition in sizes):
-        return Conditions(len(steps), sizes, ())
-    fields = (*sizes, *_function_conditions(a, b, source, target))
-    return Conditions(len(steps), fields, tuple(METHODS[methods[0]](source, target, layers, steps)))
+        return Conditions(len(steps), roundings, sizes, ())
+    maps = {axis: _axis_over_steps(axis, source, target, steps) for axis in get_args(Axis)}
+    differ = any(step.noise for step in steps)
+    fields = (*sizes, *_function_conditions(a, b, source, target, _covered(maps["hidden"])))
+    tensors = tuple(_weight_conditions(source, target, layers, maps, differ))
+    return Conditions(len(steps), roundings, fields, tensors)
+
+
+def _check_method(step: Step) -> None:
+    if step.method not in _METHODS:
+        raise CheckpointError(
+            f"the lineage has growth by {step.method}; a certificate can be stated for {', '.join(_METHODS)} alone: "
+            "compare logits instead, with --text FILE."
+        )
+    if step.method == "mask" and step.alpha != 0:
+        state = "not folded into the weights" if step.alpha is None else f"folded at alpha {step.alpha:g}"
+        raise CheckpointError(
+            f"the masks of B are {state}; only at alpha 0 does it compute A's function: write that with `teleflm fold "
+            "--alpha 0`, from the masked checkpoint."
+        )
+
+
+def _check_noise(source: Architecture, steps: Sequence[Step]) -> None:
+    """Refuse noise on what earlier growths left silent: its copies cancel, but it is no longer zero."""
+    for number, step in enumerate(steps):
+        axes: tuple[Axis, ...] = ("hidden", "query", "ffn") if step.noise and number else ()
+        for axis in axes:
+            old = _covered(_axis_over_steps(axis, source, step.source, steps[:number]))
+            if old < axis_size(axis, step.source):
+                raise CheckpointError(
+                    f"growth {number + 1} of the lineage repeated, with noise, what earlier ones had added to the "
+                    f"{axis} axis; certify each growth beside the model it started from."
+                )
 
 
 # The configuration.
@@ -184,9 +230,9 @@ def _size_conditions(source: Architecture, target: Architecture) -> Iterator[Fie
 
 
 def _function_conditions(
-    a: Mapping[str, Any], b: Mapping[str, Any], source: Architecture, target: Architecture
+    a: Mapping[str, Any], b: Mapping[str, Any], source: Architecture, target: Architecture, live: int
 ) -> Iterator[FieldCondition]:
-    """Everything beside the sizes that decides what a model computes."""
+    """Everything beside the sizes that decides what a model computes; `live` features of B's stream are A's."""
     for field, old, new in (
         ("hidden_act", a.get("hidden_act") or "silu", b.get("hidden_act") or "silu"),
         ("rope_parameters", rope_parameters(a), rope_parameters(b)),
@@ -194,13 +240,14 @@ def _function_conditions(
     ):
         yield FieldCondition(field, new, old, new == old, "another value is another function")
     d, width = source.hidden_size, target.hidden_size
-    eps, found = source.rms_norm_eps * d / width, target.rms_norm_eps
+    eps, found = source.rms_norm_eps * live / width, target.rms_norm_eps
     holds = math.isclose(found, eps, rel_tol=_EXACT)
-    reason = f"{source.rms_norm_eps:g} x {d} / {width}, the share of features that are not zero"
+    reason = f"{source.rms_norm_eps:g} x {live} / {width}, the share of features that are not zero"
     yield FieldCondition("rms_norm_eps", found, float(f"{eps:.15g}"), holds, reason)
     if source.tie_word_embeddings:
         ratio = _ratio(source.embedding_scale, target.embedding_scale)
-        found = _ratio(source.logit_scale, target.logit_scale)
+        # As a head, a matrix that is copied as it is adds up its copies.
+        found = _ratio(source.logit_scale, target.logit_scale) * d / live
         holds = math.isclose(found, ratio, rel_tol=_EXACT)
         reason = "tied, one matrix is embedding and head, and can make up for one factor only"
         yield FieldCondition("output_mult", f"to be made up by x {found:g}", f"x {ratio:g}", holds, reason)
@@ -220,17 +267,21 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 # Where the old entries of each axis are.
 
 
-def axis_map(axis: Axis, source: Architecture, target: Architecture) -> AxisMap:
+def axis_map(axis: Axis, source: Architecture, target: Architecture, method: str = "zero") -> AxisMap:
     """Where one growth puts the old entries of an axis.
 
-    Old features, neurons and vocabulary rows come first. A query head must stay with its keys and values: with g
+    `tile` repeats features, heads and neurons as a whole, where the new size is a multiple; heads only if the groups
+    stay as large, so that copy t of a query finds copy t of its keys. Otherwise, and by the other methods,
+    old features, neurons and vocabulary rows come first. A query head must stay with its keys and values: with g
     queries a key/value head in A and g' in B, each key/value head j is there c = ceil(g / g') times, as heads j*c and
     following, and query r of its group is query r mod g' of the copy j*c + floor(r / g').
     """
+    if method == "tile" and _is_repeated(axis, source, target):
+        size = axis_size(axis, source)
+        return tuple(Run(start, 0, size) for start in range(0, axis_size(axis, target), size))
     if axis not in ("query", "key_value"):
         return (Run(0, 0, axis_size(axis, source)),)
-    group = source.num_attention_heads // source.num_key_value_heads
-    new_group = target.num_attention_heads // target.num_key_value_heads
+    group, new_group = _group(source), _group(target)
     copies = _key_value_copies(source, target)
     places = {
         "query": [
@@ -243,6 +294,12 @@ def axis_map(axis: Axis, source: Architecture, target: Architecture) -> AxisMap:
     }[axis]
     dim = source.head_dim
     return _join(Run(new * dim, old * dim, dim) for new, old in places)
+
+
+def _is_repeated(axis: Axis, source: Architecture, target: Architecture) -> bool:
+    if axis in ("query", "key_value") and _group(source) != _group(target):
+        return False
+    return axis != "vocab" and axis_size(axis, target) % axis_size(axis, source) == 0
 
 
 def compose(first: AxisMap, second: AxisMap) -> AxisMap:
@@ -283,9 +340,16 @@ def _join(runs: Iterable[Run]) -> AxisMap:
 
 
 def _key_value_copies(source: Architecture, target: Architecture) -> int:
-    group = source.num_attention_heads // source.num_key_value_heads
-    new_group = target.num_attention_heads // target.num_key_value_heads
-    return math.ceil(group / new_group)
+    return math.ceil(_group(source) / _group(target))
+
+
+def _group(architecture: Architecture) -> int:
+    return architecture.num_attention_heads // architecture.num_key_value_heads
+
+
+def _covered(axis: AxisMap) -> int:
+    """How many entries of B are old ones."""
+    return sum(run.size for run in axis)
 
 
 def _check_layers(layers: Sequence[LayerSource], source: Architecture, target: Architecture) -> None:
@@ -306,23 +370,24 @@ def _check_layers(layers: Sequence[LayerSource], source: Architecture, target: A
         raise CheckpointError(f"the layer map names layer {outside[0]}, A has {source.num_hidden_layers}.")
 
 
-# The weights, method by method.
+# The weights.
 
 
-def zero_conditions(
-    source: Architecture, target: Architecture, layers: Sequence[LayerSource], steps: Sequence[Step]
+def _weight_conditions(
+    source: Architecture,
+    target: Architecture,
+    layers: Sequence[LayerSource],
+    maps: Mapping[Axis, AxisMap],
+    differ: bool,
 ) -> Iterator[TensorConditions]:
-    """Conditions of zero-output growth.
+    """What every weight has to be, so that the stream of B stays H = [h; ...; h; 0], copies of A's before zeros.
 
-    The stream of B is A's with features appended that stay zero, H = [h; 0]. Nothing may write to these, so the new
-    entries of what writes are zero; what reads them is free. RMSNorm divides by sqrt(d/D) times what it divided by in
-    A, given eps x d/D, and its weights make up for it. A layer that is a copy writes nothing at all.
+    Nothing may write to the features that are zero, so the new entries of what writes are zero; what reads them is
+    free. RMSNorm divides by sqrt(n/D) times what it divided by in A if n of the D features are not zero, given eps x
+    n/D, and its weights make up for it. What reads k copies of each input adds up k entries, which together must be
+    A's one, in every copy of the output. If the copies `differ`, that is all that can be said of them; otherwise each
+    is 1/k of it. A layer that is a copy writes nothing at all.
     """
-    maps: dict[Axis, AxisMap] = {}
-    for weight in {weight for _, weight, _ in weights(target)}:
-        for axis in weight.axes:
-            if axis not in maps:
-                maps[axis] = _axis_over_steps(axis, source, target, steps)
     for name, weight, layer in weights(target):
         origin = layers[layer] if layer is not None else None
         kind = weight.name.split(".")[-2]
@@ -333,27 +398,30 @@ def zero_conditions(
             reason = f"this layer is an additional copy of layer {origin.layer}, and adds nothing"
             yield TensorConditions(name, source_name, 1.0, (Block("zero", (0, rows), (0, columns), reason),))
             continue
-        factor, reason = _factor(weight, source, target)
         row_map = maps[weight.axes[0]] if len(shape) > 1 else (Run(0, 0, 1),)
-        blocks = _tile(rows, columns, row_map, maps[weight.axes[-1]], kind, reason)
-        yield TensorConditions(name, source_name, factor, tuple(blocks))
-
-
-METHODS: dict[str, Callable[..., Iterator[TensorConditions]]] = {"zero": zero_conditions}
-"""A method of growth is a list of conditions."""
+        column_map = maps[weight.axes[-1]]
+        is_reader = len(shape) > 1 and weight is not EMBED_TOKENS
+        copies = _covered(column_map) // axis_size(weight.axes[-1], source) if is_reader else 1
+        factor, reason = _factor(weight, source, target, _covered(maps["hidden"]))
+        if copies > 1:
+            reason = f"{copies} copies of each input are read together; {reason}"
+        is_sum = differ and copies > 1
+        blocks = _blocks(rows, columns, row_map, column_map, kind, reason, is_sum)
+        yield TensorConditions(name, source_name, factor if is_sum else factor / copies, tuple(blocks))
 
 
 def _axis_over_steps(axis: Axis, source: Architecture, target: Architecture, steps: Sequence[Step]) -> AxisMap:
     """An axis from A to B. The ends are what their config.json says, the record is asked for what lies between."""
     stations = [source, *(step.target for step in steps[:-1]), target]
-    return reduce(compose, (axis_map(axis, before, after) for before, after in pairwise(stations)))
+    maps = (axis_map(axis, *ends, method=step.method) for ends, step in zip(pairwise(stations), steps, strict=True))
+    return reduce(compose, maps)
 
 
-def _factor(weight: Weight, source: Architecture, target: Architecture) -> tuple[float, str]:
-    """The factor on a weight's old entries, and why."""
-    d, width = source.hidden_size, target.hidden_size
-    if weight.axes == ("hidden",) and d != width:
-        return math.sqrt(d / width), f"sqrt({d} / {width}), because {width - d} of {width} features are zero"
+def _factor(weight: Weight, source: Architecture, target: Architecture, live: int) -> tuple[float, str]:
+    """The factor on a weight's old entries, and why; `live` features of B's stream are A's."""
+    width = target.hidden_size
+    if weight.axes == ("hidden",) and live != width:
+        return math.sqrt(live / width), f"sqrt({live} / {width}), because {width - live} of {width} features are zero"
     if weight is EMBED_TOKENS and source.embedding_scale != target.embedding_scale:
         old, new = source.embedding_scale, target.embedding_scale
         return _ratio(old, new), f"the model multiplies embeddings by {old:g} in A and by {new:g} in B"
@@ -368,7 +436,9 @@ def _ratio(old: float, new: float) -> float:
     return 1.0 if math.isclose(old, new, rel_tol=_EXACT) else old / new
 
 
-def _tile(rows: int, columns: int, row_map: AxisMap, column_map: AxisMap, kind: str, reason: str) -> Iterator[Block]:
+def _blocks(
+    rows: int, columns: int, row_map: AxisMap, column_map: AxisMap, kind: str, reason: str, is_sum: bool
+) -> Iterator[Block]:
     """The blocks of a matrix, band by band: old rows cut at the old columns, new rows in one piece."""
     new: tuple[Rule, str] = ("free", "new entries may be any finite numbers")
     silent: tuple[Rule, str] = ("zero", "new features stay zero, and new heads and neurons add nothing to the old ones")
@@ -379,11 +449,23 @@ def _tile(rows: int, columns: int, row_map: AxisMap, column_map: AxisMap, kind: 
         if source_row is None:
             yield Block(new_rows[0], (start, stop), (0, columns), new_rows[1])
             continue
+        if is_sum:
+            yield from _sums((start, stop), source_row, column_map, reason)
         for left, right, source_column in _segments(columns, column_map):
             if source_column is None:
                 yield Block(rest[0], (start, stop), (left, right), rest[1])
-            else:
+            elif not is_sum:
                 yield Block("copy", (start, stop), (left, right), reason, (source_row, source_column))
+
+
+def _sums(rows: tuple[int, int], source_row: int, column_map: AxisMap, reason: str) -> Iterator[Block]:
+    """One block for each run of A's columns whose copies are whole in B, all of them in it."""
+    edges = {edge for run in column_map for edge in (run.source, run.source + run.size)}
+    for left, right in pairwise(sorted(edges)):
+        first, *others = (
+            run.target + left - run.source for run in column_map if run.source <= left < run.source + run.size
+        )
+        yield Block("sum", rows, (first, first + right - left), reason, (source_row, left), tuple(others))
 
 
 def _segments(size: int, runs: AxisMap) -> Iterator[tuple[int, int, int | None]]:
@@ -412,10 +494,13 @@ def growth_steps(a: Architecture, b: Architecture, lineage: Mapping[str, Any] | 
     if _sizes(a) == _sizes(b):
         return (Step(a, b, tuple(LayerSource(i, False) for i in range(b.num_hidden_layers))),)
     steps: list[Step] = []
-    record = lineage
+    record, alpha = lineage, None
     while record:
+        if record.get("operation") == "fold":
+            alpha = _read_alpha(record)
         if record.get("operation") == "grow":
-            steps.insert(0, _read_step(record))
+            steps.insert(0, replace(_read_step(record), alpha=alpha))
+            alpha = None
             if _sizes(steps[0].source) == _sizes(a):
                 return tuple(steps)
         parent = record.get("parent")
@@ -446,7 +531,7 @@ def _read_step(record: Mapping[str, Any]) -> Step:
             Architecture.from_config({**record[end], "model_type": "TeleFLM"}, f"manifest.json: lineage.{end}")
             for end in ("source", "target")
         )
-        return Step(source, target, layers, str(record["method"]))
+        return Step(source, target, layers, str(record["method"]), noise=record.get("noise", 0) != 0)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"manifest.json: the lineage's growth has no usable {error}; restore the file.") from None
 
@@ -456,3 +541,10 @@ def _read_layer(layer: Mapping[str, Any]) -> LayerSource:
     if type(source) is not int or source < 0 or type(is_copy) is not bool:
         raise CheckpointError(f"manifest.json: a layer of the lineage is {dict(layer)}; restore the file.")
     return LayerSource(source, is_copy)
+
+
+def _read_alpha(record: Mapping[str, Any]) -> float:
+    alpha = record.get("alpha")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        raise CheckpointError(f"manifest.json: alpha of a fold in the lineage is {alpha!r}; restore the file.")
+    return float(alpha)

@@ -12,7 +12,7 @@ import re
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -21,12 +21,14 @@ from conversion.checkpoint.manifest import package_version
 
 from .certificate import Certificate, TensorResult
 from .comparison import BINS, Numbers
+from .conditions import Rule
 from .verify import Verification
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
+_RULES = get_args(Rule)
 _BLUE, _GREY = "#2563eb", "#94a3b8"
 
 
@@ -58,7 +60,12 @@ def summarise(certificate: Certificate) -> list[SummaryLine]:
         weight = re.sub(r"^model\.|\.weight$", "", re.sub(r"layers\.\d+", "layers.*", tensor.conditions.name))
         factor = "" if tensor.conditions.factor == 1.0 else f" x {tensor.conditions.factor:.6g}"
         for rule in dict.fromkeys(block.block.rule for block in tensor.blocks):
-            condition = {"copy": f"A's{factor}", "zero": "zero", "free": "free, finite"}[rule]
+            condition = {
+                "copy": f"A's{factor}",
+                "sum": f"A's{factor}, as a sum of copies",
+                "zero": "zero",
+                "free": "free, finite",
+            }[rule]
             groups.setdefault((weight, condition), []).append((tensor, rule))
     lines = []
     for (weight, condition), members in groups.items():
@@ -85,7 +92,7 @@ def describe(verification: Verification) -> dict[str, Any]:
         certificate = verification.certificate
         result["certificate"] = {
             "holds": certificate.holds,
-            "growths": certificate.conditions.steps,
+            "growths": certificate.conditions.growths,
             "config": [{**asdict(field), "found": str(field.found)} for field in certificate.conditions.fields],
             "violations": [{**asdict(violation), "message": str(violation)} for violation in certificate.violations],
             "tensors": [_describe_tensor(tensor) for tensor in certificate.tensors],
@@ -123,8 +130,7 @@ def _describe_tensor(tensor: TensorResult) -> dict[str, Any]:
         "worst_ulp": tensor.worst_ulp,
         "violations": sum(block.violations for block in tensor.blocks),
         "elements": {
-            rule: sum(block.block.numel for block in tensor.blocks if block.block.rule == rule)
-            for rule in ("copy", "zero", "free")
+            rule: sum(block.block.numel for block in tensor.blocks if block.block.rule == rule) for rule in _RULES
         },
     }
 
@@ -165,7 +171,7 @@ def _page(verification: Verification, plots: dict[str, bytes], names: tuple[str,
     from jinja2 import Environment
 
     certificate, numbers = verification.certificate, verification.numbers
-    elements = dict.fromkeys(("copy", "zero", "free"), 0)
+    elements = dict.fromkeys(_RULES, 0)
     for tensor in certificate.tensors if certificate else ():
         for block in tensor.blocks:
             elements[block.block.rule] += block.block.numel

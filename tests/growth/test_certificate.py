@@ -8,6 +8,7 @@ The growths and the mutants are those of test_growth.py, where the numbers judge
 """
 
 import ast
+import dataclasses
 import json
 import re
 import shutil
@@ -23,7 +24,11 @@ import torch
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
+import conversion.checkpoint.assemble as assemble
+import growth.operators as operators
+import growth.spec as spec
 import tests.growth.test_growth as growth_tests
+import tests.growth.test_tile as tile_tests
 from conversion import WriteOptions, convert_checkpoint
 from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError
@@ -35,6 +40,7 @@ from tests.fixtures.tiny import tiny_config, tiny_model
 
 ROOT = Path(__file__).parents[2]
 GROWTHS = growth_tests.test_preserves_the_function.pytestmark[0].args[1]
+TILINGS = next(mark.args[1] for mark in tile_tests.test_preserves_the_function.pytestmark if "target" in mark.args[0])
 MUTANTS = growth_tests.test_mutants_are_caught.pytestmark[0].args[1]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 ALL_AXES, GROUPED, heads = growth_tests.ALL_AXES, growth_tests.GROUPED, growth_tests.heads
@@ -132,7 +138,7 @@ def test_certifies_over_two_growths(dtype, make_source, tmp_path):
     assert certify(tmp_path / "b", tmp_path / "c").holds
     certificate = certify(source, tmp_path / "c")
     assert certificate.holds, problems(certificate)
-    assert certificate.conditions.steps == 2
+    assert certificate.conditions.growths == 2
     assert any("2 growths away" in note for note in certificate.notes)
     assert max(tensor.worst_ulp for tensor in certificate.tensors) <= (4.0 if dtype == "float64" else 1.5)
     damage(tmp_path / "c", "model.layers.5.mlp.down_proj.weight", (3, 4))
@@ -168,6 +174,169 @@ def test_maps_compose_like_arrays():
         first, second = (tuple(Run(int(t), s, 1) for s, t in enumerate(places)) for places in (one, two))
         composed = {run.source + i: run.target + i for run in compose(first, second) for i in range(run.size)}
         assert composed == dict(enumerate(two[one]))
+
+
+# Repetition.
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("fields", "target"), TILINGS)
+def test_accepts_tiling(fields, target, dtype, noise, make_source, tmp_path):
+    """Copies are 1/k of the source's weight, rounded; with noise, each is anything that makes up their sum."""
+    source = make_source(dtype, **fields)
+    grow_checkpoint(source, tmp_path / "out", target, method="tile", noise=noise, multipliers="target")
+    certificate = certify(source, tmp_path / "out", workers=2)
+    assert certificate.holds, problems(certificate)
+    assert not any(tensor.is_dead for tensor in certificate.tensors)
+    for tensor in certificate.tensors:
+        assert sum(block.block.numel for block in tensor.blocks) == np.prod(tensor.shape)
+        assert noise or not any(block.block.rule == "sum" for block in tensor.blocks)
+    if dtype != "float64" and not noise:
+        assert max(tensor.worst_ulp for tensor in certificate.tensors) <= 0.51
+
+
+@pytest.fixture(scope="module")
+def tiled(make_source, tmp_path_factory) -> tuple[Path, Path]:
+    """Three copies of every feature and head, bfloat16, with noise; neurons that are no multiple."""
+    source, out = make_source("bfloat16"), tmp_path_factory.mktemp("tiled") / "out"
+    target = {"hidden_size": 96, "num_attention_heads": 12, "intermediate_size": 200, "num_hidden_layers": 4}
+    grow_checkpoint(source, out, {**target, "vocab_size": 704}, method="tile", noise=0.3, layers="1")
+    return source, out
+
+
+def test_what_has_to_add_up(tiled):
+    rules = {
+        tensor.conditions.name: [(x.block.rule, x.block.rows, x.block.columns, x.block.others) for x in tensor.blocks]
+        for tensor in certify(*tiled).tensors
+    }
+    thirds, copies = [(0, 32), (32, 64), (64, 96)], (32, 64)
+    assert rules["model.norm.weight"] == [("copy", (0, 1), columns, ()) for columns in thirds]
+    assert rules["model.layers.0.self_attn.q_proj.weight"] == [("sum", rows, (0, 32), copies) for rows in thirds]
+    assert rules["model.layers.0.mlp.up_proj.weight"] == [
+        ("sum", (0, 88), (0, 32), copies),
+        ("free", (88, 200), (0, 96), ()),
+    ]
+    assert rules["model.layers.0.mlp.down_proj.weight"] == [
+        block for rows in thirds for block in (("copy", rows, (0, 88), ()), ("zero", rows, (88, 200), ()))
+    ]
+    assert rules["model.layers.2.mlp.down_proj.weight"] == [("zero", (0, 96), (0, 200), ())]
+    assert rules["lm_head.weight"][0] == ("sum", (0, 640), (0, 32), copies)
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "factor", "place", "expected"),
+    [
+        ("model.embed_tokens.weight", (7, 35), None, "[7, 35] is", "model.embed_tokens.weight[7, 3] of A"),
+        ("model.layers.0.input_layernorm.weight", (64,), None, "[64] is", "input_layernorm.weight[0] of A"),
+        (
+            "model.layers.3.self_attn.o_proj.weight",
+            (40, 70),
+            1.1,
+            "[40, 6] + [40, 38] + [40, 70] is",
+            "layers.2.self_attn.o_proj.weight[8, 6] of A: 3 copies of each input are read together",
+        ),
+        ("model.layers.1.mlp.gate_proj.weight", (87, 31), 1.1, "[87, 31] + [87, 63] + [87, 95] is", "[87, 31] of A"),
+        ("model.layers.1.mlp.down_proj.weight", (95, 88), None, "[95, 88] is", "expected 0"),
+        ("lm_head.weight", (639, 0), float("nan"), "[639, 0] + [639, 32] + [639, 64] is nan", "lm_head.weight[639, 0]"),
+        ("model.layers.2.self_attn.o_proj.weight", (5, 5), None, "[5, 5] is", "an additional copy of layer 1"),
+    ],
+)
+def test_one_changed_element_of_a_tiling_is_named(name, index, factor, place, expected, tiled, tmp_path):
+    """A value that is copied is changed by one unit in the last place, one of several that add up by a tenth."""
+    out = shutil.copytree(tiled[1], tmp_path / "out")
+    tensors = load_file(out / "model.safetensors")
+    damage(out, name, index, None if factor is None else tensors[name][index].item() * factor)
+    (violation,) = certify(tiled[0], out).violations
+    assert violation.count == 1
+    assert str(violation).startswith(f"{name}{place}")
+    assert expected in str(violation)
+
+
+def _noise_does_not_cancel(monkeypatch):
+    monkeypatch.setattr(operators, "_balanced_weight", lambda copy, copies: copy + 1)
+
+
+def _each_copy_draws_for_itself(monkeypatch):
+    words = assemble._words_of
+    monkeypatch.setattr(
+        assemble, "_words_of", lambda view, noise, seed: words(view, noise, seed + round(noise.weight * 100) + 500)
+    )
+
+
+def _norms_are_scaled(monkeypatch):
+    monkeypatch.setattr(spec.Growth, "norm_scale", property(lambda growth: 0.5**0.5))
+
+
+def _copies_are_not_shared(monkeypatch):
+    grow_axis = operators.grow_axis
+    monkeypatch.setattr(operators, "grow_axis", lambda *args: dataclasses.replace(grow_axis(*args), copies=1))
+
+
+def _one_copy_is_scaled(monkeypatch):
+    copy = operators.Copy
+
+    def scaled(box, source, scale, *, noise):
+        return copy(box, source, scale * (0.99 if len(box.start) > 2 and box.start[-2] else 1.0), noise=noise)
+
+    monkeypatch.setattr(operators, "Copy", scaled)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        _noise_does_not_cancel,
+        _each_copy_draws_for_itself,
+        _norms_are_scaled,
+        _copies_are_not_shared,
+        _one_copy_is_scaled,
+    ],
+)
+def test_mutants_of_tiling_are_caught(mutant, noise, make_source, tmp_path, monkeypatch):
+    source = make_source("bfloat16")
+    mutant(monkeypatch)
+    grow_checkpoint(source, tmp_path / "bad", tile_tests.TWICE, method="tile", noise=noise)
+    is_about_noise = mutant in (_noise_does_not_cancel, _each_copy_draws_for_itself)
+    assert certify(source, tmp_path / "bad").holds == (is_about_noise and not noise)
+
+
+def test_a_tiling_keeps_epsilon(tiled, tmp_path):
+    out = shutil.copytree(tiled[1], tmp_path / "out")
+    _edit_config(rms_norm_eps=1e-5 / 3)(out)
+    assert "rms_norm_eps is 3.3333333333333337e-06, expected 1e-05: 1e-05 x 96 / 96" in problems(certify(tiled[0], out))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("methods", "noise"), [(("tile", "tile"), 0.3), (("zero", "tile"), 0.0), (("tile", "zero"), 0.3)]
+)
+def test_certifies_tiling_among_other_growths(methods, noise, dtype, make_source, tmp_path):
+    source = make_source(dtype, **heads(8, 2))
+    certificate = certify(source, grow_twice(source, tmp_path, methods, noise))
+    assert certificate.holds, problems(certificate)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    damage(tmp_path / "2", name, (0, 0), load_file(tmp_path / "2/model.safetensors")[name][0, 0].item() + 0.1)
+    (violation,) = certify(source, tmp_path / "2").violations
+    assert (violation.tensor, violation.row, violation.column) == (name, 0, 0)
+
+
+def grow_twice(source: Path, folder: Path, methods: tuple[str, str], noise: float) -> Path:
+    first, second = methods
+    target = {**heads(16, 4), "intermediate_size": 176, "num_hidden_layers": 4}
+    grow_checkpoint(source, folder / "1", target, method=first, noise=noise)
+    target = {**(heads(32, 8) if second == "tile" else heads(20, 5)), "intermediate_size": 352, "num_hidden_layers": 5}
+    grow_checkpoint(folder / "1", folder / "2", target, method=second, noise=noise)
+    return folder / "2"
+
+
+def test_noise_on_what_was_silent_is_certified_step_by_step(make_source, tmp_path):
+    source = make_source("float32", **heads(8, 2))
+    grow_twice(source, tmp_path, ("zero", "tile"), 0.3)
+    with pytest.raises(CheckpointError, match=r"growth 2 of the lineage repeated, with noise, .* certify each growth"):
+        certify(source, tmp_path / "2")
+    assert certify(source, tmp_path / "1").holds
+    assert certify(tmp_path / "1", tmp_path / "2").holds
 
 
 # Faults.
@@ -349,13 +518,6 @@ def test_what_cannot_be_judged_is_refused(fault, message, grown, tmp_path):
     fault(out)
     with pytest.raises(CheckpointError, match=message):
         certify(grown[0], out)
-
-
-def test_other_methods_are_refused_by_name(make_source, tmp_path):
-    source = make_source("float32")
-    grow_checkpoint(source, tmp_path / "out", {"hidden_size": 64, "num_attention_heads": 8}, method="tile")
-    with pytest.raises(CheckpointError, match=r"growth by tile; a certificate can be stated for zero alone.*--text"):
-        certify(source, tmp_path / "out")
 
 
 def test_a_smaller_model_is_no_growth(make_source):
