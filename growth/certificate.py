@@ -29,6 +29,7 @@ from conversion.mapping import check_tensors
 
 from .conditions import Block, Conditions, FieldCondition, TensorConditions, growth_steps, state_conditions
 
+_MASKED = "TeleFLMMasked"
 _BLOCK = 1 << 18  # elements looked at together, but at least one row: with temporaries about ten megabytes
 
 
@@ -236,6 +237,11 @@ def certify(
 def _config(checkpoint: Source) -> dict[str, object]:
     if checkpoint.config is None:
         raise CheckpointError(f"{checkpoint.folder}/config.json: no such file; the conditions follow from it.")
+    if checkpoint.config.get("model_type") == _MASKED:
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json: model_type is {_MASKED!r}, whose function is not that of its weights "
+            "alone; certify the plain model that `teleflm fold --alpha 0` writes."
+        )
     return checkpoint.config
 
 

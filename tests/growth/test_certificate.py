@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +26,7 @@ from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
 import conversion.checkpoint.assemble as assemble
+import growth.fold as fold
 import growth.operators as operators
 import growth.spec as spec
 import tests.growth.test_growth as growth_tests
@@ -36,6 +38,7 @@ from conversion.mapping import weights
 from growth import grow_checkpoint
 from growth.certificate import Certificate, certify
 from growth.conditions import Run, axis_map, compose
+from growth.fold import fold_masks
 from tests.fixtures.tiny import tiny_config, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -337,6 +340,78 @@ def test_noise_on_what_was_silent_is_certified_step_by_step(make_source, tmp_pat
         certify(source, tmp_path / "2")
     assert certify(source, tmp_path / "1").holds
     assert certify(tmp_path / "1", tmp_path / "2").holds
+
+
+# Masks.
+
+
+@pytest.fixture(scope="module")
+def masked(make_source, tmp_path_factory) -> tuple[Path, Path]:
+    """A grouped source and its growth along every axis behind masks, float32."""
+    source, out = make_source("float32", **GROUPED), tmp_path_factory.mktemp("masked") / "out"
+    target = {**heads(12, 3), "intermediate_size": 110, "num_hidden_layers": 5, "vocab_size": 704, "output_mult": 0.3}
+    grow_checkpoint(source, out, target, method="mask", layers="0,2", multipliers="target")
+    return source, out
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_accepts_silent_masks(dtype, masked, tmp_path):
+    """Folded at alpha = 0, masks are growth by zeros, written twice."""
+    fold_masks(masked[1], tmp_path / "out", alpha=0.0, dtype=dtype)
+    certificate = certify(masked[0], tmp_path / "out")
+    assert certificate.holds, problems(certificate)
+    assert max(tensor.worst_ulp for tensor in certificate.tensors) <= 1.0
+    assert not any(tensor.is_dead for tensor in certificate.tensors)
+    damage(tmp_path / "out", "model.layers.0.self_attn.o_proj.weight", (3, 70))
+    (violation,) = certify(masked[0], tmp_path / "out").violations
+    assert str(violation).startswith("model.layers.0.self_attn.o_proj.weight[3, 70] is ")
+
+
+def test_accepts_growth_of_a_fold(masked, tmp_path):
+    fold_masks(masked[1], tmp_path / "fold", alpha=0.0)
+    grow_checkpoint(tmp_path / "fold", tmp_path / "out", {**heads(16, 4), "num_hidden_layers": 6})
+    certificate = certify(masked[0], tmp_path / "out")
+    assert certificate.holds, problems(certificate)
+    assert certificate.conditions.growths == 2
+
+
+def _fold_at_one(folder: Path, monkeypatch) -> None:
+    """The masks of a fold, forgotten: what is new is heard although the record says alpha = 0."""
+    monkeypatch.setattr(fold, "_scaled", lambda box, view, scale: fold.Copy(box, view.window(box), 1.0))
+
+
+def _fold_keeps_norms(folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr(fold, "math", SimpleNamespace(sqrt=lambda share: 1.0))
+
+
+def _train_one_step(folder: Path, monkeypatch) -> None:
+    """An old weight that has moved is no longer the source's, whatever the masks."""
+    damage(folder, "model.layers.3.mlp.up_proj.weight", (5, 5))
+
+
+@pytest.mark.parametrize("fault", [_fold_at_one, _fold_keeps_norms, _train_one_step])
+def test_masks_that_are_heard_are_named(fault, masked, tmp_path, monkeypatch):
+    folder = shutil.copytree(masked[1], tmp_path / "masked")
+    with monkeypatch.context() as patch:
+        fault(folder, patch)
+        fold_masks(folder, tmp_path / "out", alpha=0.0)
+    certificate = certify(masked[0], tmp_path / "out")
+    assert certificate.violations
+    assert not certificate.broken_fields
+
+
+def test_only_silent_masks_are_certified(masked, tmp_path):
+    fold_masks(masked[1], tmp_path / "out", alpha=0.25)
+    with pytest.raises(CheckpointError, match=r"masks of B are folded at alpha 0\.25; only at alpha 0 .* --alpha 0"):
+        certify(masked[0], tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"model_type is 'TeleFLMMasked'.* --alpha 0"):
+        certify(*masked)
+    _edit_lineage(lambda lineage: lineage.update(alpha="0"))(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"alpha of a fold in the lineage is '0'; restore the file"):
+        certify(masked[0], tmp_path / "out")
+    _edit_lineage(lambda lineage: lineage.update(lineage["parent"]["lineage"]))(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"masks of B are not folded into the weights"):
+        certify(masked[0], tmp_path / "out")
 
 
 # Faults.
