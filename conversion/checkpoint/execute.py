@@ -30,7 +30,7 @@ from .errors import CheckpointError
 from .kernel_copy import write_all
 from .manifest import MANIFEST, block_digest, make_manifest, read_manifest
 from .normal_stream import GRID
-from .plan import CheckpointPlan, TensorPlan, View
+from .plan import CheckpointPlan, TensorPlan
 from .reader import FileReader, read_chunks
 from .workspace import FOLDER, PARTIAL, Finished, ShardFile, Workspace, naming_errors, sync_folder
 
@@ -220,7 +220,7 @@ def _write_shards(
         data = stream(block.tensor, block.start, block.stop, reader=reader, resolved=resolved, seed=plan.seed)
         with naming_errors(block.file.path):
             if options.digest:
-                block.file.record(block.tensor.name, block.index, _write_hashed(block, data, reader))
+                block.file.record(block.tensor.name, block.index, _write_hashed(block, data))
             else:
                 _write_plain(block, data, reader)
             block.file.release()
@@ -233,7 +233,7 @@ def _write_shards(
             file.close()
 
 
-def _write_hashed(block: _Block, data: Iterator[memoryview], reader: FileReader) -> bytes:
+def _write_hashed(block: _Block, data: Iterator[memoryview]) -> bytes:
     """Put a block into its file, unless it is there already; returns its digest."""
     descriptor = block.file.descriptor
     claimed = block.file.claims.get((block.tensor.name, block.index))
@@ -241,12 +241,7 @@ def _write_hashed(block: _Block, data: Iterator[memoryview], reader: FileReader)
         return claimed
     if is_zero(block.tensor, block.start, block.stop) and not block.file.resumed:
         return _zero_digest(block.nbytes)
-    runs = copy_runs(block.tensor, block.start, block.stop)
-    if runs is None or block.file.resumed:
-        return block_digest(_written(descriptor, data, block.at))
-    digest = block_digest(data)  # of the source; then the kernel copies what it has just read
-    _copy_runs(block, runs, reader)
-    return digest
+    return block_digest(_written(descriptor, data, block.at))
 
 
 def _written(descriptor: int, data: Iterable[memoryview], at: int) -> Iterator[memoryview]:
@@ -263,11 +258,7 @@ def _write_plain(block: _Block, data: Iterator[memoryview], reader: FileReader) 
     if runs is None:
         for _ in _written(block.file.descriptor, data, block.at):
             pass
-    else:
-        _copy_runs(block, runs, reader)
-
-
-def _copy_runs(block: _Block, runs: Iterable[tuple[View, int]], reader: FileReader) -> None:
+        return
     for view, at in runs:
         reader.copy_to(view, block.file.descriptor, block.at + at * view.dtype.itemsize)
 

@@ -51,6 +51,12 @@ KERNELS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def pages_of_one_byte(monkeypatch):
+    """Every offset lines up, so the kernel is asked."""
+    monkeypatch.setattr(kernel_copy, "PAGE", 1)
+
+
 @pytest.fixture(params=KERNELS.values(), ids=KERNELS)
 def kernel(request, monkeypatch):
     monkeypatch.setattr(os, "copy_file_range", request.param)
@@ -100,6 +106,17 @@ def test_a_source_cut_short_meanwhile_is_named(kernel, tmp_path):
     os.truncate(tmp_path / "sources/weight", 9000)
     with pytest.raises(CorruptData, match=r"sources/weight: ends at byte 9000, but a tensor reaches to byte 12016"):
         write_checkpoint(plan, tmp_path / "out", WriteOptions(digest=False))
+
+
+@pytest.mark.parametrize(("begin", "to", "asked"), [(1, 4097, True), (8192, 0, True), (0, 8, False), (64, 4000, False)])
+def test_the_kernel_is_asked_where_pages_line_up(begin, to, asked, files, monkeypatch):
+    source, target, _ = files
+    moved: list[int] = []
+    monkeypatch.setattr(kernel_copy, "PAGE", 4096)
+    monkeypatch.setattr(os, "copy_file_range", lambda *args: moved.append(copy_file_range(*args)) or moved[-1])
+    copy_range(source, begin, target, to, 50_000)
+    assert bool(moved) == asked
+    assert os.pread(target, 50_001, to) == DATA[begin : begin + 50_000]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG])
