@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 help:
 	@echo "make demo           the whole job on a small model: pretrain, load, grow, fine-tune, publish, chat"
 	@echo "make test           the tests"
-	@echo "make test-external  the tests that need heavy third parties (transformers' own suite, DeepSpeed, ...)"
+	@echo "make test-external  the tests that need heavy third parties (transformers' own suite, ...)"
 	@echo "make lint           ruff and mypy"
 
 demo: $(READY)
