@@ -60,6 +60,23 @@ class LayerSource:
 
 
 @dataclass(frozen=True)
+class MeasuredLayer:
+    """How far a layer of A moves its input, by which it was or was not chosen to be copied.
+
+    Args:
+        layer: its number.
+        cosine: 1 - cos(input, output), on average over the tokens of the calibration text.
+        relative: |output - input| / |input|, likewise.
+        copies: additional layers of B that come from it.
+    """
+
+    layer: int
+    cosine: float
+    relative: float
+    copies: int
+
+
+@dataclass(frozen=True)
 class Step:
     """One growth of a lineage.
 
@@ -548,3 +565,27 @@ def _read_alpha(record: Mapping[str, Any]) -> float:
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise CheckpointError(f"manifest.json: alpha of a fold in the lineage is {alpha!r}; restore the file.")
     return float(alpha)
+
+
+def measured_layers(lineage: Mapping[str, Any] | None) -> tuple[MeasuredLayer, ...]:
+    """What the last growth of a lineage measured to choose the layers that it copied; empty if it did not.
+
+    Raises:
+        CheckpointError: the record is not readable.
+    """
+    record = lineage
+    while record and record.get("operation") != "grow":
+        parent = record.get("parent")
+        record = parent.get("lineage") if isinstance(parent, Mapping) else None
+    distances = (record or {}).get("layer_distances") or ()
+    if not record or not distances:
+        return ()
+    copied = [origin.layer for origin in _read_step(record).layers if origin.is_copy]
+    return tuple(_read_distance(entry, copied) for entry in distances)
+
+
+def _read_distance(entry: Any, copied: Sequence[int]) -> MeasuredLayer:
+    match entry:
+        case {"layer": int(layer), "cosine": int() | float() as cosine, "relative": int() | float() as relative}:
+            return MeasuredLayer(layer, cosine, relative, copied.count(layer))
+    raise CheckpointError(f"manifest.json: an entry of layer_distances is {entry!r}; restore the file.")

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +22,7 @@ from conversion.checkpoint.manifest import package_version
 
 from .certificate import Certificate, TensorResult
 from .comparison import BINS, Numbers
-from .conditions import Rule
+from .conditions import MeasuredLayer, Rule
 from .verify import Verification
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ def describe(verification: Verification) -> dict[str, Any]:
             "reason": numbers.reason,
             "histogram_bins": list(BINS),
         }
+    if verification.layers:
+        result["layer_distances"] = [asdict(layer) for layer in verification.layers]
     return _as_json(result)
 
 
@@ -202,6 +205,8 @@ def _figures(verification: Verification) -> dict[str, "Figure"]:
         figures["differences"] = _difference_figure(numbers)
         if numbers.layers:
             figures["layers"] = _layer_figure(numbers)
+    if verification.layers:
+        figures["distances"] = _distance_figure(verification.layers)
     return figures
 
 
@@ -252,6 +257,22 @@ def _layer_figure(numbers: Numbers) -> "Figure":
     axes.set_yscale("log")
     axes.set_xlabel("layer of B")
     axes.set_ylabel("relative to the stream")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _legend_above(axes)
+    return figure
+
+
+def _distance_figure(layers: Sequence[MeasuredLayer]) -> "Figure":
+    """How far each layer turns its input; those that were copied stand out."""
+    figure, axes = _figure()
+    for color, label, chosen in (
+        (_GREY, "once in B", [layer for layer in layers if not layer.copies]),
+        (_BLUE, "copied", [layer for layer in layers if layer.copies]),
+    ):
+        if chosen:
+            axes.bar([layer.layer for layer in chosen], [layer.cosine for layer in chosen], color=color, label=label)
+    axes.set_xlabel("layer of the model that grew")
+    axes.set_ylabel("1 - cos(input, output)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     _legend_above(axes)
     return figure

@@ -13,21 +13,31 @@ import numpy as np
 
 from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.sources import Source, open_checkpoint
 
 from .certificate import Certificate, certify
 from .comparison import COMPUTE_DTYPES, Forward, Numbers, Progress, compare_numbers, no_progress
+from .conditions import MeasuredLayer, measured_layers
 
 FORWARDS = ("auto", "loaded", "streamed")
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The verdict, and what it rests on; None for what was not looked at."""
+    """The verdict, and what it rests on; None for what was not looked at.
+
+    Args:
+        certificate: what the bytes prove.
+        numbers: what the logits say.
+        notes: what a reader should know beside the verdict.
+        layers: how far each layer of the model that grew moves its input, if the copied ones were chosen by that.
+    """
 
     certificate: Certificate | None
     numbers: Numbers | None
     notes: tuple[str, ...] = ()
+    layers: tuple[MeasuredLayer, ...] = ()
 
     @property
     def same(self) -> bool:
@@ -72,6 +82,8 @@ def verify_checkpoints(
         CheckpointError: a checkpoint or the text cannot be used, or B's record does not lead to A.
     """
     _check_arguments(dtype, forward, max_tokens)
+    manifest = read_manifest(Path(b))
+    layers = measured_layers(manifest["lineage"] if manifest else None)
     notes: list[str] = []
     input_ids = None
     if text is not None:
@@ -91,7 +103,7 @@ def verify_checkpoints(
         )
     if certificate is None and numbers is None:
         raise CheckpointError("nothing to verify by: growth is False and there is no text.")
-    return Verification(certificate, numbers, tuple(notes))
+    return Verification(certificate, numbers, tuple(notes), layers)
 
 
 # The text.

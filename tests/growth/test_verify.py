@@ -375,6 +375,36 @@ def test_report_is_one_page_that_needs_nothing_else(grown, text, tmp_path):
     )
 
 
+def test_report_shows_how_the_copied_layers_were_chosen(make_source, text, tmp_path):
+    source, out = make_source(num_hidden_layers=5), tmp_path / "out"
+    result = grow_checkpoint(source, out, {"num_hidden_layers": 7}, layers="distance", calibration=text)
+    verification = verify_checkpoints(source, out)
+    assert [(layer.layer, layer.cosine, layer.relative) for layer in verification.layers] == [
+        (distance.layer, distance.cosine, distance.relative) for distance in result.distances
+    ]
+    least = sorted(range(5), key=lambda layer: result.distances[layer].cosine)[:2]
+    assert [layer.copies for layer in verification.layers] == [int(layer in least) for layer in range(5)]
+    write_report(verification, tmp_path / "report")
+    assert (tmp_path / "report/distances.png").is_file()
+    page = (tmp_path / "report/index.html").read_text()
+    assert "Layers that were copied" in page
+    cells = re.findall(r'<tr><td class="right">(\d)</td>.*?>([\d.]+)</td>.*?\n.*?>(1?)</td></tr>', page)
+    assert cells == [(str(x.layer), f"{x.cosine:.4f}", "1" if x.copies else "") for x in verification.layers]
+    assert json.loads((tmp_path / "report/verification.json").read_text())["layer_distances"] == [
+        {"layer": x.layer, "cosine": x.cosine, "relative": x.relative, "copies": x.copies} for x in verification.layers
+    ]
+
+
+@pytest.mark.parametrize("entry", [{"layer": 0, "cosine": "far", "relative": 1.0}, {"layer": 0}, "0"])
+def test_unreadable_layer_distances_are_refused(entry, grown, tmp_path):
+    out = shutil.copytree(grown[1], tmp_path / "out")
+    manifest = json.loads((out / "manifest.json").read_bytes())
+    manifest["lineage"]["layer_distances"] = [entry]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"manifest\.json: an entry of layer_distances is .*; restore the file"):
+        verify_checkpoints(grown[0], out)
+
+
 def test_report_of_a_failure_names_it(grown, tmp_path):
     out = shutil.copytree(grown[1], tmp_path / "out")
     tensors = load_file(out / "model.safetensors")
