@@ -33,10 +33,11 @@ import tests.growth.test_growth as growth_tests
 import tests.growth.test_tile as tile_tests
 from conversion import WriteOptions, convert_checkpoint
 from conversion.architecture import Architecture
+from conversion.checkpoint.dtypes import parse_dtype
 from conversion.checkpoint.errors import CheckpointError
 from conversion.mapping import weights
 from growth import grow_checkpoint
-from growth.certificate import Certificate, certify
+from growth.certificate import Certificate, _check_sum, _Rounding, certify
 from growth.conditions import Run, axis_map, compose
 from growth.fold import fold_masks
 from tests.fixtures.tiny import tiny_config, tiny_model
@@ -239,14 +240,20 @@ def test_what_has_to_add_up(tiled):
             "[40, 6] + [40, 38] + [40, 70] is",
             "layers.2.self_attn.o_proj.weight[8, 6] of A: 3 copies of each input are read together",
         ),
-        ("model.layers.1.mlp.gate_proj.weight", (87, 31), 1.1, "[87, 31] + [87, 63] + [87, 95] is", "[87, 31] of A"),
+        (
+            "model.layers.1.mlp.gate_proj.weight",
+            (87, 31),
+            1 + 2**-5,
+            "[87, 31] + [87, 63] + [87, 95] is",
+            "[87, 31] of A",
+        ),
         ("model.layers.1.mlp.down_proj.weight", (95, 88), None, "[95, 88] is", "expected 0"),
         ("lm_head.weight", (639, 0), float("nan"), "[639, 0] + [639, 32] + [639, 64] is nan", "lm_head.weight[639, 0]"),
         ("model.layers.2.self_attn.o_proj.weight", (5, 5), None, "[5, 5] is", "an additional copy of layer 1"),
     ],
 )
 def test_one_changed_element_of_a_tiling_is_named(name, index, factor, place, expected, tiled, tmp_path):
-    """A value that is copied is changed by one unit in the last place, one of several that add up by a tenth."""
+    """A value that is copied is changed by one unit in the last place, one of several that add up by some more."""
     out = shutil.copytree(tiled[1], tmp_path / "out")
     tensors = load_file(out / "model.safetensors")
     damage(out, name, index, None if factor is None else tensors[name][index].item() * factor)
@@ -308,6 +315,24 @@ def test_a_tiling_keeps_epsilon(tiled, tmp_path):
     out = shutil.copytree(tiled[1], tmp_path / "out")
     _edit_config(rms_norm_eps=1e-5 / 3)(out)
     assert "rms_norm_eps is 3.3333333333333337e-06, expected 1e-05: 1e-05 x 96 / 96" in problems(certify(tiled[0], out))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("copies", [2, 3, 4])
+def test_the_bound_on_a_sum_is_that_of_its_roundings(copies, dtype):
+    """Half a unit of the largest copy for each: every honest sum is within it, and most of it is used."""
+    rng = np.random.default_rng(0)
+    stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    source = rng.standard_normal((1, 200_000)).astype(stored)
+    noise = rng.standard_normal((copies, source.size))
+    noisy = (source.astype(np.float64) / copies + noise - noise.mean(0)).astype(stored)
+    rounding = _Rounding(1.0, parse_dtype(dtype), parse_dtype(dtype), times=1)
+    total, broken, worst = _check_sum(list(noisy[:, None]), source, rounding)
+    np.testing.assert_array_equal(total[0], noisy.astype(np.float64).sum(0))
+    assert not broken.any()
+    assert 0.7 * copies / 2 < worst <= copies / 2
+    noisy[0] += np.abs(noisy).max() * 2 ** (4 - ml_dtypes.finfo(stored).nmant)
+    assert _check_sum(list(noisy[:, None]), source, rounding)[1].all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
