@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .dtypes import DType
-from .normal_stream import GRID, draw_words, normal_table, standard_normal_table
+from .normal_stream import GRID, draw_words, look_up, normal_table, standard_normal_table
 from .plan import (
     Box,
     Copy,
@@ -195,7 +195,7 @@ def assemble(
             case Normal():
                 words = draw_words(seed, tensor.name, start, stop - start) if words is None else words
                 table = normal_table(resolved.number(piece.std), tensor.dtype)
-                target[...] = table[words[here].reshape(whole.size)[inside]]
+                target[...] = look_up(table, words[here].reshape(whole.size)[inside])
     return block
 
 
@@ -231,7 +231,7 @@ def _copy(
         values = source[chunk].astype(compute) * piece.scale + piece.offset
         if piece.noise is not None and words is not None:
             amplitude = piece.noise.weight * resolved.number(piece.noise.std)
-            values += standard_normal_table(compute)[words[chunk]] * amplitude
+            values += look_up(standard_normal_table(compute), words[chunk]) * amplitude
         result[chunk] = values
     target[...] = result.reshape(target.shape)
 

@@ -20,6 +20,7 @@ from .dtypes import DType
 
 GRID = 1 << 20  # elements per independent stream
 _LEVELS = 1 << 16  # one table entry per 16-bit word
+_CHUNK = 1 << 16  # numpy widens indices to 64 bits first; of so many that they stay in the cache
 
 
 def draw_words(seed: int, name: str, start: int, count: int) -> np.ndarray:
@@ -36,14 +37,28 @@ def draw_words(seed: int, name: str, start: int, count: int) -> np.ndarray:
     """
     if start % GRID:
         raise ValueError(f"start {start} is not a multiple of the grid of {GRID} elements.")
-    words = np.empty(count, np.uint16)
     key = xxhash.xxh3_128_intdigest(name.encode())
-    for begin in range(0, count, GRID):
-        cell = words[begin : begin + GRID]
-        stream = np.random.SFC64(np.random.SeedSequence([seed, key, (start + begin) // GRID]))
-        raw = stream.random_raw(-(-cell.size // 4))
-        cell[:] = raw.astype("<u8", copy=False).view("<u2")[: cell.size]
-    return words
+    cells = [
+        _cell_words([seed, key, begin // GRID], min(GRID, start + count - begin))
+        for begin in range(start, start + max(count, 1), GRID)
+    ]
+    return cells[0] if len(cells) == 1 else np.concatenate(cells)
+
+
+def _cell_words(entropy: list[int], count: int) -> np.ndarray:
+    stream = np.random.SFC64(np.random.SeedSequence(entropy))
+    return stream.random_raw(-(-count // 4)).astype("<u8", copy=False).view("<u2")[:count]
+
+
+def look_up(table: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """The table's value for each word, in the words' shape."""
+    flat = words.reshape(-1)
+    values = np.empty(flat.size, table.dtype)
+    for start in range(0, flat.size, _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        # Every word is an index, and `wrap` is the mode that writes to `out` without a copy of it.
+        table.take(flat[chunk], out=values[chunk], mode="wrap")
+    return values.reshape(words.shape)
 
 
 @lru_cache(maxsize=64)
