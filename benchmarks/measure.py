@@ -1,0 +1,233 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What the benchmarks share: interleaved runs, peak memory of a process tree, the state of the page cache, results.
+
+A ratio compares runs of one round. Within a round the order is random, every run starts with the same cache, without
+dirty pages, and ends when its output is on the disk.
+"""
+
+import argparse
+import os
+import platform
+import random
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+ROOT = RESULTS.parents[1]
+TELEFLM = [sys.executable, "-m", "teleflm"]
+GIB = 1 << 30
+_SAMPLE_SECONDS = 0.02
+_FAMILY_SECONDS = 0.3
+
+console = Console(highlight=False)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One timed run: wall-clock seconds, and the most memory its processes had resident together, in bytes."""
+
+    seconds: float
+    peak_rss: int = 0
+
+
+def arguments(description: str | None, **defaults: object) -> argparse.ArgumentParser:
+    """The options of every benchmark; `defaults` replaces some of theirs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=float, default=3.5, help="GiB of weights")
+    parser.add_argument("--pairs", type=int, default=7, help="rounds of interleaved runs")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to work, on a disk")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+@contextmanager
+def workplace(folder: Path) -> Iterator[Path]:
+    """A new folder that is removed in the end, whatever happens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix="teleflm-benchmark-", dir=folder))
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place)
+
+
+def run_processes(*commands: Sequence[str], environments: Sequence[Mapping[str, str]] = ({},)) -> Run:
+    """Run some processes at once, from the root of the repository, until the last is finished.
+
+    Args:
+        commands: one or more; a single one is started once for each environment.
+        environments: variables on top of this process's.
+
+    Raises:
+        RuntimeError: one failed; the message holds its output.
+    """
+    started = time.perf_counter()
+    lines = commands if len(commands) > 1 else commands * len(environments)
+    processes = [
+        subprocess.Popen(
+            line, cwd=ROOT, env={**os.environ, **extra}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for line, extra in zip(lines, environments, strict=True)
+    ]
+    stop, peak = threading.Event(), [0]
+    watcher = threading.Thread(target=_watch, args=([process.pid for process in processes], stop, peak))
+    watcher.start()
+    outputs = [process.communicate()[0] for process in processes]
+    seconds = time.perf_counter() - started
+    stop.set()
+    watcher.join()
+    for process, line, output in zip(processes, lines, outputs, strict=True):
+        if process.returncode:
+            raise RuntimeError(f"{shlex.join(line)} exited with {process.returncode}:\n{output[-3000:]}")
+    return Run(seconds, peak[0])
+
+
+def _watch(roots: list[int], stop: threading.Event, peak: list[int]) -> None:
+    """Keep the sum of the resident high-water marks of some processes and their children in `peak`."""
+    family, looked = set(roots), 0.0
+    while not stop.wait(_SAMPLE_SECONDS):
+        if time.monotonic() - looked > _FAMILY_SECONDS:
+            looked = time.monotonic()
+            family = {*roots, *(child for root in roots for child in _children(root))}
+        peak[0] = max(peak[0], sum(map(_high_water, family)))
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _high_water(pid: int) -> int:
+    """The most memory a living process ever had resident, in bytes; the kernel's own count, not a sample."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def cp(sources: Sequence[Path], folder: Path) -> Run:
+    """Plain `cp` of some files into a new folder, and fsync of the copies."""
+    folder.mkdir()
+    started = time.perf_counter()
+    subprocess.run(["cp", *map(str, sources), str(folder)], check=True)
+    for source in sources:
+        descriptor = os.open(folder / source.name, os.O_RDWR)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    return Run(time.perf_counter() - started)
+
+
+def interleave(
+    contestants: Mapping[str, Callable[[Path], Run]], rounds: int, place: Path, sources: Sequence[Path], cache: str
+) -> dict[str, list[Run]]:
+    """Run everyone once a round, in random order.
+
+    Args:
+        contestants: name -> what runs it into a folder that does not exist yet, and is removed afterwards.
+        rounds: how many.
+        place: where the outputs go.
+        sources: the files they read.
+        cache: `warm`, the sources are read before each run, or `cold`, they are dropped from the page cache.
+    """
+    runs: dict[str, list[Run]] = {name: [] for name in contestants}
+    for number in range(rounds):
+        for name in random.sample(list(contestants), len(contestants)):
+            set_cache(sources, cache)
+            run = contestants[name](place / "output")
+            shutil.rmtree(place / "output", ignore_errors=True)
+            runs[name].append(run)
+            load = os.getloadavg()[0]
+            console.print(f"{cache} {number + 1}/{rounds} {name}: {run.seconds:.2f} s (load {load:.1f})", style="dim")
+    return runs
+
+
+def set_cache(files: Sequence[Path], state: str) -> None:
+    """Bring files into the page cache or drop them from it, with nothing left to write back."""
+    os.sync()
+    for file in files:
+        with file.open("rb", buffering=0) as stream:
+            if state == "cold":
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                buffer = bytearray(1 << 20)
+                while stream.readinto(buffer):
+                    pass
+
+
+def ratios(runs: Mapping[str, Sequence[Run]], name: str, base: str) -> str:
+    """Seconds of one over seconds of another, round by round: median (least - most)."""
+    quotients = [a.seconds / b.seconds for a, b in zip(runs[name], runs[base], strict=True)]
+    return spread(quotients)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median (least - most)."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} - {max(values):.2f})"
+
+
+def seconds(runs: Sequence[Run]) -> str:
+    """Seconds of some runs: median (least - most)."""
+    return spread([run.seconds for run in runs])
+
+
+def mib(runs: Sequence[Run]) -> str:
+    """The greatest peak memory of some runs, in MiB."""
+    return f"{max(run.peak_rss for run in runs) / (1 << 20):,.0f}"
+
+
+def report(title: str, folder: Path, about: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, and put it on top of RESULTS.md with the date, the command and the machine."""
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    lines = [
+        f"## {title}",
+        "",
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC. `{_command()}`",
+        "",
+        f"{about} {machine(folder)}",
+    ]
+    lines += ["", *("| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows]), ""]
+    head, mark, older = RESULTS.read_text().partition("\n## ")
+    RESULTS.write_text(head.rstrip("\n") + "\n\n" + "\n".join(lines) + (mark + older if mark else ""))
+
+
+def _command() -> str:
+    """The command line, without the folder, which says nothing and is nobody's business."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    if "--folder" in words:
+        words[words.index("--folder") + 1] = "DIR"
+    return f"python benchmarks/{shlex.join(words)}"
+
+
+def machine(folder: Path) -> str:
+    """Cores, memory, kernel, file system, and how busy the machine is."""
+    memory = psutil.virtual_memory().total / GIB
+    mounts = [part for part in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(part.mountpoint)]
+    file_system = max(mounts, key=lambda part: len(part.mountpoint)).fstype
+    virtual = ", virtual machine" if "hypervisor" in Path("/proc/cpuinfo").read_text() else ""
+    system = f"Linux {platform.release().split('-')[0]}, {file_system}, Python {platform.python_version()}"
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    return f"{os.cpu_count()} cores{virtual}, {memory:.0f} GiB RAM, {system}; load average {load}."
