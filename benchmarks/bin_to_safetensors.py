@@ -13,17 +13,16 @@ from functools import partial
 from pathlib import Path
 
 from measure import (
+    AGAINST_CP,
     ROOT,
     TELEFLM,
     Run,
+    against_cp,
     arguments,
     cp,
     interleave,
-    mib,
-    ratios,
     report,
     run_processes,
-    seconds,
     workplace,
 )
 from synthetic import tele_flm_config, write_bin
@@ -54,22 +53,12 @@ def main() -> None:
                 LOAD_ALL: partial(load_all, place / "source"),
             }
             runs = interleave(contestants, options.pairs, place, files, cache)
-            rows = [
-                [
-                    name,
-                    seconds(runs[name]),
-                    ratios(runs, name, "cp"),
-                    ratios(runs, LOAD_ALL, name),
-                    mib(runs[name]) if name != "cp" else "",
-                ]
-                for name in contestants
-            ]
             report(
                 f"A .bin to safetensors, {cache} cache",
                 options.folder,
                 f"One file of {size:,} bytes, {cache}; {options.pairs} rounds.",
-                ["", "seconds", "x the time of cp", "times faster than loading all", "peak RSS, MiB"],
-                rows,
+                AGAINST_CP,
+                against_cp(runs, LOAD_ALL),
             )
 
 

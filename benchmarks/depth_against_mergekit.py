@@ -11,20 +11,27 @@ memory. mergekit runs from a virtual environment of its own, made under --folder
 """
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 from measure import TELEFLM, Run, arguments, interleave, mib, ratios, report, run_processes, seconds, workplace
-from synthetic import shapes, tele_flm_config, write_safetensors
 
+from conversion.architecture import MODEL_TYPE, Architecture
 from conversion.checkpoint.execute import WriteOptions, write_checkpoint
+from conversion.checkpoint.manifest import block_digest
 from conversion.checkpoint.plan import CheckpointPlan, TensorPlan
+from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.sources import open_checkpoint
+from conversion.mapping import weights
 
 MERGEKIT = "mergekit==0.1.5"
+OURS = "our executor, passthrough"
 TORCH = "torch==2.13.0"  # first and pinned: what depends on it would choose one with CUDA
 
 
@@ -45,13 +52,11 @@ def write_recipe(file: Path, source: Path, layers: int) -> Path:
     return file
 
 
-def write_llama(folder: Path, config: dict) -> list[Path]:
-    """The Tele-FLM's weights as a Llama, which mergekit knows."""
-    files = write_safetensors(folder, config)
+def make_llama(folder: Path, config: Mapping[str, Any]) -> None:
+    """Call a Tele-FLM a Llama, which mergekit knows."""
     llama = {k: v for k, v in config.items() if k not in ("use_mup", "input_mult", "output_mult", "mup_scale_factor")}
     llama |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(llama))
-    return files
 
 
 def depth_plan(source: Path) -> CheckpointPlan:
@@ -59,14 +64,12 @@ def depth_plan(source: Path) -> CheckpointPlan:
     checkpoint = open_checkpoint(source)
     config = checkpoint.config or {}
     layers = config["num_hidden_layers"]
-    names = shapes(config | {"model_type": "TeleFLM", "num_hidden_layers": 2 * layers})
-    tensors = []
-    for name in names:
-        parts = name.split(".")
-        if parts[1] == "layers":
-            parts[2] = str(int(parts[2]) % layers)
-        tensors.append(TensorPlan.copy_of(name, checkpoint.tensors[".".join(parts)]))
-    return CheckpointPlan(tuple(tensors), config | {"num_hidden_layers": 2 * layers})
+    deeper = config | {"num_hidden_layers": 2 * layers}
+    tensors = [
+        TensorPlan.copy_of(name, checkpoint.tensors[weight.name.format(None if layer is None else layer % layers)])
+        for name, weight, layer in weights(Architecture.from_config(deeper | {"model_type": MODEL_TYPE}))
+    ]
+    return CheckpointPlan(tuple(tensors), deeper)
 
 
 def passthrough(source: Path, out: Path) -> Run:
@@ -82,17 +85,33 @@ def mergekit(command: Path, recipe: Path, out: Path) -> Run:
     """mergekit does not sync what it writes, so that time is added."""
     run = run_processes([str(command), str(recipe), str(out), "--lazy-unpickle"])
     synced = run_processes(["sync", *map(str, sorted(out.glob("*.safetensors")))])
-    return Run(run.seconds + synced.seconds, run.peak_rss)
+    return Run(run.seconds + synced.seconds, run.cpu_seconds + synced.cpu_seconds, run.peak_rss)
+
+
+def require_equal(place: Path, contestants: Mapping[str, Callable[[Path], Run]]) -> None:
+    """Some ways give the same tensors. A round that does not count: afterwards every module is compiled."""
+    digests = []
+    for number, run in enumerate(contestants.values()):
+        run(place / f"equal-{number}")
+        tensors = open_checkpoint(place / f"equal-{number}").tensors
+        with FileReader() as reader:
+            digests.append({name: block_digest(reader.chunks(view)) for name, view in tensors.items()})
+        shutil.rmtree(place / f"equal-{number}")
+    if any(digest != digests[0] for digest in digests):
+        raise RuntimeError(f"{', '.join(contestants)} give different tensors")
 
 
 def main() -> None:
+    from synthetic import tele_flm_config, write_safetensors
+
     parser = arguments(__doc__)
     options = parser.parse_args()
     command = mergekit_command(options.folder)
     with workplace(options.folder) as place:
         config = tele_flm_config(options.size / 2)
         layers = config["num_hidden_layers"]
-        files = write_llama(place / "llama", config)
+        files = write_safetensors(place / "llama", config)
+        make_llama(place / "llama", config)
         (place / "teleflm").mkdir()
         for file in files:
             (place / "teleflm" / file.name).hardlink_to(file)
@@ -100,9 +119,10 @@ def main() -> None:
         recipe = write_recipe(place / "recipe.yaml", place / "llama", layers)
         contestants = {
             "teleflm grow": partial(grow, place / "teleflm", layers),
-            "our executor, passthrough": partial(passthrough, place / "llama"),
+            OURS: partial(passthrough, place / "llama"),
             MERGEKIT: partial(mergekit, command, recipe),
         }
+        require_equal(place, {name: contestants[name] for name in (OURS, MERGEKIT)})
         runs = interleave(contestants, options.pairs, place, files, "warm")
         size = depth_plan(place / "llama").nbytes
     peak = max(run.peak_rss for run in runs[MERGEKIT])

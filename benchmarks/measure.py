@@ -12,6 +12,7 @@ import argparse
 import os
 import platform
 import random
+import resource
 import shlex
 import shutil
 import statistics
@@ -42,9 +43,10 @@ console = Console(highlight=False)
 
 @dataclass(frozen=True)
 class Run:
-    """One timed run: wall-clock seconds, and the most memory its processes had resident together, in bytes."""
+    """One timed run: wall-clock and processor seconds, and the most memory its processes had resident, in bytes."""
 
     seconds: float
+    cpu_seconds: float
     peak_rss: int = 0
 
 
@@ -79,7 +81,7 @@ def run_processes(*commands: Sequence[str], environments: Sequence[Mapping[str, 
     Raises:
         RuntimeError: one failed; the message holds its output.
     """
-    started = time.perf_counter()
+    started, used = time.perf_counter(), _children_cpu()
     lines = commands if len(commands) > 1 else commands * len(environments)
     processes = [
         subprocess.Popen(
@@ -97,7 +99,13 @@ def run_processes(*commands: Sequence[str], environments: Sequence[Mapping[str, 
     for process, line, output in zip(processes, lines, outputs, strict=True):
         if process.returncode:
             raise RuntimeError(f"{shlex.join(line)} exited with {process.returncode}:\n{output[-3000:]}")
-    return Run(seconds, peak[0])
+    return Run(seconds, _children_cpu() - used, peak[0])
+
+
+def _children_cpu() -> float:
+    """Processor seconds of all processes that this one has waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _watch(roots: list[int], stop: threading.Event, peak: list[int]) -> None:
@@ -129,13 +137,13 @@ def _high_water(pid: int) -> int:
 def cp(sources: Sequence[Path], folder: Path) -> Run:
     """Plain `cp` of some files into a new folder, and fsync of the copies."""
     folder.mkdir()
-    started = time.perf_counter()
+    started, used = time.perf_counter(), _children_cpu()
     subprocess.run(["cp", *map(str, sources), str(folder)], check=True)
     for source in sources:
         descriptor = os.open(folder / source.name, os.O_RDWR)
         os.fsync(descriptor)
         os.close(descriptor)
-    return Run(time.perf_counter() - started)
+    return Run(time.perf_counter() - started, _children_cpu() - used)
 
 
 def interleave(
@@ -181,6 +189,24 @@ def ratios(runs: Mapping[str, Sequence[Run]], name: str, base: str) -> str:
     return spread(quotients)
 
 
+AGAINST_CP = ("", "seconds", "processor seconds", "x the time of cp", "times faster than loading all", "peak RSS, MiB")
+
+
+def against_cp(runs: Mapping[str, Sequence[Run]], load_all: str) -> list[list[str]]:
+    """A row for each contestant, beside `cp` and the one that loads all: the columns are `AGAINST_CP`."""
+    return [
+        [
+            name,
+            seconds(runs[name]),
+            cpu_seconds(runs[name]),
+            ratios(runs, name, "cp"),
+            ratios(runs, load_all, name),
+            mib(runs[name]) if name != "cp" else "",
+        ]
+        for name in runs
+    ]
+
+
 def spread(values: Sequence[float]) -> str:
     """Median (least - most)."""
     return f"{statistics.median(values):.2f} ({min(values):.2f} - {max(values):.2f})"
@@ -189,6 +215,11 @@ def spread(values: Sequence[float]) -> str:
 def seconds(runs: Sequence[Run]) -> str:
     """Seconds of some runs: median (least - most)."""
     return spread([run.seconds for run in runs])
+
+
+def cpu_seconds(runs: Sequence[Run]) -> str:
+    """Processor seconds of some runs: median (least - most)."""
+    return spread([run.cpu_seconds for run in runs])
 
 
 def mib(runs: Sequence[Run]) -> str:

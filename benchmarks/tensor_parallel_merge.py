@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from measure import Run, arguments, cp, interleave, mib, ratios, report, run_processes, seconds, workplace
+from measure import AGAINST_CP, Run, against_cp, arguments, cp, interleave, report, run_processes, workplace
 
 from conversion.architecture import Architecture
 from conversion.checkpoint.execute import WriteOptions, write_checkpoint
@@ -197,22 +197,12 @@ def main() -> None:
                 LOAD_ALL: partial(as_process, place / "source", way="load-all"),
             }
             runs = interleave(contestants, options.pairs, place, files, cache)
-            rows = [
-                [
-                    name,
-                    seconds(runs[name]),
-                    ratios(runs, name, "cp"),
-                    ratios(runs, LOAD_ALL, name),
-                    mib(runs[name]) if name != "cp" else "",
-                ]
-                for name in contestants
-            ]
             report(
                 f"A tensor-parallel checkpoint of {RANKS} ranks to one safetensors file, {cache} cache",
                 options.folder,
                 f"{RANKS} files, {size:,} bytes, {cache}; {options.pairs} rounds.",
-                ["", "seconds", "x the time of cp", "times faster than loading all", "peak RSS, MiB"],
-                rows,
+                AGAINST_CP,
+                against_cp(runs, LOAD_ALL),
             )
 
 
