@@ -30,6 +30,7 @@ class Architecture:
     vocab_size: int
     rms_norm_eps: float
     tie_word_embeddings: bool = False
+    attention_bias: bool = False
     use_mup: bool = False
     input_mult: float = 1.0
     output_mult: float = 1.0
@@ -55,25 +56,29 @@ class Architecture:
         """Number of weights, padding rows of the vocabulary included."""
         h, hd = self.hidden_size, self.head_dim
         attention = 2 * h * hd * (self.num_attention_heads + self.num_key_value_heads)
-        layer = attention + 3 * h * self.intermediate_size + 2 * h
+        biases = h + hd * (self.num_attention_heads + 2 * self.num_key_value_heads) if self.attention_bias else 0
+        layer = attention + biases + 3 * h * self.intermediate_size + 2 * h
         return self.vocab_size * h * (1 if self.tie_word_embeddings else 2) + self.num_hidden_layers * layer + h
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], where: str = "config.json") -> "Architecture":
+    def from_config(
+        cls, config: Mapping[str, Any], where: str = "config.json", *, with_biases: bool = False
+    ) -> "Architecture":
         """Read and check a configuration.
 
         Args:
             config: content of a config.json.
             where: what to call it in errors.
+            with_biases: whether the caller can deal with biases in attention, which no published Tele-FLM has.
 
         Raises:
             CheckpointError: a field is missing, has the wrong type, or contradicts another.
         """
         if config.get("model_type") != MODEL_TYPE:
             raise CheckpointError(f"{where}: model_type is {config.get('model_type')!r}, expected {MODEL_TYPE!r}.")
-        for unsupported in ("attention_bias", "mlp_bias"):
-            if config.get(unsupported):
-                raise CheckpointError(f"{where}: {unsupported} is true; Tele-FLM models have no biases.")
+        for biases in ("mlp_bias",) if with_biases else ("attention_bias", "mlp_bias"):
+            if config.get(biases):
+                raise CheckpointError(f"{where}: {biases} is true; biases are not supported here.")
         values = {field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None}
         heads, hidden = _number(values, "num_attention_heads", where), _number(values, "hidden_size", where)
         if hidden % heads:

@@ -80,7 +80,7 @@ def plan_conversion(checkpoint: Source, *, dtype: DType | None = None) -> tuple[
 
 def _plan_teleflm(checkpoint: Source, dtype: DType | None) -> tuple[CheckpointPlan, list[str]]:
     where = f"{checkpoint.folder}/config.json"
-    architecture = Architecture.from_config(checkpoint.config or {}, where)
+    architecture = Architecture.from_config(checkpoint.config or {}, where, with_biases=True)
     check_tensors(checkpoint.tensors, architecture, checkpoint.folder)
     tensors = tuple(_cast(name, checkpoint.tensors[name], dtype) for name, *_ in weights(architecture))
     dropped = len(checkpoint.tensors) - len(tensors)

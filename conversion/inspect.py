@@ -108,7 +108,11 @@ def _architecture(source: Source) -> Architecture | None:
     where = f"{source.folder}/config.json"
     if source.config is None:
         raise CheckpointError(f"{where}: no such file.")
-    return Architecture.from_config(source.config, where) if source.config.get("model_type") == MODEL_TYPE else None
+    return (
+        Architecture.from_config(source.config, where, with_biases=True)
+        if source.config.get("model_type") == MODEL_TYPE
+        else None
+    )
 
 
 def _noting(problems: list[str], look: Callable[[], Any]) -> Any:

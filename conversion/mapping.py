@@ -40,6 +40,13 @@ LAYER = (
     Weight("model.layers.{}.mlp.up_proj.weight", ("ffn", "hidden")),
     Weight("model.layers.{}.mlp.down_proj.weight", ("hidden", "ffn")),
 )
+# Where there are biases (attention_bias), each follows its weight.
+_BIASES: dict[str, Weight] = {
+    "model.layers.{}.self_attn.q_proj.weight": Weight("model.layers.{}.self_attn.q_proj.bias", ("query",)),
+    "model.layers.{}.self_attn.k_proj.weight": Weight("model.layers.{}.self_attn.k_proj.bias", ("key_value",)),
+    "model.layers.{}.self_attn.v_proj.weight": Weight("model.layers.{}.self_attn.v_proj.bias", ("key_value",)),
+    "model.layers.{}.self_attn.o_proj.weight": Weight("model.layers.{}.self_attn.o_proj.bias", ("hidden",)),
+}
 NORM = Weight("model.norm.weight", ("hidden",))
 LM_HEAD = Weight("lm_head.weight", ("vocab", "hidden"))
 
@@ -58,15 +65,23 @@ def axis_size(axis: Axis, architecture: Architecture) -> int:
     }[axis]
 
 
+def weight_table(architecture: Architecture) -> tuple[Weight, ...]:
+    """The lines of the table that a model has, in data-flow order."""
+    biases = _BIASES if architecture.attention_bias else {}
+    layer = [line for weight in LAYER for line in (weight, biases.get(weight.name)) if line]
+    return (EMBED_TOKENS, *layer, NORM, *([] if architecture.tie_word_embeddings else [LM_HEAD]))
+
+
 def weights(architecture: Architecture) -> Iterator[tuple[str, Weight, int | None]]:
     """Every weight of a model in data-flow order: its full name, its line in the table, its layer if it has one."""
-    yield EMBED_TOKENS.name, EMBED_TOKENS, None
-    for layer in range(architecture.num_hidden_layers):
-        for weight in LAYER:
-            yield weight.name.format(layer), weight, layer
-    yield NORM.name, NORM, None
-    if not architecture.tie_word_embeddings:
-        yield LM_HEAD.name, LM_HEAD, None
+    table = weight_table(architecture)
+    in_layers = [weight for weight in table if "{}" in weight.name]
+    for weight in table:
+        if weight not in in_layers:
+            yield weight.name, weight, None
+        elif weight is in_layers[0]:
+            layers = range(architecture.num_hidden_layers)
+            yield from ((inner.name.format(layer), inner, layer) for layer in layers for inner in in_layers)
 
 
 def is_derived(name: str) -> bool:

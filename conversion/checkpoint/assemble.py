@@ -203,10 +203,8 @@ def _overlaps(tensor: TensorPlan, start: int, stop: int) -> Iterator[tuple[Piece
     """Where pieces meet a flat range: piece, shared box, offset in the range, and the contiguous box around it."""
     at = 0
     for whole in boxes_of_range(tensor.layout, start, stop):
-        for piece in tensor.pieces:
-            box = piece.box.intersect(whole)
-            if box is not None:
-                yield piece, box, at, whole
+        for piece, box in tensor.pieces_in(whole):
+            yield piece, box, at, whole
         at += whole.numel
 
 

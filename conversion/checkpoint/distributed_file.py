@@ -10,6 +10,7 @@ duplicates were removed on saving, so together they must tile the tensor, and a 
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,26 +19,12 @@ from . import inert_pickle
 from .dtypes import DType
 from .errors import CheckpointError
 from .inert_pickle import Inert
-from .plan import Box, Copy, PlanError, Shape, TensorPlan, View
+from .plan import Box, PlanError, Shape, View
+from .sharded import ShardedTensor
 from .torch_file import MAX_PICKLE_BYTES, TORCH_GLOBALS, read_torch_file
 
 METADATA = ".metadata"
 _LOST = "copy the folder again, with every rank's files"
-
-
-@dataclass(frozen=True)
-class ShardedTensor:
-    """A tensor in pieces: what box of it each window holds."""
-
-    name: str
-    shape: Shape
-    dtype: DType
-    chunks: tuple[tuple[Box, View], ...]
-
-    def plan(self, name: str | None = None, dtype: DType | None = None) -> TensorPlan:
-        """The plan that puts the pieces together, under another name or cast if given."""
-        pieces = tuple(Copy(box, view) for box, view in self.chunks)
-        return TensorPlan(name or self.name, self.shape, dtype or self.dtype, pieces)
 
 
 @dataclass(frozen=True)
@@ -46,7 +33,7 @@ class DistributedCheckpoint:
 
     Args:
         folder: its absolute path.
-        tensors: every tensor by name.
+        tensors: every tensor that was asked for, by name.
         objects: every other entry by name: file, first byte and length of the torch.save zip that holds it.
     """
 
@@ -55,11 +42,14 @@ class DistributedCheckpoint:
     objects: dict[str, tuple[str, int, int]]
 
 
-def read_distributed_checkpoint(path: str | os.PathLike[str]) -> DistributedCheckpoint:
+def read_distributed_checkpoint(
+    path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True
+) -> DistributedCheckpoint:
     """Open a DCP folder; no tensor is loaded.
 
     Args:
         path: the folder with the `.metadata` file.
+        wanted: whether a tensor of that name is; of the others, which may be most of the folder, nothing is read.
 
     Raises:
         CheckpointError: the metadata is damaged, a chunk or a file is missing, or chunks do not tile their tensor.
@@ -75,7 +65,7 @@ def read_distributed_checkpoint(path: str | os.PathLike[str]) -> DistributedChec
             raise CheckpointError(f"{where}: entry {str(name)[:80]!r} of state_dict_metadata is no tensor or object.")
         if entry.name == "BytesStorageMetadata":
             objects[name] = _place(places, name, None, where)
-        else:
+        elif wanted(name):
             tensors[name] = _read_tensor(name, entry, places, where)
     return DistributedCheckpoint(str(folder), tensors, objects)
 
@@ -151,9 +141,9 @@ def _read_tensor(name: str, entry: Inert, places: _Places, where: str) -> Sharde
     if len(dtypes) != 1:
         listed = ", ".join(sorted(map(str, dtypes))) or "none"
         raise CheckpointError(f"{where}: {name} has chunks of dtypes {listed}, expected one.")
-    tensor = ShardedTensor(name, shape, dtypes.pop(), read)
+    tensor = ShardedTensor(shape, dtypes.pop(), read)
     try:
-        tensor.plan().check()
+        tensor.plan(name).check()
     except PlanError as error:
         raise CheckpointError(f"{where}: the chunks do not make up {error} {_LOST.capitalize()}.") from None
     return tensor

@@ -18,6 +18,7 @@ a row. `TensorPlan.check` proves that the boxes tile the tensor exactly once.
 Planners (growth, conversion) only build these objects; `execute.py` only runs them.
 """
 
+import bisect
 import hashlib
 import itertools
 import json
@@ -308,6 +309,27 @@ class TensorPlan:
         """Size in the output, in bytes."""
         return self.numel * self.dtype.itemsize
 
+    def pieces_in(self, box: Box) -> Iterator[tuple[Piece, Box]]:
+        """The pieces that fill some of a box, each with what it fills of it."""
+        axis, starts, reaches, pieces = self._by_start
+        first = bisect.bisect_right(reaches, box.start[axis])
+        last = bisect.bisect_left(starts, box.start[axis] + box.size[axis])
+        for piece in pieces[first:last]:
+            shared = piece.box.intersect(box)
+            if shared is not None:
+                yield piece, shared
+
+    @cached_property
+    def _by_start(self) -> tuple[int, list[int], list[int], list[Piece]]:
+        """The pieces sorted along the axis that tells them apart best: the axis, their starts, how far they reach.
+
+        A tensor from a thousand ranks has a thousand pieces, and each of its blocks meets a few.
+        """
+        axis = _busiest_axis(self.pieces)
+        pieces = sorted(self.pieces, key=lambda piece: piece.box.start[axis])
+        reaches = list(itertools.accumulate((piece.box.stop[axis] for piece in pieces), max))
+        return axis, [piece.box.start[axis] for piece in pieces], reaches, pieces
+
     def check(self) -> None:
         """Prove that the pieces tile the tensor exactly once.
 
@@ -354,9 +376,7 @@ def first_overlap(pieces: Sequence[Piece]) -> tuple[Piece, Piece] | None:
     A sweep along the axis with the most distinct starts, so that a tensor cut into a thousand shards is checked in
     about a thousand steps.
     """
-    if len(pieces) < 2:
-        return None
-    axis = max(range(len(pieces[0].box.start)), key=lambda axis: len({piece.box.start[axis] for piece in pieces}))
+    axis = _busiest_axis(pieces)
     active: list[Piece] = []
     for piece in sorted(pieces, key=lambda piece: piece.box.start[axis]):
         active = [other for other in active if other.box.stop[axis] > piece.box.start[axis]]
@@ -365,6 +385,12 @@ def first_overlap(pieces: Sequence[Piece]) -> tuple[Piece, Piece] | None:
                 return other, piece
         active.append(piece)
     return None
+
+
+def _busiest_axis(pieces: Sequence[Piece]) -> int:
+    """The axis along which boxes have the most distinct starts."""
+    axes = range(len(pieces[0].box.start)) if len(pieces) > 1 else range(1)
+    return max(axes, key=lambda axis: len({piece.box.start[axis] for piece in pieces}))
 
 
 def is_byte_copy(piece: Copy, dtype: DType) -> bool:

@@ -5,9 +5,10 @@
 """Reading windows of files by `pread`: bounded memory, no mapping, any number of threads."""
 
 import os
+import resource
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import TracebackType
 
 import numpy as np
@@ -28,6 +29,7 @@ class FileReader:
     """Open source files and read windows of them. Thread-safe; a context manager that closes what it opened."""
 
     def __init__(self) -> None:
+        _allow_many_files()
         self._stack = ExitStack()
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -118,6 +120,14 @@ class FileReader:
         return CorruptData(
             f"{file}: ends at byte {size}, but a tensor reaches to byte {end}: the file was cut short meanwhile."
         )
+
+
+def _allow_many_files() -> None:
+    """Raise the soft limit on open files to the hard one: a checkpoint may have a file for each of a thousand ranks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):  # macOS says unlimited and means less
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def read_chunks(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:

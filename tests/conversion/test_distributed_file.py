@@ -75,8 +75,9 @@ def materialise(folder: Path, out: Path) -> dict[str, torch.Tensor]:
     """Run the plans of every tensor and load the result with the safetensors library."""
     from safetensors.torch import load_file
 
-    tensors = read_distributed_checkpoint(folder).tensors.values()
-    write_checkpoint(CheckpointPlan(tuple(tensor.plan() for tensor in tensors), {}), out, WriteOptions())
+    tensors = read_distributed_checkpoint(folder).tensors
+    plans = tuple(tensor.plan(name) for name, tensor in tensors.items())
+    write_checkpoint(CheckpointPlan(plans, {}), out, WriteOptions())
     return load_file(out / "model.safetensors")
 
 

@@ -122,7 +122,7 @@ def test_architecture_agrees_with_the_configuration_class(name):
         ({"num_key_value_heads": 3}, "num_attention_heads 64 is not a multiple of num_key_value_heads 3"),
         ({"mup_scale_factor": float("nan")}, "mup_scale_factor is nan"),
         ({"output_mult": True}, "output_mult is True, expected a number"),
-        ({"attention_bias": True}, "attention_bias is true; Tele-FLM models have no biases"),
+        ({"attention_bias": True}, "attention_bias is true; biases are not supported here"),
     ],
 )
 def test_bad_configurations(change, message):

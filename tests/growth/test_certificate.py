@@ -304,11 +304,14 @@ def _one_copy_is_scaled(monkeypatch):
     ],
 )
 def test_mutants_of_tiling_are_caught(mutant, noise, make_source, tmp_path, monkeypatch):
-    source = make_source("bfloat16")
+    """By the bytes of what is stored in bfloat16, and by the logits in float64."""
+    source, exact = make_source("bfloat16"), make_source("float64")
     mutant(monkeypatch)
-    grow_checkpoint(source, tmp_path / "bad", tile_tests.TWICE, method="tile", noise=noise)
-    is_about_noise = mutant in (_noise_does_not_cancel, _each_copy_draws_for_itself)
-    assert certify(source, tmp_path / "bad").holds == (is_about_noise and not noise)
+    for folder in (source, exact):
+        grow_checkpoint(folder, tmp_path / folder.name, tile_tests.TWICE, method="tile", noise=noise)
+    is_harmless = mutant in (_noise_does_not_cancel, _each_copy_draws_for_itself) and not noise
+    assert certify(source, tmp_path / source.name).holds == is_harmless
+    assert (growth_tests.compare(exact, tmp_path / exact.name).relative < 1e-12) == is_harmless
 
 
 def test_a_tiling_keeps_epsilon(tiled, tmp_path):

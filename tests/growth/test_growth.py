@@ -172,6 +172,7 @@ def old_vocabulary_logits(model: TeleFLMForCausalLM, vocab_size: int) -> torch.T
         pytest.param({}, {"num_hidden_layers": 5}, id="layers"),
         pytest.param({}, {"vocab_size": 704}, id="vocab"),
         pytest.param({}, {"intermediate_size": 96}, id="ffn"),
+        pytest.param({}, {"num_attention_heads": 8, "head_dim": 8}, id="heads, at the same width"),
         pytest.param(GROUPED, heads(8, 4), id="key/value heads"),
         pytest.param({}, {"hidden_size": 128, "num_attention_heads": 16}, id="hidden x 4"),
         pytest.param({}, {"mup_scale_factor": 16.0, "output_mult": 0.5}, id="multipliers x 1/4"),
@@ -286,10 +287,12 @@ def new_entries(old: Architecture, gradients: dict[str, torch.Tensor]) -> dict[s
 
 
 def test_new_weights_get_gradients_and_zeros_everywhere_are_dead(source, tmp_path):
-    target = {"hidden_size": 40, "num_attention_heads": 5, "intermediate_size": 110}
-    grow_checkpoint(source, tmp_path / "out", target)
+    target = {"hidden_size": 40, "num_attention_heads": 5, "intermediate_size": 110, "num_hidden_layers": 4}
+    grow_checkpoint(source, tmp_path / "out", target, layers="1")
     old = Architecture.from_config(json.loads((source / "config.json").read_bytes()))
-    learning = new_entries(old, gradients_after_two_steps(load(tmp_path / "out")))
+    gradients = gradients_after_two_steps(load(tmp_path / "out"))
+    learning = new_entries(old, gradients)
+    learning |= {name: gradient for name, gradient in gradients.items() if "layers.2." in name}  # the copy of layer 1
     used = torch.zeros(640, dtype=torch.bool)
     used[IDS[:, :-1].unique()] = True  # the last token of a row predicts nothing
     for name, gradient in learning.items():
