@@ -33,9 +33,19 @@ if TYPE_CHECKING:
 
 Path_ = Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a checkpoint, or one weight file.")]
 Check = Annotated[bool, typer.Option("--check", help="Read every tensor and compare it with manifest.json.")]
-Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a checkpoint.")]
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Hugging Face checkpoint or of a run.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
-Format = Annotated[str, typer.Option(help="Format of SRC: auto, or hf for the Hugging Face layout.")]
+Format = Annotated[str, typer.Option(help="Of SRC: auto, hf, megatron, torch_dist, fsdp_dtensor, dcp or deepspeed.")]
+Iteration = Annotated[int | None, typer.Option(help="Of a run; its latest unless given.", min=0)]
+Config = Annotated[str | None, typer.Option(help="Preset or config.json with what the run itself does not say.")]
+Tokenizer = Annotated[Path | None, typer.Option(help="Folder of the tokenizer that goes with a run.")]
+VocabSize = Annotated[int | None, typer.Option(help="Of a run: rows of the vocabulary without padding.", min=1)]
+Mapping = Annotated[Path | None, typer.Option(help="YAML file with the tensor names of a fork of Megatron.")]
+Fp32Master = Annotated[bool, typer.Option("--fp32-master", help="Of DeepSpeed: the optimizer's float32 weights.")]
+AllowUnequalReplicas = Annotated[
+    bool, typer.Option("--allow-unequal-replicas", help="Take rank 0's where a run's copies of one tensor differ.")
+]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Convert a run that holds NaN or infinities.")]
 
 
 def inspect(
@@ -63,6 +73,14 @@ def convert(
     source: Source,
     out: Out,
     format: Format = "auto",
+    iteration: Iteration = None,
+    config: Config = None,
+    tokenizer: Tokenizer = None,
+    vocab_size: VocabSize = None,
+    mapping: Mapping = None,
+    fp32_master: Fp32Master = False,
+    allow_unequal_replicas: AllowUnequalReplicas = False,
+    allow_nonfinite: AllowNonfinite = False,
     dtype: Dtype = None,
     workers: Workers = DEFAULT_WORKERS,
     max_shard_size: MaxShardSize = "5GB",
@@ -72,7 +90,7 @@ def convert(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Rewrite a checkpoint as a Hub folder of safetensors."""
+    """Make a Hub folder of safetensors from a training checkpoint, or from .bin files."""
     from .checkpoint.execute import WriteOptions
     from .convert import convert_checkpoint
     from .plan_report import describe_result, print_result
@@ -81,7 +99,22 @@ def convert(
         with byte_progress("converting") as progress:
             rank, world_size = process_rank()
             options = WriteOptions(max_shard_size, workers, not no_digest, overwrite, progress, rank, world_size)
-            result = convert_checkpoint(source, out, format=format, dtype=dtype, options=options, dry_run=dry_run)
+            result = convert_checkpoint(
+                source,
+                out,
+                format=format,
+                iteration=iteration,
+                config=config,
+                tokenizer=tokenizer,
+                vocab_size=vocab_size,
+                mapping=mapping,
+                fp32_master=fp32_master,
+                allow_unequal_replicas=allow_unequal_replicas,
+                allow_nonfinite=allow_nonfinite,
+                dtype=dtype,
+                options=options,
+                dry_run=dry_run,
+            )
         if rank > 0:  # one of them speaks for all, when all is done
             return
         if as_json:
@@ -103,7 +136,10 @@ def _print_inspection(inspection: "Inspection") -> None:
 
     console = Console()
     table = Table(show_header=False, title=inspection.folder, title_justify="left")
-    table.add_row("model type", inspection.model_type or "unknown: no config.json")
+    table.add_row("model type", inspection.model_type or "unknown: no configuration")
+    if inspection.parallel is not None:
+        step = f", iteration {inspection.iteration}" if inspection.iteration is not None else ""
+        table.add_row("training run", f"{inspection.format}, {inspection.parallel}{step}")
     table.add_row("parameters", f"{inspection.parameters:,}")
     table.add_row("dtypes", ", ".join(f"{name} ({count} tensors)" for name, count in inspection.dtypes.items()))
     sizes = inspection.files.values()
@@ -116,6 +152,7 @@ def _print_inspection(inspection: "Inspection") -> None:
         table.add_row("multipliers", f"embeddings x {a.embedding_scale:g}, logits x {a.logit_scale:g}")
         pieces = f", {inspection.pieces:,} pieces" if inspection.pieces else ", no tokenizer"
         padding = f", {inspection.padding_rows:,} rows of padding" if inspection.padding_rows else ""
+        padding = ", padding included" if inspection.parallel is not None else padding
         table.add_row("vocabulary", f"{a.vocab_size:,} rows{pieces}{padding}")
     console.print(table)
     for step in inspection.lineage:

@@ -2,12 +2,14 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Rewriting a checkpoint as a Hub folder of safetensors: the same tensors, safe and lazy to load."""
+"""Rewriting a checkpoint as a Hub folder of safetensors: of a training run, or the Hub's own in another container."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .architecture import MODEL_TYPE, Architecture
+from .architecture import MODEL_TYPE, Architecture, load_config, load_preset, preset_names
 from .checkpoint.containers import safetensors_shards
 from .checkpoint.dtypes import DType, parse_dtype
 from .checkpoint.errors import CheckpointError
@@ -17,8 +19,13 @@ from .checkpoint.plan import CheckpointPlan, TensorPlan, View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .hub import hub_config, hub_sidecars, lineage_steps, model_card
 from .mapping import check_tensors, weights
+from .native.checkpoint import NativeCheckpoint
+from .native.find import FORMATS as NATIVE_FORMATS
+from .native.find import open_native
+from .native.hub_plan import compare_replicas, plan_run
+from .native.table import read_table
 
-FORMATS = ("auto", "hf")
+FORMATS = ("auto", "hf", *NATIVE_FORMATS)
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".gguf", ".h5", ".msgpack")
 _MAX_SIDECAR = 100_000_000
 
@@ -28,6 +35,14 @@ def convert_checkpoint(
     out: str | Path,
     *,
     format: str = "auto",
+    iteration: int | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+    tokenizer: str | Path | None = None,
+    vocab_size: int | None = None,
+    mapping: str | Path | None = None,
+    fp32_master: bool = False,
+    allow_unequal_replicas: bool = False,
+    allow_nonfinite: bool = False,
     dtype: str | None = None,
     options: WriteOptions | None = None,
     dry_run: bool = False,
@@ -35,29 +50,77 @@ def convert_checkpoint(
     """Rewrite a checkpoint as safetensors, without loading it and without executing anything it contains.
 
     A Tele-FLM's tensors are checked against its configuration and written in data-flow order, with our code and
-    configuration; any other model keeps its tensors, its configuration and its small files as they are.
+    configuration; any other Hugging Face model keeps its tensors, its configuration and its small files as they are.
+    Of a training run every weight is accounted for: copies that the run kept are compared, values checked to be finite.
 
     Args:
-        source: folder of a Hugging Face checkpoint, `.bin` or safetensors.
+        source: folder of a Hugging Face checkpoint, `.bin` or safetensors, or of a training run (Megatron, DCP,
+            DeepSpeed).
         out: folder to write: new, or the finished or interrupted result of the same call.
-        format: of the source; `auto` looks, `hf` is the Hugging Face layout.
+        format: of the source, one of `FORMATS`; `auto` looks, `hf` is the Hugging Face layout.
+        iteration: of a training run; its latest unless given.
+        config: what the run's own arguments do not say: a preset's name, the path of a config.json, or its content.
+        tokenizer: folder of the tokenizer that goes with the model.
+        vocab_size: true size of the vocabulary, without the padding of a training run.
+        mapping: YAML file with the names of a fork of Megatron, see `native.table.read_table`.
+        fp32_master: of a DeepSpeed run: take the optimizer's float32 weights.
+        allow_unequal_replicas: take rank 0's where copies differ.
+        allow_nonfinite: write NaN and infinities as they are.
         dtype: of the output's floating-point tensors; the source's unless given.
         options: how to write.
-        dry_run: plan and check everything, write nothing.
+        dry_run: plan and check everything that headers allow, write nothing.
 
     Raises:
         CheckpointError: the source cannot be used; nothing was written.
+        CorruptData: a value is not finite, or a file was cut short; the output folder is not loadable.
         OSError: the disk failed; the output folder is not loadable, and the same call resumes.
     """
     if format not in FORMATS:
         raise CheckpointError(f"format is {format!r}, expected one of {', '.join(FORMATS)}.")
     options = options or WriteOptions()
-    checkpoint = open_checkpoint(source)
-    plan, notes = plan_conversion(checkpoint, dtype=parse_dtype(dtype) if dtype else None)
+    cast = parse_dtype(dtype) if dtype else None
+    run = _open_run(Path(source), format, iteration, mapping, fp32_master)
+    if run is None:
+        run_only = {"config": config, "tokenizer": tokenizer, "vocab_size": vocab_size, "iteration": iteration}
+        _refuse_run_options({**run_only, "mapping": mapping, "fp32_master": fp32_master or None})
+        plan, notes = plan_conversion(open_checkpoint(source), dtype=cast)
+    else:
+        plan, notes = plan_run(run, _read_config(config), tokenizer, vocab_size, cast)
+        options = replace(options, finite=not allow_nonfinite)
     shards = safetensors_shards(plan.tensors, options.shard_bytes)
     if dry_run:
         return CheckpointResult(plan, shards, notes + foresee(plan, shards, Path(out), options), None)
+    if run is not None:
+        notes += compare_replicas(run, plan.config, allow=allow_unequal_replicas)
     return CheckpointResult(plan, shards, notes, write_checkpoint(plan, Path(out), options))
+
+
+def _open_run(
+    source: Path, format: str, iteration: int | None, mapping: str | Path | None, fp32_master: bool
+) -> NativeCheckpoint | None:
+    """The training checkpoint that the source is; None if it is in the Hugging Face layout."""
+    if format == "hf" or (format == "auto" and any((source / name).exists() for name in WEIGHT_FILES)):
+        return None
+    table = read_table(Path(mapping)) if mapping else None
+    run = open_native(source, iteration, table=table, fp32_master=fp32_master)
+    if format != "auto" and (run is None or run.format != format):
+        raise CheckpointError(f"{source}: format is {format}, but this looks like {run.format if run else 'none'}.")
+    return run
+
+
+def _refuse_run_options(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise CheckpointError(
+                f"--{name.replace('_', '-')} is for checkpoints of training runs; this one is a Hugging Face folder."
+            )
+
+
+def _read_config(config: str | Path | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What the user says about the model, from wherever it is."""
+    if config is None or isinstance(config, Mapping):
+        return config
+    return load_preset(str(config)) if str(config) in preset_names() else load_config(Path(config))
 
 
 def plan_conversion(checkpoint: Source, *, dtype: DType | None = None) -> tuple[CheckpointPlan, list[str]]:

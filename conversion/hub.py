@@ -102,6 +102,10 @@ def lineage_steps(lineage: Mapping[str, Any] | None) -> list[str]:
         case {"operation": "grow", "source": dict() as old, "target": dict() as new}:
             fields = [f"{field} {old[field]} to {new.get(field)}" for field in old if old[field] != new.get(field)]
             step = f"Grown without changing the function it computes: {', '.join(fields) or 'nothing changed'}."
+        case {"operation": "convert", "from": trainer, "parallel": parallel, **rest}:
+            at = f" at iteration {rest['iteration']}" if rest.get("iteration") is not None else ""
+            cast = f", cast to {rest['dtype']}" if rest.get("dtype") else ""
+            return [f"Converted from a training checkpoint{at} ({trainer}, {parallel}){cast}."]
         case {"operation": "convert", "from": container}:
             cast = f", cast to {lineage['dtype']}" if lineage.get("dtype") else ""
             step = f"Rewritten as safetensors from {container} files{cast}."

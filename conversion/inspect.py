@@ -15,9 +15,12 @@ from .architecture import MODEL_TYPE, Architecture
 from .checkpoint.check import Damage, check_digests
 from .checkpoint.errors import CheckpointError
 from .checkpoint.manifest import MANIFEST, read_manifest
-from .checkpoint.sources import Source, open_checkpoint
+from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .hub import count_pieces, lineage_steps
 from .mapping import check_tensors
+from .native.checkpoint import NativeCheckpoint
+from .native.find import open_native
+from .native.hub_plan import compare_replicas, plan_tensors, run_architecture
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,9 @@ class Inspection:
 
     Args:
         folder: its path.
-        format: the container of its weights: `safetensors` or `torch`.
+        format: the container of its weights, `safetensors` or `torch`; of a training run, what wrote it.
+        parallel: of a training run: how it is cut, in words.
+        iteration: of a training run: the step it was saved at.
         model_type: of its config.json, None without one.
         architecture: its numbers, for a Tele-FLM with a usable config.json.
         parameters: elements of all tensors.
@@ -42,6 +47,8 @@ class Inspection:
 
     folder: str
     format: str
+    parallel: str | None
+    iteration: int | None
     model_type: str | None
     architecture: Architecture | None
     parameters: int
@@ -66,13 +73,17 @@ def inspect_checkpoint(
 
     Args:
         path: its folder, or one weight file.
-        check: read every tensor and compare it with the digests of manifest.json.
+        check: read every tensor and compare it with the digests of manifest.json; of a training run, compare the
+            copies that it kept of one tensor.
         workers: threads for `check`.
         progress: called with the bytes `check` just read and those in all.
 
     Raises:
         CheckpointError: there is no checkpoint, or a file of it is damaged; `check` without digests.
     """
+    run = None if _is_hub(Path(path)) else open_native(path)
+    if run is not None:
+        return _inspect_run(run, check)
     source = open_checkpoint(path)
     folder = Path(source.folder)
     problems: list[str] = []
@@ -90,6 +101,8 @@ def inspect_checkpoint(
     return Inspection(
         folder=source.folder,
         format=source.format,
+        parallel=None,
+        iteration=None,
         model_type=(source.config or {}).get("model_type"),
         architecture=architecture,
         parameters=sum(view.numel for view in source.tensors.values()),
@@ -101,6 +114,39 @@ def inspect_checkpoint(
         lineage=lineage_steps(manifest["lineage"]) if manifest else [],
         problems=problems,
         damages=check_digests(source, manifest, workers, progress) if check and manifest else None,
+    )
+
+
+def _is_hub(path: Path) -> bool:
+    return path.is_file() or any((path / name).exists() for name in WEIGHT_FILES)
+
+
+def _inspect_run(run: NativeCheckpoint, check: bool) -> Inspection:
+    problems: list[str] = []
+    architecture = _noting(problems, lambda: run_architecture(run))
+    if architecture:
+        _noting(problems, lambda: plan_tensors(run, architecture, None))
+    if check:
+        tied = architecture is not None and architecture.tie_word_embeddings
+        problems += compare_replicas(run, {"tie_word_embeddings": tied}, allow=True)
+    files = sorted({view.file for tensor in run.tensors.values() for _, view in tensor.chunks if view})
+    tensors = run.tensors.values()
+    return Inspection(
+        folder=run.folder,
+        format=run.format,
+        parallel=run.parallel,
+        iteration=run.iteration,
+        model_type=MODEL_TYPE if architecture else None,
+        architecture=architecture,
+        parameters=sum(tensor.numel for tensor in tensors),
+        dtypes=dict(Counter(tensor.dtype.name for tensor in tensors)),
+        nbytes=sum(tensor.numel * tensor.dtype.itemsize for tensor in tensors),
+        files={os.path.relpath(file, run.folder): os.path.getsize(file) for file in files},
+        pieces=None,
+        padding_rows=None,
+        lineage=[],
+        problems=problems,
+        damages=None,
     )
 
 

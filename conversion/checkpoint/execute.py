@@ -13,6 +13,7 @@ is complete.
 
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,14 +26,18 @@ from typing import Any
 import numpy as np
 
 from .assemble import blocks, copy_runs, is_zero, resolve, stream
-from .containers import Shard, loadable_file, parse_size, safetensors_index, safetensors_shards
-from .errors import CheckpointError
+from .containers import Layout, Shard, parse_size, safetensors_layout
+from .dtypes import first_nonfinite
+from .errors import CheckpointError, CorruptData
 from .kernel_copy import write_all
 from .manifest import MANIFEST, block_digest, make_manifest, read_manifest
 from .normal_stream import GRID
 from .plan import CheckpointPlan, TensorPlan
 from .reader import FileReader, read_chunks
 from .workspace import FOLDER, PARTIAL, Finished, ShardFile, Workspace, naming_errors, sync_folder
+
+# What a checkpoint's files may lie in, below its folder: nothing, or a step of Megatron-LM or DeepSpeed.
+_OWN_FOLDER = re.compile(r"\.|(iter_\d+|release|global_step\d+)(/.*)?")
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class WriteOptions:
         progress: called from any thread with the number of output bytes just finished, and the number in all.
         rank: which of the processes that share the work this is; every one runs the same call.
         world_size: how many there are. Shard i is written by rank i modulo world_size; rank 0 waits for the others.
+        finite: refuse to write a NaN or an infinity.
     """
 
     max_shard_size: str | int = "5GB"
@@ -56,6 +62,7 @@ class WriteOptions:
     progress: Callable[[int, int], None] = lambda nbytes, total: None
     rank: int = 0
     world_size: int = 1
+    finite: bool = False
 
     @property
     def shard_bytes(self) -> int:
@@ -90,14 +97,45 @@ class CheckpointResult:
     written: Written | None
 
 
-def write_checkpoint(plan: CheckpointPlan, out: Path, options: WriteOptions) -> Written:
-    """Execute a plan into a Hub folder of safetensors, or finish what an interrupted call of the same left there.
+def execute(
+    plan: CheckpointPlan,
+    out: Path,
+    options: WriteOptions,
+    notes: Sequence[str] = (),
+    *,
+    dry_run: bool = False,
+    layout: Layout | None = None,
+) -> CheckpointResult:
+    """Write a checkpoint, or, in a dry run, only say what that would meet: `write_checkpoint` or `foresee`.
+
+    Args:
+        plan: what to write.
+        out: the folder.
+        options: see `WriteOptions`.
+        notes: what a user should know of the plan, one sentence each.
+        dry_run: plan and check everything, write nothing.
+        layout: the output's files; a Hub folder of safetensors unless given.
+
+    Raises:
+        PlanError, CheckpointError, OSError: see `write_checkpoint`.
+    """
+    files = layout or safetensors_layout(plan.tensors, options.shard_bytes)
+    if dry_run:
+        plan.check()
+        return CheckpointResult(plan, [*files.shards], [*notes, *_foresee(plan, out, options, layout)], None)
+    written = write_checkpoint(plan, out, options, layout)
+    return CheckpointResult(plan, [*files.shards], [*notes], written)
+
+
+def write_checkpoint(plan: CheckpointPlan, out: Path, options: WriteOptions, layout: Layout | None = None) -> Written:
+    """Execute a plan into a folder, or finish what an interrupted call of the same left there.
 
     Args:
         plan: what to write; checked before anything is touched.
         out: the folder: new, without a checkpoint, holding this very one or an interrupted run of it, unless
             `overwrite` is set.
         options: see `WriteOptions`.
+        layout: the output's files; a Hub folder of safetensors unless given.
 
     Raises:
         PlanError: the plan does not tile its output.
@@ -105,20 +143,22 @@ def write_checkpoint(plan: CheckpointPlan, out: Path, options: WriteOptions) -> 
         OSError: the disk fails or is too small; the folder is then not loadable, and the same call resumes.
     """
     plan.check()
-    shards = safetensors_shards(plan.tensors, options.shard_bytes)
-    written = Written(out, tuple(shard.filename for shard in shards), plan.nbytes)
+    files = layout or safetensors_layout(plan.tensors, options.shard_bytes)
+    files.check(plan.tensors)
+    shards = [shard for shard in files.shards if shard.twin is None]
+    written = Written(out, tuple(shard.filename for shard in files.shards), plan.nbytes)
     if _is_source(plan, out):
         raise CheckpointError(f"{out}: is the source too; write to another folder.")
     out.mkdir(parents=True, exist_ok=True)
 
     def is_done() -> bool:
-        return _is_done(plan, shards, out, options.digest)
+        return _is_done(plan, files, out, options.digest)
 
     if is_done():
         shutil.rmtree(out / FOLDER, ignore_errors=True)  # of a run that was killed on its last step
         return replace(written, already_done=True)
     with (
-        Workspace(out, plan, _settings(options), options.rank, options.overwrite, is_done) as workspace,
+        Workspace(out, plan, _settings(options, layout), options.rank, options.overwrite, is_done) as workspace,
         FileReader() as reader,
     ):
         mine = shards[options.rank :: options.world_size]
@@ -132,39 +172,50 @@ def write_checkpoint(plan: CheckpointPlan, out: Path, options: WriteOptions) -> 
         if options.rank == 0:
             finished = [workspace.wait_for(shard) for shard in shards]
             workspace.check_sources()
-            _write_small_files(plan, shards, finished, workspace)
-            _make_loadable(shards, workspace)
+            _write_small_files(plan, files.shards, finished, workspace)
+            _make_loadable(files, workspace)
             workspace.remove()
     return written
 
 
 def foresee(plan: CheckpointPlan, shards: Sequence[Shard], out: Path, options: WriteOptions) -> list[str]:
     """What `write_checkpoint` would meet in a folder, a sentence each; nothing is touched. For a dry run."""
+    return _foresee(plan, out, options, None)
+
+
+def _foresee(plan: CheckpointPlan, out: Path, options: WriteOptions, layout: Layout | None) -> list[str]:
+    files = layout or safetensors_layout(plan.tensors, options.shard_bytes)
     if _is_source(plan, out):
         return [f"It would be refused: {out} is the source too; write to another folder."]
-    if _is_done(plan, shards, out, options.digest):
+    if _is_done(plan, files, out, options.digest):
         return [f"{out} is already done."]
     notes = []
     if out.is_dir():
-        workspace = Workspace(out, plan, _settings(options), options.rank, options.overwrite, lambda: False)
+        settings = _settings(options, layout)
+        workspace = Workspace(out, plan, settings, options.rank, options.overwrite, lambda: False)
         run, obstacle = workspace.survey()
         if obstacle is not None:
             notes.append(f"{'It would be removed' if options.overwrite else 'It would be refused'}: {obstacle}")
         elif run is not None:
             notes.append(f"{out} holds an interrupted run of this, which would be resumed.")
-    need, free = sum(shard.nbytes for shard in shards), free_space(out)
+    need, free = sum(shard.disk_bytes for shard in files.shards), free_space(out)
     if need > free:
         notes.append(f"It would be refused: {need / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free.")
     return notes
 
 
-def _settings(options: WriteOptions) -> dict[str, Any]:
+def _settings(options: WriteOptions, layout: Layout | None) -> dict[str, Any]:
     """What decides the files beside the plan."""
-    return {"max_shard_size": options.shard_bytes, "digest": options.digest}
+    files = {"max_shard_size": options.shard_bytes} if layout is None else {"layout": layout.fingerprint()}
+    return {**files, "digest": options.digest}
 
 
 def _is_source(plan: CheckpointPlan, out: Path) -> bool:
-    return any(out.resolve() in (Path(file).parent.resolve(), Path(file).resolve().parent) for file in plan.sources)
+    """Whether OUT is the checkpoint that is read: the folder of its files, or of the training steps they are in."""
+    here = out.resolve()
+    folders = {folder for file in plan.sources for folder in (Path(file).parent.resolve(), Path(file).resolve().parent)}
+    below = (folder.relative_to(here).as_posix() for folder in folders if folder.is_relative_to(here))
+    return any(_OWN_FOLDER.fullmatch(path) for path in below)
 
 
 def free_space(out: Path) -> int:
@@ -218,9 +269,13 @@ def _write_shards(
 
     def work(block: _Block) -> None:
         data = stream(block.tensor, block.start, block.stop, reader=reader, resolved=resolved, seed=plan.seed)
+        data = _checked(block, data) if options.finite else data
         with naming_errors(block.file.path):
             if options.digest:
                 block.file.record(block.tensor.name, block.index, _write_hashed(block, data))
+            elif options.finite:
+                for _ in _written(block.file.descriptor, data, block.at):
+                    pass
             else:
                 _write_plain(block, data, reader)
             block.file.release()
@@ -242,6 +297,18 @@ def _write_hashed(block: _Block, data: Iterator[memoryview]) -> bytes:
     if is_zero(block.tensor, block.start, block.stop) and not block.file.resumed:
         return _zero_digest(block.nbytes)
     return block_digest(_written(descriptor, data, block.at))
+
+
+def _checked(block: _Block, data: Iterator[memoryview]) -> Iterator[memoryview]:
+    """Each chunk, if all its elements are finite."""
+    at = block.start
+    for chunk in data:
+        found = first_nonfinite(chunk, block.tensor.dtype)
+        if found is not None:
+            index = np.unravel_index(at + found, block.tensor.shape or (1,))
+            raise CorruptData(f"{block.tensor.name}{[*map(int, index)]} is NaN or infinite as {block.tensor.dtype}.")
+        yield chunk
+        at += len(chunk) // block.tensor.dtype.itemsize
 
 
 def _written(descriptor: int, data: Iterable[memoryview], at: int) -> Iterator[memoryview]:
@@ -297,22 +364,22 @@ def _tensor_bytes(shards: Iterable[Shard]) -> int:
     return sum(tensor.nbytes for shard in shards for tensor, _ in shard.tensors)
 
 
-def _is_done(plan: CheckpointPlan, shards: Sequence[Shard], out: Path, digest: bool) -> bool:
+def _is_done(plan: CheckpointPlan, files: Layout, out: Path, digest: bool) -> bool:
     """Whether the folder is the finished result of this very plan, made from the sources as they are now."""
     try:
-        sizes = [(out / shard.filename).stat().st_size for shard in shards]
-        finished = (out / loadable_file(shards)).stat().st_mtime_ns
+        sizes = [(out / shard.filename).stat().st_size for shard in files.shards]
+        finished = (out / files.loadable_file).stat().st_mtime_ns
     except FileNotFoundError:
         return False
-    if sizes != [shard.nbytes for shard in shards]:
+    if sizes != [shard.nbytes for shard in files.shards]:
         return False
     if any(os.stat(file).st_mtime_ns > finished for file in plan.sources):
         return False
     manifest = read_manifest(out)
     if manifest is None or manifest.get("plan") != plan.fingerprint() or (digest and not manifest.get("digest")):
         return False
-    files = {tensor.name: shard.filename for shard in shards for tensor, _ in shard.tensors}
-    return {name: entry["file"] for name, entry in manifest["tensors"].items()} == files
+    places = {tensor.name: shard.filename for shard in files.shards for tensor, _ in shard.tensors}
+    return {name: entry["file"] for name, entry in manifest["tensors"].items()} == places
 
 
 def _write_small_files(
@@ -326,15 +393,21 @@ def _write_small_files(
     workspace.write(MANIFEST, _json_bytes(make_manifest(plan, shards, statistics, digests)))
 
 
-def _make_loadable(shards: Sequence[Shard], workspace: Workspace) -> None:
+def _make_loadable(files: Layout, workspace: Workspace) -> None:
     """Give the shards their names, and last of all put the file in place that makes the folder load."""
     out = workspace.out
-    for shard in shards:
-        if (out / (shard.filename + PARTIAL)).exists():  # a killed run may have renamed some
-            (out / (shard.filename + PARTIAL)).rename(out / shard.filename)
-    if len(shards) > 1:
-        sync_folder(out)
-        workspace.write(loadable_file(shards), safetensors_index(shards))
+    for shard in files.shards:
+        path, partial = out / shard.filename, out / (shard.filename + PARTIAL)
+        if shard.twin:
+            path.unlink(missing_ok=True)  # a killed run may have made some
+            os.link(os.path.realpath(shard.twin), path)
+        elif partial.exists():  # a killed run may have renamed some
+            partial.rename(path)
+    if files.index:
+        for folder in {folder for shard in files.shards for folder in (out / shard.filename).parents}:
+            if folder == out or out in folder.parents:
+                sync_folder(folder)
+        workspace.write(*files.index)
     sync_folder(out)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from ..checkpoint.dtypes import DType
 from ..checkpoint.plan import View
 from ..checkpoint.sharded import ShardedTensor
 from .table import NativeWeight, RowOrder
@@ -46,6 +47,7 @@ class NativeCheckpoint:
             states and the like left out.
         table: what the names mean; None if they are the Hub's own.
         order: what the rows mean.
+        dtype: what the weights are cast to unless the user says otherwise; each tensor's own if None.
         replicas: copies to compare before converting.
         notes: what a user should know, one sentence each.
     """
@@ -58,5 +60,6 @@ class NativeCheckpoint:
     tensors: Mapping[str, ShardedTensor]
     table: Sequence[NativeWeight] | None
     order: RowOrder = field(default_factory=RowOrder)
+    dtype: DType | None = None
     replicas: Sequence[Replica] = ()
     notes: Sequence[str] = ()

@@ -16,9 +16,11 @@ what the blocks are in one checkpoint. A fork of the trainer with other names is
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
 
 from ..architecture import Architecture
+from ..checkpoint.errors import CheckpointError
 from ..checkpoint.plan import Shape
 from ..checkpoint.sharded import ShardedTensor
 from ..mapping import Weight, weight_table, weights
@@ -106,6 +108,51 @@ def megatron_name(name: str) -> str:
 def hub_name(name: str) -> str:
     """The Hub name of a tensor of a model that was wrapped for training (FSDP, torch.compile, Accelerate)."""
     return _HUB_PREFIXES.sub("", name)
+
+
+def read_table(path: Path) -> tuple[NativeWeight, ...]:
+    """A table from a YAML file, for a fork of the trainer that calls its tensors otherwise: a list of
+
+        - native: decoder.layers.{}.attn.qkv.weight
+          hub: [model.layers.{}.self_attn.q_proj.weight, ..., ...]
+          parallel: column
+          rows: qkv
+
+    Raises:
+        CheckpointError: it is not that; the message names the entry.
+    """
+    import yaml
+
+    try:
+        entries = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path}: cannot be read as YAML ({str(error).splitlines()[0]}).") from None
+    if not isinstance(entries, list) or not entries:
+        raise CheckpointError(f"{path}: holds a {type(entries).__name__}, expected a list of weights.")
+    return tuple(_read_line(entry, f"{path}: entry {number}") for number, entry in enumerate(entries, 1))
+
+
+_HUB_NAMES = {name for line in MEGATRON for name in line.hub}
+_MEMBERS: dict[Rows, int] = {"plain": 1, "gated": 2, "qkv": 3}
+
+
+def _read_line(entry: Any, where: str) -> NativeWeight:
+    match entry:
+        case {"native": str(native), "hub": str() | list() as said, "parallel": parallel, **rest}:
+            hub = tuple(map(str, [said] if isinstance(said, str) else said))
+            rows: Any = rest.pop("rows", "plain")
+        case _:
+            raise CheckpointError(f"{where}: lacks native, hub or parallel.")
+    if rest:
+        raise CheckpointError(f"{where}: {', '.join(map(str, rest))} is unknown; expected native, hub, parallel, rows.")
+    if parallel not in get_args(Parallel) or rows not in _MEMBERS:
+        kinds = f"{', '.join(get_args(Parallel))}, and {', '.join(_MEMBERS)}"
+        raise CheckpointError(f"{where}: parallel is {parallel!r} and rows is {rows!r}, expected one of {kinds}.")
+    if any(name not in _HUB_NAMES for name in hub) or len(hub) != _MEMBERS[rows]:
+        raise CheckpointError(f"{where}: hub is {list(hub)}, expected {_MEMBERS[rows]} of {sorted(_HUB_NAMES)}.")
+    if any(name.count("{}") != native.count("{}") for name in hub):
+        raise CheckpointError(f"{where}: {native} and {hub[0]} do not both have one {{}} for the layer's number.")
+    return NativeWeight(native, hub, parallel, rows)
 
 
 def hub_table(architecture: Architecture) -> tuple[NativeWeight, ...]:

@@ -1,0 +1,113 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What kind of training checkpoint a folder is, and which of its iterations is meant."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..checkpoint.errors import CheckpointError
+from .checkpoint import NativeCheckpoint, NativeFormat
+from .table import NativeWeight
+
+FORMATS: tuple[NativeFormat, ...] = ("megatron", "torch_dist", "fsdp_dtensor", "dcp", "deepspeed")
+_TRACKER = "latest_checkpointed_iteration.txt"
+_ITERATION = re.compile(r"iter_(\d{7,})")
+_RELEASE = "release"
+_ACCELERATE = "pytorch_model_fsdp_0"
+
+
+def find_native(path: str | os.PathLike[str], iteration: int | None = None) -> tuple[NativeFormat, Path] | None:
+    """The training checkpoint that a folder is or holds: its format, and the folder of the iteration.
+
+    Args:
+        path: a run's folder, or one iteration's.
+        iteration: which; the latest unless given.
+
+    Returns:
+        None if the folder is no training checkpoint that this package knows.
+
+    Raises:
+        CheckpointError: the run has no such iteration, or says it has one that is not there.
+    """
+    root = Path(os.path.abspath(path))
+    if not root.is_dir():
+        return None
+    folder = _iteration_folder(root, iteration)
+    found = _format(folder)
+    return (found, folder) if found else None
+
+
+def _iteration_folder(root: Path, iteration: int | None) -> Path:
+    if iteration is not None:
+        folder = root / f"iter_{iteration:07d}"
+        if not folder.is_dir() and _iteration_number(root) != iteration:
+            present = ", ".join(sorted(entry.name for entry in root.glob("iter_*"))) or "none"
+            raise CheckpointError(f"{folder}: no such folder; iterations there: {present}.")
+        return folder if folder.is_dir() else root
+    if (root / _TRACKER).is_file():
+        text = (root / _TRACKER).read_bytes()[:100].decode(errors="replace").strip()
+        if text != _RELEASE and not text.isdecimal():
+            raise CheckpointError(f"{root / _TRACKER}: says {text!r}, expected a number or {_RELEASE}.")
+        folder = root / (_RELEASE if text == _RELEASE else f"iter_{int(text):07d}")
+        if not folder.is_dir():
+            raise CheckpointError(f"{root / _TRACKER}: says {text}, but there is no {folder.name}; give --iteration.")
+        return folder
+    return root / _ACCELERATE if (root / _ACCELERATE).is_dir() else root
+
+
+def _format(folder: Path) -> NativeFormat | None:
+    from .deepspeed import is_deepspeed
+    from .dist_checkpoint import dist_format
+    from .megatron import is_megatron
+
+    if is_megatron(folder):
+        return "megatron"
+    return "deepspeed" if is_deepspeed(folder) else dist_format(folder)
+
+
+def open_native(
+    path: str | os.PathLike[str],
+    iteration: int | None = None,
+    *,
+    table: Sequence[NativeWeight] | None = None,
+    fp32_master: bool = False,
+) -> NativeCheckpoint | None:
+    """Open the training checkpoint that a folder is or holds; no tensor is loaded.
+
+    Args:
+        path: see `find_native`.
+        iteration: see `find_native`.
+        table: what its tensors are called, for a fork of Megatron.
+        fp32_master: of DeepSpeed: the optimizer's float32 weights, where the run's own are there too.
+
+    Returns:
+        None if the folder is no training checkpoint that this package knows.
+
+    Raises:
+        CheckpointError: see `find_native` and the readers.
+    """
+    from .deepspeed import read_deepspeed
+    from .dist_checkpoint import read_dist_checkpoint
+    from .megatron import read_megatron
+
+    found = find_native(path, iteration)
+    if found is None:
+        return None
+    kind, folder = found
+    try:
+        if kind == "megatron":
+            return read_megatron(folder, _iteration_number(folder), table)
+        if kind == "deepspeed":
+            return read_deepspeed(folder, fp32_master=fp32_master)
+        return read_dist_checkpoint(folder)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror}.") from None
+
+
+def _iteration_number(folder: Path) -> int | None:
+    match = _ITERATION.fullmatch(folder.name)
+    return int(match[1]) if match else None

@@ -1,0 +1,297 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""From a training checkpoint to the plan of a Hub folder: the configuration completed, every tensor accounted for."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..architecture import MODEL_TYPE, Architecture, load_config
+from ..checkpoint.dtypes import DType
+from ..checkpoint.errors import CheckpointError
+from ..checkpoint.plan import CheckpointPlan, Shape, TensorPlan
+from ..checkpoint.reader import FileReader, boxes_of_range
+from ..checkpoint.sharded import ShardedTensor
+from ..hub import count_pieces, hub_config, hub_sidecars, lineage_steps, model_card
+from ..mapping import EMBED_TOKENS, LM_HEAD, Weight, is_derived, weights
+from .checkpoint import NativeCheckpoint, Replica
+from .table import NativeWeight, hub_table, native_tensors, split
+from .training_args import config_from_args
+
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
+# Fields of a configuration that a run may have its own value of: they decide nothing that the weights compute.
+_INDIFFERENT = ("max_position_embeddings", "initializer_range")
+_NATIVE_HEAD = ("output_layer.weight", LM_HEAD.name)
+_COMPARED = 1 << 20  # elements of a replica that are read at a time
+
+
+def plan_run(
+    run: NativeCheckpoint,
+    config: Mapping[str, Any] | None,
+    tokenizer: str | Path | None,
+    vocab_size: int | None,
+    dtype: DType | None,
+) -> tuple[CheckpointPlan, list[str]]:
+    """The plan of the Hub folder that a training checkpoint becomes, and notes on it.
+
+    Args:
+        run: the checkpoint.
+        config: what its arguments do not say; a config.json beside it unless given.
+        tokenizer: folder of its tokenizer; the one of that config.json unless given.
+        vocab_size: rows of the vocabulary without padding.
+        dtype: of the output; the run's unless given.
+
+    Raises:
+        CheckpointError: something is missing, or two sources of one fact disagree.
+    """
+    beside = next((f for f in (Path(run.folder), Path(run.folder).parent) if (f / "config.json").is_file()), None)
+    if config is None and beside:
+        config = load_config(beside / "config.json")
+    folder = Path(tokenizer) if tokenizer else beside or Path(run.folder)
+    pieces = count_pieces(folder)
+    if tokenizer and pieces is None:
+        raise CheckpointError(f"{folder}: holds no tokenizer.model.")
+    complete = complete_config(run, config, vocab_size, pieces)
+    architecture = Architecture.from_config(complete, f"{run.folder}: configuration", with_biases=True)
+    tensors, notes = plan_tensors(run, architecture, dtype or run.dtype)
+    lineage = {
+        "operation": "convert",
+        "from": run.format,
+        "parallel": run.parallel,
+        "iteration": run.iteration,
+        "dtype": dtype.name if dtype else None,
+    }
+    out_dtype = tensors[0].dtype.name
+    sidecars = hub_sidecars(folder, model_card(architecture, out_dtype, lineage_steps(lineage)))
+    plan = CheckpointPlan(tuple(tensors), hub_config(complete, architecture, out_dtype), sidecars, lineage)
+    plan.check()
+    return plan, notes
+
+
+def run_architecture(run: NativeCheckpoint) -> Architecture | None:
+    """What a training checkpoint says of its model, with the padding of its vocabulary; None if it says nothing.
+
+    Raises:
+        CheckpointError: the model is no Tele-FLM.
+    """
+    said = config_from_args(run.args, run.folder)
+    if not said:
+        return None
+    config = {**said, "vocab_size": _embedding(run).shape[0], "model_type": MODEL_TYPE}
+    return Architecture.from_config(config, f"{run.folder}: arguments of the run", with_biases=True)
+
+
+def complete_config(
+    run: NativeCheckpoint, config: Mapping[str, Any] | None, vocab_size: int | None, pieces: int | None
+) -> dict[str, Any]:
+    """The configuration of a training checkpoint, from its arguments and what the user adds.
+
+    Args:
+        run: the checkpoint.
+        config: a configuration that says what the arguments do not; the two must agree on what both say.
+        vocab_size: rows of the vocabulary without Megatron's padding.
+        pieces: of the tokenizer, which is the vocabulary's size where nothing else says it.
+
+    Raises:
+        CheckpointError: they disagree, or something is missing; names the field and both values.
+    """
+    said = config_from_args(run.args, run.folder)
+    if not said and config is None:
+        raise CheckpointError(f"{run.folder}: holds no arguments of its run; --config has to say what model it is.")
+    for field, value in said.items():
+        given = _given(config or {}, field)
+        if field not in _INDIFFERENT and given is not None and given != value:
+            raise CheckpointError(
+                f"{run.folder}: {field} is {value!r} by the run's arguments and {given!r} by --config; correct it."
+            )
+    merged = {**said, **{field: value for field, value in (config or {}).items() if value is not None}}
+    size = _vocab_size(run, config or {}, vocab_size, pieces)
+    return {**merged, "vocab_size": size, "model_type": MODEL_TYPE}
+
+
+def _given(config: Mapping[str, Any], field: str) -> Any:
+    if field == "rope_theta":
+        return (config.get("rope_parameters") or {}).get(field, config.get(field))
+    return config.get(field)
+
+
+def _vocab_size(run: NativeCheckpoint, config: Mapping[str, Any], vocab_size: int | None, pieces: int | None) -> int:
+    """The vocabulary's true size. Padding is trained noise, so where there may be some, nothing is guessed."""
+    said = config.get("vocab_size")
+    if vocab_size is not None and said is not None and vocab_size != said:
+        raise CheckpointError(f"--vocab-size is {vocab_size}, vocab_size of --config is {said}; give one of them.")
+    size = vocab_size or said or pieces
+    rows = _embedding(run).shape[0]
+    if size is None and run.table is None:
+        return rows
+    if size is None:
+        raise CheckpointError(
+            f"{run.folder}: the embeddings have {rows} rows, padding included; say how many count with "
+            "--vocab-size, --tokenizer or --config."
+        )
+    if pieces is not None and pieces > size:
+        raise CheckpointError(
+            f"the tokenizer has {pieces} pieces, vocab_size is {size}; one of them is of another model."
+        )
+    if size > rows:
+        raise CheckpointError(f"{run.folder}: the embeddings have {rows} rows, vocab_size is {size}.")
+    return size
+
+
+def _embedding(run: NativeCheckpoint) -> ShardedTensor:
+    lines = run.table or (NativeWeight(EMBED_TOKENS.name, (EMBED_TOKENS.name,), "replicated"),)
+    name = next((line.name for line in lines if line.hub == (EMBED_TOKENS.name,)), EMBED_TOKENS.name)
+    if name not in run.tensors:
+        raise CheckpointError(f"{run.folder}: {name} is missing.")
+    return run.tensors[name]
+
+
+def plan_tensors(
+    run: NativeCheckpoint, architecture: Architecture, dtype: DType | None
+) -> tuple[list[TensorPlan], list[str]]:
+    """The Hub tensors of a training checkpoint in data-flow order, and notes on them.
+
+    Args:
+        run: the checkpoint.
+        architecture: its numbers, with the true vocab_size.
+        dtype: of the output; each tensor's own unless given.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape than the architecture says, or would be lost.
+    """
+    table = run.table or hub_table(architecture)
+    parts: dict[str, ShardedTensor] = {}
+    gammas: set[str] = set()
+    explained = set()
+    _check_layers(run, architecture)
+    for name, line, hub in native_tensors(table, architecture):
+        tensor = run.tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(f"{run.folder}: {name} is missing.")
+        explained.add(name)
+        _check_shape(run, name, tensor, hub, architecture)
+        tensor = tensor[: sum(_rows(weight, architecture) for _, weight in hub)]  # without the vocabulary's padding
+        parts.update(split(tensor, line, hub, architecture, run.order))
+        if run.order.zero_centered_gamma and "norm" in line.hub[0]:
+            gammas.update(hub_name for hub_name, _ in hub)
+    _check_explained(run, architecture, explained)
+    tensors = []
+    for name, weight, _ in weights(architecture):
+        # Megatron has no bias on the output of attention; the Hub's model has one wherever q, k and v do.
+        shape = weight.shape(architecture)
+        part = parts.get(name) or ShardedTensor.zeros(shape, next(iter(parts.values())).dtype)
+        tensors.append(part.plan(name, shape, dtype=dtype, offset=1.0 if name in gammas else 0.0))
+    return tensors, [*run.notes, *_notes(run, architecture, gammas)]
+
+
+def _rows(weight: Weight, architecture: Architecture) -> int:
+    return weight.shape(architecture)[0]
+
+
+def _check_layers(run: NativeCheckpoint, architecture: Architecture) -> None:
+    numbers = {int(match[1]) for name in run.tensors if (match := _LAYER.search(name))}
+    if len(numbers) != architecture.num_hidden_layers:
+        raise CheckpointError(
+            f"{run.folder}: holds {len(numbers)} layers, num_hidden_layers is {architecture.num_hidden_layers}."
+        )
+
+
+def _check_shape(
+    run: NativeCheckpoint,
+    name: str,
+    tensor: ShardedTensor,
+    hub: Sequence[tuple[str, Weight]],
+    architecture: Architecture,
+) -> None:
+    shapes = [weight.shape(architecture) for _, weight in hub]
+    expected: Shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    padded = "vocab" in hub[0][1].axes and run.table is not None
+    fits = tensor.shape[1:] == expected[1:] and (
+        tensor.shape[0] >= expected[0] if padded else tensor.shape[0] == expected[0]
+    )
+    if not fits:
+        numbers = ", ".join(f"{field} {getattr(architecture, field)}" for field in _DECISIVE)
+        raise CheckpointError(
+            f"{run.folder}: {name} has shape {tensor.shape}, the run's arguments and --config make it {expected} "
+            f"({numbers})."
+        )
+
+
+_DECISIVE = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+def _check_explained(run: NativeCheckpoint, architecture: Architecture, explained: set[str]) -> None:
+    for name in run.tensors:
+        tied_copy = architecture.tie_word_embeddings and name in _NATIVE_HEAD
+        if name not in explained and not tied_copy and not is_derived(name):
+            raise CheckpointError(f"{run.folder}: {name} is not a weight of this Tele-FLM model; it would be lost.")
+
+
+def _notes(run: NativeCheckpoint, architecture: Architecture, gammas: set[str]) -> Iterator[str]:
+    rows = _embedding(run).shape[0]
+    padding = rows - architecture.vocab_size
+    if padding:
+        yield f"{padding} rows of padding after the {architecture.vocab_size} of the vocabulary were left out."
+    if gammas:
+        yield f"1 was added to {len(gammas)} norm weights, which the run stored less 1."
+    if architecture.attention_bias:
+        yield "o_proj.bias is zeros: the run has biases on q, k and v only."
+
+
+def compare_replicas(run: NativeCheckpoint, config: Mapping[str, Any], *, allow: bool) -> list[str]:
+    """Compare the copies that a run kept of one tensor, the two ends of tied embeddings among them.
+
+    Args:
+        run: the checkpoint.
+        config: its configuration.
+        allow: note what differs instead of raising; the first copy counts.
+
+    Returns:
+        One sentence for each pair that differs.
+
+    Raises:
+        CheckpointError: a pair differs; names it, where its copies are, and by how much.
+    """
+    notes = []
+    with FileReader() as reader:
+        for replica in [*run.replicas, *_tied_replicas(run, config)]:
+            difference = _difference(replica, reader)
+            if difference is None:
+                continue
+            one, other = replica.places
+            text = f"{run.folder}: {replica.name} differs by up to {difference:.3g} between {one} and {other}"
+            if not allow:
+                raise CheckpointError(f"{text}; --allow-unequal-replicas takes that of {one}.")
+            notes.append(f"{text}; that of {one} was taken.")
+    return notes
+
+
+def _tied_replicas(run: NativeCheckpoint, config: Mapping[str, Any]) -> Iterator[Replica]:
+    """The head of a model that has none of its own, where the run kept a copy for the last stage."""
+    head = next((run.tensors[name] for name in _NATIVE_HEAD if name in run.tensors), None)
+    if not config.get("tie_word_embeddings") or head is None:
+        return
+    embedding = _embedding(run)
+    if [box for box, _ in embedding.chunks] != [box for box, _ in head.chunks]:
+        raise CheckpointError(
+            f"{run.folder}: the tied embedding {embedding.shape} and head {head.shape} are cut differently."
+        )
+    for (_, first), (_, second) in zip(embedding.chunks, head.chunks, strict=True):
+        if first is not None and second is not None:
+            yield Replica("the tied embedding", first, second, ("the embedding", "the head"))
+
+
+def _difference(replica: Replica, reader: FileReader) -> float | None:
+    """The largest difference between two copies, or None if their bytes are equal."""
+    largest = None
+    for start in range(0, replica.first.numel, _COMPARED):
+        for box in boxes_of_range(replica.first.shape, start, min(start + _COMPARED, replica.first.numel)):
+            a, b = reader.read(replica.first.window(box)), reader.read(replica.second.window(box))
+            if a.tobytes() != b.tobytes():
+                largest = max(largest or 0.0, float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max()))
+    return largest
