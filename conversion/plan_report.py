@@ -24,7 +24,7 @@ def describe_result(result: CheckpointResult, out: Path, workers: int) -> dict[s
         "bytes": result.plan.nbytes,
         "files": [{"name": shard.filename, "bytes": shard.nbytes} for shard in result.shards],
         "memory_bytes": peak_memory(result.plan, workers),
-        "disk": {"need": sum(shard.nbytes for shard in result.shards), "free": free_space(out)},
+        "disk": {"need": sum(shard.disk_bytes for shard in result.shards), "free": free_space(out)},
         "notes": result.notes,
     }
     if result.written:

@@ -2,15 +2,20 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""How output tensors become files: shards, their headers, and the file that makes the folder loadable."""
+"""How output tensors become files: shards, what they hold beside tensors, and the file that makes the folder loadable.
 
+A `Layout` is data: a container is a function that makes one. `safetensors_layout` is the Hub's; `torch_zip.py` makes
+the shards of torch.save folders.
+"""
+
+import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .errors import CheckpointError
-from .plan import TensorPlan
+from .plan import PlanError, TensorPlan
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _MAX_HEADER = 100_000_000  # the safetensors library refuses longer ones
@@ -18,17 +23,87 @@ _MAX_HEADER = 100_000_000  # the safetensors library refuses longer ones
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: what stands before the tensors, and where each tensor starts."""
+    """One output file: where each tensor starts in it, and what stands between them.
+
+    Args:
+        filename: its path in the output folder, with forward slashes.
+        fixed: bytes that are no tensor's (headers, directories), each run with its position in the file.
+        tensors: each tensor with the position of its first byte. Together with `fixed` they tile the file.
+        twin: path of a file that already holds these very bytes and is to be linked to rather than written.
+    """
 
     filename: str
-    header: bytes
+    fixed: tuple[tuple[int, bytes], ...]
     tensors: tuple[tuple[TensorPlan, int], ...]
-    """Each tensor with the position of its first byte in the file."""
+    twin: str | None = None
+
+    @property
+    def header(self) -> bytes:
+        """What stands before the tensors."""
+        return self.fixed[0][1]
 
     @property
     def nbytes(self) -> int:
         """Size of the file, in bytes."""
-        return len(self.header) + sum(tensor.nbytes for tensor, _ in self.tensors)
+        return sum(len(content) for _, content in self.fixed) + sum(tensor.nbytes for tensor, _ in self.tensors)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Room that it takes on the disk, in bytes: none where it is a link."""
+        return 0 if self.twin else self.nbytes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of an output folder that hold its tensors.
+
+    Args:
+        shards: the weight files.
+        index: name and content of the file that is written last and makes the folder loadable; None where the one
+            shard does.
+    """
+
+    shards: tuple[Shard, ...]
+    index: tuple[str, bytes] | None = None
+
+    @property
+    def loadable_file(self) -> str:
+        """Name of the file whose presence makes the folder loadable."""
+        return self.index[0] if self.index else self.shards[0].filename
+
+    def check(self, tensors: Iterable[TensorPlan]) -> None:
+        """Check that the files hold exactly these tensors, and nothing twice.
+
+        Raises:
+            PlanError: they do not, or the parts of a file do not tile it.
+        """
+        placed = sorted(tensor.name for shard in self.shards for tensor, _ in shard.tensors)
+        planned = sorted(tensor.name for tensor in tensors)
+        if placed != planned:
+            raise PlanError(f"the files hold {len(placed)} tensors, the plan has {len(planned)} and not the same.")
+        for shard in self.shards:
+            parts = [(at, len(content)) for at, content in shard.fixed]
+            end = 0
+            for at, nbytes in sorted(parts + [(at, tensor.nbytes) for tensor, at in shard.tensors]):
+                if at != end:
+                    raise PlanError(f"{shard.filename}: a part begins at byte {at}, the one before ends at {end}.")
+                end += nbytes
+
+    def fingerprint(self) -> str:
+        """A digest of everything but the tensors."""
+        files = [(shard.filename, shard.fixed, bool(shard.twin)) for shard in self.shards]
+        return hashlib.sha256(repr((files, self.index)).encode()).hexdigest()
+
+
+def safetensors_layout(tensors: Sequence[TensorPlan], max_shard_size: int) -> Layout:
+    """A Hub folder: the shards of `safetensors_shards`, and an index if there are several."""
+    return indexed_layout(safetensors_shards(tensors, max_shard_size))
+
+
+def indexed_layout(shards: Sequence[Shard]) -> Layout:
+    """A Hub folder of these safetensors files, with an index if there are several."""
+    index = ("model.safetensors.index.json", safetensors_index(shards)) if len(shards) > 1 else None
+    return Layout(tuple(shards), index)
 
 
 def safetensors_shards(tensors: Sequence[TensorPlan], max_shard_size: int) -> list[Shard]:
@@ -71,12 +146,8 @@ def _safetensors_shard(filename: str, tensors: list[TensorPlan]) -> Shard:
             "lower --max-shard-size."
         )
     header = len(text).to_bytes(8, "little") + text
-    return Shard(filename, header, tuple((t, len(header) + at) for t, at in zip(ordered, starts, strict=True)))
-
-
-def loadable_file(shards: Sequence[Shard]) -> str:
-    """Name of the file whose presence makes the folder loadable: the index, or the single weights file."""
-    return shards[0].filename if len(shards) == 1 else "model.safetensors.index.json"
+    placed = tuple((tensor, len(header) + at) for tensor, at in zip(ordered, starts, strict=True))
+    return Shard(filename, ((0, header),), placed)
 
 
 def safetensors_index(shards: Sequence[Shard]) -> bytes:

@@ -38,8 +38,15 @@ from .sources import WEIGHT_FILES, source_identity
 
 PARTIAL = ".partial"
 FOLDER = ".teleflm"
-# Every name under which transformers and we save weights: what --overwrite removes, and nothing else touches.
-_WEIGHTS = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+# The file by which Megatron-LM finds the step to load.
+TRACKER = "latest_checkpointed_iteration.txt"
+LOADABLE_FILES = (*WEIGHT_FILES, TRACKER)
+# Every name under which transformers, Megatron-LM and we save weights, but for the steps of a training run: what
+# --overwrite removes, and nothing else touches.
+_WEIGHTS = re.compile(
+    r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+    rf"|{re.escape(TRACKER)}|release/mp_rank_\d+(_\d+)*/\w+\.pt"
+)
 _POLL_SECONDS = 0.1
 _PATIENCE_SECONDS = 30.0
 
@@ -148,8 +155,8 @@ class Workspace:
     def survey(self) -> tuple[dict[str, Any] | None, str | None]:
         """The run that is here, and what stands in the way of this one; to be asked of a folder that is not done."""
         run = _read_json(self.folder / "run.json")
-        present = sorted(name for name in os.listdir(self.out) if _WEIGHTS.fullmatch(name))
-        loadable = [name for name in WEIGHT_FILES if name in present]
+        present = [name for name in _weights_in(self.out) if not name.endswith(PARTIAL)]
+        loadable = [name for name in LOADABLE_FILES if name in present]
         if loadable or (present and run is None):
             name = (loadable or present)[0]
             text = f"already holds {name}, made otherwise or from other sources; choose another folder or --overwrite."
@@ -162,19 +169,22 @@ class Workspace:
 
     def _clear(self) -> None:
         """Remove a checkpoint or a run: first what other ranks would join, then what loads, then the rest."""
-        names = [name for name in os.listdir(self.out) if _WEIGHTS.fullmatch(name.removesuffix(PARTIAL))]
+        names = _weights_in(self.out)
         for name in names:
             if name.endswith(PARTIAL):
                 with (self.out / name).open("rb") as file:
                     _lock(file.fileno(), f"{self.out}: another run is writing {name}; wait for it.")
         (self.folder / "run.json").unlink(missing_ok=True)
-        for name in (*sorted(names, key=lambda name: name not in WEIGHT_FILES), MANIFEST):
+        for name in (*sorted(names, key=lambda name: name not in LOADABLE_FILES), MANIFEST):
             (self.out / name).unlink(missing_ok=True)
+        for folder in (*self.out.glob("release/mp_rank_*"), self.out / "release"):
+            with suppress(OSError):  # it holds something else, or is not there
+                folder.rmdir()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def finished(self, shard: Shard) -> Finished | None:
         """The record of a shard, or None if it is not finished, or not what its record says."""
-        record = _read_json(self.folder / f"{shard.filename}.done")
+        record = _read_json(self.beside(shard, ".done"))
         if record is None:
             return None
         for path in (self.out / (shard.filename + PARTIAL), self.out / shard.filename):
@@ -183,6 +193,10 @@ class Workspace:
                 if (status.st_size, status.st_mtime_ns) == (record["size"], record["mtime_ns"]):
                     return Finished(**record)
         return None
+
+    def beside(self, shard: Shard, suffix: str) -> Path:
+        """A file in the working folder about a shard."""
+        return self.folder / (shard.filename.replace("/", "-") + suffix)
 
     def wait_for(self, shard: Shard) -> Finished:
         """The record of a shard, as soon as the rank that writes it is finished."""
@@ -249,7 +263,7 @@ class ShardFile:
         self._shard = shard
         self._workspace = workspace
         self._statistics = statistics
-        self._journal_path = workspace.folder / f"{shard.filename}.journal"
+        self._journal_path = workspace.beside(shard, ".journal")
         self._lock = threading.Lock()
         self._pending = 1 + sum(1 for tensor, _ in shard.tensors for _ in blocks(tensor.numel))
         self._digests: dict[str, dict[int, bytes]] = {tensor.name: {} for tensor, _ in shard.tensors} if digest else {}
@@ -266,14 +280,16 @@ class ShardFile:
     def _open(self, digest: bool) -> None:
         if digest:
             self._journal = os.open(self._journal_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         _lock(self.descriptor, f"{self._workspace.out}: another run is writing {self._shard.filename}; wait for it.")
-        (self._workspace.folder / f"{self._shard.filename}.done").unlink(missing_ok=True)
+        self._workspace.beside(self._shard, ".done").unlink(missing_ok=True)
         if not self.claims:
             os.ftruncate(self.descriptor, 0)  # so that what no block writes reads as zeros
         os.ftruncate(self.descriptor, self._shard.nbytes)
         os.posix_fallocate(self.descriptor, 0, self._shard.nbytes)
-        write_all(self.descriptor, self._shard.header, 0)
+        for position, content in self._shard.fixed:
+            write_all(self.descriptor, content, position)
 
     @property
     def resumed(self) -> bool:
@@ -297,8 +313,7 @@ class ShardFile:
         status = os.fstat(self.descriptor)
         digests = {name: tensor_digest(parts[i] for i in range(len(parts))) for name, parts in self._digests.items()}
         record = Finished(status.st_size, status.st_mtime_ns, digests, self._statistics)
-        done = self._workspace.folder / f"{self._shard.filename}.done"
-        write_file(done, json.dumps(asdict(record)).encode())
+        write_file(self._workspace.beside(self._shard, ".done"), json.dumps(asdict(record)).encode())
         self._journal_path.unlink(missing_ok=True)
         self.close()
 
@@ -308,6 +323,12 @@ class ShardFile:
             if getattr(self, name) >= 0:
                 os.close(getattr(self, name))
                 setattr(self, name, -1)
+
+
+def _weights_in(out: Path) -> list[str]:
+    """Paths in OUT of every file of a checkpoint, whole or partial."""
+    names = (path.relative_to(out).as_posix() for path in (*out.iterdir(), *out.glob("release/mp_rank_*/*")))
+    return sorted(name for name in names if _WEIGHTS.fullmatch(name.removesuffix(PARTIAL)))
 
 
 def write_file(path: Path, content: bytes, partial: Path | None = None) -> None:
