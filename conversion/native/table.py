@@ -114,7 +114,10 @@ def read_table(path: Path) -> tuple[NativeWeight, ...]:
     """A table from a YAML file, for a fork of the trainer that calls its tensors otherwise: a list of
 
         - native: decoder.layers.{}.attn.qkv.weight
-          hub: [model.layers.{}.self_attn.q_proj.weight, ..., ...]
+          hub:
+          - model.layers.{}.self_attn.q_proj.weight
+          - model.layers.{}.self_attn.k_proj.weight
+          - model.layers.{}.self_attn.v_proj.weight
           parallel: column
           rows: qkv
 

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from conversion.checkpoint import assemble as assemble_module
 from conversion.checkpoint.assemble import measure
 from conversion.checkpoint.containers import parse_size, safetensors_shards
-from conversion.checkpoint.dtypes import BFLOAT16, BY_NAME, FLOAT32, FLOAT64
+from conversion.checkpoint.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, FLOAT64
 from conversion.checkpoint.errors import CheckpointError, CorruptData
 from conversion.checkpoint.execute import WriteOptions, foresee, write_checkpoint
 from conversion.checkpoint.normal_stream import GRID, draw_words, normal_table
@@ -346,3 +346,22 @@ def test_an_interrupted_run_is_foreseen(tmp_path):
     assert "would be resumed" in " ".join(foresee(plan, shards, out, WriteOptions()))
     (tmp_path / "weight").write_bytes(data)
     assert "weight has changed since" in " ".join(foresee(plan, shards, out, WriteOptions()))
+
+
+@pytest.mark.parametrize("digest", [True, False])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16, FLOAT32, FLOAT64], ids=str)
+def test_what_is_not_finite_is_found(dtype, value, digest, small_blocks, tmp_path):
+    largest = ml_dtypes.finfo(dtype.numpy).max
+    array = np.full((5, 4), -largest, dtype.numpy)
+    (tmp_path / "in").mkdir()
+    options = WriteOptions(digest=digest, finite=True)
+    plan = CheckpointPlan((TensorPlan.copy_of("fine", store(tmp_path / "in" / "a", array, dtype)),), {})
+    write_checkpoint(plan, tmp_path / "fine", options)
+    array[3, 2] = value
+    plan = CheckpointPlan((TensorPlan.copy_of("broken", store(tmp_path / "in" / "b", array, dtype)),), {})
+    with pytest.raises(CorruptData, match=rf"broken\[3, 2\] is NaN or infinite as {dtype}"):
+        write_checkpoint(plan, tmp_path / "broken", options)
+    assert load(tmp_path / "broken") == {}
+    write_checkpoint(plan, tmp_path / "broken", WriteOptions(digest=digest))
+    np.testing.assert_array_equal(load(tmp_path / "broken")["broken"].view("u1"), array.view("u1"))
