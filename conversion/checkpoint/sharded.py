@@ -34,13 +34,12 @@ class ShardedTensor:
     @classmethod
     def of(cls, view: View) -> "ShardedTensor":
         """A tensor that lies in one piece."""
-        window = view if view.shape else View(view.file, view.offset, (1,), (1,), view.dtype)
-        return cls(view.shape, view.dtype, ((Box.whole(window.shape), window),) if view.numel else ())
+        return cls(view.shape, view.dtype, (_chunk(Box.whole(view.shape), view),) if view.numel else ())
 
     @classmethod
     def zeros(cls, shape: Sequence[int], dtype: DType) -> "ShardedTensor":
         """A tensor of zeros, which no file holds."""
-        return cls(tuple(shape), dtype, ((Box.whole(shape), None),) if math.prod(shape) else ())
+        return cls(tuple(shape), dtype, (_chunk(Box.whole(shape), None),) if math.prod(shape) else ())
 
     @classmethod
     def concatenate(cls, tensors: Sequence["ShardedTensor"], axis: int) -> "ShardedTensor":
@@ -92,6 +91,20 @@ class ShardedTensor:
         chunks = [part for box, view in self.chunks for part in _unflatten_chunk(box, view, axis, tuple(sizes))]
         return ShardedTensor(shape, self.dtype, tuple(chunks))
 
+    def unbind(self, axis: int) -> tuple["ShardedTensor", ...]:
+        """The slices along a dimension, without it: of a stack of layers, the layers.
+
+        Each chunk is looked at once, where a slice a layer would look at all of them for every layer.
+        """
+        slices: list[list[tuple[Box, View | None]]] = [[] for _ in range(self.shape[axis])]
+        for box, view in self.chunks:
+            rest = Box(_without(box.start, axis), _without(box.size, axis))
+            for index in range(box.size[axis]):
+                window = view and _select(view, axis, index)
+                slices[box.start[axis] + index].append(_chunk(rest, window))
+        shape = _without(self.shape, axis)
+        return tuple(ShardedTensor(shape, self.dtype, tuple(chunks)) for chunks in slices)
+
     def permute(self, *axes: int) -> "ShardedTensor":
         """Reorder the dimensions."""
         chunks = tuple((_permuted(box, axes), view and view.permute(*axes)) for box, view in self.chunks)
@@ -137,6 +150,19 @@ def _unflatten_chunk(box: Box, view: View | None, axis: int, sizes: Shape) -> It
             window = view[(*(slice(None),) * axis, slice(at, at + inner.numel))].unflatten(axis, inner.size)
         yield part, window
         at += inner.numel
+
+
+def _select(view: View, axis: int, index: int) -> View:
+    """One slice of a window along a dimension, without it."""
+    part = view[(*(slice(None),) * axis, slice(index, index + 1))]
+    return View(part.file, part.offset, _without(part.shape, axis), _without(part.strides, axis), part.dtype)
+
+
+def _chunk(box: Box, view: View | None) -> tuple[Box, View | None]:
+    """A chunk; that of a scalar, which has no dimensions, with one."""
+    if box.size:
+        return box, view
+    return Box((0,), (1,)), view and View(view.file, view.offset, (1,), (1,), view.dtype)
 
 
 def _permuted(box: Box, axes: Sequence[int]) -> Box:
