@@ -134,13 +134,15 @@ def _high_water(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
-def cp(sources: Sequence[Path], folder: Path) -> Run:
-    """Plain `cp` of some files into a new folder, and fsync of the copies."""
+def cp(sources: Sequence[Path], folder: Path, names: Sequence[str] | None = None) -> Run:
+    """Plain `cp` of some files into a new folder, under names of their own if given, and fsync of the copies."""
     folder.mkdir()
+    copies = [folder / name for name in names or [source.name for source in sources]]
     started, used = time.perf_counter(), _children_cpu()
-    subprocess.run(["cp", *map(str, sources), str(folder)], check=True)
-    for source in sources:
-        descriptor = os.open(folder / source.name, os.O_RDWR)
+    for source, copy in zip(sources, copies, strict=True):
+        subprocess.run(["cp", str(source), str(copy)], check=True)
+    for copy in copies:
+        descriptor = os.open(copy, os.O_RDWR)
         os.fsync(descriptor)
         os.close(descriptor)
     return Run(time.perf_counter() - started, _children_cpu() - used)
