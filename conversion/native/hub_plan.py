@@ -214,6 +214,11 @@ def _check_shape(
     fits = tensor.shape[1:] == expected[1:] and (
         tensor.shape[0] >= expected[0] if padded else tensor.shape[0] == expected[0]
     )
+    if not tensor.dtype.is_floating:
+        raise CheckpointError(
+            f"{run.folder}: {name} is {tensor.dtype}, expected bfloat16, float16 or float32; FP8 weights come with "
+            "scales that no Hub model reads: save them in bfloat16."
+        )
     if not fits:
         numbers = ", ".join(f"{field} {getattr(architecture, field)}" for field in _DECISIVE)
         raise CheckpointError(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.errors import CheckpointError
+from ..checkpoint.inert_pickle import Inert
 from ..checkpoint.plan import View
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.torch_file import UnreadableTensor, read_torch_file
@@ -74,6 +75,7 @@ def read_megatron(
     args = plain_args(ranks[0].content.get("args"))
     size, stages = 1 + max(rank.tensor for rank in ranks), 1 + max(rank.pipeline for rank in ranks)
     _check_grid(folder, ranks, args)
+    _same("iteration", ranks, [rank.content.get("iteration") for rank in ranks])
     chunks = [_read_chunks(rank, renamed=table is None) for rank in ranks]
     virtual = _same("number of virtual stages", ranks, [len(parts) for parts in chunks])
     offsets = _layer_offsets(folder, ranks, chunks)
@@ -201,12 +203,19 @@ def _read_weights(rank: _Rank, model: Any, renamed: bool) -> _Chunk:
         if _NO_WEIGHT.search(name) or value is None:
             continue
         if not isinstance(value, View):
-            what = value.reason if isinstance(value, UnreadableTensor) else f"a {type(value).__name__}"
-            raise CheckpointError(f"{rank.file}: {own_name} is {what}, expected a plain tensor.")
+            raise CheckpointError(
+                f"{rank.file}: {own_name} is {_describe(value)}, expected a plain tensor; save it in bfloat16."
+            )
         if name in tensors:
             raise CheckpointError(f"{rank.file}: {own_name} is there under another name too.")
         tensors[name] = value
     return tensors
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, UnreadableTensor):
+        return value.reason
+    return f"a {value.qualified_name if isinstance(value, Inert) else type(value).__name__}"
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
