@@ -103,7 +103,7 @@ def open_native(
             return read_megatron(folder, _iteration_number(folder), table)
         if kind == "deepspeed":
             return read_deepspeed(folder, fp32_master=fp32_master)
-        return read_dist_checkpoint(folder)
+        return read_dist_checkpoint(folder, table)
     except OSError as error:
         raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror}.") from None
 
