@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .architecture import MODEL_TYPE, Architecture, load_config, load_preset, preset_names
-from .checkpoint.containers import safetensors_shards
 from .checkpoint.dtypes import DType, parse_dtype
 from .checkpoint.errors import CheckpointError
-from .checkpoint.execute import CheckpointResult, WriteOptions, foresee, write_checkpoint
+from .checkpoint.execute import CheckpointResult, WriteOptions, execute
 from .checkpoint.manifest import MANIFEST, read_manifest
 from .checkpoint.plan import CheckpointPlan, TensorPlan, View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
@@ -87,12 +86,9 @@ def convert_checkpoint(
     else:
         plan, notes = plan_run(run, _read_config(config), tokenizer, vocab_size, cast)
         options = replace(options, finite=not allow_nonfinite)
-    shards = safetensors_shards(plan.tensors, options.shard_bytes)
-    if dry_run:
-        return CheckpointResult(plan, shards, notes + foresee(plan, shards, Path(out), options), None)
-    if run is not None:
-        notes += compare_replicas(run, plan.config, allow=allow_unequal_replicas)
-    return CheckpointResult(plan, shards, notes, write_checkpoint(plan, Path(out), options))
+        if not dry_run:
+            notes += compare_replicas(run, plan.config, allow=allow_unequal_replicas)
+    return execute(plan, Path(out), options, notes, dry_run=dry_run)
 
 
 def _open_run(

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from conversion.architecture import MODEL_TYPE, Architecture
-from conversion.checkpoint.containers import safetensors_shards
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
-from conversion.checkpoint.execute import CheckpointResult, WriteOptions, foresee, write_checkpoint
+from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execute
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.plan import Box, CheckpointPlan, Copy, Fill, Piece, TensorPlan, View
 from conversion.checkpoint.sources import Source, open_checkpoint
@@ -195,16 +194,12 @@ def fold_masks(
     options = options or WriteOptions()
     checkpoint = open_checkpoint(source)
     plan = plan_fold(checkpoint, alpha=alpha, dtype=parse_dtype(dtype) if dtype else None)
-    shards = safetensors_shards(plan.tensors, options.shard_bytes)
-    written = None if dry_run else write_checkpoint(plan, Path(out), options)
     state = MaskState.from_config(checkpoint.config or {})
     folded = plan.lineage["alpha"]
     notes = [f"Masks at alpha {folded:g}; the checkpoint is at step {state.step} of {state.total_steps}."]
     if folded < 1 and folded < state.alpha:
         notes.append("Below the checkpoint's own alpha, this is not the model that was trained.")
-    if dry_run:
-        notes += foresee(plan, shards, Path(out), options)
-    return CheckpointResult(plan, shards, notes, written)
+    return execute(plan, Path(out), options, notes, dry_run=dry_run)
 
 
 def plan_fold(checkpoint: Source, *, alpha: float | None = None, dtype: DType | None = None) -> CheckpointPlan:

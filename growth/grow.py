@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversion.architecture import Architecture, load_config, load_preset, package_folder, preset_names
-from conversion.checkpoint.containers import safetensors_shards
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
-from conversion.checkpoint.execute import CheckpointResult, WriteOptions, foresee, write_checkpoint
+from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execute
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.plan import CheckpointPlan
 from conversion.checkpoint.sources import Source, open_checkpoint
@@ -115,14 +114,11 @@ def grow_checkpoint(
     )
     plan = plan_growth(checkpoint, growth, dtype=parse_dtype(dtype) if dtype else None, seed=seed, distances=distances)
     adam = _read_optimizer(optimizer, growth)
-    shards = safetensors_shards(plan.tensors, options.shard_bytes)
-    written = None if dry_run else write_checkpoint(plan, Path(out), options)
-    if adam and written and options.rank == 0:
-        _write_optimizer(adam, growth, Path(out))
     notes = [*_notes(growth), *_layer_notes(layers, growth, distances), _optimizer_note(adam)]
-    if dry_run:
-        notes += foresee(plan, shards, Path(out), options)
-    return GrowthResult(plan, shards, notes, written, growth, distances)
+    result = execute(plan, Path(out), options, notes, dry_run=dry_run)
+    if adam and result.written and options.rank == 0:
+        _write_optimizer(adam, growth, Path(out))
+    return GrowthResult(plan, result.shards, result.notes, result.written, growth, distances)
 
 
 def plan_growth(

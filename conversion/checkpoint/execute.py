@@ -122,7 +122,7 @@ def execute(
     files = layout or safetensors_layout(plan.tensors, options.shard_bytes)
     if dry_run:
         plan.check()
-        return CheckpointResult(plan, [*files.shards], [*notes, *_foresee(plan, out, options, layout)], None)
+        return CheckpointResult(plan, [*files.shards], [*notes, *foresee(plan, out, options, layout)], None)
     written = write_checkpoint(plan, out, options, layout)
     return CheckpointResult(plan, [*files.shards], [*notes], written)
 
@@ -178,12 +178,8 @@ def write_checkpoint(plan: CheckpointPlan, out: Path, options: WriteOptions, lay
     return written
 
 
-def foresee(plan: CheckpointPlan, shards: Sequence[Shard], out: Path, options: WriteOptions) -> list[str]:
+def foresee(plan: CheckpointPlan, out: Path, options: WriteOptions, layout: Layout | None = None) -> list[str]:
     """What `write_checkpoint` would meet in a folder, a sentence each; nothing is touched. For a dry run."""
-    return _foresee(plan, out, options, None)
-
-
-def _foresee(plan: CheckpointPlan, out: Path, options: WriteOptions, layout: Layout | None) -> list[str]:
     files = layout or safetensors_layout(plan.tensors, options.shard_bytes)
     if _is_source(plan, out):
         return [f"It would be refused: {out} is the source too; write to another folder."]
