@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from conversion.cli import convert, inspect
+from conversion.cli_export import export
 from growth.cli import fold, grow
 from growth.verify_cli import verify
 from sft.cli import app as sft_app
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command()(inspect)
 app.command()(convert)
+app.command()(export)
 app.command()(grow)
 app.command()(fold)
 app.command()(verify)

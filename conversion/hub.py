@@ -5,14 +5,15 @@
 """What makes a folder of weights a Hub repository: configuration, code, tokenizer and model card."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .architecture import Architecture, load_config, package_folder
 from .checkpoint.errors import CheckpointError
 
-CODE_FILES = ("configuration_teleflm.py", "modeling_teleflm.py", "tokenization_teleflm.py")
+TOKENIZER_CODE = "tokenization_teleflm.py"
+CODE_FILES = ("configuration_teleflm.py", "modeling_teleflm.py", TOKENIZER_CODE)
 TOKENIZER_FILES = ("tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _CHAT_TEMPLATE = "chat_template.jinja"
@@ -50,7 +51,7 @@ def hub_config(base: Mapping[str, Any], architecture: Architecture, dtype: str) 
     return dict(sorted({**architecture.to_config(kept), **own}.items()))
 
 
-def hub_sidecars(source: Path, card: str) -> dict[str, str | bytes]:
+def hub_sidecars(source: Path, card: str, code: Sequence[str] = CODE_FILES) -> dict[str, str | bytes]:
     """The other files of an output folder: our code, the source's tokenizer and generation settings, the model card.
 
     Python files of the source are left behind: their place is taken by ours.
@@ -58,9 +59,10 @@ def hub_sidecars(source: Path, card: str) -> dict[str, str | bytes]:
     Args:
         source: folder to copy from.
         card: content of README.md.
+        code: which of our files the output needs.
     """
     package = package_folder()
-    files: dict[str, str | bytes] = {name: str(package / name) for name in CODE_FILES}
+    files: dict[str, str | bytes] = {name: str(package / name) for name in code}
     for name in (*TOKENIZER_FILES, *_OTHER_FILES):
         if (source / name).is_file():
             files[name] = str(source / name)
@@ -111,18 +113,34 @@ def lineage_steps(lineage: Mapping[str, Any] | None) -> list[str]:
             step = f"Rewritten as safetensors from {container} files{cast}."
         case {"operation": "fold", "alpha": float() | int() as alpha}:
             step = f"Growth masks folded into the weights at alpha {alpha:g}."
+        case {"operation": "export", "to": str() as target}:
+            step = f"Exported to {target[:80]}{_export_details(lineage)}."
         case _:
             step = f"{str(lineage.get('operation'))[:80]}."
     return [*before, step]
 
 
-def model_card(architecture: Architecture, dtype: str, lineage: list[str]) -> str:
+def _export_details(lineage: Mapping[str, Any]) -> str:
+    details = []
+    match lineage:
+        case {"parallel": {"tensor": int() as tensor, "pipeline": int() as pipeline, "virtual": int() as virtual}}:
+            chunks = f" of {virtual} chunks" if virtual > 1 else ""
+            details.append(f"tensor parallel {tensor}, {pipeline} stage{'s' if pipeline > 1 else ''}{chunks}")
+    if lineage.get("multipliers") == "fold":
+        details.append("the multipliers folded into embeddings and head")
+    if isinstance(lineage.get("dtype"), str):
+        details.append(f"cast to {lineage['dtype'][:80]}")
+    return "".join(f", {detail}" for detail in details)
+
+
+def model_card(architecture: Architecture, dtype: str, lineage: list[str], *, own_code: bool = True) -> str:
     """A README.md with the facts that follow from the configuration.
 
     Args:
         architecture: the model's numbers.
         dtype: of its weights.
         lineage: one sentence a step of what it was made from.
+        own_code: whether it loads with our model code; the tokenizer always does.
     """
     a = architecture
     rows = {
@@ -155,7 +173,7 @@ tags:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("."{", trust_remote_code=True" if own_code else ""})
 ```
 
 With the `teleflm` package installed, `import modeling_teleflm` replaces `trust_remote_code=True`.

@@ -16,6 +16,9 @@ from .checkpoint.execute import CheckpointResult, free_space, peak_memory
 from .checkpoint.plan import TensorPlan
 from .terminal import format_bytes
 
+# Parts of names that tell nothing in a table of one model's weights: also the ranks of Megatron's, which are alike.
+_SAID_ANYWAY = r"^model\.|^mp_rank_\w+/model\d*/(decoder\.)?|\.weight$"
+
 
 def describe_result(result: CheckpointResult, out: Path, workers: int) -> dict[str, Any]:
     """The result as a JSON object; a dry run's has every tensor."""
@@ -57,7 +60,7 @@ def _plan_table(tensors: Iterable[TensorPlan]) -> Table:
     """The plan, with the layers that are made alike in one line."""
     groups: dict[tuple[str, str, str], list[TensorPlan]] = {}
     for tensor in tensors:
-        name = re.sub(r"^model\.|\.weight$", "", re.sub(r"layers\.\d+", "layers.*", tensor.name))
+        name = re.sub(_SAID_ANYWAY, "", re.sub(r"layers\.\d+", "layers.*", tensor.name))
         pieces = [re.sub(r"\(.+\)", "(source)", piece) for piece in _pieces(tensor)]
         groups.setdefault((name, "x".join(map(str, tensor.shape)), "\n".join(pieces)), []).append(tensor)
     table = Table("weight", "count", "shape", "size", "made of", title="Plan", title_justify="left")
