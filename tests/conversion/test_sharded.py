@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conversion.checkpoint.dtypes import FLOAT32, FLOAT64
-from conversion.checkpoint.plan import Box, Copy, Fill, PlanError, View
-from conversion.checkpoint.reader import FileReader
+from conversion.checkpoint.plan import Box, PlanError, View
 from conversion.checkpoint.sharded import ShardedTensor
+from tests.fixtures.sharded_tensors import materialise
 
 SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple)
 
@@ -58,19 +58,6 @@ class Store:
                 part[...] = 0
             chunks.append((box, None if number % 3 == 2 else self.add(part)))
         return ShardedTensor(array.shape, FLOAT32, tuple(chunks))
-
-
-def materialise(tensor: ShardedTensor) -> np.ndarray:
-    """The tensor's plan, which must tile it, carried out in memory."""
-    plan = tensor.plan("it")
-    plan.check()
-    out = np.full(plan.layout, np.nan, np.float32)
-    with FileReader() as reader:
-        for piece in plan.pieces:
-            part = out[tuple(slice(a, b) for a, b in zip(piece.box.start, piece.box.stop, strict=True))]
-            assert isinstance(piece, Copy | Fill)
-            part[...] = reader.read(piece.source) if isinstance(piece, Copy) else piece.value
-    return out.reshape(tensor.shape)
 
 
 def draw_slice(data, tensor: ShardedTensor, array: np.ndarray):
