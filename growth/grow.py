@@ -19,7 +19,7 @@ from conversion.checkpoint.sources import Source, open_checkpoint
 from conversion.hub import count_pieces, hub_config, hub_sidecars, lineage_steps, model_card
 from conversion.mapping import check_tensors, weights
 
-from .fold import MASKED_CODE, MaskState
+from .fold import MASKED_CODE, MASKED_MODEL_TYPE, MaskState
 from .layer_distance import LayerDistance, measure_layer_distances, nearest_layers, read_calibration
 from .operators import grow_weight
 from .spec import Growth, check_same_function, plan_target
@@ -203,11 +203,13 @@ def source_architecture(checkpoint: Source) -> Architecture:
     """The architecture of a source checkpoint.
 
     Raises:
-        CheckpointError: it has no usable config.json.
+        CheckpointError: it has no usable config.json, or masks.
     """
     where = f"{checkpoint.folder}/config.json"
     if checkpoint.config is None:
         raise CheckpointError(f"{where}: no such file; a checkpoint needs its configuration beside the weights.")
+    if checkpoint.config.get("model_type") == MASKED_MODEL_TYPE:
+        raise CheckpointError(f"{where}: model_type is {MASKED_MODEL_TYPE!r}; `teleflm fold` it first, then grow that.")
     return Architecture.from_config(checkpoint.config, where)
 
 

@@ -358,7 +358,7 @@ def test_refusals(source, masked, tmp_path):  # noqa: F811
         fold_masks(masked, tmp_path / "out", alpha=1.5)
     with pytest.raises(CheckpointError, match="model_type is 'TeleFLM', expected 'TeleFLMMasked'"):
         fold_masks(source, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="model_type is 'TeleFLMMasked', expected 'TeleFLM'"):
+    with pytest.raises(CheckpointError, match="model_type is 'TeleFLMMasked'; `teleflm fold` it first"):
         grow_checkpoint(masked, tmp_path / "out", {"num_hidden_layers": 6})
     with pytest.raises(CheckpointError, match="mask_steps is 0, expected at least 1"):
         grow(source, tmp_path / "out", {"num_hidden_layers": 4}, steps=0)
