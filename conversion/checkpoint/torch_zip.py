@@ -167,14 +167,19 @@ def _marked(items: Iterable[Any], opcode: bytes, keys: Mapping[int, str]) -> Ite
 
 
 def _tensor(tensor: TensorPlan, keys: Mapping[int, str]) -> Iterator[bytes]:
-    """A call of torch._utils._rebuild_tensor_v2: storage, offset, size, stride, requires_grad, hooks."""
-    yield _global("torch._utils", "_rebuild_tensor_v2") + b"("
-    yield b"(" + b"".join(_opcodes("storage", keys)) + _global("torch", tensor.dtype.storage)
-    for part in (keys[id(tensor)], "cpu", tensor.numel):
+    """A call of torch._utils._rebuild_tensor_v2: storage, offset, size, stride, requires_grad, hooks.
+
+    The 8-bit floats have no class of storage; theirs is untyped, and _rebuild_tensor_v3 is told the dtype.
+    """
+    untyped = tensor.dtype.name.startswith("float8")
+    storage = _global("torch.storage", "UntypedStorage") if untyped else _global("torch", tensor.dtype.storage)
+    yield _global("torch._utils", "_rebuild_tensor_v3" if untyped else "_rebuild_tensor_v2") + b"("
+    yield b"(" + b"".join(_opcodes("storage", keys)) + storage
+    for part in (keys[id(tensor)], "cpu", tensor.nbytes if untyped else tensor.numel):
         yield from _opcodes(part, keys)
     yield b"tQ"
     arguments: tuple[Any, ...] = (0, tensor.shape, row_major_strides(tensor.shape), False, OrderedDict())
-    for argument in arguments:
+    for argument in (*arguments, tensor.dtype) if untyped else arguments:
         yield from _opcodes(argument, keys)
     yield b"tR"
 

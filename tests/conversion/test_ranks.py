@@ -20,7 +20,7 @@ from conversion.checkpoint import workspace
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import WriteOptions, write_checkpoint
 from conversion.checkpoint.sources import WEIGHT_FILES
-from conversion.checkpoint.workspace import FOLDER, PARTIAL, Workspace
+from conversion.checkpoint.workspace import FOLDER, LOADABLE_FILES, PARTIAL, Workspace
 from conversion.terminal import process_rank
 from tests.fixtures.checkpoint_runs import (
     SHARD_BYTES,
@@ -71,6 +71,25 @@ def test_same_bytes_in_any_order(order, digest, sources, alone, tmp_path):
     found = contents(tmp_path / "out")
     assert {name for name, data in found.items() if data != alone[name]} == (set() if digest else {"manifest.json"})
     assert found.keys() == alone.keys()
+
+
+@pytest.mark.parametrize("victim", [None, 0, 1])
+def test_a_torch_folder_has_the_same_ranks(victim, sources, tmp_path):
+    """One that dies comes back alone, too."""
+    options = {"torch_folder": True, "workers": 1}
+    assert finish(write(sources, tmp_path / "alone", options)) == 0
+    instants = {victim: Instant("write shard.journal", 2, "within")}
+
+    def start_one(rank: int, kill_at: Instant | None = None):
+        return write(sources, tmp_path / "out", {**options, "rank": rank, "world_size": 2}, {}, kill_at)
+
+    ranks = [start_one(rank, instants.get(rank)) for rank in range(2)]
+    if victim is not None:
+        assert finish(ranks[victim]) == -signal.SIGKILL
+        assert not [name for name in contents(tmp_path / "out") if name in LOADABLE_FILES]
+        ranks[victim] = start_one(victim)
+    assert [finish(process) for process in ranks] == [0, 0]
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])

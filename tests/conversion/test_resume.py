@@ -22,11 +22,15 @@ from conversion.checkpoint.errors import CheckpointError, CorruptData
 from conversion.checkpoint.execute import WriteOptions, write_checkpoint
 from conversion.checkpoint.plan import CheckpointPlan
 from conversion.checkpoint.sources import WEIGHT_FILES
-from conversion.checkpoint.workspace import FOLDER, PARTIAL
+from conversion.checkpoint.workspace import FOLDER, LOADABLE_FILES, PARTIAL
 from tests.fixtures import checkpoint_runs as runs
-from tests.fixtures.checkpoint_runs import SHARD_BYTES, Instant, contents, finish, make_sources, write
+from tests.fixtures.checkpoint_runs import SHARD_BYTES, Instant, contents, finish, make_sources, torch_folder, write
 
-SHAPES = {"one file": 10**9, "shards": SHARD_BYTES}
+SHAPES = {
+    "one file": {"max_shard_size": 10**9},
+    "shards": {"max_shard_size": SHARD_BYTES},
+    "torch folder": {"torch_folder": True},
+}
 
 # The instants that matter most: (call, moment). Every one that a run goes through is tried, at a random repetition.
 DELICATE = [
@@ -90,7 +94,7 @@ def choose(instants: list[Instant], absent: set[str], rng: random.Random) -> lis
 
 def assert_nothing_loads_unless_complete(out: Path, finished: dict[str, bytes], where: object) -> None:
     found = contents(out)
-    if any(name in found for name in WEIGHT_FILES):
+    if any(name in found for name in LOADABLE_FILES):
         assert {name: data for name, data in found.items() if not name.startswith(FOLDER)} == finished, where
 
 
@@ -98,7 +102,7 @@ def assert_nothing_loads_unless_complete(out: Path, finished: dict[str, bytes], 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_killed_and_resumed(shape, digest, sources, tmp_path):
     rng = random.Random(f"{shape}, {digest}")
-    options = {"max_shard_size": SHAPES[shape], "digest": digest, "workers": 2}
+    options = {**SHAPES[shape], "digest": digest, "workers": 2}
     started = time.monotonic()
     assert finish(write(sources, tmp_path / "out", options, trace=tmp_path / "trace")) == 0
     seconds = time.monotonic() - started
@@ -421,6 +425,7 @@ OTHERS = {
     "a model in three shards": [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     + ["model.safetensors.index.json"],
     "a model of .bin files": ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json", "pytorch_model.bin"],
+    "a Megatron model": ["latest_checkpointed_iteration.txt", "release/mp_rank_05/model_optim_rng.pt"],
     "a download in progress": ["model-00001-of-00006.safetensors", "model-00002-of-00009.safetensors"],
 }
 
@@ -428,26 +433,30 @@ OTHERS = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("files", OTHERS.values(), ids=OTHERS)
 def test_weights_of_others_are_kept_or_replaced_whole(files, shape, plan, tmp_path):
-    """No shard of theirs stays among ours, and what is no weight file is left alone."""
+    """No shard of theirs stays among ours, and what is no weight file, or a step of a run, is left alone."""
     out = tmp_path / "out"
-    out.mkdir()
-    for name in (*files, "optimizer.bin", "thesis.pdf.partial"):
+    kept = dict.fromkeys(("optimizer.bin", "thesis.pdf.partial", "iter_0000100/mp_rank_00/model.pt"), b"theirs")
+    for name in (*files, *kept):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_bytes(b"theirs")
     before = contents(out)
-    options = WriteOptions(max_shard_size=SHAPES[shape])
-    with pytest.raises(CheckpointError, match=r"already holds .*model.*; choose another folder or --overwrite"):
-        write_checkpoint(plan, out, options)
+    options = WriteOptions(max_shard_size=SHAPES[shape].get("max_shard_size", 10**9))
+    layout = torch_folder(plan) if shape == "torch folder" else None
+    with pytest.raises(
+        CheckpointError, match=r"already holds .*(model|latest).*; choose another folder or --overwrite"
+    ):
+        write_checkpoint(plan, out, options, layout)
     assert contents(out) == before
-    write_checkpoint(plan, out, replace(options, overwrite=True))
-    write_checkpoint(plan, tmp_path / "fresh", options)
-    kept = {"optimizer.bin": b"theirs", "thesis.pdf.partial": b"theirs"}
+    write_checkpoint(plan, out, replace(options, overwrite=True), layout)
+    write_checkpoint(plan, tmp_path / "fresh", options, layout)
     assert contents(out) == contents(tmp_path / "fresh") | kept
+    assert not (out / "release/mp_rank_05").exists()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_overwriting_killed_and_resumed(shape, sources, tmp_path):
-    """A checkpoint in seven shards, of another seed, gives way to this one or to nothing."""
-    old, new = {"max_shard_size": 10_500}, {"max_shard_size": SHAPES[shape], "overwrite": True}
+    """A checkpoint in seven shards, of another seed, gives way to this one or to nothing; and this one to that."""
+    old, new = {"max_shard_size": 10_500}, {**SHAPES[shape], "overwrite": True}
     assert finish(write(sources, tmp_path / "old", old, {"seed": 8})) == 0
     before = contents(tmp_path / "old")
     shutil.copytree(tmp_path / "old", tmp_path / "out")
@@ -462,6 +471,8 @@ def test_overwriting_killed_and_resumed(shape, sources, tmp_path):
             assert_nothing_loads_unless_complete(out, whole, instant)
         assert finish(write(sources, out, new)) == 0, instant
         assert contents(out) == whole, instant
+    assert finish(write(sources, out, {**old, "overwrite": True}, {"seed": 8})) == 0
+    assert contents(out) == before
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -477,3 +488,18 @@ def test_the_source_is_never_overwritten(overwrite, small_blocks, tmp_path):
         with pytest.raises(CheckpointError, match="is the source too"):
             write_checkpoint(runs.mixed_plan(links), out, WriteOptions(overwrite=overwrite))
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("step", ["release/mp_rank_00", "iter_0000100/mp_rank_00", "iter_0000100"])
+def test_a_training_run_is_never_overwritten_by_its_conversion(step, small_blocks, tmp_path):
+    run = tmp_path / "run"
+    (run / step).mkdir(parents=True)
+    make_sources(run / step)
+    (run / "latest_checkpointed_iteration.txt").write_bytes(b"100")
+    before = contents(run)
+    plan = runs.mixed_plan(run / step)
+    for layout in (None, torch_folder(plan)):
+        with pytest.raises(CheckpointError, match="is the source too"):
+            write_checkpoint(plan, run, WriteOptions(overwrite=True), layout)
+    assert contents(run) == before
+    write_checkpoint(plan, run / "converted", WriteOptions())
