@@ -189,9 +189,10 @@ def _folding_notes(source: Architecture, target: Architecture, scales: Mapping[s
 
 def _rounding(factor: float, dtype: DType) -> str:
     limits = ml_dtypes.finfo(dtype.numpy)
+    smallest = f"{float(limits.smallest_normal):.3g}"
     if math.frexp(factor)[0] == 0.5:
-        return f"a power of two, so exact where the product is 0 or at least {float(limits.smallest_normal):.3g}"
-    return f"rounded to {dtype}, by at most {float(limits.eps) / 2:.3g} of each value"
+        return f"a power of two, so exact where the product is 0 or at least {smallest}"
+    return f"rounded to {dtype}, by at most {float(limits.eps) / 2:.3g} of each product of at least {smallest}"
 
 
 # Plans.
