@@ -117,7 +117,13 @@ def _read_ranks(folder: Path) -> list[_Rank]:
         file = _model_file(entry)
         if file is None:
             raise CheckpointError(f"{entry}: holds neither {' nor '.join(_MODEL_FILES)}; {_LOST}.")
-        found[int(match[1]), int(match[2] or 0)] = str(file)
+        place = int(match[1]), int(match[2] or 0)
+        if place in found:
+            raise CheckpointError(
+                f"{folder}: {Path(found[place]).parent.name} and {entry.name} are the same rank, of two runs; "
+                "move one run's files away."
+            )
+        found[place] = str(file)
     return [_Rank(*place, file, _read_file(file)) for place, file in sorted(found.items())]
 
 
@@ -142,16 +148,17 @@ def _check_grid(folder: Path, ranks: Sequence[_Rank], args: Mapping[str, Any]) -
     expected = {(t, p) for t in range(size) for p in range(stages)}
     present = {(rank.tensor, rank.pipeline) for rank in ranks}
     about = f"{folder}: tensor parallel {size} x pipeline parallel {stages} makes {len(expected)} ranks"
+    in_stages = stages > 1 or any(rank.pipeline for rank in ranks)
     if expected - present:
-        raise CheckpointError(f"{about}, {_rank_names(expected - present)} missing; {_LOST}.")
+        raise CheckpointError(f"{about}, {_rank_names(expected - present, in_stages)} missing; {_LOST}.")
     if present - expected:
         raise CheckpointError(
-            f"{about}, but {_rank_names(present - expected)} there too, of another run; move the rest away."
+            f"{about}, but {_rank_names(present - expected, in_stages)} there too, of another run; move the rest away."
         )
 
 
-def _rank_names(places: set[tuple[int, int]]) -> str:
-    names = [f"mp_rank_{t:02d}" + (f"_{p:03d}" if p else "") for t, p in sorted(places)]
+def _rank_names(places: set[tuple[int, int]], in_stages: bool) -> str:
+    names = [f"mp_rank_{t:02d}" + (f"_{p:03d}" if in_stages else "") for t, p in sorted(places)]
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "") + (" is" if len(names) == 1 else " are")
 
 
@@ -266,12 +273,14 @@ def _assemble(
 ) -> tuple[dict[str, ShardedTensor], list[Replica]]:
     """Whole tensors under global names, and the copies that have to be equal."""
     lines = {line.name: line for line in table}
+    size = 1 + max(rank.tensor for rank in ranks)
     shards: dict[str, list[tuple[_Rank, View]]] = {}
     replicas: list[Replica] = []
     for rank, name, view in _globally_named(ranks, chunks, offsets):
         before = shards.setdefault(name, [])
         twin = next(((other, held) for other, held in before if other.tensor == rank.tensor), None)
         if twin:  # a stage that needs another's tensor keeps a copy
+            _check_same_kind(name, twin, (rank, view))
             replicas.append(Replica(name, twin[1], view, (twin[0].place, rank.place)))
         else:
             before.append((rank, view))
@@ -283,11 +292,13 @@ def _assemble(
                 f"{parts[0][0].file}: {name} is not a weight of a Tele-FLM model; it would be lost. "
                 "A fork with other names needs --mapping."
             )
+        _check_alike(name, parts, size)
         if line.parallel == "replicated":
             (first, view), *others = parts
             replicas += [Replica(name, view, other, (first.place, rank.place)) for rank, other in others]
             parts = parts[:1]
-        tensors[name] = _concatenate(name, line, parts)
+        views = [ShardedTensor.of(view) for _, view in parts]
+        tensors[name] = ShardedTensor.concatenate(views, line.parallel == "row")
     return tensors, replicas
 
 
@@ -305,12 +316,21 @@ def _shift_layer(name: str, offset: int) -> str:
     return _LAYER.sub(lambda match: str(int(match[0]) + offset), name)
 
 
-def _concatenate(name: str, line: NativeWeight, parts: Sequence[tuple[_Rank, View]]) -> ShardedTensor:
-    first, view = parts[0]
-    for rank, other in parts:
-        if (other.shape, other.dtype) != (view.shape, view.dtype):
-            raise CheckpointError(
-                f"{rank.file}: {name} is {other.dtype} {other.shape}, in {first.file} it is {view.dtype} {view.shape}; "
-                "the files are of two runs."
-            )
-    return ShardedTensor.concatenate([ShardedTensor.of(other) for _, other in parts], line.parallel == "row")
+def _check_alike(name: str, parts: Sequence[tuple[_Rank, View]], size: int) -> None:
+    """Every tensor-parallel rank has its part of a tensor, all of one kind."""
+    missing = set(range(size)) - {rank.tensor for rank, _ in parts}
+    if missing:
+        first, _ = parts[0]
+        raise CheckpointError(f"{first.file}: has {name}, tensor rank {min(missing)} of {size} has none; {_LOST}.")
+    for part in parts[1:]:
+        _check_same_kind(name, parts[0], part)
+
+
+def _check_same_kind(name: str, first: tuple[_Rank, View], second: tuple[_Rank, View]) -> None:
+    """Two ranks' parts of a tensor have the same shape and dtype."""
+    (one, view), (rank, other) = first, second
+    if (other.shape, other.dtype) != (view.shape, view.dtype):
+        raise CheckpointError(
+            f"{rank.file}: {name} is {other.dtype} {other.shape}, in {one.file} it is {view.dtype} {view.shape}; "
+            "the files are of two runs."
+        )
