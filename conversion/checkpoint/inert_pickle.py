@@ -8,30 +8,36 @@ A pickle is a program, and an unpickler the interpreter that runs it. Subclassin
 lookup of globals: REDUCE, NEWOBJ, INST, OBJ and BUILD still call what lies on the stack, or its `__setstate__`,
 `append` and `extend`, and the extension registry stays open. Each of those doors would have to be closed by hand, in C
 code that cannot be overridden or in its private Python twin, and again in every later version. So neither is used:
-`pickletools.genops`, which decodes and runs nothing, splits the pickle into opcodes, and the machine below gives each
+the opcodes are split with the tables of `pickletools`, which decode and run nothing, and the machine below gives each
 of them a meaning in which nothing from the file is called or imported:
 
     a global name           `known[module, name]`, a value of the caller's, or an `Inert` that keeps the name
     calling an `Inert`      another `Inert`, which keeps the arguments
     calling a `Rebuild`     the one thing that runs: the caller's own function, written for untrusted arguments
+    calling a `Record`      an object of the caller's own class, with the flat fields it asked for
     state, items, entries   kept in the `Inert`
 
 Bounded, too: the operations, the copies, the nesting, and what may be hashed (the hash of nested tuples takes
 exponential time or all of the C stack, a dict of colliding keys quadratic time).
 """
 
+import io
 import itertools
 import pickletools
+import re
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from .errors import CheckpointError
 
 MAX_OPERATIONS = 4_000_000
 MAX_DEPTH = 100
-# Of an object, beside the one for its opcode: bounds the memory of a pickle that makes nothing but objects.
-_OBJECT_OPERATIONS = 4
+# Of an object: bounds the memory of a pickle that makes nothing but objects.
+_OBJECT_OPERATIONS = 8
 
 # Keys whose hashes cost little and cannot be made to collide: by Python's random seed, by identity, or, for integers
 # below the modulus of their hash, by being equal. There may be few of any others.
@@ -98,6 +104,18 @@ class Rebuild:
     function: Callable[[tuple[Any, ...]], Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A class of which a pickle holds so many objects that an `Inert` for each would fill the memory.
+
+    Args:
+        kind: made without arguments for each; a dataclass with slots and no equality. Of an object's state it keeps
+            what it has slots for, and that must be flat: plain values, or one tuple or list of them.
+    """
+
+    kind: type
+
+
 def load(
     data: bytes,
     where: str,
@@ -113,9 +131,9 @@ def load(
     Args:
         data: the pickle.
         where: what it is, for messages.
-        known: values for global names; a `Rebuild` may be called.
+        known: values for global names; a `Rebuild` or a `Record` may be called.
         persistent_load: turns a persistent id into an object; raises ValueError for one it does not accept.
-        max_operations: bound on opcodes executed and items copied; sets time and memory.
+        max_operations: bound on opcodes executed, and on items copied and objects made; sets time and memory.
 
     Raises:
         CheckpointError: the pickle is damaged, or does what no checkpoint needs.
@@ -131,16 +149,8 @@ def load(
 
 _CHEAP_KEYS = (str, bytes, bool, float, type(None), Inert)
 
-# Opcodes whose meaning is the value that `genops` decodes.
-_INTEGERS = ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4")
-_FLOATS = ("FLOAT", "BINFLOAT")
-_BYTES = ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8")
-_STRINGS = ("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING")
-_LITERALS = frozenset((*_INTEGERS, *_FLOATS, *_BYTES, *_STRINGS))
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
 _ORDERED_DICT = ("collections", "OrderedDict")
+_FLAT = (str, int, float, bool, type(None))
 
 
 class _Machine:
@@ -148,37 +158,66 @@ class _Machine:
 
     def __init__(self, known: Known, persistent_load: Callable[[Any], Any] | None, max_operations: int) -> None:
         self._known = known
+        self._kinds = {value.kind for value in known.values() if type(value) is Record}
         self._persistent_load = persistent_load
         self._operations_left = max_operations
         self._other_keys_left = _MAX_OTHER_KEYS
         self._stack: list[Any] = []
         self._below_marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
+        self._stored = 0
+        self._recalled = b""  # whether each number of the memo is
 
     def run(self, data: bytes) -> Any:
         """Execute the opcodes up to STOP; ValueError for anything unexpected."""
-        for opcode, value, position in pickletools.genops(data):
-            name = opcode.name
-            try:
-                self._spend(1)
-                if name in _LITERALS:
-                    self._push(value)
-                elif name in _CONSTANTS:
-                    self._push(_CONSTANTS[name])
-                elif name in _TUPLES:
-                    self._push(tuple(self._pop_many(_TUPLES[name])))
-                elif name in _EMPTY:
-                    self._spend(_OBJECT_OPERATIONS)
-                    self._push(_EMPTY[name]())
-                elif name in ("STOP", "PROTO", "FRAME"):
-                    continue
-                elif (action := _ACTIONS.get(name)) is None:
-                    raise ValueError(f"no checkpoint needs opcode {name}")
+        self._recalled = _recalled(data)
+        stream, memo, stack = io.BytesIO(data), self._memo, self._stack
+        start, position, end = 0, 0, len(data)
+        try:
+            for _ in range(self._operations_left):
+                start, position = position, position + 1
+                if start == end:
+                    raise ValueError("pickle exhausted before seeing STOP")
+                code = data[start]
+                # The few opcodes that most of a large pickle consists of come first; the table knows every other.
+                if code == _MEMOIZE:
+                    if self._recalled[self._stored]:
+                        self._put(self._stored)
+                    else:
+                        self._stored += 1
+                elif code == _LONG_BINGET:
+                    (index,) = _UINT4.unpack_from(data, position)
+                    position += 4
+                    stack.append(memo[index] if index in memo else self._recall(index))
+                elif code == _BINGET:
+                    index = data[position]
+                    position += 1
+                    stack.append(memo[index] if index in memo else self._recall(index))
+                elif code == _BININT2:
+                    stack.append(_UINT2.unpack_from(data, position)[0])
+                    position += 2
+                elif code == _BININT1:
+                    stack.append(data[position])
+                    position += 1
+                elif code == _BININT:
+                    stack.append(_INT4.unpack_from(data, position)[0])
+                    position += 4
+                elif code == _STOP:
+                    return self._pop()
                 else:
+                    read_argument, action = _STEPS[code]
+                    value = None
+                    if read_argument is not None:
+                        stream.seek(position)
+                        value = read_argument(stream)
+                        position = stream.tell()
                     action(self, value)
-            except ValueError as error:
-                raise ValueError(f"{error} (pickle byte {position})") from None
-        return self._pop()
+                    stack = self._stack
+        except (IndexError, struct.error):
+            raise ValueError(f"pickle ends inside of an opcode (pickle byte {start})") from None
+        except ValueError as error:
+            raise ValueError(f"{error} (pickle byte {start})") from None
+        raise ValueError("it takes more operations than any checkpoint needs")
 
     def _spend(self, operations: int) -> None:
         self._operations_left -= operations
@@ -189,6 +228,16 @@ class _Machine:
 
     def _push(self, value: Any) -> None:
         self._stack.append(value)
+
+    def _nothing(self, _: Any) -> None:
+        pass
+
+    def _refuse(self, name: str) -> None:
+        raise ValueError(f"no checkpoint needs opcode {name}")
+
+    def _new(self, kind: type) -> None:
+        self._spend(_OBJECT_OPERATIONS)
+        self._push(kind())
 
     def _pop(self) -> Any:
         if not self._stack:
@@ -233,16 +282,21 @@ class _Machine:
         self._stack += [value, value]
 
     def _get(self, index: int) -> None:
+        self._push(self._recall(index))
+
+    def _recall(self, index: int) -> Any:
         if index not in self._memo:
             raise ValueError(f"it recalls object {index}, which it never stored")
-        self._push(self._memo[index])
+        return self._memo[index]
 
     def _put(self, index: int) -> None:
         if not 0 <= index < 2**32:
             raise ValueError(f"it stores an object as number {_short(index)}")
-        value = self._pop()
-        self._memo[index] = value
-        self._push(value)
+        if not self._stack:
+            raise ValueError("it takes from an empty stack")
+        self._stored += 1
+        if index >= len(self._recalled) or self._recalled[index]:
+            self._memo[index] = self._stack[-1]
 
     # Collections.
 
@@ -287,7 +341,7 @@ class _Machine:
 
     def _hashable(self, key: Any) -> Any:
         kind = type(key)
-        if kind in _CHEAP_KEYS or (kind is int and abs(key) < _MAX_INTEGER_KEY):
+        if kind in _CHEAP_KEYS or kind in self._kinds or (kind is int and abs(key) < _MAX_INTEGER_KEY):
             return key
         self._other_keys_left -= 1
         if kind is tuple and len(key) <= _MAX_KEY_ITEMS and tuple not in map(type, key):
@@ -338,6 +392,9 @@ class _Machine:
     def _call(self, callee: Any, args: tuple[Any, ...]) -> None:
         if type(callee) is Rebuild:
             result = callee.function(args)
+        elif type(callee) is Record:
+            self._spend(_OBJECT_OPERATIONS)
+            result = callee.kind()
         elif type(callee) is not Inert:
             raise ValueError(f"it calls a {type(callee).__name__}")
         elif (callee.module, callee.name) == _ORDERED_DICT and callee.args is None:
@@ -365,6 +422,8 @@ class _Machine:
         state, target = self._pop(), self._pop()
         if type(target) is Inert:
             self._set_state(target, state)
+        elif type(target) in self._kinds:
+            _set_fields(target, state)
         elif type(target) is not dict:  # the attributes of an OrderedDict, as state_dict's _metadata, are dropped
             raise ValueError(f"it sets the state of a {type(target).__name__}")
         self._push(target)
@@ -387,14 +446,48 @@ class _Machine:
         self._push(self._persistent_load(self._pop()))
 
 
-_ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
+def _set_fields(target: Any, state: Any) -> None:
+    """The fields of a `Record` from an object's state."""
+    if type(state) is not dict:
+        raise ValueError(f"the state of a {type(target).__name__} is a {type(state).__name__}, expected a dict")
+    for name in target.__slots__:
+        if name in state:
+            value = state[name]
+            parts = value if type(value) in (tuple, list) else (value,)
+            if not all(type(part) in _FLAT for part in parts):
+                raise ValueError(f"{name} of a {type(target).__name__} is no plain value")
+            setattr(target, name, tuple(value) if type(value) is list else value)
+
+
+# What every opcode does: the reader of its argument, and the action. Literals push their argument.
+
+_Action = Callable[[_Machine, Any], None]
+
+_LITERALS = (
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"),
+)
+_ACTIONS: dict[str, _Action] = {
+    **dict.fromkeys(_LITERALS, _Machine._push),
+    **dict.fromkeys(("PROTO", "FRAME"), _Machine._nothing),
+    "NONE": lambda machine, _: machine._push(None),
+    "NEWTRUE": lambda machine, _: machine._push(True),
+    "NEWFALSE": lambda machine, _: machine._push(False),
+    "EMPTY_TUPLE": lambda machine, _: machine._push(()),
+    "TUPLE1": lambda machine, _: machine._push(tuple(machine._pop_many(1))),
+    "TUPLE2": lambda machine, _: machine._push(tuple(machine._pop_many(2))),
+    "TUPLE3": lambda machine, _: machine._push(tuple(machine._pop_many(3))),
+    "EMPTY_LIST": lambda machine, _: machine._new(list),
+    "EMPTY_DICT": lambda machine, _: machine._new(dict),
+    "EMPTY_SET": lambda machine, _: machine._new(set),
     "MARK": _Machine._push_mark,
     "POP": _Machine._drop,
     "POP_MARK": _Machine._drop_mark,
     "DUP": _Machine._duplicate,
     **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine._get),
     **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine._put),
-    "MEMOIZE": lambda machine, _: machine._put(len(machine._memo)),
+    "MEMOIZE": lambda machine, _: machine._put(machine._stored),
     "APPEND": _Machine._append,
     "APPENDS": lambda machine, _: machine._extend(machine._pop_mark()),
     "SETITEM": lambda machine, _: machine._set_items(machine._pop_many(2)),
@@ -414,6 +507,49 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "BUILD": _Machine._build,
     "BINPERSID": _Machine._persistent_id,
 }
+
+
+_OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
+
+
+def _step(code: int) -> tuple[Callable[[io.BytesIO], Any] | None, _Action]:
+    opcode = _OPCODES.get(code)
+    if opcode is None:
+        return None, lambda machine, _: machine._refuse(f"0x{code:02x}, which is unknown")
+    action = _ACTIONS.get(opcode.name, lambda machine, _: machine._refuse(opcode.name))
+    return opcode.arg.reader if opcode.arg else None, action
+
+
+_STEPS = tuple(_step(code) for code in range(256))
+_CODES = {opcode.name: code for code, opcode in _OPCODES.items()}
+_MEMOIZE, _STOP = _CODES["MEMOIZE"], _CODES["STOP"]
+_BINGET, _LONG_BINGET = _CODES["BINGET"], _CODES["LONG_BINGET"]
+_BININT1, _BININT2, _BININT = _CODES["BININT1"], _CODES["BININT2"], _CODES["BININT"]
+_UINT2, _UINT4, _INT4 = struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<i")
+_STORES = tuple(bytes([_CODES[name]]) for name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"))
+_GET_AS_TEXT = re.compile(rb"g(\d{1,10})\n")
+
+
+def _recalled(data: bytes) -> bytes:
+    """Which numbers of the memo a pickle may recall: all that its bytes could be taken to ask for, and those are few.
+
+    Python's pickler stores nearly every object and recalls nearly none; keeping them all would triple the memory.
+    """
+    recalled = np.zeros(1 + sum(data.count(code) for code in _STORES), bool)  # it stores no more than that
+    for code, width in ((_BINGET, 1), (_LONG_BINGET, 4)):
+        for start in range(0, len(data), _SCANNED):
+            part = np.frombuffer(data[start : start + _SCANNED + width], np.uint8)
+            at = np.flatnonzero(part[: len(part) - width] == code)
+            digits = part[at[:, None] + np.arange(1, width + 1)].astype(np.int64)
+            numbers = digits @ (256 ** np.arange(width))
+            recalled[numbers[numbers < len(recalled)]] = True
+    for match in _GET_AS_TEXT.finditer(data):
+        if int(match[1]) < len(recalled):
+            recalled[int(match[1])] = True
+    return recalled.tobytes()
+
+
+_SCANNED = 1 << 20  # bytes looked at together
 
 
 def _pairs(items: list[Any]) -> Iterator[tuple[Any, Any]]:

@@ -373,9 +373,38 @@ class TensorPlan:
 def first_overlap(pieces: Sequence[Piece]) -> tuple[Piece, Piece] | None:
     """Two pieces whose boxes share an element, or None.
 
-    A sweep along the axis with the most distinct starts, so that a tensor cut into a thousand shards is checked in
-    about a thousand steps.
+    Pieces that some axis keeps apart need no comparison, which leaves those of a tensor cut into a grid of a thousand
+    shards each alone after a thousand steps an axis; what no axis separates is swept along one.
     """
+    groups = [list(pieces)]
+    while groups:
+        group = groups.pop()
+        if len(group) < 2:
+            continue
+        axes = range(len(group[0].box.start))
+        parts = next((parts for axis in axes if len(parts := _apart(group, axis)) > 1), None)
+        if parts:
+            groups += parts
+        elif found := _sweep(group):
+            return found
+    return None
+
+
+def _apart(pieces: Sequence[Piece], axis: int) -> list[list[Piece]]:
+    """Groups of pieces that share no index along an axis, each held together by those in it that do."""
+    groups: list[list[Piece]] = []
+    reach = -1
+    for piece in sorted(pieces, key=lambda piece: piece.box.start[axis]):
+        start = piece.box.start[axis]
+        if start >= reach:
+            groups.append([])
+        groups[-1].append(piece)
+        reach = max(reach, start + piece.box.size[axis])
+    return groups
+
+
+def _sweep(pieces: Sequence[Piece]) -> tuple[Piece, Piece] | None:
+    """The same, comparing whatever is at one place of the axis with the most distinct starts."""
     axis = _busiest_axis(pieces)
     active: list[Piece] = []
     for piece in sorted(pieces, key=lambda piece: piece.box.start[axis]):

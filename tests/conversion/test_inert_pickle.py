@@ -8,6 +8,7 @@ import argparse
 import collections
 import contextlib
 import copyreg
+import dataclasses
 import datetime
 import enum
 import pickle
@@ -22,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conversion.checkpoint.errors import CheckpointError
-from conversion.checkpoint.inert_pickle import MAX_DEPTH, Inert, Rebuild, load
+from conversion.checkpoint.inert_pickle import MAX_DEPTH, Inert, Rebuild, Record, load
 from tests.fixtures.hostile_pickles import EXTENSION_CODE, Reduced, harm_done, hostile_pickles, text, undo_harm
 
 scalars = st.one_of(
@@ -125,6 +126,49 @@ def test_known_names_become_the_callers_values():
     assert (seen, rebuilt, other.qualified_name) == ("seen", 3, "builtins.min")
 
 
+class Chunk:
+    def __init__(self, **fields):
+        vars(self).update(fields)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Kept:
+    offsets: object = None
+    length: object = None
+
+
+RECORDS = {(__name__, "Chunk"): Record(Kept)}
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_records_keep_the_fields_they_were_asked_for(protocol):
+    chunk = Chunk(offsets=(1, 2), length=7, other={"deep": [[1]]})
+    read = load(
+        pickle.dumps({"a": [chunk, chunk], chunk: 1, "b": Chunk(offsets=["x", None])}, protocol), "data", RECORDS
+    )
+    first, second = read["a"]
+    assert first is second
+    assert read[first] == 1
+    assert (type(first), first.offsets, first.length) == (Kept, (1, 2), 7)
+    assert (read["b"].offsets, read["b"].length) == (("x", None), None)
+
+
+@pytest.mark.parametrize("value", [[[1]], {"a": 1}, (1, (2,)), Chunk()], ids=["list", "dict", "tuple", "record"])
+def test_fields_of_records_are_flat(value):
+    with pytest.raises(CheckpointError, match="offsets of a Kept is no plain value"):
+        load(pickle.dumps(Chunk(offsets=value)), "data", RECORDS)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_everything_that_is_recalled_was_kept(protocol):
+    """More objects than one byte counts, recalled from near and far, beside many that never are."""
+    shared = [[n] for n in range(1000)]
+    tree = [shared, [str(n) for n in range(1000)], shared[::-1], shared[::7]]
+    read = load(pickle.dumps(tree, protocol), "data")
+    assert read == tree
+    assert all(a is b for a, b in zip(read[0], reversed(read[2]), strict=True))
+
+
 def test_persistent_ids_go_to_the_caller_alone():
     data = text("id") + b"Q."
     assert load(data, "data", persistent_load=str.upper) == "ID"
@@ -192,6 +236,11 @@ BOMBS = {
     ),
     "OrderedDict of no pairs": (b"ccollections\nOrderedDict\n]Na\x85R.", "from something else than pairs"),
     "OrderedDict of a string": (b"ccollections\nOrderedDict\n" + text("ab") + b"\x85R.", "than a list of pairs"),
+    "many records": (b"cmodule\nrecord\n" + b"q\x00" + b"h\x00)R" * 10**6 + b".", "more operations"),
+    "many dicts": (b"}" * 10**6 + b".", "more operations"),
+    "state of a record": (b"c" + __name__.encode() + b"\nChunk\n)R]b.", "the state of a Kept is a list"),
+    "opcode cut short": (b"M\x01", "ends inside of an opcode"),
+    "opcode cut to nothing": (b"h", "ends inside of an opcode"),
     "many objects": (NAME + b"q\x00" + b"h\x00)R" * 10**6 + b".", "more operations"),
     "bytes of 2^40": (b"\x8e" + struct.pack("<Q", 2**40) + b"x.", "expected 1099511627776 bytes"),
     "bytes of 2^63": (b"\x8e" + struct.pack("<Q", 2**63) + b"x.", "bytes"),
@@ -227,7 +276,7 @@ BOMBS = {
 def test_bombs_are_one_clean_line(data, message):
     begin = time.perf_counter()
     with pytest.raises(CheckpointError, match=message) as refusal:
-        load(data, "weights.bin: data.pkl", max_operations=4_000_000)
+        load(data, "weights.bin: data.pkl", {**RECORDS, ("module", "record"): Record(Kept)}, max_operations=4_000_000)
     assert str(refusal.value).startswith("weights.bin: data.pkl is damaged or hostile: ")
     assert len(str(refusal.value)) < 400
     assert time.perf_counter() - begin < 10

@@ -4,6 +4,8 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The plan algebra: views index like numpy, boxes tile exactly once or the plan is refused."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,6 +24,7 @@ from conversion.checkpoint.plan import (
     TensorPlan,
     View,
     complement,
+    first_overlap,
 )
 from conversion.checkpoint.reader import FileReader, boxes_of_range
 
@@ -139,6 +142,24 @@ def test_tiling_proof(pieces, complaint):
 def test_layout_must_factor_the_shape():
     with pytest.raises(PlanError, match=r"layout \(2, 3, 5\).*24 elements"):
         TensorPlan("weight", (4, 6), FLOAT32, (Fill(Box.whole((2, 3, 5))),), layout=(2, 3, 5)).check()
+
+
+@given(shapes.flatmap(lambda shape: st.tuples(st.just(shape), st.lists(boxes(shape), max_size=8))))
+def test_an_overlap_is_found_wherever_there_is_one(case):
+    shape, parts = case
+    found = first_overlap([Fill(box) for box in parts])
+    assert (found is not None) == bool((mark(shape, parts) > 1).any())
+    assert found is None or found[0].box.intersect(found[1].box)
+
+
+def test_a_grid_of_shards_and_one_too_many():
+    """A stack of layers, each in a grid of ranks: as many pieces as the 1T has, in no order."""
+    grid = [Fill(Box((layer, 2 * row, 0), (1, 2, 4))) for row in range(64) for layer in range(140)]
+    begin = time.perf_counter()
+    assert first_overlap(grid) is None
+    assert time.perf_counter() - begin < 2
+    extra = Fill(Box((70, 5, 3), (1, 1, 1)))
+    assert {piece.box.start for piece in first_overlap([*grid, extra])} == {(70, 4, 0), (70, 5, 3)}
 
 
 def test_names_are_unique():
