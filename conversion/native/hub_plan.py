@@ -109,7 +109,10 @@ def complete_config(
             raise CheckpointError(
                 f"{run.folder}: {field} is {value!r} by the run's arguments and {given!r} by --config; correct it."
             )
-    merged = {**said, **{field: value for field, value in (config or {}).items() if value is not None}}
+    merged = {
+        **said,
+        **{name: value for name, value in (config or {}).items() if value is not None or name not in said},
+    }
     size = _vocab_size(run, config or {}, vocab_size, pieces)
     return {**merged, "vocab_size": size, "model_type": MODEL_TYPE}
 

@@ -1,0 +1,283 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Exports to Megatron-LM: megatron-core loads them and computes the same; and back they are what they were."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from conversion import convert_checkpoint, inspect_checkpoint
+from conversion.checkpoint.manifest import read_manifest
+from conversion.exports import export_checkpoint
+from conversion.hub import lineage_steps
+from conversion.native.megatron_export import ParallelSizes
+from modeling_teleflm import TeleFLMForCausalLM
+from tests.fixtures.checkpoint_runs import contents
+from tests.fixtures.megatron_loader import first_args, load_rank_file
+from tests.fixtures.megatron_worlds import ROOT, TOKENS
+from tests.fixtures.tiny import tiny_config, tiny_model
+
+SOURCES: dict[str, dict[str, Any]] = {
+    "grouped": {"num_key_value_heads": 2, "rms_norm_eps": 3e-4},
+    "tied": {"tie_word_embeddings": True, "input_mult": 0.5, "output_mult": 0.5, "mup_scale_factor": 1.0},
+    "untied by folding": {"tie_word_embeddings": True, "head_dim": 12},
+}
+GRIDS = {
+    "1": ParallelSizes(),
+    "tp2": ParallelSizes(tensor=2),
+    "tp4": ParallelSizes(tensor=4),
+    "pp2": ParallelSizes(pipeline=2),
+    "tp2-pp2": ParallelSizes(tensor=2, pipeline=2),
+    "pp2-vpp2": ParallelSizes(pipeline=2, virtual=2),
+    "tp2-pp2-vpp2": ParallelSizes(tensor=2, pipeline=2, virtual=2),
+}
+# What megatron-core loads. The rest is compared with these, byte by byte.
+LOADED = {
+    "grouped": ["1", "tp2", "pp2", "tp2-pp2-vpp2"],
+    "tied": ["1", "tp2-pp2"],
+    "untied by folding": ["tp2"],
+}
+
+
+def save(folder: Path, dtype: torch.dtype = torch.float32, **fields) -> TeleFLMForCausalLM:
+    model = tiny_model(tiny_config(vocab_size=100, num_hidden_layers=4, **fields), dtype=dtype)
+    model.save_pretrained(folder)
+    return model
+
+
+def export(source: Path, out: Path, grid: str, **options) -> None:
+    sizes = GRIDS[grid]
+    export_checkpoint(source, out, to="megatron", tp=sizes.tensor, pp=sizes.pipeline, vpp=sizes.virtual, **options)
+
+
+def rank_files(folder: Path, grid: str) -> dict[tuple[int, int], dict[str, Any]]:
+    sizes = GRIDS[grid]
+    grid_ranks = itertools.product(range(sizes.tensor), range(sizes.pipeline))
+    return {(t, p): load_rank_file(folder, t, p if sizes.pipeline > 1 else None) for t, p in grid_ranks}
+
+
+# The library.
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory) -> Path:
+    """Sources, exports of them, and the logits that megatron-core computed with those."""
+    folder = tmp_path_factory.mktemp("exports")
+    names = []
+    for source, grids in LOADED.items():
+        save(folder / source, **SOURCES[source])
+        for grid in grids:
+            names.append(f"{source} {grid}")
+            export(folder / source, folder / names[-1], grid, spec="local")
+    command = [sys.executable, "-W", "ignore", "-m", "tests.fixtures.megatron_loader", str(folder), *names]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize(("source", "grid"), [(source, grid) for source in LOADED for grid in LOADED[source]])
+def test_the_library_computes_the_same(source, grid, loaded):
+    with torch.no_grad():
+        expected = TeleFLMForCausalLM.from_pretrained(loaded / source)(TOKENS).logits
+    found = torch.load(loaded / f"{source} {grid}.logits.pt")
+    assert expected.std() > 0.05
+    assert found.shape == (*TOKENS.shape, 128 * GRIDS[grid].tensor)
+    assert (found[..., :100] - expected).abs().max() < (1e-6 if GRIDS[grid].tensor == 1 else 1e-5)
+    assert not found[..., 100:].any()
+
+
+# Every rank's part, by its definition.
+
+
+def expected_part(weights: dict[str, Tensor], grid: ParallelSizes, rank: int, layer: int) -> dict[str, Tensor]:
+    """One rank's part of a layer, by the names of Transformer Engine."""
+    w = {name.removeprefix(f"model.layers.{layer}."): tensor for name, tensor in weights.items()}
+    q, k, v = (w[f"self_attn.{x}_proj.weight"].unflatten(0, (-1, 8)) for x in "qkv")
+    groups = range(rank * len(k) // grid.tensor, (rank + 1) * len(k) // grid.tensor)
+    size = len(q) // len(k)
+    heads = [head for g in groups for head in (*q[g * size : (g + 1) * size], k[g], v[g])]
+    gate, up = (w[f"mlp.{x}_proj.weight"].chunk(grid.tensor)[rank] for x in ("gate", "up"))
+    return {
+        "self_attention.linear_qkv.layer_norm_weight": w["input_layernorm.weight"],
+        "self_attention.linear_qkv.weight": torch.cat(heads),
+        "self_attention.linear_proj.weight": w["self_attn.o_proj.weight"].chunk(grid.tensor, 1)[rank],
+        "mlp.linear_fc1.layer_norm_weight": w["post_attention_layernorm.weight"],
+        "mlp.linear_fc1.weight": torch.cat([gate, up]),
+        "mlp.linear_fc2.weight": w["mlp.down_proj.weight"].chunk(grid.tensor, 1)[rank],
+    }
+
+
+def padded(tensor: Tensor, grid: ParallelSizes, rank: int) -> Tensor:
+    rows = torch.zeros(128 * grid.tensor, tensor.shape[1], dtype=tensor.dtype)
+    rows[: len(tensor)] = tensor
+    return rows.chunk(grid.tensor)[rank]
+
+
+# Layers of (stage, chunk) for four layers, as Megatron's interleaved schedule places them.
+PLACES = {
+    (1, 1): {(0, 0): [0, 1, 2, 3]},
+    (2, 1): {(0, 0): [0, 1], (1, 0): [2, 3]},
+    (2, 2): {(0, 0): [0], (1, 0): [1], (0, 1): [2], (1, 1): [3]},
+}
+
+
+@pytest.mark.parametrize("source", [{"num_key_value_heads": 4}, {"tie_word_embeddings": True}], ids=["untied", "tied"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_rank_has_its_part(grid, source, tmp_path):
+    save(tmp_path / "source", torch.bfloat16, **source)
+    weights = load_file(tmp_path / "source/model.safetensors")
+    export(tmp_path / "source", tmp_path / "out", grid, multipliers="keep")
+    sizes, head = GRIDS[grid], weights.get("lm_head.weight")
+    for (rank, stage), content in rank_files(tmp_path / "out", grid).items():
+        for chunk in range(sizes.virtual):
+            layers = PLACES[sizes.pipeline, sizes.virtual][stage, chunk]
+            expected = {}
+            if layers[0] == 0:
+                expected["embedding.word_embeddings.weight"] = padded(weights["model.embed_tokens.weight"], sizes, rank)
+            for number, layer in enumerate(layers):
+                part = expected_part(weights, sizes, rank, layer)
+                expected |= {f"decoder.layers.{number}.{name}": tensor for name, tensor in part.items()}
+            if layers[-1] == 3:
+                expected["decoder.final_layernorm.weight"] = weights["model.norm.weight"]
+            if layers[-1] == 3 and (head is not None or sizes.pipeline > 1):
+                last = weights["model.embed_tokens.weight"] if head is None else head
+                expected["output_layer.weight"] = padded(last, sizes, rank)
+            state = content["model" if sizes.virtual == 1 else f"model{chunk}"]
+            found = {name: tensor for name, tensor in state.items() if not name.endswith("_extra_state")}
+            assert list(found) == list(expected)
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+            extra = {name for name in state if name.endswith("_extra_state")}
+            assert len(extra) == 4 * len(layers)
+            assert not any(state[name] is not None for name in extra)
+
+
+def test_the_two_specs_differ_in_names_alone(tmp_path):
+    save(tmp_path / "source")
+    states = []
+    for spec in ("te", "local"):
+        export(tmp_path / "source", tmp_path / spec, "1", spec=spec)
+        state = load_rank_file(tmp_path / spec, 0, None)["model"]
+        states.append({name: tensor for name, tensor in state.items() if tensor is not None})
+    te, local = states
+    assert all(torch.equal(a, b) for a, b in zip(te.values(), local.values(), strict=True))
+    assert {name for name in te if name not in local} == {
+        f"decoder.layers.{layer}.{name}.layer_norm_weight"
+        for layer in range(4)
+        for name in ("self_attention.linear_qkv", "mlp.linear_fc1")
+    }
+    assert {name for name in local if name not in te} == {
+        f"decoder.layers.{layer}.{name}.weight"
+        for layer in range(4)
+        for name in ("input_layernorm", "pre_mlp_layernorm")
+    }
+
+
+def test_arguments(tmp_path):
+    save(tmp_path / "source", torch.bfloat16, num_key_value_heads=2)
+    export(tmp_path / "source", tmp_path / "fold", "tp2-pp2-vpp2")
+    export(tmp_path / "source", tmp_path / "keep", "tp2", multipliers="keep")
+    fold, keep = first_args(tmp_path / "fold"), first_args(tmp_path / "keep")
+    assert (
+        vars(keep).items() >= {"use_mup": True, "input_mult": 2.5, "output_mult": 0.5, "mup_scale_factor": 4.0}.items()
+    )
+    assert not vars(fold).keys() & {"use_mup", "input_mult", "output_mult", "mup_scale_factor"}
+    assert (
+        vars(fold).items()
+        >= {
+            "tensor_model_parallel_size": 2,
+            "pipeline_model_parallel_size": 2,
+            "virtual_pipeline_model_parallel_size": 2,
+            "num_layers_per_virtual_pipeline_stage": 1,
+            "vocab_size": 100,
+            "padded_vocab_size": 256,
+            "make_vocab_size_divisible_by": 128,
+            "params_dtype": torch.bfloat16,
+            "rotary_base": 10000,
+            "group_query_attention": True,
+            "num_query_groups": 2,
+        }.items()
+    )
+    assert keep.virtual_pipeline_model_parallel_size is None
+    content = load_rank_file(tmp_path / "keep", 1, None)
+    assert (content["checkpoint_version"], content["iteration"]) == (3.0, 0)
+
+
+# There and back.
+
+
+@pytest.mark.parametrize("config_beside", [True, False], ids=["config.json beside", "arguments alone"])
+@pytest.mark.parametrize("spec", ["te", "local"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_hub_to_native_to_hub(grid, spec, config_beside, tmp_path):
+    """Kept multipliers come back from the arguments; weights and configuration are the same bytes."""
+    save(tmp_path / "source", torch.bfloat16)
+    convert_checkpoint(tmp_path / "source", tmp_path / "hub")
+    export(tmp_path / "hub", tmp_path / "run", grid, multipliers="keep", spec=spec)
+    if not config_beside:
+        (tmp_path / "run/config.json").unlink()
+    convert_checkpoint(tmp_path / "run", tmp_path / "back", vocab_size=100)
+    before, after = contents(tmp_path / "hub"), contents(tmp_path / "back")
+    assert after["model.safetensors"] == before["model.safetensors"]
+    there, here = json.loads(before["config.json"]), json.loads(after["config.json"])
+    assert here.items() <= there.items()
+    if config_beside:
+        assert after["config.json"] == before["config.json"]
+
+
+@pytest.mark.parametrize("multipliers", ["keep", "fold"])
+def test_native_to_hub_to_native_to_hub(multipliers, tmp_path):
+    """From any grid to any other, no byte changes."""
+    save(tmp_path / "source", torch.bfloat16)
+    export(tmp_path / "source", tmp_path / "run", "tp2-pp2-vpp2", multipliers=multipliers)
+    hubs = []
+    for number, grid in enumerate(("tp4", "pp2", "tp2-pp2-vpp2")):
+        hubs.append(tmp_path / f"hub{number}")
+        convert_checkpoint(tmp_path / "run", hubs[-1])
+        export(hubs[-1], tmp_path / f"run{number}", grid, multipliers="keep")
+        convert_checkpoint(tmp_path / f"run{number}", tmp_path / f"back{number}")
+        for name in ("model.safetensors", "config.json"):
+            assert (hubs[-1] / name).read_bytes() == (tmp_path / f"back{number}" / name).read_bytes()
+    again = contents(tmp_path / "run2")
+    assert {name: data for name, data in contents(tmp_path / "run").items() if "manifest" not in name} == {
+        name: again[name] for name in again if "manifest" not in name
+    }
+
+
+def test_folded_is_what_llama_gets(tmp_path):
+    save(tmp_path / "source", torch.bfloat16)
+    export_checkpoint(tmp_path / "source", tmp_path / "llama", to="llama")
+    export(tmp_path / "source", tmp_path / "run", "tp2-pp2")
+    convert_checkpoint(tmp_path / "run", tmp_path / "back")
+    for folder in ("llama", "back"):
+        assert inspect_checkpoint(tmp_path / folder, check=True).damages == []
+    assert contents(tmp_path / "llama")["model.safetensors"] == contents(tmp_path / "back")["model.safetensors"]
+
+
+def test_the_notes(tmp_path):
+    save(tmp_path / "source")
+    keep = export_checkpoint(tmp_path / "source", tmp_path / "keep", to="megatron", tp=2, multipliers="keep")
+    assert keep.notes == [
+        "The multipliers 2.5 on the embeddings and 0.125 on the logits are in the arguments only; a stock Megatron-LM "
+        "ignores them and computes another function.",
+        "156 rows of zeros follow the 100 of the vocabulary.",
+        "Megatron-LM: --load OUT --use-checkpoint-args --use-mp-args-from-checkpoint-args --ckpt-format torch "
+        "--norm-epsilon 1e-05.",
+    ]
+    fold = export_checkpoint(tmp_path / "source", tmp_path / "fold", to="megatron", pp=2, vpp=2, dtype="bfloat16")
+    assert "lm_head.weight was multiplied by 0.125: a power of two" in " ".join(fold.notes)
+    steps = [lineage_steps(read_manifest(tmp_path / folder)["lineage"])[-1] for folder in ("keep", "fold")]
+    assert steps == [
+        "Exported to megatron, tensor parallel 2, 1 stage.",
+        "Exported to megatron, tensor parallel 1, 2 stages of 2 chunks, the multipliers folded into embeddings and head, "
+        "cast to bfloat16.",
+    ]
