@@ -6,6 +6,14 @@
 
 from .checkpoint.execute import CheckpointResult, WriteOptions
 from .convert import convert_checkpoint
+from .exports import export_checkpoint
 from .inspect import Inspection, inspect_checkpoint
 
-__all__ = ["CheckpointResult", "Inspection", "WriteOptions", "convert_checkpoint", "inspect_checkpoint"]
+__all__ = [
+    "CheckpointResult",
+    "Inspection",
+    "WriteOptions",
+    "convert_checkpoint",
+    "export_checkpoint",
+    "inspect_checkpoint",
+]

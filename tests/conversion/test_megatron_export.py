@@ -278,6 +278,6 @@ def test_the_notes(tmp_path):
     steps = [lineage_steps(read_manifest(tmp_path / folder)["lineage"])[-1] for folder in ("keep", "fold")]
     assert steps == [
         "Exported to megatron, tensor parallel 2, 1 stage.",
-        "Exported to megatron, tensor parallel 1, 2 stages of 2 chunks, the multipliers folded into embeddings and head, "
-        "cast to bfloat16.",
+        "Exported to megatron, tensor parallel 1, 2 stages of 2 chunks, the multipliers folded into embeddings and "
+        "head, cast to bfloat16.",
     ]
