@@ -232,9 +232,10 @@ def quantize(run: Path) -> None:
     edit(run, to_fp8)
 
 
-def keep_a_weight_twice(run: Path) -> None:
-    norm = {"decoder.final_layernorm.weight": torch.ones(16, dtype=torch.bfloat16)}
-    edit(run, lambda content: content["model"].update(norm), (0, 0))
+def copy_of_the_embedding(*shape: int) -> Callable[[Path], None]:
+    """The last stage has an embedding too, as multi-token prediction needs it: of zeros, in that shape."""
+    copy = {"embedding.word_embeddings.weight": torch.zeros(shape, dtype=torch.bfloat16)}
+    return lambda run: edit(run, lambda content: content["model"].update(copy), (0, 1), (1, 1))
 
 
 def add_experts(run: Path) -> None:
@@ -271,7 +272,8 @@ BAD_RUNS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         ],
     ),
     "a copy is missing": (lose_a_replica, ["decoder.final_layernorm.weight", "tensor rank 1 of 2 has none"]),
-    "a copy has another shape": (keep_a_weight_twice, ["decoder.final_layernorm.weight", "(16,)", "(32,)"]),
+    "a stage's copy differs": (copy_of_the_embedding(64, 32), ["word_embeddings.weight differs by up to", "stage 1"]),
+    "a stage's copy has another shape": (copy_of_the_embedding(32, 32), ["mp_rank_00_001", "(32, 32)", "(64, 32)"]),
     "iterations are mixed": (mix_iterations, ["mp_rank_01_001", "iteration is 200", "is 100"]),
     "shapes are mixed": (mix_shapes, ["mp_rank_01_000", "linear_fc2.weight", "(32, 48)", "(32, 24)"]),
     "dtypes are mixed": (mix_dtypes, ["mp_rank_01_001", "final_layernorm", "float32", "bfloat16"]),
