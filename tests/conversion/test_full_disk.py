@@ -18,6 +18,7 @@ from conversion import WriteOptions, convert_checkpoint
 from conversion.checkpoint import execute
 from conversion.checkpoint.sources import WEIGHT_FILES
 from tests.fixtures.checkpoint_runs import contents, disk_cannot_preallocate, disk_seems_empty, run_teleflm
+from tests.fixtures.tiny import tiny_model
 
 SIZE = 4 << 20
 
@@ -123,4 +124,19 @@ def test_a_disk_that_fills_up_at_the_very_end(step, file, shard_size, disk, sour
     (disk / "ballast").unlink()
     convert_checkpoint(source, disk / "out", options=options)
     convert_checkpoint(source, tmp_path / "elsewhere", options=options)
+    assert contents(disk / "out") == contents(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("fault", [None, disk_seems_empty, disk_cannot_preallocate])
+def test_a_full_disk_under_a_torch_folder(fault, disk, tmp_path):
+    leave(disk, 250_000)
+    tiny_model().save_pretrained(tmp_path / "source")
+    command = ("export", tmp_path / "source", disk / "out", "--to", "megatron", "--tp", "2")
+    result = run_teleflm(*command, folder=tmp_path, patch=fault)
+    assert result.returncode == 1
+    assert "free some space, then run this again" in result.stderr
+    assert not (disk / "out/latest_checkpointed_iteration.txt").exists()
+    (disk / "ballast").unlink()
+    assert run_teleflm(*command, folder=tmp_path).returncode == 0
+    assert run_teleflm(*command[:2], tmp_path / "elsewhere", *command[3:], folder=tmp_path).returncode == 0
     assert contents(disk / "out") == contents(tmp_path / "elsewhere")

@@ -92,7 +92,7 @@ def test_the_library_computes_the_same(source, grid, loaded):
     found = torch.load(loaded / f"{source} {grid}.logits.pt")
     assert expected.std() > 0.05
     assert found.shape == (*TOKENS.shape, 128 * GRIDS[grid].tensor)
-    assert (found[..., :100] - expected).abs().max() < (1e-6 if GRIDS[grid].tensor == 1 else 1e-5)
+    assert (found[..., :100] - expected).abs().max() < 1e-5
     assert not found[..., 100:].any()
 
 
