@@ -209,22 +209,18 @@ def _find_files(folder: Path) -> _Files:
 
 def _check_ranks(files: Mapping[int, Path], count: int, said_by: str) -> None:
     """Every rank's file is there, and none of another run."""
-    folder, suffix = next(iter(files.values())).parent, next(iter(files.values())).name.partition("_mp_")[2]
+    some = next(iter(files.values()))
+    about = f"{some.parent}: {said_by} makes it {count} ranks"
     missing, extra = sorted(set(range(count)) - files.keys()), sorted(files.keys() - set(range(count)))
     if missing:
-        raise CheckpointError(
-            f"{folder}: {said_by} says {count} ranks, {_names(missing)} of *_mp_{suffix} missing; {_LOST}."
-        )
+        raise CheckpointError(f"{about}, {_names(missing, some)} missing; {_LOST}.")
     if extra:
-        raise CheckpointError(
-            f"{folder}: {said_by} says {count} ranks, but {_names(extra)} of *_mp_{suffix} there too, of another run; "
-            "move the rest away."
-        )
+        raise CheckpointError(f"{about}, but {_names(extra, some)} there too, of another run; move the rest away.")
 
 
-def _names(ranks: Sequence[int]) -> str:
-    listed = ", ".join(f"zero_pp_rank_{rank}" for rank in ranks[:4]) + (", ..." if len(ranks) > 4 else "")
-    return f"{listed} {'is' if len(ranks) == 1 else 'are'}"
+def _names(ranks: Sequence[int], some: Path) -> str:
+    names = [re.sub(r"(?<=pp_rank_)\d+", str(rank), some.name) for rank in ranks]
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "") + (" is" if len(names) == 1 else " are")
 
 
 # The model states.
@@ -298,7 +294,7 @@ def _frozen(files: _Files, model: _Model) -> dict[str, ShardedTensor]:
     if not model.frozen:
         return {}
     count = 1 + max(files.models)
-    _check_ranks(files.models, count, "the last of them")
+    _check_ranks(files.models, count, f"{files.models[count - 1].name}")
     models = [_read_model(files.models[rank]) for rank in range(count)]
     tensors = {}
     for name, shape in model.frozen.items():
@@ -439,9 +435,10 @@ def _zero3_masters(ranks: Sequence[_Partition], model: _Model) -> dict[str, Shar
 def _universal_masters(files: _Files, model: _Model) -> dict[str, ShardedTensor]:
     """A file for each weight, which ZeRO 3 leaves flat."""
     folder = files.folder / _UNIVERSAL
-    extra = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name not in model.shapes)
-    if extra:
-        raise CheckpointError(f"{folder / extra[0]}: is no weight in param_shapes of {model.file}; it would be lost.")
+    known = {*model.shapes, *model.module}  # newer versions also write what no optimizer holds, from the model states
+    unknown = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name not in known)
+    if unknown:
+        raise CheckpointError(f"{folder / unknown[0]}: is no weight of {model.file}; it would be lost.")
     tensors = {}
     for name, shape in model.shapes.items():
         if name != os.path.basename(name):

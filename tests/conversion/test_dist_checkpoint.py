@@ -11,6 +11,7 @@ import argparse
 import enum
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -236,6 +237,10 @@ def hub_model():
     return tiny_model(tiny_config(vocab_size=79, num_hidden_layers=2, intermediate_size=41), dtype=torch.bfloat16)
 
 
+# What every rank imports, which takes longer than all that it does.
+IMPORTED_ONCE = ["accelerate.utils", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"]
+
+
 def _save_as_a_world(rank: int, folder: str) -> None:
     from accelerate import PartialState
     from accelerate.utils import FullyShardedDataParallelPlugin, save_fsdp_model
@@ -243,7 +248,8 @@ def _save_as_a_world(rank: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
+    rank_variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    os.environ.update(rank_variables, MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # looked for, not used
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     PartialState(cpu=True, backend="gloo")  # for Accelerate's log
     mesh = init_device_mesh("cpu", (WORLD,))
@@ -270,7 +276,8 @@ def _save_as_a_world(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    mp.spawn(_save_as_a_world, (str(folder),), nprocs=WORLD)
+    multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
+    mp.start_processes(_save_as_a_world, (str(folder),), nprocs=WORLD, start_method="forkserver")
     for name in ("rows", "columns"):
         (folder / name / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     return folder
