@@ -11,9 +11,9 @@ from typing import Any
 
 from .architecture import MODEL_TYPE, Architecture, load_config, load_preset, preset_names
 from .checkpoint.dtypes import DType, parse_dtype
-from .checkpoint.errors import CheckpointError
+from .checkpoint.errors import CheckpointError, NotFinite
 from .checkpoint.execute import CheckpointResult, WriteOptions, execute
-from .checkpoint.manifest import MANIFEST, read_manifest
+from .checkpoint.manifest import MANIFEST, parent_record
 from .checkpoint.plan import CheckpointPlan, TensorPlan, View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .hub import hub_config, hub_sidecars, lineage_steps, model_card
@@ -88,7 +88,10 @@ def convert_checkpoint(
         options = replace(options, finite=not allow_nonfinite)
         if not dry_run:
             notes += compare_replicas(run, plan.config, allow=allow_unequal_replicas)
-    return execute(plan, Path(out), options, notes, dry_run=dry_run)
+    try:
+        return execute(plan, Path(out), options, notes, dry_run=dry_run)
+    except NotFinite as error:
+        raise NotFinite(f"{error} --allow-nonfinite converts the run as it is.") from None
 
 
 def _open_run(
@@ -169,12 +172,11 @@ def _cast(name: str, view: View, dtype: DType | None) -> TensorPlan:
 
 
 def _lineage(checkpoint: Source, dtype: DType | None) -> dict[str, Any]:
-    parent = read_manifest(Path(checkpoint.folder))
     return {
         "operation": "convert",
         "from": checkpoint.format,
         "dtype": dtype.name if dtype else None,
-        "parent": {"plan": parent["plan"], "lineage": parent["lineage"]} if parent else None,
+        "parent": parent_record(Path(checkpoint.folder)),
     }
 
 

@@ -14,3 +14,7 @@ class CheckpointError(ValueError):
 
 class CorruptData(CheckpointError):
     """A source that was readable when the plan was made failed while its data was being read."""
+
+
+class NotFinite(CorruptData):
+    """A value that was to be written is NaN or infinite."""

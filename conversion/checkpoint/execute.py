@@ -28,7 +28,7 @@ import numpy as np
 from .assemble import blocks, copy_runs, is_zero, resolve, stream
 from .containers import Layout, Shard, parse_size, safetensors_layout
 from .dtypes import first_nonfinite
-from .errors import CheckpointError, CorruptData
+from .errors import CheckpointError, NotFinite
 from .kernel_copy import write_all
 from .manifest import MANIFEST, block_digest, make_manifest, read_manifest
 from .normal_stream import GRID
@@ -302,7 +302,7 @@ def _checked(block: _Block, data: Iterator[memoryview]) -> Iterator[memoryview]:
         found = first_nonfinite(chunk, block.tensor.dtype)
         if found is not None:
             index = np.unravel_index(at + found, block.tensor.shape or (1,))
-            raise CorruptData(f"{block.tensor.name}{[*map(int, index)]} is NaN or infinite as {block.tensor.dtype}.")
+            raise NotFinite(f"{block.tensor.name}{[*map(int, index)]} is NaN or infinite as {block.tensor.dtype}.")
         yield chunk
         at += len(chunk) // block.tensor.dtype.itemsize
 
