@@ -13,11 +13,12 @@ import io
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -408,11 +409,10 @@ def test_hostile_pickles_execute_nothing(tmp_path):
 FROZEN = "model.layers.0.self_attn.o_proj.weight"
 
 
-def _train(rank: int, stage: int, folder: str) -> None:
+def _train(rank: int, stage: int, folder: str, port: int) -> None:
     """Two steps of a small model, of which one weight is frozen, and a checkpoint with the library's own word on it."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(29_611 + stage)
-    )
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
@@ -446,11 +446,16 @@ def _train(rank: int, stage: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3], ids="ZeRO {}".format)
-def real(request, tmp_path_factory) -> Path:
-    pytest.importorskip("deepspeed")
+def real(request, tmp_path_factory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp(f"zero{request.param}")
-    mp.spawn(_train, (request.param, str(folder)), nprocs=2)
-    return folder
+    with socket.socket() as any_socket:
+        any_socket.bind(("127.0.0.1", 0))
+        port = any_socket.getsockname()[1]
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("DS_ACCELERATOR", "cpu")
+        pytest.importorskip("deepspeed")
+        mp.spawn(_train, (request.param, str(folder), port), nprocs=2)
+        yield folder
 
 
 def _library_masters(folder: Path) -> Tensors:
