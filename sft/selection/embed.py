@@ -1,0 +1,281 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Where conversations lie in relation to each other: one vector each.
+
+By default nothing is downloaded. The vector of a conversation is the mean of its words' vectors under smooth inverse
+frequency weights a / (a + p(word)), a = 1e-3, less its component along the common direction (SIF; Arora, Liang and Ma
+2017), and of length 1. The words' vectors come from one of two places:
+
+- the data itself: words are hashed to 2^16 ids, a sample of conversations is a matrix of 1 + log(count) times the SIF
+  weights, and the vectors of words are its first [`DIMENSIONS`] right singular vectors (latent semantic analysis);
+- a model, `--embedder FOLDER`: words are the ids that its tokenizer makes of the first [`MODEL_CHARACTERS`] characters,
+  their vectors the rows of its input embeddings, of which no other weight is read. Rows wider than [`MODEL_WIDTH`] are
+  projected by a seeded Gaussian matrix, which keeps angles.
+
+A folder or Hub name of sentence-transformers, `--embedder sentence-transformers:NAME`, replaces all of this.
+
+The share p of each word, the vectors and the common direction come from the sample and are the same for every part.
+"""
+
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from .rows import conversations, whole_text
+from .stages import Kernel, SelectionError, drop_none
+from .words import hash_words
+
+SAMPLE = 10_000
+DIMENSIONS = 64
+MODEL_CHARACTERS = 1000
+MODEL_WIDTH = 256
+SIF_A = 1e-3
+SENTENCE_TRANSFORMERS = "sentence-transformers:"
+_BUCKETS = 1 << 16
+_POWER_ITERATIONS = 2
+_TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight", "embed_in.weight")
+
+
+class WordIds(Protocol):
+    """Texts to ids: the ids of all texts in a row, and where each text ends."""
+
+    def __call__(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids, int64; offsets, one more than there are texts."""
+
+
+@dataclass(frozen=True)
+class SifModel:
+    """Embeds texts; it goes to every worker.
+
+    Args:
+        ids: texts to ids.
+        vectors: float32 `[ids, d]`, times the SIF weights.
+        common: float32 `[d]`, of length 1: the direction that is taken out.
+    """
+
+    ids: WordIds
+    vectors: np.ndarray
+    common: np.ndarray
+
+    def embed(self, texts: Iterable[str]) -> np.ndarray:
+        """Vectors of length 1, float32 `[texts, d]`; 0 for a text without a known word."""
+        mean = _means(self.ids, texts, self.vectors)
+        mean -= np.outer(mean @ self.common, self.common)
+        return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
+
+
+def fit_corpus(texts: Sequence[str], seed: int) -> SifModel:
+    """Word vectors from the texts themselves."""
+    from sklearn.utils.extmath import randomized_svd
+
+    counts = _count(hashed_ids, texts, _BUCKETS)
+    weights = sif_weights(np.asarray(counts.sum(axis=0)).ravel())
+    matrix = counts.astype(np.float32)
+    matrix.data = 1 + np.log(matrix.data)
+    matrix = matrix.multiply(weights).tocsr()
+    size = max(1, min(DIMENSIONS, *(side - 1 for side in matrix.shape)))
+    _, _, right = randomized_svd(matrix, size, n_iter=_POWER_ITERATIONS, random_state=seed)
+    return _with_common(hashed_ids, (right.T * weights[:, None]).astype(np.float32), texts)
+
+
+def fit_model(texts: Sequence[str], folder: str, seed: int) -> SifModel:
+    """Word vectors from a model's input embeddings.
+
+    Raises:
+        SelectionError: the folder has no tokenizer or no such weights that can be read.
+    """
+    ids = ModelIds(folder)
+    table = read_input_embeddings(folder, seed)
+    found, _ = ids(texts)
+    if len(found) and found.max() >= len(table):
+        raise SelectionError(f"--embedder {folder}: its tokenizer has id {found.max()}, its weights {len(table)} rows.")
+    weights = sif_weights(np.bincount(found, minlength=len(table)))
+    return _with_common(ids, table * weights[:, None], texts)
+
+
+def sif_weights(counts: np.ndarray) -> np.ndarray:
+    """a / (a + p) for ids seen so many times, float32; 1 for those not seen."""
+    return (SIF_A / (SIF_A + counts / max(counts.sum(), 1))).astype(np.float32)
+
+
+def _with_common(ids: WordIds, vectors: np.ndarray, texts: Sequence[str]) -> SifModel:
+    """The common direction is the first right singular vector of the sample."""
+    means = _means(ids, texts, vectors)
+    _, directions = np.linalg.eigh(means.T.astype(np.float64) @ means)
+    common = directions[:, -1] * np.sign(directions[np.abs(directions[:, -1]).argmax(), -1])
+    return SifModel(ids, np.ascontiguousarray(vectors, np.float32), common.astype(np.float32))
+
+
+def _count(ids: WordIds, texts: Iterable[str], columns: int) -> Any:
+    """How often each text has each id: a sparse `[texts, columns]` matrix."""
+    from scipy.sparse import csr_array
+
+    found, offsets = ids(texts)
+    counts = csr_array((np.ones(len(found), np.float32), found, offsets), shape=(len(offsets) - 1, columns))
+    counts.sum_duplicates()
+    return counts
+
+
+def _means(ids: WordIds, texts: Iterable[str], vectors: np.ndarray) -> np.ndarray:
+    counts = _count(ids, texts, len(vectors))
+    return counts @ vectors / np.maximum(counts.sum(axis=1), 1)[:, None]
+
+
+# --- ids --------------------------------------------------------------------------------------------------------------
+
+
+def hashed_ids(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Words as their hashes modulo 2^16."""
+    words = hash_words(texts)
+    return (words.hashes % np.uint64(_BUCKETS)).astype(np.int64), words.offsets
+
+
+class ModelIds:
+    """The ids of a model's tokenizer. It is loaded once in each process.
+
+    Args:
+        folder: of the model.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._tokenizer: Any = None
+        self._load()
+
+    def __call__(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+        """See [`WordIds`]."""
+        cut = [unicodedata.normalize("NFKC", text[:MODEL_CHARACTERS]) for text in texts]
+        rows = self._load()(cut, add_special_tokens=False)["input_ids"] if cut else []
+        flat = [np.asarray(row, np.int64) for row in rows]
+        return np.concatenate([np.empty(0, np.int64), *flat]), np.cumsum([0, *map(len, rows)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_folder": self._folder, "_tokenizer": None}
+
+    def _load(self) -> Any:
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            import modeling_teleflm  # noqa: F401  (registers the tokenizer with the Auto classes)
+
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
+            except (OSError, ValueError, ImportError) as error:
+                raise SelectionError(f"--embedder {self._folder}: {' '.join(str(error).split())}") from error
+        return self._tokenizer
+
+
+def read_input_embeddings(folder: str, seed: int) -> np.ndarray:
+    """The input embeddings of a Hub folder, float32 `[vocab_size, at most MODEL_WIDTH]`; nothing else is read.
+
+    Raises:
+        SelectionError: there is no such tensor.
+    """
+    from conversion.checkpoint.errors import CheckpointError
+    from conversion.checkpoint.sources import open_checkpoint
+
+    try:
+        tensors = open_checkpoint(folder).tensors
+    except CheckpointError as error:
+        raise SelectionError(f"--embedder {folder}: {error}") from error
+    names = [name for name in tensors if name.endswith(_TABLES)]
+    if len(names) != 1:
+        found = ", ".join(names) or "none"
+        raise SelectionError(f"--embedder {folder}: expected one tensor named {' or '.join(_TABLES)}; found {found}.")
+    view = tensors[names[0]]
+    rows, width = view.shape
+    stored = np.memmap(view.file, view.dtype.numpy, mode="r", offset=view.offset, shape=(rows, width))
+    if width <= MODEL_WIDTH:
+        return stored.astype(np.float32)
+    projection = np.random.default_rng(seed).standard_normal((width, MODEL_WIDTH), np.float32) / np.sqrt(MODEL_WIDTH)
+    blocks = (stored[start : start + 4096].astype(np.float32) @ projection for start in range(0, rows, 4096))
+    return np.concatenate(list(blocks))
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def fit_kernel(sample: pa.Table, embedder: str | None, seed: int) -> Kernel:
+    """A kernel that adds `embedding`, fitted to a sample of the rows.
+
+    Args:
+        sample: with `row`.
+        embedder: a model's folder, `sentence-transformers:NAME`, or None: the corpus.
+        seed: of projections and of the singular value decomposition.
+
+    Raises:
+        SelectionError: the embedder cannot be loaded.
+    """
+    return partial(embed, encode=fit(list(map(whole_text, conversations(sample))), embedder, seed))
+
+
+def fit(texts: Sequence[str], embedder: str | None, seed: int) -> Callable[[Iterable[str]], np.ndarray]:
+    """Texts to vectors of length 1, float32; see [`fit_kernel`]."""
+    if embedder is None:
+        return fit_corpus(texts, seed).embed
+    if embedder.startswith(SENTENCE_TRANSFORMERS):
+        return SentenceEncoder(embedder.removeprefix(SENTENCE_TRANSFORMERS))
+    return fit_model(texts, embedder, seed).embed
+
+
+class SentenceEncoder:
+    """A model of sentence-transformers. It is loaded once in each process.
+
+    Args:
+        name: a folder, or a name on the Hub.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._model: Any = None
+        self._load()
+
+    def __call__(self, texts: Iterable[str]) -> np.ndarray:
+        """Vectors of length 1, float32."""
+        return self._load().encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_name": self._name, "_model": None}
+
+    def _load(self) -> Any:
+        if self._model is None:
+            try:
+                from sentence_transformers import SentenceTransformer
+
+                self._model = SentenceTransformer(self._name, trust_remote_code=False)
+            except ImportError as error:
+                way_out = "pip install sentence-transformers, or leave --embedder out"
+                raise SelectionError(f"--embedder {SENTENCE_TRANSFORMERS}{self._name}: {error}; {way_out}.") from error
+            except (OSError, ValueError) as error:
+                why = " ".join(str(error).split())
+                raise SelectionError(f"--embedder {SENTENCE_TRANSFORMERS}{self._name}: {why}") from error
+        return self._model
+
+
+def embed(table: pa.Table, encode: Callable[[Iterable[str]], np.ndarray]) -> pa.Table:
+    """`embedding`: float16, of fixed size."""
+    vectors = encode(map(whole_text, conversations(table))).astype(np.float16)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel(), pa.float16()), vectors.shape[1])
+    return pa.table({"drop": drop_none(len(table)), "embedding": column})
+
+
+__all__ = [
+    "DIMENSIONS",
+    "SENTENCE_TRANSFORMERS",
+    "SifModel",
+    "embed",
+    "fit",
+    "fit_corpus",
+    "fit_kernel",
+    "fit_model",
+    "hashed_ids",
+    "read_input_embeddings",
+    "sif_weights",
+]

@@ -1,0 +1,110 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Where the tasks of a selection run: in this process, in several, or on the machines of a Ray cluster.
+
+Each of them gives the results in the order of the items, and at most a few items a worker are in flight.
+"""
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+from .stages import Executor, SelectionError
+
+_IN_FLIGHT = 2  # items a worker, one running and one waiting
+_RAY_WAVE = 1024
+
+
+class SerialExecutor:
+    """Runs every task in this process."""
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """See [`Executor`]."""
+        return map(function, items)
+
+
+class ProcessExecutor:
+    """Runs tasks in processes of this machine.
+
+    Args:
+        workers: how many.
+        pool: of as many processes.
+    """
+
+    def __init__(self, workers: int, pool: ProcessPoolExecutor) -> None:
+        self._workers, self._pool = workers, pool
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """See [`Executor`]."""
+        waiting: deque[Future[Any]] = deque()
+        items = iter(items)
+        for item in islice(items, _IN_FLIGHT * self._workers):
+            waiting.append(self._pool.submit(function, item))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(self._pool.submit(function, item) for item in islice(items, 1))
+
+
+class RayExecutor:
+    """Runs tasks with Ray Data, on the cluster that `ray.init` finds. OUT has to be on a disk that all nodes share."""
+
+    def __init__(self) -> None:
+        try:
+            import ray
+            import ray.data
+        except ImportError as error:
+            raise SelectionError("ray is not installed; pip install 'teleflm[ray]', or leave out --ray.") from error
+        self._data = ray.data
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """See [`Executor`]."""
+        items = iter(items)
+        while wave := list(islice(items, _RAY_WAVE)):
+            numbered = [{"number": number, "item": item} for number, item in enumerate(wave)]
+            dataset = self._data.from_items(numbered, override_num_blocks=len(numbered))
+            done = dataset.map(lambda row: {"number": row["number"], "result": function(row["item"])}).take_all()
+            yield from (row["result"] for row in sorted(done, key=lambda row: row["number"]))
+
+
+@contextmanager
+def open_executor(workers: int, *, use_ray: bool = False) -> Iterator[Executor]:
+    """Something to run tasks on, for as long as the context lasts.
+
+    Args:
+        workers: processes of this machine; 1 is this process itself.
+        use_ray: Ray Data instead.
+
+    Raises:
+        SelectionError: Ray is not installed.
+    """
+    if use_ray:
+        yield RayExecutor()
+    elif workers == 1:
+        yield SerialExecutor()
+    else:
+        # Not forked: the libraries have threads by now.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+            try:
+                yield ProcessExecutor(workers, pool)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _one_thread() -> None:
+    """The cores are shared out to processes; threads inside of them would only get into each other's way."""
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(1)
+    os.environ["RAYON_NUM_THREADS"] = "1"  # of rensa, which is not loaded yet
+
+
+__all__ = ["ProcessExecutor", "RayExecutor", "SerialExecutor", "open_executor"]

@@ -1,0 +1,339 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The selection from end to end: its settings, its stages in order, and what it writes.
+
+OUT/selected.jsonl     the rows as they came, with `id`, `domain` and `score`, in the order of the input
+OUT/selection.json     settings, seed, versions, and what every stage did; written last
+OUT/stages             see [`sft.selection.stages`]
+"""
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from conversion.checkpoint.manifest import package_version
+from sft.formats import DataError
+
+from . import decontaminate, dedup, diversity, domains, embed, heuristics, rows, score
+from .executors import open_executor
+from .stages import SelectionError, Stage, StageResult, Workspace, make_digest
+
+METHODS = ("teleflm", "random", "longest", "ifd-top")
+DEFAULT_QUOTA = {"math": 0.3, "code": 0.3, "multi_turn": 0.2, "general": 0.2}
+SELECTED, SUMMARY, STAGES = "selected.jsonl", "selection.json", "stages"
+
+
+@dataclass(frozen=True)
+class SelectionSettings:
+    """What to select.
+
+    Args:
+        count: rows to select.
+        method: `teleflm`, all stages; or a baseline of as many rows, from valid and decontaminated rows without exact
+            duplicates: `random`, `longest` (answers) or `ifd-top`.
+        quota: share of each domain. Without it, `teleflm` takes [`DEFAULT_QUOTA`], or with `domain_column` the shares
+            there are; the baselines do not look at domains.
+        domain_column: a column of the data that names a row's domain; rules decide where it is absent.
+        decontaminate: files of evaluation sets; see [`sft.selection.decontaminate`].
+        scorer: a causal language model for the IFD score; see [`sft.selection.score`].
+        embedder: see [`sft.selection.embed`].
+        seed: of everything random.
+        allow_fewer: select what there is if that is less than `count`.
+
+    Raises:
+        SelectionError: a value is none of those possible, or two of them contradict each other.
+    """
+
+    count: int = 30_000
+    method: str = "teleflm"
+    quota: Mapping[str, float] | None = None
+    domain_column: str | None = None
+    decontaminate: tuple[str, ...] = ()
+    scorer: str | None = None
+    embedder: str | None = None
+    seed: int = 0
+    allow_fewer: bool = False
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise SelectionError(f"-n is {self.count}; it has to be at least 1.")
+        if self.method not in METHODS:
+            raise SelectionError(f"--method is {self.method!r}; expected one of {', '.join(METHODS)}.")
+        if self.method == "ifd-top" and self.scorer is None:
+            raise SelectionError("--method ifd-top needs a model that scores: give --scorer.")
+        if self.quota is not None:
+            self._check_quota(self.quota)
+
+    def _check_quota(self, quota: Mapping[str, float]) -> None:
+        unknown = [name for name in quota if name not in domains.DOMAINS]
+        if unknown and self.domain_column is None:
+            known = ", ".join(domains.DOMAINS)
+            raise SelectionError(f"--quota: unknown domain {unknown[0]!r}; known are {known}, or give --domain-column.")
+        if wrong := [name for name, share in quota.items() if not 0 <= share <= 1]:
+            raise SelectionError(f"--quota: {wrong[0]} is {quota[wrong[0]]}; a share is from 0 to 1.")
+        total = math.fsum(quota.values())
+        if not math.isclose(total, 1, abs_tol=1e-6):
+            raise SelectionError(f"--quota: the shares sum to {total:g}, not to 1.")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was selected.
+
+    Args:
+        file: the selected rows, JSON Lines.
+        count: how many.
+        domains: rows selected of each domain.
+        stages: what each stage did.
+        already_done: whether an earlier run had done it all.
+    """
+
+    file: str
+    count: int
+    domains: dict[str, int]
+    stages: list[StageResult]
+    already_done: bool
+
+
+def select_conversations(
+    data: str | Path | Sequence[str | Path],
+    out: str | Path,
+    settings: SelectionSettings | None = None,
+    *,
+    workers: int = 1,
+    use_ray: bool = False,
+    report: str | Path | None = None,
+    overwrite: bool = False,
+    notify: Callable[[str], None] = lambda line: None,
+) -> Selection:
+    """Select the conversations to fine-tune on.
+
+    An interrupted run, run again with the same arguments, goes on with the part it was at. The selected rows depend on
+    the data, the settings and the version of this package, not on `workers`.
+
+    Args:
+        data: see [`sft.formats.read_rows`]; each file is read by one worker.
+        out: folder to write.
+        settings: what to select.
+        workers: processes of this machine. A scorer runs in this process alone, with all its threads.
+        use_ray: run the tasks with Ray Data instead, on the cluster `ray.init` finds; `out` has to be on a shared disk.
+        report: folder for a page about the selection; see [`sft.selection.report`].
+        overwrite: make anew what `out` holds of another configuration; stages both have in common stay.
+        notify: told a line for each stage.
+
+    Raises:
+        SelectionError: the data has too few rows, the settings do not fit it, a model cannot be loaded, or `out` holds
+            another selection.
+        DataError: a file cannot be read.
+    """
+    settings, out = settings or SelectionSettings(), Path(out)
+    files = tuple(map(str, [data] if isinstance(data, str | Path) else data))
+    workspace = Workspace(out / STAGES, make_stages(files, settings, notify), settings.seed, overwrite=overwrite)
+    if report is not None:
+        from .report import check_report_folder
+
+        check_report_folder(Path(report))
+    with open_executor(workers, use_ray=use_ray) as executor:
+        already_done = _has_finished(out, workspace)
+        if not already_done:
+            (out / SUMMARY).unlink(missing_ok=True)
+        try:
+            workspace.run(executor, notify)
+        except _TooFew as few:
+            raise SelectionError(f"{few} {_describe_losses(workspace.results)}") from None
+    if not workspace.results[-1].rows_out:
+        emptied = workspace.results[-1].name
+        raise SelectionError(f"no row is left after {emptied}. {_describe_losses(workspace.results)}")
+    if not already_done:
+        _write_selected(workspace, out)
+    selection = _describe(workspace, out, already_done)
+    if not already_done:
+        _write_summary(selection, settings, workspace, out)
+    if report is not None:
+        from .report import write_report
+
+        write_report(workspace, settings, selection, Path(report))
+    return selection
+
+
+# --- the stages -------------------------------------------------------------------------------------------------------
+
+
+def make_stages(
+    files: Sequence[str], settings: SelectionSettings, notify: Callable[[str], None] = lambda line: None
+) -> list[Stage]:
+    """The stages of a selection, in order.
+
+    Args:
+        files: the data.
+        settings: what to select.
+        notify: told of items of evaluation sets that are too short to look for.
+
+    Raises:
+        SelectionError: an evaluation set or a model cannot be used.
+        DataError: a file cannot be read.
+    """
+    stages = [
+        Stage("rows", {"files": [_identify(file) for file in files]}, files=tuple(files), tables=rows.read_tables),
+        Stage("exact-duplicates", {}, ("id",), dedup.drop_exact_duplicates, whole=True),
+    ]
+    if settings.method == "teleflm":
+        near = {"slots": dedup.SLOTS, "bands": dedup.BANDS, "overlap": dedup.OVERLAP, "min_pairs": dedup.MIN_PAIRS}
+        stages += [
+            Stage("sketches", near, ("row",), dedup.sketch),
+            Stage("near-duplicates", near, ("id", "sketch", "pairs"), dedup.drop_near_duplicates, whole=True),
+        ]
+    if settings.decontaminate:
+        stages.append(_decontamination(settings.decontaminate, notify))
+    by_column = {"column": settings.domain_column}
+    stages.append(Stage("domains", by_column, ("row",), partial(domains.tag_domains, **by_column)))
+    if settings.method == "teleflm":
+        limits = {name.lower(): getattr(heuristics, name) for name in heuristics.LIMITS}
+        stages.append(Stage("heuristics", limits, ("row", "domain"), heuristics.drop_broken))
+    if settings.method != "random":
+        stages.append(_scoring(settings))
+    if settings.method == "teleflm":
+        fitted = {"embedder": settings.embedder, "sample": embed.SAMPLE, "dimensions": embed.DIMENSIONS}
+        fit = partial(embed.fit_kernel, embedder=settings.embedder, seed=settings.seed)
+        stages.append(Stage("embeddings", fitted, ("row",), fit=fit, sample=embed.SAMPLE))
+    return [*stages, _choice(settings)]
+
+
+def _identify(file: str) -> dict[str, Any]:
+    """What changes when a file does. Where it lies does not matter; datasets by name are taken to stay as they are."""
+    path = Path(file)
+    if not path.is_file():
+        return {"name": file}
+    status = path.stat()
+    return {"name": path.name, "bytes": status.st_size, "changed": status.st_mtime_ns}
+
+
+def _decontamination(files: Sequence[str], notify: Callable[[str], None]) -> Stage:
+    index = decontaminate.index_evaluations(files)
+    if index.too_short:
+        notify(
+            f"decontamination: {index.too_short} items have fewer than {decontaminate.MIN_WORDS} words; not looked for"
+        )
+    content = make_digest([sorted(map(str, hashes.tolist())) for hashes in index.hashes.values()])
+    named = {"evaluations": content, "ngram": decontaminate.NGRAM, "min_words": decontaminate.MIN_WORDS}
+    return Stage("decontamination", named, ("row",), partial(decontaminate.drop_contaminated, index=index))
+
+
+def _scoring(settings: SelectionSettings) -> Stage:
+    if settings.method == "longest":
+        return Stage("scores", {"score": "characters of the answers"}, ("row",), score.score_length)
+    if settings.scorer is None:
+        return Stage("scores", {"score": "compressed bytes of the answers"}, ("row",), score.score_information)
+    named = {"score": "ifd", "scorer": settings.scorer, "max_tokens": score.MAX_TOKENS}
+    # One process: a model a worker would not fit, and torch has threads of its own.
+    return Stage("scores", named, ("row",), score.make_ifd_kernel(settings.scorer), in_process=True)
+
+
+def _choice(settings: SelectionSettings) -> Stage:
+    quota = dict(settings.quota) if settings.quota is not None else None
+    if quota is None and settings.method == "teleflm" and settings.domain_column is None:
+        quota = DEFAULT_QUOTA
+    asked: dict[str, Any] = {"count": settings.count, "quota": quota, "seed": settings.seed}
+    named = {"method": settings.method, **asked, "cluster_rows": diversity.CLUSTER_ROWS}
+    reads: tuple[str, ...] = ("id", "domain")
+    choose: Callable[[Any], Any]
+    if settings.method == "teleflm":
+        reads, choose = (*reads, "score", "embedding"), partial(diversity.select_diverse, **asked)
+    elif settings.method == "random":
+        choose = partial(diversity.select_top, **asked, by="random")
+    else:
+        reads, choose = (*reads, "score"), partial(diversity.select_top, **asked, by="score")
+    kernel = partial(_enough, choose=choose, count=settings.count, allow_fewer=settings.allow_fewer)
+    return Stage("selection", named, reads, kernel, whole=True)
+
+
+class _TooFew(SelectionError):
+    """Fewer rows than asked for, before it is said where the others went."""
+
+
+def _enough(table: Any, choose: Callable[[Any], Any], count: int, allow_fewer: bool) -> Any:
+    chosen = choose(table)
+    found = chosen["drop"].null_count
+    if found < count and not allow_fewer:
+        left = "" if len(table) == found else f" in the domains of --quota ({len(table):,} in all)"
+        raise _TooFew(f"only {found:,} rows are left{left}, fewer than -n {count:,}; --allow-fewer takes them.")
+    return chosen
+
+
+def _describe_losses(results: Sequence[StageResult]) -> str:
+    dropped = Counter[str]()
+    for result in results:
+        dropped.update(result.dropped)
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
+    return f"Of {results[0].rows_in:,} rows were dropped: {reasons or 'none'}."
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def _has_finished(out: Path, workspace: Workspace) -> bool:
+    try:
+        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+        return summary["digest"] == workspace.digests[-1] and (out / SELECTED).stat().st_size == summary["bytes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+_SELECTED_COLUMNS = ("row", "id", "domain", "quality")
+
+
+def _write_selected(workspace: Workspace, out: Path) -> None:
+    unfinished = out / f"{SELECTED}.partial"
+    with unfinished.open("wb") as file:
+        for piece in workspace.pieces(_SELECTED_COLUMNS):
+            table = piece.read()
+            for row, own_id, domain, quality in zip(
+                *(table[name].to_pylist() for name in _SELECTED_COLUMNS), strict=True
+            ):
+                value = json.loads(row)
+                added = {"id": value.get("id", own_id.hex()), "domain": domain, "score": round(quality, 4)}
+                file.write(rows.to_json({**value, **added}) + b"\n")
+    unfinished.replace(out / SELECTED)
+
+
+def _describe(workspace: Workspace, out: Path, already_done: bool) -> Selection:
+    chosen = workspace.read(("domain",))
+    counts = Counter(chosen["domain"].to_pylist())
+    return Selection(
+        str(out / SELECTED), len(chosen), dict(counts.most_common()), list(workspace.results), already_done
+    )
+
+
+def _write_summary(selection: Selection, settings: SelectionSettings, workspace: Workspace, out: Path) -> None:
+    """No local paths: the summary may be published with the data."""
+    described = {
+        "count": selection.count,
+        "domains": selection.domains,
+        "settings": {**dataclasses.asdict(settings), "decontaminate": [Path(f).name for f in settings.decontaminate]},
+        "teleflm_version": package_version(),
+        "digest": workspace.digests[-1],
+        "bytes": (out / SELECTED).stat().st_size,
+        "stages": [dataclasses.asdict(stage) for stage in selection.stages],
+    }
+    unfinished = out / f"{SUMMARY}.partial"
+    unfinished.write_text(json.dumps(described, indent=1, ensure_ascii=False), encoding="utf-8")
+    unfinished.replace(out / SUMMARY)
+
+
+__all__ = [
+    "DEFAULT_QUOTA",
+    "METHODS",
+    "DataError",
+    "Selection",
+    "SelectionSettings",
+    "make_stages",
+    "select_conversations",
+]

@@ -1,0 +1,112 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Text as sequences of hashed words, so that comparisons see words and not how they are written.
+
+A word is a run of letters, one decimal digit, or one character of a script without spaces between words. Before that
+the text is NFKC-normalised and case-folded, and digits of all scripts, as well as small numbers that are spelled out,
+become ASCII digits. Punctuation and spaces do not count.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+# Han, kana, hangul, and the scripts of South-East Asia that put no spaces between words.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+    "\u2e80-\u2fdf\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_UNSPACED}]|\d|[^\W\d_{_UNSPACED}]+")
+_ASCII_WORD = re.compile(r"[a-z]+|[0-9]")
+_SPELLED_OUT = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_HAN_DIGITS = "零一二三四五六七八九"
+_DIGITS = {word: str(value) for words in (_SPELLED_OUT, _HAN_DIGITS) for value, word in enumerate(words)} | {"〇": "0"}
+
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying loses no bit; 2**64 / golden ratio
+_END = np.uint64(0xD1B54A32D192ED03)
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of some texts.
+
+    Args:
+        hashes: uint64, the words of all texts in a row.
+        offsets: int64, one more than there are texts: text i has the words from `offsets[i]` to `offsets[i + 1]`.
+    """
+
+    hashes: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How many words each text has."""
+        return np.diff(self.offsets)
+
+    @property
+    def owners(self) -> np.ndarray:
+        """The number of the text that each word is from."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
+    def split(self, values: np.ndarray) -> Iterator[np.ndarray]:
+        """What belongs to each text, of values that belong to words."""
+        for start, end in zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True):
+            yield values[start:end]
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text."""
+    if text.isascii():
+        return _ASCII_WORD.findall(text.lower())
+    words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return [str(unicodedata.decimal(word)) if word.isdecimal() else word for word in words]
+
+
+def hash_words(texts: Iterable[str]) -> Words:
+    """The words of some texts, as xxh3-64."""
+    known = _Hashes()
+    rows = [np.fromiter(map(known.__getitem__, split_words(text)), np.uint64) for text in texts]
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    return Words(np.concatenate(rows) if rows else np.empty(0, np.uint64), offsets)
+
+
+def ngrams(words: Words, longest: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Hashes of all runs of n words within a text, for n from 1 to `longest`.
+
+    Yields:
+        n; the hashes, uint64; where each run begins in `words.hashes`.
+    """
+    remaining = np.repeat(words.offsets[1:], words.counts) - np.arange(len(words.hashes))
+    hashes = words.hashes
+    for n in range(1, longest + 1):
+        if n > 1:
+            hashes = hashes[:-1] * _MULTIPLIER + words.hashes[n - 1 :]
+        within = np.flatnonzero(remaining[: len(hashes)] >= n)
+        yield n, hashes[within], within
+
+
+def word_pairs(words: Words) -> np.ndarray:
+    """Hashes of every word with the next one of its text, or with its end: as many as there are words."""
+    following = np.empty_like(words.hashes)
+    following[:-1] = words.hashes[1:]
+    following[words.offsets[1:][words.counts > 0] - 1] = _END
+    pairs = words.hashes * _MULTIPLIER + following
+    return pairs ^ (pairs >> np.uint64(32))
+
+
+class _Hashes(dict[str, int]):
+    """Word -> hash. Most words of a text have been met before."""
+
+    def __missing__(self, word: str) -> int:
+        value = xxhash.xxh3_64_intdigest(_DIGITS.get(word, word).encode("utf-8", "surrogatepass"))
+        self[word] = value
+        return value
+
+
+__all__ = ["Words", "hash_words", "ngrams", "split_words", "word_pairs"]
