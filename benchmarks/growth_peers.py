@@ -24,12 +24,13 @@ import yaml
 from depth_against_mergekit import MERGEKIT, make_llama, mergekit_command
 from measure import TELEFLM, Run, arguments, interleave, mib, ratios, report, run_processes, seconds, workplace
 from safetensors.torch import save_file
+from synthetic import shapes, tele_flm_config, write_safetensors
+from transformers import LlamaForCausalLM
 
 from growth.comparison import LogitComparison
 from growth.numerics import compare_logits
 
-DEPTH, WIDTH = "2 x the layers", "2 x the width"
-OURS = {DEPTH: "teleflm grow, depth", WIDTH: "teleflm grow, width"}
+OURS = "teleflm grow"
 WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 SMALL = dict(zip((*WIDTHS, "num_hidden_layers", "vocab_size"), (256, 688, 8, 8, 4, 1000), strict=True))
 PLAIN = {"use_mup": True, "input_mult": 1.0, "output_mult": 1.0, "mup_scale_factor": 1.0}  # a Llama by another name
@@ -37,8 +38,6 @@ PLAIN = {"use_mup": True, "input_mult": 1.0, "output_mult": 1.0, "mup_scale_fact
 
 def llama_pro(source: Path, out: Path) -> None:
     """Each layer, and a copy of it that adds nothing to the stream."""
-    from transformers import LlamaForCausalLM
-
     model = LlamaForCausalLM.from_pretrained(source, dtype="auto")
     layers = torch.nn.ModuleList()
     for layer in model.model.layers:
@@ -52,7 +51,6 @@ def llama_pro(source: Path, out: Path) -> None:
 
 def hyper_cloning(source: Path, out: Path) -> None:
     """Each feature, head and neuron twice; what reads a pair takes half from each."""
-    from transformers import LlamaForCausalLM
 
     def twice(name: str, weight: torch.Tensor) -> torch.Tensor:
         if "norm" in name:
@@ -105,13 +103,15 @@ def contestants(place: Path, config: Mapping[str, Any], command: Path) -> dict[s
     llama = place / "llama"
     mute = [{"filter": name, "value": 0.0} for name in ("o_proj", "down_proj")]
     return {
-        f"{MERGEKIT}, passthrough": mergekit("passthrough.yaml"),
-        f"{MERGEKIT}, passthrough, scale 0": mergekit("scale.yaml", parameters={"scale": [*mute, {"value": 1.0}]}),
-        "in memory, after LLaMA-Pro": script("llama-pro"),
-        OURS[DEPTH]: grow(["num_hidden_layers"]),
-        "in memory, after HyperCloning": script("hyper-cloning"),
-        "teleflm grow --method tile --noise 0, width": grow(WIDTHS, "--method", "tile", "--noise", "0"),
-        OURS[WIDTH]: grow(WIDTHS),
+        f"depth: {MERGEKIT}, passthrough": mergekit("passthrough.yaml"),
+        f"depth: {MERGEKIT}, passthrough, scale 0": mergekit(
+            "scale.yaml", parameters={"scale": [*mute, {"value": 1.0}]}
+        ),
+        "depth: in memory, after LLaMA-Pro": script("llama-pro"),
+        f"depth: {OURS}": grow(["num_hidden_layers"]),
+        "width: in memory, after HyperCloning": script("hyper-cloning"),
+        f"width: {OURS} --method tile --noise 0": grow(WIDTHS, "--method", "tile", "--noise", "0"),
+        f"width: {OURS}": grow(WIDTHS),
     }
 
 
@@ -128,8 +128,6 @@ def make_twin(teleflm: Path, config: Mapping[str, Any]) -> list[Path]:
 
 def compare_all(place: Path, config: dict[str, Any], command: Path) -> dict[str, LogitComparison]:
     """Name -> the logits of a small float32 source beside those of what it became."""
-    from synthetic import shapes
-    from transformers import LlamaForCausalLM
 
     def weight(shape: tuple[int, ...]) -> torch.Tensor:
         draws = torch.randn(shape, generator=generator)
@@ -154,8 +152,6 @@ def compare_all(place: Path, config: dict[str, Any], command: Path) -> dict[str,
 
 
 def main() -> None:
-    from synthetic import tele_flm_config, write_safetensors
-
     options = arguments(__doc__, size=1.0).parse_args()
     command = mergekit_command(options.folder)
     with workplace(options.folder) as place:
@@ -165,23 +161,16 @@ def main() -> None:
         files = make_twin(place / "teleflm", config)
         runs = interleave(contestants(place, config, command), options.pairs, place, files, "warm")
         size = sum(file.stat().st_size for file in files)
-    rows, job = [], DEPTH
+    rows = []
     for name in runs:
-        job = WIDTH if "HyperCloning" in name else job
-        times = ratios(runs, name, OURS[job])
-        rows.append([job, name, seconds(runs[name]), times, mib(runs[name]), f"{logits[name].max_difference:.1e}"])
+        times = ratios(runs, name, f"{name.partition(':')[0]}: {OURS}")
+        rows.append([name, seconds(runs[name]), times, mib(runs[name]), f"{logits[name].max_difference:.1e}"])
     about = (
-        f"Time and memory: {size:,} bytes of bfloat16, warm cache, {options.pairs} rounds. Logits: 4 layers of width 256 "
-        f"in float32, 128 tokens, largest logit {logits[OURS[DEPTH]].max_logit:.2f}."
+        f"Time and memory: {size:,} bytes of bfloat16, num_hidden_layers {config['num_hidden_layers']}, "
+        f"warm; {options.pairs} rounds. Logits: 4 layers of width 256 in float32, 128 tokens, the largest "
+        f"{logits[f'depth: {OURS}'].max_logit:.2f}."
     )
-    columns = [
-        "job",
-        "",
-        "seconds",
-        "x the time of teleflm grow",
-        "peak RSS, MiB",
-        "largest difference of a logit",
-    ]
+    columns = ["twice the", "seconds", "x the time of teleflm grow", "peak RSS, MiB", "largest difference of a logit"]
     report("Growth beside its peers", options.folder, about, columns, rows)
 
 
