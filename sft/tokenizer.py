@@ -1,0 +1,100 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The tokenizer of the model that is trained, with its chat template: loading it, and what data must know of it."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft import SFTError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TokenizerError(SFTError):
+    """There is no usable tokenizer. The message names the model or the file."""
+
+
+def load_tokenizer(
+    model: str | Path, chat_template_path: str | Path | None = None, revision: str | None = None
+) -> tuple["PreTrainedTokenizerBase", set[int]]:
+    """Load a model's tokenizer, with a chat template, and the ids that end generation. No code of it is executed.
+
+    Args:
+        model: a Hub folder or the name of a model on the Hub.
+        chat_template_path: a Jinja file instead of the tokenizer's own template.
+        revision: of the model on the Hub.
+
+    Raises:
+        TokenizerError: there is no such model or file, no chat template, or nothing that ends generation.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
+
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(model, **source)
+        tokenizer = AutoTokenizer.from_pretrained(model, **source)
+        try:
+            generation = GenerationConfig.from_pretrained(model, **source)
+        except OSError:
+            generation = GenerationConfig.from_model_config(config)
+        if chat_template_path:
+            tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{model}: {' '.join(str(error).split())}") from error
+
+    if not tokenizer.chat_template:
+        raise TokenizerError(f"{model} has no chat template; give one as a Jinja file (chat_template_path).")
+    stop_ids = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
+    if stop_ids is None:
+        raise TokenizerError(f"{model} has no eos_token_id in generation_config.json or config.json, nor an eos_token.")
+    return tokenizer, set(stop_ids) if isinstance(stop_ids, list) else {stop_ids}
+
+
+def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """The texts that become one token wherever they stand: special tokens, and the markers of the chat template.
+
+    A marker such as `<_user>` is not a special token to transformers: sentencepiece calls it a user-defined symbol.
+    """
+    markers = _markers(str(tokenizer.chat_template)) & tokenizer.get_vocab().keys()
+    return sorted(markers | tokenizer.get_added_vocab().keys() - {tokenizer.unk_token})
+
+
+def family_control_tokens() -> list[str]:
+    """The control tokens of Tele-FLM's own tokenizer and template, known without loading either."""
+    from conversion.architecture import package_folder
+
+    template = (package_folder() / "chat_template.jinja").read_text(encoding="utf-8")
+    return sorted({"<s>", "</s>"} | _markers(template))
+
+
+def _markers(template: str) -> set[str]:
+    return set(re.findall(r"<[^<>\s]+>", template))
+
+
+def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A digest of all that decides which ids a text becomes, the chat template apart; equal for equal tokenizers."""
+    import xxhash
+
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    vocab_file: str | None = getattr(tokenizer, "vocab_file", None)
+    if backend is not None:
+        rules = backend.to_str().encode()
+    elif vocab_file:
+        rules = Path(vocab_file).read_bytes()
+    else:
+        rules = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
+    around = {
+        "added": sorted((name, index) for name, index in tokenizer.get_added_vocab().items()),
+        "special": {role: str(token) for role, token in tokenizer.special_tokens_map.items()},
+    }
+    return xxhash.xxh3_128_hexdigest(rules + json.dumps(around, sort_keys=True).encode())
+
+
+__all__ = ["TokenizerError", "control_tokens", "family_control_tokens", "load_tokenizer", "tokenizer_digest"]
