@@ -10,6 +10,7 @@ The library is heavy and its runs take seconds, so its own folders are read in `
 
 import enum
 import io
+import json
 import math
 import os
 import shutil
@@ -25,10 +26,13 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 
+from conversion import convert_checkpoint
 from conversion.checkpoint.errors import CheckpointError
 from conversion.native.checkpoint import NativeCheckpoint
 from conversion.native.deepspeed import is_deepspeed, read_deepspeed
+from modeling_teleflm import TeleFLMConfig
 from tests.fixtures.hostile_pickles import harm_done, hostile_pickles
 from tests.fixtures.sharded_tensors import holds
 from tests.fixtures.tiny import tiny_config, tiny_model
@@ -248,6 +252,27 @@ def test_what_is_no_deepspeed_folder(tmp_path):
     assert is_deepspeed(tmp_path / "run" / TAG)
 
 
+@pytest.mark.parametrize(
+    ("write", "fp32_master", "dtype"),
+    [
+        (zero3, False, torch.bfloat16),
+        (zero3, True, torch.float32),
+        (zero2, False, torch.bfloat16),
+        (zero2, True, torch.float32),
+    ],
+)
+def test_a_run_becomes_a_hub_folder(write, fp32_master, dtype, tmp_path):
+    """Rounded as torch rounds, which is how the run itself made the weights it computed with."""
+    model = tiny_model()
+    root = write(tmp_path / "run", model.state_dict())
+    config = model.config.to_dict()
+    convert_checkpoint(root, tmp_path / "out", config=config, fp32_master=fp32_master)
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert found.keys() == model.state_dict().keys()
+    assert {tensor.dtype for tensor in found.values()} == {dtype}
+    assert all(torch.equal(found[name], tensor.to(dtype)) for name, tensor in model.state_dict().items())
+
+
 # What is refused.
 
 
@@ -409,6 +434,11 @@ def test_hostile_pickles_execute_nothing(tmp_path):
 FROZEN = "model.layers.0.self_attn.o_proj.weight"
 
 
+def train_config(stage: int) -> TeleFLMConfig:
+    """With sizes that two ranks do not divide, and tied once."""
+    return tiny_config(vocab_size=79, num_hidden_layers=2, intermediate_size=41, tie_word_embeddings=stage == 2)
+
+
 def _train(rank: int, stage: int, folder: str, port: int) -> None:
     """Two steps of a small model, of which one weight is frozen, and a checkpoint with the library's own word on it."""
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
@@ -416,8 +446,7 @@ def _train(rank: int, stage: int, folder: str, port: int) -> None:
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    config = tiny_config(vocab_size=79, num_hidden_layers=2, intermediate_size=41, tie_word_embeddings=stage == 2)
-    model = tiny_model(config, dtype=torch.bfloat16).train()
+    model = tiny_model(train_config(stage), dtype=torch.bfloat16).train()
     model.get_parameter(FROZEN).requires_grad_(False)
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]
@@ -454,6 +483,7 @@ def real(request, tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("DS_ACCELERATOR", "cpu")
         pytest.importorskip("deepspeed")
+        train_config(request.param).save_pretrained(folder)
         mp.spawn(_train, (request.param, str(folder), port), nprocs=2)
         yield folder
 
@@ -483,6 +513,16 @@ def test_the_library_saved_what_is_read(real):
         assert len(trainable) == len(weights) - 1
         rounded = {name: tensor.to(torch.bfloat16) for name, tensor in _library_masters(real).items()}
         assert all(torch.equal(rounded[name], weights[name]) for name in weights)
+
+
+@pytest.mark.external
+def test_the_hub_folder_holds_what_was_trained(real, tmp_path):
+    weights = torch.load(real / "trained.pt")
+    config = json.loads((real / "config.json").read_text())
+    convert_checkpoint(real, tmp_path / "out", config=config)
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert found.keys() == weights.keys() - ({"lm_head.weight"} if config["tie_word_embeddings"] else set())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in found.items())
 
 
 @pytest.mark.external

@@ -23,7 +23,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 
+from conversion import convert_checkpoint
 from conversion.checkpoint.distributed_file import read_distributed_checkpoint
 from conversion.checkpoint.errors import CheckpointError
 from conversion.native.dist_checkpoint import dist_format, read_dist_checkpoint
@@ -292,6 +294,14 @@ def test_fsdp2_as_accelerate_writes_it(inner, world):
     assert all(holds(found.tensors[name], tensor) for name, tensor in expected.items())
     heights = [box.size[0] for box, _ in found.tensors["lm_head.weight"].chunks]
     assert sorted(heights) == [25, 27, 27]  # 79 rows over three ranks
+
+
+def test_a_run_on_fsdp2_becomes_a_hub_folder(world, tmp_path):
+    model = hub_model()
+    convert_checkpoint(world / "checkpoint-5", tmp_path / "out", config=model.config.to_dict())
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
