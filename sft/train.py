@@ -7,8 +7,8 @@
     accelerate launch -m sft.train --config RECIPE.yaml [--key value ...]
     python -m sft.train --config RECIPE.yaml [--key value ...]
 
-TRL's [`SFTTrainer`] does the training. What is done here: the model, the tokenizer and the token ids are built from the
-recipe, and what a loss does not show is checked before the first step ([`sft.guards`]).
+TRL's [`SFTTrainer`] or [`DPOTrainer`] does the training. What is done here: the model, the tokenizer and the token ids
+are built from the recipe, and what a loss does not show is checked before the first step ([`sft.guards`]).
 """
 
 import argparse
@@ -23,26 +23,31 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from accelerate import PartialState
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 from transformers.utils import logging as transformers_logging
-from trl import ModelConfig, SFTTrainer, get_peft_config
+from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
 import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
+from conversion.checkpoint.sources import open_checkpoint
 from sft import SFTError
+from sft import tokenizer as tokenizers
 from sft.data import DataReport, prepare_dataset
-from sft.guards import FusedLossGuard, check_stop_token, check_trained_tokens
+from sft.dpo import prepare_preferences
+from sft.export import find_model
+from sft.guards import FusedLossGuard, WrappingGuard, check_launch, check_stop_token, check_trained_tokens
+from sft.lineage import fine_tuning, write_record
 from sft.recipe import Recipe, RecipeError, parse_overrides, read_recipe
+from sft.trainer import WeightedSFTTrainer, arrange
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +62,8 @@ class TrainResult:
         metrics: of the whole run, as transformers' `TrainOutput.metrics`: `train_loss`, `train_runtime`, ...
         log_history: what was logged, one dictionary a time: `step`, `loss`, `learning_rate`, `grad_norm`, ...
         data, eval_data: what became of the rows.
+        distributed_type: what the run was spread by, in accelerate's words, over `num_processes`.
+        wrapped: how the model was, see [`sft.guards.count_wrapped`].
     """
 
     output_dir: str
@@ -65,10 +72,13 @@ class TrainResult:
     log_history: list[dict[str, float]]
     data: DataReport
     eval_data: DataReport | None
+    distributed_type: str
+    num_processes: int
+    wrapped: dict[str, int]
 
 
 def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), progress: bool = True) -> TrainResult:
-    """Fine-tune a model and save it.
+    """Fine-tune a model and save it, with a `manifest.json` that says what it was made from.
 
     Args:
         recipe: from [`sft.recipe.read_recipe`] or [`sft.recipe.Recipe.from_dict`].
@@ -81,12 +91,16 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), progress
     checkpoint = _checkpoint(recipe)
     with _progress_bars(progress):
         trainer, data, eval_data = build_trainer(recipe, callbacks)
+        guard = WrappingGuard(trainer)
+        trainer.add_callback(guard)
         if not progress:
             trainer.remove_callback(ProgressCallback)
             trainer.remove_callback(PrinterCallback)
         output = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.save_state()
+        if trainer.is_world_process_zero():
+            _write_record(recipe, data, output.global_step)
     return TrainResult(
         output_dir=str(recipe.training.output_dir),
         global_step=output.global_step,
@@ -94,12 +108,15 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), progress
         log_history=trainer.state.log_history,
         data=data,
         eval_data=eval_data,
+        distributed_type=trainer.accelerator.distributed_type.value,
+        num_processes=trainer.accelerator.num_processes,
+        wrapped=guard.wrapped,
     )
 
 
 def build_trainer(
     recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()
-) -> tuple[SFTTrainer, DataReport, DataReport | None]:
+) -> tuple[WeightedSFTTrainer | DPOTrainer, DataReport, DataReport | None]:
     """Build the trainer of a recipe, checked and ready for `trainer.train()`; what [`train`] does before training.
 
     Returns:
@@ -109,40 +126,51 @@ def build_trainer(
         SFTError: the recipe, the data or the model is refused.
     """
     args = recipe.training
+    check_launch(recipe.run, args.distributed_state, os.environ)
     _refuse_used_output(recipe)
     tokenizer, stop_ids = load_tokenizer(recipe)
     check_stop_token(tokenizer, stop_ids, recipe.data.assistant_only_loss)
 
-    train_dataset, report = _prepare(recipe, recipe.data.data_files, tokenizer, args.packing)
+    train_dataset, report = _prepare(recipe, recipe.data.data_files, tokenizer)
     eval_dataset, eval_report = None, None
     if recipe.data.eval_data_files:
-        packing = args.packing if args.eval_packing is None else args.eval_packing
-        eval_dataset, eval_report = _prepare(recipe, recipe.data.eval_data_files, tokenizer, packing)
+        eval_dataset, eval_report = _prepare(recipe, recipe.data.eval_data_files, tokenizer, evaluation=True)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token  # not before: it would count in the data's digest
 
+    common: dict[str, Any] = {
+        "args": args,
+        "train_dataset": train_dataset,
+        "eval_dataset": eval_dataset,
+        "processing_class": tokenizer,
+        "peft_config": get_peft_config(recipe.model),
+        "callbacks": list(callbacks),
+    }
+    trainer: WeightedSFTTrainer | DPOTrainer
     try:
-        trainer = SFTTrainer(
-            model=load_model(recipe.model),
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            peft_config=get_peft_config(recipe.model),
-            callbacks=list(callbacks),
-        )
+        if isinstance(args, DPOConfig):
+            trainer = DPOTrainer(load_model(recipe.model), _reference_model(recipe, args), **common)
+        else:
+            base_width = recipe.run.mup_base_width
+            trainer = WeightedSFTTrainer(model=load_model(recipe.model), base_width=base_width, **common)
+            check_trained_tokens(trainer.train_dataset, expected=report.trained_tokens)
+    except SFTError:
+        raise
     except ValueError as error:
         raise RecipeError(" ".join(str(error).split())) from error
-    check_trained_tokens(trainer.train_dataset, expected=report.trained_tokens)
     trainer.add_callback(FusedLossGuard(trainer))
     return trainer, report, eval_report
 
 
 def load_model(arguments: ModelConfig) -> PreTrainedModel:
-    """Load the model to train, in `arguments.dtype`. Code in the checkpoint is not executed.
+    """Load the model to train, in `arguments.dtype`, quantized if so asked. Code in the checkpoint is not executed.
 
     Raises:
         RecipeError: there is no such model, or it cannot be loaded.
     """
     path = str(arguments.model_name_or_path)
+    quantization = get_quantization_config(arguments)
+    # A quantized model is made where it will be used.
+    placement = {"quantization_config": quantization, "device_map": {"": PartialState().device}} if quantization else {}
     with _naming("model_name_or_path", path):
         return AutoModelForCausalLM.from_pretrained(
             path,
@@ -150,6 +178,7 @@ def load_model(arguments: ModelConfig) -> PreTrainedModel:
             dtype=arguments.dtype,
             attn_implementation=arguments.attn_implementation,
             trust_remote_code=False,
+            **placement,
         )
 
 
@@ -157,52 +186,83 @@ def load_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, set[int]]:
     """Load the tokenizer of the model to train, with the recipe's chat template, and the ids that end generation.
 
     Raises:
-        RecipeError: there is no such model or template file, or the tokenizer has no template.
+        SFTError: there is no such model or template file, the tokenizer has no template, nothing to pad with, or more
+            tokens than the model.
     """
-    source: dict[str, Any] = {"revision": recipe.model.model_revision, "trust_remote_code": False}
-    path = str(recipe.model.model_name_or_path)
-    with _naming("model_name_or_path", path):
-        config = AutoConfig.from_pretrained(path, **source)
-        tokenizer = AutoTokenizer.from_pretrained(path, **source)
-        try:
-            generation = GenerationConfig.from_pretrained(path, revision=recipe.model.model_revision)
-        except OSError:
-            generation = GenerationConfig.from_model_config(config)
-
+    path, revision = str(recipe.model.model_name_or_path), recipe.model.model_revision
     if template := recipe.data.chat_template_path:
         with _naming("chat_template_path", template):
-            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
-    if not tokenizer.chat_template:
-        raise RecipeError(f"{path} has no chat template; set chat_template_path to a Jinja file.")
-
-    stop_ids = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
-    if stop_ids is None:
-        raise RecipeError(f"{path} has no eos_token_id in generation_config.json or config.json, nor an eos_token.")
-    return tokenizer, set(stop_ids) if isinstance(stop_ids, list) else {stop_ids}
+            Path(template).read_text(encoding="utf-8")
+    with _naming("model_name_or_path", path):
+        loaded, stop_ids = tokenizers.load_tokenizer(path, template, revision)
+    if loaded.pad_token is None and loaded.unk_token is None:
+        raise RecipeError(
+            f"{path}: the tokenizer has neither a pad_token nor an unk_token to pad with; set pad_token in its "
+            "tokenizer_config.json. Any token will do but the one that ends a turn: padding is never trained on."
+        )
+    vocab_size = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False).vocab_size
+    if len(loaded) > vocab_size:
+        raise RecipeError(
+            f"{path}: the tokenizer has {len(loaded)} tokens, but vocab_size in config.json is {vocab_size}; one of "
+            "the two belongs to another model."
+        )
+    return loaded, stop_ids
 
 
 def _prepare(
-    recipe: Recipe, files: str | list[str], tokenizer: PreTrainedTokenizerBase, packing: bool
+    recipe: Recipe, files: str | list[str], tokenizer: PreTrainedTokenizerBase, *, evaluation: bool = False
 ) -> tuple[datasets.Dataset, DataReport]:
-    args = recipe.training
-    # The other strategies put what overflows into the next row instead of cutting it.
-    whole = packing and args.packing_strategy != "bfd"
-    dataset, report = prepare_dataset(
-        files,
-        tokenizer,
-        max_length=None if whole else args.max_length,
-        assistant_only_loss=recipe.data.assistant_only_loss,
-        allow_rejects=recipe.data.allow_rejects,
-        num_proc=args.dataset_num_proc,
-    )
+    args, data = recipe.training, recipe.data
+    if isinstance(args, DPOConfig):
+        dataset, report = prepare_preferences(
+            files, tokenizer, max_length=args.max_length, allow_rejects=data.allow_rejects
+        )
+    else:
+        packing = args.packing if not evaluation or args.eval_packing is None else args.eval_packing
+        # The other strategies put what overflows into the next row instead of cutting it.
+        whole = packing and args.packing_strategy != "bfd"
+        dataset, report = prepare_dataset(
+            files,
+            tokenizer,
+            max_length=None if whole else args.max_length,
+            assistant_only_loss=data.assistant_only_loss,
+            last_turn_only=data.last_turn_only,
+            allow_rejects=data.allow_rejects,
+            num_proc=args.dataset_num_proc,
+        )
+        dataset = arrange(dataset, args, packing=packing)
     if args.process_index == 0:
-        logger.log(logging.WARNING if report.rejects or report.dropped else logging.INFO, "data: %s", report)
+        logger.log(logging.WARNING if report.rejects else logging.INFO, "data: %s", report)
     return dataset, report
+
+
+def _reference_model(recipe: Recipe, args: DPOConfig) -> PreTrainedModel | None:
+    """The model as it was, which DPO compares with; None where TRL takes it from the model that is trained."""
+    return None if recipe.model.use_peft or args.precompute_ref_log_probs else load_model(recipe.model)
+
+
+def _write_record(recipe: Recipe, data: DataReport, steps: int) -> None:
+    """Say beside the saved model what it was made from."""
+    args, model = recipe.training, recipe.model
+    folder = find_model(str(model.model_name_or_path), model.model_revision)
+    adapter = "dora" if model.use_dora else "lora"
+    trained = {
+        "trainer": recipe.run.trainer,
+        "method": "full" if not model.use_peft else f"q{adapter}" if model.load_in_4bit else adapter,
+        "data": {"rows": data.kept, "trained_tokens": data.trained_tokens, "digest": data.digest},
+        "steps": steps,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "max_length": args.max_length,
+        "learning_rate": args.learning_rate,
+        "lr_scheduler": {"type": SchedulerType(args.lr_scheduler_type).value, "settings": args.lr_scheduler_kwargs},
+    }
+    lineage = fine_tuning(open_checkpoint(folder) if folder else None, trained)
+    write_record(Path(str(args.output_dir)), lineage, args.seed)
 
 
 def _checkpoint(recipe: Recipe) -> str | None:
     """The checkpoint to resume from, or None."""
-    wanted = recipe.data.resume_from_checkpoint
+    wanted = recipe.run.resume_from_checkpoint
     output_dir = str(recipe.training.output_dir)
     if not wanted:
         return None
@@ -224,7 +284,7 @@ def _refuse_used_output(recipe: Recipe) -> None:
     used = sorted(
         path.name for name in ("config.json", "adapter_config.json", "checkpoint-*") for path in output_dir.glob(name)
     )
-    if used and not recipe.data.resume_from_checkpoint:
+    if used and not recipe.run.resume_from_checkpoint:
         raise RecipeError(
             f"output_dir {output_dir} already holds {used[-1]}; choose another, or continue that run with "
             "resume_from_checkpoint: true."
@@ -236,7 +296,7 @@ def _naming(key: str, value: Any) -> Iterator[None]:
     """Name the key of the recipe in what a library says about its value."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise RecipeError(f"{key} is {value!r}: {' '.join(str(error).split())}") from error
 
 
@@ -288,8 +348,9 @@ def run(config: str, overrides: Sequence[str], *, as_json: bool = False, debug: 
 
 def _summary(result: TrainResult) -> str:
     loss, seconds = result.metrics["train_loss"], result.metrics["train_runtime"]
+    many = f" on {result.num_processes} processes ({result.distributed_type})" if result.num_processes > 1 else ""
     return (
-        f"{result.output_dir}: {result.global_step} steps in {seconds:.0f} s, mean loss {loss:.4f}\n"
+        f"{result.output_dir}: {result.global_step} steps in {seconds:.0f} s{many}, mean loss {loss:.4f}\n"
         f"trained on {result.data}"
     )
 

@@ -14,7 +14,7 @@ import torch
 from sft.recipe import Recipe
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
 
-STRICT = {"use_cpu": True, "seed": 0, "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no"}
+STRICT = {"use_cpu": True, "seed": 0, "activation_checkpointing": False, "logging_steps": 1, "save_strategy": "no"}
 
 
 @pytest.fixture(scope="package", autouse=True)

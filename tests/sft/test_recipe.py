@@ -2,12 +2,14 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from trl import DPOConfig
 
 import sft
 from sft.recipe import Recipe, RecipeError, parse_overrides, read_recipe
@@ -18,8 +20,11 @@ MINIMAL = {"model_name_or_path": "model", "data_files": "data.jsonl", "output_di
 
 
 def test_keys_reach_the_dataclass_that_declares_them():
-    recipe = Recipe.from_dict({**MINIMAL, "lora_r": 4, "learning_rate": 1, "assistant_only_loss": False})
-    assert (recipe.model.lora_r, recipe.training.learning_rate, recipe.data.assistant_only_loss) == (4, 1, False)
+    recipe = Recipe.from_dict(
+        {**MINIMAL, "use_peft": True, "lora_r": 4, "learning_rate": 1, "last_turn_only": True, "num_processes": 1}
+    )
+    assert (recipe.model.lora_r, recipe.training.learning_rate) == (4, 1)
+    assert (recipe.data.last_turn_only, recipe.run.num_processes) == (True, 1)
     assert recipe.model.lora_target_modules == "all-linear"
     assert recipe.training.bf16 is False, "TRL's default of bfloat16 is for accelerators"
 
@@ -28,8 +33,16 @@ def test_keys_reach_the_dataclass_that_declares_them():
     ("key", "value", "message"),
     [
         ("learnin_rate", 1e-5, "unknown key learnin_rate; did you mean learning_rate?"),
-        ("zzz", 1, "unknown key zzz; keys are those of"),
-        ("load_in_4bit", True, "unknown key load_in_4bit"),
+        ("zzz", 1, "unknown key zzz; keys are those of RunArguments, DataArguments, ModelConfig, SFTConfig"),
+        ("beta", 0.1, "unknown key beta"),
+        ("load_in_4bit", True, "load_in_4bit is True and use_peft is not; quantized weights cannot be trained."),
+        ("bnb_4bit_quant_type", "nf4", "bnb_4bit_quant_type has no effect here; it needs load_in_4bit: true."),
+        ("lora_r", 4, "lora_r has no effect here; it needs use_peft: true."),
+        ("gradient_checkpointing", True, "gradient_checkpointing has no effect here; write activation_checkpointing."),
+        ("trainer", "grpo", "trainer is 'grpo'; expected one of sft, dpo."),
+        ("trainer", ["dpo"], "trainer is ['dpo']; expected one of sft, dpo."),
+        ("distributed_type", "FSDP2", "expected one of NO, MULTI_CPU, MULTI_GPU, FSDP, DEEPSPEED."),
+        ("num_processes", 0, "num_processes is 0; expected at least 1."),
         ("learning_rate", "fast", "learning_rate is 'fast', of type str; expected float."),
         ("learning_rate", True, "learning_rate is True, of type bool; expected float."),
         ("max_length", 20.5, "max_length is 20.5, of type float; expected int or null."),
@@ -51,6 +64,26 @@ def test_a_wrong_key_is_one_line_that_names_it(key, value, message):
     assert str(error.value).startswith("my.yaml")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_preferences_have_keys_of_their_own():
+    dpo = {**MINIMAL, "trainer": "dpo"}
+    recipe = Recipe.from_dict({**dpo, "beta": 0.5})
+    assert isinstance(recipe.training, DPOConfig)
+    assert recipe.training.beta == 0.5
+    for key, message in {
+        "packing": "unknown key packing; ",
+        "last_turn_only": "last_turn_only has no effect here; answers are compared",
+        "mup_base_width": "mup_base_width has no effect here; it is for `trainer: sft`",
+    }.items():
+        with pytest.raises(RecipeError, match=message):
+            Recipe.from_dict({**dpo, key: True})
+
+
+def test_activations_are_recomputed_unless_a_recipe_says_otherwise(recwarn):
+    assert Recipe.from_dict(MINIMAL).training.activation_checkpointing is True
+    assert Recipe.from_dict({**MINIMAL, "activation_checkpointing": False}).training.activation_checkpointing is False
+    assert not [warning for warning in recwarn if "gradient_checkpointing" in str(warning.message)]
 
 
 def test_required_keys():
@@ -119,20 +152,36 @@ def test_wrong_overrides(arguments, message):
         parse_overrides(arguments)
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("recipes/*.yaml")), ids=lambda path: path.stem)
+RECIPES = sorted(FOLDER.glob("recipes/*.yaml"))
+ACCELERATE_CONFIGS = sorted(FOLDER.glob("accelerate_configs/*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid_and_decay_linearly_to_the_published_floor(path):
     # bfloat16 and sharding need accelerators; the keys are checked all the same.
-    training = read_recipe(path, {**MINIMAL, "bf16": False}).training
-    assert training.lr_scheduler_type == "polynomial"
-    assert training.lr_scheduler_kwargs == {"lr_end": 1e-9, "power": 1.0}
+    recipe = read_recipe(path, {**MINIMAL, "bf16": False})
+    assert recipe.training.lr_scheduler_type == "polynomial"
+    assert recipe.training.lr_scheduler_kwargs == {"lr_end": 1e-9, "power": 1.0}
     if path.stem == "flm-2-52b-full":
-        assert (training.learning_rate, training.max_length) == (2.7e-5, 2048)
+        assert (recipe.training.learning_rate, recipe.training.max_length) == (2.7e-5, 2048)
+    # What its header says to launch it with is shipped too.
+    named = re.findall(r"sft/((?:accelerate_configs|recipes)/\S+\.yaml)", path.read_text())
+    assert named
+    assert all((FOLDER / name).is_file() for name in named)
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("accelerate_configs/*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_recipes_are_for_every_way_to_train():
+    recipes = {path.stem: read_recipe(path, {**MINIMAL, "bf16": False}) for path in RECIPES}
+    ways = {(recipe.run.trainer, recipe.model.use_peft, recipe.model.load_in_4bit) for recipe in recipes.values()}
+    assert ways == {("sft", False, False), ("sft", True, False), ("sft", True, True), ("dpo", False, False)}
+
+
+@pytest.mark.parametrize("path", ACCELERATE_CONFIGS, ids=lambda path: path.stem)
 def test_shipped_accelerate_configs_are_accepted(path):
     config = load_config_from_file(str(path))
-    assert config.num_processes == 8
+    assert config.num_processes == (1 if path.stem == "cpu" else 8)
+    kinds = {"fsdp2": "FSDP", "zero3": "DEEPSPEED", "multi-gpu": "MULTI_GPU", "cpu": "NO"}
+    assert str(config.distributed_type.value) == kinds[path.stem]
     if config.fsdp_config:
         layers = {type(module).__name__ for module in tiny_model().modules()}
         assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] in layers, (

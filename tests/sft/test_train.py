@@ -3,6 +3,7 @@
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,11 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, TrainerCallback
 from typer.testing import CliRunner
 
-import sft
+import sft.train
 from sft.cli import app
 from sft.recipe import RecipeError
 from sft.train import build_trainer, main, train
@@ -28,6 +30,7 @@ def weights(folder, name="model.safetensors"):
 
 
 def losses(result):
+    """Of a TrainResult or a TrainerState."""
     return [entry["loss"] for entry in result.log_history if "loss" in entry]
 
 
@@ -59,7 +62,7 @@ def test_the_published_schedule_decays_linearly_to_its_floor(make_recipe):
     assert logged == pytest.approx([floor + (rate - floor) * (1 - step / steps) for step in range(steps)], rel=1e-9)
 
 
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager", "flex_attention"])
 def test_packing_changes_no_log_probability(attn_implementation, make_recipe):
     """The oracle: every conversation alone in a batch, through the model's own logits."""
     trainer, _, _ = build_trainer(make_recipe(packing=True, max_length=128, attn_implementation=attn_implementation))
@@ -69,7 +72,7 @@ def test_packing_changes_no_log_probability(attn_implementation, make_recipe):
     reference.load_state_dict(model.state_dict())
 
     packed, expected = {}, {}
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiling flex attention takes 20 s
         for batch in trainer.get_train_dataloader():
             output = model(**batch, fused_lm_head=True)
             starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
@@ -102,6 +105,130 @@ def test_accumulated_gradients_are_those_of_one_large_batch(make_recipe, tmp_pat
     assert losses(results[0]) == pytest.approx(losses(results[1]), rel=1e-5)
     for name, weight in weights(results[0].output_dir).items():
         torch.testing.assert_close(weights(results[1].output_dir)[name], weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="session")
+def weighted_file(conversations, tmp_path_factory):
+    """Every answer has a weight: 0.25, 1, 2 or, where another answer is left, 0."""
+    path = tmp_path_factory.mktemp("weighted") / "weighted.jsonl"
+    with path.open("w") as file:
+        for index, row in enumerate(conversations):
+            messages = [dict(message) for message in row["messages"]]
+            answers = [message for message in messages if message["role"] == "assistant"]
+            for turn, answer in enumerate(answers):
+                answer["weight"] = 0 if turn < len(answers) - 1 else (0.25, 1, 2)[index % 3]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "keys"),
+    [(8, 1, {}), (2, 4, {}), (2, 2, {"packing": True}), (4, 1, {"use_peft": True})],
+    ids=["batch", "accumulated", "packed", "lora"],
+)
+def test_the_loss_is_the_weighted_sum_over_the_number_of_trained_tokens(
+    batch_size, accumulation, keys, make_recipe, weighted_file
+):
+    """The oracle: each conversation of the step alone, through the model's own logits."""
+    recipe = make_recipe(
+        data_files=str(weighted_file),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_length=128,
+        max_steps=1,
+        **keys,
+    )
+    trainer, _, _ = build_trainer(recipe)
+    assert set(trainer.train_dataset[0]["weights"]) <= {0, 0.25, 1, 2}
+    model = trainer.model.get_base_model() if "use_peft" in keys else trainer.model
+    reference = tiny_model(model.config)
+    weights = {name.replace(".base_layer", ""): value for name, value in model.state_dict().items()}
+    reference.load_state_dict({name: value for name, value in weights.items() if "lora" not in name})
+
+    total, count, steps = 0.0, 0, iter(trainer.get_train_dataloader())
+    for batch in (next(steps) for _ in range(accumulation)):
+        for ids, labels, factors in documents(batch):
+            scores = reference(ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1)
+            trained = labels[1:] != -100
+            total -= (factors[1:] * scores)[trained].sum().item()
+            count += trained.sum().item()
+    trainer.train()
+    assert losses(trainer.state) == pytest.approx([total / count], rel=1e-5)
+
+
+def documents(batch):
+    """Split a collated batch, padded or packed, into (ids, labels, weights) of documents."""
+    columns = [batch[name] for name in ("input_ids", "labels", "weights")]
+    if "attention_mask" in batch:
+        lengths = batch["attention_mask"].sum(-1).tolist()
+        return [tuple(column[row, :length] for column in columns) for row, length in enumerate(lengths)]
+    lengths = batch["cu_seq_lens_q"].diff().tolist()
+    return list(zip(*(column[0].split(lengths) for column in columns), strict=True))
+
+
+def test_weights_reach_the_gradient_and_the_evaluation(make_recipe, weighted_file, tmp_path):
+    """Half the weight everywhere is half the loss and half the gradient."""
+    half = tmp_path / "half.jsonl"
+    rows = [json.loads(line) for line in weighted_file.read_text().splitlines()]
+    for row in rows:
+        for message in row["messages"]:
+            message |= {"weight": message["weight"] / 2} if message.get("weight") else {}
+    half.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = [
+        train(
+            make_recipe(
+                data_files=str(file),
+                eval_data_files=str(file),
+                eval_strategy="steps",
+                eval_on_start=True,
+                eval_steps=1,
+                learning_rate=0.0,
+                max_steps=1,
+                output_dir=str(tmp_path / file.stem),
+            ),
+            progress=False,
+        ).log_history
+        for file in (weighted_file, half)
+    ]
+    for key in ("loss", "grad_norm", "eval_loss"):
+        whole, halved = (next(entry[key] for entry in log if key in entry) for log in results)
+        assert halved == pytest.approx(whole / 2, rel=1e-5), key
+
+
+def test_only_the_last_turn_is_trained_on_if_so_asked(make_recipe):
+    labels = [build_trainer(make_recipe(last_turn_only=only))[0].train_dataset[0]["labels"] for only in (False, True)]
+    trained = [[position for position, label in enumerate(row) if label != -100] for row in labels]
+    assert trained[1] == trained[0][-len(trained[1]) :]
+    assert len(trained[1]) < len(trained[0])
+
+
+def test_grouping_by_length_pads_less_and_trains_on_the_same_rows(make_recipe):
+    def rows_of(batch):
+        return zip(batch["input_ids"], batch["attention_mask"], strict=True)
+
+    padded, rows = {}, {}
+    for strategy in ("random", "group_by_length"):
+        trainer, _, _ = build_trainer(make_recipe(train_sampling_strategy=strategy, per_device_train_batch_size=4))
+        batches = list(trainer.get_train_dataloader())
+        padded[strategy] = sum(batch["input_ids"].numel() for batch in batches)
+        ids = [ids[mask.bool()].tolist() for b in batches for ids, mask in rows_of(b)]
+        rows[strategy] = sorted(ids)
+    assert padded["group_by_length"] < padded["random"]
+    assert rows["group_by_length"] == rows["random"]
+
+
+def test_under_mup_matrices_learn_slower_through_the_whole_schedule(make_recipe):
+    rates = []
+
+    class Rates(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer, **kwargs):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+
+    schedule = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1e-9}}
+    recipe = make_recipe(mup_base_width=8, learning_rate=4e-3, max_steps=3, **schedule)
+    train(recipe, callbacks=[Rates()], progress=False)
+    assert rates[0] == pytest.approx([4e-3, 1e-3, 4e-3]), "vectors, matrices (a quarter at four times the width), norms"
+    assert all(matrix == pytest.approx(vector / 4) for vector, matrix, _ in rates)
 
 
 def test_lora_trains_adapters_only_and_merges(make_recipe, model_dir):
@@ -172,12 +299,40 @@ def test_an_output_folder_holds_one_run(make_recipe):
         ({"data_files": "nowhere.jsonl"}, "nowhere.jsonl: No such file or directory"),
         ({"attn_implementation": "quick"}, "model_name_or_path is .*quick"),
         ({"padding_free": True, "max_length": 64}, "padding_free=True. without packing"),
+        ({"packing": True, "max_length": None}, "packing is True and max_length is null"),
+        ({"mup_base_width": 32, "use_peft": True}, "muP has no rule for adapters"),
+        ({"num_processes": 2}, "num_processes is 2 in the recipe, but 1 run"),
+        ({"distributed_type": "FSDP"}, "distributed_type is FSDP in the recipe, but this run is NO"),
     ],
 )
 def test_bad_input_is_one_line(keys, message, make_recipe):
     with pytest.raises(sft.SFTError, match=message) as error:
         train(make_recipe(**keys))
     assert "\n" not in str(error.value)
+
+
+def test_weights_and_a_loss_that_they_would_not_reach_are_refused(make_recipe, weighted_file):
+    with pytest.raises(RecipeError, match=r"messages have weights, and loss_type is dft"):
+        train(make_recipe(data_files=str(weighted_file), loss_type="dft"))
+
+
+def test_a_tokenizer_that_cannot_serve_the_model_is_refused_before_the_model_is_loaded(
+    make_recipe, model_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sft.train, "load_model", lambda arguments: pytest.fail("the model was loaded"))
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 599}))
+    with pytest.raises(RecipeError, match=r"the tokenizer has 600 tokens, but vocab_size in config.json is 599"):
+        train(make_recipe(model_name_or_path=str(folder)))
+
+    (folder / "tokenizer.model").unlink()
+    backend = Tokenizer(models.WordLevel({"</s>": 0, "a": 1}))
+    template = (folder / "chat_template.jinja").read_text()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", chat_template=template).save_pretrained(folder)
+    with pytest.raises(RecipeError, match=r"the tokenizer has neither a pad_token nor an unk_token"):
+        train(make_recipe(model_name_or_path=str(folder)))
 
 
 def test_no_code_of_a_checkpoint_is_executed(make_recipe, tmp_path):
@@ -248,23 +403,3 @@ def test_accelerate_launches_it(arguments):
     assert "3 steps" in result.stdout
     state = json.loads((Path(arguments[-1]) / "trainer_state.json").read_text())
     assert state["global_step"] == 3
-
-
-def test_two_processes_train_as_one_with_twice_the_batch(arguments, make_recipe, tmp_path):
-    keys = {"packing": False, "max_steps": 3, "learning_rate": 1e-3, "per_device_train_batch_size": 4}
-    words = [word for key, value in keys.items() for word in (f"--{key}", str(value).lower())]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sft.train"]
-    root = Path(sft.__file__).parents[1]
-    result = subprocess.run([*launch, *arguments, *words, "--json"], cwd=root, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-
-    keys |= {"per_device_train_batch_size": 8, "max_length": 256, "output_dir": str(tmp_path / "one")}
-    one = train(
-        make_recipe(**keys, lr_scheduler_type="polynomial", lr_scheduler_kwargs={"lr_end": 1e-9}), progress=False
-    )
-    two = json.loads(result.stdout)["log_history"]
-    assert [entry["loss"] for entry in two if "loss" in entry] == pytest.approx(losses(one), rel=1e-5)
-    assert all(
-        torch.allclose(weights(tmp_path / "out")[name], weight, atol=1e-5)
-        for name, weight in weights(tmp_path / "one").items()
-    )

@@ -1,0 +1,275 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""From what training saved to a Hub folder: weights, code, tokenizer, chat template, generation settings, lineage.
+
+An adapter is merged by [`sft.merge`], weight by weight; the merged weights lie beside OUT until the folder is written,
+and take as much disk as it does.
+"""
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from conversion.architecture import MODEL_TYPE, Architecture
+from conversion.checkpoint.dtypes import DType, parse_dtype
+from conversion.checkpoint.execute import WriteOptions, write_checkpoint
+from conversion.checkpoint.manifest import MANIFEST, read_manifest
+from conversion.checkpoint.plan import View
+from conversion.checkpoint.safetensors_file import read_safetensors
+from conversion.checkpoint.sources import Source, open_checkpoint
+from conversion.checkpoint.strict_json import parse_json_object
+from conversion.convert import convert_checkpoint, plan_conversion
+from conversion.hub import hub_sidecars, lineage_steps, model_card
+from sft import SFTError
+from sft.lineage import ADAPTER_WEIGHTS, base_digest
+
+ADAPTER_CONFIG = "adapter_config.json"
+_GENERATION_CONFIG = "generation_config.json"
+# Of the standard deviation of the logits. Merging in float32 changes 1e-7 to 1e-6 of it; a wrong factor on an adapter
+# that has learned anything, a thousand times as much.
+_TOLERANCE = 1e-5
+
+_ADAPTER_CARD = """---
+library_name: peft
+base_model: {base}
+---
+# A LoRA adapter for a Tele-FLM
+
+```python
+import modeling_teleflm
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained(".")
+```
+
+## Made from
+
+{steps}
+"""
+
+
+class ExportError(SFTError):
+    """A checkpoint cannot be exported as asked. Nothing was written."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A written Hub folder.
+
+    Args:
+        folder: where it is.
+        merged: tensors that an adapter changed; 0 if there was nothing to merge.
+        gap: root mean square of what merging changed in the logits, over their standard deviation; None if nothing was
+            merged.
+    """
+
+    folder: Path
+    merged: int = 0
+    gap: float | None = None
+
+
+def export_model(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    merge: bool = False,
+    base: str | Path | None = None,
+    dtype: str | None = None,
+    options: WriteOptions | None = None,
+) -> Exported:
+    """Write a Hub folder from what `sft train` saved.
+
+    Args:
+        checkpoint: `output_dir` of a run: a whole model, or an adapter.
+        out: the folder to write.
+        merge: merge the adapter into its base. Without it an adapter stays one, and its folder names the base.
+        base: what the adapter was trained on, if it is not where it was then: a folder, or the name of a model on the
+            Hub that has been downloaded.
+        dtype: of the written weights; the checkpoint's, or the base's, unless given.
+        options: how to write.
+
+    Raises:
+        ExportError: there is no such checkpoint, nothing to merge, or the adapter is for another base.
+        CheckpointError: the weights are damaged, or `out` is in use.
+    """
+    checkpoint, out = Path(checkpoint), Path(out)
+    options = options or WriteOptions()
+    cast = parse_dtype(dtype) if dtype else None
+    if not (checkpoint / ADAPTER_CONFIG).is_file():
+        if merge or base:
+            raise ExportError(f"{checkpoint} holds no {ADAPTER_CONFIG}: there is no adapter to merge.")
+        convert_checkpoint(checkpoint, out, format="hf", dtype=dtype, options=options)
+        return Exported(out)
+
+    adapter = _read_adapter(checkpoint)
+    source = _open_base(adapter, base)
+    _check_fit(adapter, source)
+    if not merge:
+        if dtype:
+            raise ExportError(f"dtype is {dtype}, but an adapter keeps its own; add --merge.")
+        return Exported(_write_adapter(adapter, source, out, base, overwrite=options.overwrite))
+    return _write_merged(adapter, source, out, cast, options)
+
+
+# --- the adapter and its base -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, View]
+    lineage: dict[str, Any] | None
+
+
+def _read_adapter(folder: Path) -> _Adapter:
+    config = parse_json_object((folder / ADAPTER_CONFIG).read_bytes(), str(folder / ADAPTER_CONFIG))
+    if config.get("peft_type") != "LORA":
+        raise ExportError(f"{folder / ADAPTER_CONFIG}: peft_type is {config.get('peft_type')!r}; LORA can be exported.")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ExportError(f"{folder} holds {ADAPTER_CONFIG} and no {ADAPTER_WEIGHTS}; was the run interrupted?")
+    manifest = read_manifest(folder)
+    return _Adapter(
+        folder, config, read_safetensors(folder / ADAPTER_WEIGHTS), manifest["lineage"] if manifest else None
+    )
+
+
+def _open_base(adapter: _Adapter, base: str | Path | None) -> Source:
+    name = str(base or adapter.config.get("base_model_name_or_path"))
+    folder = find_model(name, adapter.config.get("revision"))
+    if folder is None:
+        raise ExportError(
+            f"the base {name} of {adapter.folder} is neither a folder nor a downloaded model; say where it is: --base."
+        )
+    source = open_checkpoint(folder)
+    model_type = (source.config or {}).get("model_type")
+    if model_type != MODEL_TYPE:
+        raise ExportError(f"{folder}/config.json: model_type is {model_type!r}, expected {MODEL_TYPE!r}.")
+    return source
+
+
+def find_model(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a model: itself, or where the Hub's files were downloaded to; None if there is none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError):
+        return None
+
+
+def _check_fit(adapter: _Adapter, base: Source) -> None:
+    """That every part of the adapter has its place in the base, and that the base is the one it was trained on."""
+    for name, view in adapter.tensors.items():
+        target, expected = _place(name, view.shape, adapter.tensors)
+        found = base.tensors.get(target)
+        if found is None or (expected is not None and tuple(found.shape) != expected):
+            there = f"is {list(found.shape)}" if found else "is missing"
+            wanted = list(expected) if expected else "present"
+            raise ExportError(
+                f"{adapter.folder} is an adapter for another base: {target} of {base.folder} {there}, expected "
+                f"{wanted}. Name the base that it was trained on: --base."
+            )
+    recorded = (adapter.lineage or {}).get("base")
+    if recorded and recorded != base_digest(base):
+        raise ExportError(
+            f"{adapter.folder} is an adapter for another base: {base.folder} has the same shapes and other weights "
+            f"(digest {base_digest(base)}, expected {recorded}). Name the base that it was trained on: --base."
+        )
+
+
+def _place(name: str, shape: tuple[int, ...], tensors: dict[str, View]) -> tuple[str, tuple[int, ...] | None]:
+    """The tensor of the base that a tensor of an adapter goes with, and the shape it then has, where that is known."""
+    module = name.removeprefix("base_model.model.")
+    if ".lora_A." in name:
+        other = tensors.get(name.replace(".lora_A.", ".lora_B."))
+        return module.split(".lora_A.")[0] + ".weight", (other.shape[0], shape[1]) if other else None
+    for part in (".lora_B.", ".lora_magnitude_vector"):
+        if part in name:
+            return module.split(part)[0] + ".weight", None
+    return module, shape  # a module trained as a whole, by modules_to_save
+
+
+# --- an adapter as it is ----------------------------------------------------------------------------------------------
+
+
+def _write_adapter(adapter: _Adapter, source: Source, out: Path, base: str | Path | None, *, overwrite: bool) -> Path:
+    """Copy an adapter with the tokenizer and the settings that generation needs; all of it or nothing appears."""
+    if out.exists() and not overwrite:
+        raise ExportError(f"{out} exists; choose another folder, or add --overwrite.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as place:
+        folder = Path(place) / out.name
+        folder.mkdir()
+        for name in (ADAPTER_WEIGHTS, MANIFEST):
+            if (adapter.folder / name).is_file():
+                shutil.copyfile(adapter.folder / name, folder / name)
+        named = str(base) if base else adapter.config.get("base_model_name_or_path")
+        config = {**adapter.config, "base_model_name_or_path": named}
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        card = _ADAPTER_CARD.format(base=named, steps="\n".join(f"- {step}" for step in lineage_steps(adapter.lineage)))
+        for name, content in _small_files(adapter, source, card).items():
+            if isinstance(content, bytes):
+                (folder / name).write_bytes(content)
+            else:
+                shutil.copyfile(content, folder / name)
+        if out.exists():
+            shutil.rmtree(out)
+        folder.rename(out)
+    return out
+
+
+def _small_files(adapter: _Adapter, base: Source, card: str) -> dict[str, str | bytes]:
+    """The tokenizer and template that the adapter was trained with, else the base's; generation settings likewise."""
+    has_tokenizer = (adapter.folder / "tokenizer.model").is_file()
+    files = hub_sidecars(adapter.folder if has_tokenizer else Path(base.folder), card)
+    generation = Path(base.folder) / _GENERATION_CONFIG
+    if generation.is_file():
+        files.setdefault(_GENERATION_CONFIG, str(generation))
+    return files
+
+
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+
+def _write_merged(adapter: _Adapter, base: Source, out: Path, dtype: DType | None, options: WriteOptions) -> Exported:
+    import torch
+    from safetensors.torch import save_file
+
+    from sft.merge import merge_weights
+
+    merged: dict[str, View] = {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-merged-") as place:
+
+        def keep(name: str, weight: torch.Tensor) -> None:
+            file = Path(place) / f"{len(merged)}.safetensors"
+            rounded = weight.detach().to(getattr(torch, (dtype or base.tensors[name].dtype).name))
+            save_file({name: rounded.contiguous()}, file)
+            merged[name] = read_safetensors(file)[name]
+
+        gap = merge_weights(adapter.folder, adapter.tensors, base, keep)
+        if not gap <= _TOLERANCE:
+            raise ExportError(
+                f"{adapter.folder}: merging changes the logits by {gap:.2g} of their spread, expected at most "
+                f"{_TOLERANCE} in float32. Export the adapter without --merge."
+            )
+        source = replace(base, tensors={**base.tensors, **merged})
+        plan, _ = plan_conversion(source, dtype=dtype)
+        lineage = {**(adapter.lineage or {"operation": "fine-tune", "parent": plan.lineage["parent"]}), "merged": True}
+        architecture = Architecture.from_config(plan.config, f"{base.folder}/config.json", with_biases=True)
+        card = model_card(architecture, plan.tensors[0].dtype.name, lineage_steps(lineage))
+        plan = replace(plan, lineage=lineage, sidecars=_small_files(adapter, base, card))
+        written = write_checkpoint(plan, out, options)
+    return Exported(written.folder, len(merged), gap)
+
+
+__all__ = ["ExportError", "Exported", "export_model", "find_model"]

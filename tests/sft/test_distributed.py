@@ -1,0 +1,134 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Several processes, for real: that they are what was asked for, and that they train as one would.
+
+A launch that does less than it was told looks like success, so each test asserts the kind of distribution and how many
+blocks are wrapped.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from accelerate.utils import DistributedType
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import sft
+from sft.guards import GuardError, check_wrapped, count_wrapped
+from sft.train import build_trainer, train
+from tests.fixtures.tiny import tiny_model
+from tests.sft.test_train import losses, weights
+
+ROOT = Path(sft.__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+FLOOR = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1e-9}}
+
+
+def run(*command):
+    return subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture
+def write_recipe(model_dir, data_file, tmp_path):
+    """Write a recipe file for the tiny model on CPUs; keys given win."""
+
+    def write(**keys):
+        values = {
+            "model_name_or_path": str(model_dir),
+            "data_files": str(data_file),
+            "output_dir": str(tmp_path / "out"),
+            "use_cpu": True,
+            "seed": 0,
+            "activation_checkpointing": False,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "max_length": 256,
+            "max_steps": 3,
+            "learning_rate": 1e-3,
+            **FLOOR,
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**values, **keys}))
+        return path
+
+    return write
+
+
+def test_two_replicas_train_as_one_process_with_twice_the_batch(write_recipe, make_recipe, tmp_path):
+    recipe = write_recipe(per_device_train_batch_size=4, num_processes=2, distributed_type="MULTI_CPU")
+    result = run(*TORCHRUN, "-m", "sft.train", "--config", recipe, "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert (found["distributed_type"], found["num_processes"]) == ("MULTI_CPU", 2)
+    assert found["wrapped"] == {"replicated": 1, "sharded_modules": 0, "sharded_parameters": 0, "parameters": 21}
+
+    keys = {"max_steps": 3, "learning_rate": 1e-3, "per_device_train_batch_size": 8, "max_length": 256, **FLOOR}
+    one = train(make_recipe(**keys, output_dir=str(tmp_path / "one")), progress=False)
+    assert [entry["loss"] for entry in found["log_history"] if "loss" in entry] == pytest.approx(losses(one), rel=1e-5)
+    assert all(
+        torch.allclose(weights(tmp_path / "out")[name], weight, atol=1e-5)
+        for name, weight in weights(tmp_path / "one").items()
+    )
+
+
+def test_two_shards_train_as_one_process(write_recipe, make_recipe, tmp_path):
+    recipe = write_recipe(per_device_train_batch_size=2, learning_rate=0.1)
+    result = run(*TORCHRUN, "-m", "tests.sft.fsdp2_worker", recipe, tmp_path, 3)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["wrapped"] == {"replicated": 0, "sharded_modules": 3, "sharded_parameters": 0, "parameters": 21}
+    assert found["dtensors"] == 21, "every parameter is in two parts"
+    assert found["gap"] < 0.005
+    check_wrapped(found["wrapped"], DistributedType.FSDP, layers=2, zero_stage=0)
+
+    trainer, _, _ = build_trainer(make_recipe(learning_rate=0.1, output_dir=str(tmp_path / "one")))
+    optimizer, expected = torch.optim.SGD(trainer.model.parameters(), lr=0.1), []
+    for step in range(3):
+        rows = [trainer.train_dataset[index] for index in range(4 * step, 4 * step + 4)]
+        loss = trainer.model(**trainer.data_collator(rows), fused_lm_head=True, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert found["losses"] == pytest.approx(expected, rel=1e-5)
+    sharded = torch.load(tmp_path / "weights.pt")
+    for name, weight in trainer.model.state_dict().items():
+        torch.testing.assert_close(sharded[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_fsdp_that_finds_no_layer_to_shard_is_noticed():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, mesh = tiny_model(), init_device_mesh("cpu", (1,))
+        fully_shard(model, mesh=mesh)
+        with pytest.raises(GuardError, match="FSDP shards 1 modules on their own, expected the 3 layers and the root"):
+            check_wrapped(count_wrapped(model), DistributedType.FSDP, layers=3, zero_stage=0)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("fault", ["one process instead of two", "replicas instead of shards"])
+def test_accelerate_doing_less_than_it_was_told_is_refused(fault, write_recipe, tmp_path):
+    recipe = write_recipe(**({"num_processes": 2} if fault.startswith("one") else {}))
+    if fault.startswith("one"):
+        launch = [*ACCELERATE, "--cpu", "--num_processes", 2]
+        message = "num_processes is 2 in the recipe, but 1 run"
+    else:
+        shipped = yaml.safe_load((ROOT / "sft/accelerate_configs/fsdp2.yaml").read_text())
+        config = tmp_path / "fsdp2-cpu.yaml"
+        config.write_text(yaml.safe_dump({**shipped, "use_cpu": True, "num_processes": 1, "mixed_precision": "no"}))
+        launch = [*ACCELERATE, "--config_file", config]
+        message = "accelerate was told to shard with FSDP, but this run is MULTI_CPU on cpu"
+    result = run(*launch, "-m", "sft.train", "--config", recipe)
+    assert result.returncode != 0, "a launcher's exit status is what schedulers see"
+    assert f"error: {message}" in result.stderr
+    assert not (tmp_path / "out").exists()

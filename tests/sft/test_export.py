@@ -1,0 +1,207 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from typer.testing import CliRunner
+
+import sft.merge
+from conversion.checkpoint.check import check_digests
+from conversion.checkpoint.manifest import read_manifest
+from conversion.checkpoint.sources import open_checkpoint
+from sft.cli import app
+from sft.export import ExportError, export_model
+from sft.recipe import Recipe
+from sft.train import train
+from tests.fixtures.tiny import tiny_config, tiny_model
+from tests.sft.conftest import STRICT
+
+METHODS = {
+    "full": {},
+    "lora": {"use_peft": True, "lora_r": 4},
+    "rslora": {"use_peft": True, "use_rslora": True, "lora_target_modules": ["q_proj", "down_proj"]},
+    "dora": {"use_peft": True, "use_dora": True},
+    "embeddings": {"use_peft": True, "lora_modules_to_save": ["embed_tokens", "lm_head"]},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(model_dir, data_file, tmp_path_factory):
+    """Train with a method, once; returns its output_dir."""
+    done = {}
+
+    def folder(method):
+        if method not in done:
+            paths = {"model_name_or_path": str(model_dir), "data_files": str(data_file)}
+            keys = {"max_steps": 2, "learning_rate": 1e-2, "output_dir": str(tmp_path_factory.mktemp(method))}
+            done[method] = Path(train(Recipe.from_dict({**STRICT, **paths, **keys, **METHODS[method]})).output_dir)
+        return done[method]
+
+    return folder
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.arange(3, 103)[None]).logits
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_exported_model_is_the_trained_one(method, trained, model_dir, tmp_path):
+    """The oracle is PEFT's own model of adapter and base."""
+    source, out = trained(method), tmp_path / "out"
+    exported = export_model(source, out, merge=method != "full")
+    loader = AutoModelForCausalLM if method == "full" else AutoPeftModelForCausalLM
+    expected = logits(loader.from_pretrained(source))
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert (logits(model) - expected).abs().max() < (1e-9 if method == "full" else 2e-6)
+    assert (logits(AutoModelForCausalLM.from_pretrained(model_dir)) - expected).abs().max() > 1e-4, "it has learned"
+    if method != "full":
+        assert exported.gap < 1e-6
+        assert exported.merged == {"lora": 14, "rslora": 4, "dora": 14, "embeddings": 16}[method]
+
+    tokenizer, trained_tokenizer = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(source)
+    assert tokenizer.chat_template == trained_tokenizer.chat_template
+    assert tokenizer("What is assert?") == trained_tokenizer("What is assert?")
+    assert GenerationConfig.from_pretrained(out).eos_token_id == 2
+    assert not [path for path in tmp_path.iterdir() if path != out], "what merging needed is gone"
+
+
+def test_bfloat16_is_rounded_once(trained, tmp_path):
+    export_model(trained("lora"), tmp_path / "float32", merge=True)
+    export_model(trained("lora"), tmp_path / "bfloat16", merge=True, dtype="bfloat16")
+    exact, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("float32", "bfloat16"))
+    assert all(torch.equal(rounded[name], weight.bfloat16()) for name, weight in exact.items())
+
+
+def damages(folder, weights):
+    """What `teleflm inspect --check` would find."""
+    return check_digests(open_checkpoint(weights).tensors, folder, read_manifest(folder), 1, lambda nbytes, total: None)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_the_record_says_what_it_was_made_from_and_names_no_path(merge, trained, model_dir, data_file, tmp_path):
+    source, out = trained("lora"), tmp_path / "out"
+    export_model(source, out, merge=merge, base=str(model_dir))
+    manifest = read_manifest(out)
+    lineage = manifest["lineage"]
+    assert (lineage["operation"], lineage["trainer"], lineage["method"]) == ("fine-tune", "sft", "lora")
+    assert (lineage["data"]["rows"], lineage["steps"], lineage.get("merged", False)) == (48, 2, merge)
+    assert not {str(path) for path in (model_dir, data_file, source) if str(path) in json.dumps(manifest)}
+    assert damages(out, out if merge else out / "adapter_model.safetensors") == []
+
+
+def test_a_whole_model_is_recorded_with_its_parent(trained, model_dir, data_file, tmp_path):
+    """Fine-tuned twice: the second record holds the first."""
+    export_model(trained("full"), tmp_path / "first")
+    paths = {"model_name_or_path": str(tmp_path / "first"), "data_files": str(data_file)}
+    recipe = Recipe.from_dict({**STRICT, **paths, "max_steps": 1, "output_dir": str(tmp_path / "second")})
+    train(recipe, progress=False)
+    first, second = read_manifest(tmp_path / "first"), read_manifest(tmp_path / "second")
+    assert second["lineage"]["parent"] == {"plan": first["plan"], "lineage": first["lineage"]}
+    assert first["lineage"]["parent"]["lineage"]["data"] == second["lineage"]["data"], "the same conversations"
+    assert damages(tmp_path / "second", tmp_path / "second") == []
+
+
+def test_an_adapter_that_merging_changes_is_not_written(trained, tmp_path, monkeypatch):
+    """The fault: merging with a tenth more than the adapter adds."""
+    from peft.tuners.lora import Linear
+
+    right = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, adapter: 1.1 * right(self, adapter))
+    with pytest.raises(ExportError, match=r"merging changes the logits by .* of their spread"):
+        export_model(trained("lora"), tmp_path / "out", merge=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_merging_holds_one_weight_at_a_time(trained, model_dir, tmp_path, monkeypatch):
+    """Counted where weights come and go."""
+    held, peak = {}, []
+
+    def counting(module, name, device, value=None):
+        held[id(module), name] = 0 if value is None else value.numel()
+        peak.append(sum(held.values()))
+        set_module_tensor_to_device(module, name, device, value=value)
+
+    monkeypatch.setattr(sft.merge, "set_module_tensor_to_device", counting)
+    export_model(trained("lora"), tmp_path / "out", merge=True)
+    sizes = [weight.numel() for weight in load_file(model_dir / "model.safetensors").values()]
+    assert max(sizes) <= max(peak) < 1.5 * max(sizes)
+    assert max(peak) < sum(sizes) / 2
+    assert peak[-1] == 0
+
+
+@pytest.fixture
+def other_base(model_dir, tmp_path):
+    """A copy of the base whose configuration or weights are changed."""
+
+    def make(change):
+        folder = tmp_path / "other"
+        shutil.copytree(model_dir, folder)
+        if change == "shape":
+            tiny_model(tiny_config(num_hidden_layers=2, intermediate_size=96)).save_pretrained(folder)
+        elif change == "weights":
+            weights = load_file(folder / "model.safetensors")
+            weights["model.layers.1.mlp.up_proj.weight"][0] += 0.01
+            save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        else:
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("shape", r"adapter for another base: model.layers.0.mlp.\w+_proj.weight of .*other is \[\d+, \d+\], expected"),
+        ("weights", r"adapter for another base: .*other has the same shapes and other weights \(digest \w+, expected"),
+        ("llama", r"other/config.json: model_type is 'llama', expected 'TeleFLM'"),
+    ],
+)
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_adapter_for_another_base_is_refused(change, message, merge, trained, other_base, tmp_path):
+    with pytest.raises(ExportError, match=message):
+        export_model(trained("lora"), tmp_path / "out", merge=merge, base=other_base(change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_in_another_dtype_is_the_same_base(trained, model_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    assert export_model(trained("lora"), tmp_path / "out", merge=True, base=tmp_path / "base").merged == 14
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["full", "--merge"], "holds no adapter_config.json: there is no adapter to merge"),
+        (["lora", "--dtype", "bfloat16"], "dtype is bfloat16, but an adapter keeps its own; add --merge"),
+        (["lora", "--base", "nowhere"], "the base nowhere of .* is neither a folder nor a downloaded model"),
+        (["lora", "--merge", "--dtype", "int3"], "int3"),
+    ],
+)
+def test_a_refusal_is_one_line_and_status_2(arguments, message, trained, tmp_path):
+    method, *options = arguments
+    result = CliRunner().invoke(app, ["export", str(trained(method)), str(tmp_path / "out"), *options])
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+    assert re.search(message, result.stderr)
+
+
+def test_the_command_merges(trained, tmp_path):
+    result = CliRunner().invoke(app, ["export", str(trained("lora")), str(tmp_path / "out"), "--merge", "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["merged"] == 14
