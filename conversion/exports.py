@@ -24,7 +24,7 @@ from .checkpoint.containers import Layout, Shard, indexed_layout
 from .checkpoint.dtypes import FLOAT16, DType, parse_dtype
 from .checkpoint.errors import CheckpointError
 from .checkpoint.execute import CheckpointResult, WriteOptions, execute
-from .checkpoint.manifest import read_manifest
+from .checkpoint.manifest import parent_record
 from .checkpoint.plan import CheckpointPlan, TensorPlan
 from .checkpoint.safetensors_file import read_header_bytes
 from .checkpoint.sharded import ShardedTensor
@@ -143,13 +143,12 @@ class _Model:
         return {name: ShardedTensor.of(tensors[source]) for name, source in sources.items()}
 
     def lineage(self, to: Target, cast: DType | None, **details: Any) -> dict[str, Any]:
-        parent = read_manifest(self.folder)
         return {
             "operation": "export",
             "to": to,
             "dtype": cast.name if cast else None,
             **details,
-            "parent": {"plan": parent["plan"], "lineage": parent["lineage"]} if parent else None,
+            "parent": parent_record(self.folder),
         }
 
 

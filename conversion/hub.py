@@ -96,10 +96,12 @@ def lineage_steps(lineage: Mapping[str, Any] | None) -> list[str]:
     """The lineage of a manifest as sentences, oldest first."""
     if not lineage:
         return []
-    parent = lineage.get("parent")
     before = ["A checkpoint without a record of its own."]
-    if isinstance(parent, dict) and isinstance(parent.get("lineage"), dict):
-        before = lineage_steps(parent["lineage"])
+    match lineage:
+        case {"parent": {"lineage": dict() as earlier}}:
+            before = lineage_steps(earlier)
+        case {"operation": "convert", "parallel": _}:  # the training itself leaves none
+            before = []
     match lineage:
         case {"operation": "grow", "source": dict() as old, "target": dict() as new}:
             fields = [f"{field} {old[field]} to {new.get(field)}" for field in old if old[field] != new.get(field)]
@@ -107,7 +109,7 @@ def lineage_steps(lineage: Mapping[str, Any] | None) -> list[str]:
         case {"operation": "convert", "from": trainer, "parallel": parallel, **rest}:
             at = f" at iteration {rest['iteration']}" if rest.get("iteration") is not None else ""
             cast = f", cast to {rest['dtype']}" if rest.get("dtype") else ""
-            return [f"Converted from a training checkpoint{at} ({trainer}, {parallel}){cast}."]
+            step = f"Converted from a training checkpoint{at} ({trainer}, {parallel}){cast}."
         case {"operation": "convert", "from": container}:
             cast = f", cast to {lineage['dtype']}" if lineage.get("dtype") else ""
             step = f"Rewritten as safetensors from {container} files{cast}."

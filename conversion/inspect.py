@@ -19,8 +19,9 @@ from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .hub import count_pieces, lineage_steps
 from .mapping import check_tensors
 from .native.checkpoint import NativeCheckpoint
-from .native.find import open_native
+from .native.find import exported_folder, open_native
 from .native.hub_plan import compare_replicas, plan_tensors, run_architecture
+from .native.megatron_export import exported_tensors
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def inspect_checkpoint(
     """
     run = None if _is_hub(Path(path)) else open_native(path)
     if run is not None:
-        return _inspect_run(run, check)
+        return _inspect_run(run, check, workers, progress)
     source = open_checkpoint(path)
     folder = Path(source.folder)
     problems: list[str] = []
@@ -113,7 +114,7 @@ def inspect_checkpoint(
         padding_rows=architecture.vocab_size - pieces if architecture and pieces else None,
         lineage=lineage_steps(manifest["lineage"]) if manifest else [],
         problems=problems,
-        damages=check_digests(source, manifest, workers, progress) if check and manifest else None,
+        damages=check_digests(source.tensors, folder, manifest, workers, progress) if check and manifest else None,
     )
 
 
@@ -121,8 +122,13 @@ def _is_hub(path: Path) -> bool:
     return path.is_file() or any((path / name).exists() for name in WEIGHT_FILES)
 
 
-def _inspect_run(run: NativeCheckpoint, check: bool) -> Inspection:
+def _inspect_run(run: NativeCheckpoint, check: bool, workers: int, progress: Callable[[int, int], None]) -> Inspection:
     problems: list[str] = []
+    exported = exported_folder(Path(run.folder))
+    manifest = _noting(problems, lambda: read_manifest(exported)) if exported else None
+    damages = None
+    if check and exported and manifest:
+        damages = check_digests(exported_tensors(exported), exported, manifest, workers, progress)
     architecture = _noting(problems, lambda: run_architecture(run))
     if architecture:
         _noting(problems, lambda: plan_tensors(run, architecture, None))
@@ -144,9 +150,9 @@ def _inspect_run(run: NativeCheckpoint, check: bool) -> Inspection:
         files={os.path.relpath(file, run.folder): os.path.getsize(file) for file in files},
         pieces=None,
         padding_rows=None,
-        lineage=[],
+        lineage=lineage_steps(manifest["lineage"]) if manifest else [],
         problems=problems,
-        damages=None,
+        damages=damages,
     )
 
 

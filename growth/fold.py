@@ -21,7 +21,7 @@ from conversion.architecture import MODEL_TYPE, Architecture
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execute
-from conversion.checkpoint.manifest import read_manifest
+from conversion.checkpoint.manifest import parent_record
 from conversion.checkpoint.plan import Box, CheckpointPlan, Copy, Fill, Piece, TensorPlan, View
 from conversion.checkpoint.sources import Source, open_checkpoint
 from conversion.hub import hub_config, hub_sidecars, lineage_steps, model_card
@@ -221,12 +221,11 @@ def plan_fold(checkpoint: Source, *, alpha: float | None = None, dtype: DType | 
         _fold_weight(name, weight, layer, checkpoint.tensors[name], masked, state, alpha, share, dtype)
         for name, weight, layer in weights(architecture)
     )
-    parent = read_manifest(Path(checkpoint.folder))
     lineage = {
         "operation": "fold",
         "alpha": alpha,
         "masks": asdict(state),
-        "parent": {"plan": parent["plan"], "lineage": parent["lineage"]} if parent else None,
+        "parent": parent_record(Path(checkpoint.folder)),
     }
     base = {key: value for key, value in (checkpoint.config or {}).items() if key != "growth_state"}
     out_dtype = tensors[0].dtype.name

@@ -13,7 +13,7 @@ from conversion.architecture import Architecture, load_config, load_preset, pack
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execute
-from conversion.checkpoint.manifest import read_manifest
+from conversion.checkpoint.manifest import parent_record
 from conversion.checkpoint.plan import CheckpointPlan
 from conversion.checkpoint.sources import Source, open_checkpoint
 from conversion.hub import count_pieces, hub_config, hub_sidecars, lineage_steps, model_card
@@ -253,7 +253,6 @@ def _optimizer_note(state: "AdamState | None") -> str:
 
 def _lineage(checkpoint: Source, growth: Growth) -> dict[str, Any]:
     """The record of this growth, on top of the source's own record if it has one."""
-    parent = read_manifest(Path(checkpoint.folder))
     return {
         "operation": "grow",
         "method": growth.method,
@@ -262,7 +261,7 @@ def _lineage(checkpoint: Source, growth: Growth) -> dict[str, Any]:
         "source": asdict(growth.source),
         "target": asdict(growth.target),
         "layers": [{"source": origin.source, "copy": origin.is_copy} for origin in growth.layers],
-        "parent": {"plan": parent["plan"], "lineage": parent["lineage"]} if parent else None,
+        "parent": parent_record(Path(checkpoint.folder)),
     }
 
 

@@ -230,7 +230,8 @@ def _copy(
         if piece.noise is not None and words is not None:
             amplitude = piece.noise.weight * resolved.number(piece.noise.std)
             values += look_up(standard_normal_table(compute), words[chunk]) * amplitude
-        result[chunk] = values
+        with np.errstate(over="ignore"):  # an infinity is in the output for the check on finite values to find
+            result[chunk] = values
     target[...] = result.reshape(target.shape)
 
 

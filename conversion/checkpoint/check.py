@@ -14,7 +14,6 @@ from .errors import CheckpointError, CorruptData
 from .manifest import MANIFEST, block_digest, tensor_digest
 from .plan import View
 from .reader import FileReader
-from .sources import Source
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,18 @@ class Damage:
 
 
 def check_digests(
-    source: Source, manifest: Mapping[str, Any], workers: int, progress: Callable[[int, int], None]
+    tensors: Mapping[str, View],
+    folder: Path,
+    manifest: Mapping[str, Any],
+    workers: int,
+    progress: Callable[[int, int], None],
 ) -> list[Damage]:
     """Read every tensor of a checkpoint and compare it with its manifest, in bounded memory.
 
     Args:
-        source: the checkpoint.
-        manifest: its manifest.
+        tensors: those that are there, by name.
+        folder: the one with the manifest.
+        manifest: its content.
         workers: threads.
         progress: called with the bytes just read and those in all.
 
@@ -43,14 +47,14 @@ def check_digests(
     Raises:
         CheckpointError: the manifest has no digests, or none that can be checked.
     """
-    expected, block = _read_expected(manifest, f"{source.folder}/{MANIFEST}")
-    total = sum(view.nbytes for name, view in source.tensors.items() if name in expected)
+    expected, block = _read_expected(manifest, f"{folder}/{MANIFEST}")
+    total = sum(view.nbytes for name, view in tensors.items() if name in expected)
 
     def examine(name: str) -> Damage | None:
-        entry, view = expected[name], source.tensors.get(name)
+        entry, view = expected[name], tensors.get(name)
         if view is None:
             return Damage(name, entry["file"], "is missing")
-        file, dtype, shape = Path(view.file).name, view.dtype.name, list(view.shape)
+        file, dtype, shape = _place(view, folder), view.dtype.name, list(view.shape)
         if file != entry["file"]:
             return Damage(name, file, f"was expected in {entry['file']}")
         if (dtype, shape) != (entry["dtype"], entry["shape"]):
@@ -63,8 +67,13 @@ def check_digests(
 
     with FileReader() as reader, ThreadPoolExecutor(workers) as pool:
         damages = [damage for damage in pool.map(examine, expected) if damage is not None]
-    unknown = [name for name in source.tensors if name not in expected]
-    return damages + [Damage(name, Path(source.tensors[name].file).name, "is not in the manifest") for name in unknown]
+    unknown = [name for name in tensors if name not in expected]
+    return damages + [Damage(name, _place(tensors[name], folder), "is not in the manifest") for name in unknown]
+
+
+def _place(view: View, folder: Path) -> str:
+    """The file of a tensor as a manifest names it."""
+    return Path(view.file).relative_to(folder).as_posix()
 
 
 def _read_expected(manifest: Mapping[str, Any], where: str) -> tuple[dict[str, dict[str, Any]], int]:

@@ -98,3 +98,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
                 f"{path}: {field} is a {found}, expected a {kind.__name__}; restore or remove the file."
             )
     return manifest
+
+
+def parent_record(folder: Path) -> dict[str, Any] | None:
+    """What a lineage keeps of the checkpoint it continues: the plan and the lineage in its manifest, if it has one.
+
+    Raises:
+        CheckpointError: see `read_manifest`.
+    """
+    manifest = read_manifest(folder)
+    return {"plan": manifest["plan"], "lineage": manifest["lineage"]} if manifest else None

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..checkpoint.errors import CheckpointError
+from ..checkpoint.workspace import TRACKER
 from .checkpoint import NativeCheckpoint, NativeFormat
 from .table import NativeWeight
 
 FORMATS: tuple[NativeFormat, ...] = ("megatron", "torch_dist", "fsdp_dtensor", "dcp", "deepspeed")
-_TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_(\d{7,})")
-_RELEASE = "release"
+RELEASE = "release"  # the step that a conversion writes, where Megatron-LM starts counting
 _ACCELERATE = "pytorch_model_fsdp_0"
 
 
@@ -41,6 +41,11 @@ def find_native(path: str | os.PathLike[str], iteration: int | None = None) -> t
     return (found, folder) if found else None
 
 
+def exported_folder(step: Path) -> Path | None:
+    """The folder that an export wrote and left a manifest in, if the step is its; what was trained from it is not."""
+    return step.parent if step.name == RELEASE else None
+
+
 def _iteration_folder(root: Path, iteration: int | None) -> Path:
     if iteration is not None:
         folder = root / f"iter_{iteration:07d}"
@@ -48,13 +53,13 @@ def _iteration_folder(root: Path, iteration: int | None) -> Path:
             present = ", ".join(sorted(entry.name for entry in root.glob("iter_*"))) or "none"
             raise CheckpointError(f"{folder}: no such folder; iterations there: {present}.")
         return folder if folder.is_dir() else root
-    if (root / _TRACKER).is_file():
-        text = (root / _TRACKER).read_bytes()[:100].decode(errors="replace").strip()
-        if text != _RELEASE and not text.isdecimal():
-            raise CheckpointError(f"{root / _TRACKER}: says {text!r}, expected a number or {_RELEASE}.")
-        folder = root / (_RELEASE if text == _RELEASE else f"iter_{int(text):07d}")
+    if (root / TRACKER).is_file():
+        text = (root / TRACKER).read_bytes()[:100].decode(errors="replace").strip()
+        if text != RELEASE and not text.isdecimal():
+            raise CheckpointError(f"{root / TRACKER}: says {text!r}, expected a number or {RELEASE}.")
+        folder = root / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
         if not folder.is_dir():
-            raise CheckpointError(f"{root / _TRACKER}: says {text}, but there is no {folder.name}; give --iteration.")
+            raise CheckpointError(f"{root / TRACKER}: says {text}, but there is no {folder.name}; give --iteration.")
         return folder
     return root / _ACCELERATE if (root / _ACCELERATE).is_dir() else root
 

@@ -14,12 +14,14 @@ import numpy as np
 from ..architecture import MODEL_TYPE, Architecture, load_config
 from ..checkpoint.dtypes import DType
 from ..checkpoint.errors import CheckpointError
+from ..checkpoint.manifest import parent_record
 from ..checkpoint.plan import CheckpointPlan, Shape, TensorPlan
 from ..checkpoint.reader import FileReader, boxes_of_range
 from ..checkpoint.sharded import ShardedTensor
 from ..hub import count_pieces, hub_config, hub_sidecars, lineage_steps, model_card
 from ..mapping import EMBED_TOKENS, LM_HEAD, Weight, is_derived, weights
 from .checkpoint import NativeCheckpoint, Replica
+from .find import exported_folder
 from .table import NativeWeight, hub_table, native_tensors, split
 from .training_args import config_from_args
 
@@ -59,12 +61,14 @@ def plan_run(
     complete = complete_config(run, config, vocab_size, pieces)
     architecture = Architecture.from_config(complete, f"{run.folder}: configuration", with_biases=True)
     tensors, notes = plan_tensors(run, architecture, dtype or run.dtype)
+    exported = exported_folder(Path(run.folder))
     lineage = {
         "operation": "convert",
         "from": run.format,
         "parallel": run.parallel,
         "iteration": run.iteration,
         "dtype": dtype.name if dtype else None,
+        "parent": parent_record(exported) if exported else None,
     }
     out_dtype = tensors[0].dtype.name
     sidecars = hub_sidecars(folder, model_card(architecture, out_dtype, lineage_steps(lineage)))

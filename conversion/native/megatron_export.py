@@ -18,17 +18,20 @@ from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ..architecture import Architecture
 from ..checkpoint.containers import Layout
 from ..checkpoint.dtypes import DType
 from ..checkpoint.errors import CheckpointError
-from ..checkpoint.plan import TensorPlan
+from ..checkpoint.plan import TensorPlan, View
 from ..checkpoint.sharded import ShardedTensor
+from ..checkpoint.torch_file import read_torch_file
 from ..checkpoint.torch_zip import planned_tensors, torch_shard
 from ..checkpoint.workspace import TRACKER
 from ..mapping import EMBED_TOKENS, LM_HEAD
+from .find import RELEASE
 from .table import MEGATRON, NativeWeight, RowOrder, join, native_tensors
 
 Spec: TypeAlias = Literal["te", "local"]
@@ -135,10 +138,26 @@ def plan_megatron(
                 "iteration": 0,
                 **models,
             }
-            shards.append((f"release/{folder}/model_optim_rng.pt", content))
+            shards.append((f"{RELEASE}/{folder}/model_optim_rng.pt", content))
     tensors = tuple(tensor for _, content in shards for tensor in planned_tensors(content))
     files = tuple(torch_shard(filename, content) for filename, content in shards)
-    return tensors, Layout(files, (TRACKER, b"release"))
+    return tensors, Layout(files, (TRACKER, RELEASE.encode()))
+
+
+def exported_tensors(folder: Path) -> dict[str, View]:
+    """The tensors of an exported folder by the names of its plan and its manifest.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    tensors: dict[str, View] = {}
+    for file in sorted(folder.glob(f"{RELEASE}/mp_rank_*/model_optim_rng.pt")):
+        content = read_torch_file(file)
+        for key, state in content.items() if isinstance(content, dict) else ():
+            if key.startswith("model") and isinstance(state, dict):
+                views = {name: value for name, value in state.items() if isinstance(value, View)}
+                tensors |= {f"{file.parent.name}/{key}/{name}": view for name, view in views.items()}
+    return tensors
 
 
 def training_args(

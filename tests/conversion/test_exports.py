@@ -5,6 +5,7 @@
 """Exports against stock transformers: the same logits from other classes. Megatron's has a test of its own."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -180,6 +181,28 @@ def test_links_through_a_hub_cache(tmp_path):
     export_checkpoint(tmp_path / "snapshot", tmp_path / "out", to="granite", link=True)
     assert not (tmp_path / "out/model.safetensors").is_symlink()
     assert (tmp_path / "out/model.safetensors").samefile(tmp_path / "blobs/model.safetensors")
+
+
+def test_a_kill_between_links(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "source", max_shard_size="100KB")
+    before, made, link = contents(tmp_path / "source"), [], os.link
+
+    def link_two(source: str, path: Path) -> None:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(path)
+        link(source, path)
+
+    monkeypatch.setattr(os, "link", link_two)
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(tmp_path / "source", tmp_path / "out", to="granite", link=True)
+    assert not (tmp_path / "out/model.safetensors.index.json").exists()
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"holds an interrupted run, but settings\.digest was False and is True"):
+        export_checkpoint(tmp_path / "source", tmp_path / "out", to="granite")
+    export_checkpoint(tmp_path / "source", tmp_path / "out", to="granite", link=True)
+    assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "source"))
+    assert contents(tmp_path / "source") == before
 
 
 @pytest.mark.parametrize("case", ["another dtype", "a .bin file", "another disk"])

@@ -20,7 +20,7 @@ from conversion import convert_checkpoint, inspect_checkpoint
 from conversion.checkpoint.manifest import read_manifest
 from conversion.exports import export_checkpoint
 from conversion.hub import lineage_steps
-from conversion.native.megatron_export import ParallelSizes
+from conversion.native.megatron_export import ParallelSizes, exported_tensors
 from modeling_teleflm import TeleFLMForCausalLM
 from tests.fixtures.checkpoint_runs import contents
 from tests.fixtures.megatron_loader import first_args, load_rank_file
@@ -261,6 +261,32 @@ def test_folded_is_what_llama_gets(tmp_path):
     for folder in ("llama", "back"):
         assert inspect_checkpoint(tmp_path / folder, check=True).damages == []
     assert contents(tmp_path / "llama")["model.safetensors"] == contents(tmp_path / "back")["model.safetensors"]
+
+
+def test_the_record_and_the_digests_of_every_rank(tmp_path):
+    """Also of what is made from it; a run that was trained from it has none."""
+    save(tmp_path / "source")
+    export(tmp_path / "source", tmp_path / "run", "tp2-pp2-vpp2", multipliers="keep")
+    found = inspect_checkpoint(tmp_path / "run", check=True)
+    assert (found.damages, found.problems) == ([], [])
+    exported = "Exported to megatron, tensor parallel 2, 2 stages of 2 chunks."
+    assert found.lineage == ["A checkpoint without a record of its own.", exported]
+    convert_checkpoint(tmp_path / "run", tmp_path / "back")
+    assert inspect_checkpoint(tmp_path / "back").lineage[1] == exported
+    (tmp_path / "run/release").rename(tmp_path / "run/iter_0000100")
+    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("100")
+    trained = inspect_checkpoint(tmp_path / "run", check=True)
+    assert (trained.lineage, trained.damages) == ([], None)
+    (tmp_path / "run/iter_0000100").rename(tmp_path / "run/release")
+    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("release")
+    file = tmp_path / "run/release/mp_rank_01_001/model_optim_rng.pt"
+    weight = exported_tensors(tmp_path / "run")["mp_rank_01_001/model1/output_layer.weight"]
+    data = bytearray(file.read_bytes())
+    data[weight.offset] ^= 1
+    file.write_bytes(data)
+    (damage,) = inspect_checkpoint(tmp_path / "run", check=True).damages
+    assert damage.tensor == "mp_rank_01_001/model1/output_layer.weight"
+    assert (damage.file, damage.reason) == ("release/mp_rank_01_001/model_optim_rng.pt", "does not have its digest")
 
 
 def test_the_notes(tmp_path):

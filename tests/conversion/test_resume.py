@@ -143,6 +143,10 @@ def interrupt(plan: CheckpointPlan, out: Path, after: int = 15, **options) -> No
         write_checkpoint(plan, out, WriteOptions(workers=1, progress=progress, **options))
 
 
+def raise_interruption(nbytes: int, total: int) -> None:
+    raise Interruption
+
+
 @pytest.fixture
 def plan(sources, small_blocks) -> CheckpointPlan:
     return runs.mixed_plan(sources)
@@ -303,6 +307,13 @@ def test_another_run_is_refused_and_told_the_difference(changes, options, differ
     write_checkpoint(other, out, WriteOptions(**options, overwrite=True))
     write_checkpoint(other, tmp_path / "fresh", WriteOptions(**options))
     assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_another_layout_is_another_run(plan, tmp_path):
+    with pytest.raises(Interruption):
+        write_checkpoint(plan, tmp_path / "out", WriteOptions(progress=raise_interruption), torch_folder(plan))
+    with pytest.raises(CheckpointError, match=r"holds an interrupted run, but settings\.layout was "):
+        write_checkpoint(plan, tmp_path / "out", WriteOptions())
 
 
 def test_the_number_of_workers_and_ranks_may_change(plan, whole, tmp_path):
