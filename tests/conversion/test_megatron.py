@@ -341,7 +341,8 @@ def test_unequal_copies_can_be_taken(run, tmp_path):
 
 def test_values_that_are_not_finite(run, tmp_path):
     plant_nan(run)
-    with pytest.raises(CorruptData, match=r"model.layers.3.mlp.down_proj.weight\[3, 29\] is NaN or infinite .* --allow-nonfinite"):
+    complaint = r"model.layers.3.mlp.down_proj.weight\[3, 29\] is NaN or infinite .* --allow-nonfinite"
+    with pytest.raises(CorruptData, match=complaint):
         convert_checkpoint(run, tmp_path / "out", vocab_size=VOCAB_SIZE)
     assert not (tmp_path / "out" / "model.safetensors").exists()
     convert_checkpoint(run, tmp_path / "out", vocab_size=VOCAB_SIZE, allow_nonfinite=True)
