@@ -8,6 +8,8 @@ A `ShardedTensor` is to many windows what a `View` is to one: it can be sliced, 
 and in the end planned. Where a cut falls inside a block of the new layout, the chunk is cut there too.
 """
 
+import bisect
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -78,6 +80,26 @@ class ShardedTensor:
                 window = view[shared.slices_in(box)] if view is not None else None
                 chunks.append((Box(tuple(s.start for s in shared.slices_in(part)), shared.size), window))
         return ShardedTensor(part.size, self.dtype, tuple(chunks))
+
+    def split(self, sizes: Sequence[int], axis: int) -> tuple["ShardedTensor", ...]:
+        """Parts of those sizes one after the other along a dimension; each chunk is looked at once.
+
+        Raises:
+            PlanError: the sizes do not add up to the dimension's.
+        """
+        starts = list(itertools.accumulate(sizes, initial=0))
+        if starts[-1] != self.shape[axis]:
+            raise PlanError(f"cannot split {self.shape[axis]} into {len(sizes)} parts of {starts[-1]} in all.")
+        parts: list[list[tuple[Box, View | None]]] = [[] for _ in sizes]
+        for box, view in self.chunks:
+            begin, end = box.start[axis], box.stop[axis]
+            for number in range(bisect.bisect_right(starts, begin) - 1, bisect.bisect_left(starts, end)):
+                inner = slice(max(starts[number] - begin, 0), min(starts[number + 1], end) - begin)
+                cut = Box(_replaced(box.start, axis, 0), _replaced(box.size, axis, inner.stop - inner.start))
+                window = view and view[(*(slice(None),) * axis, inner)]
+                parts[number].append((_moved(cut, axis, max(begin - starts[number], 0)), window))
+        shapes = (_replaced(self.shape, axis, size) for size in sizes)
+        return tuple(ShardedTensor(shape, self.dtype, tuple(part)) for shape, part in zip(shapes, parts, strict=True))
 
     def unflatten(self, axis: int, sizes: Sequence[int]) -> "ShardedTensor":
         """Split one dimension into several, the last of which runs fastest.
@@ -171,6 +193,10 @@ def _permuted(box: Box, axes: Sequence[int]) -> Box:
 
 def _moved(box: Box, axis: int, distance: int) -> Box:
     return Box((*box.start[:axis], box.start[axis] + distance, *box.start[axis + 1 :]), box.size)
+
+
+def _replaced(shape: Shape, axis: int, size: int) -> Shape:
+    return (*shape[:axis], size, *shape[axis + 1 :])
 
 
 def _without(shape: Shape, axis: int) -> Shape:

@@ -405,31 +405,28 @@ def _zero12_masters(ranks: Sequence[_Partition], model: _Model) -> dict[str, Sha
                 f"{model.file}: param_shapes has {need} elements in group {number}, the {len(ranks)} ranks hold "
                 f"{flat.numel}; the files are of two runs, or a rank's weights were kept on NVMe."
             )
-        at = 0
-        for name, shape in shapes.items():
-            tensors[name] = _shaped(flat[at : at + math.prod(shape)], name, shape, model.file)
-            at += math.prod(shape)
+        sizes = [*map(math.prod, shapes.values()), flat.numel - need]
+        for (name, shape), part in zip(shapes.items(), flat.split(sizes, 0), strict=False):
+            tensors[name] = _shaped(part, name, shape, model.file)
     return tensors
 
 
 def _zero3_masters(ranks: Sequence[_Partition], model: _Model) -> dict[str, ShardedTensor]:
     """Every weight by itself cut into as many parts as there are ranks."""
     shapes = model.shapes
-    sizes = {name: -(-math.prod(shape) // len(ranks)) for name, shape in shapes.items()}
+    sizes = [-(-math.prod(shape) // len(ranks)) for shape in shapes.values()]
     parts = [ShardedTensor.concatenate(rank.groups, 0) for rank in ranks]
     for rank, flat in zip(ranks, parts, strict=True):
-        if flat.numel != sum(sizes.values()):
+        if flat.numel != sum(sizes):
             raise CheckpointError(
                 f"{rank.file}: holds {flat.numel} elements, its part of the weights in param_shapes of {model.file} is "
-                f"{sum(sizes.values())}; the files are of two runs, or its weights were kept on NVMe."
+                f"{sum(sizes)}; the files are of two runs, or its weights were kept on NVMe."
             )
-    tensors = {}
-    at = 0
-    for name, shape in shapes.items():
-        flat = ShardedTensor.concatenate([part[at : at + sizes[name]] for part in parts], 0)
-        tensors[name] = _shaped(flat, name, shape, model.file)
-        at += sizes[name]
-    return tensors
+    of_ranks = zip(*(part.split(sizes, 0) for part in parts), strict=True)
+    return {
+        name: _shaped(ShardedTensor.concatenate(of_weight, 0), name, shape, model.file)
+        for (name, shape), of_weight in zip(shapes.items(), of_ranks, strict=True)
+    }
 
 
 def _universal_masters(files: _Files, model: _Model) -> dict[str, ShardedTensor]:

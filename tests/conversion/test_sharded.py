@@ -96,7 +96,16 @@ def draw_unbind(data, tensor: ShardedTensor, array: np.ndarray):
     return parts[at], array.take(at, axis)
 
 
-OPERATIONS = (draw_slice, draw_unflatten, draw_permute, draw_concatenate, draw_unbind)
+def draw_split(data, tensor: ShardedTensor, array: np.ndarray):
+    axis = data.draw(st.integers(0, array.ndim - 1))
+    cuts = sorted(data.draw(st.lists(st.integers(0, array.shape[axis]), max_size=4)))
+    sizes = np.diff([0, *cuts, array.shape[axis]]).tolist()
+    parts = tensor.split(sizes, axis)
+    at = data.draw(st.integers(0, len(sizes) - 1))
+    return parts[at], np.split(array, cuts, axis)[at]
+
+
+OPERATIONS = (draw_slice, draw_split, draw_unflatten, draw_permute, draw_concatenate, draw_unbind)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -151,3 +160,5 @@ def test_other_refusals():
         ShardedTensor.concatenate([ShardedTensor.zeros((2,), dtype) for dtype in (FLOAT32, FLOAT64)], 0)
     with pytest.raises(PlanError, match=r"cannot lay out 6 as \(2, 4\): the product is 8"):
         ShardedTensor.zeros((6,), FLOAT32).unflatten(0, (2, 4))
+    with pytest.raises(PlanError, match="cannot split 6 into 2 parts of 5 in all"):
+        ShardedTensor.zeros((6,), FLOAT32).split((2, 3), 0)
