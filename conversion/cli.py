@@ -143,7 +143,9 @@ def _print_inspection(inspection: "Inspection") -> None:
     table.add_row("parameters", f"{inspection.parameters:,}")
     table.add_row("dtypes", ", ".join(f"{name} ({count} tensors)" for name, count in inspection.dtypes.items()))
     sizes = inspection.files.values()
-    table.add_row("weights", f"{format_bytes(sum(sizes))} in {len(sizes)} {inspection.format} files")
+    table.add_row(
+        "weights", f"{format_bytes(sum(sizes))} in {len(sizes)} {inspection.format} file{'s' * (len(sizes) != 1)}"
+    )
     if inspection.architecture:
         a = inspection.architecture
         table.add_row("layers", f"{a.num_hidden_layers}")

@@ -64,7 +64,9 @@ def _plan_table(tensors: Iterable[TensorPlan]) -> Table:
         pieces = [re.sub(r"\(.+\)", "(source)", piece) for piece in _pieces(tensor)]
         groups.setdefault((name, "x".join(map(str, tensor.shape)), "\n".join(pieces)), []).append(tensor)
     table = Table("weight", "count", "shape", "size", "made of", title="Plan", title_justify="left")
-    table.columns[0].no_wrap = True
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:4]:  # numbers stay readable on a narrow terminal
+        column.no_wrap = True
     for (name, shape, made_of), members in groups.items():
         table.add_row(name, str(len(members)), shape, format_bytes(sum(t.nbytes for t in members)), made_of)
     return table
