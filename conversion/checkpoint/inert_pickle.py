@@ -507,8 +507,6 @@ _ACTIONS: dict[str, _Action] = {
     "BUILD": _Machine._build,
     "BINPERSID": _Machine._persistent_id,
 }
-
-
 _OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
 
 
@@ -527,6 +525,7 @@ _BINGET, _LONG_BINGET = _CODES["BINGET"], _CODES["LONG_BINGET"]
 _BININT1, _BININT2, _BININT = _CODES["BININT1"], _CODES["BININT2"], _CODES["BININT"]
 _UINT2, _UINT4, _INT4 = struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<i")
 _STORES = tuple(bytes([_CODES[name]]) for name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"))
+_SCANNED = 1 << 20  # bytes looked at together
 _GET_AS_TEXT = re.compile(rb"g(\d{1,10})\n")
 
 
@@ -539,7 +538,7 @@ def _recalled(data: bytes) -> bytes:
     for code, width in ((_BINGET, 1), (_LONG_BINGET, 4)):
         for start in range(0, len(data), _SCANNED):
             part = np.frombuffer(data[start : start + _SCANNED + width], np.uint8)
-            at = np.flatnonzero(part[: len(part) - width] == code)
+            at = np.flatnonzero(part[: max(len(part) - width, 0)] == code)
             digits = part[at[:, None] + np.arange(1, width + 1)].astype(np.int64)
             numbers = digits @ (256 ** np.arange(width))
             recalled[numbers[numbers < len(recalled)]] = True
@@ -547,9 +546,6 @@ def _recalled(data: bytes) -> bytes:
         if int(match[1]) < len(recalled):
             recalled[int(match[1])] = True
     return recalled.tobytes()
-
-
-_SCANNED = 1 << 20  # bytes looked at together
 
 
 def _pairs(items: list[Any]) -> Iterator[tuple[Any, Any]]:

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.inert_pickle import _SCANNED as SCANNED
 from conversion.checkpoint.inert_pickle import MAX_DEPTH, Inert, Rebuild, Record, load
 from tests.fixtures.hostile_pickles import EXTENSION_CODE, Reduced, harm_done, hostile_pickles, text, undo_harm
 
@@ -169,6 +170,15 @@ def test_everything_that_is_recalled_was_kept(protocol):
     assert all(a is b for a, b in zip(read[0], reversed(read[2]), strict=True))
 
 
+@pytest.mark.parametrize("size", [SCANNED - 3, SCANNED - 1, SCANNED, SCANNED + 1, SCANNED + 3])
+def test_what_is_recalled_at_an_edge_of_what_is_looked_at_together(size):
+    """The five bytes that recall object 300 lie over the edge or beside it."""
+    head = b"\x80\x04" + b"]\x94" * 301 + b"("
+    filler = b"\x8e" + struct.pack("<Q", size - len(head) - 9) + b"j" * (size - len(head) - 9)
+    read = load(head + filler + b"j" + struct.pack("<I", 300) + b"K\x01at.", "data")
+    assert read[1] == [1]
+
+
 def test_persistent_ids_go_to_the_caller_alone():
     data = text("id") + b"Q."
     assert load(data, "data", persistent_load=str.upper) == "ID"
@@ -240,6 +250,7 @@ BOMBS = {
     "many dicts": (b"}" * 10**6 + b".", "more operations"),
     "state of a record": (b"c" + __name__.encode() + b"\nChunk\n)R]b.", "the state of a Kept is a list"),
     "opcode cut short": (b"M\x01", "ends inside of an opcode"),
+    "short opcode in a short pickle": (b"jj\x00", "ends inside of an opcode"),
     "opcode cut to nothing": (b"h", "ends inside of an opcode"),
     "many objects": (NAME + b"q\x00" + b"h\x00)R" * 10**6 + b".", "more operations"),
     "bytes of 2^40": (b"\x8e" + struct.pack("<Q", 2**40) + b"x.", "expected 1099511627776 bytes"),
