@@ -14,16 +14,16 @@ is computed with (2 in bfloat16); N GPUs.
 | gradients | as the trained weights; replicated ones twice | DDP's buckets are a second copy |
 | Adam's moments | twice the trained weights | so sharded full training is 16 P / N, as in ZeRO (1910.02054, 3) |
 | nf4 | 1/2 + 1/64 + 4 / (64 x 256) a weight of the layers | 4 bits, a byte of scale for 64, a float for 256 scales |
-| gathered | 2 layers of weights, and with full training 2 of gradients, 2 bytes each; V h twice or more | see below |
+| gathered | sharded: 2 V h c of the root's | the embedding and the head belong to no layer and stay |
 | activations | T L A, or with checkpointing T L c h | what autograd keeps: see `_layer_activations` |
-| working | the greater of one layer, computed again and going backward, and the head | they take turns |
-| one layer | T (A + 3 c f), without checkpointing T 3 c f | and the gradients of three feed-forward intermediates |
-| head | 32768 c min(T, 4096) + 4 T h, and 4 V h if it is trained | TRL's tile of logits, and its float32 sums |
+| working | the greater of one layer and the head | they take turns |
+| one layer | T (A + 3 c f), or without checkpointing T 3 c f | computed again, and three feed-forward gradients |
+| sharded, and | 2 c P_l, and 2 c P_l of gradients if they are trained | this layer, the next; computed, being summed |
+| the head | 32768 c min(T, 4096) + 4 T h, and 4 V h if it is trained | TRL's tile of logits, and its float32 sums |
+| sharded, and | V h as it is stored, c P_l | TRL gathers the head's weight once more; the last layer comes early |
 | overhead | 2 GiB + 4 % of the rest | assumed: context, communication buffers, fragmentation |
 
-ZeRO-3 keeps 2 + 4 bytes of weights and 2 of gradients where FSDP2 keeps 4 and 4. Sharded training gathers one layer
-while it computes with another, so two layers of weights, and as many gradients on their way to be summed. The embedding
-and the head belong to the root, which stays gathered; TRL's head gathers its weight once more, as it is stored.
+ZeRO-3 keeps 2 + 4 bytes of weights and 2 of gradients where FSDP2 keeps 4 and 4.
 
 Time: (6 P_m + 12 L a d s) FLOPs a token for full training, P_m without the embedding, s tokens of context (PaLM,
 2204.02311, appendix B); 4 P_m with frozen weights, whose own gradients are not computed. Divided by N GPUs x their peak
@@ -69,8 +69,7 @@ class Setup:
         activation_checkpointing: keep only each layer's input, and compute the layer again in the backward pass.
         weight_bytes: of a weight as it is loaded, in what is not sharded or not trained.
         compute_bytes: of an element of a matrix product.
-        lora_rank: of the adapters.
-        lora_dropout: whether the adapters' inputs are dropped out.
+        lora_rank: of the adapters, which have dropout.
         on_gpu: on a CPU TRL's fused head computes its tile in steps, and a dropout mask has four bytes instead of one.
     """
 
@@ -83,7 +82,6 @@ class Setup:
     weight_bytes: int = 2
     compute_bytes: int = 2
     lora_rank: int = 16
-    lora_dropout: bool = True
     on_gpu: bool = True
 
     def __post_init__(self) -> None:
@@ -285,20 +283,15 @@ def _states(model: Architecture, setup: Setup) -> tuple[float, float, float]:
 
 
 def _gathered(model: Architecture, setup: Setup) -> float:
-    """What one GPU holds of the others' shards; without shards, a matrix that nf4 is unpacked into."""
+    """Copies of weights that are there all the time: the root's; without shards, those that are multiplied with."""
     unpacked = setup.compute_bytes * model.hidden_size * model.intermediate_size if setup.method == "qlora" else 0
-    if setup.shards == 1:
-        # Autocast keeps a narrow copy of each wide matrix while a micro-batch lasts.
-        matrices = model.num_hidden_layers * _layer_parameters(model)
-        return unpacked + (setup.compute_bytes * matrices if setup.weight_bytes > setup.compute_bytes else 0)
-    vocabulary, layer = model.vocab_size * model.hidden_size, _layer_parameters(model)
-    live = 2 * layer if setup.strategy == "fsdp2" else max(_ZERO3_LIVE_PARAMETERS, layer)
-    root = setup.compute_bytes * vocabulary * (1 if model.tie_word_embeddings else 2)
-    if setup.method == "full":
-        # Gradients of two layers and of the embedding; and the head's weight as it is stored, in float32.
-        return setup.compute_bytes * (live + 2 * layer + vocabulary) + root + 4 * vocabulary
-    gathered = _NF4_BYTES if setup.method == "qlora" else setup.compute_bytes
-    return gathered * live + root + setup.weight_bytes * vocabulary + unpacked
+    if setup.shards > 1:
+        matrices = 1 if model.tie_word_embeddings else 2
+        return unpacked + setup.compute_bytes * matrices * model.vocab_size * model.hidden_size
+    # Autocast multiplies with a narrow copy of a wide matrix, and the backward pass needs it again.
+    layers = 1 if setup.activation_checkpointing else model.num_hidden_layers
+    is_copied = setup.weight_bytes > setup.compute_bytes
+    return unpacked + (setup.compute_bytes * layers * _layer_parameters(model) if is_copied else 0)
 
 
 def _kept_activations(model: Architecture, setup: Setup) -> int:
@@ -324,20 +317,34 @@ def _layer_activations(model: Architecture, setup: Setup) -> int:
     if setup.method == "full":
         copies = 5 * c * width if stream > c else 0
         return always + 2 * 2 * stream * width + copies + c * model.intermediate_size
-    mask = (1 if setup.on_gpu else 4) if setup.lora_dropout else 0
+    mask = 1 if setup.on_gpu else 4
     return always + (c + mask) * _linear_inputs(model)
 
 
-def _layer_work(model: Architecture, setup: Setup) -> int:
+def _layer_work(model: Architecture, setup: Setup) -> float:
     again = _layer_activations(model, setup) if setup.activation_checkpointing else 0
-    return setup.tokens * (again + 3 * setup.compute_bytes * model.intermediate_size)
+    # PEFT drops out in the adapters' own float32, and so copies a narrower input twice.
+    copies = 8 * model.intermediate_size if setup.method != "full" and setup.compute_bytes < 4 else 0
+    computed = setup.tokens * (again + 3 * setup.compute_bytes * model.intermediate_size + copies)
+    if setup.shards == 1:
+        return computed
+    layer = _layer_parameters(model)
+    # This layer and the next one; ZeRO-3 keeps more as long as it may. And gradients, computed and being summed.
+    live = 2 * layer if setup.strategy == "fsdp2" else max(_ZERO3_LIVE_PARAMETERS, 2 * layer)
+    gradients = 2 * layer if setup.method == "full" else 0
+    each = _NF4_BYTES if setup.method == "qlora" else setup.compute_bytes
+    return computed + each * live + setup.compute_bytes * gradients
 
 
-def _head_work(model: Architecture, setup: Setup) -> int:
+def _head_work(model: Architecture, setup: Setup) -> float:
     rows, columns = min(setup.tokens, _TILE_TOKENS), min(model.vocab_size, _TILE_VOCABULARY)
     tile = setup.compute_bytes * rows * _TILE_VOCABULARY + (0 if setup.on_gpu else _TORCH_TILES * 4 * rows * columns)
-    trained = 4 * model.vocab_size * model.hidden_size if setup.method == "full" else 0
-    return tile + 4 * setup.tokens * model.hidden_size + trained
+    vocabulary = model.vocab_size * model.hidden_size
+    computed = tile + 4 * setup.tokens * model.hidden_size + (4 * vocabulary if setup.method == "full" else 0)
+    if setup.shards == 1:
+        return computed
+    stored = 4 if setup.method == "full" else setup.weight_bytes
+    return computed + stored * vocabulary + setup.compute_bytes * _layer_parameters(model)
 
 
 # --- what else could be done ------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def prepare(
         require_rows(report, places, labelling, allow_rejects)
         made_of = _made_of(tokenizer, labelling)
         fingerprint = _fingerprint({"data": report.digest, **made_of})
-        _save(partial / "stream.arrow", partial / "dataset", fingerprint, weighted=tally.weighted)
+        _save(partial / "stream.arrow", partial / "dataset", weighted=tally.weighted)
         record = {"teleflm": package_version(), "fingerprint": fingerprint, **made_of, "report": asdict(report)}
         (partial / "dataset" / PREPARED).write_text(json.dumps(record, indent=1), encoding="utf-8")
         if out.exists():
@@ -105,7 +105,7 @@ def open_prepared(
         DataError: there are other places beside it; it is damaged; it was made with another tokenizer, chat template
             or labelling.
     """
-    from datasets import load_from_disk
+    from datasets import Dataset, load_from_disk
 
     if len(places) > 1:
         raise DataError(
@@ -115,14 +115,15 @@ def open_prepared(
     try:
         record = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
         report = _report_from(record["report"])
-        made_of = {name: record[name] for name in ("tokenizer", "chat_template", "labelling")}
+        made_of = {name: record[name] for name in ("fingerprint", "tokenizer", "chat_template", "labelling")}
         dataset = load_from_disk(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: a damaged prepared folder ({error!r}); prepare it again.") from error
     if len(dataset) != report.kept:
         raise DataError(f"{folder}: has {len(dataset)} rows, {PREPARED} says {report.kept}; prepare it again.")
     _refuse_difference(folder, made_of, _made_of(tokenizer, labelling))
-    return dataset, report
+    # What `datasets` caches of later steps is found again by this name, whoever prepared the folder.
+    return Dataset(dataset.data, dataset.info, fingerprint=made_of["fingerprint"]), report
 
 
 def _made_of(tokenizer: "PreTrainedTokenizerBase", labelling: Labelling) -> dict[str, Any]:
@@ -171,14 +172,12 @@ def _write_stream(batches: Iterator[Any], path: Path) -> None:
             writer.write_batch(batch)
 
 
-def _save(stream: Path, folder: Path, fingerprint: str, *, weighted: bool) -> None:
+def _save(stream: Path, folder: Path, *, weighted: bool) -> None:
     from datasets import Dataset
 
     dataset = Dataset.from_file(str(stream))
     if not weighted:
         dataset = dataset.remove_columns("weights")
-    # What `datasets` caches of later steps is found again by this name, whoever prepared the folder.
-    dataset._fingerprint = fingerprint
     dataset.save_to_disk(str(folder))
 
 

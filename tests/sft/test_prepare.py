@@ -1,0 +1,141 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What was tokenized once is trained on as if it had just been, and only by who would tokenize it so."""
+
+import json
+import shutil
+
+import pytest
+
+from sft.data import DataError, Labelling, prepare_dataset
+from sft.prepare import PREPARED, prepare
+from sft.train import build_trainer
+from tests.fixtures.tiny import tiny_tokenizer
+from tests.sft.test_data import ANSWER, ASK, chat, write
+from tests.sft.test_validate import sft
+
+LABELLING = Labelling(max_length=64)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def prepared(data_file, tokenizer, tmp_path):
+    prepare(data_file, tmp_path / "prepared", tokenizer, LABELLING)
+    return tmp_path / "prepared"
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_it_is_what_training_would_tokenize(weighted, num_proc, conversations, tokenizer, tmp_path):
+    rows = [*conversations, chat(ASK, ANSWER, weights={1: 0.5}), {}] if weighted else [*conversations, {}]
+    path = write(tmp_path / "data.jsonl", rows)
+    made = prepare(path, tmp_path / "out", tokenizer, LABELLING, allow_rejects=True, num_proc=num_proc)
+    opened, report = prepare_dataset(tmp_path / "out", tokenizer, max_length=64)
+    fresh, fresh_report = prepare_dataset(path, tokenizer, max_length=64, allow_rejects=True)
+    assert opened.column_names == fresh.column_names
+    assert opened[:] == fresh[:]
+    assert report == fresh_report == made.report
+    assert len(report.invalid) == 1
+    assert opened._fingerprint == made.fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "out"]
+
+
+def test_the_fingerprint_is_of_content(conversations, data_file, tokenizer, tmp_path):
+    """The same conversations in another file and layout; then one change of each thing it stands for."""
+    sharegpt = [
+        {"conversations": [{"from": m["role"], "value": m["content"]} for m in row["messages"]]}
+        for row in conversations
+    ]
+    moved = write(tmp_path / "moved.jsonl", sharegpt)
+    shorter = write(tmp_path / "shorter.jsonl", conversations[:-1])
+    template = tiny_tokenizer(tmp_path / "template")
+    template.chat_template += " "
+    pieces = tiny_tokenizer(tmp_path / "pieces")
+    pieces.add_tokens("<more>")
+    runs = [
+        (data_file, tokenizer, LABELLING),
+        (moved, tokenizer, LABELLING),
+        (shorter, tokenizer, LABELLING),
+        (data_file, template, LABELLING),
+        (data_file, pieces, LABELLING),
+        (data_file, tokenizer, Labelling(max_length=65)),
+        (data_file, tokenizer, Labelling(max_length=64, last_turn_only=True)),
+    ]
+    found = [
+        prepare(data, tmp_path / f"out{number}", tokenizer, labelling).fingerprint
+        for number, (data, tokenizer, labelling) in enumerate(runs)
+    ]
+    assert found[0] == found[1]
+    assert len(set(found)) == len(found) - 1
+
+
+def test_a_recipe_trains_from_it(make_recipe, prepared, data_file):
+    """The batches are those of the file it was made from, without reading that file."""
+    keys = {"max_length": 64, "packing": True}
+    fresh = build_trainer(make_recipe(data_files=str(data_file), **keys))[0].train_dataset[:]
+    assert build_trainer(make_recipe(data_files=str(prepared), **keys))[0].train_dataset[:] == fresh
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_length": 32}, "prepared with max_length 64, this run has 32; prepare it again"),
+        ({"last_turn_only": True}, "last_turn_only False, this run has True"),
+        ({"assistant_only_loss": False}, "assistant_only_loss True, this run has False"),
+    ],
+)
+def test_another_run_is_refused(settings, message, prepared, tokenizer):
+    with pytest.raises(DataError, match=message):
+        prepare_dataset(prepared, tokenizer, **{"max_length": 64, **settings})
+
+
+def test_another_tokenizer_or_template_is_refused(prepared, tmp_path):
+    other = tiny_tokenizer(tmp_path / "other")
+    template = other.chat_template
+    other.chat_template = template + " "
+    with pytest.raises(DataError, match=r"prepared with chat template of digest \w{32}, this run's has \w{32}"):
+        prepare_dataset(prepared, other, max_length=64)
+    other.chat_template = template
+    other.add_tokens("<more>")
+    with pytest.raises(DataError, match=r"prepared with tokenizer of digest \w{32}, this run's has \w{32}"):
+        prepare_dataset(prepared, other, max_length=64)
+
+
+def test_a_damaged_folder_is_named(prepared, data_file, tokenizer):
+    with pytest.raises(DataError, match="a prepared folder stands alone"):
+        prepare_dataset([prepared, data_file], tokenizer, max_length=64)
+    record = json.loads((prepared / PREPARED).read_text())
+    record["report"]["rows"] += 1
+    (prepared / PREPARED).write_text(json.dumps(record))
+    with pytest.raises(DataError, match=r"has 48 rows, prepared.json says 49; prepare it again"):
+        prepare_dataset(prepared, tokenizer, max_length=64)
+    (prepared / PREPARED).write_text("{}")
+    with pytest.raises(DataError, match="a damaged prepared folder"):
+        prepare_dataset(prepared, tokenizer, max_length=64)
+
+
+def test_nothing_is_left_of_what_fails_and_nothing_of_others_is_replaced(tokenizer, tmp_path):
+    bad = write(tmp_path / "bad.jsonl", [chat(ASK, ANSWER), {}])
+    with pytest.raises(DataError, match="1 invalid rows"):
+        prepare(bad, tmp_path / "out", tokenizer, LABELLING)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DataError, match="out already exists; choose another folder"):
+        prepare(bad, tmp_path / "out", tokenizer, LABELLING, allow_rejects=True, overwrite=True)
+
+
+def test_the_command(data_file, model_dir, tmp_path):
+    options = ["--model", model_dir, "--max-length", 64]
+    status, out, _ = sft("prepare", data_file, tmp_path / "out", *options)
+    assert (status, out.startswith(f"{tmp_path}/out: 48 of 48 rows")) == (0, True)
+    assert sft("prepare", data_file, tmp_path / "out", *options)[0] == 2
+    shutil.copy(data_file, tmp_path / "copy.jsonl")
+    status, out, _ = sft("prepare", tmp_path / "copy.jsonl", tmp_path / "out", *options, "--overwrite", "--json")
+    assert status == 0
+    assert json.loads(out)["fingerprint"] == json.loads((tmp_path / "out" / PREPARED).read_text())["fingerprint"]
