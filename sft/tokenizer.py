@@ -85,7 +85,9 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     vocab_file: str | None = getattr(tokenizer, "vocab_file", None)
     if backend is not None:
-        rules = backend.to_str().encode()
+        # How long the last batch was padded and cut is kept there too, and decides nothing.
+        state = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
+        rules = json.dumps(state, sort_keys=True).encode()
     elif vocab_file:
         rules = Path(vocab_file).read_bytes()
     else:

@@ -1,0 +1,85 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Loading a tokenizer, what data must know of it, and that a rust tokenizer does as well as the family's own."""
+
+import json
+import shutil
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from sft.data import Labelling, tokenize_rows
+from sft.tokenizer import TokenizerError, control_tokens, family_control_tokens, load_tokenizer, tokenizer_digest
+from tests.fixtures.tiny import tiny_tokenizer
+from tests.sft.test_data import ANSWER, ASK, chat, write
+
+FAMILY = ["</s>", "<_bot>", "<_system>", "<_user>", "<s>"]
+
+
+@pytest.fixture
+def rust_tokenizer(tmp_path):
+    """A token a byte, with the family's template and markers."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({char: index for index, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.add_tokens(["<_system>", "<_user>", "<_bot>"])
+    tokenizer.chat_template = tiny_tokenizer(tmp_path).chat_template
+    return tokenizer
+
+
+def test_a_rust_tokenizer_gives_the_same_stretches(rust_tokenizer, tmp_path):
+    rows = [chat(("system", "Kürze"), ASK, ANSWER, ("user", "And?"), ("assistant", "你好"), weights={2: 0.5})]
+    path = write(tmp_path / "data.jsonl", rows)
+    for last_turn_only, first in ((False, 0.5), (True, 0)):
+        labelling = Labelling(max_length=None, last_turn_only=last_turn_only)
+        ((_, row),) = tokenize_rows(path, rust_tokenizer, labelling)
+        learned = len(b"Because.") + 1, len("你好".encode()) + 1
+        assert [weight for weight in row.weights if weight] == [first] * learned[0] * (first > 0) + [1] * learned[1]
+        assert rust_tokenizer.decode(row.input_ids[-learned[1] :]) == "你好</s>"
+
+
+def test_control_tokens(rust_tokenizer, model_dir):
+    tokenizer, stop_ids = load_tokenizer(model_dir)
+    assert control_tokens(tokenizer) == control_tokens(rust_tokenizer) == family_control_tokens() == FAMILY
+    assert stop_ids == {tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize("kind", ["family", "rust"])
+def test_a_digest_is_of_the_rules_and_not_of_the_place(kind, rust_tokenizer, tmp_path):
+    tokenizer = tiny_tokenizer(tmp_path / "family") if kind == "family" else rust_tokenizer
+    digests = [tokenizer_digest(tokenizer)]
+    tokenizer("a long text", truncation=True, max_length=4)
+    digests.append(tokenizer_digest(tokenizer))
+    for name in ("one", "two"):
+        tokenizer.save_pretrained(tmp_path / name)
+        digests.append(tokenizer_digest(type(tokenizer).from_pretrained(tmp_path / name)))
+    assert len(set(digests)) == 1
+    tokenizer.add_tokens(["<more>"])
+    assert tokenizer_digest(tokenizer) != digests[0]
+
+
+def test_errors_name_the_model(model_dir, rust_tokenizer, tmp_path):
+    with pytest.raises(TokenizerError, match="nowhere"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(TokenizerError, match=r"no\.jinja"):
+        load_tokenizer(model_dir, tmp_path / "no.jinja")
+
+    shutil.copytree(model_dir, tmp_path / "model")
+    (tmp_path / "empty.jinja").write_text("")
+    with pytest.raises(TokenizerError, match="model has no chat template; give one as a Jinja file"):
+        load_tokenizer(tmp_path / "model", tmp_path / "empty.jinja")
+
+    config = tmp_path / "model/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": None}))
+    (tmp_path / "model/generation_config.json").unlink()
+    assert load_tokenizer(tmp_path / "model")[1] == {2}  # the tokenizer's own
+    (tmp_path / "model/tokenizer.model").unlink()
+    rust_tokenizer.eos_token = None
+    rust_tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(TokenizerError, match=r"model has no eos_token_id in generation_config.json or config.json"):
+        load_tokenizer(tmp_path / "model")
