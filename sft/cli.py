@@ -7,10 +7,12 @@
 import typer
 
 from sft.data_cli import plan, prepare, preview, validate
+from sft.select_cli import select
 from sft.train_cli import export, train
 
 app = typer.Typer(help="Fine-tune a Tele-FLM on conversations.", no_args_is_help=True)
 app.command()(validate)
+app.command()(select)
 app.command()(prepare)
 app.command()(preview)
 app.command()(plan)

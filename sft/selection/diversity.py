@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from .domains import DOMAINS
 from .stages import SelectionError, drop_where, fixed_bytes
 
 CLUSTER_ROWS = 1000
@@ -36,7 +37,7 @@ def select_diverse(table: pa.Table, count: int, quota: Mapping[str, float] | Non
         seed: of k-means.
 
     Raises:
-        SelectionError: a domain of the quota is not in the data.
+        SelectionError: the quota names an unknown domain.
     """
     domains, score = np.array(table["domain"].to_pylist(), object), table["score"].to_numpy()
     chosen = np.zeros(len(table), bool)
@@ -44,7 +45,7 @@ def select_diverse(table: pa.Table, count: int, quota: Mapping[str, float] | Non
     embedding = table["embedding"].combine_chunks()
     for domain, picks in allot(domains, count, quota).items():
         rows = np.flatnonzero(domains == domain)
-        vectors = np.stack([embedding.take(pa.array(rows)).flatten().to_numpy()]).reshape(len(rows), -1)
+        vectors = embedding.take(pa.array(rows)).flatten().to_numpy().reshape(len(rows), -1)
         quality[rows] = ranks(score[rows])
         cluster[rows] = cluster_rows(vectors, seed)
         chosen[rows[pick_per_cluster(vectors, quality[rows], cluster[rows], picks)]] = True
@@ -87,19 +88,17 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 
 def allot(domains: np.ndarray, count: int, quota: Mapping[str, float] | None) -> dict[str, int]:
-    """How many rows of each domain to take: `count` in all, or as many as the domains of the quota have.
+    """How many rows of each domain there is to take: `count` in all, or as many as the domains of the quota have.
 
     Raises:
-        SelectionError: the quota names a domain that is not in the data, though others are that it does not name.
+        SelectionError: the quota names a domain that neither the rules nor the data know.
     """
     names, sizes = np.unique(domains.astype(str), return_counts=True)
-    available = dict(zip(names.tolist(), sizes.tolist(), strict=True))
-    wanted = {name: float(size) for name, size in available.items()} if quota is None else dict(quota)
-    if unknown := [name for name in wanted if name not in available and not set(available) <= set(wanted)]:
-        raise SelectionError(f"--quota: no row has the domain {unknown[0]}; the data has {', '.join(available)}.")
-    sizes_wanted = np.array([available.get(name, 0) for name in wanted])
-    shares = share_out(count, np.array(list(wanted.values()), float), sizes_wanted)
-    return dict(zip(wanted, shares.tolist(), strict=True))
+    if unknown := set(quota or ()) - {*names.tolist(), *DOMAINS}:
+        found = ", ".join(names.tolist())
+        raise SelectionError(f"--quota: no row has the domain {min(unknown)}; the data has {found}.")
+    weights = sizes if quota is None else np.array([quota.get(name, 0.0) for name in names.tolist()])
+    return dict(zip(names.tolist(), share_out(count, weights.astype(float), sizes).tolist(), strict=True))
 
 
 def share_out(count: int, weights: np.ndarray, limits: np.ndarray) -> np.ndarray:
@@ -172,7 +171,7 @@ def k_center(vectors: np.ndarray, quality: np.ndarray, picks: int) -> np.ndarray
     if picks >= len(vectors):
         return np.arange(len(vectors))
     weight = (1 + quality) / 2
-    distance = np.ones(len(vectors), np.float32)
+    distance = np.full(len(vectors), 2, np.float32)  # the largest there is
     chosen = np.empty(picks, np.int64)
     for number in range(picks):
         best = int((distance * weight).argmax())

@@ -8,8 +8,9 @@ By default nothing is downloaded. The vector of a conversation is the mean of it
 frequency weights a / (a + p(word)), a = 1e-3, less its component along the common direction (SIF; Arora, Liang and Ma
 2017), and of length 1. The words' vectors come from one of two places:
 
-- the data itself: words are hashed to 2^16 ids, a sample of conversations is a matrix of 1 + log(count) times the SIF
-  weights, and the vectors of words are its first [`DIMENSIONS`] right singular vectors (latent semantic analysis);
+- the data itself: words are hashed to 2^16 ids. A sample of [`SAMPLE`] conversations makes a matrix of 1 + log(count)
+  times the SIF weights, and the words' vectors are its first [`DIMENSIONS`] right singular vectors (latent semantic
+  analysis). A word of fewer than two conversations has no vector;
 - a model, `--embedder FOLDER`: words are the ids that its tokenizer makes of the first [`MODEL_CHARACTERS`] characters,
   their vectors the rows of its input embeddings, of which no other weight is read. Rows wider than [`MODEL_WIDTH`] are
   projected by a seeded Gaussian matrix, which keeps angles.
@@ -19,7 +20,6 @@ A folder or Hub name of sentence-transformers, `--embedder sentence-transformers
 The share p of each word, the vectors and the common direction come from the sample and are the same for every part.
 """
 
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +39,7 @@ MODEL_WIDTH = 256
 SIF_A = 1e-3
 SENTENCE_TRANSFORMERS = "sentence-transformers:"
 _BUCKETS = 1 << 16
+_MIN_TEXTS = 2  # of the sample; a word of one text says nothing about others
 _POWER_ITERATIONS = 2
 _TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight", "embed_in.weight")
 
@@ -66,7 +67,7 @@ class SifModel:
 
     def embed(self, texts: Iterable[str]) -> np.ndarray:
         """Vectors of length 1, float32 `[texts, d]`; 0 for a text without a known word."""
-        mean = _means(self.ids, texts, self.vectors)
+        mean = _means(_count(self.ids, texts, len(self.vectors)), self.vectors)
         mean -= np.outer(mean @ self.common, self.common)
         return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
 
@@ -77,12 +78,16 @@ def fit_corpus(texts: Sequence[str], seed: int) -> SifModel:
 
     counts = _count(hashed_ids, texts, _BUCKETS)
     weights = sif_weights(np.asarray(counts.sum(axis=0)).ravel())
-    matrix = counts.astype(np.float32)
-    matrix.data = 1 + np.log(matrix.data)
-    matrix = matrix.multiply(weights).tocsr()
-    size = max(1, min(DIMENSIONS, *(side - 1 for side in matrix.shape)))
-    _, _, right = randomized_svd(matrix, size, n_iter=_POWER_ITERATIONS, random_state=seed)
-    return _with_common(hashed_ids, (right.T * weights[:, None]).astype(np.float32), texts)
+    seen = np.flatnonzero(np.bincount(counts.indices, minlength=_BUCKETS) >= _MIN_TEXTS)
+    vectors = np.zeros((_BUCKETS, DIMENSIONS), np.float32)
+    if len(seen):
+        matrix = counts[:, seen]
+        matrix.data = 1 + np.log(matrix.data)
+        matrix = (matrix * weights[seen]).tocsr()
+        size = min(DIMENSIONS, *matrix.shape)
+        _, _, right = randomized_svd(matrix, size, n_iter=_POWER_ITERATIONS, random_state=seed)
+        vectors[seen, :size] = right.T * weights[seen, None]
+    return SifModel(hashed_ids, vectors, _common_direction(_means(counts, vectors)))
 
 
 def fit_model(texts: Sequence[str], folder: str, seed: int) -> SifModel:
@@ -93,11 +98,11 @@ def fit_model(texts: Sequence[str], folder: str, seed: int) -> SifModel:
     """
     ids = ModelIds(folder)
     table = read_input_embeddings(folder, seed)
-    found, _ = ids(texts)
-    if len(found) and found.max() >= len(table):
-        raise SelectionError(f"--embedder {folder}: its tokenizer has id {found.max()}, its weights {len(table)} rows.")
-    weights = sif_weights(np.bincount(found, minlength=len(table)))
-    return _with_common(ids, table * weights[:, None], texts)
+    if ids.size > len(table):
+        raise SelectionError(f"--embedder {folder}: its tokenizer has {ids.size} ids, its weights {len(table)} rows.")
+    counts = _count(ids, texts, len(table))
+    vectors = table * sif_weights(np.asarray(counts.sum(axis=0)).ravel())[:, None]
+    return SifModel(ids, vectors, _common_direction(_means(counts, vectors)))
 
 
 def sif_weights(counts: np.ndarray) -> np.ndarray:
@@ -105,12 +110,11 @@ def sif_weights(counts: np.ndarray) -> np.ndarray:
     return (SIF_A / (SIF_A + counts / max(counts.sum(), 1))).astype(np.float32)
 
 
-def _with_common(ids: WordIds, vectors: np.ndarray, texts: Sequence[str]) -> SifModel:
-    """The common direction is the first right singular vector of the sample."""
-    means = _means(ids, texts, vectors)
+def _common_direction(means: np.ndarray) -> np.ndarray:
+    """The first right singular vector, float32."""
     _, directions = np.linalg.eigh(means.T.astype(np.float64) @ means)
     common = directions[:, -1] * np.sign(directions[np.abs(directions[:, -1]).argmax(), -1])
-    return SifModel(ids, np.ascontiguousarray(vectors, np.float32), common.astype(np.float32))
+    return common.astype(np.float32)
 
 
 def _count(ids: WordIds, texts: Iterable[str], columns: int) -> Any:
@@ -123,8 +127,7 @@ def _count(ids: WordIds, texts: Iterable[str], columns: int) -> Any:
     return counts
 
 
-def _means(ids: WordIds, texts: Iterable[str], vectors: np.ndarray) -> np.ndarray:
-    counts = _count(ids, texts, len(vectors))
+def _means(counts: Any, vectors: np.ndarray) -> np.ndarray:
     return counts @ vectors / np.maximum(counts.sum(axis=1), 1)[:, None]
 
 
@@ -149,9 +152,14 @@ class ModelIds:
         self._tokenizer: Any = None
         self._load()
 
+    @property
+    def size(self) -> int:
+        """How many ids there are."""
+        return len(self._load())
+
     def __call__(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
         """See [`WordIds`]."""
-        cut = [unicodedata.normalize("NFKC", text[:MODEL_CHARACTERS]) for text in texts]
+        cut = [text[:MODEL_CHARACTERS] for text in texts]
         rows = self._load()(cut, add_special_tokens=False)["input_ids"] if cut else []
         flat = [np.asarray(row, np.int64) for row in rows]
         return np.concatenate([np.empty(0, np.int64), *flat]), np.cumsum([0, *map(len, rows)])

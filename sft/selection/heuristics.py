@@ -10,13 +10,14 @@ import ast
 import re
 import textwrap
 import warnings
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from .rows import answers, conversations, whole_text
-from .words import hash_words, ngrams
+from .words import hash_words, ngrams, split_words
 
 MIN_WORDS = 3
 MAX_WORDS = 16_384
@@ -58,39 +59,45 @@ _RESULT = re.compile(
 def drop_broken(table: pa.Table) -> pa.Table:
     """Rows that a rule speaks against are dropped; `domain` tells which are mathematics."""
     chats = list(conversations(table))
-    answered = hash_words("\n".join(answers(messages)) for messages in chats)
-    repeated = _repeated_share([*ngrams(answered, _RUN)][-1], answered.owners, len(chats))
+    replies = ["\n".join(answers(messages)) for messages in chats]
+    repeated = np.zeros(len(chats))
+    suspects = [number for number, text in enumerate(replies) if _shrinks(text)]
+    repeated[suspects] = repeated_shares([replies[number] for number in suspects])
     reasons = [
-        find_fault(messages, domain, int(words), share)
-        for messages, domain, words, share in zip(
-            chats, table["domain"].to_pylist(), answered.counts, repeated, strict=True
-        )
+        find_fault(messages, domain, share)
+        for messages, domain, share in zip(chats, table["domain"].to_pylist(), repeated.tolist(), strict=True)
     ]
     return pa.table({"drop": pa.array(reasons, pa.string())})
 
 
-def _repeated_share(runs: tuple[int, np.ndarray, np.ndarray], owners: np.ndarray, rows: int) -> np.ndarray:
-    """The share of each row's runs of words that stood before in the row; 0 for rows with few of them."""
-    _, hashes, starts = runs
-    owner = owners[starts]
-    total = np.bincount(owner, minlength=rows)
+def _shrinks(text: str) -> bool:
+    """Whether zlib makes a third of it: cheaper than counting, and what repeats itself by half does."""
+    data = text.encode()
+    return len(zlib.compress(data, 1)) < len(data) / 3
+
+
+def repeated_shares(texts: Sequence[str]) -> np.ndarray:
+    """The share of each text's runs of words that stood before in it; 0 for a text with few of them."""
+    words = hash_words(texts)
+    *_, (_, hashes, starts) = ngrams(words, _RUN)
+    owner = words.owners[starts]
+    total = np.bincount(owner, minlength=len(texts))
     order = np.lexsort((hashes, owner))
     again = (hashes[order[1:]] == hashes[order[:-1]]) & (owner[order[1:]] == owner[order[:-1]])
-    repeats = np.bincount(owner[order[1:]][again], minlength=rows)
+    repeats = np.bincount(owner[order[1:]][again], minlength=len(texts))
     return np.where(total >= _MIN_RUNS, repeats / np.maximum(total, 1), 0.0)
 
 
-def find_fault(messages: Sequence[dict[str, str]], domain: str, words: int, repeated: float) -> str | None:
+def find_fault(messages: Sequence[dict[str, str]], domain: str, repeated: float = 0.0) -> str | None:
     """The first reason that speaks against a conversation.
 
     Args:
         messages: with `role` and `content`.
         domain: of [`sft.selection.domains`].
-        words: that the assistant says.
         repeated: the share of repeats among its runs of words.
     """
     replies, text = answers(messages), whole_text(messages)
-    if words < MIN_WORDS:
+    if len(split_words(" ".join(replies)[:200])) < MIN_WORDS:
         return "answer_too_short"
     if len(text) > MAX_WORDS and len(text.split()) + 2 * sum("\u3400" <= c <= "\u9fff" for c in text) // 3 > MAX_WORDS:
         return "too_long"

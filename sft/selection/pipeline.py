@@ -181,8 +181,9 @@ def make_stages(
         SelectionError: an evaluation set or a model cannot be used.
         DataError: a file cannot be read.
     """
+    read = partial(rows.read_tables, piece_rows=rows.PIECE_ROWS)
     stages = [
-        Stage("rows", {"files": [_identify(file) for file in files]}, files=tuple(files), tables=rows.read_tables),
+        Stage("rows", {"files": [_identify(file) for file in files]}, files=tuple(files), tables=read),
         Stage("exact-duplicates", {}, ("id",), dedup.drop_exact_duplicates, whole=True),
     ]
     if settings.method == "teleflm":

@@ -29,8 +29,8 @@ _SCHEMA = pa.schema(
 )
 
 
-def read_tables(file: str) -> Iterator[pa.Table]:
-    """The rows of a file, in pieces of at most [`PIECE_ROWS`] rows and about [`PIECE_BYTES`].
+def read_tables(file: str, piece_rows: int = PIECE_ROWS) -> Iterator[pa.Table]:
+    """The rows of a file, in pieces of at most `piece_rows` rows and about [`PIECE_BYTES`].
 
     Yields:
         tables with `source` (`file:row`), `row` (the row as JSON; null if it is invalid), `id` (16 bytes, equal for
@@ -49,7 +49,7 @@ def read_tables(file: str) -> Iterator[pa.Table]:
         else:
             detail = outcome.detail.encode("utf-8", "replace").decode()
             piece.append({"source": row.source, "id": bytes(16), "drop": outcome.reason, "detail": detail})
-        if len(piece) == PIECE_ROWS or size > PIECE_BYTES:
+        if len(piece) == piece_rows or size > PIECE_BYTES:
             yield pa.Table.from_pylist(piece, _SCHEMA)
             piece, size = [], 0
     if piece:

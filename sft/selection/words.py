@@ -4,9 +4,9 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Text as sequences of hashed words, so that comparisons see words and not how they are written.
 
-A word is a run of letters, one decimal digit, or one character of a script without spaces between words. Before that
-the text is NFKC-normalised and case-folded, and digits of all scripts, as well as small numbers that are spelled out,
-become ASCII digits. Punctuation and spaces do not count.
+A word is a run of letters and digits, or one character of a script without spaces between words. Before that the text
+is NFKC-normalised and case-folded, and digits of all scripts, as well as those that are spelled out in English, become
+ASCII digits. Punctuation and spaces do not count.
 """
 
 import re
@@ -18,15 +18,17 @@ import numpy as np
 import xxhash
 
 # Han, kana, hangul, and the scripts of South-East Asia that put no spaces between words.
-_UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
-    "\u2e80-\u2fdf\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+    "\u2e80-\u2fdf\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]"
 )
-_WORD = re.compile(rf"[{_UNSPACED}]|\d|[^\W\d_{_UNSPACED}]+")
-_ASCII_WORD = re.compile(r"[a-z]+|[0-9]")
-_SPELLED_OUT = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_HAN_DIGITS = "零一二三四五六七八九"
-_DIGITS = {word: str(value) for words in (_SPELLED_OUT, _HAN_DIGITS) for value, word in enumerate(words)} | {"〇": "0"}
+_HAN_DIGITS = "〇零一二三四五六七八九"
+_SPELLED_OUT = (b"zero", b"one", b"two", b"three", b"four", b"five", b"six", b"seven", b"eight", b"nine")
+_DIGITS = {word: b"%d" % value for value, word in enumerate(_SPELLED_OUT)}
+
+_NON_ASCII = re.compile(r"[^\x00-\x7f]+")
+_ASCII_WORDS = bytes(ord(chr(code).lower()) if chr(code).isalnum() else ord(" ") for code in range(128))
+_WORD_BYTES = _ASCII_WORDS + bytes(range(128, 256))
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying loses no bit; 2**64 / golden ratio
 _END = np.uint64(0xD1B54A32D192ED03)
@@ -60,12 +62,28 @@ class Words:
             yield values[start:end]
 
 
-def split_words(text: str) -> list[str]:
-    """The words of a text."""
-    if text.isascii():
-        return _ASCII_WORD.findall(text.lower())
-    words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-    return [str(unicodedata.decimal(word)) if word.isdecimal() else word for word in words]
+def split_words(text: str) -> list[bytes]:
+    """The words of a text, in UTF-8."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text).casefold()
+        text = _NON_ASCII.sub(lambda run: "".join(map(_spellings.__getitem__, run[0])), text)
+    return text.encode("utf-8", "surrogatepass").translate(_WORD_BYTES).split()
+
+
+class _Spellings(dict[str, str]):
+    """Character -> what stands for it where words are split at spaces."""
+
+    def __missing__(self, character: str) -> str:
+        if character.isdecimal() or character in _HAN_DIGITS:
+            self[character] = str(int(unicodedata.numeric(character)))
+        elif _UNSPACED.match(character):
+            self[character] = f" {character} "
+        else:
+            self[character] = character if character.isalnum() else " "
+        return self[character]
+
+
+_spellings = _Spellings()
 
 
 def hash_words(texts: Iterable[str]) -> Words:
@@ -100,11 +118,11 @@ def word_pairs(words: Words) -> np.ndarray:
     return pairs ^ (pairs >> np.uint64(32))
 
 
-class _Hashes(dict[str, int]):
+class _Hashes(dict[bytes, int]):
     """Word -> hash. Most words of a text have been met before."""
 
-    def __missing__(self, word: str) -> int:
-        value = xxhash.xxh3_64_intdigest(_DIGITS.get(word, word).encode("utf-8", "surrogatepass"))
+    def __missing__(self, word: bytes) -> int:
+        value = xxhash.xxh3_64_intdigest(_DIGITS.get(word, word))
         self[word] = value
         return value
 

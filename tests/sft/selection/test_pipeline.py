@@ -1,0 +1,435 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The whole selection: what it writes, that it goes on and comes out the same, and what it refuses."""
+
+import json
+import shutil
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoConfig
+from typer.testing import CliRunner
+
+from sft.cli import app
+from sft.formats import DataError
+from sft.selection import SelectionError, SelectionSettings, select_conversations
+from sft.selection.report import EXAMPLES
+from sft.selection.stages import Workspace
+
+from .conftest import chat
+
+QUOTA = {"math": 0.25, "code": 0.25, "multi_turn": 0.25, "general": 0.25}
+SETTINGS = SelectionSettings(count=120, quota=QUOTA)
+
+
+def selected(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "selected.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_pieces():
+    """Several parts even of a small corpus."""
+    from sft.selection import rows
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(rows, "PIECE_ROWS", 300)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def out(corpus_file, tmp_path_factory) -> Path:
+    """A finished selection."""
+    folder = tmp_path_factory.mktemp("selection") / "out"
+    select_conversations(corpus_file, folder, SETTINGS)
+    return folder
+
+
+# --- what it writes ---------------------------------------------------------------------------------------------------
+
+
+def test_rows_come_out_as_they_came(out, corpus):
+    chosen = selected(out)
+    assert len(chosen) == 120
+    keys = {json.dumps(row) for row in corpus}
+    places = [corpus.index({name: row[name] for name in corpus[0]}) for row in chosen]
+    assert places == sorted(places), "in the order of the input"
+    for row in chosen:
+        assert json.dumps({name: row[name] for name in corpus[0]}) in keys
+        assert len(row["id"]) == 32
+        assert 0 <= row["score"] <= 1
+    assert len({row["id"] for row in chosen}) == len(chosen)
+    domains = Counter(row["domain"] for row in chosen)
+    summary = json.loads((out / "selection.json").read_text())
+    assert summary["domains"] == dict(domains)
+    assert max(domains.values()) - min(domains.values()) <= 1 or min(domains.values()) < 30
+
+
+def test_no_copy_is_selected_with_its_original(out):
+    groups = Counter(row["group"] for row in selected(out))
+    assert max(groups.values()) == 1
+
+
+def test_every_row_is_accounted_for(out, corpus):
+    stages = json.loads((out / "selection.json").read_text())["stages"]
+    assert stages[0]["rows_in"] == len(corpus)
+    for stage, following in pairwise(stages):
+        assert stage["rows_in"] - sum(stage["dropped"].values()) == stage["rows_out"] == following["rows_in"]
+    assert stages[-1]["rows_out"] == 120
+    for stage, folder in zip(stages, sorted((out / "stages").iterdir()), strict=True):
+        marker = json.loads((folder / "_stage.json").read_text())
+        assert {"digest", "seed", "settings", "versions"} <= marker.keys()
+        assert pq.read_table(folder, columns=["drop"])["drop"].null_count == stage["rows_out"]
+        assert stage["parts"] == len(list(folder.glob("*.parquet"))) > 1
+
+
+def test_the_summary_names_no_place(corpus_file, out):
+    assert str(corpus_file.parent) not in (out / "selection.json").read_text()
+
+
+def test_an_own_id_stays(lines, tmp_path):
+    data = lines({"id": "mine", "messages": chat("Who was that?", "Nobody in particular.")})
+    select_conversations(data, tmp_path / "out", SelectionSettings(count=1))
+    assert selected(tmp_path / "out")[0]["id"] == "mine"
+
+
+def test_layouts_and_invalid_rows(lines, tmp_path):
+    data = lines(
+        {"conversations": [{"from": "human", "value": "Who was it?"}, {"from": "gpt", "value": "It was the wind."}]},
+        {"instruction": "Name a colour", "output": "Green is a colour."},
+        {"prompt": "Name an animal", "completion": "Otters are animals."},
+        {"messages": []},
+        ["no object"],
+        {"messages": chat("Name a colour", "Green is a colour.")},
+    )
+    selection = select_conversations(data, tmp_path / "out", SelectionSettings(count=3))
+    assert selection.stages[0].dropped == {"no_messages": 1, "not_an_object": 1}
+    assert selection.stages[1].dropped == {"exact_duplicate": 1}
+    assert [next(iter(row)) for row in selected(tmp_path / "out")] == ["conversations", "instruction", "prompt"]
+
+
+# --- the same again ---------------------------------------------------------------------------------------------------
+
+
+def test_any_number_of_workers_selects_the_same(out, corpus, corpus_file, tmp_path):
+    """With two workers parts of two files are made out of order; one file whole or in two is another input, though."""
+    select_conversations(corpus_file, tmp_path / "out", SETTINGS, workers=2)
+    assert (tmp_path / "out/selected.jsonl").read_bytes() == (out / "selected.jsonl").read_bytes()
+    for folder in sorted((out / "stages").iterdir()):
+        for part in folder.glob("*.parquet"):
+            assert pq.read_table(part).equals(pq.read_table(tmp_path / "out/stages" / folder.name / part.name))
+
+
+def test_a_finished_selection_is_not_done_again(out, corpus_file):
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    selection = select_conversations(corpus_file, out, SETTINGS)
+    assert (selection.already_done, selection.count) == (True, 120)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+@pytest.mark.parametrize("stage", range(1, 10))
+def test_an_interrupted_selection_goes_on(stage, out, corpus_file, tmp_path):
+    """Killed in the middle of a stage: its first part is there, its marker and all that comes later is not."""
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out/selection.json").unlink()
+    (tmp_path / "out/selected.jsonl").unlink()
+    folders = sorted((tmp_path / "out/stages").iterdir())
+    kept = sorted(folders[stage - 1].glob("*.parquet"))
+    for path in [folders[stage - 1] / "_stage.json", *kept[1:]]:
+        path.unlink()
+    for folder in folders[stage:]:
+        shutil.rmtree(folder)
+    (folders[stage - 1] / "00000-00001.77.partial").write_bytes(b"half a part")
+    ran = []
+    select_conversations(corpus_file, tmp_path / "out", SETTINGS, notify=ran.append)
+    assert (tmp_path / "out/selected.jsonl").read_bytes() == (out / "selected.jsonl").read_bytes()
+
+
+def test_only_missing_parts_are_made(out, corpus_file, tmp_path):
+    shutil.copytree(out, tmp_path / "out")
+    folder = tmp_path / "out/stages/03-sketches"
+    (folder / "_stage.json").unlink()
+    kept, *lost = sorted(folder.glob("*.parquet"))
+    for part in lost:
+        part.unlink()
+    before = kept.stat().st_mtime_ns
+    select_conversations(corpus_file, tmp_path / "out", SETTINGS)
+    assert kept.stat().st_mtime_ns == before
+
+
+def test_nothing_looks_finished_before_it_is(corpus_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(Workspace, "read", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        select_conversations(corpus_file, tmp_path / "out", SETTINGS)
+    assert not (tmp_path / "out/selection.json").exists()
+
+
+# --- another configuration --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"count": 100}, r"09-selection: of another configuration: count was 120, is 100; --overwrite"),
+        ({"seed": 1}, r"01-rows: of another configuration: seed was 0, is 1; --overwrite"),
+        ({"method": "random"}, r"03-sketches: of another configuration, which has here domains; --overwrite"),
+        ({"domain_column": "kind"}, r"05-domains: of another configuration: column was None, is kind; --overwrite"),
+    ],
+)
+def test_another_configuration_is_refused(changes, message, out, corpus_file):
+    before = (out / "selected.jsonl").read_bytes()
+    with pytest.raises(SelectionError, match=message):
+        select_conversations(corpus_file, out, SelectionSettings(**{**vars(SETTINGS), **changes}))
+    assert (out / "selected.jsonl").read_bytes() == before
+
+
+def test_other_data_is_refused(out, lines):
+    with pytest.raises(
+        SelectionError, match=r"01-rows: of another configuration: files was .*corpus.jsonl.*data.jsonl"
+    ):
+        select_conversations(lines({"messages": chat("a", "b")}), out, SETTINGS)
+
+
+def test_overwrite_keeps_what_both_have_in_common(out, corpus_file, tmp_path):
+    shutil.copytree(out, tmp_path / "out")
+    sketches = tmp_path / "out/stages/03-sketches/00000-00000.parquet"
+    before = sketches.stat().st_mtime_ns
+    fewer = SelectionSettings(count=50, quota=QUOTA)
+    select_conversations(corpus_file, tmp_path / "out", fewer, overwrite=True)
+    assert sketches.stat().st_mtime_ns == before
+    select_conversations(corpus_file, tmp_path / "fresh", fewer)
+    assert selected(tmp_path / "out") == selected(tmp_path / "fresh")
+
+
+def _foreign_part(stages: Path) -> None:
+    shutil.copy(stages / "05-domains/00000-00000.parquet", stages / "03-sketches/00000-00000.parquet")
+
+
+def _additional_part(stages: Path) -> None:
+    shutil.copy(stages / "03-sketches/00000-00000.parquet", stages / "03-sketches/00009-00000.parquet")
+
+
+def _lost_part(stages: Path) -> None:
+    (stages / "03-sketches/00000-00000.parquet").unlink()
+
+
+def _damaged_part(stages: Path) -> None:
+    (stages / "03-sketches/00000-00000.parquet").write_bytes(b"PAR1 no more")
+
+
+def _damaged_marker(stages: Path) -> None:
+    (stages / "03-sketches/_stage.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_foreign_part, r"03-sketches/00000-00000.parquet: of another configuration \(digest \w+, not \w+\)"),
+        (_additional_part, r"03-sketches: has 5 parts, not 4"),
+        (_lost_part, r"03-sketches: has 3 parts, not 4"),
+        (_damaged_part, r"03-sketches/00000-00000.parquet: not a Parquet file"),
+        (_damaged_marker, r"03-sketches/_stage.json: damaged"),
+    ],
+)
+def test_stage_files_are_checked(damage, message, out, corpus_file, tmp_path):
+    shutil.copytree(out, tmp_path / "out")
+    damage(tmp_path / "out/stages")
+    with pytest.raises(SelectionError, match=message):
+        select_conversations(corpus_file, tmp_path / "out", SETTINGS)
+    select_conversations(corpus_file, tmp_path / "out", SETTINGS, overwrite=True)
+    assert (tmp_path / "out/selected.jsonl").read_bytes() == (out / "selected.jsonl").read_bytes()
+
+
+# --- baselines --------------------------------------------------------------------------------------------------------
+
+
+def test_longest_are_the_longest(corpus, corpus_file, tmp_path):
+    select_conversations(corpus_file, tmp_path / "out", SelectionSettings(count=50, method="longest"))
+
+    def length(row):
+        return sum(len(message["content"]) for message in row["messages"] if message["role"] == "assistant")
+
+    distinct = {json.dumps(row["messages"]): length(row) for row in corpus}
+    assert sorted(map(length, selected(tmp_path / "out"))) == sorted(distinct.values())[-50:]
+
+
+def test_random_takes_valid_decontaminated_rows(corpus, corpus_file, lines, tmp_path):
+    barred = [row for row in corpus if len(row["messages"][0]["content"].split()) > 20][:300]
+    evaluation = lines(*({"text": row["messages"][0]["content"]} for row in barred))
+    settings = SelectionSettings(count=200, method="random", decontaminate=(str(evaluation),))
+    select_conversations(corpus_file, tmp_path / "out", settings)
+    assert not {row["group"] for row in selected(tmp_path / "out")} & {
+        row["group"] for row in barred if row["planted"] == "unique"
+    }
+
+
+def test_ifd_top_takes_the_highest(lines, model_dir, tmp_path):
+    data = lines(*({"messages": chat(f"What is number {n}?", f"It is {n * n} or so, {n}.")} for n in range(30)))
+    settings = SelectionSettings(count=5, method="ifd-top", scorer=str(model_dir))
+    select_conversations(data, tmp_path / "out", settings)
+    scores = pq.read_table(tmp_path / "out/stages/04-scores")
+    kept = scores.filter(scores["drop"].is_null())["score"].to_numpy()
+    assert len(selected(tmp_path / "out")) == 5
+    assert 5 < len(kept) <= 30
+    chosen = pq.read_table(tmp_path / "out/stages/05-selection")["drop"].is_null().to_numpy()
+    assert min(kept[chosen]) >= max(kept[~chosen])
+
+
+def test_quota_by_a_column(corpus, lines, tmp_path):
+    kinds = ["prose", "poetry", "drama"]
+    rows = [{**row, "kind": kinds[n % 3]} for n, row in enumerate(r for r in corpus if r["planted"] == "unique")][:150]
+    settings = SelectionSettings(count=40, quota={"poetry": 0.75, "prose": 0.25}, domain_column="kind")
+    selection = select_conversations(lines(*rows), tmp_path / "out", settings)
+    assert selection.domains == {"poetry": 30, "prose": 10}
+
+
+def test_a_models_embeddings(corpus, lines, model_dir, tmp_path):
+    data = lines(*corpus[:120])
+    settings = SelectionSettings(count=30, embedder=str(model_dir), quota=QUOTA)
+    assert select_conversations(data, tmp_path / "out", settings).count == 30
+    width = AutoConfig.from_pretrained(model_dir).hidden_size
+    assert (
+        pq.read_schema(tmp_path / "out/stages/08-embeddings/00000-00000.parquet").field("embedding").type.list_size
+        == width
+    )
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def test_report(lines, corpus, tmp_path):
+    hostile = chat("<script>alert(1)</script> Who is there, and why?", "<img src=x onerror=alert(2)> Nobody & no one.")
+    data = lines({"messages": hostile}, *corpus[:300])
+    settings = SelectionSettings(count=160, quota=QUOTA)
+    selection = select_conversations(data, tmp_path / "out", settings, report=tmp_path / "report")
+    page = (tmp_path / "report/index.html").read_text()
+    assert "<script" not in page
+    assert "<img src=x" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert page.count("<details") == sum(min(EXAMPLES, count) for count in selection.domains.values())
+    assert "http" not in page.replace("https://", "", 0).split("<style>")[0], "nothing is loaded"
+    assert page.count("data:image/png;base64,") == 4
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {
+        "index.html",
+        "selection.json",
+        *(f"{name}.png" for name in ("funnel", "domains", "lengths", "map")),
+    }
+    for stage in selection.stages:
+        for reason, count in stage.dropped.items():
+            assert f"<code>{reason}</code>" in page
+            assert f"{count:,}" in page
+    shares = json.loads((tmp_path / "report/selection.json").read_text())["shares"]
+    assert sum(before for before, _ in shares.values()) == pytest.approx(1)
+    assert sum(after for _, after in shares.values()) == pytest.approx(1)
+    assert str(tmp_path) not in page
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    select_conversations(data, tmp_path / "out", settings, report=tmp_path / "again")
+    assert (tmp_path / "again/index.html").read_text() == page
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+# --- what it refuses --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"count": 0}, "-n is 0"),
+        ({"method": "best"}, "--method is 'best'; expected one of teleflm, random, longest, ifd-top"),
+        ({"method": "ifd-top"}, "give --scorer"),
+        ({"quota": {"maths": 1.0}}, "unknown domain 'maths'; known are code, math, multi_turn, general"),
+        ({"quota": {"math": 0.5, "code": 0.4}}, r"the shares sum to 0\.9, not to 1"),
+        ({"quota": {"math": 1.5, "code": -0.5}}, r"math is 1\.5; a share is from 0 to 1"),
+        ({"quota": {"math": float("nan"), "code": 1}}, "math is nan"),
+        ({"quota": {}}, "the shares sum to 0, not to 1"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(SelectionError, match=message):
+        SelectionSettings(**settings)
+
+
+ANSWER = {"messages": chat("Who was that at the door?", "Nobody in particular, I think.")}
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        ([], {}, r"no row is left after rows\. Of 0 rows were dropped: none"),
+        ([{"messages": []}, {"text": ""}], {}, "no row is left after rows. Of 2 .* 1 no_messages, 1 missing_columns"),
+        ([ANSWER, ANSWER], {"count": 2}, "only 1 rows are left, fewer than -n 2; --allow-fewer .* 1 exact_duplicate"),
+        ([{"messages": chat("Why?", "No.")}], {}, "no row is left after heuristics. .* 1 answer_too_short"),
+        (
+            [ANSWER],
+            {"quota": {"poetry": 1.0}, "domain_column": "kind"},
+            "no row has the domain poetry; the data has gen",
+        ),
+        ([ANSWER], {"quota": {"code": 1.0}}, r"only 0 rows are left in the domains of --quota \(1 in all\), fewer"),
+        ([ANSWER], {"scorer": "/nowhere"}, "--scorer /nowhere"),
+        ([ANSWER], {"embedder": "/nowhere"}, "--embedder /nowhere"),
+        ([ANSWER], {"embedder": "sentence-transformers:/nowhere"}, "--embedder sentence-transformers:/nowhere: "),
+    ],
+)
+def test_unusable_input_is_refused(rows, settings, message, lines, tmp_path):
+    with pytest.raises(SelectionError, match=message) as error:
+        select_conversations(lines(*rows), tmp_path / "out", SelectionSettings(**{"count": 1, **settings}))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out/selected.jsonl").exists()
+    assert not (tmp_path / "out/selection.json").exists()
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere.jsonl: No such file"):
+        select_conversations(tmp_path / "nowhere.jsonl", tmp_path / "out")
+    with pytest.raises(DataError, match=r"nowhere.jsonl: No such file"):
+        select_conversations(tmp_path / "nowhere.jsonl", tmp_path / "two", workers=2)
+
+
+def test_fewer_by_a_flag(lines, tmp_path):
+    settings = SelectionSettings(count=5, allow_fewer=True)
+    assert select_conversations(lines(ANSWER, ANSWER), tmp_path / "out", settings).count == 1
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["select", *map(str, arguments)])
+    return result.exit_code, result.output
+
+
+def test_command(corpus_file, tmp_path):
+    quota = "math=.25, code=.25,multi_turn=.25,general=.25"
+    status, output = run(corpus_file, tmp_path / "out", "-n", 60, "--quota", quota, "--workers", 1)
+    assert status == 0, output
+    assert "selected.jsonl: 60 rows" in output
+    status, output = run(corpus_file, tmp_path / "out", "-n", 60, "--quota", quota, "--workers", 1, "--json")
+    summary, _ = json.JSONDecoder().raw_decode(output[output.index("{") :])
+    assert (status, summary["count"], summary["already_done"]) == (0, 60, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{out}"], "DATA is missing"),
+        (["{data}", "{out}", "--quota", "math"], "'math' is not DOMAIN=SHARE"),
+        (["{data}", "{out}", "--quota", "math=1,math=0"], "math is given twice"),
+        (["{data}", "{out}", "--quota", "math=0.5"], "the shares sum to 0.5, not to 1"),
+        (["{data}", "{out}", "-n", "20"], "only 1 rows are left, fewer than -n 20"),
+        (["{data}", "{out}", "--decontaminate", "{out}.jsonl"], "No such file"),
+        (["{data}.txt", "{out}"], "not a file of conversations"),
+        (["{data}", "{out}", "--report", "{data}"], "is a file; give --report a folder"),
+    ],
+)
+def test_command_refuses_in_one_line(arguments, message, lines, tmp_path):
+    places = {"data": lines(ANSWER), "out": tmp_path / "out"}
+    status, output = run(*(argument.format(**places) for argument in arguments), "--workers", 1)
+    assert status == 2
+    assert message in output.splitlines()[-1]
+    assert "Traceback" not in output
+    assert not (tmp_path / "out/selected.jsonl").exists()
