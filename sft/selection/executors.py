@@ -9,12 +9,16 @@ Each of them gives the results in the order of the items, and at most a few item
 
 import multiprocessing
 import os
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
+
+from sft import SFTError
 
 from .stages import Executor, SelectionError
 
@@ -67,10 +71,23 @@ class RayExecutor:
         """See [`Executor`]."""
         items = iter(items)
         while wave := list(islice(items, _RAY_WAVE)):
-            numbered = [{"number": number, "item": item} for number, item in enumerate(wave)]
+            numbered = [{"number": number, "item": pickle.dumps(item)} for number, item in enumerate(wave)]
             dataset = self._data.from_items(numbered, override_num_blocks=len(numbered))
-            done = dataset.map(lambda row: {"number": row["number"], "result": function(row["item"])}).take_all()
-            yield from (row["result"] for row in sorted(done, key=lambda row: row["number"]))
+            done = dataset.map(partial(_run_row, function=function)).take_all()
+            for row in sorted(done, key=lambda row: row["number"]):
+                result = pickle.loads(row["result"])
+                if isinstance(result, SFTError):
+                    raise result
+                yield result
+
+
+def _run_row(row: dict[str, Any], function: Callable[[Any], Any]) -> dict[str, Any]:
+    """One task as a row of Ray Data. Results, and our own errors, are pickled: Arrow would make other types of them."""
+    try:
+        result = function(pickle.loads(row["item"]))
+    except SFTError as error:
+        result = error
+    return {"number": row["number"], "result": pickle.dumps(result)}
 
 
 @contextmanager
