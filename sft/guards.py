@@ -205,13 +205,16 @@ def check_trained_tokens(dataset: Dataset, expected: int) -> None:
 # --- the processes ----------------------------------------------------------------------------------------------------
 
 
-def check_launch(run: RunArguments, state: PartialState, environment: Mapping[str, str]) -> None:
+def check_launch(run: RunArguments, state: PartialState, environment: Mapping[str, str]) -> DistributedType:
     """Check that this process is one of as many, distributed as, the recipe and the launcher say.
 
     Args:
         run: what the recipe expects, if anything.
         state: what accelerate has found; `TrainingArguments.distributed_state`.
         environment: the variables with which a launcher says what it was told.
+
+    Returns:
+        what accelerate will make of it: until a trainer is built, it knows of neither FSDP nor DeepSpeed.
 
     Raises:
         GuardError: something else was asked for.
@@ -225,11 +228,13 @@ def check_launch(run: RunArguments, state: PartialState, environment: Mapping[st
                 "accelerate shards on accelerators alone. Delete use_cpu, or launch without FSDP."
             )
         found = DistributedType.FSDP
-    if _is_set(environment, "ACCELERATE_USE_DEEPSPEED") and found != DistributedType.DEEPSPEED:
-        raise GuardError(
-            f"accelerate was told to use DeepSpeed, but this run is {found.value} on {state.device.type}. Delete "
-            "use_cpu (on CPUs, set DS_ACCELERATOR=cpu instead), or launch without DeepSpeed."
-        )
+    if _is_set(environment, "ACCELERATE_USE_DEEPSPEED"):
+        if _is_set(environment, "ACCELERATE_USE_CPU"):
+            raise GuardError(
+                f"accelerate was told to use DeepSpeed and use_cpu, so this run is {found.value}: it leaves DeepSpeed "
+                "out. Delete use_cpu from its file; on CPUs set it in the recipe, and DS_ACCELERATOR=cpu."
+            )
+        found = DistributedType.DEEPSPEED
     launched = environment.get("WORLD_SIZE", "")
     if launched.isdigit() and int(launched) != state.num_processes:
         raise GuardError(
@@ -243,6 +248,7 @@ def check_launch(run: RunArguments, state: PartialState, environment: Mapping[st
         )
     if run.distributed_type not in (None, found.value):
         raise GuardError(f"distributed_type is {run.distributed_type} in the recipe, but this run is {found.value}.")
+    return found
 
 
 def _is_set(environment: Mapping[str, str], name: str) -> bool:

@@ -50,18 +50,11 @@ def base_digest(base: Source) -> str:
     return digest.hexdigest()
 
 
-def fine_tuning(base: Source | None, trained: Mapping[str, Any]) -> dict[str, Any]:
-    """The lineage of a fine-tuned model.
-
-    Args:
-        base: the model that was fine-tuned; None if its files are not at hand.
-        trained: how, and on what; JSON.
-    """
-    parent = read_manifest(Path(base.folder)) if base else None
+def describe_base(base: Source) -> dict[str, Any]:
+    """What the lineage of a fine-tuned model says of the one it was made from: its digest, and its own lineage."""
+    parent = read_manifest(Path(base.folder))
     return {
-        "operation": "fine-tune",
-        **trained,
-        "base": base_digest(base) if base else None,
+        "base": base_digest(base),
         "parent": {"plan": parent["plan"], "lineage": parent["lineage"]} if parent else None,
     }
 
@@ -71,7 +64,7 @@ def write_record(folder: Path, lineage: Mapping[str, Any], seed: int) -> None:
 
     Args:
         folder: holds a whole model, or the weights of an adapter.
-        lineage: from [`fine_tuning`].
+        lineage: `operation`, what was done, and [`describe_base`].
         seed: of the run.
     """
     is_adapter = (folder / ADAPTER_WEIGHTS).is_file()
@@ -110,4 +103,4 @@ def _block_digests(view: View, reader: FileReader) -> Iterator[bytes]:
         yield block_digest(reader.chunks(flat[start : start + BLOCK]))
 
 
-__all__ = ["ADAPTER_WEIGHTS", "base_digest", "fine_tuning", "write_record"]
+__all__ = ["ADAPTER_WEIGHTS", "base_digest", "describe_base", "write_record"]

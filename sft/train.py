@@ -44,8 +44,8 @@ from sft import tokenizer as tokenizers
 from sft.data import DataReport, prepare_dataset
 from sft.dpo import prepare_preferences
 from sft.export import find_model
-from sft.guards import FusedLossGuard, WrappingGuard, check_launch, check_stop_token, check_trained_tokens
-from sft.lineage import fine_tuning, write_record
+from sft.guards import FusedLossGuard, GuardError, WrappingGuard, check_launch, check_stop_token, check_trained_tokens
+from sft.lineage import describe_base, write_record
 from sft.recipe import Recipe, RecipeError, parse_overrides, read_recipe
 from sft.trainer import WeightedSFTTrainer, arrange
 
@@ -91,6 +91,7 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), progress
     checkpoint = _checkpoint(recipe)
     with _progress_bars(progress):
         trainer, data, eval_data = build_trainer(recipe, callbacks)
+        base = _describe_base(recipe) if trainer.is_world_process_zero() else {}
         guard = WrappingGuard(trainer)
         trainer.add_callback(guard)
         if not progress:
@@ -100,7 +101,8 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), progress
         trainer.save_model()
         trainer.save_state()
         if trainer.is_world_process_zero():
-            _write_record(recipe, data, output.global_step)
+            lineage = {"operation": "fine-tune", **_describe_run(recipe, data, output.global_step), **base}
+            write_record(Path(str(recipe.training.output_dir)), lineage, recipe.training.seed)
     return TrainResult(
         output_dir=str(recipe.training.output_dir),
         global_step=output.global_step,
@@ -126,7 +128,7 @@ def build_trainer(
         SFTError: the recipe, the data or the model is refused.
     """
     args = recipe.training
-    check_launch(recipe.run, args.distributed_state, os.environ)
+    launched = check_launch(recipe.run, args.distributed_state, os.environ)
     _refuse_used_output(recipe)
     tokenizer, stop_ids = load_tokenizer(recipe)
     check_stop_token(tokenizer, stop_ids, recipe.data.assistant_only_loss)
@@ -157,6 +159,8 @@ def build_trainer(
         raise
     except ValueError as error:
         raise RecipeError(" ".join(str(error).split())) from error
+    if trainer.accelerator.distributed_type != launched:
+        raise GuardError(f"the run is {trainer.accelerator.distributed_type.value}, expected {launched.value}.")
     trainer.add_callback(FusedLossGuard(trainer))
     return trainer, report, eval_report
 
@@ -241,12 +245,19 @@ def _reference_model(recipe: Recipe, args: DPOConfig) -> PreTrainedModel | None:
     return None if recipe.model.use_peft or args.precompute_ref_log_probs else load_model(recipe.model)
 
 
-def _write_record(recipe: Recipe, data: DataReport, steps: int) -> None:
-    """Say beside the saved model what it was made from."""
+def _describe_base(recipe: Recipe) -> dict[str, Any]:
+    """What the lineage says of the model before training; found out before, so that nothing can fail afterwards."""
+    path = str(recipe.model.model_name_or_path)
+    folder = find_model(path, recipe.model.model_revision)
+    with _naming("model_name_or_path", path):
+        return describe_base(open_checkpoint(folder)) if folder else {"base": None, "parent": None}
+
+
+def _describe_run(recipe: Recipe, data: DataReport, steps: int) -> dict[str, Any]:
+    """What the lineage says of the training."""
     args, model = recipe.training, recipe.model
-    folder = find_model(str(model.model_name_or_path), model.model_revision)
     adapter = "dora" if model.use_dora else "lora"
-    trained = {
+    return {
         "trainer": recipe.run.trainer,
         "method": "full" if not model.use_peft else f"q{adapter}" if model.load_in_4bit else adapter,
         "data": {"rows": data.kept, "trained_tokens": data.trained_tokens, "digest": data.digest},
@@ -256,8 +267,6 @@ def _write_record(recipe: Recipe, data: DataReport, steps: int) -> None:
         "learning_rate": args.learning_rate,
         "lr_scheduler": {"type": SchedulerType(args.lr_scheduler_type).value, "settings": args.lr_scheduler_kwargs},
     }
-    lineage = fine_tuning(open_checkpoint(folder) if folder else None, trained)
-    write_record(Path(str(args.output_dir)), lineage, args.seed)
 
 
 def _checkpoint(recipe: Recipe) -> str | None:

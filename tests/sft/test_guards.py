@@ -219,7 +219,7 @@ def launch(recipe, found, environment):
     [
         ({}, ("MULTI_CPU", 2, "cpu"), FSDP, "told to shard with FSDP, but this run is MULTI_CPU on cpu"),
         ({}, ("NO", 1, "cpu"), FSDP, "told to shard with FSDP, but this run is NO on cpu"),
-        ({}, ("MULTI_CPU", 2, "cpu"), DEEPSPEED, "told to use DeepSpeed, but this run is MULTI_CPU on cpu"),
+        ({}, ("MULTI_CPU", 2, "cpu"), {**DEEPSPEED, "ACCELERATE_USE_CPU": "True"}, "use_cpu, so this run is MULTI_CPU"),
         ({}, ("NO", 1, "cpu"), {"WORLD_SIZE": "2"}, "started 2 processes, but each believes it is one of 1"),
         ({"num_processes": 2}, ("NO", 1, "cpu"), {}, "num_processes is 2 in the recipe, but 1 run"),
         ({"num_processes": 16}, GPUS, FSDP, "num_processes is 16 in the recipe, but 8 run"),
@@ -239,6 +239,7 @@ def test_a_launch_that_is_not_what_was_asked_for_is_refused(recipe, found, envir
         ({"num_processes": 2, "distributed_type": "MULTI_CPU"}, ("MULTI_CPU", 2, "cpu"), {"WORLD_SIZE": "2"}),
         ({"num_processes": 8, "distributed_type": "FSDP"}, GPUS, {**FSDP, "WORLD_SIZE": "8"}),
         ({"distributed_type": "DEEPSPEED"}, ("DEEPSPEED", 8, "cuda"), DEEPSPEED),
+        ({"distributed_type": "DEEPSPEED"}, ("MULTI_CPU", 2, "cpu"), {**DEEPSPEED, "ACCELERATE_USE_CPU": "False"}),
         ({}, GPUS, {"ACCELERATE_USE_FSDP": "false", "WORLD_SIZE": ""}),
     ],
 )

@@ -18,8 +18,10 @@ from typer.testing import CliRunner
 
 import sft.train
 from sft.cli import app
+from sft.data import Labelling
+from sft.prepare import prepare
 from sft.recipe import RecipeError
-from sft.train import build_trainer, main, train
+from sft.train import build_trainer, load_tokenizer, main, train
 from tests.fixtures.tiny import tiny_model
 
 TINY = Path(sft.__file__).parent / "recipes" / "tiny-cpu.yaml"
@@ -309,6 +311,17 @@ def test_bad_input_is_one_line(keys, message, make_recipe):
     with pytest.raises(sft.SFTError, match=message) as error:
         train(make_recipe(**keys))
     assert "\n" not in str(error.value)
+
+
+def test_prepared_conversations_train_as_the_file_they_came_from(make_recipe, data_file, tmp_path):
+    tokenizer, _ = load_tokenizer(make_recipe())
+    prepare(data_file, tmp_path / "prepared", tokenizer, Labelling(max_length=128))
+    results = [
+        train(make_recipe(data_files=str(data), max_length=128, max_steps=2, output_dir=str(tmp_path / name)))
+        for name, data in {"file": data_file, "folder": tmp_path / "prepared"}.items()
+    ]
+    assert losses(results[0]) == losses(results[1])
+    assert results[0].data == results[1].data
 
 
 def test_weights_and_a_loss_that_they_would_not_reach_are_refused(make_recipe, weighted_file):
