@@ -20,6 +20,9 @@ from .terminal import format_bytes
 _SAID_ANYWAY = r"^model\.|^mp_rank_\w+/model\d*/(decoder\.)?|\.weight$"
 
 
+_NAME_WIDTH = 33  # of the longest name in a Hub checkpoint; Megatron's may be folded
+
+
 def describe_result(result: CheckpointResult, out: Path, workers: int) -> dict[str, Any]:
     """The result as a JSON object; a dry run's has every tensor."""
     summary = {
@@ -65,6 +68,7 @@ def _plan_table(tensors: Iterable[TensorPlan]) -> Table:
         groups.setdefault((name, "x".join(map(str, tensor.shape)), "\n".join(pieces)), []).append(tensor)
     table = Table("weight", "count", "shape", "size", "made of", title="Plan", title_justify="left")
     table.columns[0].overflow = "fold"
+    table.columns[0].min_width = min(_NAME_WIDTH, max(len(name) for name, *_ in groups))
     for column in table.columns[1:4]:  # numbers stay readable on a narrow terminal
         column.no_wrap = True
     for (name, shape, made_of), members in groups.items():

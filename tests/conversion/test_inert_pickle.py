@@ -285,12 +285,12 @@ BOMBS = {
 
 @pytest.mark.parametrize(("data", "message"), BOMBS.values(), ids=BOMBS)
 def test_bombs_are_one_clean_line(data, message):
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(CheckpointError, match=message) as refusal:
         load(data, "weights.bin: data.pkl", {**RECORDS, ("module", "record"): Record(Kept)}, max_operations=4_000_000)
     assert str(refusal.value).startswith("weights.bin: data.pkl is damaged or hostile: ")
     assert len(str(refusal.value)) < 400
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 10
 
 
 def test_what_many_things_share_is_visited_once():
