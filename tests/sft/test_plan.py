@@ -40,6 +40,13 @@ SIZES = {
 B52, T1 = (Architecture.from_config(load_preset(name)) for name in ("tele-flm-52b", "tele-flm-1t"))
 
 
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Or TRL's head, slower and larger on a CPU, would hide the layers."""
+    monkeypatch.setattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 256)
+    monkeypatch.setattr(planning, "_TILE_VOCABULARY", 256)
+
+
 def measured_peak(sizes: dict, setup: Setup) -> int:
     """Bytes of two steps of two micro-batches each: the weights, and what the allocator handed out on top at most."""
     dtype = {2: torch.bfloat16, 4: torch.float32}[setup.weight_bytes]
@@ -76,10 +83,7 @@ def measured_peak(sizes: dict, setup: Setup) -> int:
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
 @pytest.mark.parametrize(("weight_bytes", "compute_bytes"), [(4, 4), (2, 2), (4, 2)])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_memory_beside_measured_peaks(method, weight_bytes, compute_bytes, activation_checkpointing, monkeypatch):
-    # Tiles as small as this model, or the head would hide the layers, which go first at the sizes of the family.
-    monkeypatch.setattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 256)
-    monkeypatch.setattr(planning, "_TILE_VOCABULARY", 256)
+def test_memory_beside_measured_peaks(method, weight_bytes, compute_bytes, activation_checkpointing, small_tiles):
     setup = Setup(
         method=method,
         gpus=1,
@@ -128,7 +132,7 @@ def test_memory_at_true_widths(activation_checkpointing):
     assert estimate.total == pytest.approx(peak["Total"], rel=0.01)
 
 
-def test_memory_of_a_rank_of_sixteen():
+def test_memory_of_a_rank_of_sixteen(small_tiles):
     """torch's tracker of fully_shard counts two micro-batches, without the moments, which it does not shard."""
     dist.init_process_group("fake", rank=0, world_size=16, store=FakeStore())
     try:
@@ -151,7 +155,7 @@ def test_memory_of_a_rank_of_sixteen():
         dist.destroy_process_group()
     ((_, peak),) = tracker.get_tracker_snapshot("peak").items()
     estimate = estimate_memory(architecture, Setup(gpus=16, on_gpu=False), overhead=False)
-    assert 1 <= (estimate.total - estimate.optimizer) / peak["Total"] < 1.1
+    assert 1 < (estimate.total - estimate.optimizer) / peak["Total"] < 1.06
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
