@@ -26,8 +26,8 @@ is computed with (2 in bfloat16); N GPUs.
 ZeRO-3 keeps 2 + 4 bytes of weights and 2 of gradients where FSDP2 keeps 4 and 4.
 
 Without the overhead the sum is 0.99 to 1.05 of the peaks that torch's profiler sees in small models, full and LoRA, and
-within 1 % of torch's tracker at the widths of the 52B; for a rank of sixteen under FSDP2 it is 1.05 of it. QLoRA, ZeRO-3,
-tensor copies of NCCL and fragmentation have not been measured.
+within 1 % of torch's tracker at the widths of the 52B; for a rank of sixteen under FSDP2 it is 1.05 of it. QLoRA,
+ZeRO-3, NCCL's buffers and fragmentation have not been measured.
 
 Time: (6 P_m + 12 L a d s) FLOPs a token for full training, P_m without the embedding, s tokens of context (PaLM,
 2204.02311, appendix B); 4 P_m with frozen weights, whose own gradients are not computed. Divided by N GPUs x their peak
