@@ -32,7 +32,7 @@ from .rows import conversations, whole_text
 from .stages import Kernel, SelectionError, drop_none
 from .words import hash_words
 
-SAMPLE = 10_000
+SAMPLE = 5000
 DIMENSIONS = 64
 MODEL_CHARACTERS = 1000
 MODEL_WIDTH = 256

@@ -10,12 +10,16 @@ Each of them gives the results in the order of the items, and at most a few item
 import multiprocessing
 import os
 import pickle
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import partial
-from itertools import islice
+from functools import lru_cache, partial
+from itertools import count, islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from sft import SFTError
@@ -40,20 +44,34 @@ class ProcessExecutor:
     Args:
         workers: how many.
         pool: of as many processes.
+        folder: private to this run. Functions lie there for the workers to fetch once: with their word vectors or
+            evaluation sets, some are too large to send along with every item.
     """
 
-    def __init__(self, workers: int, pool: ProcessPoolExecutor) -> None:
-        self._workers, self._pool = workers, pool
+    def __init__(self, workers: int, pool: ProcessPoolExecutor, folder: Path) -> None:
+        self._workers, self._pool, self._folder = workers, pool, folder
+        self._numbers = count()
 
     def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         """See [`Executor`]."""
+        file = self._folder / f"function-{next(self._numbers)}"
+        file.write_bytes(pickle.dumps(function))
         waiting: deque[Future[Any]] = deque()
         items = iter(items)
         for item in islice(items, _IN_FLIGHT * self._workers):
-            waiting.append(self._pool.submit(function, item))
+            waiting.append(self._pool.submit(_call, file, item))
         while waiting:
             yield waiting.popleft().result()
-            waiting.extend(self._pool.submit(function, item) for item in islice(items, 1))
+            waiting.extend(self._pool.submit(_call, file, item) for item in islice(items, 1))
+
+
+def _call(file: Path, item: Any) -> Any:
+    return _load_function(file)(item)
+
+
+@lru_cache(maxsize=1)
+def _load_function(file: Path) -> Callable[[Any], Any]:
+    return pickle.loads(file.read_bytes())
 
 
 class RayExecutor:
@@ -99,7 +117,7 @@ def open_executor(workers: int, *, use_ray: bool = False) -> Iterator[Executor]:
         use_ray: Ray Data instead.
 
     Raises:
-        SelectionError: Ray is not installed.
+        SelectionError: Ray is not installed, or a worker died.
     """
     if use_ray:
         yield RayExecutor()
@@ -108,18 +126,25 @@ def open_executor(workers: int, *, use_ray: bool = False) -> Iterator[Executor]:
     else:
         # Not forked: the libraries have threads by now.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+        with (
+            TemporaryDirectory(prefix="teleflm-") as folder,
+            ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker) as pool,
+        ):
             try:
-                yield ProcessExecutor(workers, pool)
+                yield ProcessExecutor(workers, pool, Path(folder))
+            except BrokenProcessPool as error:
+                why = "a worker ended without a word, perhaps for want of memory"
+                raise SelectionError(f"{why}; the same command with fewer --workers goes on from here.") from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
 
-def _one_thread() -> None:
+def _prepare_worker() -> None:
     """The cores are shared out to processes; threads inside of them would only get into each other's way."""
     from threadpoolctl import threadpool_limits
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent, which gets it too, cleans up
     threadpool_limits(1)
     os.environ["RAYON_NUM_THREADS"] = "1"  # of rensa, which is not loaded yet
 

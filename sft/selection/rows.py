@@ -16,8 +16,8 @@ from sft.checks import Conversation, check_rows
 from sft.formats import find_turns
 from sft.tokenizer import family_control_tokens
 
-PIECE_ROWS = 8192
-PIECE_BYTES = 1 << 25
+PIECE_ROWS = 2048
+PIECE_BYTES = 1 << 24
 _SCHEMA = pa.schema(
     {
         "source": pa.string(),

@@ -5,6 +5,7 @@
 """The whole selection: what it writes, that it goes on and comes out the same, and what it refuses."""
 
 import json
+import os
 import shutil
 from collections import Counter
 from itertools import pairwise
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from sft.cli import app
 from sft.formats import DataError
 from sft.selection import SelectionError, SelectionSettings, select_conversations
+from sft.selection.executors import open_executor
 from sft.selection.report import EXAMPLES
 from sft.selection.stages import Workspace
 
@@ -388,6 +390,11 @@ def test_files_that_cannot_be_read(tmp_path):
         select_conversations(tmp_path / "nowhere.jsonl", tmp_path / "out")
     with pytest.raises(DataError, match=r"nowhere.jsonl: No such file"):
         select_conversations(tmp_path / "nowhere.jsonl", tmp_path / "two", workers=2)
+
+
+def test_a_worker_that_dies():
+    with pytest.raises(SelectionError, match="fewer --workers"), open_executor(2) as executor:
+        list(executor.map(os._exit, [1]))
 
 
 def test_fewer_by_a_flag(lines, tmp_path):
