@@ -5,6 +5,7 @@
 """Imports run one way, and what has to be light stays light."""
 
 import ast
+import configparser
 import json
 import subprocess
 import sys
@@ -78,3 +79,21 @@ def test_light_imports(statement, light):
     script = f"{statement}; import json, sys; print(json.dumps([m for m in {light!r} if m in sys.modules]))"
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(result.stdout) == []
+
+
+def test_an_installed_package_has_every_module_and_file():
+    """What setup.cfg does not name is there in a checkout and missing for whoever installs."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    packages = config["options"]["packages"].split()
+    tops = {name.split(".")[0] for name in packages}
+    found = {".".join(path.parent.relative_to(ROOT).parts) for top in tops for path in (ROOT / top).rglob("*.py")}
+    assert found == set(packages)
+    data = {name: value.replace(",", " ").split() for name, value in config["options.package_data"].items()}
+    packaged = {
+        path for name, globs in data.items() for glob in globs for path in (ROOT / name.replace(".", "/")).glob(glob)
+    }
+    files = {
+        path for top in tops for path in (ROOT / top).rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {path for path in files if path.suffix != ".py"} == packaged
