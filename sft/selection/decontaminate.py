@@ -6,8 +6,9 @@
 
 An item is found by any run of [`NGRAM`] words that a conversation shares with it; an item with fewer words, but at
 least [`MIN_WORDS`], by all of them in a row. Words are those of [`sft.selection.words`]: casing, punctuation, spacing
-and the script of digits hide nothing. Items that are shorter still cannot be told from ordinary talk: they are
-counted, and said to be too short.
+and the script of digits hide nothing. In an item that is mostly of a script without spaces, such as Chinese, words are
+characters, and twice as many count. Items that are shorter still cannot be told from ordinary talk: they are counted,
+and said to be too short.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from sft.formats import find_turns, read_rows
 
 from .rows import conversations, whole_text
 from .stages import SelectionError, drop_where
-from .words import hash_words, ngrams
+from .words import Words, count_unspaced, hash_words, ngrams
 
 NGRAM = 13
 MIN_WORDS = 6
@@ -35,7 +36,7 @@ class EvaluationIndex:
     Args:
         hashes: number of words -> hashes of runs of so many words, sorted, uint64.
         items: texts looked for.
-        too_short: texts of fewer than [`MIN_WORDS`] words, which are not.
+        too_short: how many are not, for want of words.
     """
 
     hashes: dict[int, np.ndarray]
@@ -58,18 +59,27 @@ def index_evaluations(files: Sequence[str]) -> EvaluationIndex:
     for file in files:
         before = len(texts)
         texts += _read_items(file)
-        if not any(count >= MIN_WORDS for count in hash_words(texts[before:]).counts):
+        own = hash_words(texts[before:])
+        if not (own.counts >= _lengths(texts[before:], own)[1]).any():
             raise SelectionError(
                 f"{file}: no text of at least {MIN_WORDS} words among {len(texts) - before}; is it an evaluation set?"
             )
     words = hash_words(texts)
-    found = {
-        n: np.unique(hashes[(words.counts[words.owners[starts]] == n) | (n == NGRAM)])
-        for n, hashes, starts in ngrams(words, NGRAM)
-        if n >= MIN_WORDS
-    }
-    too_short = int((words.counts < MIN_WORDS).sum())
-    return EvaluationIndex({n: hashes for n, hashes in found.items() if len(hashes)}, len(texts) - too_short, too_short)
+    whole, least = _lengths(texts, words)
+    hashes: dict[int, np.ndarray] = {}
+    for n, runs, starts in ngrams(words, 2 * NGRAM):
+        item = words.owners[starts]
+        wanted = (n == whole[item]) | ((n == words.counts[item]) & (least[item] <= n) & (n < whole[item]))
+        if wanted.any():
+            hashes[n] = np.unique(runs[wanted])
+    too_short = int((words.counts < least).sum())
+    return EvaluationIndex(hashes, len(texts) - too_short, too_short)
+
+
+def _lengths(texts: Sequence[str], words: Words) -> tuple[np.ndarray, np.ndarray]:
+    """For each text how many words in a row give it away, and how many it needs to be looked for at all."""
+    factor = np.where(2 * np.array([count_unspaced(text) for text in texts], int) > words.counts, 2, 1)
+    return NGRAM * factor, MIN_WORDS * factor
 
 
 def _read_items(file: str) -> Iterator[str]:

@@ -220,9 +220,7 @@ def _identify(file: str) -> dict[str, Any]:
 def _decontamination(files: Sequence[str], notify: Callable[[str], None]) -> Stage:
     index = decontaminate.index_evaluations(files)
     if index.too_short:
-        notify(
-            f"decontamination: {index.too_short} items have fewer than {decontaminate.MIN_WORDS} words; not looked for"
-        )
+        notify(f"decontamination: {index.too_short} of {index.items + index.too_short} texts are too short to look for")
     content = make_digest([sorted(map(str, hashes.tolist())) for hashes in index.hashes.values()])
     named = {"evaluations": content, "ngram": decontaminate.NGRAM, "min_words": decontaminate.MIN_WORDS}
     return Stage("decontamination", named, ("row",), partial(decontaminate.drop_contaminated, index=index))

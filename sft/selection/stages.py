@@ -15,6 +15,8 @@ A part holds, beside the kernel's columns, the `position` of each row in the par
 which alone holds the text. Parts depend on the files and the settings alone, so they are the same for any number of
 workers. The digest of a stage covers its settings and the digest of the stage before it; a part carries it. What has
 another digest was made by another command and is never mixed in.
+
+After an interruption the parts that are there are kept; only the first stage reads its files again.
 """
 
 import json
@@ -132,7 +134,7 @@ class Workspace:
             except SelectionError:
                 if not overwrite:
                     raise
-                for found in folder.glob("??-*"):
+                for found in folder.glob("[0-9][0-9]-*"):
                     if int(found.name[:2]) > number:
                         shutil.rmtree(found)
                 break
@@ -157,31 +159,29 @@ class Workspace:
         stage, folder = self.stages[number], self.folders[number]
         folder.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
-        place: dict[str, Any] = {"folder": folder, "digest": self.digests[number]}
-        counts: Iterable[Counter[str]]
-        if stage.tables:
-            counts = executor.map(partial(_read_file, tables=stage.tables, **place), enumerate(stage.files))
-        else:
-            kernel = stage.kernel
-            if stage.fit:
-                with threadpool_limits(1):
-                    kernel = stage.fit(self.read_sample(stage.reads, stage.sample))
-            assert kernel is not None
-            pieces = self.pieces(stage.reads)
-            if stage.whole:
-                counts = _run_whole(pieces, kernel=kernel, **place)
-            else:
-                run = map if stage.in_process else executor.map
-                counts = run(partial(_run_part, kernel=kernel, **place), pieces)
         # The order in which threads add up their sums would decide last bits, and so, now and then, a row.
         with threadpool_limits(None if stage.in_process else 1):
-            total: Counter[str] = sum(counts, Counter())
-        rows_out, dropped = total.pop(_KEPT, 0), dict(total.most_common())
+            total: Counter[str] = sum(self._count_tasks(number, executor), Counter())
         seconds = round(time.perf_counter() - started, 3)
+        rows_out, dropped = total.pop(_KEPT, 0), dict(total.most_common())
         parts = len(list(folder.glob("*.parquet")))
         result = StageResult(stage.name, rows_out + sum(dropped.values()), rows_out, dropped, seconds, parts)
         _write_marker(folder, result, stage, self.seed, self.digests[number])
         return result
+
+    def _count_tasks(self, number: int, executor: Executor) -> Iterable[Counter[str]]:
+        """Run the tasks of a stage; each says how many rows it kept, and dropped for which reasons."""
+        stage = self.stages[number]
+        place: dict[str, Any] = {"folder": self.folders[number], "digest": self.digests[number]}
+        if stage.tables:
+            return executor.map(partial(_read_file, tables=stage.tables, **place), enumerate(stage.files))
+        kernel = stage.fit(self.read_sample(stage.reads, stage.sample)) if stage.fit else stage.kernel
+        assert kernel is not None
+        pieces = self.pieces(stage.reads)
+        if stage.whole:
+            return _run_whole(pieces, kernel=kernel, **place)
+        run = map if stage.in_process else executor.map
+        return run(partial(_run_part, kernel=kernel, **place), pieces)
 
     def _check_stage(self, number: int) -> None:
         """Refuse what another configuration made; one that was interrupted made parts, and no marker."""

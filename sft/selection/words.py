@@ -86,6 +86,11 @@ class _Spellings(dict[str, str]):
 _spellings = _Spellings()
 
 
+def count_unspaced(text: str) -> int:
+    """How many characters are of a script without spaces between words."""
+    return 0 if text.isascii() else len(_UNSPACED.findall(text))
+
+
 def hash_words(texts: Iterable[str]) -> Words:
     """The words of some texts, as xxh3-64."""
     known = _Hashes()
@@ -127,4 +132,4 @@ class _Hashes(dict[bytes, int]):
         return value
 
 
-__all__ = ["Words", "hash_words", "ngrams", "split_words", "word_pairs"]
+__all__ = ["Words", "count_unspaced", "hash_words", "ngrams", "split_words", "word_pairs"]

@@ -53,6 +53,21 @@ def test_a_part_of_a_long_item_is_enough_from_13_words_on(lines):
         assert (drop_contaminated(table([planted]), index)["drop"].null_count == 0) is found
 
 
+HAN = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏闰余成岁律吕调阳云腾致雨露结为霜"
+
+
+@pytest.mark.parametrize(
+    ("length", "shared", "found"), [(40, 26, True), (40, 25, False), (12, 12, True), (12, 11, False)]
+)
+def test_without_spaces_two_characters_count_as_a_word(lines, length, shared, found):
+    item = "".join(random.Random(0).choices(HAN, k=length))
+    index = index_evaluations([str(lines({"question": item}, {"question": item[:11]}))])
+    assert (index.items, index.too_short) == (1, 1)
+    around = "".join(random.Random(1).choices("甲乙丙丁戊己庚辛壬癸", k=40))
+    planted = chat(f"{around}{item[:shared]}，{around}", "好的。")
+    assert (drop_contaminated(table([planted]), index)["drop"].null_count == 0) is found
+
+
 def test_words_across_two_texts_are_no_item(lines):
     item = sentence(10, 0).split()
     index = index_evaluations([str(lines({"question": " ".join(item)}))])
