@@ -131,7 +131,8 @@ def build_trainer(
     launched = check_launch(recipe.run, args.distributed_state, os.environ)
     _refuse_used_output(recipe)
     tokenizer, stop_ids = load_tokenizer(recipe)
-    check_stop_token(tokenizer, stop_ids, recipe.data.assistant_only_loss)
+    # Preferences are tokenized by TRL, which needs no marks of what the assistant says.
+    check_stop_token(tokenizer, stop_ids, recipe.data.assistant_only_loss and recipe.run.trainer == "sft")
 
     train_dataset, report = _prepare(recipe, recipe.data.data_files, tokenizer)
     eval_dataset, eval_report = None, None

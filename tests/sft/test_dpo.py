@@ -92,6 +92,18 @@ def test_the_wrong_loss_is_stopped_here_too(dpo, monkeypatch):
         train(dpo(max_steps=1))
 
 
+@pytest.mark.parametrize("end", ["</s>", ""], ids=["with", "without"])
+def test_a_template_needs_no_marks_but_an_end_token(end, dpo, tmp_path):
+    path = tmp_path / "template.jinja"
+    turn = "<_user>{{ m.content }}{% if m.role == 'assistant' %}" + end + "{% endif %}"
+    path.write_text("{% for m in messages %}" + turn + "{% endfor %}")
+    if end:
+        assert train(dpo(max_steps=1, chat_template_path=str(path)), progress=False).global_step == 1
+    else:
+        with pytest.raises(GuardError, match="not a stop token"):
+            train(dpo(max_steps=1, chat_template_path=str(path)))
+
+
 def ask(content="Why?", role="user"):
     return [{"role": role, "content": content}]
 

@@ -205,3 +205,16 @@ def test_the_command_merges(trained, tmp_path):
     result = CliRunner().invoke(app, ["export", str(trained("lora")), str(tmp_path / "out"), "--merge", "--json"])
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["merged"] == 14
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_checkpoint_of_an_unfinished_run_can_be_exported(merge, make_recipe, tmp_path):
+    """It has no record yet, so only the shapes say that the base is the right one."""
+    keys = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "learning_rate": 1e-2}
+    train(make_recipe(**keys, use_peft=merge), progress=False)
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    export_model(checkpoint, tmp_path / "hub", merge=merge)
+    loader = AutoPeftModelForCausalLM if merge else AutoModelForCausalLM
+    expected = logits(loader.from_pretrained(checkpoint))
+    assert (logits(AutoModelForCausalLM.from_pretrained(tmp_path / "hub")) - expected).abs().max() < 2e-6
+    assert AutoTokenizer.from_pretrained(tmp_path / "hub").chat_template
