@@ -25,7 +25,6 @@ from conversion.terminal import (
     exit_codes,
     format_bytes,
     print_json,
-    process_rank,
 )
 
 if TYPE_CHECKING:
@@ -91,36 +90,35 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Make a Hub folder of safetensors from a training checkpoint, or from .bin files."""
-    from .checkpoint.execute import WriteOptions
     from .convert import convert_checkpoint
-    from .plan_report import describe_result, print_result
+    from .plan_report import run_and_report
 
-    with exit_codes(debug=debug):
-        with byte_progress("converting") as progress:
-            rank, world_size = process_rank()
-            options = WriteOptions(max_shard_size, workers, not no_digest, overwrite, progress, rank, world_size)
-            result = convert_checkpoint(
-                source,
-                out,
-                format=format,
-                iteration=iteration,
-                config=config,
-                tokenizer=tokenizer,
-                vocab_size=vocab_size,
-                mapping=mapping,
-                fp32_master=fp32_master,
-                allow_unequal_replicas=allow_unequal_replicas,
-                allow_nonfinite=allow_nonfinite,
-                dtype=dtype,
-                options=options,
-                dry_run=dry_run,
-            )
-        if rank > 0:  # one of them speaks for all, when all is done
-            return
-        if as_json:
-            print_json(describe_result(result, out, workers))
-        else:
-            print_result(result, out, workers)
+    run_and_report(
+        "converting",
+        out,
+        lambda options: convert_checkpoint(
+            source,
+            out,
+            format=format,
+            iteration=iteration,
+            config=config,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            mapping=mapping,
+            fp32_master=fp32_master,
+            allow_unequal_replicas=allow_unequal_replicas,
+            allow_nonfinite=allow_nonfinite,
+            dtype=dtype,
+            options=options,
+            dry_run=dry_run,
+        ),
+        workers=workers,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        no_digest=no_digest,
+        as_json=as_json,
+        debug=debug,
+    )
 
 
 def _describe(inspection: "Inspection") -> dict[str, Any]:

@@ -19,10 +19,6 @@ from conversion.terminal import (
     NoDigest,
     Overwrite,
     Workers,
-    byte_progress,
-    exit_codes,
-    print_json,
-    process_rank,
 )
 
 Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Tele-FLM in Hub format.")]
@@ -58,31 +54,30 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Make a folder that another runtime or trainer loads."""
-    from .checkpoint.execute import WriteOptions
     from .exports import export_checkpoint
-    from .plan_report import describe_result, print_result
+    from .plan_report import run_and_report
 
-    with exit_codes(debug=debug):
-        with byte_progress("exporting") as progress:
-            rank, world_size = process_rank()
-            options = WriteOptions(max_shard_size, workers, not no_digest, overwrite, progress, rank, world_size)
-            result = export_checkpoint(
-                source,
-                out,
-                to=to,
-                tp=tp,
-                pp=pp,
-                vpp=vpp,
-                multipliers=multipliers,
-                spec=spec,
-                link=link,
-                dtype=dtype,
-                options=options,
-                dry_run=dry_run,
-            )
-        if rank > 0:  # one of them speaks for all, when all is done
-            return
-        if as_json:
-            print_json(describe_result(result, out, workers))
-        else:
-            print_result(result, out, workers)
+    run_and_report(
+        "exporting",
+        out,
+        lambda options: export_checkpoint(
+            source,
+            out,
+            to=to,
+            tp=tp,
+            pp=pp,
+            vpp=vpp,
+            multipliers=multipliers,
+            spec=spec,
+            link=link,
+            dtype=dtype,
+            options=options,
+            dry_run=dry_run,
+        ),
+        workers=workers,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        no_digest=no_digest,
+        as_json=as_json,
+        debug=debug,
+    )

@@ -2,19 +2,19 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""What a command says about a plan: a JSON object for scripts, a table and a line for people."""
+"""Commands that write a checkpoint: how they run, and what they say, to scripts in JSON and to people in a table."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from .checkpoint.execute import CheckpointResult, free_space, peak_memory
+from .checkpoint.execute import CheckpointResult, WriteOptions, free_space, peak_memory
 from .checkpoint.plan import TensorPlan
-from .terminal import format_bytes
+from .terminal import byte_progress, exit_codes, format_bytes, print_json, process_rank
 
 # Parts of names that tell nothing in a table of one model's weights: also the ranks of Megatron's, which are alike.
 _SAID_ANYWAY = r"^model\.|^mp_rank_\w+/model\d*/(decoder\.)?|\.weight$"
@@ -57,6 +57,42 @@ def print_result(result: CheckpointResult, out: Path, workers: int) -> None:
         console.print(f"{out} is already done: {size}.")
     else:
         console.print(f"Wrote {size} to {out}.")
+
+
+def run_and_report(
+    doing: str,
+    out: Path,
+    write: Callable[[WriteOptions], CheckpointResult],
+    *,
+    workers: int,
+    max_shard_size: str,
+    overwrite: bool,
+    no_digest: bool,
+    as_json: bool,
+    debug: bool,
+    describe: Callable[[Any, Path, int], dict[str, Any]] = describe_result,
+    show: Callable[[Any, Path, int], None] = print_result,
+) -> None:
+    """What every command does that writes a checkpoint: progress, one-line errors, ranks, and a report.
+
+    Args:
+        doing: for the progress, for example `converting`.
+        out: folder to write.
+        write: plans and writes.
+        workers, max_shard_size, overwrite, no_digest, as_json, debug: the command's options.
+        describe: the result as JSON.
+        show: the result for people.
+    """
+    with exit_codes(debug=debug):
+        with byte_progress(doing) as progress:
+            rank, world_size = process_rank()
+            result = write(WriteOptions(max_shard_size, workers, not no_digest, overwrite, progress, rank, world_size))
+        if rank > 0:  # one of them speaks for all, when all is done
+            return
+        if as_json:
+            print_json(describe(result, out, workers))
+        else:
+            show(result, out, workers)
 
 
 def _plan_table(tensors: Iterable[TensorPlan]) -> Table:

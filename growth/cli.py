@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The command `teleflm grow`."""
+"""The commands `teleflm grow` and `teleflm fold`."""
 
 import json
 from dataclasses import asdict
@@ -22,13 +22,11 @@ from conversion.terminal import (
     Overwrite,
     Seed,
     Workers,
-    byte_progress,
-    exit_codes,
-    print_json,
-    process_rank,
 )
 
 if TYPE_CHECKING:
+    from conversion.checkpoint.execute import WriteOptions
+
     from .grow import GrowthResult
 
 Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Tele-FLM checkpoint.")]
@@ -70,38 +68,44 @@ def grow(
     debug: Debug = False,
 ) -> None:
     """Grow a checkpoint into a larger one that computes the same function."""
-    from conversion.checkpoint.execute import WriteOptions
+    from conversion.plan_report import run_and_report
 
     from .grow import grow_checkpoint
 
-    with exit_codes(debug=debug):
+    def write(options: "WriteOptions") -> "GrowthResult":
         if to is None and not overrides:
             raise ValueError("nothing to grow into: give --to PRESET|CONFIG.json, --set KEY=VALUE, or both.")
-        with byte_progress("growing") as progress:
-            rank, world_size = process_rank()
-            result = grow_checkpoint(
-                source,
-                out,
-                to,
-                overrides=dict(parse_override(text) for text in overrides or ()),
-                method=method,
-                noise=noise,
-                mask_steps=mask_steps,
-                optimizer=optimizer,
-                layers=layers,
-                calibration=calibration,
-                multipliers=multipliers,
-                dtype=dtype,
-                seed=seed,
-                options=WriteOptions(max_shard_size, workers, not no_digest, overwrite, progress, rank, world_size),
-                dry_run=dry_run,
-            )
-        if rank > 0:  # one of them speaks for all, when all is done
-            return
-        if as_json:
-            print_json(describe(result, out, workers))
-        else:
-            print_growth(result, out, workers)
+        return grow_checkpoint(
+            source,
+            out,
+            to,
+            overrides=dict(parse_override(text) for text in overrides or ()),
+            method=method,
+            noise=noise,
+            mask_steps=mask_steps,
+            optimizer=optimizer,
+            layers=layers,
+            calibration=calibration,
+            multipliers=multipliers,
+            dtype=dtype,
+            seed=seed,
+            options=options,
+            dry_run=dry_run,
+        )
+
+    run_and_report(
+        "growing",
+        out,
+        write,
+        workers=workers,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        no_digest=no_digest,
+        as_json=as_json,
+        debug=debug,
+        describe=describe,
+        show=print_growth,
+    )
 
 
 def fold(
@@ -118,20 +122,21 @@ def fold(
     debug: Debug = False,
 ) -> None:
     """Write the plain checkpoint that computes what a masked one computes."""
-    from conversion.checkpoint.execute import WriteOptions
-    from conversion.plan_report import describe_result, print_result
+    from conversion.plan_report import run_and_report
 
     from .fold import fold_masks
 
-    with exit_codes(debug=debug):
-        with byte_progress("folding") as progress:
-            rank, world_size = process_rank()
-            options = WriteOptions(max_shard_size, workers, not no_digest, overwrite, progress, rank, world_size)
-            result = fold_masks(source, out, alpha=alpha, dtype=dtype, options=options, dry_run=dry_run)
-        if as_json:
-            print_json(describe_result(result, out, workers))
-        else:
-            print_result(result, out, workers)
+    run_and_report(
+        "folding",
+        out,
+        lambda options: fold_masks(source, out, alpha=alpha, dtype=dtype, options=options, dry_run=dry_run),
+        workers=workers,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        no_digest=no_digest,
+        as_json=as_json,
+        debug=debug,
+    )
 
 
 def parse_override(text: str) -> tuple[str, int | float | bool | str]:
