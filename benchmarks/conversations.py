@@ -72,14 +72,8 @@ def _real_rows() -> list[tuple[str, Messages]]:
 
 
 def _documentation_rows() -> list[tuple[str, Messages]]:
-    rows = []
-    for topic, text in topics.topics.items():
-        for part in text.split("\n\n"):
-            question = (
-                f"What does the documentation of Python say about {topic}, in the part that begins so: {part[:80]}?"
-            )
-            rows.append(("python", [_message("user", question), _message("assistant", part)]))
-    return rows
+    parts = [part for text in topics.topics.values() for part in text.split("\n\n") if len(part) > 200]
+    return [("python", [_message("user", part[:150]), _message("assistant", part[150:])]) for part in parts]
 
 
 def _message(role: str, content: str) -> dict[str, str]:

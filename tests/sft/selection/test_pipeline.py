@@ -6,6 +6,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from itertools import pairwise
@@ -69,7 +70,6 @@ def test_rows_come_out_as_they_came(out, corpus):
     domains = Counter(row["domain"] for row in chosen)
     summary = json.loads((out / "selection.json").read_text())
     assert summary["domains"] == dict(domains)
-    assert max(domains.values()) - min(domains.values()) <= 1 or min(domains.values()) < 30
 
 
 def test_no_copy_is_selected_with_its_original(out):
@@ -305,16 +305,23 @@ def test_a_models_embeddings(corpus, lines, model_dir, tmp_path):
 
 
 def test_report(lines, corpus, tmp_path):
-    hostile = chat("<script>alert(1)</script> Who is there, and why?", "<img src=x onerror=alert(2)> Nobody & no one.")
-    data = lines({"messages": hostile}, *corpus[:300])
+    rows = [
+        {
+            "messages": [
+                {**message, "content": f"<script>1</script> <img src=x> {message['content']}"} for message in messages
+            ]
+        }
+        for messages in (row["messages"] for row in corpus[:300])
+    ]
+    data = lines(*rows)
     settings = SelectionSettings(count=160, quota=QUOTA)
     selection = select_conversations(data, tmp_path / "out", settings, report=tmp_path / "report")
     page = (tmp_path / "report/index.html").read_text()
     assert "<script" not in page
     assert "<img src=x" not in page
-    assert "&lt;script&gt;alert(1)" in page
+    assert "&lt;script&gt;1" in page
     assert page.count("<details") == sum(min(EXAMPLES, count) for count in selection.domains.values())
-    assert "http" not in page.replace("https://", "", 0).split("<style>")[0], "nothing is loaded"
+    assert not re.findall(r"(?:src|href)=\"(?!data:image/png)", page), "nothing is loaded"
     assert page.count("data:image/png;base64,") == 4
     assert {path.name for path in (tmp_path / "report").iterdir()} == {
         "index.html",
