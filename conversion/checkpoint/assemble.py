@@ -28,12 +28,13 @@ from .plan import (
     row_major_strides,
 )
 from .reader import CHUNK, FileReader, boxes_of_range
+from .scratch import scratch
 
 BLOCK = 4 * GRID  # elements of a unit of work, with a digest of its own: 8 MiB of bfloat16
 _SAMPLE = 1 << 22  # a statistic looks at this many elements at most,
 _WINDOW = 1 << 16  # in windows of this many, evenly spread
 _SHORT_RUN = 256 * 1024  # bytes worth a system call of their own
-_CHUNK = 1 << 16  # arithmetic runs over pieces that stay in the cache
+_CHUNK = 1 << 14  # arithmetic runs over pieces that stay in the cache
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,9 @@ def stream(
     if runs is None:
         for first in range(start, stop, GRID):
             last = min(first + GRID, stop)
-            yield assemble(tensor, first, last, reader=reader, resolved=resolved, seed=seed).view(np.uint8).data
+            block = scratch("block", last - first, tensor.dtype.numpy)
+            assemble(tensor, first, last, block, reader=reader, resolved=resolved, seed=seed)
+            yield block.view(np.uint8).data
         return
     at = 0
     for view, first in runs:
@@ -163,22 +166,26 @@ def _zeros(nbytes: int) -> Iterator[memoryview]:
 
 
 def assemble(
-    tensor: TensorPlan, start: int, stop: int, *, reader: FileReader, resolved: Resolved, seed: int
-) -> np.ndarray:
+    tensor: TensorPlan,
+    start: int,
+    stop: int,
+    block: np.ndarray,
+    *,
+    reader: FileReader,
+    resolved: Resolved,
+    seed: int,
+) -> None:
     """Make the elements `start .. stop` of a planned tensor.
 
     Args:
         tensor: a checked plan.
         start: first element, on the grid of `blocks`.
         stop: one past the last element.
+        block: where to put them: array [stop - start] of the tensor's dtype.
         reader: reads the sources.
         resolved: the numbers behind the plan's symbols.
         seed: seed of the random pieces.
-
-    Returns:
-        Array [stop - start] of the tensor's dtype.
     """
-    block = np.empty(stop - start, tensor.dtype.numpy)
     words: np.ndarray | None = None  # drawn once, if any piece of the block is random
     for piece, box, at, whole in _overlaps(tensor, start, stop):
         here = slice(at, at + whole.numel)
@@ -187,6 +194,7 @@ def assemble(
         match piece:
             case Copy():
                 _copy(piece, box, target, tensor.dtype, reader, resolved, seed)
+                words = words if piece.noise is None else None  # noise was drawn over them
             case Fill():
                 target[...] = resolved.number(piece.value)
             case RowMean():
@@ -195,8 +203,11 @@ def assemble(
             case Normal():
                 words = draw_words(seed, tensor.name, start, stop - start) if words is None else words
                 table = normal_table(resolved.number(piece.std), tensor.dtype)
-                target[...] = look_up(table, words[here].reshape(whole.size)[inside])
-    return block
+                chosen = words[here].reshape(whole.size)[inside]
+                if target.flags.c_contiguous:
+                    look_up(table, chosen, target)
+                else:
+                    target[...] = look_up(table, chosen)
 
 
 def _overlaps(tensor: TensorPlan, start: int, stop: int) -> Iterator[tuple[Piece, Box, int, Box]]:
@@ -220,10 +231,12 @@ def _copy(
     if is_byte_copy(piece, dtype):
         reader.read_into(view, target)
         return
-    source = reader.read(view).reshape(-1)
+    source = scratch("source", view.shape, view.dtype.numpy)
+    reader.read_into(view, source)
+    source = source.reshape(-1)
     words = None if piece.noise is None else _words_of(view, piece.noise, seed).reshape(-1)
     compute = np.promote_types(dtype.compute, view.dtype.compute)
-    result = np.empty(source.size, dtype.numpy)
+    result = scratch("result", source.size, dtype.numpy)
     for start in range(0, source.size, _CHUNK):
         chunk = slice(start, start + _CHUNK)
         values = source[chunk].astype(compute) * piece.scale + piece.offset

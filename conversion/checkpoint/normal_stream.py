@@ -17,10 +17,11 @@ import numpy as np
 import xxhash
 
 from .dtypes import DType
+from .scratch import scratch
 
 GRID = 1 << 20  # elements per independent stream
 _LEVELS = 1 << 16  # one table entry per 16-bit word
-_CHUNK = 1 << 16  # numpy widens indices to 64 bits first; of so many that they stay in the cache
+_CHUNK = 1 << 13  # numpy widens indices to 64 bits first; of so many that they stay in the cache
 
 
 def draw_words(seed: int, name: str, start: int, count: int) -> np.ndarray:
@@ -33,27 +34,34 @@ def draw_words(seed: int, name: str, start: int, count: int) -> np.ndarray:
         count: how many.
 
     Returns:
-        uint16 array [count].
+        uint16 array [count], which the thread's next call takes away.
     """
     if start % GRID:
         raise ValueError(f"start {start} is not a multiple of the grid of {GRID} elements.")
     key = xxhash.xxh3_128_intdigest(name.encode())
-    cells = [
-        _cell_words([seed, key, begin // GRID], min(GRID, start + count - begin))
-        for begin in range(start, start + max(count, 1), GRID)
-    ]
-    return cells[0] if len(cells) == 1 else np.concatenate(cells)
+    words = scratch("words", count, np.dtype("<u2"))
+    for begin in range(start, start + count, GRID):
+        _draw_cell([seed, key, begin // GRID], words[begin - start : begin - start + GRID])
+    return words
 
 
-def _cell_words(entropy: list[int], count: int) -> np.ndarray:
+def _draw_cell(entropy: list[int], words: np.ndarray) -> None:
     stream = np.random.SFC64(np.random.SeedSequence(entropy))
-    return stream.random_raw(-(-count // 4)).astype("<u8", copy=False).view("<u2")[:count]
+    for at in range(0, len(words), _CHUNK):
+        part = words[at : at + _CHUNK]
+        part[:] = stream.random_raw(-(-len(part) // 4)).astype("<u8", copy=False).view("<u2")[: len(part)]
 
 
-def look_up(table: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """The table's value for each word, in the words' shape."""
+def look_up(table: np.ndarray, words: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """The table's value for each word, in the words' shape.
+
+    Args:
+        table: 65,536 values.
+        words: uint16 array.
+        out: where to put them, contiguous; else the thread's next call takes them away.
+    """
     flat = words.reshape(-1)
-    values = np.empty(flat.size, table.dtype)
+    values = scratch("values", flat.size, table.dtype) if out is None else out.reshape(-1)
     for start in range(0, flat.size, _CHUNK):
         chunk = slice(start, start + _CHUNK)
         # Every word is an index, and `wrap` is the mode that writes to `out` without a copy of it.

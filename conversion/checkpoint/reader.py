@@ -16,6 +16,7 @@ import numpy as np
 from .errors import CorruptData
 from .kernel_copy import copy_range
 from .plan import Box, Shape, View
+from .scratch import scratch
 
 # A strided window is read as one span when that is at most this much more than what it needs, else run by run.
 _SPAN_WASTE = 2.0
@@ -70,7 +71,7 @@ class FileReader:
         if view.is_contiguous and out.flags.c_contiguous:
             self._read_bytes(view.file, begin, out)
         elif end - begin <= _SPAN_WASTE * view.nbytes + _SPAN_SLACK:
-            span = np.empty((end - begin) // view.dtype.itemsize, view.dtype.numpy)
+            span = scratch("span", (end - begin) // view.dtype.itemsize, view.dtype.numpy)
             self._read_bytes(view.file, begin, span)
             strides = tuple(stride * view.dtype.itemsize for stride in view.strides)
             out[...] = np.lib.stride_tricks.as_strided(span, view.shape, strides, writeable=False)

@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The executor against a dense oracle: every piece in numpy, on arrays that fit."""
 
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from conversion.checkpoint.plan import (
     CheckpointPlan,
     Copy,
     Fill,
+    Noise,
     Normal,
     PlanError,
     RowMean,
@@ -213,6 +215,26 @@ def test_normal_draws_are_normal_and_independent():
         for seed, name in [(1, "model.layers.0.mlp.up_proj.weight"), (0, "b")]
     ]
     assert max(map(abs, [*lags, *(np.dot(values, other) / n for other in others)])) < 5 / math.sqrt(n)
+
+
+def test_draws_and_noise_in_one_block(tmp_path):
+    """Each piece of a block is what it would be without the others, in any order."""
+    (tmp_path / "in").mkdir()
+    source = store(tmp_path / "in" / "a", np.ones((8, 8)), FLOAT32)[::2]  # noise is drawn for the rows between, too
+    noise = Noise(0.5, 1.0, "shared", source.offset)
+    pieces = [
+        Normal(Box((0, 0), (2, 8)), 1.0),
+        Copy(Box((2, 0), (4, 8)), source, noise=noise),
+        Normal(Box((6, 0), (2, 8)), 2.0),
+    ]
+    found = []
+    for number, order in enumerate(itertools.permutations(pieces)):
+        plan = CheckpointPlan((TensorPlan("w", (8, 8), FLOAT32, order),), {})
+        write_checkpoint(plan, tmp_path / str(number), WriteOptions())
+        found.append(load(tmp_path / str(number))["w"])
+    words = draw_words(0, "w", 0, 64).reshape(8, 8)
+    np.testing.assert_array_equal(found[0][6:], normal_table(2.0, FLOAT32)[words[6:]])
+    assert all(np.array_equal(other, found[0]) for other in found)
 
 
 def test_draws_are_pinned():
