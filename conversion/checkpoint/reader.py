@@ -18,9 +18,11 @@ from .kernel_copy import copy_range
 from .plan import Box, Shape, View
 from .scratch import scratch
 
-# A strided window is read as one span when that is at most this much more than what it needs, else run by run.
+# A strided window of short runs is read as one span when that is at most this much more than what it needs, else run
+# by run.
 _SPAN_WASTE = 2.0
 _SPAN_SLACK = 64 * 1024
+_LONG_RUN = 64 * 1024  # bytes worth a system call of their own
 
 # Bytes that are read, hashed and written before the next: they stay in a core's cache, where a block has no room.
 CHUNK = 256 * 1024
@@ -70,7 +72,9 @@ class FileReader:
         begin, end = view.span
         if view.is_contiguous and out.flags.c_contiguous:
             self._read_bytes(view.file, begin, out)
-        elif end - begin <= _SPAN_WASTE * view.nbytes + _SPAN_SLACK:
+        elif view.is_contiguous or (
+            _run_bytes(view) < _LONG_RUN and end - begin <= _SPAN_WASTE * view.nbytes + _SPAN_SLACK
+        ):
             span = scratch("span", (end - begin) // view.dtype.itemsize, view.dtype.numpy)
             self._read_bytes(view.file, begin, span)
             strides = tuple(stride * view.dtype.itemsize for stride in view.strides)
@@ -121,6 +125,16 @@ class FileReader:
         return CorruptData(
             f"{file}: ends at byte {size}, but a tensor reaches to byte {end}: the file was cut short meanwhile."
         )
+
+
+def _run_bytes(view: View) -> int:
+    """Length of the stretches of a window that lie in the file without gaps."""
+    run = 1
+    for size, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
+        if size != 1 and stride != run:
+            break
+        run *= size
+    return run * view.dtype.itemsize
 
 
 def _allow_many_files() -> None:
