@@ -29,12 +29,11 @@ from .assemble import blocks, copy_runs, is_zero, resolve, stream
 from .containers import Layout, Shard, parse_size, safetensors_layout
 from .dtypes import first_nonfinite
 from .errors import CheckpointError, NotFinite
-from .kernel_copy import write_all
 from .manifest import MANIFEST, block_digest, make_manifest, read_manifest
 from .normal_stream import GRID
 from .plan import CheckpointPlan, TensorPlan
 from .reader import FileReader, read_chunks
-from .workspace import FOLDER, PARTIAL, Finished, ShardFile, Workspace, naming_errors, sync_folder
+from .workspace import FOLDER, PARTIAL, Finished, ShardFile, Workspace, fits_in_cache, naming_errors, sync_folder
 
 # What a checkpoint's files may lie in, below its folder: nothing, or a step of Megatron-LM or DeepSpeed.
 _OWN_FOLDER = re.compile(r"\.|(iter_\d+|release|global_step\d+)(/.*)?")
@@ -252,11 +251,12 @@ def _write_shards(
     """Write some shards, and leave a record of each; `total` is for the progress."""
     resolved = resolve([tensor for shard in shards for tensor, _ in shard.tensors], reader, options.workers)
     open_files: list[ShardFile] = []
+    cached = fits_in_cache(plan.nbytes)
 
     def work_items() -> Iterator[_Block]:
         for shard in shards:
             statistics = resolved.named([tensor for tensor, _ in shard.tensors])
-            file = ShardFile(shard, workspace, statistics, digest=options.digest)
+            file = ShardFile(shard, workspace, statistics, digest=options.digest, cached=cached)
             open_files.append(file)
             for tensor, at in shard.tensors:
                 for index, (start, stop) in enumerate(blocks(tensor.numel)):
@@ -270,11 +270,11 @@ def _write_shards(
             if options.digest:
                 block.file.record(block.tensor.name, block.index, _write_hashed(block, data))
             elif options.finite:
-                for _ in _written(block.file.descriptor, data, block.at):
+                for _ in _written(block, data):
                     pass
             else:
                 _write_plain(block, data, reader)
-            block.file.release()
+            block.file.release(block.at, block.nbytes)
         options.progress(block.nbytes, total)
 
     try:
@@ -292,7 +292,7 @@ def _write_hashed(block: _Block, data: Iterator[memoryview]) -> bytes:
         return claimed
     if is_zero(block.tensor, block.start, block.stop) and not block.file.resumed:
         return _zero_digest(block.nbytes)
-    return block_digest(_written(descriptor, data, block.at))
+    return block_digest(_written(block, data))
 
 
 def _checked(block: _Block, data: Iterator[memoryview]) -> Iterator[memoryview]:
@@ -307,10 +307,11 @@ def _checked(block: _Block, data: Iterator[memoryview]) -> Iterator[memoryview]:
         at += len(chunk) // block.tensor.dtype.itemsize
 
 
-def _written(descriptor: int, data: Iterable[memoryview], at: int) -> Iterator[memoryview]:
+def _written(block: _Block, data: Iterable[memoryview]) -> Iterator[memoryview]:
     """Each chunk, once it is in the file."""
+    at = block.at
     for chunk in data:
-        write_all(descriptor, chunk, at)
+        block.file.write(chunk, at)
         yield chunk
         at += len(chunk)
 
@@ -319,7 +320,7 @@ def _write_plain(block: _Block, data: Iterator[memoryview], reader: FileReader) 
     """Put a block into its file without looking at bytes that do not change."""
     runs = copy_runs(block.tensor, block.start, block.stop)
     if runs is None:
-        for _ in _written(block.file.descriptor, data, block.at):
+        for _ in _written(block, data):
             pass
         return
     for view, at in runs:

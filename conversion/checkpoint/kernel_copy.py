@@ -2,17 +2,20 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Moving bytes from file to file inside the kernel, where that is possible and faster."""
+"""Moving bytes into files with the kernel's help: copied without coming here, written, let go of by its page cache."""
 
 import errno
 import os
+import threading
+from collections import deque
 
 PAGE = 4096
 _UNSUPPORTED = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 _BUFFER = 256 * 1024  # stays in a core's cache between the reading and the writing
 # The page cache allocates in units as large as the writes are. On a virtual machine the host has often taken the large
-# ones back, and must find memory first: 3.5 GiB took 7.6 s here in writes of 256 KiB, 1.4 s in writes of 32 KiB.
-_WRITE = 32 * 1024
+# ones back, and must find memory first: 3.5 GiB took 7.6 s here in writes of 256 KiB, 1.4 s in writes of 32 KiB. Where a
+# PassingCache gives the same memory back and back again, larger ones are faster: 37.6 GB took 22.9 s and 18.8 s.
+_WRITE, _PASSING_WRITE = 32 * 1024, 128 * 1024
 
 
 def copy_range(source: int, source_offset: int, target: int, target_offset: int, count: int) -> None:
@@ -55,10 +58,56 @@ def _copy_in_kernel(source: int, source_offset: int, target: int, target_offset:
     return done
 
 
-def write_all(descriptor: int, content: bytes | memoryview, offset: int) -> None:
-    """`pwrite` until everything is written."""
+def write_all(descriptor: int, content: bytes | memoryview, offset: int, *, cached: bool = True) -> None:
+    """`pwrite` until everything is written, in the units that are fastest for a file that stays cached, or does not."""
+    unit = _WRITE if cached else _PASSING_WRITE
     data = memoryview(content)
     written = 0
     while written < len(data):
-        room = _WRITE - (offset + written) % _WRITE
+        room = unit - (offset + written) % unit
         written += os.pwrite(descriptor, data[written : written + room], offset + written)
+
+
+class PassingCache:
+    """Keeps the page cache of a file that is being written to the last few bytes written.
+
+    An output larger than memory would push everything else out of the cache, and its own beginning in the end; and for
+    every page of it the kernel must find memory, which a virtual machine's host may have to find too: 30 GB took 42 to
+    51 s here, and 9 s with this.
+
+    Args:
+        descriptor: the file.
+        keep: bytes that stay.
+    """
+
+    def __init__(self, descriptor: int, keep: int = 128 * 1024 * 1024) -> None:
+        self._descriptor = descriptor
+        self._room = keep
+        self._written: deque[tuple[int, int]] = deque()
+        self._lock = threading.Lock()
+
+    def passed(self, offset: int, count: int) -> None:
+        """Say that a range is written: its way to the disk begins, and what was written long before is let go."""
+        _let_go(self._descriptor, offset, count)  # of what is not on the disk yet, this only begins the writing
+        old = []
+        with self._lock:
+            self._written.append((offset, count))
+            self._room -= count
+            while self._room < 0:
+                old.append(self._written.popleft())
+                self._room += old[-1][1]
+        for start, size in old:
+            _let_go(self._descriptor, start, size)
+
+    def close(self) -> None:
+        """Let go of all of the file, which has been synced."""
+        _let_go(self._descriptor, 0, 0)
+
+
+def _let_go(descriptor: int, offset: int, count: int) -> None:
+    os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
+
+
+def physical_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

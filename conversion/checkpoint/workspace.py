@@ -31,7 +31,7 @@ from typing import Any
 from .assemble import blocks
 from .containers import Shard
 from .errors import CheckpointError, CorruptData
-from .kernel_copy import write_all
+from .kernel_copy import PassingCache, physical_memory, write_all
 from .manifest import MANIFEST, package_version, tensor_digest
 from .plan import CheckpointPlan
 from .sources import WEIGHT_FILES, source_identity
@@ -253,16 +253,20 @@ class ShardFile:
         workspace: where its journal is.
         statistics: for its record.
         digest: whether blocks come with digests; only then can a journal be checked, and is one kept.
+        cached: whether what is written stays in the page cache.
 
     Raises:
         CheckpointError: another process is writing it.
         OSError: there is no room for it.
     """
 
-    def __init__(self, shard: Shard, workspace: Workspace, statistics: dict[str, float], *, digest: bool) -> None:
+    def __init__(
+        self, shard: Shard, workspace: Workspace, statistics: dict[str, float], *, digest: bool, cached: bool
+    ) -> None:
         self._shard = shard
         self._workspace = workspace
         self._statistics = statistics
+        self._cached = cached
         self._journal_path = workspace.beside(shard, ".journal")
         self._lock = threading.Lock()
         self._pending = 1 + sum(1 for tensor, _ in shard.tensors for _ in blocks(tensor.numel))
@@ -276,6 +280,7 @@ class ShardFile:
         except BaseException:
             self.close()
             raise
+        self._passing = None if cached else PassingCache(self.descriptor)
 
     def _open(self, digest: bool) -> None:
         if digest:
@@ -289,12 +294,16 @@ class ShardFile:
         os.ftruncate(self.descriptor, self._shard.nbytes)
         os.posix_fallocate(self.descriptor, 0, self._shard.nbytes)
         for position, content in self._shard.fixed:
-            write_all(self.descriptor, content, position)
+            self.write(content, position)
 
     @property
     def resumed(self) -> bool:
         """Whether an interrupted run wrote parts of the file, so that nothing can be assumed of the rest."""
         return bool(self.claims)
+
+    def write(self, content: bytes | memoryview, position: int) -> None:
+        """Write some bytes at a place."""
+        write_all(self.descriptor, content, position, cached=self._cached)
 
     def record(self, tensor: str, index: int, digest: bytes) -> None:
         """Note that a block is in the file."""
@@ -302,14 +311,23 @@ class ShardFile:
             os.write(self._journal, f"{index} {digest.hex()} {tensor}\n".encode())
         self._digests[tensor][index] = digest
 
-    def release(self) -> None:
-        """Give up a hold on the file: each block has one, and whoever hands them out. The last completes the shard."""
+    def release(self, position: int = 0, nbytes: int = 0) -> None:
+        """Give up a hold on the file: each block has one, and whoever hands them out. The last completes the shard.
+
+        Args:
+            position: where the block that was written lies.
+            nbytes: its size.
+        """
+        if nbytes and self._passing:
+            self._passing.passed(position, nbytes)
         with self._lock:
             self._pending -= 1
             if self._pending:
                 return
         with naming_errors(self.path):  # where writes are delayed, the disk may turn out to be full only here
             os.fsync(self.descriptor)
+        if self._passing:
+            self._passing.close()
         status = os.fstat(self.descriptor)
         digests = {name: tensor_digest(parts[i] for i in range(len(parts))) for name, parts in self._digests.items()}
         record = Finished(status.st_size, status.st_mtime_ns, digests, self._statistics)
@@ -323,6 +341,11 @@ class ShardFile:
             if getattr(self, name) >= 0:
                 os.close(getattr(self, name))
                 setattr(self, name, -1)
+
+
+def fits_in_cache(nbytes: int) -> bool:
+    """Whether an output of so many bytes would stay in the page cache for its next reader."""
+    return nbytes <= physical_memory() // 4
 
 
 def _weights_in(out: Path) -> list[str]:

@@ -4,17 +4,19 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Copies inside the kernel, and what happens where the kernel will not."""
 
+import ctypes
 import errno
+import mmap
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conversion.checkpoint import kernel_copy
+from conversion.checkpoint import kernel_copy, workspace
 from conversion.checkpoint.errors import CorruptData
 from conversion.checkpoint.execute import WriteOptions, write_checkpoint
-from conversion.checkpoint.kernel_copy import copy_range, write_all
+from conversion.checkpoint.kernel_copy import PassingCache, copy_range, write_all
 from conversion.checkpoint.plan import CheckpointPlan
 from tests.fixtures.checkpoint_runs import contents, make_sources, mixed_plan
 
@@ -170,3 +172,53 @@ def test_the_kernel_does_the_copying(tmp_path, monkeypatch):
     assert sum(moved) == tensor.nbytes
     assert not read
     assert Path(tmp_path / "out/model.safetensors").read_bytes().endswith((tmp_path / "sources/ids").read_bytes()[16:])
+
+
+def cached_pages(path: Path) -> list[bool]:
+    """Which pages of a file are in memory, as the kernel says."""
+    size = path.stat().st_size
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), size) as mapped:
+        pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        start = ctypes.c_char.from_buffer(mapped)
+        assert ctypes.CDLL(None).mincore(ctypes.byref(start), ctypes.c_size_t(size), pages) == 0
+        del start
+    return [bool(page & 1) for page in pages]
+
+
+@pytest.fixture
+def a_disk(tmp_path):
+    """Skips where files have no page cache to leave, as in a file system in memory."""
+    path = tmp_path / "probe"
+    path.write_bytes(DATA)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if any(cached_pages(path)):
+        pytest.skip("this file system keeps its files in memory")
+
+
+def test_a_passing_cache_keeps_the_last_bytes(files, a_disk):
+    _, target, path = files
+    page, unit = mmap.PAGESIZE, 4 * mmap.PAGESIZE
+    cache = PassingCache(target, keep=2 * unit)
+    for at in range(0, 10 * unit, unit):
+        write_all(target, DATA[:unit], at)
+        os.fsync(target)  # what is not on the disk yet is never let go
+        cache.passed(at, unit)
+    there = cached_pages(path)
+    assert sum(there) * page <= 2 * unit
+    assert path.read_bytes() == DATA[:unit] * 10
+    cache.close()
+    assert not any(cached_pages(path))
+
+
+@pytest.mark.parametrize("digest", [False, True])
+def test_an_output_larger_than_memory_leaves_the_page_cache(digest, tmp_path, a_disk, monkeypatch):
+    make_sources(tmp_path / "sources")
+    options = WriteOptions(digest=digest)
+    write_checkpoint(mixed_plan(tmp_path / "sources"), tmp_path / "small", options)
+    assert any(cached_pages(tmp_path / "small/model.safetensors"))
+    monkeypatch.setattr(workspace, "physical_memory", lambda: 10_000)
+    write_checkpoint(mixed_plan(tmp_path / "sources"), tmp_path / "large", options)
+    assert not any(cached_pages(tmp_path / "large/model.safetensors"))
+    assert contents(tmp_path / "large") == contents(tmp_path / "small")
