@@ -13,8 +13,8 @@ PAGE = 4096
 _UNSUPPORTED = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 _BUFFER = 256 * 1024  # stays in a core's cache between the reading and the writing
 # The page cache allocates in units as large as the writes are. On a virtual machine the host has often taken the large
-# ones back, and must find memory first: 3.5 GiB took 7.6 s here in writes of 256 KiB, 1.4 s in writes of 32 KiB. Where a
-# PassingCache gives the same memory back and back again, larger ones are faster: 37.6 GB took 22.9 s and 18.8 s.
+# ones back, and must find memory first: 3.5 GiB took 7.6 s here in writes of 256 KiB, 1.4 s in writes of 32 KiB. Where
+# a PassingCache gives the same memory back and back again, larger ones are faster: 37.6 GB took 22.9 s and 18.8 s.
 _WRITE, _PASSING_WRITE = 32 * 1024, 128 * 1024
 
 
