@@ -195,14 +195,14 @@ AGAINST_CP = ("", "seconds", "processor seconds", "x the time of cp", "times fas
 
 
 def against_cp(runs: Mapping[str, Sequence[Run]], load_all: str) -> list[list[str]]:
-    """A row for each contestant, beside `cp` and the one that loads all: the columns are `AGAINST_CP`."""
+    """A row for each contestant, beside `cp` and the one that loads all, if it ran: the columns are `AGAINST_CP`."""
     return [
         [
             name,
             seconds(runs[name]),
             cpu_seconds(runs[name]),
             ratios(runs, name, "cp"),
-            ratios(runs, load_all, name),
+            ratios(runs, load_all, name) if load_all in runs else "",
             mib(runs[name]) if name != "cp" else "",
         ]
         for name in runs

@@ -197,6 +197,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--cache", choices=["warm", "cold"], nargs="+", default=["warm", "cold"])
     parser.add_argument("--optimizer", action="store_true", help="with AdamW's states in the files")
+    parser.add_argument("--no-load-all", action="store_true", help="without that one, whose memory must hold all files")
     options = parser.parse_args()
     from synthetic import tele_flm_config
 
@@ -221,8 +222,9 @@ def main() -> None:
                 ),
                 "convert --no-digest": partial(convert, source, flags=("--no-digest",)),
                 "convert": partial(convert, source),
-                LOAD_ALL: partial(as_process, source, way="load-all"),
             }
+            if not options.no_load_all:
+                contestants[LOAD_ALL] = partial(as_process, source, way="load-all")
             runs = interleave(contestants, options.pairs, place, [*plain, *files], cache)
             report(
                 f"{title}{cache} cache",

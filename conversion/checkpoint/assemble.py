@@ -34,7 +34,7 @@ BLOCK = 4 * GRID  # elements of a unit of work, with a digest of its own: 8 MiB 
 _SAMPLE = 1 << 22  # a statistic looks at this many elements at most,
 _WINDOW = 1 << 16  # in windows of this many, evenly spread
 _SHORT_RUN = 256 * 1024  # bytes worth a system call of their own
-_CHUNK = 1 << 14  # arithmetic runs over pieces that stay in the cache
+_CHUNK = 1 << 17  # arithmetic runs over pieces that stay in the cache
 
 
 @dataclass(frozen=True)

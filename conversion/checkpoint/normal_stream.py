@@ -21,7 +21,9 @@ from .scratch import scratch
 
 GRID = 1 << 20  # elements per independent stream
 _LEVELS = 1 << 16  # one table entry per 16-bit word
-_CHUNK = 1 << 13  # numpy widens indices to 64 bits first; of so many that they stay in the cache
+# As many at a time as stay in a core's cache, indices widened to 64 bits included: the interpreter, which one thread
+# has at a time, comes between any two.
+_DRAWN, _LOOKED_UP = 1 << 16, 1 << 15
 
 
 def draw_words(seed: int, name: str, start: int, count: int) -> np.ndarray:
@@ -47,8 +49,8 @@ def draw_words(seed: int, name: str, start: int, count: int) -> np.ndarray:
 
 def _draw_cell(entropy: list[int], words: np.ndarray) -> None:
     stream = np.random.SFC64(np.random.SeedSequence(entropy))
-    for at in range(0, len(words), _CHUNK):
-        part = words[at : at + _CHUNK]
+    for at in range(0, len(words), _DRAWN):
+        part = words[at : at + _DRAWN]
         part[:] = stream.random_raw(-(-len(part) // 4)).astype("<u8", copy=False).view("<u2")[: len(part)]
 
 
@@ -62,8 +64,8 @@ def look_up(table: np.ndarray, words: np.ndarray, out: np.ndarray | None = None)
     """
     flat = words.reshape(-1)
     values = scratch("values", flat.size, table.dtype) if out is None else out.reshape(-1)
-    for start in range(0, flat.size, _CHUNK):
-        chunk = slice(start, start + _CHUNK)
+    for start in range(0, flat.size, _LOOKED_UP):
+        chunk = slice(start, start + _LOOKED_UP)
         # Every word is an index, and `wrap` is the mode that writes to `out` without a copy of it.
         table.take(flat[chunk], out=values[chunk], mode="wrap")
     return values.reshape(words.shape)

@@ -345,7 +345,7 @@ class ShardFile:
 
 def fits_in_cache(nbytes: int) -> bool:
     """Whether an output of so many bytes would stay in the page cache for its next reader."""
-    return nbytes <= physical_memory() // 4
+    return nbytes <= physical_memory() // 2
 
 
 def _weights_in(out: Path) -> list[str]:
