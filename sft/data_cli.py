@@ -197,8 +197,7 @@ def plan(
 
 def _load(model: str, chat_template_path: str | None, all_tokens: bool) -> "PreTrainedTokenizerBase":
     """The tokenizer, with a template that ends what it lets the model learn."""
-    from sft.guards import check_stop_token
-    from sft.tokenizer import load_tokenizer
+    from sft.tokenizer import check_stop_token, load_tokenizer
 
     tokenizer, stop_ids = load_tokenizer(model, chat_template_path)
     check_stop_token(tokenizer, stop_ids, assistant_only_loss=not all_tokens)

@@ -7,15 +7,13 @@
 - TRL computes the loss from the hidden states and `lm_head.weight`; the model's own `forward`, and with it a factor on
   the logits, is bypassed. TRL applies the factor itself if the configuration names it `logit_scale`; else the loss is
   wrong, and at initialization differs from the right one in the fourth digit only. [`FusedLossGuard`] compares the two.
-- A template whose assistant turns are trained on without the token that ends them gives a model that never stops.
-  [`check_stop_token`] renders a conversation and looks.
 - TRL drops rows and cuts tokens without a word. [`check_trained_tokens`] counts what reached the trainer.
 - accelerate replicates where it was told to shard, and starts one process where it was told to start several, if it
   finds no accelerators. [`check_launch`] compares what was asked for with what there is, before a model is loaded.
 - FSDP shards nothing but the root if no layer has the name that it was told to wrap. [`WrappingGuard`] counts.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +28,6 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -144,43 +141,6 @@ def _scaled_hidden_states(model: PreTrainedModel, factor: torch.Tensor) -> Itera
 
 
 # --- the labels -------------------------------------------------------------------------------------------------------
-
-
-def check_stop_token(
-    tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int], assistant_only_loss: bool = True
-) -> None:
-    """Check that the chat template ends an assistant's turn with a stop token, and that the token is trained on.
-
-    Args:
-        tokenizer: with the chat template in question.
-        stop_ids: the ids that end generation.
-        assistant_only_loss: whether only the template's `{% generation %}` blocks are trained on.
-
-    Raises:
-        GuardError: nothing is trained on, or the last trained token of a turn is no stop token.
-    """
-    turns = [{"role": role, "content": "text"} for role in ("user", "assistant", "user")]
-    # A template may close a turn only when another follows, or only when none does.
-    for messages in (turns[:2], turns) if assistant_only_loss else (turns[:2],):
-        encoding: Any = tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=assistant_only_loss
-        )
-        mask = encoding["assistant_masks"] if assistant_only_loss else [1] * len(encoding["input_ids"])
-        trained = [token for token, marked in zip(encoding["input_ids"], mask, strict=True) if marked]
-        while trained and not str(tokenizer.decode(trained[-1:])).strip():
-            trained.pop()
-        if not trained:
-            raise GuardError(
-                "the chat template marks no token of an assistant's turn as trained; put what the assistant says "
-                "between {% generation %} and {% endgeneration %}, or set assistant_only_loss: false."
-            )
-        if trained[-1] not in stop_ids:
-            stops = ", ".join(f"{tokenizer.decode([stop])!r}" for stop in sorted(stop_ids))
-            raise GuardError(
-                f"the last trained token of an assistant's turn is {tokenizer.decode(trained[-1:])!r}, not a stop "
-                f"token ({stops}): the model would not learn to stop. End the {{% generation %}} block of the chat "
-                "template with the eos_token."
-            )
 
 
 def check_trained_tokens(dataset: Dataset, expected: int) -> None:
@@ -329,7 +289,6 @@ __all__ = [
     "GuardError",
     "WrappingGuard",
     "check_launch",
-    "check_stop_token",
     "check_trained_tokens",
     "check_wrapped",
     "count_wrapped",

@@ -6,6 +6,7 @@
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,45 @@ def load_tokenizer(
     return tokenizer, set(stop_ids) if isinstance(stop_ids, list) else {stop_ids}
 
 
+def check_stop_token(
+    tokenizer: "PreTrainedTokenizerBase", stop_ids: Collection[int], assistant_only_loss: bool = True
+) -> None:
+    """Check that the chat template ends an assistant's turn with a stop token, and that the token is trained on.
+
+    Without it a model learns what to say and never to stop; no loss shows that.
+
+    Args:
+        tokenizer: with the chat template in question.
+        stop_ids: the ids that end generation.
+        assistant_only_loss: whether only the template's `{% generation %}` blocks are trained on.
+
+    Raises:
+        TokenizerError: nothing is trained on, or the last trained token of a turn is no stop token.
+    """
+    turns = [{"role": role, "content": "text"} for role in ("user", "assistant", "user")]
+    # A template may close a turn only when another follows, or only when none does.
+    for messages in (turns[:2], turns) if assistant_only_loss else (turns[:2],):
+        encoding: Any = tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=assistant_only_loss
+        )
+        mask = encoding["assistant_masks"] if assistant_only_loss else [1] * len(encoding["input_ids"])
+        trained = [token for token, marked in zip(encoding["input_ids"], mask, strict=True) if marked]
+        while trained and not str(tokenizer.decode(trained[-1:])).strip():
+            trained.pop()
+        if not trained:
+            raise TokenizerError(
+                "the chat template marks no token of an assistant's turn as trained; put what the assistant says "
+                "between {% generation %} and {% endgeneration %}, or set assistant_only_loss: false."
+            )
+        if trained[-1] not in stop_ids:
+            stops = ", ".join(f"{tokenizer.decode([stop])!r}" for stop in sorted(stop_ids))
+            raise TokenizerError(
+                f"the last trained token of an assistant's turn is {tokenizer.decode(trained[-1:])!r}, not a stop "
+                f"token ({stops}): the model would not learn to stop. End the {{% generation %}} block of the chat "
+                "template with the eos_token."
+            )
+
+
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """The texts that become one token wherever they stand: special tokens, and the markers of the chat template.
 
@@ -99,4 +139,11 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     return xxhash.xxh3_128_hexdigest(rules + json.dumps(around, sort_keys=True).encode())
 
 
-__all__ = ["TokenizerError", "control_tokens", "family_control_tokens", "load_tokenizer", "tokenizer_digest"]
+__all__ = [
+    "TokenizerError",
+    "check_stop_token",
+    "control_tokens",
+    "family_control_tokens",
+    "load_tokenizer",
+    "tokenizer_digest",
+]

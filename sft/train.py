@@ -44,7 +44,7 @@ from sft import tokenizer as tokenizers
 from sft.data import DataReport, prepare_dataset
 from sft.dpo import prepare_preferences
 from sft.export import find_model
-from sft.guards import FusedLossGuard, GuardError, WrappingGuard, check_launch, check_stop_token, check_trained_tokens
+from sft.guards import FusedLossGuard, GuardError, WrappingGuard, check_launch, check_trained_tokens
 from sft.lineage import describe_base, write_record
 from sft.recipe import Recipe, RecipeError, parse_overrides, read_recipe
 from sft.trainer import WeightedSFTTrainer, arrange
@@ -132,7 +132,7 @@ def build_trainer(
     _refuse_used_output(recipe)
     tokenizer, stop_ids = load_tokenizer(recipe)
     # Preferences are tokenized by TRL, which needs no marks of what the assistant says.
-    check_stop_token(tokenizer, stop_ids, recipe.data.assistant_only_loss and recipe.run.trainer == "sft")
+    tokenizers.check_stop_token(tokenizer, stop_ids, recipe.data.assistant_only_loss and recipe.run.trainer == "sft")
 
     train_dataset, report = _prepare(recipe, recipe.data.data_files, tokenizer)
     eval_dataset, eval_report = None, None

@@ -311,12 +311,22 @@ def _describe(workspace: Workspace, out: Path, already_done: bool) -> Selection:
     )
 
 
+def _without_folder(model: str | None) -> str | None:
+    """A model by the name of its folder; one of the Hub by its own."""
+    return Path(model).name if model is not None and Path(model).exists() else model
+
+
 def _write_summary(selection: Selection, settings: SelectionSettings, workspace: Workspace, out: Path) -> None:
     """No local paths: the summary may be published with the data."""
+    given = {
+        "decontaminate": [Path(file).name for file in settings.decontaminate],
+        "scorer": _without_folder(settings.scorer),
+        "embedder": _without_folder(settings.embedder),
+    }
     described = {
         "count": selection.count,
         "domains": selection.domains,
-        "settings": {**dataclasses.asdict(settings), "decontaminate": [Path(f).name for f in settings.decontaminate]},
+        "settings": {**dataclasses.asdict(settings), **given},
         "teleflm_version": package_version(),
         "digest": workspace.digests[-1],
         "bytes": (out / SELECTED).stat().st_size,

@@ -12,6 +12,7 @@ from sft.data import DataError
 from sft.dpo import prepare_preferences, read_pair
 from sft.formats import Row
 from sft.guards import GuardError
+from sft.tokenizer import TokenizerError
 from sft.train import build_trainer, load_tokenizer, train
 from tests.fixtures.tiny import tiny_model
 from tests.sft.test_guards import untrained_model
@@ -100,7 +101,7 @@ def test_a_template_needs_no_marks_but_an_end_token(end, dpo, tmp_path):
     if end:
         assert train(dpo(max_steps=1, chat_template_path=str(path)), progress=False).global_step == 1
     else:
-        with pytest.raises(GuardError, match="not a stop token"):
+        with pytest.raises(TokenizerError, match="not a stop token"):
             train(dpo(max_steps=1, chat_template_path=str(path)))
 
 

@@ -20,14 +20,13 @@ from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM
 from sft.guards import (
     GuardError,
     check_launch,
-    check_stop_token,
     check_trained_tokens,
     check_wrapped,
     count_wrapped,
     fused_loss_gap,
 )
 from sft.recipe import RunArguments
-from sft.train import build_trainer, load_tokenizer, train
+from sft.train import build_trainer, train
 from tests.fixtures.tiny import tiny_config
 
 
@@ -139,47 +138,6 @@ def test_the_model_is_left_as_it_was(make_recipe):
     before = copy.deepcopy(state())
     assert fused_loss_gap(model, model.get_base_model()) < 0.005
     assert state() == before
-
-
-TURNS = (
-    "{%% for m in messages %%}<_user>"
-    "{%% if m.role == 'user' %%}{{ m.content }}{%% else %%}%s{%% endif %%}"
-    "{%% endfor %%}"
-)
-TEMPLATES = {
-    "end token outside": TURNS % "{% generation %}{{ m.content }}{% endgeneration %}</s>",
-    "no end token": TURNS % "{% generation %}{{ m.content }}{% endgeneration %}",
-    "not the stop token": TURNS % "{% generation %}{{ m.content }}<_bot>{% endgeneration %}",
-    "end token only before another turn": TURNS
-    % "{% generation %}{{ m.content }}{% if not loop.last %}</s>{% endif %}{% endgeneration %}",
-    "end token only after the last turn": TURNS
-    % "{% generation %}{{ m.content }}{% if loop.last %}</s>{% endif %}{% endgeneration %}",
-}
-
-
-@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-def test_a_template_that_does_not_train_the_stop_token_is_refused(template, make_recipe, tmp_path):
-    path = tmp_path / "template.jinja"
-    path.write_text(template)
-    with pytest.raises(
-        GuardError, match=r"last trained token of an assistant's turn is .* not a stop token \('</s>'\)"
-    ):
-        train(make_recipe(chat_template_path=str(path)))
-
-
-def test_a_template_without_marks_is_refused(make_recipe, tmp_path):
-    path = tmp_path / "template.jinja"
-    path.write_text("{% for m in messages %}{{ m.content }}</s>{% endfor %}")
-    with pytest.raises(GuardError, match="marks no token of an assistant's turn as trained"):
-        train(make_recipe(chat_template_path=str(path)))
-    tokenizer, stop_ids = load_tokenizer(make_recipe(chat_template_path=str(path)))
-    check_stop_token(tokenizer, stop_ids, assistant_only_loss=False)
-
-
-def test_space_after_the_stop_token_is_fine(make_recipe):
-    tokenizer, stop_ids = load_tokenizer(make_recipe())
-    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "eos_token ~ '\n'")
-    check_stop_token(tokenizer, stop_ids)
 
 
 @pytest.mark.parametrize(("packing_strategy", "cuts"), [("bfd", True), ("bfd_split", False), ("wrapped", False)])

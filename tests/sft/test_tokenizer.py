@@ -12,7 +12,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sft.data import Labelling, tokenize_rows
-from sft.tokenizer import TokenizerError, control_tokens, family_control_tokens, load_tokenizer, tokenizer_digest
+from sft.tokenizer import (
+    TokenizerError,
+    check_stop_token,
+    control_tokens,
+    family_control_tokens,
+    load_tokenizer,
+    tokenizer_digest,
+)
+from sft.train import train
 from tests.fixtures.tiny import tiny_tokenizer
 from tests.sft.test_data import ANSWER, ASK, chat, write
 
@@ -83,3 +91,44 @@ def test_errors_name_the_model(model_dir, rust_tokenizer, tmp_path):
     rust_tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(TokenizerError, match=r"model has no eos_token_id in generation_config.json or config.json"):
         load_tokenizer(tmp_path / "model")
+
+
+TURNS = (
+    "{%% for m in messages %%}<_user>"
+    "{%% if m.role == 'user' %%}{{ m.content }}{%% else %%}%s{%% endif %%}"
+    "{%% endfor %%}"
+)
+TEMPLATES = {
+    "end token outside": TURNS % "{% generation %}{{ m.content }}{% endgeneration %}</s>",
+    "no end token": TURNS % "{% generation %}{{ m.content }}{% endgeneration %}",
+    "not the stop token": TURNS % "{% generation %}{{ m.content }}<_bot>{% endgeneration %}",
+    "end token only before another turn": TURNS
+    % "{% generation %}{{ m.content }}{% if not loop.last %}</s>{% endif %}{% endgeneration %}",
+    "end token only after the last turn": TURNS
+    % "{% generation %}{{ m.content }}{% if loop.last %}</s>{% endif %}{% endgeneration %}",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_template_that_does_not_train_the_stop_token_is_refused(template, make_recipe, tmp_path):
+    path = tmp_path / "template.jinja"
+    path.write_text(template)
+    with pytest.raises(
+        TokenizerError, match=r"last trained token of an assistant's turn is .* not a stop token \('</s>'\)"
+    ):
+        train(make_recipe(chat_template_path=str(path)))
+
+
+def test_a_template_without_marks_is_refused(make_recipe, model_dir, tmp_path):
+    path = tmp_path / "template.jinja"
+    path.write_text("{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    with pytest.raises(TokenizerError, match="marks no token of an assistant's turn as trained"):
+        train(make_recipe(chat_template_path=str(path)))
+    tokenizer, stop_ids = load_tokenizer(model_dir, path)
+    check_stop_token(tokenizer, stop_ids, assistant_only_loss=False)
+
+
+def test_space_after_the_stop_token_is_fine(model_dir):
+    tokenizer, stop_ids = load_tokenizer(model_dir)
+    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "eos_token ~ '\n'")
+    check_stop_token(tokenizer, stop_ids)

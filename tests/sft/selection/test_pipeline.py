@@ -90,7 +90,7 @@ def test_every_row_is_accounted_for(out, corpus):
         assert stage["parts"] == len(list(folder.glob("*.parquet"))) > 1
 
 
-def test_the_summary_names_no_place(corpus_file, out):
+def test_the_summary_names_no_place(corpus_file, out):  # nor with a model: test_a_models_embeddings
     assert str(corpus_file.parent) not in (out / "selection.json").read_text()
 
 
@@ -294,6 +294,9 @@ def test_a_models_embeddings(corpus, lines, model_dir, tmp_path):
     data = lines(*corpus[:120])
     settings = SelectionSettings(count=30, embedder=str(model_dir), quota=QUOTA)
     assert select_conversations(data, tmp_path / "out", settings).count == 30
+    summary = (tmp_path / "out/selection.json").read_text()
+    assert json.loads(summary)["settings"]["embedder"] == model_dir.name
+    assert str(model_dir.parent) not in summary
     width = AutoConfig.from_pretrained(model_dir).hidden_size
     assert (
         pq.read_schema(tmp_path / "out/stages/08-embeddings/00000-00000.parquet").field("embedding").type.list_size
