@@ -4,17 +4,18 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Does selecting help? The study whose protocol is docs/selection-study.md; what is measured goes to its last section.
 
-    python benchmarks/selection_study.py [--pool FILE.jsonl] [--folder DIR] [--quick]
+    python benchmarks/selection_study.py [--pool FILE.jsonl] [--folder DIR] [--only POOL] [--quick]
 
 Each finished run is kept in DIR/runs.jsonl; the command, run again with the same DIR, goes on after the last of them.
---quick tries the machinery in minutes: a smaller model, one seed, and nothing is written to docs.
+--only does the runs of one pool, so that two processes share the work, and writes no page; the same command without it
+then does. --quick tries the machinery in minutes: a smaller model, one seed, and nothing is written to docs.
 """
 
 import json
 import random
 import shutil
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,11 +47,11 @@ LEAST_DIFFERENCE = 0.005
 class Size:
     """What --quick makes smaller."""
 
-    count: int = 1500
-    hidden_size: int = 128
+    count: int = 1000
+    hidden_size: int = 96
     pretraining_steps: int = 600
-    steps: int = 300
-    epochs: float = 2
+    steps: int = 120
+    epochs: float = 1
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -81,6 +82,7 @@ class Study:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--pool", type=Path, default=POOL, help="rows with `messages` and `source`")
+    parser.add_argument("--only", choices=POOLS, action="append", help="pools whose runs are done")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     logging.set_verbosity_error()
@@ -90,7 +92,9 @@ def main() -> None:
     sources = write_pools(study, options.pool)
     if not (study.base / "config.json").exists():
         pretrain(study)
-    runs = list(run_all(study, sources))
+    runs = list(run_all(study, sources, options.only or POOLS))
+    if options.only:
+        return
     text = describe(runs, sources, study.size, options.folder)
     console.print(text, markup=False)
     if not options.quick:
@@ -218,12 +222,12 @@ def pretrain(study: Study) -> None:
 # --- the runs ---------------------------------------------------------------------------------------------------------
 
 
-def run_all(study: Study, sources: list[str]) -> Iterator[dict]:
+def run_all(study: Study, sources: list[str], pools: Sequence[str]) -> Iterator[dict]:
     """Every run, of which those of an earlier command are not done again."""
     record = study.folder / "runs.jsonl"
     done = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
     known = {tuple(run[name] for name in ("pool", "arm", "budget", "seed")): run for run in done}
-    for pool in POOLS:
+    for pool in pools:
         for seed in study.size.seeds:
             for arm in ARMS:
                 for budget in BUDGETS:
@@ -239,7 +243,7 @@ def run_all(study: Study, sources: list[str]) -> Iterator[dict]:
 def run_one(study: Study, sources: list[str], pool: str, arm: str, budget: str, seed: int) -> dict:
     """Select, fine-tune, judge."""
     data = select(study, pool, arm, seed)
-    out = study.folder / "fine-tuned"
+    out = study.folder / f"fine-tuned-{pool.replace(' ', '-')}"
     shutil.rmtree(out, ignore_errors=True)
     length = {"max_steps": study.size.steps} if budget == "equal steps" else {"num_train_epochs": study.size.epochs}
     result = train(

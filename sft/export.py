@@ -11,6 +11,7 @@ and take as much disk as it does.
 import json
 import shutil
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -203,20 +204,21 @@ def _place(name: str, shape: tuple[int, ...], tensors: dict[str, View]) -> tuple
 
 def _write_adapter(adapter: _Adapter, source: Source, out: Path, base: str | Path | None, *, overwrite: bool) -> Path:
     """Copy an adapter with the tokenizer and the settings that generation needs; all of it or nothing appears."""
-    if out.exists() and not overwrite:
-        raise ExportError(f"{out} exists; choose another folder, or add --overwrite.")
+    named = str(base) if base else adapter.config.get("base_model_name_or_path")
+    config = {**adapter.config, "base_model_name_or_path": named}
+    card = _ADAPTER_CARD.format(base=named, steps="\n".join(f"- {step}" for step in lineage_steps(adapter.lineage)))
+    files: dict[str, str | bytes] = {
+        name: str(adapter.folder / name) for name in (ADAPTER_WEIGHTS, MANIFEST) if (adapter.folder / name).is_file()
+    }
+    files |= {ADAPTER_CONFIG: (json.dumps(config, indent=2) + "\n").encode(), **_small_files(adapter, source, card)}
+
+    if out.exists():
+        _refuse_to_replace(out, files, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as place:
         folder = Path(place) / out.name
         folder.mkdir()
-        for name in (ADAPTER_WEIGHTS, MANIFEST):
-            if (adapter.folder / name).is_file():
-                shutil.copyfile(adapter.folder / name, folder / name)
-        named = str(base) if base else adapter.config.get("base_model_name_or_path")
-        config = {**adapter.config, "base_model_name_or_path": named}
-        (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        card = _ADAPTER_CARD.format(base=named, steps="\n".join(f"- {step}" for step in lineage_steps(adapter.lineage)))
-        for name, content in _small_files(adapter, source, card).items():
+        for name, content in files.items():
             if isinstance(content, bytes):
                 (folder / name).write_bytes(content)
             else:
@@ -225,6 +227,15 @@ def _write_adapter(adapter: _Adapter, source: Source, out: Path, base: str | Pat
             shutil.rmtree(out)
         folder.rename(out)
     return out
+
+
+def _refuse_to_replace(out: Path, files: Collection[str], *, overwrite: bool) -> None:
+    """Nothing is replaced without being asked, and nothing but what an export of an adapter has written."""
+    others = sorted(path.name for path in out.iterdir() if path.name not in files) if out.is_dir() else [out.name]
+    if others:
+        raise ExportError(f"{out} exists and holds {others[0]}, no file of an exported adapter; choose another folder.")
+    if not overwrite:
+        raise ExportError(f"{out} exists; choose another folder, or add --overwrite.")
 
 
 def _small_files(adapter: _Adapter, base: Source, card: str) -> dict[str, str | bytes]:

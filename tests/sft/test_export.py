@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import sft.merge
 from conversion.checkpoint.check import check_digests
+from conversion.checkpoint.execute import WriteOptions
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.sources import open_checkpoint
 from sft.cli import app
@@ -199,6 +200,23 @@ def test_a_refusal_is_one_line_and_status_2(arguments, message, trained, tmp_pat
     assert len(result.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
     assert re.search(message, result.stderr)
+
+
+def test_an_adapter_replaces_an_exported_adapter_and_nothing_else(trained, model_dir, tmp_path):
+    options = WriteOptions(overwrite=True)
+    export_model(trained("lora"), tmp_path / "out")
+    with pytest.raises(ExportError, match="exists; choose another folder, or add --overwrite"):
+        export_model(trained("lora"), tmp_path / "out")
+    export_model(trained("lora"), tmp_path / "out", options=options)
+
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years")
+    for folder in (mine, trained("lora"), model_dir):
+        before = sorted(folder.iterdir())
+        with pytest.raises(ExportError, match=r"exists and holds .*, no file of an exported adapter; choose another"):
+            export_model(trained("lora"), folder, options=options)
+        assert sorted(folder.iterdir()) == before
 
 
 def test_the_command_merges(trained, tmp_path):
