@@ -10,6 +10,7 @@ import typer
 
 from conversion.cli import convert, inspect
 from conversion.cli_export import export
+from conversion.cli_publish import publish
 from growth.cli import fold, grow
 from growth.verify_cli import verify
 from sft.cli import app as sft_app
@@ -26,6 +27,7 @@ app.command()(export)
 app.command()(grow)
 app.command()(fold)
 app.command()(verify)
+app.command()(publish)
 app.add_typer(sft_app, name="sft")
 
 

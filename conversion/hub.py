@@ -115,6 +115,18 @@ def lineage_steps(lineage: Mapping[str, Any] | None) -> list[str]:
             step = f"Rewritten as safetensors from {container} files{cast}."
         case {"operation": "fold", "alpha": float() | int() as alpha}:
             step = f"Growth masks folded into the weights at alpha {alpha:g}."
+        case {
+            "operation": "fine-tune",
+            "trainer": str() as trainer,
+            "method": str() as method,
+            "data": {"rows": int() as rows, "trained_tokens": int() as tokens},
+            "steps": int() as steps,
+        }:
+            merged = ", the adapter merged" if lineage.get("merged") else ""
+            step = (
+                f"Fine-tuned ({trainer[:80]}, {method[:80]}) in {steps:,} steps on {rows:,} conversations, {tokens:,} "
+                f"tokens of which are trained on{merged}."
+            )
         case {"operation": "export", "to": str() as target}:
             step = f"Exported to {target[:80]}{_export_details(lineage)}."
         case _:

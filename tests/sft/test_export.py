@@ -17,9 +17,11 @@ from typer.testing import CliRunner
 
 import sft.merge
 from conversion.checkpoint.check import check_digests
+from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import WriteOptions
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.sources import open_checkpoint
+from conversion.publishing import publish
 from sft.cli import app
 from sft.export import ExportError, export_model
 from sft.recipe import Recipe
@@ -97,6 +99,9 @@ def test_the_record_says_what_it_was_made_from_and_names_no_path(merge, trained,
     lineage = manifest["lineage"]
     assert (lineage["operation"], lineage["trainer"], lineage["method"]) == ("fine-tune", "sft", "lora")
     assert (lineage["data"]["rows"], lineage["steps"], lineage.get("merged", False)) == (48, 2, merge)
+    card = (out / "README.md").read_text()
+    assert "Fine-tuned (sft, lora) in 2 steps on 48 conversations" in card
+    assert ("the adapter merged" in card) == merge
     assert not {str(path) for path in (model_dir, data_file, source) if str(path) in json.dumps(manifest)}
     assert damages(out, out if merge else out / "adapter_model.safetensors") == []
 
@@ -111,6 +116,7 @@ def test_a_whole_model_is_recorded_with_its_parent(trained, model_dir, data_file
     assert second["lineage"]["parent"] == {"plan": first["plan"], "lineage": first["lineage"]}
     assert first["lineage"]["parent"]["lineage"]["data"] == second["lineage"]["data"], "the same conversations"
     assert damages(tmp_path / "second", tmp_path / "second") == []
+    assert (tmp_path / "second" / "README.md").read_text().count("Fine-tuned (sft, full) in ") == 2
 
 
 def test_an_adapter_that_merging_changes_is_not_written(trained, tmp_path, monkeypatch):
@@ -200,6 +206,18 @@ def test_a_refusal_is_one_line_and_status_2(arguments, message, trained, tmp_pat
     assert len(result.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
     assert re.search(message, result.stderr)
+
+
+def test_an_adapter_is_published_with_a_base_that_others_can_find(trained, tmp_path):
+    out = export_model(trained("lora"), tmp_path / "out").folder
+    with pytest.raises(CheckpointError, match=r"base_model_name_or_path is .*, a folder of this machine"):
+        publish(out, "owner/adapter", dry_run=True)
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "owner/base"}))
+    publication = publish(out, "owner/adapter", dry_run=True)
+    assert publication.weights.keys() == {"adapter_model.safetensors"}
+    assert {"adapter_config.json", "README.md", "manifest.json", "tokenizer.model"} <= publication.small_files.keys()
+    assert publication.left_out == []
 
 
 def test_an_adapter_replaces_an_exported_adapter_and_nothing_else(trained, model_dir, tmp_path):

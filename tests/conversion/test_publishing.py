@@ -1,0 +1,164 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Publishing, by the real client of the Hub over HTTP to a small Hub on this machine."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import teleflm
+from conversion import WriteOptions, convert_checkpoint
+from conversion.checkpoint.errors import CheckpointError
+from conversion.publishing import publish
+from tests.fixtures.hub_server import running_hub
+from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
+
+ROOT = Path(teleflm.__file__).parent
+REPO = "owner/model"
+CODE = {"configuration_teleflm.py", "modeling_teleflm.py", "tokenization_teleflm.py"}
+TEXTS = {"README.md", "config.json", "manifest.json", "model.safetensors.index.json"}
+TOKENIZER = {"tokenizer.model", "tokenizer_config.json", "chat_template.jinja"}
+
+
+@pytest.fixture(scope="module")
+def hub_folder(tmp_path_factory):
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("hub") / "out"
+    tiny_model(tiny_config()).save_pretrained(source)
+    tiny_tokenizer(source).save_pretrained(source)
+    convert_checkpoint(source, out, options=WriteOptions(max_shard_size="100kB"))
+    return out
+
+
+@pytest.fixture
+def folder(hub_folder, tmp_path):
+    return Path(shutil.copytree(hub_folder, tmp_path / "folder"))
+
+
+@pytest.fixture
+def hub():
+    with running_hub() as running:
+        yield running
+
+
+def run(hub, *arguments):
+    """The command in a process of its own: the client reads where its Hub is when it is imported."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "hf_test",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    command = [sys.executable, "-m", "teleflm", "publish", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_what_a_reader_needs_arrives_and_the_weights_arrive_first(hub, folder):
+    (folder / "optimizer.pt").write_bytes(b"not for the public")
+    (folder / "checkpoint-10").mkdir()
+    shards = {path.name for path in folder.glob("*.safetensors")}
+    assert len(shards) > 1
+
+    result = run(hub, folder, REPO, "--private", "--revision", "step7", "-m", "The seventh", "--json")
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert hub.repositories == {REPO: True}
+    assert [(name, branch, message) for name, branch, message, _ in hub.commits] == [(REPO, "step7", "The seventh")] * 2
+    first, second = (files for *_, files in hub.commits)
+    assert first.keys() == said["weights"].keys() == shards
+    assert second.keys() == said["small_files"].keys() == CODE | TEXTS | TOKENIZER | {"generation_config.json"}
+    assert all((folder / name).read_bytes() == content for name, content in {**first, **second}.items())
+    assert said["left_out"] == ["checkpoint-10", "optimizer.pt"]
+    assert said["url"] == f"{hub.url}/{REPO}/commit/2"
+
+
+def test_what_the_hub_refuses_is_one_line_and_the_command_goes_on_later(hub, folder):
+    hub.refuse = 403
+    result = run(hub, folder, REPO)
+    assert (result.returncode, hub.commits) == (1, [])
+    lines = [line for line in result.stderr.splitlines() if line.startswith("teleflm: ")]
+    assert len(lines) == 1
+    assert re.fullmatch(r"teleflm: owner/model: .*403.*; the same command goes on from here", lines[0])
+    hub.refuse = 0
+    assert run(hub, folder, REPO).returncode == 0
+    assert len(hub.commits) == 2
+
+
+def test_a_dry_run_touches_nothing(hub, folder):
+    result = run(hub, folder, REPO, "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"would be uploaded to owner/model", result.stdout)
+    assert (hub.repositories, hub.commits) == ({}, [])
+
+
+def test_a_hub_that_is_not_there_is_one_line(folder, hub):
+    hub.url = "http://127.0.0.1:9"
+    result = run(hub, folder, REPO)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "teleflm: owner/model: " in result.stderr
+
+
+def damage_weights(folder):
+    path = min(folder.glob("*.safetensors"))
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0] += 1
+    save_file(tensors, path)
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+FAULTS = {
+    "damaged": (damage_weights, r"00001-of-.*safetensors: .* make the folder anew"),
+    "no shard": (lambda folder: min(folder.glob("*.safetensors")).unlink(), "model-00001-of"),
+    "unfinished": (lambda folder: (folder / ".teleflm").mkdir(), "holds .teleflm of an unfinished run"),
+    "partial": (lambda folder: (folder / "a.safetensors.partial").touch(), "holds a.safetensors.partial of an unfin"),
+    "no card": (lambda folder: (folder / "README.md").unlink(), "README.md: no such file"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
+    "wrong size": (lambda folder: edit_config(folder, num_hidden_layers=9), "layers"),
+    "stray shard": (
+        lambda folder: shutil.copy(min(folder.glob("*.safetensors")), folder / "model-old.safetensors"),
+        "model-old.safetensors: is not in the index",
+    ),
+    "local path": (
+        lambda folder: edit_config(folder, _name_or_path="/home/me/m"),
+        "_name_or_path is /home/me/m, a fold",
+    ),
+    "pickles only": (
+        lambda folder: [path.rename(path.with_suffix(".bin")) for path in folder.glob("*.safetensors")],
+        "holds no safetensors; teleflm convert",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_folder_that_nobody_should_get_is_refused(fault, folder):
+    plant, message = FAULTS[fault]
+    plant(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        publish(folder, REPO, dry_run=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("repo_id", ["model", "a/b/c", "owner/mo del", "owner/.."])
+def test_an_impossible_name_is_refused(repo_id, folder):
+    with pytest.raises(CheckpointError, match=re.escape(repo_id)):
+        publish(folder, repo_id, dry_run=True)
+
+
+def test_the_check_can_be_left_out(folder):
+    damage_weights(folder)
+    assert publish(folder, REPO, check=False, dry_run=True).url is None
