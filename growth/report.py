@@ -4,21 +4,16 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """A verification for people and for scripts: one self-contained HTML page, its plots, and all of it as JSON."""
 
-import base64
-import io
-import json
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from conversion.checkpoint.errors import CheckpointError
-from conversion.checkpoint.manifest import package_version
+from conversion.report_page import legend_above, new_figure, write_report_files
 
 from .certificate import Certificate, TensorResult
 from .comparison import BINS, Numbers
@@ -141,18 +136,6 @@ def _describe_tensor(tensor: TensorResult) -> dict[str, Any]:
 # The page.
 
 
-def check_report_folder(folder: Path) -> None:
-    """Refuse, before hours of work, a report that could not be written after them.
-
-    Raises:
-        CheckpointError: the place is no folder, or a library is missing.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder}: is a file; give --report a folder.")
-    if find_spec("matplotlib") is None:
-        raise CheckpointError("--report needs matplotlib; pip install 'teleflm[bench]'.")
-
-
 def write_report(verification: Verification, folder: Path, names: tuple[str, str] = ("A", "B")) -> None:
     """Write `index.html`, self-contained, and beside it the plots and `verification.json`.
 
@@ -161,38 +144,24 @@ def write_report(verification: Verification, folder: Path, names: tuple[str, str
         folder: where; made if absent, files of an earlier report are replaced.
         names: what to call A and B.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    plots = {name: _png(figure) for name, figure in _figures(verification).items()}
-    for name, png in plots.items():
-        (folder / f"{name}.png").write_bytes(png)
-    text = json.dumps(describe(verification), indent=1, ensure_ascii=False)
-    (folder / "verification.json").write_text(text, encoding="utf-8")
-    (folder / "index.html").write_text(_page(verification, plots, names), encoding="utf-8")
-
-
-def _page(verification: Verification, plots: dict[str, bytes], names: tuple[str, str]) -> str:
-    from jinja2 import Environment
-
     certificate, numbers = verification.certificate, verification.numbers
     elements = dict.fromkeys(_RULES, 0)
     for tensor in certificate.tensors if certificate else ():
         for block in tensor.blocks:
             elements[block.block.rule] += block.block.numel
-    return (
-        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        .from_string(_TEMPLATE.read_text(encoding="utf-8"))
-        .render(
-            verification=verification,
-            certificate=certificate,
-            numbers=numbers,
-            lines=summarise(certificate) if certificate else [],
-            faults=[str(x) for x in (*certificate.broken_fields, *certificate.violations)] if certificate else [],
-            elements=elements,
-            total=sum(elements.values()),
-            names=names,
-            plots={name: base64.b64encode(png).decode() for name, png in plots.items()},
-            version=package_version(),
-        )
+    write_report_files(
+        folder,
+        _TEMPLATE,
+        _figures(verification),
+        ("verification.json", describe(verification)),
+        verification=verification,
+        certificate=certificate,
+        numbers=numbers,
+        lines=summarise(certificate) if certificate else [],
+        faults=[str(x) for x in (*certificate.broken_fields, *certificate.violations)] if certificate else [],
+        elements=elements,
+        total=sum(elements.values()),
+        names=names,
     )
 
 
@@ -213,7 +182,7 @@ def _figures(verification: Verification) -> dict[str, "Figure"]:
 def _difference_figure(numbers: Numbers) -> "Figure":
     """Histograms of |difference|: B beside A, and A's own rounding."""
     coarse, fine = numbers.floor_dtypes
-    figure, axes = _figure()
+    figure, axes = new_figure()
     shown = np.zeros(len(BINS) - 1, bool)
     for comparison, color, label in (
         (numbers.floor, _GREY, f"A's rounding floor: {coarse} beside {fine}"),
@@ -229,14 +198,14 @@ def _difference_figure(numbers: Numbers) -> "Figure":
     axes.set_xlim(used.min(initial=numbers.difference.max_logit) / 2, numbers.difference.max_logit * 3)
     axes.set_xlabel("absolute difference of a logit")
     axes.set_ylabel("share of all logits")
-    _legend_above(axes)
+    legend_above(axes)
     return figure
 
 
 def _layer_figure(numbers: Numbers) -> "Figure":
     """How far each layer moves the stream, and how far B's stream is from A's after it."""
     coarse, fine = numbers.floor_dtypes
-    figure, axes = _figure()
+    figure, axes = new_figure()
     index = [layer.layer for layer in numbers.layers]
     originals = [layer for layer in numbers.layers if layer.distance is not None]
     axes.bar(
@@ -258,13 +227,13 @@ def _layer_figure(numbers: Numbers) -> "Figure":
     axes.set_xlabel("layer of B")
     axes.set_ylabel("relative to the stream")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    _legend_above(axes)
+    legend_above(axes)
     return figure
 
 
 def _distance_figure(layers: Sequence[MeasuredLayer]) -> "Figure":
     """How far each layer turns its input; those that were copied stand out."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for color, label, chosen in (
         (_GREY, "once in B", [layer for layer in layers if not layer.copies]),
         (_BLUE, "copied", [layer for layer in layers if layer.copies]),
@@ -274,25 +243,5 @@ def _distance_figure(layers: Sequence[MeasuredLayer]) -> "Figure":
     axes.set_xlabel("layer of the model that grew")
     axes.set_ylabel("1 - cos(input, output)")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    _legend_above(axes)
+    legend_above(axes)
     return figure
-
-
-def _figure() -> tuple["Figure", Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=9)
-    return figure, axes
-
-
-def _legend_above(axes: Any) -> None:
-    axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
-
-
-def _png(figure: "Figure") -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
-    return buffer.getvalue()

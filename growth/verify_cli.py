@@ -52,7 +52,9 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Do A and B compute the same function? Exit status 3 if they do not."""
-    from .report import check_report_folder, describe, write_report
+    from conversion.report_page import check_report_folder
+
+    from .report import describe, write_report
     from .verify import verify_checkpoints
 
     with exit_codes(debug=debug):

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conversion.checkpoint.manifest import package_version
+from conversion.report_page import render_page
 from sft.checks import Reject
 from sft.data import Labelling, Tokenized, tokenize_rows
 
@@ -138,17 +138,11 @@ def render_html(rows: Sequence[PreviewedRow | Reject], title: str) -> str:
         rows: from [`preview`].
         title: what the data are called.
     """
-    from jinja2 import Environment
-
-    return (
-        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        .from_string(_TEMPLATE.read_text(encoding="utf-8"))
-        .render(
-            title=visible(title),
-            rows=[row for row in rows if isinstance(row, PreviewedRow)],
-            rejects=[visible(str(row)) for row in rows if isinstance(row, Reject)],
-            version=package_version(),
-        )
+    return render_page(
+        _TEMPLATE,
+        title=visible(title),
+        rows=[row for row in rows if isinstance(row, PreviewedRow)],
+        rejects=[visible(str(row)) for row in rows if isinstance(row, Reject)],
     )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.checkpoint.manifest import package_version
+from conversion.report_page import check_report_folder
 from sft.formats import DataError
 
 from . import decontaminate, dedup, diversity, domains, embed, heuristics, rows, score
@@ -138,8 +139,6 @@ def select_conversations(
     files = tuple(map(str, [data] if isinstance(data, str | Path) else data))
     workspace = Workspace(out / STAGES, make_stages(files, settings, notify), settings.seed, overwrite=overwrite)
     if report is not None:
-        from .report import check_report_folder
-
         check_report_folder(Path(report))
     with open_executor(workers, use_ray=use_ray) as executor:
         already_done = _has_finished(out, workspace)

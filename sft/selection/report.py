@@ -8,26 +8,23 @@ Histograms and the map compare two samples of at most [`SAMPLE`] rows, of all va
 with the smallest ids, which are hashes.
 """
 
-import base64
-import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from conversion.checkpoint.manifest import package_version
+from conversion.report_page import legend_above, new_figure, write_report_files
 from sft.checks import REASONS as INVALID
 
 from . import embed, heuristics
 from .domains import tag_domain
 from .rows import conversations, whole_text
-from .stages import SelectionError, Workspace
+from .stages import Workspace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,18 +63,6 @@ class Sample:
     domains: list[str]
 
 
-def check_report_folder(folder: Path) -> None:
-    """Refuse, before the work, a report that could not be written after it.
-
-    Raises:
-        SelectionError: the place is no folder, or a library is missing.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise SelectionError(f"{folder}: is a file; give --report a folder.")
-    if find_spec("matplotlib") is None:
-        raise SelectionError("--report needs matplotlib; pip install matplotlib.")
-
-
 def write_report(workspace: Workspace, settings: "SelectionSettings", selection: "Selection", folder: Path) -> None:
     """Write `index.html`, self-contained, and beside it the plots and `selection.json`.
 
@@ -99,14 +84,23 @@ def write_report(workspace: Workspace, settings: "SelectionSettings", selection:
         "lengths": _length_figure(before.texts, after.texts),
         "map": _map_figure(_project(before.texts, settings), fates),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    plots = {name: _png(figure) for name, figure in figures.items()}
-    for name, png in plots.items():
-        (folder / f"{name}.png").write_bytes(png)
-    numbers = {**asdict(selection), "file": Path(selection.file).name, "shares": shares}
-    (folder / "selection.json").write_text(json.dumps(numbers, indent=1, ensure_ascii=False), encoding="utf-8")
-    page = _page(settings, selection, plots, shares, _examples(workspace), (len(before.keys), len(after.keys)))
-    (folder / "index.html").write_text(page, encoding="utf-8")
+    reasons = [
+        (stage.name, reason, _REASONS.get(reason, ""), count)
+        for stage in selection.stages
+        for reason, count in stage.dropped.items()
+    ]
+    write_report_files(
+        folder,
+        _TEMPLATE,
+        figures,
+        ("selection.json", {**asdict(selection), "file": Path(selection.file).name, "shares": shares}),
+        settings=settings,
+        selection=selection,
+        reasons=reasons,
+        shares=shares,
+        examples=_examples(workspace),
+        samples=(len(before.keys), len(after.keys)),
+    )
 
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
@@ -166,47 +160,13 @@ def _examples(workspace: Workspace) -> dict[str, list[dict[str, Any]]]:
     return dict(sorted(shown.items()))
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
-
-
-def _page(
-    settings: "SelectionSettings",
-    selection: "Selection",
-    plots: Mapping[str, bytes],
-    shares: Mapping[str, tuple[float, float]],
-    examples: Mapping[str, Sequence[Mapping[str, Any]]],
-    samples: tuple[int, int],
-) -> str:
-    from jinja2 import Environment
-
-    reasons = [
-        (stage.name, reason, _REASONS.get(reason, ""), count)
-        for stage in selection.stages
-        for reason, count in stage.dropped.items()
-    ]
-    return (
-        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        .from_string(_TEMPLATE.read_text(encoding="utf-8"))
-        .render(
-            settings=settings,
-            selection=selection,
-            reasons=reasons,
-            shares=shares,
-            examples=examples,
-            samples=samples,
-            plots={name: base64.b64encode(png).decode() for name, png in plots.items()},
-            version=package_version(),
-        )
-    )
-
-
 # --- the plots --------------------------------------------------------------------------------------------------------
 
 
 def _funnel_figure(selection: "Selection") -> "Figure":
     """Rows that each stage left."""
     stages = [stage for stage in selection.stages if stage.dropped or stage.name == "rows"]
-    figure, axes = _figure(height=0.9 + 0.42 * len(stages))
+    figure, axes = new_figure(height=0.9 + 0.42 * len(stages))
     names, counts = [stage.name for stage in stages], [stage.rows_out for stage in stages]
     bars = axes.barh(names, [stage.rows_in for stage in stages], color="#e2e8f0")
     axes.barh(names, counts, color=_BLUE)
@@ -218,19 +178,19 @@ def _funnel_figure(selection: "Selection") -> "Figure":
 
 
 def _domain_figure(shares: Mapping[str, tuple[float, float]]) -> "Figure":
-    figure, axes = _figure()
+    figure, axes = new_figure()
     places = np.arange(len(shares))
     for offset, color, label, index in ((-0.2, _GREY, "valid rows", 0), (0.2, _BLUE, "selected", 1)):
         bars = axes.bar(places + offset, [pair[index] for pair in shares.values()], 0.38, color=color, label=label)
         axes.bar_label(bars, [f"{pair[index]:.0%}" for pair in shares.values()], fontsize=9)
     axes.set_xticks(places, list(shares))
     axes.set_ylabel("share of rows")
-    _legend_above(axes)
+    legend_above(axes)
     return figure
 
 
 def _length_figure(before: Sequence[str], after: Sequence[str]) -> "Figure":
-    figure, axes = _figure()
+    figure, axes = new_figure()
     lengths = [np.maximum([len(text) for text in texts], 1) for texts in (before, after)]
     low, high = min(part.min() for part in lengths), max(part.max() for part in lengths)
     bins = np.geomspace(low, high + 1, 50)
@@ -241,13 +201,13 @@ def _length_figure(before: Sequence[str], after: Sequence[str]) -> "Figure":
     axes.set_xscale("log")
     axes.set_xlabel("characters of a conversation")
     axes.set_ylabel("share of rows")
-    _legend_above(axes)
+    legend_above(axes)
     return figure
 
 
 def _map_figure(points: np.ndarray, fates: Sequence[str]) -> "Figure":
     """Where the selected rows lie among all valid ones."""
-    figure, axes = _figure(height=6.5)
+    figure, axes = new_figure(height=6.5)
     points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
     drawn = (("filtered out", _RED, 5), ("not selected", _GREY, 5), ("selected", _BLUE, 7))
     for fate, color, size in drawn:
@@ -255,28 +215,8 @@ def _map_figure(points: np.ndarray, fates: Sequence[str]) -> "Figure":
         axes.scatter(*some.T, s=size, color=color, alpha=0.6, linewidths=0, label=f"{fate} ({len(some):,})")
     axes.set_xlabel("first principal component of the embeddings")
     axes.set_ylabel("second")
-    _legend_above(axes)
+    legend_above(axes)
     return figure
 
 
-def _figure(height: float = 3.8) -> tuple["Figure", Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=9)
-    return figure, axes
-
-
-def _legend_above(axes: Any) -> None:
-    axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
-
-
-def _png(figure: "Figure") -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-__all__ = ["EXAMPLES", "SAMPLE", "check_report_folder", "write_report"]
+__all__ = ["EXAMPLES", "SAMPLE", "write_report"]

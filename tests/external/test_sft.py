@@ -60,7 +60,7 @@ def test_deepspeed_on_two_processes_trains_as_one(stage, lora, make_recipe, mode
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 0, "".join(line for line in result.stderr.splitlines(True) if "error" in line)
+    assert result.returncode == 0, result.stderr[-8000:]
     found = json.loads(result.stdout[result.stdout.index('{"output_dir') :].splitlines()[0])
     assert (found["distributed_type"], found["num_processes"]) == ("DEEPSPEED", 2)
     parameters = found["wrapped"]["parameters"]
