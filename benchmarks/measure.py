@@ -248,10 +248,11 @@ def report(title: str, folder: Path, about: str, columns: Sequence[str], rows: S
 
 
 def _command() -> str:
-    """The command line, without the folder, which says nothing and is nobody's business."""
+    """The command line, without the folders, which say nothing and are nobody's business."""
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
     if "--folder" in words:
         words[words.index("--folder") + 1] = "DIR"
+    words = [Path(word).name if Path(word).is_absolute() else word for word in words]
     return f"python benchmarks/{shlex.join(words)}"
 
 
