@@ -31,7 +31,7 @@ from typing import Any
 from .assemble import blocks
 from .containers import Shard
 from .errors import CheckpointError, CorruptData
-from .kernel_copy import PassingCache, physical_memory, write_all
+from .kernel_copy import PassingCache, available_memory, write_all
 from .manifest import MANIFEST, package_version, tensor_digest
 from .plan import CheckpointPlan
 from .sources import WEIGHT_FILES, source_identity
@@ -345,7 +345,7 @@ class ShardFile:
 
 def fits_in_cache(nbytes: int) -> bool:
     """Whether an output of so many bytes would stay in the page cache for its next reader."""
-    return nbytes <= physical_memory() // 2
+    return nbytes <= available_memory() // 2
 
 
 def _weights_in(out: Path) -> list[str]:

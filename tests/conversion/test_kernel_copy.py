@@ -11,12 +11,13 @@ import os
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from conversion.checkpoint import kernel_copy, workspace
 from conversion.checkpoint.errors import CorruptData
 from conversion.checkpoint.execute import WriteOptions, write_checkpoint
-from conversion.checkpoint.kernel_copy import PassingCache, copy_range, write_all
+from conversion.checkpoint.kernel_copy import PassingCache, available_memory, copy_range, write_all
 from conversion.checkpoint.plan import CheckpointPlan
 from tests.fixtures.checkpoint_runs import contents, make_sources, mixed_plan
 
@@ -218,7 +219,15 @@ def test_an_output_larger_than_memory_leaves_the_page_cache(digest, tmp_path, a_
     options = WriteOptions(digest=digest)
     write_checkpoint(mixed_plan(tmp_path / "sources"), tmp_path / "small", options)
     assert any(cached_pages(tmp_path / "small/model.safetensors"))
-    monkeypatch.setattr(workspace, "physical_memory", lambda: 10_000)
+    monkeypatch.setattr(workspace, "available_memory", lambda: 10_000)
     write_checkpoint(mixed_plan(tmp_path / "sources"), tmp_path / "large", options)
     assert not any(cached_pages(tmp_path / "large/model.safetensors"))
     assert contents(tmp_path / "large") == contents(tmp_path / "small")
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("4096\n", 4096), ("max\n", None), (str(1 << 62), None), (None, None)])
+def test_a_container_may_have_less_memory_than_its_machine(limit, expected, tmp_path, monkeypatch):
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(limit)
+    monkeypatch.setattr(kernel_copy, "_CONTAINER_LIMIT", tmp_path / "memory.max")
+    assert available_memory() == (expected or psutil.virtual_memory().total)
