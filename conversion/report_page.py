@@ -68,9 +68,9 @@ def new_figure(height: float = 3.8) -> tuple["Figure", Any]:
     return figure, axes
 
 
-def legend_above(axes: Any) -> None:
-    """The legend over the plot, where it hides nothing."""
-    axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+def legend_above(axes: Any, markerscale: float = 1) -> None:
+    """The legend over the plot, where it hides nothing; its markers so many times larger than in the plot."""
+    axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), markerscale=markerscale)
 
 
 def _png(figure: "Figure") -> bytes:

@@ -215,7 +215,7 @@ def _map_figure(points: np.ndarray, fates: Sequence[str]) -> "Figure":
         axes.scatter(*some.T, s=size, color=color, alpha=0.6, linewidths=0, label=f"{fate} ({len(some):,})")
     axes.set_xlabel("first principal component of the embeddings")
     axes.set_ylabel("second")
-    legend_above(axes)
+    legend_above(axes, markerscale=3)
     return figure
 
 
