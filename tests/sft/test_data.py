@@ -200,7 +200,7 @@ def test_layouts(row, turns, weights, tmp_path):
         ("data.json", b"{}", "holds a dict; expected a list of rows"),
         ("data.json", b"{}\n{}", "not JSON .*; one row a line is .jsonl"),
         ("data.jsonl.gz", b"{}", "data.jsonl.gz: Not a gzipped file"),
-        ("data.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "damaged gzip file"),
+        ("data.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:-9], "damaged gzip file"),
         ("data.parquet", b"PAR1", "not a Parquet file"),
         ("data.jsonl", b"\n", "nothing to train on in .*data.jsonl: no rows"),
         ("data.jsonl", b"{}", "nothing to train on in .*data.jsonl: 1 invalid rows .1 missing_columns.*data.jsonl:1: "),
