@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Does selecting help? The study whose protocol is docs/selection-study.md; what is measured goes to its last section.
+"""Does selecting help? The study whose protocol is docs/selection-study.md; what is measured goes to its results.
 
     python benchmarks/selection_study.py [--pool FILE.jsonl] [--folder DIR] [--only POOL] [--quick]
 
@@ -98,8 +98,9 @@ def main() -> None:
     text = describe(runs, sources, study.size, options.folder)
     console.print(text, markup=False)
     if not options.quick:
-        head, mark, _ = DOCS.read_text(encoding="utf-8").partition("## Results\n")
-        DOCS.write_text(f"{head}{mark}\n{text}", encoding="utf-8")
+        head, mark, rest = DOCS.read_text(encoding="utf-8").partition("## Results\n")
+        _, following, reading = rest.partition("\n## ")
+        DOCS.write_text(f"{head}{mark}\n{text}{following}{reading}", encoding="utf-8")
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
