@@ -71,7 +71,8 @@ def publish(
     """Upload a Hub folder, or an adapter of `sft export`, as a model of the Hub.
 
     Only what a reader of the model needs is uploaded: weights in safetensors, configuration, tokenizer, code of this
-    package, card, record. The weights go first, so that what is there can be loaded only when all of it is.
+    package, card, record. The weights go first, so that a
+    new repository can be loaded only when all of it is there.
 
     Args:
         path: the folder.
@@ -158,9 +159,7 @@ def _refuse_local_paths(folder: Path, names: Mapping[str, int]) -> None:
         config = parse_json_object((folder / name).read_bytes(), str(folder / name)) if name in names else {}
         for key in _PATH_KEYS:
             value = config.get(key)
-            if isinstance(value, str) and (
-                Path(value).is_absolute() or value[:1] in ("~", ".") or Path(value).exists()
-            ):
+            if isinstance(value, str) and value and (value[0] in "/~." or Path(value).exists()):
                 raise CheckpointError(
                     f"{folder}/{name}: {key} is {value}, a folder of this machine; give the name on the Hub instead "
                     "(for an adapter: teleflm sft export --base OWNER/NAME)."

@@ -159,6 +159,12 @@ def test_an_impossible_name_is_refused(repo_id, folder):
         publish(folder, repo_id, dry_run=True)
 
 
+@pytest.mark.parametrize("name", ["", "owner/base", None])
+def test_a_name_that_is_no_folder_is_let_through(name, folder):
+    edit_config(folder, _name_or_path=name)
+    assert publish(folder, REPO, dry_run=True).weights
+
+
 def test_the_check_can_be_left_out(folder):
     damage_weights(folder)
     assert publish(folder, REPO, check=False, dry_run=True).url is None
