@@ -45,7 +45,7 @@ def publish(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Upload a finished folder to the Hub: checked first, resumable, loadable only when it is complete."""
+    """Upload a finished folder to the Hub: checked first, the weights before the rest, resumable."""
     from .publishing import publish as upload
 
     with exit_codes(debug=debug):
