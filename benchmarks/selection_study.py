@@ -29,11 +29,11 @@ from transformers.utils import logging
 
 from demo.corpus import collect
 from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM, TeleFLMTokenizer
-from sft.data import prepare_dataset
-from sft.recipe import Recipe
+from sft.data.labels import prepare_dataset
 from sft.selection import SelectionSettings, select_conversations
 from sft.selection.rows import content_id
-from sft.train import train
+from sft.training.recipe import Recipe
+from sft.training.train import train
 
 DOCS = ROOT / "docs" / "selection-study.md"
 ARMS = ("selected", "selected-ifd", "random", "longest", "all")

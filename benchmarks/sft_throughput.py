@@ -39,9 +39,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(measure.ROOT))
 from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM, TeleFLMTokenizer
-from sft.checks import Conversation, check_rows
-from sft.recipe import Recipe
-from sft.train import build_trainer
+from sft.data.checks import Conversation, check_rows
+from sft.training.recipe import Recipe
+from sft.training.train import build_trainer
 
 SHAPE = {
     "vocab_size": 4096,

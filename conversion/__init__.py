@@ -6,7 +6,7 @@
 
 from .checkpoint.execute import CheckpointResult, WriteOptions
 from .convert import convert_checkpoint
-from .exports import export_checkpoint
+from .exports.export import export_checkpoint
 from .inspect import Inspection, inspect_checkpoint
 
 __all__ = [

@@ -16,7 +16,7 @@ from .checkpoint.execute import CheckpointResult, WriteOptions, execute
 from .checkpoint.manifest import MANIFEST, parent_record
 from .checkpoint.plan import CheckpointPlan, TensorPlan, View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
-from .hub import hub_config, hub_sidecars, lineage_steps, model_card
+from .hub.contents import hub_config, hub_sidecars, lineage_steps, model_card
 from .mapping import check_tensors, weights
 from .native.checkpoint import NativeCheckpoint
 from .native.find import FORMATS as NATIVE_FORMATS

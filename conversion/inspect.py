@@ -16,12 +16,12 @@ from .checkpoint.check import Damage, check_digests
 from .checkpoint.errors import CheckpointError
 from .checkpoint.manifest import MANIFEST, read_manifest
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
-from .hub import count_pieces, lineage_steps
+from .exports.megatron import exported_tensors
+from .hub.contents import count_pieces, lineage_steps
 from .mapping import check_tensors
 from .native.checkpoint import NativeCheckpoint
 from .native.find import exported_folder, open_native
 from .native.hub_plan import compare_replicas, plan_tensors, run_architecture
-from .native.megatron_export import exported_tensors
 
 
 @dataclass(frozen=True)

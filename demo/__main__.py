@@ -28,11 +28,11 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel, logging, set_seed
 
 from conversion import WriteOptions, convert_checkpoint
+from evaluation.logits import LogitComparison, compare_logits
 from growth import grow_checkpoint
-from growth.numerics import LogitComparison, compare_logits
 from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM, TeleFLMTokenizer
-from sft.recipe import Recipe
-from sft.train import train as fine_tune
+from sft.training.recipe import Recipe
+from sft.training.train import train as fine_tune
 
 from .corpus import Corpus, Messages, collect
 from .published import SHARDS, save_as_published

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .fold import fold_masks
     from .grow import GrowthResult, grow_checkpoint, plan_growth
     from .spec import Growth
-    from .verify import Verification, verify_checkpoints
+    from .verification.verify import Verification, verify_checkpoints
 
 __all__ = [
     "Growth",
@@ -32,8 +32,8 @@ _MODULES = {
     "fold_masks": "fold",
     "grow_checkpoint": "grow",
     "plan_growth": "grow",
-    "Verification": "verify",
-    "verify_checkpoints": "verify",
+    "Verification": "verification.verify",
+    "verify_checkpoints": "verification.verify",
 }
 
 

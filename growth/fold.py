@@ -24,7 +24,7 @@ from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execut
 from conversion.checkpoint.manifest import parent_record
 from conversion.checkpoint.plan import Box, CheckpointPlan, Copy, Fill, Piece, TensorPlan, View
 from conversion.checkpoint.sources import Source, open_checkpoint
-from conversion.hub import hub_config, hub_sidecars, lineage_steps, model_card
+from conversion.hub.contents import hub_config, hub_sidecars, lineage_steps, model_card
 from conversion.mapping import Weight, check_tensors, weights
 
 from .operators import grow_axis

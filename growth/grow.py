@@ -16,7 +16,7 @@ from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execut
 from conversion.checkpoint.manifest import parent_record
 from conversion.checkpoint.plan import CheckpointPlan
 from conversion.checkpoint.sources import Source, open_checkpoint
-from conversion.hub import count_pieces, hub_config, hub_sidecars, lineage_steps, model_card
+from conversion.hub.contents import count_pieces, hub_config, hub_sidecars, lineage_steps, model_card
 from conversion.mapping import check_tensors, weights
 
 from .fold import MASKED_CODE, MASKED_MODEL_TYPE, MaskState
@@ -25,12 +25,12 @@ from .operators import grow_weight
 from .spec import Growth, check_same_function, plan_target
 
 if TYPE_CHECKING:
-    from .optimizer import AdamState
+    from .moments import AdamState
 
 SHORT_MASKS = 2000
 _MASKED_STEP = (
     "What is new is behind masks, which {} steps of training raise: a checkpoint for training, made known by "
-    "`import growth.masks`; `teleflm fold` writes a plain model."
+    "`import growth.training.masks`; `teleflm fold` writes a plain model."
 )
 
 
@@ -230,13 +230,13 @@ def _requested(target: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
 def _read_optimizer(path: str | Path | None, growth: Growth) -> "AdamState | None":
     if path is None:
         return None
-    from .optimizer import read_adam_state  # torch, which nothing else here needs
+    from .moments import read_adam_state  # torch, which nothing else here needs
 
     return read_adam_state(path, growth.source)
 
 
 def _write_optimizer(state: "AdamState", growth: Growth, out: Path) -> None:
-    from .optimizer import write_adam_state
+    from .moments import write_adam_state
 
     write_adam_state(state, growth, out)
 

@@ -19,8 +19,7 @@ from conversion.checkpoint.dtypes import FLOAT32
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.sources import Source
-
-from .forward import StreamedModel
+from evaluation.streamed_model import StreamedModel
 
 MAX_TOKENS = 1024
 _MIN_TOKENS = 16

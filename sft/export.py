@@ -25,9 +25,9 @@ from conversion.checkpoint.safetensors_file import read_safetensors
 from conversion.checkpoint.sources import Source, open_checkpoint
 from conversion.checkpoint.strict_json import parse_json_object
 from conversion.convert import convert_checkpoint, plan_conversion
-from conversion.hub import hub_sidecars, lineage_steps, model_card
+from conversion.hub.contents import hub_sidecars, lineage_steps, model_card
 from sft import SFTError
-from sft.lineage import ADAPTER_WEIGHTS, base_digest
+from sft.training.lineage import ADAPTER_WEIGHTS, base_digest
 
 ADAPTER_CONFIG = "adapter_config.json"
 _GENERATION_CONFIG = "generation_config.json"

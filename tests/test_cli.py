@@ -130,10 +130,10 @@ def test_no_torch_in_a_dry_run_nor_in_a_run(source, source_52b, tmp_path):
     ]
     for arguments in runs:
         script = f"""if True:
-            import sys, teleflm
+            import sys, teleflm.app
             sys.argv = {["teleflm", *map(str, arguments)]!r}
             try:
-                teleflm.main()
+                teleflm.app.main()
             except SystemExit as stop:
                 assert stop.code == 0, stop.code
             heavy = [name for name in ("torch", "transformers") if name in sys.modules]

@@ -11,50 +11,39 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PACKAGES = ("teleflm", "sft", "growth", "evaluation", "conversion", "modeling_teleflm")
 # Each of ours, and which of ours it may import.
 ALLOWED = {
-    "conversion/checkpoint": {"conversion.checkpoint"},
+    "conversion.checkpoint": {"conversion.checkpoint"},
     "conversion": {"conversion"},
-    "growth": {"conversion", "growth", "modeling_teleflm"},
+    "evaluation": {"conversion", "evaluation", "growth.verification"},
+    "growth.verification": {"conversion", "evaluation", "growth.verification"},
+    "growth": {"conversion", "evaluation", "growth", "modeling_teleflm"},
     "sft": {"conversion", "growth", "modeling_teleflm", "sft"},
     "modeling_teleflm": {"modeling_teleflm"},
-    "teleflm.py": {"conversion", "growth", "sft"},
 }
-OURS = {"conversion", "growth", "sft", "modeling_teleflm", "teleflm"}
 HEAVY = ("torch", "transformers", "trl", "datasets", "matplotlib")
 
 
-def imported(path: Path) -> set[str]:
-    """Absolute names of the modules of ours that a file imports, wherever in it."""
-    package = ".".join(path.relative_to(ROOT).parent.parts)
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.add(node.module)
-        elif isinstance(node, ast.ImportFrom):
-            parent = package.split(".")[: len(package.split(".")) - node.level + 1]
-            names.add(".".join([*parent, *([node.module] if node.module else [])]))
-    return {name for name in names if name.split(".")[0] in OURS}
+@pytest.fixture(scope="module")
+def graph() -> grimp.ImportGraph:
+    """Every import of ours, wherever in a module."""
+    return grimp.build_graph(*PACKAGES, cache_dir=None)
 
 
-@pytest.mark.parametrize("folder", ALLOWED)
-def test_imports_run_one_way(folder):
-    place = ROOT / folder
-    files = (
-        [place]
-        if place.is_file()
-        else [p for p in place.rglob("*.py") if folder in ("growth", "sft") or p.parent == place]
-    )
-    assert files
-    for file in files:
-        for name in imported(file):
-            allowed = any(name == prefix or name.startswith(prefix + ".") for prefix in ALLOWED[folder])
-            assert allowed, f"{file.relative_to(ROOT)} imports {name}"
+def _is_in(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_run_one_way(graph, package):
+    for module in graph.modules:
+        for imported in graph.find_modules_directly_imported_by(module) if _is_in(module, package) else ():
+            assert any(_is_in(imported, allowed) for allowed in ALLOWED[package]), f"{module} imports {imported}"
 
 
 def test_model_files_stand_alone():
@@ -69,10 +58,10 @@ def test_model_files_stand_alone():
 @pytest.mark.parametrize(
     ("statement", "light"),
     [
-        ("import teleflm", HEAVY),
-        ("import conversion, conversion.hub, conversion.mapping, conversion.checkpoint.execute", HEAVY),
+        ("import teleflm.app", HEAVY),
+        ("import conversion, conversion.hub.contents, conversion.mapping, conversion.checkpoint.execute", HEAVY),
         ("import growth", HEAVY),
-        ("import sft, sft.cli, sft.data", HEAVY),
+        ("import sft, sft.data.labels", HEAVY),
     ],
 )
 def test_light_imports(statement, light):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sft.formats import find_turns, read_rows
+from sft.data.formats import find_turns, read_rows
 
 from .rows import conversations, whole_text
 from .stages import SelectionError, drop_where
@@ -48,7 +48,7 @@ def index_evaluations(files: Sequence[str]) -> EvaluationIndex:
     """Read evaluation sets.
 
     Args:
-        files: see [`sft.formats.read_rows`]; also `.txt`, one item a line. The items of a row are the texts of its
+        files: see [`sft.data.formats.read_rows`]; also `.txt`, one item a line. The items of a row are the texts of its
             conversation if it is one, without the system's; else all texts it holds, however deep, each on its own.
 
     Raises:

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.checkpoint.manifest import package_version
-from conversion.report_page import check_report_folder
-from sft.formats import DataError
+from sft.data.formats import DataError
 
 from . import decontaminate, dedup, diversity, domains, embed, heuristics, rows, score
 from .executors import open_executor
@@ -111,7 +110,6 @@ def select_conversations(
     *,
     workers: int = 1,
     use_ray: bool = False,
-    report: str | Path | None = None,
     overwrite: bool = False,
     notify: Callable[[str], None] = lambda line: None,
 ) -> Selection:
@@ -121,12 +119,11 @@ def select_conversations(
     the data, the settings and the version of this package, not on `workers`.
 
     Args:
-        data: see [`sft.formats.read_rows`]; each file is read by one worker.
+        data: see [`sft.data.formats.read_rows`]; each file is read by one worker.
         out: folder to write.
         settings: what to select.
         workers: processes of this machine. A scorer runs in this process alone, with all its threads.
         use_ray: run the tasks with Ray Data instead, on the cluster `ray.init` finds; `out` has to be on a shared disk.
-        report: folder for a page about the selection; see [`sft.selection.report`].
         overwrite: make anew what `out` holds of another configuration; stages both have in common stay.
         notify: told a line for each stage.
 
@@ -138,8 +135,6 @@ def select_conversations(
     settings, out = settings or SelectionSettings(), Path(out)
     files = tuple(map(str, [data] if isinstance(data, str | Path) else data))
     workspace = Workspace(out / STAGES, make_stages(files, settings, notify), settings.seed, overwrite=overwrite)
-    if report is not None:
-        check_report_folder(Path(report))
     with open_executor(workers, use_ray=use_ray) as executor:
         already_done = _has_finished(out, workspace)
         if not already_done:
@@ -156,10 +151,6 @@ def select_conversations(
     selection = _describe(workspace, out, already_done)
     if not already_done:
         _write_summary(selection, settings, workspace, out)
-    if report is not None:
-        from .report import write_report
-
-        write_report(workspace, settings, selection, Path(report))
     return selection
 
 

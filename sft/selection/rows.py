@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from sft.checks import Conversation, check_rows
-from sft.formats import find_turns
+from sft.data.checks import Conversation, check_rows
+from sft.data.formats import find_turns
 from sft.tokenizer import family_control_tokens
 
 PIECE_ROWS = 2048
@@ -34,7 +34,7 @@ def read_tables(file: str, piece_rows: int = PIECE_ROWS) -> Iterator[pa.Table]:
 
     Yields:
         tables with `source` (`file:row`), `row` (the row as JSON; null if it is invalid), `id` (16 bytes, equal for
-        conversations with equal roles and texts), `drop` (the first of [`sft.checks.REASONS`]) and `detail`.
+        conversations with equal roles and texts), `drop` (the first of [`sft.data.checks.REASONS`]) and `detail`.
 
     Raises:
         DataError: the file cannot be read.

@@ -106,7 +106,61 @@ class StageResult:
     parts: int
 
 
-class Workspace:
+class StageFiles:
+    """What the stages of a selection left: each row in a part, each stage's columns in a part of its own.
+
+    Args:
+        folders: of the stages, in order.
+        results: of those that are done.
+    """
+
+    def __init__(self, folders: Sequence[Path], results: Iterable[StageResult]) -> None:
+        self.folders = list(folders)
+        self.results = list(results)
+
+    @classmethod
+    def open(cls, folder: Path) -> "StageFiles":
+        """Of a finished selection, by its folder `OUT/stages`."""
+        folders = sorted(folder.glob("[0-9][0-9]-*"))
+        return cls(folders, filter(None, map(_read_marker, folders)))
+
+    def pieces(self, columns: Sequence[str], after: int | None = None) -> Iterator["Piece"]:
+        """The rows that are left, part by part.
+
+        Args:
+            columns: of the stages up to there.
+            after: number of the stage, from 0; the last one that is done unless given.
+        """
+        done = self.folders[: len(self.results) if after is None else after + 1]
+        owners = _owners(done, columns)
+        for part in sorted(done[-1].glob("*.parquet")):
+            yield Piece(part, {column: folder / part.name for column, folder in owners.items()})
+
+    def read(self, columns: Sequence[str], after: int | None = None) -> pa.Table:
+        """Some columns of the rows that are left, with `part` (the name of their part) and `position`; see `pieces`."""
+        tables = []
+        for piece in self.pieces(columns, after):
+            table = piece.read()
+            names = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(table), np.int32)), [piece.part.stem])
+            tables.append(table.append_column("part", names))
+        return pa.concat_tables(tables).unify_dictionaries()
+
+    def read_sample(self, columns: Sequence[str], count: int, after: int | None = None) -> pa.Table:
+        """As `read`, of the `count` rows with the smallest ids, in the order of the input."""
+        rows = self.read(("id",), after)
+        order = np.argsort(fixed_bytes(rows["id"]).view("S16").ravel(), kind="stable")[:count]
+        chosen = rows.take(np.sort(order))
+        tables = []
+        for piece in self.pieces(columns, after):
+            own = chosen.filter(pc.equal(chosen["part"], piece.part.stem))
+            if len(own):
+                table = piece.read()
+                table = table.take(np.searchsorted(table["position"].to_numpy(), own["position"].to_numpy()))
+                tables.append(table.append_column("part", own["part"]))
+        return pa.concat_tables(tables)
+
+
+class Workspace(StageFiles):
     """The folder of a selection.
 
     Args:
@@ -121,13 +175,12 @@ class Workspace:
 
     def __init__(self, folder: Path, stages: Sequence[Stage], seed: int, *, overwrite: bool = False) -> None:
         self.stages, self.seed = list(stages), seed
-        self.folders = [folder / f"{number:02d}-{stage.name}" for number, stage in enumerate(stages, start=1)]
+        super().__init__([folder / f"{n:02d}-{stage.name}" for n, stage in enumerate(stages, start=1)], [])
         self.digests: list[str] = []
         for stage in stages:
             before = self.digests[-1:]
             described = {"stage": stage.name, "seed": seed, "settings": stage.settings, "before": before}
             self.digests.append(make_digest(described))
-        self.results: list[StageResult] = []
         for number in range(len(stages)):
             try:
                 self._check_stage(number)
@@ -203,43 +256,6 @@ class Workspace:
                 raise SelectionError(f"{part}: of another configuration (digest {found}, not {digest}); {_WAY_OUT}")
         if marker and len(parts) != marker["parts"]:
             raise SelectionError(f"{folder}: has {len(parts)} parts, not {marker['parts']}; remove the folder.")
-
-    # --- what stages leave --------------------------------------------------------------------------------------------
-
-    def pieces(self, columns: Sequence[str], after: int | None = None) -> Iterator["Piece"]:
-        """The rows that are left, part by part.
-
-        Args:
-            columns: of the stages up to there.
-            after: number of the stage, from 0; the last one that is done unless given.
-        """
-        done = self.folders[: len(self.results) if after is None else after + 1]
-        owners = _owners(done, columns)
-        for part in sorted(done[-1].glob("*.parquet")):
-            yield Piece(part, {column: folder / part.name for column, folder in owners.items()})
-
-    def read(self, columns: Sequence[str], after: int | None = None) -> pa.Table:
-        """Some columns of the rows that are left, with `part` (the name of their part) and `position`; see `pieces`."""
-        tables = []
-        for piece in self.pieces(columns, after):
-            table = piece.read()
-            names = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(table), np.int32)), [piece.part.stem])
-            tables.append(table.append_column("part", names))
-        return pa.concat_tables(tables).unify_dictionaries()
-
-    def read_sample(self, columns: Sequence[str], count: int, after: int | None = None) -> pa.Table:
-        """As `read`, of the `count` rows with the smallest ids, in the order of the input."""
-        rows = self.read(("id",), after)
-        order = np.argsort(fixed_bytes(rows["id"]).view("S16").ravel(), kind="stable")[:count]
-        chosen = rows.take(np.sort(order))
-        tables = []
-        for piece in self.pieces(columns, after):
-            own = chosen.filter(pc.equal(chosen["part"], piece.part.stem))
-            if len(own):
-                table = piece.read()
-                table = table.take(np.searchsorted(table["position"].to_numpy(), own["position"].to_numpy()))
-                tables.append(table.append_column("part", own["part"]))
-        return pa.concat_tables(tables)
 
 
 @dataclass(frozen=True)

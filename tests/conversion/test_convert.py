@@ -428,10 +428,10 @@ def tensor_of_holes(hole: Path, plan: TensorPlan) -> torch.Tensor:
 def test_a_dry_run_of_the_1t(source_1t, tmp_path):
     """Within two seconds of processor time, so that a busy machine does not count; without torch; writing nothing."""
     script = f"""if True:
-        import sys, teleflm
+        import sys, teleflm.app
         sys.argv = ["teleflm", "convert", {str(source_1t)!r}, {str(tmp_path / "out")!r}, "--dry-run", "--json"]
         try:
-            teleflm.main()
+            teleflm.app.main()
         except SystemExit as stop:
             assert stop.code == 0, stop.code
         assert not {{"torch", "transformers"}} & set(sys.modules)

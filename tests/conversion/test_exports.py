@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteForCausalLM
 
 from conversion import WriteOptions, convert_checkpoint, inspect_checkpoint
 from conversion.checkpoint.errors import CheckpointError, CorruptData
-from conversion.exports import export_checkpoint
+from conversion.exports.export import export_checkpoint
 from growth.grow import grow_checkpoint
 from modeling_teleflm import TeleFLMForCausalLM
 from tests.fixtures.checkpoint_runs import contents, run_teleflm

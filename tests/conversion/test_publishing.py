@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import teleflm
+import teleflm.app
 from conversion import WriteOptions, convert_checkpoint
 from conversion.checkpoint.errors import CheckpointError
-from conversion.publishing import publish
+from conversion.hub.publishing import publish
 from tests.fixtures.hub_server import running_hub
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
 
-ROOT = Path(teleflm.__file__).parent
+ROOT = Path(teleflm.__file__).parent.parent
 REPO = "owner/model"
 CODE = {"configuration_teleflm.py", "modeling_teleflm.py", "tokenization_teleflm.py"}
 TEXTS = {"README.md", "config.json", "manifest.json", "model.safetensors.index.json"}

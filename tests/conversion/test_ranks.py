@@ -21,7 +21,7 @@ from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import WriteOptions, write_checkpoint
 from conversion.checkpoint.sources import WEIGHT_FILES
 from conversion.checkpoint.workspace import FOLDER, LOADABLE_FILES, PARTIAL, Workspace
-from conversion.terminal import process_rank
+from teleflm.terminal import process_rank
 from tests.fixtures.checkpoint_runs import (
     SHARD_BYTES,
     Instant,

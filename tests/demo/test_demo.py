@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from demo.corpus import collect
-from sft.data import read_conversations
+from sft.data.labels import read_conversations
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from conversion.exports import export_checkpoint
+from conversion.exports.export import export_checkpoint
 from growth import grow_checkpoint
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
 

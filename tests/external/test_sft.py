@@ -19,8 +19,8 @@ import yaml
 
 import sft
 from sft.export import export_model
-from sft.recipe import RecipeError
-from sft.train import build_trainer, train
+from sft.training.recipe import RecipeError
+from sft.training.train import build_trainer, train
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
 from tests.sft.conftest import STRICT, conversations, data_file, make_recipe, model_dir  # noqa: F401
 from tests.sft.test_train import losses

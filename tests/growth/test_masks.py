@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, Traine
 import growth.fold as folding
 from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError
+from evaluation.logits import compare_logits
 from growth import fold_masks, grow_checkpoint
-from growth.masks import MaskCallback, TeleFLMMaskedForCausalLM
-from growth.numerics import compare_logits
+from growth.training.masks import MaskCallback, TeleFLMMaskedForCausalLM
 from modeling_teleflm import TeleFLMForCausalLM
 from modeling_teleflm.masked_teleflm import TeleFLMGrowthMask, TeleFLMMaskedRMSNorm
 from tests.growth.test_growth import (  # noqa: F401
@@ -122,7 +122,7 @@ def test_what_is_written(grouped, masked, tmp_path):
     assert not (tmp_path / "one/masked_teleflm.py").exists()
     card = (tmp_path / "one/README.md").read_text()
     assert "Growth masks folded into the weights at alpha 1." in card
-    assert "`import growth.masks`" in (masked / "README.md").read_text()
+    assert "`import growth.training.masks`" in (masked / "README.md").read_text()
 
 
 def test_new_heads_of_larger_groups_lie_between_the_old_ones(grouped, tmp_path):
@@ -269,10 +269,10 @@ def test_without_this_package_only_the_code_of_the_folder_loads_it(masked, tmp_p
 def test_the_command(masked, tmp_path):
     """Also that folding needs no torch."""
     script = f"""if True:
-        import sys, teleflm
+        import sys, teleflm.app
         sys.argv = ["teleflm", "fold", {str(masked)!r}, {str(tmp_path / "out")!r}, "--alpha", "0.25"]
         try:
-            teleflm.main()
+            teleflm.app.main()
         except SystemExit as stop:
             assert stop.code == 0, stop.code
         assert not {{"torch", "transformers"}} & sys.modules.keys()

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from growth.mup import MupMixin, init_weights, parameter_groups, parameter_kind
+from growth.training.mup import MupMixin, init_weights, parameter_groups, parameter_kind
 from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM
 from tests.fixtures.tiny import tiny_config, tiny_model
 from tests.growth.test_growth import one_thread  # noqa: F401

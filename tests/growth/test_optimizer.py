@@ -16,14 +16,14 @@ import torch
 from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
-import growth.optimizer as growing
+import growth.moments as growing
 from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError
 from growth import grow_checkpoint
-from growth.mup import parameter_groups
-from growth.optimizer import load_adam_state, read_adam_state
+from growth.moments import load_adam_state, read_adam_state
+from growth.training.mup import parameter_groups
 from modeling_teleflm import TeleFLMForCausalLM
-from teleflm import app
+from teleflm.app import app
 from tests.growth.test_growth import (  # noqa: F401
     ALL_AXES,
     GROUPED,

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, TrainingArguments
 from conversion.checkpoint.errors import CheckpointError
 from growth import grow_checkpoint
 from growth.fold import fold_masks
-from growth.train import GrowthArguments, build_trainer, load_blocks, main, parse_arguments, train
+from growth.training.train import GrowthArguments, build_trainer, load_blocks, main, parse_arguments, train
 from modeling_teleflm import TeleFLMForCausalLM
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 from tests.growth.test_growth import one_thread  # noqa: F401

@@ -23,8 +23,8 @@ from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-import growth.comparison as comparison
-import growth.forward as forward
+import evaluation.streamed_model as forward
+import growth.verification.comparison as comparison
 import tests.growth.test_growth as growth_tests
 from conversion.architecture import Architecture
 from conversion.checkpoint.dtypes import parse_dtype
@@ -32,11 +32,11 @@ from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.sources import open_checkpoint
 from conversion.mapping import weights
+from evaluation.logits import _logits, checkpoint_logits, compare_logits
+from evaluation.streamed_model import StreamedModel
 from growth import Verification, grow_checkpoint, verify_checkpoints
-from growth.comparison import LogitComparer, compare_numbers
-from growth.forward import StreamedModel
-from growth.numerics import _logits, checkpoint_logits, compare_logits
-from growth.report import describe, write_report
+from growth.verification.comparison import LogitComparer, compare_numbers
+from teleflm.reports.verification import describe, write_report
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_sentencepiece
 
 ROOT = Path(__file__).parents[2]
@@ -299,7 +299,7 @@ def test_streaming_takes_a_few_blocks_and_no_torch(tmp_path):
     script = f"""if True:
         import resource, sys
         from growth import verify_checkpoints
-        import growth.comparison, growth.verify, sentencepiece
+        import growth.verification.comparison, growth.verification.verify, sentencepiece
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         path = {str(tmp_path)!r}
         result = verify_checkpoints(path, path, text=path + "/text", dtype="float32", forward="streamed", workers=2)

@@ -11,7 +11,7 @@ from pydoc_data import topics
 import pytest
 import torch
 
-from sft.recipe import Recipe
+from sft.training.recipe import Recipe
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 STRICT = {"use_cpu": True, "seed": 0, "activation_checkpointing": False, "logging_steps": 1, "save_strategy": "no"}

@@ -19,9 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from sft.guards import count_wrapped, fused_loss_gap
-from sft.recipe import read_recipe
-from sft.train import build_trainer
+from sft.training.guards import count_wrapped, fused_loss_gap
+from sft.training.recipe import read_recipe
+from sft.training.train import build_trainer
 
 
 def main(recipe: str, out: str, steps: int) -> None:

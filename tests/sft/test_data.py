@@ -12,10 +12,10 @@ import pytest
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from sft.checks import REASONS
-from sft.data import DataError, Labelling, prepare_dataset, read_conversations, tokenize_rows
-from sft.train import build_trainer
-from sft.validate import validate_conversations
+from sft.data.checks import REASONS
+from sft.data.labels import DataError, Labelling, prepare_dataset, read_conversations, tokenize_rows
+from sft.data.validate import validate_conversations
+from sft.training.train import build_trainer
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 
 
@@ -129,7 +129,7 @@ def test_an_invalid_row_is_named_and_judged_the_same_everywhere(row, codes, deta
 
 def test_ids_are_remembered_in_bounded_memory(tmp_path, monkeypatch):
     """Past a number of ids, hashes move to a sorted array; both places are looked up. Another file starts anew."""
-    monkeypatch.setattr("sft.checks._Ids._RECENT", 8)
+    monkeypatch.setattr("sft.data.checks._Ids._RECENT", 8)
     rows = [{"id": index, **chat(ASK, ANSWER)} for index in (*range(20), 3, 19, "3", 20)]
     path, other = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows[:2])
     _, rejects = read_conversations([path, other])
@@ -222,7 +222,7 @@ def test_a_dataset_that_is_not_there_is_one_line(name, monkeypatch):
 
 
 def test_a_line_that_never_ends_is_a_reject(tmp_path, monkeypatch):
-    monkeypatch.setattr("sft.formats.MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr("sft.data.formats.MAX_ROW_BYTES", 1000)
     long = json.dumps(chat(("user", "x" * 5000), ANSWER))
     path = write(tmp_path / "data.jsonl", [long, chat(ASK, ANSWER), long])
     kept, rejects = read_conversations(path)

@@ -22,8 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import sft
-from sft.guards import GuardError, check_wrapped, count_wrapped
-from sft.train import build_trainer, train
+from sft.training.guards import GuardError, check_wrapped, count_wrapped
+from sft.training.train import build_trainer, train
 from tests.fixtures.tiny import tiny_model
 from tests.sft.test_train import losses, weights
 

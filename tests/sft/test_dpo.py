@@ -7,13 +7,13 @@ import json
 import pytest
 import torch
 
-import sft.train
-from sft.data import DataError
-from sft.dpo import prepare_preferences, read_pair
-from sft.formats import Row
-from sft.guards import GuardError
+import sft.training.train
+from sft.data.formats import Row
+from sft.data.labels import DataError
 from sft.tokenizer import TokenizerError
-from sft.train import build_trainer, load_tokenizer, train
+from sft.training.dpo import prepare_preferences, read_pair
+from sft.training.guards import GuardError
+from sft.training.train import build_trainer, load_tokenizer, train
 from tests.fixtures.tiny import tiny_model
 from tests.sft.test_guards import untrained_model
 from tests.sft.test_train import losses, weights
@@ -88,7 +88,7 @@ def test_the_loss_is_that_of_the_paper(dpo):
 
 
 def test_the_wrong_loss_is_stopped_here_too(dpo, monkeypatch):
-    monkeypatch.setattr(sft.train, "load_model", lambda arguments: untrained_model("wrong"))
+    monkeypatch.setattr(sft.training.train, "load_model", lambda arguments: untrained_model("wrong"))
     with pytest.raises(GuardError, match="TRL's fused loss is not the loss of HiddenFactorModel"):
         train(dpo(max_steps=1))
 

@@ -21,11 +21,11 @@ from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import WriteOptions
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.sources import open_checkpoint
-from conversion.publishing import publish
-from sft.cli import app
+from conversion.hub.publishing import publish
 from sft.export import ExportError, export_model
-from sft.recipe import Recipe
-from sft.train import train
+from sft.training.recipe import Recipe
+from sft.training.train import train
+from teleflm.commands.sft import app
 from tests.fixtures.tiny import tiny_config, tiny_model
 from tests.sft.conftest import STRICT
 

@@ -15,9 +15,9 @@ from datasets import Dataset
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl.trainer.utils import add_fused_lm_head
 
-import sft.train
+import sft.training.train
 from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM
-from sft.guards import (
+from sft.training.guards import (
     GuardError,
     check_launch,
     check_trained_tokens,
@@ -25,8 +25,8 @@ from sft.guards import (
     count_wrapped,
     fused_loss_gap,
 )
-from sft.recipe import RunArguments
-from sft.train import build_trainer, train
+from sft.training.recipe import RunArguments
+from sft.training.train import build_trainer, train
 from tests.fixtures.tiny import tiny_config
 
 
@@ -84,7 +84,7 @@ def test_a_comparison_of_losses_would_not_have_shown_it():
 
 @pytest.mark.parametrize("keys", [{}, {"bf16": True}, {"use_peft": True}], ids=str)
 def test_a_run_with_the_wrong_loss_stops_before_its_first_step(keys, make_recipe, monkeypatch, tmp_path):
-    monkeypatch.setattr(sft.train, "load_model", lambda arguments: untrained_model("wrong"))
+    monkeypatch.setattr(sft.training.train, "load_model", lambda arguments: untrained_model("wrong"))
     steps = []
     with pytest.raises(GuardError, match=r"the loss of HiddenFactorModel: .* config.logit_scale, .* gives as None"):
         train(make_recipe(max_steps=2, **keys), callbacks=[on_step(steps.append)])
@@ -93,7 +93,7 @@ def test_a_run_with_the_wrong_loss_stops_before_its_first_step(keys, make_recipe
 
 
 def on_step(call):
-    class OnStep(sft.train.TrainerCallback):
+    class OnStep(sft.training.train.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             call(state.global_step)
 
@@ -150,8 +150,10 @@ def test_every_counted_token_reaches_the_trainer_whatever_the_packing(packing_st
 
 
 def test_tokens_lost_on_the_way_to_the_trainer_are_noticed(make_recipe, monkeypatch):
-    arrange = sft.train.arrange
-    monkeypatch.setattr(sft.train, "arrange", lambda *args, **kwargs: arrange(*args, **kwargs).select(range(40)))
+    arrange = sft.training.train.arrange
+    monkeypatch.setattr(
+        sft.training.train, "arrange", lambda *args, **kwargs: arrange(*args, **kwargs).select(range(40))
+    )
     with pytest.raises(GuardError, match=r"\d+ tokens .* are to be trained on, but \d+ reached the trainer"):
         train(make_recipe())
     with pytest.raises(GuardError, match=r"1 tokens .* 0 reached the trainer"):

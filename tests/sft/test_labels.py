@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from sentencepiece import SentencePieceProcessor
 
-from sft.checks import Conversation, Reject
-from sft.data import DataError, Labelling, prepare_dataset, tokenize, tokenize_rows
+from sft.data.checks import Conversation, Reject
+from sft.data.labels import DataError, Labelling, prepare_dataset, tokenize, tokenize_rows
 from tests.fixtures.tiny import tiny_sentencepiece, tiny_tokenizer
 from tests.sft.test_data import ANSWER, ASK, chat, write
 

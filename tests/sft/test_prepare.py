@@ -9,9 +9,9 @@ import shutil
 
 import pytest
 
-from sft.data import DataError, Labelling, prepare_dataset
-from sft.prepare import PREPARED, prepare
-from sft.train import build_trainer
+from sft.data.labels import DataError, Labelling, prepare_dataset
+from sft.data.prepare import PREPARED, prepare
+from sft.training.train import build_trainer
 from tests.fixtures.tiny import tiny_tokenizer
 from tests.sft.test_data import ANSWER, ASK, chat, write
 from tests.sft.test_validate import sft

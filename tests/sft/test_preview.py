@@ -10,8 +10,9 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from sft.data import Labelling, tokenize_rows
-from sft.preview import PreviewedRow, preview, render_html, render_text, visible
+from sft.data.labels import Labelling, tokenize_rows
+from sft.data.preview import PreviewedRow, preview, render_text, visible
+from teleflm.reports.preview import render_html
 from tests.fixtures.tiny import tiny_tokenizer
 from tests.sft.test_data import ANSWER, ASK, chat, write
 from tests.sft.test_validate import sft

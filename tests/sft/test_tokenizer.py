@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sft.data import Labelling, tokenize_rows
+from sft.data.labels import Labelling, tokenize_rows
 from sft.tokenizer import (
     TokenizerError,
     check_stop_token,
@@ -20,7 +20,7 @@ from sft.tokenizer import (
     load_tokenizer,
     tokenizer_digest,
 )
-from sft.train import train
+from sft.training.train import train
 from tests.fixtures.tiny import tiny_tokenizer
 from tests.sft.test_data import ANSWER, ASK, chat, write
 

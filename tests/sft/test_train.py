@@ -16,12 +16,12 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, TrainerCallback
 from typer.testing import CliRunner
 
-import sft.train
-from sft.cli import app
-from sft.data import Labelling
-from sft.prepare import prepare
-from sft.recipe import RecipeError
-from sft.train import build_trainer, load_tokenizer, main, train
+import sft.training.train
+from sft.data.labels import Labelling
+from sft.data.prepare import prepare
+from sft.training.recipe import RecipeError
+from sft.training.train import build_trainer, load_tokenizer, main, train
+from teleflm.commands.sft import app
 from tests.fixtures.tiny import tiny_model
 
 TINY = Path(sft.__file__).parent / "recipes" / "tiny-cpu.yaml"
@@ -332,7 +332,7 @@ def test_weights_and_a_loss_that_they_would_not_reach_are_refused(make_recipe, w
 def test_a_tokenizer_that_cannot_serve_the_model_is_refused_before_the_model_is_loaded(
     make_recipe, model_dir, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(sft.train, "load_model", lambda arguments: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(sft.training.train, "load_model", lambda arguments: pytest.fail("the model was loaded"))
     folder = tmp_path / "model"
     shutil.copytree(model_dir, folder)
     config = json.loads((folder / "config.json").read_text())

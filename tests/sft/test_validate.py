@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sft.checks import REASONS
-from sft.cli import app
-from sft.data import DataError, Labelling
-from sft.validate import validate_conversations
+from sft.data.checks import REASONS
+from sft.data.labels import DataError, Labelling
+from sft.data.validate import validate_conversations
+from teleflm.commands.sft import app
 from tests.fixtures.tiny import tiny_tokenizer
 from tests.sft.test_data import ANSWER, ASK, INVALID, chat, write
 
@@ -118,7 +118,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         path.write_text("".join(row.replace('"ID"', str(number)) + "\n" for number in range(copies)))
         script = f"""if True:
             import re
-            from sft.validate import validate_conversations
+            from sft.data.validate import validate_conversations
             report = validate_conversations({str(path)!r})
             assert (report.rows, report.rejected) == ({copies}, 0)
             # Not getrusage: a child's begins with its parent's.

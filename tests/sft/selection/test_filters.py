@@ -10,7 +10,7 @@ import random
 import pyarrow as pa
 import pytest
 
-from sft.formats import DataError
+from sft.data.formats import DataError
 from sft.selection import SelectionError
 from sft.selection.decontaminate import MIN_WORDS, NGRAM, drop_contaminated, index_evaluations
 from sft.selection.domains import tag_domain, tag_domains

@@ -17,12 +17,12 @@ import pytest
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from sft.cli import app
-from sft.formats import DataError
+from sft.data.formats import DataError
 from sft.selection import SelectionError, SelectionSettings, select_conversations
 from sft.selection.executors import open_executor
-from sft.selection.report import EXAMPLES
 from sft.selection.stages import Workspace
+from teleflm.commands.sft import app
+from teleflm.reports.selection import EXAMPLES, write_report
 
 from .conftest import chat
 
@@ -318,7 +318,8 @@ def test_report(lines, corpus, tmp_path):
     ]
     data = lines(*rows)
     settings = SelectionSettings(count=160, quota=QUOTA)
-    selection = select_conversations(data, tmp_path / "out", settings, report=tmp_path / "report")
+    selection = select_conversations(data, tmp_path / "out", settings)
+    write_report(selection, settings, tmp_path / "report")
     page = (tmp_path / "report/index.html").read_text()
     assert "<script" not in page
     assert "<img src=x" not in page
@@ -340,7 +341,7 @@ def test_report(lines, corpus, tmp_path):
     assert sum(after for _, after in shares.values()) == pytest.approx(1)
     assert str(tmp_path) not in page
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    select_conversations(data, tmp_path / "out", settings, report=tmp_path / "again")
+    write_report(select_conversations(data, tmp_path / "out", settings), settings, tmp_path / "again")
     assert (tmp_path / "again/index.html").read_text() == page
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sft.formats import DataError
+from sft.data.formats import DataError
 from sft.selection import SelectionSettings, select_conversations
 
 from .conftest import write_rows

@@ -1,0 +1,220 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The forward pass of a Tele-FLM in numpy, its weights read from the files row block by row block.
+
+A layer of the 1T is 15.4 GB in bfloat16; here no more than a few blocks of it are in memory at a time, beside the
+activations. Written from the definition of the architecture (Llama, with a factor on the embeddings and one on the
+logits), not from any implementation, so that it can judge both. Shapes: T tokens of one sequence, no batch.
+"""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from conversion.architecture import Architecture
+from conversion.checkpoint.dtypes import DType
+from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.plan import View
+from conversion.checkpoint.reader import FileReader
+from conversion.checkpoint.sources import Source
+from conversion.mapping import EMBED_TOKENS, LM_HEAD, NORM, check_tensors
+from growth.verification.conditions import rope_parameters
+
+BLOCK = 1 << 22  # elements of a weight in memory at a time, twice: one multiplies while the next is read
+
+
+def block_rows(columns: int) -> int:
+    """How many rows of a weight are in memory at a time."""
+    return max(1, BLOCK // columns)
+
+
+class Precision:
+    """What is computed in: float64, float32, or bfloat16, which is float32 with every result rounded to bfloat16."""
+
+    def __init__(self, dtype: DType):
+        self.dtype = dtype
+        self.compute = np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
+
+    def round(self, values: np.ndarray) -> np.ndarray:
+        """A result as the dtype would hold it."""
+        if self.dtype.itemsize >= 4:
+            return values.astype(self.compute, copy=False)
+        return values.astype(self.dtype.numpy).astype(self.compute)
+
+
+# One function a formula.
+
+
+def rms_norm(hidden: np.ndarray, weight: np.ndarray, eps: float, precision: Precision) -> np.ndarray:
+    """hidden / sqrt(mean(hidden^2) + eps) * weight, for hidden [T, d] and weight [d]."""
+    mean_square = np.square(hidden).mean(-1, keepdims=True)
+    return precision.round(precision.round(hidden / np.sqrt(mean_square + hidden.dtype.type(eps))) * weight)
+
+
+def rotary_angles(length: int, head_dim: int, theta: float) -> np.ndarray:
+    """Angles [T, head_dim / 2]: position t turns pair i by t * theta^(-2i / head_dim). Float64."""
+    return np.outer(np.arange(length), theta ** (-np.arange(0, head_dim, 2) / head_dim))
+
+
+def rotate(heads: np.ndarray, angles: np.ndarray, precision: Precision) -> np.ndarray:
+    """Turn the pairs (x_i, x_{i + head_dim/2}) of heads [n, T, head_dim] by their angles."""
+    cos, sin = (precision.round(table(angles).astype(precision.compute)) for table in (np.cos, np.sin))
+    x, y = np.split(heads, 2, axis=-1)
+    along = precision.round(heads * np.concatenate([cos, cos], -1))
+    across = precision.round(np.concatenate([-y, x], -1) * np.concatenate([sin, sin], -1))
+    return precision.round(along + across)
+
+
+def attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, precision: Precision) -> np.ndarray:
+    """Causal softmax attention: query [N, T, head_dim], key and value [K, T, head_dim] to [T, N * head_dim].
+
+    Query head n attends through key/value head floor(n * K / N); one such group at a time is in memory.
+    """
+    (heads, length, dim), group = query.shape, query.shape[0] // key.shape[0]
+    future = np.triu(np.ones((length, length), bool), 1)
+    output = np.empty((length, heads, dim), query.dtype)
+    for head in range(heads):
+        scores = precision.round(precision.round(query[head] @ key[head // group].T) * dim**-0.5)
+        scores[future] = -np.inf
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights = precision.round(weights / weights.sum(-1, keepdims=True))
+        output[:, head] = precision.round(weights @ value[head // group])
+    return output.reshape(length, heads * dim)
+
+
+def swiglu(gate: np.ndarray, up: np.ndarray, precision: Precision) -> np.ndarray:
+    """gate * sigmoid(gate) * up."""
+    with np.errstate(over="ignore"):  # exp(-gate) = inf is a sigmoid of 0
+        activated = precision.round(gate / (1 + np.exp(-gate)))
+    return precision.round(activated * up)
+
+
+class StreamedModel:
+    """A checkpoint that computes without being loaded.
+
+    Args:
+        checkpoint: the checkpoint, open.
+        dtype: what to compute in.
+        reader: reads its files.
+        pool: threads that read ahead.
+
+    Raises:
+        CheckpointError: its weights are not those of its configuration, or it uses what is not written here.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Source,
+        dtype: DType,
+        reader: FileReader,
+        pool: ThreadPoolExecutor,
+    ):
+        config: dict[str, Any] = checkpoint.config or {}
+        where = f"{checkpoint.folder}/config.json"
+        self.architecture = Architecture.from_config(config, where)
+        check_tensors(checkpoint.tensors, self.architecture, checkpoint.folder)
+        rope, activation = rope_parameters(config), config.get("hidden_act") or "silu"
+        if rope["rope_type"] != "default" or activation != "silu":
+            raise CheckpointError(
+                f"{where}: rope_type is {rope['rope_type']} and hidden_act {activation}; the streamed forward pass "
+                "computes default and silu alone. Use a machine with the memory to load the model."
+            )
+        self._theta = rope["rope_theta"]
+        self._tensors, self._reader, self._pool = checkpoint.tensors, reader, pool
+        self.progress: Callable[[int], None] = lambda nbytes: None  # called with the bytes just read
+        self.precision = Precision(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that a pass reads, the embedding's few rows left out."""
+        embedding = 0 if self.architecture.tie_word_embeddings else self._tensors[EMBED_TOKENS.name].nbytes
+        return sum(view.nbytes for view in self._tensors.values()) - embedding
+
+    def hidden_states(self, input_ids: np.ndarray) -> Iterator[np.ndarray]:
+        """The residual stream [T, hidden_size]: after the embedding, then after each layer, as it is computed."""
+        angles = rotary_angles(len(input_ids), self.architecture.head_dim, self._theta)
+        table = self._tensors[EMBED_TOKENS.name]
+        rows = np.concatenate([self._reader.read(table[int(token) : int(token) + 1]) for token in input_ids])
+        scale = self.architecture.embedding_scale
+        hidden = self.precision.round(self.precision.round(rows) * scale)
+        yield hidden
+        for layer in range(self.architecture.num_hidden_layers):
+            hidden = self._layer(hidden, f"model.layers.{layer}", angles)
+            yield hidden
+
+    def logits(self, hidden: np.ndarray, rows: int) -> Iterator[np.ndarray]:
+        """The logits [T, rows] of the last hidden state, block by block of that many vocabulary rows."""
+        hidden = self._norm(hidden, NORM.name)
+        head = self._tensors[EMBED_TOKENS.name if self.architecture.tie_word_embeddings else LM_HEAD.name]
+        for block in self._blocks(head, rows):
+            yield self.precision.round(self.precision.round(hidden @ block.T) * self.architecture.logit_scale)
+
+    def seconds_a_byte(self, tokens: int) -> float:
+        """Measured on one block of the first layer: reading it, and multiplying it with that many tokens."""
+        view = self._tensors["model.layers.0.mlp.gate_proj.weight"]
+        view = view[: block_rows(view.shape[1])]
+        hidden = np.ones((tokens, view.shape[1]), self.precision.compute)
+        begin = time.perf_counter()
+        self.precision.round(hidden @ self._read(view).T)
+        return (time.perf_counter() - begin) / view.nbytes
+
+    def _layer(self, hidden: np.ndarray, name: str, angles: np.ndarray) -> np.ndarray:
+        normed = self._norm(hidden, f"{name}.input_layernorm.weight")
+        query, key, value = (self._heads(normed, f"{name}.self_attn.{kind}_proj.weight") for kind in "qkv")
+        query, key = (rotate(heads, angles, self.precision) for heads in (query, key))
+        attended = attention(query, key, value, self.precision)
+        hidden = self.precision.round(hidden + self._linear(attended, f"{name}.self_attn.o_proj.weight"))
+
+        normed = self._norm(hidden, f"{name}.post_attention_layernorm.weight")
+        gate, up = (self._linear(normed, f"{name}.mlp.{kind}_proj.weight") for kind in ("gate", "up"))
+        inner = swiglu(gate, up, self.precision)
+        return self.precision.round(hidden + self._linear(inner, f"{name}.mlp.down_proj.weight"))
+
+    def _norm(self, hidden: np.ndarray, name: str) -> np.ndarray:
+        weight = self._read(self._tensors[name])
+        return rms_norm(hidden, weight, self.architecture.rms_norm_eps, self.precision)
+
+    def _heads(self, hidden: np.ndarray, name: str) -> np.ndarray:
+        """A projection of [T, hidden_size] as [heads, T, head_dim]."""
+        projected = self._linear(hidden, name).reshape(len(hidden), -1, self.architecture.head_dim)
+        return np.ascontiguousarray(projected.transpose(1, 0, 2))
+
+    def _linear(self, values: np.ndarray, name: str) -> np.ndarray:
+        """values [T, in] times the transpose of a weight [out, in]."""
+        view = self._tensors[name]
+        output, start = np.empty((len(values), view.shape[0]), self.precision.compute), 0
+        for block in self._blocks(view):
+            output[:, start : start + len(block)] = values @ block.T
+            start += len(block)
+        return self.precision.round(output)
+
+    def _blocks(self, view: View, rows: int = 0) -> Iterator[np.ndarray]:
+        """A weight's rows in blocks, the next one being read while one is used."""
+        rows = rows or block_rows(view.shape[1])
+        ahead: deque[Future[np.ndarray]] = deque()
+        for start in range(0, view.shape[0], rows):
+            ahead.append(self._pool.submit(self._read, view[start : min(start + rows, view.shape[0])]))
+            if len(ahead) > 1:
+                yield ahead.popleft().result()
+        yield from (future.result() for future in ahead)
+
+    def _read(self, view: View) -> np.ndarray:
+        values = self._reader.read(view)
+        self.progress(values.nbytes)
+        return self.precision.round(values)
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be taken without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

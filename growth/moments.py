@@ -1,0 +1,308 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Growing Adam's moments with the weights, so that training goes on without a new warm-up.
+
+If a weight becomes w' = c w without changing the function, its gradient becomes g' = g / c, and so the moments become
+m' = m / c and v' = v / c^2; n copies of it share that gradient (`gradient_factor`). A new entry starts at
+m = 0 and at the mean of its tensor's v: with v = 0 and a step counter that goes on, its first update would be several
+times the learning rate (3.2 times at beta2 = 0.999, where this one is 0.1 times).
+"""
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from conversion.architecture import Architecture
+from conversion.checkpoint.dtypes import FLOAT32
+from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.plan import Copy, TensorPlan, View
+from conversion.checkpoint.reader import FileReader
+from conversion.checkpoint.torch_file import read_torch_file
+from conversion.mapping import Weight, weights
+from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM
+
+from .layer_selection import LayerOrigin
+from .operators import grow_weight
+from .spec import Growth
+from .training.mup import group_names
+
+OPTIMIZER_FILE = "optimizer.pt"
+_LAYOUT = {"state": dict, "param_groups": list}
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+# What other savers leave in a checkpoint instead, for the message.
+_SHARDED = {
+    "optimizer_0": "FSDP's sharded state",
+    "optimizer.bin": "FSDP's gathered state",
+    "latest": "DeepSpeed's state",
+    "distrib_optim.pt": "Megatron's distributed state",
+}
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """Adam's state in a file, by the names of the parameters; the moments are not loaded.
+
+    Args:
+        file: its path.
+        groups: the parameter groups: their settings, without `params`, and the names of their parameters.
+        steps: name -> updates done.
+        moments: name -> (first moment, second moment).
+    """
+
+    file: str
+    groups: tuple[tuple[dict[str, Any], tuple[str, ...]], ...]
+    steps: dict[str, float]
+    moments: dict[str, tuple[View, View]]
+
+
+def read_adam_state(path: str | os.PathLike[str], architecture: Architecture) -> AdamState:
+    """Read the Adam or AdamW state that transformers' Trainer or torch.save wrote; nothing in it is executed.
+
+    Such a file numbers the parameters. Which is which follows from the order of the model's parameters and from its
+    groups: Trainer's (with and without weight decay), those of `growth.training.mup`, or one; every shape is checked.
+
+    Args:
+        path: the file, or the folder that holds it as optimizer.pt.
+        architecture: of the model it belongs to.
+
+    Raises:
+        CheckpointError: there is no such file, or it is not the state of Adam for that architecture.
+    """
+    file = _find_file(Path(path))
+    saved = read_torch_file(file)
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(key), kind) for key, kind in _LAYOUT.items()):
+        raise CheckpointError(f"{file} is no optimizer state: expected a dict with state and param_groups.")
+    shapes = {name: weight.shape(architecture) for name, weight, _ in weights(architecture)}
+    groups = _name_groups(file, saved["param_groups"], _parameter_names(architecture))
+
+    steps: dict[str, float] = {}
+    moments: dict[str, tuple[View, View]] = {}
+    with FileReader() as reader:
+        for (_, names), group in zip(groups, saved["param_groups"], strict=True):
+            for name, index in zip(names, group["params"], strict=True):
+                entry = saved["state"].get(index)
+                moments[name] = _moments(file, name, entry, shapes[name])
+                steps[name] = _number(entry["step"], reader)
+        settled = tuple(
+            ({key: _setting(file, key, value, reader) for key, value in settings.items()}, names)
+            for settings, names in groups
+        )
+    return AdamState(file, settled, steps, moments)
+
+
+def _find_file(path: Path) -> str:
+    if path.is_file():
+        return str(path)
+    if (path / OPTIMIZER_FILE).is_file():
+        return str(path / OPTIMIZER_FILE)
+    for name, what in _SHARDED.items():
+        if (path / name).exists():
+            raise CheckpointError(
+                f"{path}: {name} is {what}; only an unsharded {OPTIMIZER_FILE} can grow. Leave it out, and warm up."
+            )
+    raise CheckpointError(
+        f"{path}: holds no {OPTIMIZER_FILE}; name a checkpoint of transformers' Trainer, or the file."
+    )
+
+
+def _parameter_names(architecture: Architecture) -> list[str]:
+    """The parameters in the order in which the model, and so every optimizer, lists them."""
+    with torch.device("meta"):
+        model = TeleFLMForCausalLM(TeleFLMConfig(**asdict(architecture)))
+    return [name for name, _ in model.named_parameters()]
+
+
+def _name_groups(file: str, saved: list[Any], names: list[str]) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
+    """The settings of each saved group, and the names of its parameters."""
+    if not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in saved):
+        raise CheckpointError(f"{file}: param_groups is no list of groups with params.")
+    sizes = [len(group["params"]) for group in saved]
+    if all("param_names" in group for group in saved):
+        found = [list(group["param_names"]) for group in saved]
+        named = sorted(map(str, chain.from_iterable(found)))
+        if named != sorted(names) or sizes != list(map(len, found)):
+            raise CheckpointError(f"{file}: param_names are not the {len(names)} parameters of the model.")
+    else:
+        kinds = group_names(names)
+        decayed = [name for name in names if name not in kinds["norm"]]
+        known = ([names], [decayed, kinds["norm"]], list(kinds.values()))
+        found = next((groups for groups in known if list(map(len, groups)) == sizes), [])
+        if not found:
+            expected = " or ".join(str([len(group) for group in groups]) for groups in known)
+            raise CheckpointError(f"{file}: param_groups have {sizes} parameters, the model has {expected}.")
+    extra = ("params", "param_names")
+    settings = [{key: value for key, value in group.items() if key not in extra} for group in saved]
+    return [(own, tuple(members)) for own, members in zip(settings, found, strict=True)]
+
+
+def _moments(file: str, name: str, entry: Any, shape: tuple[int, ...]) -> tuple[View, View]:
+    keys = sorted(entry) if isinstance(entry, dict) else None
+    if keys != sorted((*_MOMENTS, "step")):
+        raise CheckpointError(
+            f"{file}: the state of {name} is {keys}, expected exp_avg, exp_avg_sq, step; only Adam and AdamW can grow."
+        )
+    step = entry["step"]
+    if not isinstance(step, int | float) and not (isinstance(step, View) and step.numel == 1):
+        raise CheckpointError(f"{file}: step of {name} is a {type(step).__name__}, expected a number.")
+    for key in _MOMENTS:
+        view = entry[key]
+        if not isinstance(view, View) or not view.dtype.is_floating:
+            raise CheckpointError(f"{file}: {key} of {name} is no tensor of floating-point numbers.")
+        if view.shape != shape:
+            raise CheckpointError(f"{file}: {key} of {name} has shape {view.shape}, config.json says {shape}.")
+    return entry["exp_avg"], entry["exp_avg_sq"]
+
+
+def _setting(file: str, key: str, value: Any, reader: FileReader) -> Any:
+    if isinstance(value, View) and value.numel == 1:
+        return _number(value, reader)
+    plain = value if isinstance(value, tuple | list) else (value,)
+    if not all(item is None or isinstance(item, bool | int | float | str) for item in plain):
+        raise CheckpointError(f"{file}: {key} of a parameter group is a {type(value).__name__}, expected numbers.")
+    return value
+
+
+def _number(value: Any, reader: FileReader) -> float:
+    return float(reader.read(value).reshape(-1)[0]) if isinstance(value, View) else float(value)
+
+
+def grow_adam_state(state: AdamState, growth: Growth) -> dict[str, Any]:
+    """The state of the grown model, as `torch.optim.AdamW.load_state_dict` takes it; moments are float32.
+
+    Groups and settings are the source's. `param_names` names the parameters of each group, so that a run with other
+    groups can use the state too (`load_adam_state`). All of it is in memory: 8 bytes a parameter of the target.
+
+    Args:
+        state: of `growth.source`.
+        growth: what grows into what.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    origins = {name: (weight, _origin(layer, growth)) for name, weight, layer in weights(growth.target)}
+    names = _parameter_names(growth.target)
+    grown: dict[int, dict[str, torch.Tensor]] = {}
+    groups = []
+    with FileReader() as reader:
+        for settings, members in state.groups:
+            own = [name for name in names if _source_name(*origins[name]) in members]
+            indices = list(range(len(grown), len(grown) + len(own)))
+            for index, name in zip(indices, own, strict=True):
+                grown[index] = _grow_entry(state, name, *origins[name], growth, reader)
+            groups.append({**settings, "params": indices, "param_names": own})
+    return {"state": grown, "param_groups": groups}
+
+
+def _origin(layer: int | None, growth: Growth) -> LayerOrigin | None:
+    return None if layer is None else growth.layers[layer]
+
+
+def _source_name(weight: Weight, origin: LayerOrigin | None) -> str:
+    return weight.name.format(origin.source if origin else None)
+
+
+def _grow_entry(
+    state: AdamState, name: str, weight: Weight, origin: LayerOrigin | None, growth: Growth, reader: FileReader
+) -> dict[str, torch.Tensor]:
+    source_name = _source_name(weight, origin)
+    first, second = state.moments[source_name]
+
+    def plan(view: View) -> TensorPlan:
+        # As if it were no additional layer: the plan of those that start at zero has no factor.
+        return grow_weight(name, weight, source_name, view, growth, is_copy=False, dtype=FLOAT32)
+
+    factor = gradient_factor(weight, plan(first), growth)
+    mean = factor**2 * float(reader.read(second).mean(dtype=np.float64))
+    is_new = origin is not None and origin.is_copy
+    return {
+        "step": torch.tensor(state.steps[source_name], dtype=torch.float32),
+        "exp_avg": _place(plan(first), factor, 0.0, reader, is_new=is_new),
+        "exp_avg_sq": _place(plan(second), factor**2, mean, reader, is_new=is_new),
+    }
+
+
+def gradient_factor(weight: Weight, plan: TensorPlan, growth: Growth) -> float:
+    """How the gradient of an old entry changes, m' / m.
+
+    The n copies of an entry w, of value c w each, move together: n c g' = g. So a weight that is scaled has g / c, and
+    one that is repeated and shared out (c = 1 / n) keeps its gradient, unless it is repeated as an output too.
+
+    Args:
+        weight: the weight's line in the table.
+        plan: how it grows, by `growth.operators.grow_weight`.
+        growth: what grows into what.
+    """
+    copies = [piece for piece in plan.pieces if isinstance(piece, Copy)]
+    times = sum(piece.box.numel for piece in copies) / math.prod(weight.shape(growth.source))
+    return 1.0 / (copies[0].scale * times)
+
+
+def _place(plan: TensorPlan, factor: float, rest: float, reader: FileReader, *, is_new: bool) -> torch.Tensor:
+    """The old entries times a factor where the plan copies them, `rest` everywhere else."""
+    out = np.full(plan.layout, rest, np.float32)
+    for piece in plan.pieces:
+        if isinstance(piece, Copy) and not is_new:
+            where = tuple(map(slice, piece.box.start, piece.box.stop))
+            out[where] = reader.read(piece.source).astype(np.float32) * np.float32(factor)
+    return torch.from_numpy(out.reshape(plan.shape))
+
+
+def write_adam_state(state: AdamState, growth: Growth, folder: Path) -> Path:
+    """Grow a state and write it as optimizer.pt, whole or not at all; `torch.load(weights_only=True)` reads it.
+
+    Raises:
+        CheckpointError: the source's state cannot be read.
+        OSError: the disk failed.
+    """
+    path = folder / OPTIMIZER_FILE
+    partial = path.with_suffix(".pt.partial")
+    try:
+        torch.save(grow_adam_state(state, growth), partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def load_adam_state(optimizer: torch.optim.Optimizer, model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Give a new optimizer the moments of a grown state, whatever its groups are; its own settings stay.
+
+    Args:
+        optimizer: Adam or AdamW over parameters of `model`, without a step done.
+        model: the grown model.
+        path: the optimizer.pt of the grown checkpoint.
+
+    Raises:
+        CheckpointError: the file does not name its parameters, lacks one, or has another shape for it.
+    """
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not all("param_names" in group for group in saved["param_groups"]):
+        raise CheckpointError(f"{path} does not name its parameters; `teleflm grow --optimizer` writes one that does.")
+    entries = {
+        name: saved["state"][index]
+        for group in saved["param_groups"]
+        for name, index in zip(group["param_names"], group["params"], strict=True)
+    }
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    state = {}
+    for index, parameter in enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]):
+        name = names[id(parameter)]
+        if name not in entries:
+            raise CheckpointError(f"{path} has no state for {name}; it belongs to another model.")
+        if entries[name]["exp_avg"].shape != parameter.shape:
+            found = tuple(entries[name]["exp_avg"].shape)
+            raise CheckpointError(f"{path}: {name} has shape {found}, the model has {tuple(parameter.shape)}.")
+        state[index] = entries[name]
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+__all__ = ["AdamState", "grow_adam_state", "load_adam_state", "read_adam_state", "write_adam_state"]

@@ -1,0 +1,261 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Continued pretraining of a grown Tele-FLM on packed text.
+
+    accelerate launch -m growth.train RUN.yaml
+    python -m growth.train --model_name_or_path GROWN --train_files TEXT.jsonl --output_dir OUT [--key value ...]
+
+transformers' [`Trainer`] does the training, and every key of its `TrainingArguments` is a key here. What growth adds:
+masks rise with the steps, Adam goes on from moments that grew with the weights, and learning rates follow the width.
+"""
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from conversion.checkpoint.errors import CheckpointError
+
+from ..moments import OPTIMIZER_FILE, load_adam_state
+from .masks import MaskCallback, TeleFLMMaskedForCausalLM
+from .mup import MupMixin
+
+logger = logging.getLogger(__name__)
+
+_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".gz": "json", ".parquet": "parquet"}
+
+
+@dataclasses.dataclass
+class GrowthArguments:
+    """What is trained, and on what.
+
+    Args:
+        model_name_or_path: folder of the model, plain or masked, with its tokenizer. No code in it is executed.
+        train_files: text: `.txt` (a document a file), `.jsonl`, `.json`, `.jsonl.gz` or `.parquet`.
+        eval_files: likewise, evaluated on when `eval_strategy` says so.
+        text_column: where the text of a row is, in files with rows.
+        block_size: tokens of a training example; documents are joined and cut to it.
+        dtype: of the weights while they are trained; `bf16: true` computes in bfloat16 on float32 weights.
+        attn_implementation: as in `from_pretrained`.
+        mup_base_width: hidden_size at which learning_rate was tuned, 8192 for one of the 52B: matrices then learn at
+            learning_rate x mup_base_width / hidden_size. Unset: one rate for all.
+        fresh_optimizer: leave the grown optimizer.pt of the model's folder unused, if it has one.
+    """
+
+    model_name_or_path: str
+    train_files: list[str]
+    eval_files: list[str] | None = None
+    text_column: str = "text"
+    block_size: int = 2048
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+    mup_base_width: int | None = None
+    fresh_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block_size < 2:
+            raise ValueError(f"block_size is {self.block_size}, expected at least 2.")
+        if self.mup_base_width is not None and self.mup_base_width < 1:
+            raise ValueError(f"mup_base_width is {self.mup_base_width}, expected at least 1.")
+
+
+class GrowthTrainer(MupMixin, Trainer):
+    """A Trainer whose new optimizer starts from a grown state, and follows muP if it has a `base_width`.
+
+    Args:
+        adam_state: optimizer.pt of the grown model; None: fresh moments. A resumed run loads its own state after it.
+        *args, **kwargs: of [`MupMixin`] and [`Trainer`].
+    """
+
+    def __init__(self, *args: Any, adam_state: Path | None = None, **kwargs: Any) -> None:
+        self.adam_state = adam_state
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of the arguments, with the grown moments.
+
+        Raises:
+            CheckpointError: the state is not this model's.
+        """
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.adam_state is not None:
+            load_adam_state(optimizer, self.model if model is None else model, self.adam_state)
+            logger.info("optimizer state: %s", self.adam_state)
+        return optimizer
+
+
+def train(
+    growth: GrowthArguments, args: TrainingArguments, callbacks: Sequence[TrainerCallback] = ()
+) -> dict[str, float]:
+    """Train a grown model and save it, with its tokenizer, to `args.output_dir`.
+
+    A masked model stays one until `teleflm fold` is run on it.
+
+    Returns:
+        the metrics of the run, as transformers' `TrainOutput.metrics`.
+
+    Raises:
+        CheckpointError: the data, the model or its state is refused; no step was done.
+    """
+    checkpoint = find_checkpoint(args)
+    trainer = build_trainer(growth, args, callbacks)
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    return output.metrics
+
+
+def build_trainer(
+    growth: GrowthArguments, args: TrainingArguments, callbacks: Sequence[TrainerCallback] = ()
+) -> GrowthTrainer:
+    """Build the trainer of a run, ready for `trainer.train()`.
+
+    Raises:
+        CheckpointError: the data, the model or its state is refused.
+    """
+    set_seed(args.seed)
+    folder = Path(growth.model_name_or_path)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"model_name_or_path is {str(folder)!r}, which holds no config.json.")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    with args.main_process_first(desc="packing"):
+        train_dataset = load_blocks(growth.train_files, tokenizer, growth)
+        eval_dataset = load_blocks(growth.eval_files, tokenizer, growth) if growth.eval_files else None
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=growth.dtype, attn_implementation=growth.attn_implementation, trust_remote_code=False
+    )
+    masks = [MaskCallback()] if isinstance(model, TeleFLMMaskedForCausalLM) else []
+    adam_state = folder / OPTIMIZER_FILE
+    return GrowthTrainer(
+        model,
+        args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=default_data_collator,  # blocks need no padding
+        processing_class=tokenizer,
+        callbacks=[*masks, *callbacks],
+        base_width=growth.mup_base_width,
+        adam_state=adam_state if adam_state.is_file() and not growth.fresh_optimizer else None,
+    )
+
+
+def load_blocks(files: Sequence[str], tokenizer: PreTrainedTokenizerBase, growth: GrowthArguments) -> datasets.Dataset:
+    """Tokenize text and pack it: documents, each between `<s>` and `</s>`, joined and cut into blocks.
+
+    Packing is by thousands of documents; of each, what does not fill a block is left out.
+
+    Returns:
+        rows of `input_ids` and `labels`, block_size token ids each.
+
+    Raises:
+        CheckpointError: a file is missing, of an unknown kind or without the column, or there is not one block.
+    """
+    for file in files:
+        if not Path(file).is_file():
+            raise CheckpointError(f"{file}: no such file.")
+    kinds = {_LOADERS.get(Path(file).suffix) for file in files}
+    kind = next(iter(kinds))
+    if len(kinds) != 1 or kind is None:
+        known = ", ".join(_LOADERS)
+        raise CheckpointError(f"{', '.join(files)}: expected files of one kind, each ending in one of {known}.")
+    whole = {"sample_by": "document"} if kind == "text" else {}
+    documents = datasets.load_dataset(kind, data_files=list(files), split="train", **whole)
+    if growth.text_column not in documents.column_names:
+        found = ", ".join(documents.column_names)
+        raise CheckpointError(f"{files[0]} has no column {growth.text_column}; it has {found}. Set text_column.")
+
+    def pack(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        texts = tokenizer(batch[growth.text_column])["input_ids"]
+        ids = list(chain.from_iterable([*text, tokenizer.eos_token_id] for text in texts))
+        size = growth.block_size
+        blocks = [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
+        return {"input_ids": blocks, "labels": blocks}
+
+    blocks = documents.map(pack, batched=True, remove_columns=documents.column_names)
+    if len(blocks) == 0:
+        raise CheckpointError(f"{', '.join(files)}: less text than one block of {growth.block_size} tokens.")
+    return blocks
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint to resume: that of `resume_from_checkpoint`, which may be `true` for the last in output_dir.
+
+    Raises:
+        CheckpointError: there is none; or output_dir holds checkpoints of a run that was not asked to go on.
+    """
+    wanted = args.resume_from_checkpoint
+    last = get_last_checkpoint(args.output_dir) if Path(str(args.output_dir)).is_dir() else None
+    if not wanted or str(wanted).lower() == "false":
+        if last is not None:
+            raise CheckpointError(
+                f"output_dir already holds {last}; choose another, or go on with resume_from_checkpoint: true."
+            )
+        return None
+    found = last if str(wanted).lower() == "true" else str(wanted)
+    if found is None or not (Path(found) / "trainer_state.json").is_file():
+        raise CheckpointError(
+            f"resume_from_checkpoint is {wanted!r}, but {found or args.output_dir} holds no checkpoint."
+        )
+    return found
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[GrowthArguments, TrainingArguments]:
+    """Read a command line: `--key value ...`, or one `.yaml` or `.json` file of the same keys.
+
+    Raises:
+        ValueError: a key is unknown or a value wrong.
+    """
+    parser = HfArgumentParser((GrowthArguments, TrainingArguments), prog="python -m growth.train")  # type: ignore[arg-type]
+    if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml")):
+        growth, args = parser.parse_yaml_file(arguments[0])
+    elif len(arguments) == 1 and arguments[0].endswith(".json"):
+        growth, args = parser.parse_json_file(arguments[0])
+    else:
+        growth, args = parser.parse_args_into_dataclasses(list(arguments))
+    return growth, args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 is done, 2 refused before the first step."""
+    try:
+        growth, args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    except (ValueError, TypeError, OSError) as error:  # TypeError: of the dataclasses, when a file lacks a key
+        return _refuse(error)
+    try:
+        metrics = train(growth, args)
+    except CheckpointError as error:
+        return _refuse(error)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{args.output_dir}: mean loss {metrics['train_loss']:.4f} in {metrics['train_runtime']:.0f} s")
+    return 0
+
+
+def _refuse(error: Exception) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

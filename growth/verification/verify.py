@@ -1,0 +1,160 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Do two checkpoints compute the same function? Bytes where bytes prove it, logits on a text otherwise."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from conversion.architecture import Architecture
+from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.manifest import read_manifest
+from conversion.checkpoint.sources import Source, open_checkpoint
+
+from .certificate import Certificate, certify
+from .comparison import COMPUTE_DTYPES, Forward, Numbers, Progress, compare_numbers, no_progress
+from .conditions import MeasuredLayer, measured_layers
+
+FORWARDS = ("auto", "loaded", "streamed")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The verdict, and what it rests on; None for what was not looked at.
+
+    Args:
+        certificate: what the bytes prove.
+        numbers: what the logits say.
+        notes: what a reader should know beside the verdict.
+        layers: how far each layer of the model that grew moves its input, if the copied ones were chosen by that.
+    """
+
+    certificate: Certificate | None
+    numbers: Numbers | None
+    notes: tuple[str, ...] = ()
+    layers: tuple[MeasuredLayer, ...] = ()
+
+    @property
+    def same(self) -> bool:
+        """Whether A and B compute the same function, by everything that was looked at."""
+        by_bytes = self.certificate is None or self.certificate.holds
+        return by_bytes and (self.numbers is None or self.numbers.same)
+
+
+def verify_checkpoints(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    growth: bool | None = None,
+    text: str | os.PathLike[str] | None = None,
+    dtype: str = "float64",
+    forward: Forward = "auto",
+    max_tokens: int = 512,
+    workers: int = os.cpu_count() or 1,
+    progress: Progress = no_progress,
+    notify: Callable[[str], None] = lambda note: None,
+) -> Verification:
+    """Find out whether B, grown or converted from A, computes A's function.
+
+    From bytes (the certificate): the conditions follow from both config.json and the map of layers in B's
+    manifest.json; every byte is held against them, in bounded memory and without torch. From numbers: both models'
+    logits on a text, against A's own rounding. What is loaded takes transformers' Llama; what does not fit in memory is
+    computed layer by layer from the files, a few blocks at a time.
+
+    Args:
+        a: folder of the source.
+        b: folder of what was made from it.
+        growth: whether to certify from bytes; by default if there is no text.
+        text: a file of text, UTF-8, to compare logits on.
+        dtype: what to compute logits in: `float64`, `float32` or `bfloat16`.
+        forward: `loaded`, `streamed`, or `auto`: loaded if the larger model fits in free memory.
+        max_tokens: of the text, at most.
+        workers: threads.
+        progress: makes a progress display, see `teleflm.terminal.byte_progress`.
+        notify: told, before it starts, what will be computed and how long that may take.
+
+    Raises:
+        CheckpointError: a checkpoint or the text cannot be used, or B's record does not lead to A.
+    """
+    _check_arguments(dtype, forward, max_tokens)
+    manifest = read_manifest(Path(b))
+    layers = measured_layers(manifest["lineage"] if manifest else None)
+    notes: list[str] = []
+    input_ids = None
+    if text is not None:
+        first, second = open_checkpoint(a), open_checkpoint(b)
+        input_ids = tokenize(first, Path(text), max_tokens)
+        _check_ids(input_ids, first, second)
+        notes += _compare_tokenizers(first, second)
+    certificate = None
+    if growth or (growth is None and text is None):
+        with progress("reading") as advance:
+            certificate = certify(a, b, workers=workers, progress=advance)
+        notes += certificate.notes
+    numbers = None
+    if input_ids is not None:
+        numbers = compare_numbers(
+            first, second, input_ids, dtype=dtype, forward=forward, workers=workers, progress=progress, notify=notify
+        )
+    if certificate is None and numbers is None:
+        raise CheckpointError("nothing to verify by: growth is False and there is no text.")
+    return Verification(certificate, numbers, tuple(notes), layers)
+
+
+# The text.
+
+
+def tokenize(checkpoint: Source, text: Path, max_tokens: int) -> np.ndarray:
+    """The first tokens of a text, after the checkpoint's beginning-of-sequence token: ids [T].
+
+    Raises:
+        CheckpointError: the text is missing, empty or not UTF-8, or the checkpoint has no sentencepiece tokenizer.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    vocabulary = Path(checkpoint.folder) / "tokenizer.model"
+    if not vocabulary.is_file():
+        raise CheckpointError(f"{vocabulary}: no such file; the text needs A's tokenizer.")
+    try:
+        with text.open(encoding="utf-8") as file:
+            beginning = file.read(64 * max_tokens)  # no piece of these vocabularies is longer
+        pieces = SentencePieceProcessor(model_file=str(vocabulary))
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{text}: is not UTF-8 at byte {error.start}; convert it.") from None
+    except FileNotFoundError:
+        raise CheckpointError(f"{text}: no such file.") from None
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{text}: cannot be tokenised with {vocabulary} ({error}).") from None
+    ids = pieces.encode(beginning)
+    if not ids:
+        raise CheckpointError(f"{text}: is empty; give a text of some hundred words.")
+    start = [pieces.bos_id()] if pieces.bos_id() >= 0 else []
+    return np.array([*start, *ids][:max_tokens], np.int64)
+
+
+def _check_ids(input_ids: np.ndarray, *checkpoints: Source) -> None:
+    for checkpoint in checkpoints:
+        where = f"{checkpoint.folder}/config.json"
+        rows = Architecture.from_config(checkpoint.config or {}, where).vocab_size
+        if int(input_ids.max()) >= rows:
+            raise CheckpointError(f"{where}: vocab_size is {rows}, the text has token {int(input_ids.max())}.")
+
+
+def _compare_tokenizers(a: Source, b: Source) -> list[str]:
+    files = [Path(source.folder) / "tokenizer.model" for source in (a, b)]
+    if files[1].is_file() and files[0].read_bytes() != files[1].read_bytes():
+        return ["tokenizer.model of B is not A's: the same text gives it other tokens than were compared."]
+    return []
+
+
+def _check_arguments(dtype: str, forward: str, max_tokens: int) -> None:
+    for name, value, known in (("dtype", dtype, COMPUTE_DTYPES), ("forward", forward, FORWARDS)):
+        if value not in known:
+            raise CheckpointError(f"{name} is {value!r}, expected one of {', '.join(known)}.")
+    if max_tokens < 2:
+        raise CheckpointError(f"max_tokens is {max_tokens}; it must be at least 2.")

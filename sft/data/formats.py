@@ -1,0 +1,308 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Rows of conversations as they stand in files, and the layouts they come in.
+
+| layout | columns | what it means here |
+|---|---|---|
+| messages | `messages`: a list of `{"role", "content"}` | as it stands |
+| ShareGPT | `conversations`: a list of `{"from", "value"}`, and `system` | `human` is the user, `gpt` the assistant |
+| prompt and completion | two texts, or two lists of messages | only the completion is trained on |
+| Alpaca | `instruction`, `output`, and perhaps `input`, `system`, `history` | `input` is the instruction's next line |
+
+A message may have a `weight`: 0 leaves an assistant's message untrained, another number scales its loss. Columns that
+no layout names are ignored; one that is null counts as absent. If a row fits several layouts, the first one counts.
+
+Files are read row by row: of `.jsonl` and Parquet no more than a row or a row group is in memory, of `.json` all.
+"""
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from sft import SFTError
+
+MAX_ROW_BYTES = 1 << 26
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+# OWNER/NAME, perhaps with a configuration and a split; not what a path looks like.
+_DATASET_NAME = re.compile(r"(?P<path>\w[\w.-]*/\w[\w.-]*|\w[\w-]*)(:(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%-]+))?")
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+}
+
+# Called with the bytes just read and the bytes in all.
+Progress = Callable[[int, int], None]
+
+
+class DataError(SFTError):
+    """The data cannot be read or trained on. The message names the file, and the row where there is one."""
+
+
+class Problem(NamedTuple):
+    """What is wrong with a row: a code of [`sft.data.checks.REASONS`], and where and what exactly."""
+
+    code: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row as it stands in its file.
+
+    Args:
+        source: `file:row`, rows counted from 1, blank lines included.
+        value: what JSON or Parquet holds there; the bytes of the line if that is no JSON.
+        problem: why `value` is no JSON.
+    """
+
+    source: str
+    value: Any
+    problem: Problem | None = None
+
+    @property
+    def place(self) -> str:
+        """The file or dataset."""
+        return self.source.rpartition(":")[0]
+
+    @property
+    def id(self) -> str | int | None:
+        """The row's own name for itself, its column `id`, if it has one."""
+        found = self.value.get("id") if isinstance(self.value, dict) else None
+        return found if isinstance(found, str | int) else None
+
+
+class Turn(NamedTuple):
+    """A message before it is checked, so of whatever types the file has; `where` is its place in the row."""
+
+    where: str
+    role: Any
+    content: Any
+    weight: Any = None
+
+
+# --- rows of files ----------------------------------------------------------------------------------------------------
+
+
+def read_rows(data: str | Path | Sequence[str | Path], progress: Progress | None = None) -> Iterator[Row]:
+    """Read every row of some files or datasets.
+
+    Args:
+        data: files (`.jsonl`, `.json` with a list, `.parquet`; the first two also gzipped), folders that `datasets`
+            can load, or names of datasets on the Hub: `OWNER/NAME`, `OWNER/NAME:SPLIT` or `OWNER/NAME:CONFIG:SPLIT`;
+            the split is `train` unless given. No code of a dataset is executed.
+        progress: told of bytes as `.jsonl` files are read.
+
+    Raises:
+        DataError: a file or dataset is missing, unreadable, or of another kind.
+    """
+    places = [data] if isinstance(data, str | Path) else list(data)
+    for place in places:
+        yield from _read_place(str(place), progress)
+
+
+def _read_place(place: str, progress: Progress | None) -> Iterator[Row]:
+    path = Path(place)
+    name = _DATASET_NAME.fullmatch(place)
+    if path.is_dir():
+        yield from _read_dataset(place, {"path": place, "split": "train"})
+    elif name and not path.exists() and not place.endswith(SUFFIXES):
+        config, split = (name["config"], name["split"]) if name["split"] else (None, name["config"])
+        yield from _read_dataset(place, {"path": name["path"], "name": config, "split": split or "train"})
+    elif not place.endswith(SUFFIXES):
+        raise DataError(f"{place}: not a file of conversations; known are {', '.join(SUFFIXES)}.")
+    else:
+        yield from _read_file(path, progress)
+
+
+def _read_file(path: Path, progress: Progress | None) -> Iterator[Row]:
+    try:
+        with path.open("rb") as file:
+            if path.suffix == ".parquet":
+                yield from _read_parquet(path, file)
+            elif ".jsonl" in path.suffixes:
+                yield from _read_jsonl(path, file, progress)
+            else:
+                yield from _read_json(path, file)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}.") from error
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged gzip file ({error}); fetch it again.") from error
+
+
+def _read_jsonl(path: Path, file: BinaryIO, progress: Progress | None) -> Iterator[Row]:
+    total, done = path.stat().st_size, 0
+    lines: Any = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+    number = 0
+    while line := lines.readline(MAX_ROW_BYTES):
+        number += 1
+        source = f"{path}:{number}"
+        if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
+            while (rest := lines.readline(MAX_ROW_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            detail = f"it is longer than {MAX_ROW_BYTES:,} bytes; is the file one row a line?"
+            yield Row(source, line[:1000], Problem("row_too_large", detail))
+        elif line.strip():
+            yield _parse(source, line)
+        if progress and (number % 1000 == 0 or file.tell() == total):
+            progress(file.tell() - done, total)
+            done = file.tell()
+
+
+def _parse(source: str, line: bytes) -> Row:
+    try:
+        # utf-8-sig, because files from Windows begin with a mark that JSON does not know.
+        return Row(source, json.loads(line.decode("utf-8-sig")))
+    except UnicodeDecodeError as error:
+        detail = f"byte {error.start + 1} of the line is {line[error.start]:#04x}, which is no UTF-8; convert the file"
+        return Row(source, line, Problem("not_utf8", detail))
+    except (ValueError, RecursionError) as error:  # also of a thousand brackets
+        return Row(source, line, Problem("invalid_json", str(error)))
+
+
+def _read_json(path: Path, file: BinaryIO) -> Iterator[Row]:
+    text: Any = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+    try:
+        rows = json.load(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error}); one row a line is .jsonl.") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: holds a {type(rows).__name__}; expected a list of rows.")
+    for number, row in enumerate(rows, start=1):
+        yield Row(f"{path}:{number}", row)
+
+
+def _read_parquet(path: Path, file: BinaryIO) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            yield Row(f"{path}:{number}", row)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a Parquet file, or a damaged one ({error}).") from error
+
+
+def _read_dataset(place: str, arguments: dict[str, Any]) -> Iterator[Row]:
+    import datasets
+
+    try:
+        if (Path(place) / "state.json").is_file():
+            rows: Any = datasets.load_from_disk(place)
+        else:
+            rows = datasets.load_dataset(**arguments, streaming=True)
+        for number, row in enumerate(rows, start=1):
+            yield Row(f"{place}:{number}", row)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        what = "not a dataset that can be loaded" if Path(place).is_dir() else "no such file, nor a dataset to be had"
+        raise DataError(f"{place}: {what} ({' '.join(str(error).split())}).") from error
+
+
+# --- turns of rows ----------------------------------------------------------------------------------------------------
+
+
+def find_turns(row: Any) -> tuple[list[Turn], list[Problem]]:
+    """The turns of a row in any of the layouts, unchecked, and what keeps a row or a message from having one."""
+    if not isinstance(row, dict):
+        return [], [Problem("not_an_object", f"it is a {type(row).__name__}; expected an object with `messages`")]
+    columns = {name: value for name, value in row.items() if value is not None}
+    if "messages" in columns:
+        return turns_of(columns["messages"], "messages")
+    if "conversations" in columns:
+        return _after_system(columns, *_sharegpt_turns(columns["conversations"]))
+    if {"prompt", "completion"} <= columns.keys():
+        return _prompt_completion_turns(columns)
+    if {"instruction", "output"} <= columns.keys():
+        return _after_system(columns, *_alpaca_turns(columns))
+    wanted = "`messages`, `conversations`, `prompt` and `completion`, or `instruction` and `output`"
+    found = f"those with a value are {', '.join(columns) or 'none'}"
+    return [], [Problem("missing_columns", f"it needs the columns {wanted}; {found}")]
+
+
+def turns_of(messages: Any, column: str) -> tuple[list[Turn], list[Problem]]:
+    """The turns of a list of messages, and what is no message.
+
+    Args:
+        messages: what should be a list of objects with `role`, `content` and perhaps `weight`.
+        column: where it stands, for details of problems.
+    """
+    if not isinstance(messages, list) or not messages:
+        found = "it is empty" if messages == [] else f"it is a {type(messages).__name__}"
+        return [], [Problem("no_messages", f"`{column}` must be a list with messages in it; {found}")]
+    turns, problems = [], []
+    for index, message in enumerate(messages):
+        where = f"{column}[{index}]"
+        if isinstance(message, dict):
+            turns.append(Turn(where, message.get("role"), message.get("content"), message.get("weight")))
+        else:
+            problems.append(Problem("bad_message", f"{where} is a {type(message).__name__}; expected an object"))
+    return turns, problems
+
+
+def _sharegpt_turns(messages: Any) -> tuple[list[Turn], list[Problem]]:
+    def renamed(message: Any) -> Any:
+        # Some files have this column with the other layout's keys.
+        if not isinstance(message, dict) or message.get("from") is None:
+            return message
+        role = message["from"]
+        return {
+            "role": _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role,
+            "content": message.get("value"),
+            "weight": message.get("weight"),
+        }
+
+    return turns_of(
+        [renamed(message) for message in messages] if isinstance(messages, list) else messages, "conversations"
+    )
+
+
+def _prompt_completion_turns(columns: dict[str, Any]) -> tuple[list[Turn], list[Problem]]:
+    turns, problems = [], []
+    for column, role in (("prompt", "user"), ("completion", "assistant")):
+        value = columns[column]
+        found, wrong = ([Turn(column, role, value)], []) if isinstance(value, str) else turns_of(value, column)
+        if column == "prompt":
+            found = [turn._replace(weight=0) if turn.role == "assistant" else turn for turn in found]
+        turns += found
+        problems += wrong
+    return turns, problems
+
+
+def _alpaca_turns(columns: dict[str, Any]) -> tuple[list[Turn], list[Problem]]:
+    turns = []
+    for index, pair in enumerate(columns.get("history") or []):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            return [], [
+                Problem("bad_message", f"history[{index}] is {type(pair).__name__}; expected [question, answer]")
+            ]
+        turns += [
+            Turn(f"history[{index}][{side}]", role, pair[side]) for side, role in enumerate(("user", "assistant"))
+        ]
+    instruction, context = columns["instruction"], columns.get("input")
+    if isinstance(instruction, str) and isinstance(context, str) and context.strip():
+        instruction = f"{instruction}\n{context}"
+    elif context is not None and not isinstance(context, str):
+        return [], [Problem("bad_content", f"input has a content of type {type(context).__name__}; expected text")]
+    return [*turns, Turn("instruction", "user", instruction), Turn("output", "assistant", columns["output"])], []
+
+
+def _after_system(
+    columns: dict[str, Any], turns: list[Turn], problems: list[Problem]
+) -> tuple[list[Turn], list[Problem]]:
+    """The turns after what the row's column `system` says, if anything."""
+    system = columns.get("system", "")
+    return ([Turn("system", "system", system), *turns] if system != "" else turns), problems
+
+
+__all__ = ["DataError", "Problem", "Row", "Turn", "find_turns", "read_rows", "turns_of"]

@@ -1,0 +1,417 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""From conversations to the token ids and labels that are trained on.
+
+TRL can tokenize conversations itself. It is done here because TRL's errors name no row, rows that truncation leaves
+without a trained token vanish uncounted (or, packed, stay and train nothing), and a control token inside a user's text
+passes. What comes out is TRL's pre-tokenized format: `input_ids`, and `labels` with -100 where nothing is learned.
+
+Which tokens are trained on follows from the characters: the chat template marks what the assistant says with
+`{% generation %}` blocks, and a token is trained on if it covers a character of one. [`sft.data.formats`] says what a
+file may hold, [`sft.data.checks`] what makes a row invalid.
+"""
+
+import json
+from array import array
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.data.checks import Conversation, Reject, check_rows
+from sft.data.formats import DataError, Problem, Progress, Row
+from sft.tokenizer import control_tokens
+
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100
+_CHUNK = 64  # rows that travel to another process, and back, at once
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """Which tokens of a conversation are kept and trained on.
+
+    Args:
+        max_length: keep the first so many tokens of a row; `None` keeps all.
+        assistant_only_loss: train on the `{% generation %}` blocks of the chat template; else on every token, and rows
+            with weights other than 1 are invalid.
+        last_turn_only: of those blocks, train on the last alone.
+
+    Raises:
+        DataError: the fields contradict each other.
+    """
+
+    max_length: int | None
+    assistant_only_loss: bool = True
+    last_turn_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 1:
+            raise DataError(f"max_length is {self.max_length}; it must be at least 1.")
+        if self.last_turn_only and not self.assistant_only_loss:
+            raise DataError("last_turn_only is true and assistant_only_loss is false; choose one of the two.")
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """A conversation as it is trained on.
+
+    Args:
+        conversation: what it was.
+        input_ids: its tokens, cut at `max_length`.
+        weights: of each token's loss, 0 where nothing is learned; as long as `input_ids`.
+        truncated: whether there were more tokens.
+    """
+
+    conversation: Conversation
+    input_ids: "array[int]"
+    weights: "array[float]"
+    truncated: bool
+
+    @property
+    def labels(self) -> list[int]:
+        """The tokens, -100 where nothing is learned."""
+        return [token if weight else IGNORE_INDEX for token, weight in zip(self.input_ids, self.weights, strict=True)]
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens are learned."""
+        return sum(weight > 0 for weight in self.weights)
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the rows of some files.
+
+    Args:
+        rows: rows read.
+        rejects: the rows that are not trained on, and why.
+        truncated: rows trained on without their end, because they are longer than `max_length`.
+        tokens, trained_tokens: of the rows that are trained on, after truncation.
+        digest: xxh3-128 of the conversations trained on, in order; it depends on neither layout nor file names.
+    """
+
+    rows: int
+    rejects: tuple[Reject, ...]
+    truncated: int
+    tokens: int
+    trained_tokens: int
+    digest: str
+
+    @property
+    def kept(self) -> int:
+        """Rows that are trained on."""
+        return self.rows - len(self.rejects)
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Sources of valid rows of which `max_length` leaves no trained token."""
+        return tuple(reject.source for reject in self.rejects if reject.reason == "nothing_left")
+
+    @property
+    def invalid(self) -> tuple[Reject, ...]:
+        """The other rejects: rows that would not do at any length."""
+        return tuple(reject for reject in self.rejects if reject.reason != "nothing_left")
+
+    def __str__(self) -> str:
+        text = f"{self.kept} of {self.rows} rows, {self.trained_tokens} trained of {self.tokens} tokens"
+        if self.truncated:
+            text += f"; {self.truncated} cut at max_length"
+        if dropped := self.dropped:
+            text += f"; {len(dropped)} dropped, max_length leaves no trained token ({_first(dropped)})"
+        if invalid := self.invalid:
+            text += f"; {summarize(invalid)}"
+        return text
+
+
+def summarize(rejects: Sequence[Reject]) -> str:
+    """Some rejects in one line: how many of which reason, and the first three."""
+    counts = Counter(reject.reason for reject in rejects)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    return f"{len(rejects)} invalid rows ({reasons}): {_first([str(reject) for reject in rejects])}"
+
+
+def _first(items: Sequence[str], limit: int = 3) -> str:
+    return "; ".join([*items[:limit], *(["..."] if len(items) > limit else [])])
+
+
+def read_conversations(
+    files: str | Path | Sequence[str | Path], control_tokens: Sequence[str] = ()
+) -> tuple[list[Conversation], list[Reject]]:
+    """Read and check every row, without a tokenizer; see [`sft.data.checks.check_rows`]."""
+    conversations, rejects = [], []
+    for _, outcome in check_rows(files, control_tokens):
+        if isinstance(outcome, Reject):
+            rejects.append(outcome)
+        else:
+            conversations.append(outcome)
+    return conversations, rejects
+
+
+# --- one conversation -------------------------------------------------------------------------------------------------
+
+
+def tokenize(
+    conversation: Conversation, tokenizer: "PreTrainedTokenizerBase", labelling: Labelling
+) -> Tokenized | Problem:
+    """Tokenize a valid conversation with the tokenizer's chat template.
+
+    Returns:
+        the tokens, at least one of which is trained on; or why that cannot be.
+
+    Raises:
+        DataError: weights are asked for, and the template does not keep the turns of the assistant apart.
+    """
+    from jinja2 import TemplateError
+
+    masked = labelling.assistant_only_loss
+    if not masked and any(weight != 1 for weight in conversation.weights):
+        return Problem("bad_weight", "its messages have weights, but assistant_only_loss is false: all is trained on")
+    try:
+        encoding: Any = tokenizer.apply_chat_template(
+            conversation.messages, return_dict=True, return_assistant_tokens_mask=masked
+        )
+    except TemplateError as error:
+        return Problem("template_refuses", f"the chat template refuses it: {error}")
+    input_ids = encoding["input_ids"]
+    weights = [float(marked) for marked in encoding["assistant_masks"]] if masked else [1.0] * len(input_ids)
+    if masked:
+        weights = _weigh_turns(weights, _turn_weights(conversation, labelling), conversation.source)
+    if not any(weights):
+        return Problem("nothing_trained", "the chat template marks no token of it, or all that it marks has weight 0")
+    if not any(weights[: labelling.max_length]):
+        start = next(place for place, weight in enumerate(weights) if weight)
+        detail = f"its first trained token is number {start + 1}, max_length is {labelling.max_length}"
+        return Problem("nothing_left", detail)
+    return Tokenized(
+        conversation,
+        array("i", input_ids[: labelling.max_length]),
+        array("f", weights[: labelling.max_length]),
+        labelling.max_length is not None and len(input_ids) > labelling.max_length,
+    )
+
+
+def _turn_weights(conversation: Conversation, labelling: Labelling) -> tuple[float, ...]:
+    if labelling.last_turn_only:
+        return (*(0.0 for _ in conversation.weights[:-1]), conversation.weights[-1])
+    return conversation.weights
+
+
+def _weigh_turns(mask: list[float], turn_weights: Sequence[float], source: str) -> list[float]:
+    """Give each run of ones in the mask, which is a turn of the assistant, its weight."""
+    if all(weight == 1 for weight in turn_weights):
+        return mask
+    turns = [list(run) for _, run in groupby(mask)]
+    if sum(run[0] for run in turns) != len(turn_weights):
+        raise DataError(
+            f"{source}: the chat template marks {sum(run[0] for run in turns):.0f} stretches for {len(turn_weights)} "
+            "assistant messages, so that weights and last_turn_only do not know whose they are; close each "
+            "{% generation %} block before the next message begins."
+        )
+    remaining = iter(turn_weights)
+    return [weight for run in turns for weight in (run if not run[0] else [next(remaining)] * len(run))]
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def tokenize_rows(
+    data: str | Path | Sequence[str | Path],
+    tokenizer: "PreTrainedTokenizerBase",
+    labelling: Labelling,
+    *,
+    num_proc: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[tuple[Row, Tokenized | Reject]]:
+    """Read, judge and tokenize every row, in order and in bounded memory.
+
+    Args:
+        data: see [`sft.data.formats.read_rows`].
+        tokenizer: with the chat template; for `assistant_only_loss` this needs `{% generation %}` blocks.
+        labelling: what is kept and trained on.
+        num_proc: processes that tokenize.
+        progress: told of bytes.
+
+    Raises:
+        DataError: a file cannot be read; or as [`tokenize`] says.
+    """
+    rows = check_rows(data, control_tokens(tokenizer), progress)
+    if not num_proc or num_proc == 1:
+        for row, outcome in rows:
+            yield row, _judge(outcome, tokenizer, labelling, row.id)
+        return
+    with ProcessPoolExecutor(num_proc, initializer=_set_worker, initargs=(tokenizer, labelling)) as pool:
+        waiting: deque[Future[list[tuple[Row, Tokenized | Reject]]]] = deque()
+        while chunk := list(islice(rows, _CHUNK)):
+            waiting.append(pool.submit(_work, chunk))
+            if len(waiting) > 4 * num_proc:
+                yield from waiting.popleft().result()
+        for future in waiting:
+            yield from future.result()
+
+
+def _judge(
+    outcome: Conversation | Reject,
+    tokenizer: "PreTrainedTokenizerBase",
+    labelling: Labelling,
+    row_id: str | int | None,
+) -> Tokenized | Reject:
+    if isinstance(outcome, Reject):
+        return outcome
+    tokenized = tokenize(outcome, tokenizer, labelling)
+    return Reject(outcome.source, row_id, (tokenized,)) if isinstance(tokenized, Problem) else tokenized
+
+
+_worker: tuple["PreTrainedTokenizerBase", Labelling] | None = None
+
+
+def _set_worker(tokenizer: "PreTrainedTokenizerBase", labelling: Labelling) -> None:
+    global _worker
+    _worker = tokenizer, labelling
+
+
+def _work(chunk: list[tuple[Row, Conversation | Reject]]) -> list[tuple[Row, Tokenized | Reject]]:
+    assert _worker is not None
+    return [(row, _judge(outcome, *_worker, row.id)) for row, outcome in chunk]
+
+
+class Tally:
+    """Counts what becomes of rows, as they go by; `report` is the sum."""
+
+    def __init__(self) -> None:
+        import xxhash
+
+        self._rejects: list[Reject] = []
+        self._rows = self._truncated = self._tokens = self._trained_tokens = 0
+        self._digest = xxhash.xxh3_128()
+        self.weighted = False
+
+    def add(self, outcome: Tokenized | Reject) -> None:
+        """Count one row."""
+        self._rows += 1
+        if isinstance(outcome, Reject):
+            self._rejects.append(outcome)
+            return
+        self._truncated += outcome.truncated
+        self._tokens += len(outcome.input_ids)
+        self._trained_tokens += outcome.trained_tokens
+        self.weighted = self.weighted or any(weight not in (0, 1) for weight in outcome.conversation.weights)
+        content = [outcome.conversation.messages, outcome.conversation.weights]
+        self._digest.update(json.dumps(content, sort_keys=True).encode() + b"\n")
+
+    def report(self) -> DataReport:
+        """What became of the rows so far."""
+        counts = (self._truncated, self._tokens, self._trained_tokens)
+        return DataReport(self._rows, tuple(self._rejects), *counts, self._digest.hexdigest())
+
+
+def record_batches(
+    rows: Iterable[tuple[Row, Tokenized | Reject]], tally: Tally, batch_size: int = 1000
+) -> Iterator["pyarrow.RecordBatch"]:
+    """Turn tokenized rows into Arrow batches with the columns `input_ids`, `labels` and `weights`; count all rows."""
+    import pyarrow as pa
+
+    def kept() -> Iterator[Tokenized]:
+        for _, outcome in rows:
+            tally.add(outcome)
+            if isinstance(outcome, Tokenized):
+                yield outcome
+
+    remaining = kept()
+    while batch := list(islice(remaining, batch_size)):
+        columns = [
+            pa.array([row.input_ids for row in batch], pa.list_(pa.int32())),
+            pa.array([row.labels for row in batch], pa.list_(pa.int32())),
+            pa.array([row.weights for row in batch], pa.list_(pa.float32())),
+        ]
+        yield pa.record_batch(columns, names=["input_ids", "labels", "weights"])
+
+
+def prepare_dataset(
+    files: str | Path | Sequence[str | Path],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_length: int | None,
+    assistant_only_loss: bool = True,
+    last_turn_only: bool = False,
+    allow_rejects: bool = False,
+    num_proc: int | None = None,
+) -> tuple["Dataset", DataReport]:
+    """Read conversations and tokenize them, or open what [`sft.data.prepare.prepare`] has tokenized.
+
+    Conversations are held in memory, 12 bytes a token; a prepared folder is mapped from the disk.
+
+    Args:
+        files: see [`sft.data.formats.read_rows`]; or one folder written by [`sft.data.prepare.prepare`].
+        tokenizer: see [`tokenize_rows`].
+        max_length, assistant_only_loss, last_turn_only: see [`Labelling`].
+        allow_rejects: leave invalid rows out (they are in the report) instead of raising.
+        num_proc: processes that tokenize.
+
+    Returns:
+        a dataset with columns `input_ids` and `labels` (lists of int32), of at least one row, each row with at least
+        one label that is trained on; and what became of all rows. If a message has a weight that is neither 0 nor 1,
+        there is a third column, `weights` (lists of float32): the factor on each token's loss, 0 where the label is
+        -100.
+
+    Raises:
+        DataError: a file cannot be read; there are invalid rows and they are not allowed; no row is left; a prepared
+            folder was made with another tokenizer, chat template or labelling.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+
+    from sft.data.prepare import is_prepared, open_prepared
+
+    labelling = Labelling(max_length, assistant_only_loss, last_turn_only)
+    places = [files] if isinstance(files, str | Path) else list(files)
+    if any(is_prepared(place) for place in places):
+        return open_prepared(places, tokenizer, labelling)
+
+    tally = Tally()
+    batches = list(record_batches(tokenize_rows(places, tokenizer, labelling, num_proc=num_proc), tally))
+    report = tally.report()
+    require_rows(report, places, labelling, allow_rejects)
+    table = pa.Table.from_batches(batches)
+    return Dataset(table if tally.weighted else table.drop_columns("weights")), report
+
+
+def require_rows(report: DataReport, places: Sequence[str | Path], labelling: Labelling, allow_rejects: bool) -> None:
+    """Refuse data with invalid rows that are not allowed, and data of which nothing is left.
+
+    Raises:
+        DataError: it is so.
+    """
+    invalid = report.invalid
+    if report.kept == 0:
+        where = f"nothing to train on in {', '.join(map(str, places))}"
+        if len(invalid) == report.rows:
+            raise DataError(f"{where}: {summarize(invalid) if invalid else 'no rows'}.")
+        raise DataError(
+            f"{where}: no row has a trained token within max_length {labelling.max_length}: {report}. Raise max_length."
+        )
+    if invalid and not allow_rejects:
+        raise DataError(f"{summarize(invalid)}. Correct them, or set allow_rejects: true to leave them out.")
+
+
+__all__ = [
+    "Conversation",
+    "DataError",
+    "DataReport",
+    "Labelling",
+    "Reject",
+    "Tokenized",
+    "control_tokens",
+    "prepare_dataset",
+    "read_conversations",
+    "tokenize_rows",
+]

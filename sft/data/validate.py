@@ -1,0 +1,152 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Judge data before anything is trained: every row, every problem, in bounded memory."""
+
+import base64
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from sft.data.checks import Reject, check_rows
+from sft.data.formats import DataError, Progress, Row
+from sft.data.labels import Labelling, Tokenized, tokenize_rows
+from sft.tokenizer import family_control_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_EXAMPLES = 3
+
+
+@dataclass
+class Finding:
+    """The rows with one problem.
+
+    Args:
+        rows: how many.
+        examples: the first of them, each as `file:row: detail`.
+    """
+
+    rows: int
+    examples: list[str]
+
+
+@dataclass
+class ValidationReport:
+    """What [`validate_conversations`] found.
+
+    Args:
+        rows: rows read.
+        rejected: rows with a problem.
+        findings: by code of [`sft.data.checks.REASONS`]; a row with several problems counts in each.
+        truncated, tokens, trained_tokens: of the rows that are trained on, as in [`sft.data.labels.DataReport`]; `None`
+            without a tokenizer.
+    """
+
+    rows: int
+    rejected: int
+    findings: dict[str, Finding]
+    truncated: int | None = None
+    tokens: int | None = None
+    trained_tokens: int | None = None
+
+    @property
+    def valid(self) -> bool:
+        """Whether there are rows, and none is rejected."""
+        return self.rows > 0 and self.rejected == 0
+
+
+def validate_conversations(
+    data: str | Path | Sequence[str | Path],
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    labelling: Labelling | None = None,
+    *,
+    rejects: str | Path | None = None,
+    num_proc: int | None = None,
+    progress: Progress | None = None,
+) -> ValidationReport:
+    """Judge every row as training judges it.
+
+    Args:
+        data: see [`sft.data.formats.read_rows`].
+        tokenizer: of the model to train; with it each row is also rendered, tokenized and cut. Without it only the
+            control tokens of Tele-FLM's own chat template are looked for.
+        labelling: with a tokenizer, what is trained on; all assistant messages at any length unless given.
+        rejects: a JSON Lines file to write: for each rejected row its `source`, `id`, `reasons` (each a `code` and a
+            `detail`), and the row as it came: `row`, or for what is no JSON the line as `text` or `base64`.
+        num_proc: processes that tokenize.
+        progress: told of bytes.
+
+    Raises:
+        DataError: a file cannot be read, or the rejects would replace it.
+        OSError: the rejects cannot be written.
+    """
+    places = [data] if isinstance(data, str | Path) else list(data)
+    if rejects and Path(rejects).exists() and any(Path(p).exists() and Path(p).samefile(rejects) for p in places):
+        raise DataError(f"{rejects} is read and written; give the rejects another name.")
+    report = ValidationReport(rows=0, rejected=0, findings={})
+    if tokenizer is None:
+        outcomes: Any = check_rows(data, family_control_tokens(), progress)
+    else:
+        report.truncated = report.tokens = report.trained_tokens = 0
+        outcomes = tokenize_rows(
+            data, tokenizer, labelling or Labelling(max_length=None), num_proc=num_proc, progress=progress
+        )
+    with _open(rejects) as file:
+        for row, outcome in outcomes:
+            report.rows += 1
+            if isinstance(outcome, Reject):
+                _count_reject(report, outcome)
+                if file:
+                    file.write(json.dumps(describe_reject(row, outcome), default=str) + "\n")
+            elif isinstance(outcome, Tokenized):
+                _count_tokens(report, outcome)
+    return report
+
+
+def describe_reject(row: Row, reject: Reject) -> dict[str, Any]:
+    """A rejected row as one JSON object, from which the row can be had back exactly."""
+    reasons = [problem._asdict() for problem in reject.problems]
+    described = {"source": reject.source, "id": reject.id, "reasons": reasons}
+    if not isinstance(row.value, bytes):
+        return {**described, "row": row.value}
+    try:
+        return {**described, "text": row.value.decode("utf-8")}
+    except UnicodeDecodeError:
+        return {**described, "base64": base64.b64encode(row.value).decode("ascii")}
+
+
+def _count_reject(report: ValidationReport, reject: Reject) -> None:
+    report.rejected += 1
+    for code in dict.fromkeys(problem.code for problem in reject.problems):
+        finding = report.findings.setdefault(code, Finding(0, []))
+        finding.rows += 1
+        if len(finding.examples) < _EXAMPLES:
+            details = "; ".join(problem.detail for problem in reject.problems if problem.code == code)
+            finding.examples.append(
+                str(Reject(reject.source, reject.id, (reject.problems[0]._replace(detail=details),)))
+            )
+
+
+def _count_tokens(report: ValidationReport, row: Tokenized) -> None:
+    report.truncated = (report.truncated or 0) + row.truncated
+    report.tokens = (report.tokens or 0) + len(row.input_ids)
+    report.trained_tokens = (report.trained_tokens or 0) + row.trained_tokens
+
+
+@contextmanager
+def _open(path: str | Path | None) -> Iterator[IO[str] | None]:
+    """The file of rejects, if one is asked for."""
+    if path is None:
+        yield None
+        return
+    with Path(path).open("w", encoding="utf-8") as file:
+        yield file
+
+
+__all__ = ["Finding", "ValidationReport", "describe_reject", "validate_conversations"]

@@ -1,0 +1,106 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What a fine-tuned model was made from: `manifest.json` beside its weights, as conversion and growth write it.
+
+It is published with the weights, so it holds digests and numbers, and no path.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from conversion.architecture import MODEL_TYPE, Architecture
+from conversion.checkpoint.assemble import BLOCK
+from conversion.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST,
+    block_digest,
+    package_version,
+    read_manifest,
+    tensor_digest,
+)
+from conversion.checkpoint.plan import View
+from conversion.checkpoint.reader import FileReader
+from conversion.checkpoint.sources import Source, open_checkpoint
+from conversion.hub.contents import lineage_steps, model_card
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_CARD = "README.md"
+
+
+def base_digest(base: Source) -> str:
+    """A digest that tells one base model from another, at the cost of the first row of each of its tensors.
+
+    Values count as bfloat16, so that a base is the same in every dtype and container that holds these.
+    """
+    import ml_dtypes
+
+    digest = xxhash.xxh3_128()
+    with FileReader() as reader:
+        for name, view in sorted(base.tensors.items()):
+            digest.update(f"{name} {list(view.shape)}".encode())
+            row = reader.read(view[:1] if view.shape else view)
+            digest.update(row.astype(ml_dtypes.bfloat16).tobytes())
+    return digest.hexdigest()
+
+
+def describe_base(base: Source) -> dict[str, Any]:
+    """What the lineage of a fine-tuned model says of the one it was made from: its digest, and its own lineage."""
+    parent = read_manifest(Path(base.folder))
+    return {
+        "base": base_digest(base),
+        "parent": {"plan": parent["plan"], "lineage": parent["lineage"]} if parent else None,
+    }
+
+
+def write_record(folder: Path, lineage: Mapping[str, Any], seed: int) -> None:
+    """Write `manifest.json`, with the digest of every tensor, and the model card of a Tele-FLM into a saved model.
+
+    Args:
+        folder: holds a whole model, or the weights of an adapter.
+        lineage: `operation`, what was done, and [`describe_base`].
+        seed: of the run.
+    """
+    is_adapter = (folder / ADAPTER_WEIGHTS).is_file()
+    saved = open_checkpoint(folder / ADAPTER_WEIGHTS if is_adapter else folder)
+    with FileReader() as reader:
+        tensors = {
+            name: {
+                "file": Path(view.file).name,
+                "dtype": view.dtype.name,
+                "shape": list(view.shape),
+                "digest": tensor_digest(_block_digests(view, reader)),
+            }
+            for name, view in saved.tensors.items()
+        }
+    manifest = {
+        "format": FORMAT,
+        "teleflm_version": package_version(),
+        "plan": hashlib.sha256(json.dumps([lineage, seed, tensors], sort_keys=True).encode()).hexdigest(),
+        "seed": seed,
+        "lineage": dict(lineage),
+        "statistics": {},
+        "digest": {"algorithm": "xxh3_128", "block_elements": BLOCK},
+        "tensors": tensors,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    config = saved.config or {}
+    if not is_adapter and config.get("model_type") == MODEL_TYPE:
+        architecture = Architecture.from_config(config, str(folder / "config.json"), with_biases=True)
+        dtype = next(iter(saved.tensors.values())).dtype.name
+        (folder / _CARD).write_text(model_card(architecture, dtype, lineage_steps(lineage)), encoding="utf-8")
+
+
+def _block_digests(view: View, reader: FileReader) -> Iterator[bytes]:
+    flat = View.contiguous(view.file, view.offset, (view.numel,), view.dtype)
+    for start in range(0, view.numel, BLOCK):
+        yield block_digest(reader.chunks(flat[start : start + BLOCK]))
+
+
+__all__ = ["ADAPTER_WEIGHTS", "base_digest", "describe_base", "write_record"]

@@ -1,0 +1,411 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Recipes: one flat YAML file that says everything about a fine-tuning run.
+
+A key of a recipe is a field of one of four dataclasses:
+
+- [`RunArguments`], ours: which trainer, on how many processes, from which checkpoint;
+- [`DataArguments`], ours: which files, what is trained on;
+- [`trl.ModelConfig`]: which model, and LoRA (`use_peft`, `lora_r`, ...);
+- [`trl.SFTConfig`] or [`trl.DPOConfig`], transformers' `TrainingArguments` plus TRL's own fields: everything else.
+
+So whoever knows TRL knows the keys. Unlike TRL, an unknown key, a value of the wrong type and a key given twice are
+errors, and so is a key that would be ignored here.
+"""
+
+import dataclasses
+import difflib
+import functools
+import re
+import types
+import typing
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from huggingface_hub.dataclasses import type_validator
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import DPOConfig, ModelConfig, SFTConfig
+
+from sft import SFTError
+
+
+class RecipeError(SFTError):
+    """A recipe, or an override of one, is wrong. The message names the key."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunArguments:
+    """How a run is made.
+
+    Args:
+        trainer: `sft` learns what the assistant says; `dpo` learns to prefer one answer to another.
+        resume_from_checkpoint: a `checkpoint-N` folder, or `True` for the last one in `output_dir`.
+        mup_base_width: hidden_size at which `learning_rate` was tuned: matrices then learn at learning_rate x
+            mup_base_width / hidden_size (see [`growth.training.mup`]). Unset: one rate for all, as the 52B was
+            pretrained.
+        num_processes: how many processes this run is meant for; another number is an error. Launchers have been seen
+            to start one in place of many without a word.
+        distributed_type: what the run is meant to be spread by, in accelerate's words: `NO`, `MULTI_CPU`, `MULTI_GPU`
+            (both replicate the model), `FSDP`, `DEEPSPEED`; anything else is an error.
+    """
+
+    trainer: Literal["sft", "dpo"] = "sft"
+    resume_from_checkpoint: str | bool | None = None
+    mup_base_width: int | None = None
+    num_processes: int | None = None
+    distributed_type: Literal["NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("mup_base_width", "num_processes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataArguments:
+    """What is trained on.
+
+    `assistant_only_loss` and `chat_template_path` mean what they mean in TRL; they are here because the conversations
+    are tokenized before TRL sees them (see [`sft.data.labels`]).
+
+    Args:
+        data_files: files of conversations, in any layout of [`sft.data.formats`], or a folder of `sft prepare`; for
+            `dpo`, files of pairs of answers (see [`sft.training.dpo`]).
+        eval_data_files: likewise, evaluated on when `eval_strategy` says so.
+        assistant_only_loss: train on what the assistant says, end-of-turn token included; `False`: on every token.
+        last_turn_only: of what the assistant says, train on its last turn alone.
+        chat_template_path: a Jinja file that replaces the tokenizer's chat template.
+        allow_rejects: train on the valid rows of a file that has invalid ones. Without it one invalid row is an error.
+    """
+
+    data_files: str | list[str]
+    eval_data_files: str | list[str] | None = None
+    assistant_only_loss: bool = True
+    last_turn_only: bool = False
+    chat_template_path: str | None = None
+    allow_rejects: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. Build one with [`read_recipe`] or [`Recipe.from_dict`]."""
+
+    run: RunArguments
+    data: DataArguments
+    model: ModelConfig
+    training: SFTConfig | DPOConfig
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], origin: str = "the recipe") -> "Recipe":
+        """Check a flat mapping of keys and build the recipe.
+
+        Args:
+            values: keys and values as in a recipe file.
+            origin: where they come from, for error messages.
+
+        Raises:
+            RecipeError: a key is unknown, missing or refused; a value is of the wrong type or none of the choices.
+        """
+        trainer = values.get("trainer", "sft")
+        _check("trainer", trainer, _KEYS["sft"], origin)
+        keys = _KEYS[trainer]
+        for key, value in values.items():
+            _check(key, value, keys, origin)
+        missing = [key for key in _REQUIRED if values.get(key) is None]
+        if missing:
+            raise RecipeError(f"{origin} does not set {', '.join(missing)}; add it, or pass --{missing[0]} VALUE.")
+        _check_adapter_keys(values, origin)
+
+        run, data, model, training = (
+            {key: value for key, value in values.items() if key in fields}
+            for fields in (keys.run, keys.data, keys.model, keys.training)
+        )
+        try:
+            return cls(
+                RunArguments(**run),
+                DataArguments(**data),
+                ModelConfig(**{**_MODEL_DEFAULTS, **model}),
+                keys.config(**{**_training_defaults(training), **keys.fixed, **training}),
+            )
+        except (ValueError, TypeError, ImportError) as error:
+            raise RecipeError(f"{origin}: {' '.join(str(error).split())}") from error
+
+
+def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe file.
+
+    Args:
+        path: a YAML file, one mapping. Scalars are read by the rules of YAML 1.2: `1e-9` is a number and `no` a string.
+        overrides: keys that win over the file's; see [`parse_overrides`].
+
+    Raises:
+        RecipeError: the file is missing or no mapping, or as [`Recipe.from_dict`] says.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}.") from error
+    values = _load_yaml(text, origin=str(path))
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"{path} holds a {type(values).__name__}; a recipe is one flat mapping of `key: value` lines."
+        )
+    overrides = overrides or {}
+    trainer = {**values, **overrides}.get("trainer")
+    for key, value in overrides.items():
+        _check(key, value, _KEYS["dpo" if trainer == "dpo" else "sft"], origin="the command line")
+    return Recipe.from_dict({**values, **overrides}, origin=str(path))
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """Turn `--key value`, `--key=value`, `--key a b` (a list) and `--flag` (true) into keys and values.
+
+    Values are YAML, as in the file: `--lr_scheduler_kwargs '{lr_end: 1e-9}'`. Dashes in a key may be underscores.
+
+    Raises:
+        RecipeError: an argument belongs to no key, a key is given twice, or a value is no YAML.
+    """
+    words: dict[str, list[str]] = {}
+    key = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            key = name.replace("-", "_")
+            if key in words:
+                raise RecipeError(f"--{name} is given twice.")
+            words[key] = [value] if equals else []
+        elif key is None:
+            raise RecipeError(f"{argument!r} belongs to no key; overrides are written --key value.")
+        else:
+            words[key].append(argument)
+
+    values = {key: [_load_yaml(word, origin=f"--{key}") for word in group] for key, group in words.items()}
+    return {key: True if not group else group[0] if len(group) == 1 else group for key, group in values.items()}
+
+
+# --- the keys ---------------------------------------------------------------------------------------------------------
+
+_HONOURED = [
+    "model_name_or_path",
+    "model_revision",
+    "dtype",
+    "attn_implementation",
+    "use_peft",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "lora_target_parameters",
+    "lora_modules_to_save",
+    "use_rslora",
+    "use_dora",
+    "load_in_8bit",
+    "load_in_4bit",
+    "bnb_4bit_quant_type",
+    "use_bnb_nested_quant",
+    "bnb_4bit_quant_storage",
+]
+
+# Fields of TRL's configurations that would have no effect, because the model, the tokenizer and the token ids are built
+# here, or that the libraries will drop.
+_REFUSED = {
+    "model_init_kwargs": "use dtype, attn_implementation and model_revision",
+    "trust_remote_code": "no code of a checkpoint is ever executed; delete the key",
+    "eos_token": "set it in the tokenizer's own files",
+    "pad_token": "set it in the tokenizer's own files",
+    "truncation_mode": "long conversations keep their start; delete the key",
+    "router_aux_loss_coef": "Tele-FLM is dense; delete the key",
+    "parallelism_config": "set it in the file of `accelerate launch --config_file`",
+    "gradient_checkpointing": "write activation_checkpointing",
+    "gradient_checkpointing_kwargs": "write activation_checkpointing_kwargs",
+    "do_train": "delete the key",
+    "do_eval": "use eval_strategy",
+    "do_predict": "delete the key",
+    "local_rank": "the launcher sets it; delete the key",
+}
+_REFUSED_BY_SFT = {
+    "dataset_text_field": "training is on conversations; give rows a `messages` column",
+    "dataset_kwargs": "conversations are always prepared; delete the key",
+    "completion_only_loss": "use assistant_only_loss",
+}
+_REFUSED_BY_DPO = {
+    "assistant_only_loss": "answers are compared, nothing else; delete the key",
+    "last_turn_only": "answers are compared, nothing else; delete the key",
+    "padding_free": "TRL has switched it off for DPO; delete the key",
+    "mup_base_width": "it is for `trainer: sft`; delete the key",
+}
+_REQUIRED = ("model_name_or_path", "data_files", "output_dir")
+# PEFT knows no default targets for this architecture; all-linear leaves lm_head out, as TRL's fused head requires.
+_MODEL_DEFAULTS = {"lora_target_modules": "all-linear"}
+
+
+def _hints(cls: type, names: Sequence[str] | None = None, without: Collection[str] = ()) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {
+        field.name: hints[field.name]
+        for field in dataclasses.fields(cls)
+        if (names is None or field.name in names) and field.name not in without
+    }
+
+
+def _choices(hint: Any) -> list[str]:
+    """The values of a `Literal`, alone or in a union."""
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return [value for member in members if typing.get_origin(member) is Literal for value in typing.get_args(member)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+    """The keys of the recipes of one trainer.
+
+    Args:
+        config: TRL's class of its settings.
+        fixed: settings of it that are ours to make.
+        refused: key -> why it is an error, and the way out.
+    """
+
+    config: type[SFTConfig] | type[DPOConfig]
+    fixed: Mapping[str, Any]
+    refused: Mapping[str, str]
+
+    @functools.cached_property
+    def run(self) -> dict[str, Any]:
+        return _hints(RunArguments, without=self.refused)
+
+    @functools.cached_property
+    def data(self) -> dict[str, Any]:
+        return _hints(DataArguments, without=self.refused)
+
+    @functools.cached_property
+    def model(self) -> dict[str, Any]:
+        # "all-linear" and a regular expression are strings; TRL's own parser reaches them through a list of one.
+        return _hints(ModelConfig, names=_HONOURED) | {"lora_target_modules": str | list[str] | None}
+
+    @functools.cached_property
+    def training(self) -> dict[str, Any]:
+        return _hints(self.config, without=self.refused.keys() | self.run.keys() | self.data.keys())
+
+    @functools.cached_property
+    def hints(self) -> dict[str, Any]:
+        return {**self.run, **self.data, **self.model, **self.training}
+
+    @functools.cached_property
+    def choices(self) -> dict[str, list[str]]:
+        declared = {key: _choices(hint) for key, hint in self.hints.items()}
+        told = {
+            field.name: list(field.metadata["choices"])
+            for cls in (ModelConfig, self.config)
+            for field in dataclasses.fields(cls)
+            if field.metadata.get("choices")
+        }
+        return told | {key: values for key, values in declared.items() if values}
+
+
+_KEYS = {
+    # The rows come tokenized, cut and labelled: TRL would go through them twice more, and lose their weights.
+    "sft": _Keys(SFTConfig, {"dataset_kwargs": {"skip_prepare_dataset": True}}, _REFUSED | _REFUSED_BY_SFT),
+    "dpo": _Keys(DPOConfig, {}, _REFUSED | _REFUSED_BY_DPO),
+}
+
+
+def _training_defaults(training: Mapping[str, Any]) -> dict[str, Any]:
+    """TRL's defaults, where the machine would refuse them, and under the names that will stay."""
+    bf16 = is_torch_bf16_gpu_available() and not training.get("use_cpu") and not training.get("fp16")
+    return {"bf16": bf16, "activation_checkpointing": True}
+
+
+def _check(key: str, value: Any, keys: _Keys, origin: str) -> None:
+    if key in keys.refused:
+        raise RecipeError(f"{origin}: {key} has no effect here; {keys.refused[key]}.")
+    if key not in keys.hints:
+        nearest = difflib.get_close_matches(str(key), keys.hints, n=1)
+        known = f"RunArguments, DataArguments, ModelConfig, {keys.config.__name__}"
+        way_out = f"did you mean {nearest[0]}?" if nearest else f"keys are those of {known}."
+        raise RecipeError(f"{origin}: unknown key {key}; {way_out}")
+    is_a = _is_a(value, keys.hints[key])
+    if key in keys.choices and not (is_a and (value is None or value in keys.choices[key])):
+        raise RecipeError(f"{origin}: {key} is {value!r}; expected one of {', '.join(keys.choices[key])}.")
+    if not is_a:
+        expected = _spell(keys.hints[key])
+        raise RecipeError(f"{origin}: {key} is {value!r}, of type {type(value).__name__}; expected {expected}.")
+
+
+def _check_adapter_keys(values: Mapping[str, Any], origin: str) -> None:
+    """Keys that contradict each other, or that another would have to switch on."""
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if values.get(key) and not values.get("use_peft"):
+            raise RecipeError(f"{origin}: {key} is True and use_peft is not; quantized weights cannot be trained.")
+    if values.get("mup_base_width") and values.get("use_peft"):
+        raise RecipeError(f"{origin}: mup_base_width and use_peft are both set; muP has no rule for adapters.")
+    for key in values:
+        if key.startswith(("bnb_4bit", "use_bnb")) and not values.get("load_in_4bit"):
+            raise RecipeError(f"{origin}: {key} has no effect here; it needs load_in_4bit: true.")
+        if key.startswith(("lora_", "use_rslora", "use_dora")) and not values.get("use_peft"):
+            raise RecipeError(f"{origin}: {key} has no effect here; it needs use_peft: true.")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type; an `int` is also a `float`, as in type hints, and a `bool` is neither."""
+    candidates = [value, float(value)] if type(value) is int else [value]
+    for candidate in candidates:
+        try:
+            type_validator("value", candidate, hint)
+            return True
+        except TypeError:
+            continue
+    return False
+
+
+def _spell(hint: Any) -> str:
+    """A type as a user of YAML would say it: `float or null`."""
+    members = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
+    # Enum types are dropped: their values are written as strings, and `str` is in the same union.
+    names = [
+        "null" if member is type(None) else str(member) if typing.get_args(member) else member.__name__
+        for member in members
+        if not (isinstance(member, type) and issubclass(member, str) and member is not str)
+    ]
+    return " or ".join(names)
+
+
+# --- YAML -------------------------------------------------------------------------------------------------------------
+
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML 1.2 scalars, no key twice. PyYAML is 1.1: it reads `1e-9` as a string, `save_strategy: no` as False."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL or first in "tTfF"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key_node, deep=True) for key_node, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_RecipeLoader.add_implicit_resolver(_FLOAT, re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def _load_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_RecipeLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+__all__ = ["DataArguments", "Recipe", "RecipeError", "RunArguments", "parse_overrides", "read_recipe"]

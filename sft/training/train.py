@@ -1,0 +1,384 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Fine-tune a Tele-FLM on conversations, from a recipe.
+
+    accelerate launch -m sft.train --config RECIPE.yaml [--key value ...]
+    python -m sft.train --config RECIPE.yaml [--key value ...]
+
+TRL's [`SFTTrainer`] or [`DPOTrainer`] does the training. What is done here: the model, the tokenizer and the token ids
+are built from the recipe, and what a loss does not show is checked before the first step ([`sft.training.guards`]).
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import datasets
+from accelerate import PartialState
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+)
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint
+from transformers.utils import logging as transformers_logging
+from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantization_config
+
+import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
+from conversion.checkpoint.sources import open_checkpoint
+from sft import SFTError
+from sft import tokenizer as tokenizers
+from sft.data.labels import DataReport, prepare_dataset
+from sft.export import find_model
+from sft.training.dpo import prepare_preferences
+from sft.training.guards import FusedLossGuard, GuardError, WrappingGuard, check_launch, check_trained_tokens
+from sft.training.lineage import describe_base, write_record
+from sft.training.recipe import Recipe, RecipeError, parse_overrides, read_recipe
+from sft.training.trainer import WeightedSFTTrainer, arrange
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run did.
+
+    Args:
+        output_dir: holds the model (or adapter), the tokenizer with its chat template, and `trainer_state.json`.
+        global_step: optimizer steps done, those of the resumed checkpoint included.
+        metrics: of the whole run, as transformers' `TrainOutput.metrics`: `train_loss`, `train_runtime`, ...
+        log_history: what was logged, one dictionary a time: `step`, `loss`, `learning_rate`, `grad_norm`, ...
+        data, eval_data: what became of the rows.
+        distributed_type: what the run was spread by, in accelerate's words, over `num_processes`.
+        wrapped: how the model was, see [`sft.training.guards.count_wrapped`].
+    """
+
+    output_dir: str
+    global_step: int
+    metrics: dict[str, float]
+    log_history: list[dict[str, float]]
+    data: DataReport
+    eval_data: DataReport | None
+    distributed_type: str
+    num_processes: int
+    wrapped: dict[str, int]
+
+
+def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), progress: bool = True) -> TrainResult:
+    """Fine-tune a model and save it, with a `manifest.json` that says what it was made from.
+
+    Args:
+        recipe: from [`sft.training.recipe.read_recipe`] or [`sft.training.recipe.Recipe.from_dict`].
+        callbacks: transformers' callbacks, for example a progress bar of one's own.
+        progress: show the bars of transformers and datasets, and print the logs.
+
+    Raises:
+        SFTError: the recipe, the data or the model is refused; no step was done and nothing was saved.
+    """
+    checkpoint = _checkpoint(recipe)
+    with _progress_bars(progress):
+        trainer, data, eval_data = build_trainer(recipe, callbacks)
+        base = _describe_base(recipe) if trainer.is_world_process_zero() else {}
+        guard = WrappingGuard(trainer)
+        trainer.add_callback(guard)
+        if not progress:
+            trainer.remove_callback(ProgressCallback)
+            trainer.remove_callback(PrinterCallback)
+        output = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            lineage = {"operation": "fine-tune", **_describe_run(recipe, data, output.global_step), **base}
+            write_record(Path(str(recipe.training.output_dir)), lineage, recipe.training.seed)
+    return TrainResult(
+        output_dir=str(recipe.training.output_dir),
+        global_step=output.global_step,
+        metrics=output.metrics,
+        log_history=trainer.state.log_history,
+        data=data,
+        eval_data=eval_data,
+        distributed_type=trainer.accelerator.distributed_type.value,
+        num_processes=trainer.accelerator.num_processes,
+        wrapped=guard.wrapped,
+    )
+
+
+def build_trainer(
+    recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()
+) -> tuple[WeightedSFTTrainer | DPOTrainer, DataReport, DataReport | None]:
+    """Build the trainer of a recipe, checked and ready for `trainer.train()`; what [`train`] does before training.
+
+    Returns:
+        the trainer, with a [`FusedLossGuard`]; what became of the training rows; of the evaluation rows.
+
+    Raises:
+        SFTError: the recipe, the data or the model is refused.
+    """
+    args = recipe.training
+    launched = check_launch(recipe.run, args.distributed_state, os.environ)
+    _refuse_used_output(recipe)
+    tokenizer, stop_ids = load_tokenizer(recipe)
+    # Preferences are tokenized by TRL, which needs no marks of what the assistant says.
+    tokenizers.check_stop_token(tokenizer, stop_ids, recipe.data.assistant_only_loss and recipe.run.trainer == "sft")
+
+    train_dataset, report = _prepare(recipe, recipe.data.data_files, tokenizer)
+    eval_dataset, eval_report = None, None
+    if recipe.data.eval_data_files:
+        eval_dataset, eval_report = _prepare(recipe, recipe.data.eval_data_files, tokenizer, evaluation=True)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token  # not before: it would count in the data's digest
+
+    common: dict[str, Any] = {
+        "args": args,
+        "train_dataset": train_dataset,
+        "eval_dataset": eval_dataset,
+        "processing_class": tokenizer,
+        "peft_config": get_peft_config(recipe.model),
+        "callbacks": list(callbacks),
+    }
+    trainer: WeightedSFTTrainer | DPOTrainer
+    try:
+        if isinstance(args, DPOConfig):
+            trainer = DPOTrainer(load_model(recipe.model), _reference_model(recipe, args), **common)
+        else:
+            base_width = recipe.run.mup_base_width
+            trainer = WeightedSFTTrainer(model=load_model(recipe.model), base_width=base_width, **common)
+            check_trained_tokens(trainer.train_dataset, expected=report.trained_tokens)
+    except SFTError:
+        raise
+    except ValueError as error:
+        raise RecipeError(" ".join(str(error).split())) from error
+    if trainer.accelerator.distributed_type != launched:
+        raise GuardError(f"the run is {trainer.accelerator.distributed_type.value}, expected {launched.value}.")
+    trainer.add_callback(FusedLossGuard(trainer))
+    return trainer, report, eval_report
+
+
+def load_model(arguments: ModelConfig) -> PreTrainedModel:
+    """Load the model to train, in `arguments.dtype`, quantized if so asked. Code in the checkpoint is not executed.
+
+    Raises:
+        RecipeError: there is no such model, or it cannot be loaded.
+    """
+    path = str(arguments.model_name_or_path)
+    quantization = get_quantization_config(arguments)
+    # A quantized model is made where it will be used.
+    placement = {"quantization_config": quantization, "device_map": {"": PartialState().device}} if quantization else {}
+    with _naming("model_name_or_path", path):
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=arguments.model_revision,
+            dtype=arguments.dtype,
+            attn_implementation=arguments.attn_implementation,
+            trust_remote_code=False,
+            **placement,
+        )
+
+
+def load_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, set[int]]:
+    """Load the tokenizer of the model to train, with the recipe's chat template, and the ids that end generation.
+
+    Raises:
+        SFTError: there is no such model or template file, the tokenizer has no template, nothing to pad with, or more
+            tokens than the model.
+    """
+    path, revision = str(recipe.model.model_name_or_path), recipe.model.model_revision
+    if template := recipe.data.chat_template_path:
+        with _naming("chat_template_path", template):
+            Path(template).read_text(encoding="utf-8")
+    with _naming("model_name_or_path", path):
+        loaded, stop_ids = tokenizers.load_tokenizer(path, template, revision)
+    if loaded.pad_token is None and loaded.unk_token is None:
+        raise RecipeError(
+            f"{path}: the tokenizer has neither a pad_token nor an unk_token to pad with; set pad_token in its "
+            "tokenizer_config.json. Any token will do but the one that ends a turn: padding is never trained on."
+        )
+    vocab_size = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False).vocab_size
+    if len(loaded) > vocab_size:
+        raise RecipeError(
+            f"{path}: the tokenizer has {len(loaded)} tokens, but vocab_size in config.json is {vocab_size}; one of "
+            "the two belongs to another model."
+        )
+    return loaded, stop_ids
+
+
+def _prepare(
+    recipe: Recipe, files: str | list[str], tokenizer: PreTrainedTokenizerBase, *, evaluation: bool = False
+) -> tuple[datasets.Dataset, DataReport]:
+    args, data = recipe.training, recipe.data
+    if isinstance(args, DPOConfig):
+        dataset, report = prepare_preferences(
+            files, tokenizer, max_length=args.max_length, allow_rejects=data.allow_rejects
+        )
+    else:
+        packing = args.packing if not evaluation or args.eval_packing is None else args.eval_packing
+        # The other strategies put what overflows into the next row instead of cutting it.
+        whole = packing and args.packing_strategy != "bfd"
+        dataset, report = prepare_dataset(
+            files,
+            tokenizer,
+            max_length=None if whole else args.max_length,
+            assistant_only_loss=data.assistant_only_loss,
+            last_turn_only=data.last_turn_only,
+            allow_rejects=data.allow_rejects,
+            num_proc=args.dataset_num_proc,
+        )
+        dataset = arrange(dataset, args, packing=packing)
+    if args.process_index == 0:
+        logger.log(logging.WARNING if report.rejects else logging.INFO, "data: %s", report)
+    return dataset, report
+
+
+def _reference_model(recipe: Recipe, args: DPOConfig) -> PreTrainedModel | None:
+    """The model as it was, which DPO compares with; None where TRL takes it from the model that is trained."""
+    return None if recipe.model.use_peft or args.precompute_ref_log_probs else load_model(recipe.model)
+
+
+def _describe_base(recipe: Recipe) -> dict[str, Any]:
+    """What the lineage says of the model before training; found out before, so that nothing can fail afterwards."""
+    path = str(recipe.model.model_name_or_path)
+    folder = find_model(path, recipe.model.model_revision)
+    with _naming("model_name_or_path", path):
+        return describe_base(open_checkpoint(folder)) if folder else {"base": None, "parent": None}
+
+
+def _describe_run(recipe: Recipe, data: DataReport, steps: int) -> dict[str, Any]:
+    """What the lineage says of the training."""
+    args, model = recipe.training, recipe.model
+    adapter = "dora" if model.use_dora else "lora"
+    return {
+        "trainer": recipe.run.trainer,
+        "method": "full" if not model.use_peft else f"q{adapter}" if model.load_in_4bit else adapter,
+        "data": {"rows": data.kept, "trained_tokens": data.trained_tokens, "digest": data.digest},
+        "steps": steps,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "max_length": args.max_length,
+        "learning_rate": args.learning_rate,
+        "lr_scheduler": {"type": SchedulerType(args.lr_scheduler_type).value, "settings": args.lr_scheduler_kwargs},
+    }
+
+
+def _checkpoint(recipe: Recipe) -> str | None:
+    """The checkpoint to resume from, or None."""
+    wanted = recipe.run.resume_from_checkpoint
+    output_dir = str(recipe.training.output_dir)
+    if not wanted:
+        return None
+    if wanted is True:
+        last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        if last is None:
+            raise RecipeError(
+                f"output_dir {output_dir} holds no checkpoint-N to resume; delete resume_from_checkpoint."
+            )
+        return last
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise RecipeError(f"resume_from_checkpoint {wanted} holds no trainer_state.json; name a checkpoint-N folder.")
+    return wanted
+
+
+def _refuse_used_output(recipe: Recipe) -> None:
+    """Two runs in one folder would mix their checkpoints; what a resumed run finds there is its own."""
+    output_dir = Path(str(recipe.training.output_dir))
+    used = sorted(
+        path.name for name in ("config.json", "adapter_config.json", "checkpoint-*") for path in output_dir.glob(name)
+    )
+    if used and not recipe.run.resume_from_checkpoint:
+        raise RecipeError(
+            f"output_dir {output_dir} already holds {used[-1]}; choose another, or continue that run with "
+            "resume_from_checkpoint: true."
+        )
+
+
+@contextmanager
+def _naming(key: str, value: Any) -> Iterator[None]:
+    """Name the key of the recipe in what a library says about its value."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        raise RecipeError(f"{key} is {value!r}: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """Hide the bars of loading and tokenizing, which are switched for the whole process; and bring them back."""
+    hidden = (
+        [] if shown else [library for library in (datasets, transformers_logging) if library.is_progress_bar_enabled()]
+    )
+    for library in hidden:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in hidden:
+            library.enable_progress_bar()
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def run(config: str, overrides: Sequence[str], *, as_json: bool = False, debug: bool = False) -> int:
+    """Train as a command line says, and print what was done, as text or as one JSON object.
+
+    Args:
+        config: the recipe file.
+        overrides: see [`sft.training.recipe.parse_overrides`].
+        as_json: print [`TrainResult`] as JSON. In either case only the result goes to stdout.
+        debug: let errors through with their traceback.
+
+    Returns:
+        the exit status: 0 done, 2 refused before the first step with nothing saved, 130 interrupted.
+    """
+    try:
+        with redirect_stdout(sys.stderr):
+            result = train(read_recipe(config, parse_overrides(overrides)))
+    except SFTError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; --resume_from_checkpoint true continues from the last checkpoint.", file=sys.stderr)
+        return 130
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(dataclasses.asdict(result)) if as_json else _summary(result))
+    return 0
+
+
+def _summary(result: TrainResult) -> str:
+    loss, seconds = result.metrics["train_loss"], result.metrics["train_runtime"]
+    many = f" on {result.num_processes} processes ({result.distributed_type})" if result.num_processes > 1 else ""
+    return (
+        f"{result.output_dir}: {result.global_step} steps in {seconds:.0f} s{many}, mean loss {loss:.4f}\n"
+        f"trained on {result.data}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line of this module; see [`run`] for the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sft.train", description="Fine-tune a Tele-FLM.", allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="RECIPE.yaml", help="a recipe; see sft/recipes")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    options, overrides = parser.parse_known_args(arguments)
+    return run(options.config, overrides, as_json=options.json, debug=options.debug)
+
+
+__all__ = ["TrainResult", "build_trainer", "load_model", "load_tokenizer", "main", "run", "train"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The commands `teleflm inspect` and `teleflm convert`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from conversion.checkpoint.sizes import format_bytes
+from teleflm.terminal import (
+    DEFAULT_WORKERS,
+    EXIT_NO,
+    Debug,
+    DryRun,
+    Dtype,
+    Json,
+    MaxShardSize,
+    NoDigest,
+    Overwrite,
+    Workers,
+    byte_progress,
+    exit_codes,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from conversion.inspect import Inspection
+
+Path_ = Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a checkpoint, or one weight file.")]
+Check = Annotated[bool, typer.Option("--check", help="Read every tensor and compare it with manifest.json.")]
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Hugging Face checkpoint or of a run.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
+Format = Annotated[str, typer.Option(help="Of SRC: auto, hf, megatron, torch_dist, fsdp_dtensor, dcp or deepspeed.")]
+Iteration = Annotated[int | None, typer.Option(help="Of a run; its latest unless given.", min=0)]
+Config = Annotated[str | None, typer.Option(help="Preset or config.json with what the run itself does not say.")]
+Tokenizer = Annotated[Path | None, typer.Option(help="Folder of the tokenizer that goes with a run.")]
+VocabSize = Annotated[int | None, typer.Option(help="Of a run: rows of the vocabulary without padding.", min=1)]
+Mapping = Annotated[Path | None, typer.Option(help="YAML file with the tensor names of a fork of Megatron.")]
+Fp32Master = Annotated[bool, typer.Option("--fp32-master", help="Of DeepSpeed: the optimizer's float32 weights.")]
+AllowUnequalReplicas = Annotated[
+    bool, typer.Option("--allow-unequal-replicas", help="Take rank 0's where a run's copies of one tensor differ.")
+]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Convert a run that holds NaN or infinities.")]
+
+
+def inspect(
+    path: Path_,
+    check: Check = False,
+    workers: Workers = DEFAULT_WORKERS,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a checkpoint is: architecture, parameters, files, record, problems."""
+    from conversion.inspect import inspect_checkpoint
+
+    with exit_codes(debug=debug):
+        with byte_progress("checking") as progress:
+            inspection = inspect_checkpoint(path, check=check, workers=workers, progress=progress)
+        if as_json:
+            print_json(_describe(inspection))
+        else:
+            _print_inspection(inspection)
+    if inspection.damages:
+        raise typer.Exit(EXIT_NO)
+
+
+def convert(
+    source: Source,
+    out: Out,
+    format: Format = "auto",
+    iteration: Iteration = None,
+    config: Config = None,
+    tokenizer: Tokenizer = None,
+    vocab_size: VocabSize = None,
+    mapping: Mapping = None,
+    fp32_master: Fp32Master = False,
+    allow_unequal_replicas: AllowUnequalReplicas = False,
+    allow_nonfinite: AllowNonfinite = False,
+    dtype: Dtype = None,
+    workers: Workers = DEFAULT_WORKERS,
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+    no_digest: NoDigest = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make a Hub folder of safetensors from a training checkpoint, or from .bin files."""
+    from conversion.convert import convert_checkpoint
+
+    from ..plan_report import run_and_report
+
+    run_and_report(
+        "converting",
+        out,
+        lambda options: convert_checkpoint(
+            source,
+            out,
+            format=format,
+            iteration=iteration,
+            config=config,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            mapping=mapping,
+            fp32_master=fp32_master,
+            allow_unequal_replicas=allow_unequal_replicas,
+            allow_nonfinite=allow_nonfinite,
+            dtype=dtype,
+            options=options,
+            dry_run=dry_run,
+        ),
+        workers=workers,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        no_digest=no_digest,
+        as_json=as_json,
+        debug=debug,
+    )
+
+
+def _describe(inspection: "Inspection") -> dict[str, Any]:
+    """The inspection as one JSON object, with the numbers that follow from the architecture."""
+    architecture = inspection.architecture
+    derived = {"logit_scale": architecture.logit_scale} if architecture else {}
+    return {**asdict(inspection), **derived}
+
+
+def _print_inspection(inspection: "Inspection") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(show_header=False, title=inspection.folder, title_justify="left")
+    table.add_row("model type", inspection.model_type or "unknown: no configuration")
+    if inspection.parallel is not None:
+        step = f", iteration {inspection.iteration}" if inspection.iteration is not None else ""
+        table.add_row("training run", f"{inspection.format}, {inspection.parallel}{step}")
+    table.add_row("parameters", f"{inspection.parameters:,}")
+    table.add_row("dtypes", ", ".join(f"{name} ({count} tensors)" for name, count in inspection.dtypes.items()))
+    sizes = inspection.files.values()
+    table.add_row(
+        "weights", f"{format_bytes(sum(sizes))} in {len(sizes)} {inspection.format} file{'s' * (len(sizes) != 1)}"
+    )
+    if inspection.architecture:
+        a = inspection.architecture
+        table.add_row("layers", f"{a.num_hidden_layers}")
+        table.add_row("hidden size", f"{a.hidden_size:,}, feed-forward {a.intermediate_size:,}")
+        table.add_row("heads", f"{a.num_attention_heads} of {a.head_dim}, {a.num_key_value_heads} key/value")
+        table.add_row("multipliers", f"embeddings x {a.embedding_scale:g}, logits x {a.logit_scale:g}")
+        pieces = f", {inspection.pieces:,} pieces" if inspection.pieces else ", no tokenizer"
+        padding = f", {inspection.padding_rows:,} rows of padding" if inspection.padding_rows else ""
+        padding = ", padding included" if inspection.parallel is not None else padding
+        table.add_row("vocabulary", f"{a.vocab_size:,} rows{pieces}{padding}")
+    console.print(table)
+    for step in inspection.lineage:
+        console.print(f"- {step}", highlight=False, soft_wrap=True)
+    for problem in inspection.problems:
+        console.print(f"[bold red]problem[/] {problem}", highlight=False, soft_wrap=True)
+    for damage in inspection.damages or []:
+        console.print(f"[bold red]damaged[/] {damage.tensor} of {damage.file} {damage.reason}.", soft_wrap=True)
+    if inspection.damages == []:
+        console.print("Every tensor has its digest.")

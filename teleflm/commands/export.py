@@ -1,0 +1,84 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The command `teleflm export`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from teleflm.terminal import (
+    DEFAULT_WORKERS,
+    Debug,
+    DryRun,
+    Dtype,
+    Json,
+    MaxShardSize,
+    NoDigest,
+    Overwrite,
+    Workers,
+)
+
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Tele-FLM in Hub format.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
+To = Annotated[str, typer.Option(help="granite, llama or megatron.")]
+TensorParallel = Annotated[int, typer.Option("--tp", help="For megatron: tensor-parallel ranks.")]
+PipelineParallel = Annotated[int, typer.Option("--pp", help="For megatron: pipeline stages.")]
+VirtualPipeline = Annotated[int, typer.Option("--vpp", help="For megatron: chunks of layers in a stage.")]
+Multipliers = Annotated[
+    str, typer.Option(help="For megatron: fold them into the weights, or keep them, for a trainer that knows them.")
+]
+Spec = Annotated[str, typer.Option(help="For megatron: layers of te (Transformer Engine) or local.")]
+Link = Annotated[bool, typer.Option("--link", help="For granite: link to the weights of SRC rather than copy them.")]
+
+
+def export(
+    source: Source,
+    out: Out,
+    to: To,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    vpp: VirtualPipeline = 1,
+    multipliers: Multipliers = "fold",
+    spec: Spec = "te",
+    link: Link = False,
+    dtype: Dtype = None,
+    workers: Workers = DEFAULT_WORKERS,
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+    no_digest: NoDigest = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make a folder that another runtime or trainer loads."""
+    from conversion.exports.export import export_checkpoint
+
+    from ..plan_report import run_and_report
+
+    run_and_report(
+        "exporting",
+        out,
+        lambda options: export_checkpoint(
+            source,
+            out,
+            to=to,
+            tp=tp,
+            pp=pp,
+            vpp=vpp,
+            multipliers=multipliers,
+            spec=spec,
+            link=link,
+            dtype=dtype,
+            options=options,
+            dry_run=dry_run,
+        ),
+        workers=workers,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        no_digest=no_digest,
+        as_json=as_json,
+        debug=debug,
+    )

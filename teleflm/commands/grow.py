@@ -1,0 +1,187 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The commands `teleflm grow` and `teleflm fold`."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from teleflm.terminal import (
+    DEFAULT_WORKERS,
+    Debug,
+    DryRun,
+    Dtype,
+    Json,
+    MaxShardSize,
+    NoDigest,
+    Overwrite,
+    Seed,
+    Workers,
+)
+
+if TYPE_CHECKING:
+    from conversion.checkpoint.execute import WriteOptions
+    from growth.grow import GrowthResult
+
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Tele-FLM checkpoint.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
+To = Annotated[str | None, typer.Option(metavar="PRESET|CONFIG.json", help="What to grow into.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A field of the target; repeatable.")]
+Method = Annotated[
+    str, typer.Option(help="New features: zero, tile (they repeat the old ones), mask (silent at first).")
+]
+Noise = Annotated[float, typer.Option(help="tile: what tells copies apart, in units of a weight's own spread.")]
+MaskSteps = Annotated[int, typer.Option(help="mask: steps of training over which the masks rise.", min=1)]
+Optimizer = Annotated[Path | None, typer.Option(metavar="DIR", help="Trainer checkpoint whose optimizer.pt grows too.")]
+Alpha = Annotated[float | None, typer.Option(help="Volume of what is new, 0 to 1; the checkpoint's own unless given.")]
+Layers = Annotated[str, typer.Option(help="Layers to copy: interleave, stack, top, distance, or a list like 3,7,11.")]
+Calibration = Annotated[Path | None, typer.Option(metavar="TEXTFILE", help="distance: the text to measure on.")]
+Multipliers = Annotated[str, typer.Option(help="preserve the logit factor, or take the target's and rescale lm_head.")]
+
+
+def grow(
+    source: Source,
+    out: Out,
+    to: To = None,
+    overrides: Set = None,
+    method: Method = "zero",
+    noise: Noise = 0.3,
+    mask_steps: MaskSteps = 5000,
+    optimizer: Optimizer = None,
+    layers: Layers = "interleave",
+    calibration: Calibration = None,
+    multipliers: Multipliers = "preserve",
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    workers: Workers = DEFAULT_WORKERS,
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+    no_digest: NoDigest = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Grow a checkpoint into a larger one that computes the same function."""
+    from growth.grow import grow_checkpoint
+    from teleflm.plan_report import run_and_report
+
+    def write(options: "WriteOptions") -> "GrowthResult":
+        if to is None and not overrides:
+            raise ValueError("nothing to grow into: give --to PRESET|CONFIG.json, --set KEY=VALUE, or both.")
+        return grow_checkpoint(
+            source,
+            out,
+            to,
+            overrides=dict(parse_override(text) for text in overrides or ()),
+            method=method,
+            noise=noise,
+            mask_steps=mask_steps,
+            optimizer=optimizer,
+            layers=layers,
+            calibration=calibration,
+            multipliers=multipliers,
+            dtype=dtype,
+            seed=seed,
+            options=options,
+            dry_run=dry_run,
+        )
+
+    run_and_report(
+        "growing",
+        out,
+        write,
+        workers=workers,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        no_digest=no_digest,
+        as_json=as_json,
+        debug=debug,
+        describe=describe,
+        show=print_growth,
+    )
+
+
+def fold(
+    source: Source,
+    out: Out,
+    alpha: Alpha = None,
+    dtype: Dtype = None,
+    workers: Workers = DEFAULT_WORKERS,
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+    no_digest: NoDigest = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the plain checkpoint that computes what a masked one computes."""
+    from growth.fold import fold_masks
+    from teleflm.plan_report import run_and_report
+
+    run_and_report(
+        "folding",
+        out,
+        lambda options: fold_masks(source, out, alpha=alpha, dtype=dtype, options=options, dry_run=dry_run),
+        workers=workers,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        no_digest=no_digest,
+        as_json=as_json,
+        debug=debug,
+    )
+
+
+def parse_override(text: str) -> tuple[str, int | float | bool | str]:
+    """Read `key=value`; the value is JSON, or text where it is none.
+
+    Raises:
+        ValueError: there is no `=` or no key.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--set {text!r} is not KEY=VALUE, for example hidden_size=10240.")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def describe(result: "GrowthResult", out: Path, workers: int) -> dict[str, Any]:
+    """The growth as one JSON object; a dry run's has every tensor."""
+    from teleflm.plan_report import describe_result
+
+    return {
+        "source": asdict(result.growth.source),
+        "target": asdict(result.growth.target),
+        "parameters": result.growth.target.num_parameters,
+        "layers": [{"source": origin.source, "copy": origin.is_copy} for origin in result.growth.layers],
+        "layer_distances": [asdict(distance) for distance in result.distances],
+        **describe_result(result, out, workers),
+    }
+
+
+def print_growth(result: "GrowthResult", out: Path, workers: int) -> None:
+    """A summary for people: what grows, then the plan or what was written."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from teleflm.plan_report import print_result
+
+    fields = Table("", "source", "target", title="Growth", title_justify="left")
+    old, new = asdict(result.growth.source), asdict(result.growth.target)
+    for field in old:
+        if old[field] != new[field]:
+            fields.add_row(field, f"{old[field]:,}", f"{new[field]:,}")
+    fields.add_row("parameters", f"{result.growth.source.num_parameters:,}", f"{result.growth.target.num_parameters:,}")
+    Console().print(fields)
+    if result.distances:
+        distances = Table("layer", "1 - cos", "moved by", title="Layer distances", title_justify="left")
+        for distance in result.distances:
+            distances.add_row(str(distance.layer), f"{distance.cosine:.4f}", f"{distance.relative:.4f}")
+        Console().print(distances)
+    print_result(result, out, workers)

@@ -1,0 +1,140 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The command `teleflm sft select`."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from teleflm.terminal import DEFAULT_WORKERS, Debug, Json, Overwrite, Seed, exit_codes, print_json
+
+if TYPE_CHECKING:
+    from sft.selection import Selection
+
+DataAndOut = Annotated[
+    list[str], typer.Argument(metavar="DATA... OUT", help="Files of conversations; folder to write.")
+]
+Count = Annotated[int, typer.Option("-n", "--count", help="Rows to select.")]
+Method = Annotated[str, typer.Option(help="teleflm, or a baseline: random, longest or ifd-top.")]
+Quota = Annotated[str | None, typer.Option(help="Shares of domains: math=0.3,code=0.3,multi_turn=0.2,general=0.2.")]
+DomainColumn = Annotated[str | None, typer.Option(help="A column of the data that names a row's domain.")]
+Decontaminate = Annotated[
+    list[str] | None, typer.Option(metavar="FILE", help="Evaluation set to keep out of the selection. Repeatable.")
+]
+Scorer = Annotated[str | None, typer.Option(metavar="MODEL", help="Causal language model for the IFD score.")]
+Embedder = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="Hub folder, or sentence-transformers:NAME; words of the data unless given."),
+]
+AllowFewer = Annotated[bool, typer.Option("--allow-fewer", help="Select what there is, if that is less than -n.")]
+ReportFolder = Annotated[Path | None, typer.Option("--report", metavar="DIR", help="Write an HTML page, PNG and JSON.")]
+Workers = Annotated[int, typer.Option(help="Processes; memory grows with it, the selection stays.", min=1)]
+Ray = Annotated[bool, typer.Option("--ray", help="Run on the Ray cluster that ray.init finds; OUT on a shared disk.")]
+
+
+def select(
+    data_and_out: DataAndOut,
+    count: Count = 30_000,
+    method: Method = "teleflm",
+    quota: Quota = None,
+    domain_column: DomainColumn = None,
+    decontaminate: Decontaminate = None,
+    scorer: Scorer = None,
+    embedder: Embedder = None,
+    allow_fewer: AllowFewer = False,
+    report: ReportFolder = None,
+    seed: Seed = 0,
+    workers: Workers = DEFAULT_WORKERS,
+    ray: Ray = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Select the conversations worth fine-tuning on: deduplicated, decontaminated, good, diverse.
+
+    OUT gets selected.jsonl, selection.json and the files of the stages. An interrupted command goes on when it is run
+    again.
+    """
+    from sft.selection import SelectionSettings, select_conversations
+    from teleflm.reports.page import check_report_folder
+
+    with exit_codes(debug=debug):
+        *data, out = data_and_out
+        if not data:
+            raise ValueError(f"DATA is missing: {out} is OUT, the folder to write.")
+        settings = SelectionSettings(
+            count=count,
+            method=method,
+            quota=_parse_quota(quota),
+            domain_column=domain_column,
+            decontaminate=tuple(decontaminate or ()),
+            scorer=scorer,
+            embedder=embedder,
+            seed=seed,
+            allow_fewer=allow_fewer,
+        )
+        if report is not None:
+            check_report_folder(report)
+        selection = select_conversations(
+            data,
+            out,
+            settings,
+            workers=workers,
+            use_ray=ray,
+            overwrite=overwrite,
+            notify=lambda line: print(line, file=sys.stderr),
+        )
+        if report is not None:
+            from teleflm.reports.selection import write_report
+
+            write_report(selection, settings, report)
+        if as_json:
+            print_json(asdict(selection))
+        else:
+            _print(selection, report)
+
+
+def _parse_quota(text: str | None) -> dict[str, float] | None:
+    if text is None:
+        return None
+    quota: dict[str, float] = {}
+    for pair in text.split(","):
+        name, equals, share = pair.partition("=")
+        name = name.strip()
+        try:
+            value = float(share)
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            raise ValueError(f"--quota: {pair!r} is not DOMAIN=SHARE, as in math=0.5,code=0.5.")
+        if name in quota:
+            raise ValueError(f"--quota: {name} is given twice.")
+        quota[name] = value
+    return quota
+
+
+def _print(selection: "Selection", report: Path | None) -> None:
+    """The funnel, and what came out of it."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table("stage", "rows in", "rows out", "seconds", "dropped", box=SIMPLE)
+    for stage in selection.stages:
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in stage.dropped.items())
+        table.add_row(stage.name, f"{stage.rows_in:,}", f"{stage.rows_out:,}", f"{stage.seconds:.1f}", dropped)
+    console.print(table)
+    domains = ", ".join(f"{count:,} {name}" for name, count in selection.domains.items())
+    done = "already done: " if selection.already_done else ""
+    console.print(f"{selection.file}: {done}{selection.count:,} rows ({domains})", markup=False)
+    if report:
+        console.print(f"Report: {report}/index.html", markup=False)
+
+
+__all__ = ["select"]

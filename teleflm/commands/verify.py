@@ -1,0 +1,131 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The command `teleflm verify`."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from teleflm.terminal import (
+    DEFAULT_WORKERS,
+    EXIT_NO,
+    Debug,
+    Json,
+    Workers,
+    byte_progress,
+    exit_codes,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from growth.verification.certificate import Certificate
+    from growth.verification.comparison import Numbers
+    from growth.verification.verify import Verification
+
+A = Annotated[Path, typer.Argument(metavar="A", help="Folder of the source.")]
+B = Annotated[Path, typer.Argument(metavar="B", help="Folder of what was made from it.")]
+GrowthFlag = Annotated[bool, typer.Option("--growth", help="Certify from the bytes; the default without --text.")]
+Text = Annotated[Path | None, typer.Option(metavar="FILE", help="Text to compare logits on.")]
+ComputeDtype = Annotated[str, typer.Option(help="What logits are computed in: float64, float32 or bfloat16.")]
+ForwardPass = Annotated[str, typer.Option(help="loaded, streamed from the files, or auto: loaded if it fits.")]
+MaxTokens = Annotated[int, typer.Option(help="Tokens of the text, at most.", min=2)]
+ReportFolder = Annotated[Path | None, typer.Option("--report", metavar="DIR", help="Write an HTML page, PNG and JSON.")]
+
+
+def verify(
+    a: A,
+    b: B,
+    growth: GrowthFlag = False,
+    text: Text = None,
+    dtype: ComputeDtype = "float64",
+    forward: ForwardPass = "auto",
+    max_tokens: MaxTokens = 512,
+    report: ReportFolder = None,
+    workers: Workers = DEFAULT_WORKERS,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Do A and B compute the same function? Exit status 3 if they do not."""
+    from growth.verification.verify import verify_checkpoints
+    from teleflm.reports.page import check_report_folder
+
+    from ..reports.verification import describe, write_report
+
+    with exit_codes(debug=debug):
+        if report:
+            check_report_folder(report)
+        verification = verify_checkpoints(
+            a,
+            b,
+            growth=growth or None,
+            text=text,
+            dtype=dtype,
+            forward=forward,  # type: ignore[arg-type]  # checked there, with a line of its own
+            max_tokens=max_tokens,
+            workers=workers,
+            progress=byte_progress,
+            notify=lambda note: print(note, file=sys.stderr),
+        )
+        if report:
+            write_report(verification, report, names=(a.resolve().name, b.resolve().name))
+        if as_json:
+            print_json(describe(verification))
+        else:
+            _print(verification, report)
+    if not verification.same:
+        raise typer.Exit(EXIT_NO)
+
+
+def _print(verification: "Verification", report: Path | None) -> None:
+    """The verdict for people, and what it rests on."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    if verification.certificate:
+        _print_certificate(console, verification.certificate)
+    if verification.numbers:
+        _print_numbers(console, verification.numbers)
+    for note in verification.notes:
+        console.print(f"- {note}", markup=False)
+    if report:
+        console.print(f"Report: {report}/index.html", markup=False)
+    console.print("[bold green]A and B compute the same function." if verification.same else "[bold red]No.")
+
+
+def _print_certificate(console: "Console", certificate: "Certificate") -> None:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from ..reports.verification import summarise
+
+    table = Table(
+        "weight", "has to be", "elements", "worst ulp", "holds", title="Bytes", title_justify="left", box=SIMPLE
+    )
+    for column in table.columns:
+        column.no_wrap = True
+    for line in summarise(certificate):
+        holds = "yes" if line.holds else "[bold red]no"
+        table.add_row(line.weight.replace("layers.", ""), line.condition, f"{line.elements:,}", line.worst, holds)
+    console.print(table)
+    for broken in [*certificate.broken_fields, *certificate.violations]:
+        console.print(str(broken), markup=False, style="red")
+
+
+def _print_numbers(console: "Console", numbers: "Numbers") -> None:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    coarse, fine = numbers.floor_dtypes
+    table = Table("logits", "largest difference", "rms", "same argmax", title_justify="left", box=SIMPLE)
+    table.title = f"Numbers: {numbers.difference.tokens} tokens, {numbers.forward}, {numbers.seconds:.1f} s"
+    for name, result in (("B beside A", numbers.difference), (f"A, {coarse} beside {fine}", numbers.floor)):
+        share = f"{result.same_argmax:.2%}"
+        table.add_row(f"{name}", f"{result.max_difference:.3g}", f"{result.rms_difference:.3g}", share)
+    console.print(table)
+    console.print(numbers.reason, markup=False)

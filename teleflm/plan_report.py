@@ -1,0 +1,123 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Commands that write a checkpoint: how they run, and what they say, to scripts in JSON and to people in a table."""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from conversion.checkpoint.execute import CheckpointResult, WriteOptions, free_space, peak_memory
+from conversion.checkpoint.plan import TensorPlan
+from conversion.checkpoint.sizes import format_bytes
+
+from .terminal import byte_progress, exit_codes, print_json, process_rank
+
+# Parts of names that tell nothing in a table of one model's weights: also the ranks of Megatron's, which are alike.
+_SAID_ANYWAY = r"^model\.|^mp_rank_\w+/model\d*/(decoder\.)?|\.weight$"
+
+
+_NAME_WIDTH = 33  # of the longest name in a Hub checkpoint; Megatron's may be folded
+
+
+def describe_result(result: CheckpointResult, out: Path, workers: int) -> dict[str, Any]:
+    """The result as a JSON object; a dry run's has every tensor."""
+    summary = {
+        "out": str(out),
+        "bytes": result.plan.nbytes,
+        "files": [{"name": shard.filename, "bytes": shard.nbytes} for shard in result.shards],
+        "memory_bytes": peak_memory(result.plan, workers),
+        "disk": {"need": sum(shard.disk_bytes for shard in result.shards), "free": free_space(out)},
+        "notes": result.notes,
+    }
+    if result.written:
+        return {**summary, "already_done": result.written.already_done}
+    tensors = [
+        {"name": t.name, "shape": t.shape, "dtype": t.dtype.name, "bytes": t.nbytes, "pieces": _pieces(t)}
+        for t in result.plan.tensors
+    ]
+    return {**summary, "dry_run": True, "tensors": tensors}
+
+
+def print_result(result: CheckpointResult, out: Path, workers: int) -> None:
+    """A summary for people; a dry run's has the whole plan, a line for each group of tensors made alike."""
+    console = Console(highlight=False, soft_wrap=True)
+    if result.written is None:
+        console.print(_plan_table(result.plan.tensors))
+    for note in result.notes:
+        console.print(f"- {note}")
+    size = f"{format_bytes(sum(shard.nbytes for shard in result.shards))} in {_count(len(result.shards), 'file')}"
+    if result.written is None:
+        memory, free = format_bytes(peak_memory(result.plan, workers)), format_bytes(free_space(out))
+        console.print(f"Would write {size} to {out} ({free} free), with about {memory} of buffers.")
+    elif result.written.already_done:
+        console.print(f"{out} is already done: {size}.")
+    else:
+        console.print(f"Wrote {size} to {out}.")
+
+
+def run_and_report(
+    doing: str,
+    out: Path,
+    write: Callable[[WriteOptions], CheckpointResult],
+    *,
+    workers: int,
+    max_shard_size: str,
+    overwrite: bool,
+    no_digest: bool,
+    as_json: bool,
+    debug: bool,
+    describe: Callable[[Any, Path, int], dict[str, Any]] = describe_result,
+    show: Callable[[Any, Path, int], None] = print_result,
+) -> None:
+    """What every command does that writes a checkpoint: progress, one-line errors, ranks, and a report.
+
+    Args:
+        doing: for the progress, for example `converting`.
+        out: folder to write.
+        write: plans and writes.
+        workers, max_shard_size, overwrite, no_digest, as_json, debug: the command's options.
+        describe: the result as JSON.
+        show: the result for people.
+    """
+    with exit_codes(debug=debug):
+        with byte_progress(doing) as progress:
+            rank, world_size = process_rank()
+            result = write(WriteOptions(max_shard_size, workers, not no_digest, overwrite, progress, rank, world_size))
+        if rank > 0:  # one of them speaks for all, when all is done
+            return
+        if as_json:
+            print_json(describe(result, out, workers))
+        else:
+            show(result, out, workers)
+
+
+def _plan_table(tensors: Iterable[TensorPlan]) -> Table:
+    """The plan, with the layers that are made alike in one line."""
+    groups: dict[tuple[str, str, str], list[TensorPlan]] = {}
+    for tensor in tensors:
+        name = re.sub(_SAID_ANYWAY, "", re.sub(r"layers\.\d+", "layers.*", tensor.name))
+        pieces = [re.sub(r"\(.+\)", "(source)", piece) for piece in _pieces(tensor)]
+        groups.setdefault((name, "x".join(map(str, tensor.shape)), "\n".join(pieces)), []).append(tensor)
+    table = Table("weight", "count", "shape", "size", "made of", title="Plan", title_justify="left")
+    table.columns[0].overflow = "fold"
+    table.columns[0].min_width = min(_NAME_WIDTH, max(len(name) for name, *_ in groups))
+    for column in table.columns[1:4]:  # numbers stay readable on a narrow terminal
+        column.no_wrap = True
+    for (name, shape, made_of), members in groups.items():
+        table.add_row(name, str(len(members)), shape, format_bytes(sum(t.nbytes for t in members)), made_of)
+    return table
+
+
+def _pieces(tensor: TensorPlan) -> list[str]:
+    """What a tensor is made of, each kind once, with the symbols that need data as symbols."""
+    return list(dict.fromkeys(piece.describe() for piece in tensor.pieces))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,82 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What the reports for people share: a self-contained HTML page, its plots as PNG beside it, the numbers as JSON."""
+
+import base64
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.manifest import package_version
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def check_report_folder(folder: Path) -> None:
+    """Refuse, before hours of work, a report that could not be written after them.
+
+    Raises:
+        CheckpointError: the place is no folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: is a file; give --report a folder.")
+
+
+def render_page(template: Path, /, **values: Any) -> str:
+    """An HTML page from a Jinja file. Every value is escaped; `version` is this package's."""
+    from jinja2 import Environment
+
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template.read_text("utf-8"))
+    return page.render(**values, version=package_version())
+
+
+def write_report_files(
+    folder: Path, template: Path, figures: Mapping[str, "Figure"], numbers: tuple[str, Any], /, **values: Any
+) -> None:
+    """Write `index.html`, each plot as `NAME.png`, and a JSON file; files of an earlier report are replaced.
+
+    Args:
+        folder: made if absent.
+        template: of the page; `plots` holds the plots by name, for `data:image/png;base64,` addresses.
+        figures: the plots.
+        numbers: name and content of the JSON file.
+        **values: what else the template shows.
+    """
+    plots = {name: _png(figure) for name, figure in figures.items()}
+    encoded = {name: base64.b64encode(png).decode() for name, png in plots.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, png in plots.items():
+        (folder / f"{name}.png").write_bytes(png)
+    (folder / numbers[0]).write_text(json.dumps(numbers[1], indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / "index.html").write_text(render_page(template, plots=encoded, **values), encoding="utf-8")
+
+
+def new_figure(height: float = 3.8) -> tuple["Figure", Any]:
+    """A figure as wide as a page, with one pair of axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=9)
+    return figure, axes
+
+
+def legend_above(axes: Any, markerscale: float = 1) -> None:
+    """The legend over the plot, where it hides nothing; its markers so many times larger than in the plot."""
+    axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), markerscale=markerscale)
+
+
+def _png(figure: "Figure") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})  # the same bytes from the same numbers
+    return buffer.getvalue()
+
+
+__all__ = ["check_report_folder", "legend_above", "new_figure", "render_page", "write_report_files"]

@@ -1,0 +1,109 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What every command shares on the terminal: exit codes, one-line errors, a progress bar, sizes for people."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event
+from typing import Annotated, Any
+
+import typer
+
+from conversion.checkpoint.errors import CheckpointError, CorruptData
+from conversion.checkpoint.sizes import format_bytes
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_NO, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+# The options that mean the same wherever they apply.
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and write nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Workers = Annotated[int, typer.Option(help="Threads; memory grows with it.", min=1)]
+MaxShardSize = Annotated[str, typer.Option(help="Most bytes of weights in a file.")]
+Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; the source's unless given.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier command left in OUT.")]
+NoDigest = Annotated[bool, typer.Option("--no-digest", help="Do not hash the tensors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+DEFAULT_WORKERS = os.cpu_count() or 1
+
+
+@contextmanager
+def exit_codes(*, debug: bool) -> Iterator[None]:
+    """Turn errors into one line on stderr and the exit status that scripts rely on.
+
+    2 is bad input, nothing written; 1 is a failure while working; 130 an interruption, after which the same command
+    may be run again.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again.", EXIT_INTERRUPTED)
+    except (CheckpointError, OSError, ValueError) as error:
+        if debug:
+            raise
+        if isinstance(error, OSError):
+            _fail(f"{error.filename or 'disk'}: {error.strerror or error}", EXIT_FAILED)
+        _fail(str(error), EXIT_FAILED if isinstance(error, CorruptData) else EXIT_BAD_INPUT)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"teleflm: {message}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+@contextmanager
+def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr with bytes a second and the time left; one plain line when stderr is no terminal.
+
+    Yields:
+        A function to call, from any thread, with the number of bytes just done and the number in all.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None, visible=False)
+        announced = Event()
+
+        def advance(nbytes: int, total: int) -> None:
+            if not announced.is_set():
+                announced.set()
+                if not console.is_terminal:
+                    print(f"{what}: {format_bytes(total)}", file=sys.stderr)
+                progress.update(task, total=total, visible=True)
+            progress.advance(task, nbytes)
+
+        yield advance
+
+
+def process_rank() -> tuple[int, int]:
+    """Which of how many processes this is, as torchrun or srun tell it; (0, 1) outside of both.
+
+    In a Slurm batch script only the steps started by srun share work, so the step's variables count.
+
+    Raises:
+        ValueError: the variables are no rank of a world.
+    """
+    environment = os.environ
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        names = ("RANK", "WORLD_SIZE")
+    elif "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS")
+    else:
+        return 0, 1
+    texts = [environment.get(name, "") for name in names]
+    if not all(text.isascii() and text.isdigit() for text in texts) or int(texts[0]) >= int(texts[1]):
+        raise ValueError(f"{names[0]} is {texts[0]!r} and {names[1]} is {texts[1]!r}: that is no rank of a world.")
+    return int(texts[0]), int(texts[1])
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
