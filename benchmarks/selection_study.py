@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from demo.corpus import collect
 from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM, TeleFLMTokenizer
-from sft.data.labels import prepare_dataset
+from sft.data.dataset import prepare_dataset
 from sft.selection import SelectionSettings, select_conversations
 from sft.selection.rows import content_id
 from sft.training.recipe import Recipe

@@ -6,6 +6,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ def save_as_published(model: TeleFLMForCausalLM, folder: Path) -> None:
     _write_json(folder / "config.json", _published_config(model))
 
 
-def _published_config(model: TeleFLMForCausalLM) -> dict:
+def _published_config(model: TeleFLMForCausalLM) -> dict[str, Any]:
     """The fields, and their spelling, of the published 52B; the values of this model."""
     config = model.config
     return {
@@ -73,5 +74,5 @@ def _published_config(model: TeleFLMForCausalLM) -> dict:
     }
 
 
-def _write_json(path: Path, value: dict) -> None:
+def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")

@@ -279,7 +279,7 @@ def _notes(growth: Growth) -> list[str]:
             notes.append("Without noise the copies stay equal for ever, and the new capacity is never used.")
     if growth.method == "mask":
         notes.append(
-            "A checkpoint for training: at step 0 its masks silence what is new. `python -m growth.train` raises them "
+            "A checkpoint for training: at step 0 its masks silence what is new. `teleflm train` raises them "
             f"over {growth.mask_steps} steps; `teleflm fold` writes the plain model of any moment."
         )
         if growth.mask_steps < SHORT_MASKS:

@@ -54,7 +54,7 @@ class TeleFLMConfig(LlamaConfig):
     output_mult: float | int = 1.0
     mup_scale_factor: float | int = 1.0
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         # The parent derives head_dim by division, so a zero has to be refused before that.
         for field in ("hidden_size", "num_attention_heads"):
             if getattr(self, field) < 1:
@@ -75,7 +75,7 @@ class TeleFLMConfig(LlamaConfig):
         """
         return self.output_mult / self.mup_scale_factor if self.use_mup else 1.0
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Cross-field checks, run by `@strict` after `__init__`."""
         for field in ("vocab_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim"):
             if getattr(self, field) < 1:

@@ -58,9 +58,9 @@ class TeleFLMMaskedConfig(TeleFLMConfig):
     has_no_defaults_at_init = True
 
     rms_norm_eps: float | None = None  # type: ignore[assignment]
-    growth_state: dict = field(default_factory=dict)
+    growth_state: dict[str, Any] = field(default_factory=dict)
 
-    def validate_growth_state(self):
+    def validate_growth_state(self) -> None:
         """Checks of `growth_state`, run by `@strict` after `__init__`."""
         state = self.growth_state
         missing = [key for key in _GROWTH_STATE if key not in state]

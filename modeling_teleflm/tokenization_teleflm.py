@@ -177,8 +177,8 @@ class TeleFLMTokenizer(SentencePieceBackend):
 
     def _apply_chat_template_with_masks(
         self,
-        conversation: list,
-        tools: list | None = None,
+        conversation: list[Any],
+        tools: list[Any] | None = None,
         documents: list[dict[str, str]] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,

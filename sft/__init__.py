@@ -5,7 +5,8 @@
 """Supervised fine-tuning of Tele-FLM with TRL.
 
 Importing this package is cheap: torch, transformers and TRL are imported by the modules that need them.
-`sft.train.train` is the entry point from Python, `teleflm sft train` and `accelerate launch -m sft.train` from a shell.
+`sft.training.train.train` is the entry point from Python; from a shell `teleflm sft train`, on several devices
+`accelerate launch --no_python teleflm sft train`.
 """
 
 

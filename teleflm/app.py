@@ -13,7 +13,9 @@ from teleflm.commands.export import export
 from teleflm.commands.grow import fold, grow
 from teleflm.commands.publish import publish
 from teleflm.commands.sft import app as sft_app
+from teleflm.commands.train import train
 from teleflm.commands.verify import verify
+from teleflm.terminal import FORWARDED
 
 app = typer.Typer(
     help="Load, convert, grow, fine-tune and publish Tele-FLM models.",
@@ -27,6 +29,7 @@ app.command()(export)
 app.command()(grow)
 app.command()(fold)
 app.command()(verify)
+app.command(context_settings=FORWARDED)(train)
 app.command()(publish)
 app.add_typer(sft_app, name="sft")
 

@@ -30,6 +30,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an ea
 NoDigest = Annotated[bool, typer.Option("--no-digest", help="Do not hash the tensors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 DEFAULT_WORKERS = os.cpu_count() or 1
+# Of a command that hands what it does not know to the function it calls, which refuses what that does not know.
+FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 @contextmanager

@@ -5,9 +5,11 @@
 """The command line as users and scripts meet it: real processes, exit codes, one-line errors, JSON."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -140,3 +142,59 @@ def test_no_torch_in_a_dry_run_nor_in_a_run(source, source_52b, tmp_path):
             assert not heavy, heavy
         """
         subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True)
+
+
+# A user's own files, and launchers.
+
+INSTALLED = Path(sysconfig.get_path("scripts")) / "teleflm"
+STARTS = [pytest.param([sys.executable, "-m", "teleflm"], id="module"), pytest.param([str(INSTALLED)], id="script")]
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_files_of_the_user_with_our_names_are_not_ours(start, source, tmp_path):
+    for name in ("growth", "sft", "conversion", "evaluation", "teleflm"):
+        if name != "teleflm" or start[0] != sys.executable:  # what -m names, it finds in the working folder first
+            (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the user was run')")
+    (tmp_path / "modeling_teleflm").mkdir()
+    (tmp_path / "modeling_teleflm/__init__.py").write_text("raise SystemExit('a file of the user was run')")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    for command in (["inspect", source], ["grow", source, "out", *WIDER], ["verify", source, "out", "--growth"]):
+        result = subprocess.run(
+            [*start, *map(str, command)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        pytest.param(["torch.distributed.run", "--nproc-per-node", "2", "--no-python"], id="torchrun"),
+        pytest.param(["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--no_python"], id="accelerate"),
+    ],
+)
+def test_training_has_a_command_that_launchers_start(launch, source, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"row {i} of some text"}) + "\n" for i in range(64)))
+    keys = {
+        "model_name_or_path": source,
+        "train_files": text,
+        "output_dir": tmp_path / "run",
+        "max_steps": 2,
+        "block_size": 16,
+        "per_device_train_batch_size": 1,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+    }
+    command = [INSTALLED, "train", *(part for key, value in keys.items() for part in (f"--{key}", value))]
+    result = subprocess.run(
+        [sys.executable, "-m", *launch, *map(str, command)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run/trainer_state.json").read_bytes())["global_step"] == 2
+    assert result.stdout.count("mean loss") == 1

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import grimp
+import networkx
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +47,27 @@ def test_imports_run_one_way(graph, package):
             assert any(_is_in(imported, allowed) for allowed in ALLOWED[package]), f"{module} imports {imported}"
 
 
+def circles(graph: grimp.ImportGraph) -> list[list[str]]:
+    """Modules that import each other, wherever in a module the import stands."""
+    arrows = ((module, other) for module in graph.modules for other in graph.find_modules_directly_imported_by(module))
+    return [
+        sorted(group) for group in networkx.strongly_connected_components(networkx.DiGraph(arrows)) if len(group) > 1
+    ]
+
+
+def test_no_modules_import_each_other(graph):
+    assert circles(graph) == []
+
+
+def test_a_circle_is_found(tmp_path, monkeypatch):
+    package = tmp_path / "planted"
+    package.mkdir()
+    for name, text in {"__init__": "", "a": "from .b import x", "b": "def f():\n    import planted.a"}.items():
+        (package / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert circles(grimp.build_graph("planted", cache_dir=None)) == [["planted.a", "planted.b"]]
+
+
 def test_model_files_stand_alone():
     """The three files a Hub repository carries import third parties and each other, nothing else."""
     for file in (ROOT / "modeling_teleflm").glob("*_teleflm.py"):
@@ -78,9 +100,14 @@ def test_an_installed_package_has_every_module_and_file():
     tops = {name.split(".")[0] for name in packages}
     found = {".".join(path.parent.relative_to(ROOT).parts) for top in tops for path in (ROOT / top).rglob("*.py")}
     assert found == set(packages)
+    assert tops == set(PACKAGES)
     data = {name: value.replace(",", " ").split() for name, value in config["options.package_data"].items()}
     packaged = {
-        path for name, globs in data.items() for glob in globs for path in (ROOT / name.replace(".", "/")).glob(glob)
+        path
+        for key, globs in data.items()
+        for name in (packages if key == "*" else [key])
+        for glob in globs
+        for path in (ROOT / name.replace(".", "/")).glob(glob)
     }
     files = {
         path for top in tops for path in (ROOT / top).rglob("*") if path.is_file() and "__pycache__" not in path.parts

@@ -4,8 +4,8 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Continued pretraining of a grown Tele-FLM on packed text.
 
-    accelerate launch -m growth.train RUN.yaml
-    python -m growth.train --model_name_or_path GROWN --train_files TEXT.jsonl --output_dir OUT [--key value ...]
+    accelerate launch --no_python teleflm train RUN.yaml
+    teleflm train --model_name_or_path GROWN --train_files TEXT.jsonl --output_dir OUT [--key value ...]
 
 transformers' [`Trainer`] does the training, and every key of its `TrainingArguments` is a key here. What growth adds:
 masks rise with the steps, Adam goes on from moments that grew with the weights, and learning rates follow the width.
@@ -227,7 +227,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[GrowthArguments, Training
     Raises:
         ValueError: a key is unknown or a value wrong.
     """
-    parser = HfArgumentParser((GrowthArguments, TrainingArguments), prog="python -m growth.train")  # type: ignore[arg-type]
+    parser = HfArgumentParser((GrowthArguments, TrainingArguments), prog="teleflm train")  # type: ignore[arg-type]
     if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml")):
         growth, args = parser.parse_yaml_file(arguments[0])
     elif len(arguments) == 1 and arguments[0].endswith(".json"):

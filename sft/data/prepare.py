@@ -99,7 +99,7 @@ def is_prepared(place: str | Path) -> bool:
 def open_prepared(
     places: Sequence[str | Path], tokenizer: "PreTrainedTokenizerBase", labelling: Labelling
 ) -> tuple["Dataset", DataReport]:
-    """Open a prepared folder for a run with this tokenizer and labelling; returns what `labels.prepare_dataset` does.
+    """Open a prepared folder for a run with this tokenizer and labelling; returns what `prepare_dataset` does.
 
     Raises:
         DataError: there are other places beside it; it is damaged; it was made with another tokenizer, chat template

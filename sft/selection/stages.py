@@ -292,7 +292,7 @@ _KEPT = ""  # counted beside the reasons
 
 def _read_file(
     item: tuple[int, str], folder: Path, tables: Callable[[str], Iterator[pa.Table]], digest: str
-) -> Counter:
+) -> Counter[str]:
     number, file = item
     counts: Counter[str] = Counter()
     for piece, table in enumerate(tables(file)):

@@ -4,8 +4,8 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Fine-tune a Tele-FLM on conversations, from a recipe.
 
-    accelerate launch -m sft.train --config RECIPE.yaml [--key value ...]
-    python -m sft.train --config RECIPE.yaml [--key value ...]
+    accelerate launch --no_python teleflm sft train --config RECIPE.yaml [--key value ...]
+    teleflm sft train --config RECIPE.yaml [--key value ...]
 
 TRL's [`SFTTrainer`] or [`DPOTrainer`] does the training. What is done here: the model, the tokenizer and the token ids
 are built from the recipe, and what a loss does not show is checked before the first step ([`sft.training.guards`]).
@@ -41,7 +41,8 @@ import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto
 from conversion.checkpoint.sources import open_checkpoint
 from sft import SFTError
 from sft import tokenizer as tokenizers
-from sft.data.labels import DataReport, prepare_dataset
+from sft.data.dataset import prepare_dataset
+from sft.data.labels import DataReport
 from sft.export import find_model
 from sft.training.dpo import prepare_preferences
 from sft.training.guards import FusedLossGuard, GuardError, WrappingGuard, check_launch, check_trained_tokens
@@ -368,7 +369,7 @@ def _summary(result: TrainResult) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line of this module; see [`run`] for the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m sft.train", description="Fine-tune a Tele-FLM.", allow_abbrev=False
+        prog="teleflm sft train", description="Fine-tune a Tele-FLM.", allow_abbrev=False
     )
     parser.add_argument("--config", required=True, metavar="RECIPE.yaml", help="a recipe; see sft/recipes")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")

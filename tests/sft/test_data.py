@@ -13,7 +13,8 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from sft.data.checks import REASONS
-from sft.data.labels import DataError, Labelling, prepare_dataset, read_conversations, tokenize_rows
+from sft.data.dataset import prepare_dataset
+from sft.data.labels import DataError, Labelling, read_conversations, tokenize_rows
 from sft.data.validate import validate_conversations
 from sft.training.train import build_trainer
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer

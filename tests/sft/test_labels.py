@@ -13,7 +13,8 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 
 from sft.data.checks import Conversation, Reject
-from sft.data.labels import DataError, Labelling, prepare_dataset, tokenize, tokenize_rows
+from sft.data.dataset import prepare_dataset
+from sft.data.labels import DataError, Labelling, tokenize, tokenize_rows
 from tests.fixtures.tiny import tiny_sentencepiece, tiny_tokenizer
 from tests.sft.test_data import ANSWER, ASK, chat, write
 

@@ -9,7 +9,8 @@ import shutil
 
 import pytest
 
-from sft.data.labels import DataError, Labelling, prepare_dataset
+from sft.data.dataset import prepare_dataset
+from sft.data.labels import DataError, Labelling
 from sft.data.prepare import PREPARED, prepare
 from sft.training.train import build_trainer
 from tests.fixtures.tiny import tiny_tokenizer

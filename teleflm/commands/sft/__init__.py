@@ -6,9 +6,15 @@
 
 import typer
 
-from teleflm.commands.sft.data import plan, prepare, preview, validate
-from teleflm.commands.sft.select import select
-from teleflm.commands.sft.train import export, train
+from teleflm.terminal import FORWARDED
+
+from .export import export
+from .plan import plan
+from .prepare import prepare
+from .preview import preview
+from .select import select
+from .train import train
+from .validate import validate
 
 app = typer.Typer(help="Fine-tune a Tele-FLM on conversations.", no_args_is_help=True)
 app.command()(validate)
@@ -16,5 +22,5 @@ app.command()(select)
 app.command()(prepare)
 app.command()(preview)
 app.command()(plan)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
+app.command(context_settings=FORWARDED)(train)
 app.command()(export)

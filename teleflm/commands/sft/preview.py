@@ -1,0 +1,86 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The command `teleflm sft preview`."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from teleflm.terminal import Debug, Json, exit_codes, print_json
+
+from .labelling import (
+    AllTokens,
+    LastTurn,
+    MaxLength,
+    Model,
+    OneData,
+    Template,
+    load_checked_tokenizer,
+    make_labelling,
+)
+
+if TYPE_CHECKING:
+    from sft.data.checks import Reject
+    from sft.data.preview import PreviewedRow
+
+Count = Annotated[int, typer.Option("-k", help="Rows to show.", min=1)]
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a self-contained page as well.")]
+
+
+def preview(
+    data: OneData,
+    model: Model,
+    count: Count = 3,
+    html: Html = None,
+    chat_template_path: Template = None,
+    max_length: MaxLength = 2048,
+    last_turn_only: LastTurn = False,
+    all_tokens: AllTokens = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show, in colour, what of the first rows is trained on."""
+    from sft.data.preview import PreviewedRow
+    from sft.data.preview import preview as preview_rows
+
+    with exit_codes(debug=debug):
+        tokenizer = load_checked_tokenizer(model, chat_template_path, all_tokens)
+        rows = preview_rows(data, tokenizer, make_labelling(max_length, last_turn_only, all_tokens), count)
+        if html:
+            from teleflm.reports.preview import render_html
+
+            html.write_text(render_html(rows, title=Path(data).name), encoding="utf-8")
+        if as_json:
+            kinds = {"rows": True, "rejects": False}
+            print_json(
+                {
+                    name: [asdict(row) for row in rows if isinstance(row, PreviewedRow) is kind]
+                    for name, kind in kinds.items()
+                }
+            )
+        else:
+            _print_preview(rows, html)
+
+
+def _print_preview(rows: "Sequence[PreviewedRow | Reject]", html: Path | None) -> None:
+    from rich.console import Console
+
+    from sft.data.preview import PreviewedRow, render_text, visible
+
+    console = Console(highlight=False)
+    for row in rows:
+        if isinstance(row, PreviewedRow):
+            console.rule(str(row), align="left")
+            console.print(render_text(row, marks=console.color_system is None), soft_wrap=True)
+        else:
+            console.print(visible(f"rejected {row}"), markup=False, style="red", soft_wrap=True)
+    if html:
+        console.print(f"Page: {html}", markup=False, soft_wrap=True)
+
+
+__all__ = ["preview"]

@@ -1,0 +1,91 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The command `teleflm sft validate`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from teleflm.terminal import EXIT_NO, Debug, Json, byte_progress, exit_codes, print_json
+
+from .labelling import (
+    AllTokens,
+    LastTurn,
+    MaxLength,
+    NumProc,
+    Template,
+    load_checked_tokenizer,
+    make_labelling,
+)
+
+if TYPE_CHECKING:
+    from sft.data.validate import ValidationReport
+
+Data = Annotated[
+    list[str], typer.Argument(metavar="DATA...", help="Files (.jsonl, .json, .parquet, .gz) or OWNER/NAME[:SPLIT].")
+]
+MaybeModel = Annotated[str | None, typer.Option(metavar="PATH", help="Also judge by this model's tokenizer.")]
+Rejects = Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Write rejected rows and reasons here.")]
+
+
+def validate(
+    data: Data,
+    rejects: Rejects = None,
+    model: MaybeModel = None,
+    chat_template_path: Template = None,
+    max_length: MaxLength = 0,
+    last_turn_only: LastTurn = False,
+    all_tokens: AllTokens = False,
+    num_proc: NumProc = 1,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Judge every row as training would. Exit status 3 if any is rejected."""
+    from sft.data.validate import validate_conversations
+
+    with exit_codes(debug=debug):
+        if model is None and (max_length or last_turn_only or all_tokens or chat_template_path):
+            raise ValueError("only a tokenizer can tell lengths and turns: give --model as well.")
+        tokenizer = load_checked_tokenizer(model, chat_template_path, all_tokens) if model else None
+        labelling = make_labelling(max_length, last_turn_only, all_tokens)
+        with byte_progress("validating") as progress:
+            report = validate_conversations(
+                data, tokenizer, labelling, rejects=rejects, num_proc=num_proc, progress=progress
+            )
+        if as_json:
+            print_json({**asdict(report), "valid": report.valid})
+        else:
+            _print_validation(report, rejects)
+    if not report.valid:
+        raise typer.Exit(EXIT_NO)
+
+
+def _print_validation(report: "ValidationReport", rejects: Path | None) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from sft.data.checks import REASONS
+    from sft.data.preview import visible
+
+    console = Console(highlight=False, soft_wrap=True)
+    if report.findings:
+        table = Table("reason", "rows", "what it means", "for example", title="Rejected rows", title_justify="left")
+        for code, finding in sorted(report.findings.items(), key=lambda item: -item[1].rows):
+            table.add_row(code, f"{finding.rows:,}", REASONS[code], escape(visible(finding.examples[0])))
+        Console(highlight=False).print(table)
+    line = f"{report.rows - report.rejected:,} of {report.rows:,} rows can be trained on"
+    if report.tokens is not None:
+        line += f": {report.trained_tokens:,} trained of {report.tokens:,} tokens, {report.truncated:,} rows cut"
+    console.print(f"{line}." if report.rows else "No rows.", markup=False)
+    if report.tokens is None:
+        console.print("Lengths were not judged; --model PATH --max-length N does.", style="dim", markup=False)
+    if rejects and report.rejected:
+        console.print(f"Rejects: {rejects}", markup=False)
+
+
+__all__ = ["validate"]
