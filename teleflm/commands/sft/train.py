@@ -16,8 +16,8 @@ Config = Annotated[str, typer.Option(metavar="RECIPE.yaml", help="A recipe; sft/
 def train(context: typer.Context, config: Config, as_json: Json = False, debug: Debug = False) -> None:
     """Fine-tune a model as a recipe says.
 
-    Any key of the recipe can be given as --key value. On several devices: accelerate launch --no_python teleflm sft train with the same
-    arguments.
+    Any key of the recipe can be given as --key value. On several devices: accelerate launch --no_python teleflm sft
+    train, with the same arguments.
     """
     from sft.training.train import run
 
