@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from synthetic import shapes, tele_flm_config, write_safetensors
 from transformers import LlamaForCausalLM
 
+from evaluation.logit_comparison import LogitComparison
 from evaluation.logits import compare_logits
-from growth.verification.comparison import LogitComparison
 
 OURS = "teleflm grow"
 WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")

@@ -128,6 +128,17 @@ def _value(values: Mapping[str, Any], name: str, kind: Any, where: str) -> Any:
     return kind(value)
 
 
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary embedding of a configuration, in today's spelling, every number a float."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+    return {
+        key: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        for key, value in sorted(rope.items())
+    }
+
+
 def package_folder() -> Path:
     """Folder of `modeling_teleflm`, found without importing it (that would import torch)."""
     spec = importlib.util.find_spec("modeling_teleflm")

@@ -28,9 +28,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel, logging, set_seed
 
 from conversion import WriteOptions, convert_checkpoint
+from evaluation.logit_comparison import LogitComparison
 from evaluation.logits import compare_logits
 from growth import grow_checkpoint
-from growth.verification.comparison import LogitComparison
 from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM, TeleFLMTokenizer
 from sft.training.recipe import Recipe
 from sft.training.train import train as fine_tune

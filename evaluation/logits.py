@@ -17,7 +17,8 @@ from transformers.utils import logging
 
 from conversion.architecture import Architecture
 from conversion.checkpoint.sources import Source
-from growth.verification.comparison import LogitComparison
+
+from .logit_comparison import LogitComparison
 
 # Of a config.json, what names the class or is none of LlamaConfig's business.
 _NOT_LLAMA = ("model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")

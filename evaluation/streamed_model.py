@@ -18,14 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from conversion.architecture import Architecture
+from conversion.architecture import Architecture, rope_parameters
 from conversion.checkpoint.dtypes import DType
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.plan import View
 from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.sources import Source
 from conversion.mapping import EMBED_TOKENS, LM_HEAD, NORM, check_tensors
-from growth.verification.conditions import rope_parameters
 
 BLOCK = 1 << 22  # elements of a weight in memory at a time, twice: one multiplies while the next is read
 

@@ -21,7 +21,7 @@ PACKAGES = ("teleflm", "sft", "growth", "evaluation", "conversion", "modeling_te
 ALLOWED = {
     "conversion.checkpoint": {"conversion.checkpoint"},
     "conversion": {"conversion"},
-    "evaluation": {"conversion", "evaluation", "growth.verification"},
+    "evaluation": {"conversion", "evaluation"},
     "growth.verification": {"conversion", "evaluation", "growth.verification"},
     "growth": {"conversion", "evaluation", "growth", "modeling_teleflm"},
     "sft": {"conversion", "growth", "modeling_teleflm", "sft"},

@@ -19,7 +19,7 @@ from functools import reduce
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias, get_args
 
-from conversion.architecture import Architecture
+from conversion.architecture import Architecture, rope_parameters
 from conversion.checkpoint.errors import CheckpointError
 from conversion.mapping import EMBED_TOKENS, LM_HEAD, Axis, Weight, axis_size, weights
 
@@ -268,17 +268,6 @@ def _function_conditions(
         holds = math.isclose(found, ratio, rel_tol=_EXACT)
         reason = "tied, one matrix is embedding and head, and can make up for one factor only"
         yield FieldCondition("output_mult", f"to be made up by x {found:g}", f"x {ratio:g}", holds, reason)
-
-
-def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary embedding of a configuration, in today's spelling, every number a float."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
-    return {
-        key: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-        for key, value in sorted(rope.items())
-    }
 
 
 # Where the old entries of each axis are.

@@ -368,9 +368,7 @@ def _summary(result: TrainResult) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line of this module; see [`run`] for the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="teleflm sft train", description="Fine-tune a Tele-FLM.", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog="teleflm sft train", description="Fine-tune a Tele-FLM.", allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="RECIPE.yaml", help="a recipe; see sft/recipes")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

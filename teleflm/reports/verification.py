@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from evaluation.logit_comparison import BINS
 from growth.verification.certificate import Certificate, TensorResult
-from growth.verification.comparison import BINS, Numbers
+from growth.verification.comparison import Numbers
 from growth.verification.conditions import MeasuredLayer, Rule
 from growth.verification.verify import Verification
 from teleflm.reports.page import legend_above, new_figure, write_report_files

@@ -25,7 +25,8 @@ from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import WriteOptions
 from conversion.checkpoint.sources import WEIGHT_FILES
-from evaluation.logits import LogitComparison, compare_logits
+from evaluation.logit_comparison import LogitComparison
+from evaluation.logits import compare_logits
 from growth import grow_checkpoint
 from growth.spec import Growth
 from modeling_teleflm import TeleFLMForCausalLM

@@ -32,10 +32,11 @@ from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.sources import open_checkpoint
 from conversion.mapping import weights
+from evaluation.logit_comparison import LogitComparer
 from evaluation.logits import _logits, checkpoint_logits, compare_logits
 from evaluation.streamed_model import StreamedModel
 from growth import Verification, grow_checkpoint, verify_checkpoints
-from growth.verification.comparison import LogitComparer, compare_numbers
+from growth.verification.comparison import compare_numbers
 from teleflm.reports.verification import describe, write_report
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_sentencepiece
 
