@@ -162,15 +162,31 @@ class Certificate:
     Args:
         conditions: what had to hold.
         tensors: what was found, in data-flow order; empty if the configurations are not comparable.
+        byte_copies: whether every copy was compared byte by byte: no factor, no sum, and A's dtype.
     """
 
     conditions: Conditions
     tensors: tuple[TensorResult, ...]
+    byte_copies: bool = False
 
     @property
     def holds(self) -> bool:
         """Whether B computes A's function."""
         return not self.broken_fields and not self.violations
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether B's weights are A's, byte for byte, none added and none changed."""
+        blocks = [block.block for tensor in self.tensors for block in tensor.blocks]
+        return self.holds and self.byte_copies and all(block.rule == "copy" for block in blocks)
+
+    @property
+    def precision(self) -> str:
+        """How near what was copied is to A's, a phrase."""
+        if self.byte_copies:
+            return "what was copied is A's byte for byte"
+        worst = max((tensor.worst_ulp for tensor in self.tensors), default=0.0)
+        return f"what was copied is A's times its factor to within {worst:.3g} units in the last place"
 
     @property
     def broken_fields(self) -> list[FieldCondition]:
@@ -231,7 +247,15 @@ def certify(
     manifest = read_manifest(Path(second.folder))
     steps = growth_steps(source, target, manifest["lineage"] if manifest else None)
     conditions = state_conditions(_config(first), _config(second), steps)
-    return Certificate(conditions, tuple(_check_all(first, second, conditions, workers, progress)))
+    results = tuple(_check_all(first, second, conditions, workers, progress))
+    return Certificate(conditions, results, bool(results) and all(_is_byte_copy(first, result) for result in results))
+
+
+def _is_byte_copy(a: Source, result: TensorResult) -> bool:
+    """Whether what a tensor has of A's was compared byte by byte."""
+    rules = {block.block.rule for block in result.blocks}
+    plain = result.conditions.factor == 1.0 and result.dtype == a.tensors[result.conditions.source].dtype
+    return "sum" not in rules and (plain or "copy" not in rules)
 
 
 def _config(checkpoint: Source) -> dict[str, object]:
@@ -332,13 +356,24 @@ class _Rounding:
         return self.factor == 1.0 and self.source == self.dtype
 
     @property
+    def is_lost(self) -> bool:
+        """Whether the factor is so near 1 that every product rounds back to the value it was made from.
+
+        What is off by less than half a unit in the same direction everywhere is another function, not rounding.
+        """
+        nearest = 2.0 ** -(ml_dtypes.finfo(self.dtype.numpy).nmant + 2)
+        return self.factor != 1.0 and self.source == self.dtype and abs(self.factor - 1.0) < nearest
+
+    @property
     def allowed_ulps(self) -> float:
         """How far a correctly rounded copy may be from the exact product, in units in the last place.
 
         Half a unit for the last rounding, and one for each before it: half a unit of a value just below a power of two
         is a whole one above. A hundredth covers an intermediate result in float32. In float64 the factor itself is
-        rounded too.
+        rounded too. Nothing is near enough to a factor that the dtype cannot express.
         """
+        if self.is_lost:
+            return -1.0
         return 2.0 * self.times if self.dtype.itemsize == 8 else self.times - 0.5 + 0.01
 
     def allowed_ulps_of_sum(self, copies: int) -> float:

@@ -82,7 +82,7 @@ class Numbers:
     layers: tuple[LayerDrift, ...] = ()
 
     @property
-    def same(self) -> bool:
+    def within_rounding(self) -> bool:
         """Whether rounding explains the difference: twice that of A's in the mean, four times at the largest."""
         if self.exact:
             return self.difference.relative <= _EXACT
@@ -99,8 +99,18 @@ class Numbers:
         return _ratio(self.difference.max_difference, self.floor.max_difference)
 
     @property
+    def rounding(self) -> str:
+        """The coarsest arithmetic that was in play, of the weights or of the computation."""
+        return "float64" if self.exact else self.floor_dtypes[0]
+
+    @property
+    def blind_to(self) -> float:
+        """Errors of the logits up to this root mean square cannot be told from rounding on these tokens."""
+        return _EXACT * self.difference.max_logit if self.exact else _RMS_FLOORS * self.floor.rms_difference
+
+    @property
     def reason(self) -> str:
-        """What `same` rests on, a sentence."""
+        """What `within_rounding` rests on, a sentence."""
         if self.exact:
             limit = f"weights and arithmetic are float64, which allows {_EXACT:g}"
             return f"The largest difference is {self.difference.relative:.2g} of the largest logit; {limit}."

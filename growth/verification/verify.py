@@ -8,11 +8,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from conversion.architecture import Architecture
-from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.errors import CheckpointError, CorruptData
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.sources import Source, open_checkpoint
 from evaluation.text import tokenize
@@ -22,6 +23,7 @@ from .comparison import COMPUTE_DTYPES, Forward, Numbers, Progress, compare_numb
 from .conditions import MeasuredLayer, measured_layers
 
 FORWARDS = ("auto", "loaded", "streamed")
+Verdict: TypeAlias = Literal["same-bytes", "certified", "indistinguishable", "not-certified", "different"]
 
 
 @dataclass(frozen=True)
@@ -33,18 +35,73 @@ class Verification:
         numbers: what the logits say.
         notes: what a reader should know beside the verdict.
         layers: how far each layer of the model that grew moves its input, if the copied ones were chosen by that.
+        no_certificate: why none could be stated, if it was tried.
     """
 
     certificate: Certificate | None
     numbers: Numbers | None
     notes: tuple[str, ...] = ()
     layers: tuple[MeasuredLayer, ...] = ()
+    no_certificate: str = ""
 
     @property
-    def same(self) -> bool:
-        """Whether A and B compute the same function, by everything that was looked at."""
-        by_bytes = self.certificate is None or self.certificate.holds
-        return by_bytes and (self.numbers is None or self.numbers.same)
+    def verdict(self) -> Verdict:
+        """The strongest statement that everything looked at allows.
+
+        `same-bytes`: B has A's weights byte for byte, and a configuration that means the same. `certified`: every
+        condition on B's bytes holds. `indistinguishable`: no certificate could be stated, and on these tokens rounding
+        explains what differs. `not-certified`: B's bytes break a condition, which the logits, if they were compared,
+        do not show. `different`: the logits differ by more than rounding.
+        """
+        if self.numbers and not self.numbers.within_rounding:
+            return "different"
+        if self.certificate is None:
+            return "indistinguishable"
+        if not self.certificate.holds:
+            return "not-certified"
+        return "same-bytes" if self.certificate.is_identity else "certified"
+
+    @property
+    def same(self) -> bool | None:
+        """Whether B computes A's function: True if that is proven, False if it is not so, None if it is unknown."""
+        return {"same-bytes": True, "certified": True, "indistinguishable": None}.get(self.verdict, False)
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in words, no stronger than it is."""
+        certificate, numbers = self.certificate, self.numbers
+        match self.verdict:
+            case "same-bytes":
+                return "B has A's weights, byte for byte, and the same configuration: the same function."
+            case "certified":
+                return (
+                    "B computes A's function: every condition on its configuration and its weights holds "
+                    f"({certificate.precision if certificate else ''}). That is the function in exact arithmetic; "
+                    "computed in B's dtype, sums may round otherwise than in A."
+                )
+            case "indistinguishable" if numbers:
+                return (
+                    f"Indistinguishable at {numbers.rounding} rounding on {numbers.difference.tokens} tokens. "
+                    f"{_blind_spot(numbers)} That B computes A's function is not proven."
+                )
+            case "not-certified" if certificate:
+                faults = [*certificate.broken_fields, *certificate.violations]
+                more = f" {len(faults) - 1} more are broken." if len(faults) > 1 else ""
+                unseen = f" The logits do not show it: {_blind_spot(numbers)}" if numbers else ""
+                return f"Not A's function by B's bytes. {faults[0]}{more}{unseen}"
+            case _:
+                tokens = numbers.difference.tokens if numbers else 0
+                broken = certificate is not None and not certificate.holds
+                agree = " B's bytes break conditions too." if broken else ""
+                return f"Different: on {tokens} tokens the logits differ by more than rounding explains.{agree}"
+
+
+def _blind_spot(numbers: Numbers) -> str:
+    share = numbers.blind_to / numbers.difference.max_logit
+    return (
+        f"Errors of the logits up to {numbers.blind_to:.2g} in root mean square ({share:.2g} of the largest logit) "
+        "cannot be seen by them."
+    )
 
 
 def verify_checkpoints(
@@ -62,15 +119,17 @@ def verify_checkpoints(
 ) -> Verification:
     """Find out whether B, grown or converted from A, computes A's function.
 
-    From bytes (the certificate): the conditions follow from both config.json and the map of layers in B's
-    manifest.json; every byte is held against them, in bounded memory and without torch. From numbers: both models'
-    logits on a text, against A's own rounding. What is loaded takes transformers' Llama; what does not fit in memory is
-    computed layer by layer from the files, a few blocks at a time.
+    From bytes (the certificate), whenever the conditions can be stated: they follow from both config.json and the map
+    of layers in B's record; every byte is held against them, in bounded memory and without torch. From numbers: both
+    models' logits on a text, against A's own rounding; they can show a difference, never that there is none. What is
+    loaded takes transformers' Llama; what does not fit in memory is computed layer by layer from the files, a few
+    blocks at a time.
 
     Args:
         a: folder of the source.
         b: folder of what was made from it.
-        growth: whether to certify from bytes; by default if there is no text.
+        growth: True: a certificate has to be stated, whatever the text says; False: none is. By default it is made
+            where it can be stated, and has to be where there is no text.
         text: a file of text, UTF-8, to compare logits on.
         dtype: what to compute logits in: `float64`, `float32` or `bfloat16`.
         forward: `loaded`, `streamed`, or `auto`: loaded if the larger model fits in free memory.
@@ -92,11 +151,20 @@ def verify_checkpoints(
         input_ids = tokenize(first, Path(text), max_tokens)
         _check_ids(input_ids, first, second)
         notes += _compare_tokenizers(first, second)
-    certificate = None
-    if growth or (growth is None and text is None):
-        with progress("reading") as advance:
-            certificate = certify(a, b, workers=workers, progress=advance)
-        notes += certificate.notes
+    certificate, no_certificate = None, ""
+    if growth is not False:
+        try:
+            with progress("reading") as advance:
+                certificate = certify(a, b, workers=workers, progress=advance)
+            if not certificate.tensors and text is not None and not growth:  # not even comparable, as when B is smaller
+                no_certificate, certificate = str(certificate.broken_fields[0]), None
+        except CorruptData:
+            raise
+        except CheckpointError as error:
+            if growth or text is None:
+                raise
+            no_certificate = str(error)
+        notes += certificate.notes if certificate else [f"No certificate from the bytes: {no_certificate}"]
     numbers = None
     if input_ids is not None:
         numbers = compare_numbers(
@@ -104,7 +172,7 @@ def verify_checkpoints(
         )
     if certificate is None and numbers is None:
         raise CheckpointError("nothing to verify by: growth is False and there is no text.")
-    return Verification(certificate, numbers, tuple(notes), layers)
+    return Verification(certificate, numbers, tuple(notes), layers, no_certificate)
 
 
 # The text.

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 A = Annotated[Path, typer.Argument(metavar="A", help="Folder of the source.")]
 B = Annotated[Path, typer.Argument(metavar="B", help="Folder of what was made from it.")]
-GrowthFlag = Annotated[bool, typer.Option("--growth", help="Certify from the bytes; the default without --text.")]
+GrowthFlag = Annotated[
+    bool, typer.Option("--growth", help="Insist on a certificate; with --text it is made only if possible.")
+]
 Text = Annotated[Path | None, typer.Option(metavar="FILE", help="Text to compare logits on.")]
 ComputeDtype = Annotated[str, typer.Option(help="What logits are computed in: float64, float32 or bfloat16.")]
 ForwardPass = Annotated[str, typer.Option(help="loaded, streamed from the files, or auto: loaded if it fits.")]
@@ -51,7 +53,11 @@ def verify(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Do A and B compute the same function? Exit status 3 if they do not."""
+    """Does B compute A's function? By its bytes, and with --text by its logits too.
+
+    The last line says what was found, no stronger than it is; --json has it as "verdict": same-bytes, certified,
+    indistinguishable (by the logits alone: exit status 0, but no proof), not-certified or different (exit status 3).
+    """
     from growth.verification.verify import verify_checkpoints
     from teleflm.reports.page import check_report_folder
 
@@ -78,7 +84,7 @@ def verify(
             print_json(describe(verification))
         else:
             _print(verification, report)
-    if not verification.same:
+    if verification.same is False:
         raise typer.Exit(EXIT_NO)
 
 
@@ -95,7 +101,8 @@ def _print(verification: "Verification", report: Path | None) -> None:
         console.print(f"- {note}", markup=False)
     if report:
         console.print(f"Report: {report}/index.html", markup=False)
-    console.print("[bold green]A and B compute the same function." if verification.same else "[bold red]No.")
+    style = {True: "bold green", False: "bold red", None: "bold"}[verification.same]
+    console.print(verification.sentence, style=style, markup=False)
 
 
 def _print_certificate(console: "Console", certificate: "Certificate") -> None:

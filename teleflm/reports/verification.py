@@ -83,7 +83,12 @@ def summarise(certificate: Certificate) -> list[SummaryLine]:
 
 def describe(verification: Verification) -> dict[str, Any]:
     """A verification as one JSON object."""
-    result: dict[str, Any] = {"same": verification.same, "notes": list(verification.notes)}
+    result: dict[str, Any] = {
+        "verdict": verification.verdict,
+        "same": verification.same,
+        "sentence": verification.sentence,
+        "notes": list(verification.notes),
+    }
     if verification.certificate:
         certificate = verification.certificate
         result["certificate"] = {
@@ -97,7 +102,8 @@ def describe(verification: Verification) -> dict[str, Any]:
         numbers = verification.numbers
         result["numbers"] = {
             **asdict(numbers),
-            "same": numbers.same,
+            "within_rounding": numbers.within_rounding,
+            "blind_to_rms": numbers.blind_to,
             "reason": numbers.reason,
             "histogram_bins": list(BINS),
         }
