@@ -9,25 +9,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
+
 from conversion.architecture import Architecture, load_config, load_preset, package_folder, preset_names
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execute
 from conversion.checkpoint.manifest import parent_record
-from conversion.checkpoint.plan import CheckpointPlan
+from conversion.checkpoint.plan import CheckpointPlan, Copy
 from conversion.checkpoint.sources import Source, open_checkpoint
 from conversion.hub.contents import count_pieces, hub_config, hub_sidecars, lineage_steps, model_card
 from conversion.mapping import check_tensors, weights
 
 from .fold import MASKED_CODE, MASKED_MODEL_TYPE, MaskState
 from .layer_distance import LayerDistance, measure_layer_distances, nearest_layers, read_calibration
+from .notes import growth_notes
 from .operators import grow_weight
-from .spec import Growth, check_same_function, plan_target
+from .request import check_honoured, check_request
+from .spec import Growth, plan_target
 
 if TYPE_CHECKING:
     from .moments import AdamState
 
-SHORT_MASKS = 2000
 _MASKED_STEP = (
     "What is new is behind masks, which {} steps of training raise: a checkpoint for training, made known by "
     "`import growth.training.masks`; `teleflm fold` writes a plain model."
@@ -75,7 +78,7 @@ def grow_checkpoint(
         source: folder of a Tele-FLM checkpoint, safetensors or `.bin`.
         out: folder to write: new, or the finished result of the same call.
         target: a preset's name, the path of a config.json, its content, or None for the source's own.
-        overrides: fields of the configuration on top of `target`.
+        overrides: fields of the configuration on top of `target`, each of which is meant: none is ignored.
         method: `zero`: new entries that write the residual stream are zero. `tile`: features, heads and neurons are
             repeated; for a hidden_size that is a multiple of the old one. `mask`: new entries are random everywhere,
             in a checkpoint for training whose masks silence them at first.
@@ -97,9 +100,9 @@ def grow_checkpoint(
     """
     options = options or WriteOptions()
     checkpoint = open_checkpoint(source)
-    requested = {**_requested(target), **(overrides or {})}
-    check_same_function(checkpoint.config or {}, requested)
     architecture = source_architecture(checkpoint)
+    given, meant = _requested(target), dict(overrides or {})
+    requested, asked = check_request(checkpoint.config or {}, given, meant)
     distances = _layer_distances(checkpoint, layers, calibration, options.workers, dry_run)
     extra = requested.get("num_hidden_layers", architecture.num_hidden_layers) - architecture.num_hidden_layers
     growth = plan_target(
@@ -112,9 +115,15 @@ def grow_checkpoint(
         noise=noise if method == "tile" else 0.0,
         mask_steps=mask_steps if method == "mask" else 0,
     )
+    asked += check_honoured(growth.source, growth.target, given, meant)
     plan = plan_growth(checkpoint, growth, dtype=parse_dtype(dtype) if dtype else None, seed=seed, distances=distances)
     adam = _read_optimizer(optimizer, growth)
-    notes = [*_notes(growth), *_layer_notes(layers, growth, distances), _optimizer_note(adam)]
+    notes = [
+        *asked,
+        *growth_notes(growth, plan.tensors[0].dtype),
+        *_layer_notes(layers, growth, distances),
+        _optimizer_note(adam),
+    ]
     result = execute(plan, Path(out), options, notes, dry_run=dry_run)
     if adam and result.written and options.rank == 0:
         _write_optimizer(adam, growth, Path(out))
@@ -166,7 +175,22 @@ def plan_growth(
         sidecars[MASKED_CODE] = str(package_folder() / MASKED_CODE)
     plan = CheckpointPlan(tuple(tensors), config, sidecars, lineage, seed)
     plan.check()
+    _check_factors(plan)
     return plan
+
+
+def _check_factors(plan: CheckpointPlan) -> None:
+    """Refuse a factor so near 1 that rounding undoes it everywhere, which no rounding of single values makes up for."""
+    for tensor in plan.tensors:
+        nearest = 2.0 ** -(ml_dtypes.finfo(tensor.dtype.numpy).nmant + 2)
+        for piece in tensor.pieces:
+            if not isinstance(piece, Copy) or piece.source.dtype != tensor.dtype:
+                continue
+            if piece.scale != 1.0 and abs(piece.scale - 1.0) < nearest:
+                raise CheckpointError(
+                    f"{tensor.name} has to be multiplied by {piece.scale:.9g}, which {tensor.dtype} rounds away: every "
+                    "product would be the value it was made from. Choose a dtype with more digits, for example float32."
+                )
 
 
 def _layer_distances(
@@ -263,45 +287,3 @@ def _lineage(checkpoint: Source, growth: Growth) -> dict[str, Any]:
         "layers": [{"source": origin.source, "copy": origin.is_copy} for origin in growth.layers],
         "parent": parent_record(Path(checkpoint.folder)),
     }
-
-
-def _notes(growth: Growth) -> list[str]:
-    """What a user should know about this growth."""
-    source, target = growth.source, growth.target
-    notes = []
-    copies = target.hidden_size // source.hidden_size
-    if growth.method == "tile" and copies > 1:
-        notes.append(
-            f"Train on with 1/{copies} of the learning rate: a step moves each of the {copies} copies that make up an "
-            "old weight."
-        )
-        if not growth.noise:
-            notes.append("Without noise the copies stay equal for ever, and the new capacity is never used.")
-    if growth.method == "mask":
-        notes.append(
-            "A checkpoint for training: at step 0 its masks silence what is new. `teleflm train` raises them "
-            f"over {growth.mask_steps} steps; `teleflm fold` writes the plain model of any moment."
-        )
-        if growth.mask_steps < SHORT_MASKS:
-            notes.append(
-                f"mask_steps {growth.mask_steps} is short: untrained weights that speak up within less than "
-                f"{SHORT_MASKS} steps disturb the model before they have adapted. MSG uses 5000."
-            )
-    if growth.norm_scale != 1.0:
-        notes.append(
-            f"Norm weights are multiplied by {growth.norm_scale:.6g} and rms_norm_eps becomes "
-            f"{target.rms_norm_eps:.6g}: the mean square of a wider stream is smaller."
-        )
-    if source.vocab_size != target.vocab_size:
-        known = growth.unused_rows is not None and growth.unused_rows < source.vocab_size
-        notes.append(
-            f"New lm_head rows repeat the mean of the {source.vocab_size - growth.unused_rows} rows without a piece."
-            if known and growth.unused_rows is not None
-            else "The source has no unused vocabulary rows: old logits are kept exactly, but the new rows take part in "
-            "the softmax, so probabilities change slightly."
-        )
-    if growth.head_scale != 1.0:
-        notes.append(f"lm_head is multiplied by {growth.head_scale:.6g} to make up for the new logit multiplier.")
-    if growth.embedding_scale != 1.0:
-        notes.append(f"input_mult is folded into embed_tokens, multiplied by {growth.embedding_scale:.6g}.")
-    return notes

@@ -13,11 +13,10 @@ from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError
 
 from .layer_selection import LayerOrigin, select_layers
+from .request import GROWN
 
 METHODS = ("zero", "tile", "mask")
 MULTIPLIERS = ("preserve", "target")
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-_FUNCTION = ("hidden_act", "rope_parameters")  # beside the numbers: a different value is a different function
 
 
 @dataclass(frozen=True)
@@ -103,10 +102,11 @@ def plan_target(
     if multipliers not in MULTIPLIERS:
         raise CheckpointError(f"multipliers is {multipliers!r}, expected one of {', '.join(MULTIPLIERS)}.")
     target = _target_architecture(source, requested)
-    for field in (*_SIZES, "vocab_size"):
+    for field in GROWN:
         old, new = getattr(source, field), getattr(target, field)
         if new < old:
             raise CheckpointError(f"{field} would shrink from {old} to {new}; growth only adds.")
+    _check_head_dim(source, target, is_given=requested.get("head_dim") is not None)
     _check_attention(source, target)
     target = _with_multipliers(source, target, multipliers)
     if method == "tile" and target.hidden_size % source.hidden_size:
@@ -137,18 +137,31 @@ def _target_architecture(source: Architecture, requested: Mapping[str, Any]) -> 
         changes.setdefault("num_key_value_heads", changes["num_attention_heads"])  # multi-head attention stays so
     changes["rms_norm_eps"] = source.rms_norm_eps  # follows from the widths
     base = source.to_config({})
-    if "head_dim" not in changes and {"hidden_size", "num_attention_heads"} & changes.keys():
+    derived = source.head_dim * source.num_attention_heads == source.hidden_size
+    if derived and "head_dim" not in changes and {"hidden_size", "num_attention_heads"} & changes.keys():
         del base["head_dim"]  # as config.json has it: hidden_size / num_attention_heads, checked against the source's
     return Architecture.from_config({**base, **changes}, where="target")
 
 
-def _check_attention(source: Architecture, target: Architecture) -> None:
-    if target.head_dim != source.head_dim:
+def _check_head_dim(source: Architecture, target: Architecture, *, is_given: bool) -> None:
+    if target.head_dim == source.head_dim:
+        return
+    reason = "rotary frequencies and the softmax scale depend on it"
+    if is_given:
         raise CheckpointError(
-            f"head_dim would change from {source.head_dim} to {target.head_dim} (hidden_size {target.hidden_size} / "
-            f"num_attention_heads {target.num_attention_heads}): rotary frequencies and the softmax scale depend on "
-            f"it; use num_attention_heads {target.hidden_size // source.head_dim}."
+            f"head_dim is asked to be {target.head_dim}, the source has {source.head_dim}: {reason}; "
+            f"ask for head_dim {source.head_dim}."
         )
+    heads, rest = divmod(target.hidden_size, source.head_dim)
+    fitting = f"num_attention_heads {heads}" if not rest and heads >= source.num_attention_heads else ""
+    raise CheckpointError(
+        f"head_dim would change from {source.head_dim} to {target.head_dim} (hidden_size {target.hidden_size} / "
+        f"num_attention_heads {target.num_attention_heads}): {reason}; use "
+        f"{' or '.join(filter(None, (fitting, f'head_dim {source.head_dim}')))}."
+    )
+
+
+def _check_attention(source: Architecture, target: Architecture) -> None:
     copies = key_value_copies(source, target)
     if target.num_key_value_heads < source.num_key_value_heads * copies:
         raise CheckpointError(
@@ -181,36 +194,14 @@ def _check_tied(growth: Growth) -> None:
     """With one matrix for embedding and head, only growth that treats both alike can be preserved."""
     if not growth.source.tie_word_embeddings:
         return
-    if growth.source.hidden_size != growth.target.hidden_size:
+    if growth.method != "zero" and growth.source.hidden_size != growth.target.hidden_size:
         raise CheckpointError(
             f"tie_word_embeddings is true and hidden_size would grow from {growth.source.hidden_size} to "
-            f"{growth.target.hidden_size}: the embedding needs zeros where the head needs weights; untie them first."
+            f"{growth.target.hidden_size} by {growth.method}: the head would read what the embedding repeats or draws "
+            "at random; use the method zero, where the new columns are zero for both."
         )
     if growth.head_scale != 1.0 or growth.embedding_scale != 1.0:
         raise CheckpointError(
             f"tie_word_embeddings is true and the multipliers change (embeddings x {growth.embedding_scale:.6g}, "
             f"head x {growth.head_scale:.6g}): one matrix cannot take both; untie them first."
         )
-
-
-def check_same_function(source: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
-    """Check the requested fields that are not numbers of the architecture but decide the function.
-
-    Raises:
-        CheckpointError: the activation or the rotary embedding would change.
-    """
-    old, new = _comparable(source), _comparable(requested)
-    for field in _FUNCTION:
-        if field in new and old.get(field) != new[field]:
-            raise CheckpointError(f"{field} would change from {old.get(field)} to {new[field]}; growth keeps it.")
-
-
-def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Old and new spellings of the rotary settings, in the new one."""
-    given = {field: config[field] for field in _FUNCTION if config.get(field) is not None}
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    if rope or config.get("rope_theta") is not None:
-        rope.setdefault("rope_type", rope.pop("type", "default"))
-        rope.setdefault("rope_theta", config.get("rope_theta", 10000))
-        given["rope_parameters"] = {key: float(v) if isinstance(v, int) else v for key, v in rope.items()}
-    return given

@@ -109,6 +109,9 @@ def compare(source: Path, out: Path, dtype: torch.dtype = torch.float64) -> Logi
         pytest.param(GROUPED, heads(8, 8), id="GQA 8/2 to 8/8"),
         pytest.param(heads(6, 2), heads(10, 5), id="GQA 6/2 to 10/5: groups of 3 over groups of 2"),
         pytest.param(TIED, {"vocab_size": 704, "num_hidden_layers": 5, "intermediate_size": 96}, id="tied"),
+        pytest.param(TIED, {**ALL_AXES, "mup_scale_factor": 4.0}, id="tied, everything"),
+        pytest.param({}, {"hidden_size": 40, "head_dim": 8}, id="hidden without heads"),
+        pytest.param({"head_dim": 16}, {"hidden_size": 40, "num_attention_heads": 5}, id="heads wider than hidden"),
     ],
 )
 def test_preserves_the_function(fields, target, make_source, tmp_path):
@@ -525,7 +528,7 @@ DEEPER = {"num_hidden_layers": 4}
         ({}, {"num_hidden_layers": 2}, "num_hidden_layers would shrink from 3 to 2"),
         ({}, {"vocab_size": 639}, "vocab_size would shrink from 640 to 639"),
         ({}, {"hidden_size": 40}, "head_dim would change from 8 to 10.*num_attention_heads 5"),
-        ({}, {"head_dim": 16}, "head_dim would change from 8 to 16"),
+        ({}, {"head_dim": 16}, "head_dim is asked to be 16, the source has 8.*ask for head_dim 8"),
         ({}, {"hidden_size": 33}, "hidden_size 33 is not a multiple of num_attention_heads 4"),
         ({}, heads(8, 6), "num_attention_heads 8 is not a multiple of num_key_value_heads 6"),
         (heads(6, 2), heads(6, 3), "num_key_value_heads 3 is too few.*needs 2 copies; use at least 4"),
@@ -536,7 +539,6 @@ DEEPER = {"num_hidden_layers": 4}
         ({}, {"rope_theta": 500000}, "rope_parameters would change"),
         ({}, {"hidden_act": "gelu"}, "hidden_act would change from silu to gelu"),
         ({}, {"tie_word_embeddings": True}, "tie_word_embeddings would change from False to True"),
-        (TIED, WIDER, "tie_word_embeddings is true and hidden_size would grow from 32 to 40"),
         ({"tie_word_embeddings": True}, DEEPER, "tie_word_embeddings is true and the multipliers change"),
         ({}, "tele-flm-53b", "no preset 'tele-flm-53b'; known presets: .*tele-flm-1t"),
         ({}, "tele-flm-52b", "head_dim would change from 8 to 128"),
@@ -547,6 +549,106 @@ def test_targets_that_are_refused(fields, target, message, make_source, tmp_path
     with pytest.raises(CheckpointError, match=message):
         grow_checkpoint(make_source(**fields), tmp_path / "out", target)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"hiden_size": 96}, r"hiden_size is no field .*did you mean hidden_size\?"),
+        ({"num_layers": 96}, r"num_layers is no field .*did you mean num_hidden_layers\?"),
+        ({"colour": "red"}, r"colour is no field .*growth sets hidden_size, .*mup_scale_factor"),
+        ({"rms_norm_eps": 1e-3}, "rms_norm_eps is no field that growth sets: it follows from the widths"),
+        ({"use_cache": False}, r"use_cache is no field that growth sets: change it in the config\.json of OUT"),
+        ({"hidden_size": None}, "hidden_size is null, expected a value"),
+        ({"hidden_size": 40.5, "num_attention_heads": 5}, r"hidden_size is 40\.5, expected an integer"),
+        ({"hidden_size": True}, "hidden_size is True, expected an integer"),
+        ({"hidden_size": -40}, "hidden_size is -40; it must be finite and above 0"),
+        ({"output_mult": 0.3}, r"output_mult is asked to be 0\.3, but has to be .*use --multipliers target"),
+        ({"use_mup": False}, "use_mup is asked to be False, but has to be"),
+        ({"attention_bias": True}, "attention_bias would change from False to True"),
+        ({"hidden_size": 32}, "nothing would grow: .*`teleflm convert` copies"),
+    ],
+)
+def test_what_is_asked_for_is_done_or_refused(overrides, message, make_source, tmp_path):
+    source = make_source(input_mult=1.0)
+    with pytest.raises(CheckpointError, match=message):
+        grow_checkpoint(source, tmp_path / "out", overrides=overrides)
+    if (
+        None not in overrides.values()
+        and not {"rms_norm_eps", "use_cache", "output_mult", "use_mup"} & overrides.keys()
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            grow_checkpoint(source, tmp_path / "out", overrides)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_target_has_and_growth_keeps_is_noted(source, tmp_path):
+    target = {**WIDER, "rms_norm_eps": 1e-5, "use_cache": False, "max_position_embeddings": 4096, "output_mult": 9.0}
+    notes = "\n".join(grow_checkpoint(source, tmp_path / "out", target, dry_run=True).notes)
+    assert "Not taken from the target, which differs in them: max_position_embeddings, use_cache." in notes
+    assert re.search(r"output_mult is [\d.]+, not the target's 9, which keeps what the model computes", notes)
+
+
+@pytest.mark.parametrize("missing", ["rope_parameters", "hidden_act"])
+def test_a_source_that_leaves_defaults_out(missing, make_source, tmp_path):
+    """As transformers reads it: rope_theta 10000, silu."""
+    source = make_source()
+    config = json.loads((source / "config.json").read_bytes())
+    del config[missing]
+    (source / "config.json").write_text(json.dumps(config))
+    same = {"rope_theta": 10000.0} if missing == "rope_parameters" else {"hidden_act": "silu"}
+    grow_checkpoint(source, tmp_path / "out", {**WIDER, **same})
+    assert compare(source, tmp_path / "out").relative < 1e-12
+    other = {"rope_theta": 5e5} if missing == "rope_parameters" else {"hidden_act": "gelu"}
+    with pytest.raises(CheckpointError, match="would change from"):
+        grow_checkpoint(source, tmp_path / "other", {**WIDER, **other})
+
+
+def test_new_columns_of_a_tied_head_learn(make_source, tmp_path):
+    """They are zeros, as an embedding's must be; the gradient comes through the readers of the stream."""
+    grow_checkpoint(make_source(**TIED), tmp_path / "out", WIDER)
+    model = load(tmp_path / "out", torch.float64)
+    model(IDS, labels=IDS).loss.backward()
+    new = model.model.embed_tokens.weight.grad[:, 32:]
+    assert torch.count_nonzero(model.model.embed_tokens.weight[:, 32:]) == 0
+    assert (new[IDS.unique()].abs().amax(1) > 0).all()
+
+
+@pytest.mark.parametrize("method", ["tile", "mask"])
+def test_tied_width_grows_by_zeros_alone(method, make_source, tmp_path):
+    with pytest.raises(CheckpointError, match=f"tie_word_embeddings is true .* by {method}: .*use the method zero"):
+        grow_checkpoint(make_source(**TIED), tmp_path / "out", heads(8, 8), method=method)
+
+
+def test_a_factor_that_the_dtype_cannot_express_is_refused(make_source, tmp_path):
+    """sqrt(512 / 513) in bfloat16: the products would all be what they were."""
+    source = make_source(torch.bfloat16, hidden_size=512, num_attention_heads=1, num_key_value_heads=1, head_dim=8)
+    target = {"hidden_size": 513, "head_dim": 8}
+    with pytest.raises(CheckpointError, match=r"multiplied by 0\.99902\d+, which bfloat16 rounds away.*float32"):
+        grow_checkpoint(source, tmp_path / "out", target)
+    grow_checkpoint(source, tmp_path / "out", target, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "expected", "unexpected"),
+    [
+        (
+            WIDER,
+            {"dtype": "bfloat16"},
+            "exact arithmetic. Computed in bfloat16, norm weights x 0.8944 are rounded",
+            None,
+        ),
+        (heads(16, 16), {"dtype": "bfloat16"}, "Computed in bfloat16, sums are longer", "are rounded"),
+        (WIDER, {}, "`teleflm train --mup_base_width 32`", "exact arithmetic"),
+        (DEEPER, {"dtype": "bfloat16"}, "No optimizer state", "exact arithmetic"),
+        ({"num_hidden_layers": 6}, {"layers": "0,0,2"}, "Layers 0 are copied more than once", None),
+        (DEEPER, {}, "No optimizer state", "more than once"),
+    ],
+)
+def test_notes(target, arguments, expected, unexpected, source, tmp_path):
+    notes = "\n".join(grow_checkpoint(source, tmp_path / "out", target, dry_run=True, **arguments).notes)
+    assert expected in notes
+    assert unexpected is None or unexpected not in notes
 
 
 @pytest.mark.parametrize(

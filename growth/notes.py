@@ -1,0 +1,97 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What a user should know about a growth, beside its numbers."""
+
+import math
+from collections import Counter
+
+from conversion.checkpoint.dtypes import DType
+
+from .spec import Growth
+
+SHORT_MASKS = 2000
+
+
+def growth_notes(growth: Growth, dtype: DType) -> list[str]:
+    """What a user should know about a growth, a sentence or two each.
+
+    Args:
+        growth: what grows into what.
+        dtype: of the grown model's weights.
+    """
+    source, target = growth.source, growth.target
+    notes = [*_exactness(growth, dtype), *_learning_rate(growth), *_repeated_layers(growth)]
+    if growth.method == "tile" and target.hidden_size > source.hidden_size and not growth.noise:
+        notes.append("Without noise the copies stay equal for ever, and the new capacity is never used.")
+    if growth.method == "mask":
+        notes.append(
+            "A checkpoint for training: at step 0 its masks silence what is new. `teleflm train` raises them "
+            f"over {growth.mask_steps} steps; `teleflm fold` writes the plain model of any moment."
+        )
+        if growth.mask_steps < SHORT_MASKS:
+            notes.append(
+                f"mask_steps {growth.mask_steps} is short: untrained weights that speak up within less than "
+                f"{SHORT_MASKS} steps disturb the model before they have adapted. MSG uses 5000."
+            )
+    if growth.norm_scale != 1.0:
+        notes.append(
+            f"Norm weights are multiplied by {growth.norm_scale:.6g} and rms_norm_eps becomes "
+            f"{target.rms_norm_eps:.6g}: the mean square of a wider stream is smaller."
+        )
+    if source.vocab_size != target.vocab_size:
+        known = growth.unused_rows is not None and growth.unused_rows < source.vocab_size
+        notes.append(
+            f"New lm_head rows repeat the mean of the {source.vocab_size - growth.unused_rows} rows without a piece."
+            if known and growth.unused_rows is not None
+            else "The source has no unused vocabulary rows: old logits are kept exactly, but the new rows take part in "
+            "the softmax, so probabilities change slightly."
+        )
+    if growth.head_scale != 1.0:
+        notes.append(f"lm_head is multiplied by {growth.head_scale:.6g} to make up for the new logit multiplier.")
+    if growth.embedding_scale != 1.0:
+        notes.append(f"input_mult is folded into embed_tokens, multiplied by {growth.embedding_scale:.6g}.")
+    return notes
+
+
+def _exactness(growth: Growth, dtype: DType) -> list[str]:
+    """What is the same to the last digit, and what only up to rounding."""
+    if dtype.itemsize == 8 or growth.source.hidden_size == growth.target.hidden_size:
+        return []
+    factors = [growth.norm_scale] if growth.method == "zero" else []
+    rounded = any(math.frexp(factor)[0] != 0.5 for factor in factors)
+    cause = f"norm weights x {growth.norm_scale:.4g} are rounded to {dtype}" if rounded else "sums are longer"
+    return [
+        f"The function is the source's in exact arithmetic. Computed in {dtype}, {cause}, so logits differ as they do "
+        "between two roundings of the source, and where two tokens are that close another may come first. "
+        "`teleflm verify --text` shows by how much."
+    ]
+
+
+def _learning_rate(growth: Growth) -> list[str]:
+    old, new = growth.source.hidden_size, growth.target.hidden_size
+    if growth.method == "tile" and new > old:
+        copies = new // old
+        return [
+            f"Train on with 1/{copies} of the learning rate: a step moves each of the {copies} copies that make up an "
+            "old weight."
+        ]
+    if new == old:
+        return []
+    return [
+        f"By muP, matrices of a stream {new / old:.3g} times as wide learn at {old / new:.3g} of the source's rate, "
+        f"embeddings and norms at all of it: `teleflm train --mup_base_width {old}`."
+    ]
+
+
+def _repeated_layers(growth: Growth) -> list[str]:
+    copies = Counter(origin.source for origin in growth.layers if origin.is_copy)
+    often = [str(layer) for layer, count in sorted(copies.items()) if count > 1]
+    if not often:
+        return []
+    some = ", ".join(often[:6]) + (", ..." if len(often) > 6 else "")
+    return [
+        f"Layers {some} are copied more than once: copies of one layer start alike and hardly part in training. Grow "
+        "in two stages with training between them, or list other layers with --layers."
+    ]

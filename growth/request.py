@@ -1,0 +1,155 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What is asked of a growth, held against what growth can do: nothing that was asked for is dropped without a word."""
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from conversion.architecture import MODEL_TYPE, Architecture, rope_parameters
+from conversion.checkpoint.errors import CheckpointError
+
+GROWN = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+MULTIPLIER_FIELDS = ("use_mup", "input_mult", "output_mult", "mup_scale_factor")
+_ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
+# They decide what the model computes; each with its value in a config.json that does not say.
+_KEPT: dict[str, Any] = {
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "model_type": MODEL_TYPE,
+}
+# About files, training or generation: the grown model has the source's.
+_HARMLESS = (
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "auto_map",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "initializer_range",
+    "is_encoder_decoder",
+    "label2id",
+    "max_position_embeddings",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "pretraining_tp",
+    "problem_type",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
+_KNOWN = (*GROWN, *MULTIPLIER_FIELDS, "head_dim", "rms_norm_eps", *_ROPE, *_KEPT, *_HARMLESS)
+
+
+def check_request(
+    source: Mapping[str, Any], target: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Check that every field that is asked for is one that growth grows, or keeps at the value asked for.
+
+    Args:
+        source: content of the source's config.json.
+        target: the configuration to grow into, complete (a preset, a config.json) or some fields. Fields in it that do
+            not change what the model computes may differ: they are kept as the source has them, which is noted.
+        overrides: fields on top of it, each of which is meant.
+
+    Returns:
+        The fields that are asked for, and notes on those that are not taken over.
+
+    Raises:
+        CheckpointError: a field is unknown, or growth cannot give it the value; the message names both values.
+    """
+    for given in (target, overrides):
+        for key in given:
+            if key not in _KNOWN and key not in source:
+                raise CheckpointError(_unknown(key))
+    for key, value in overrides.items():
+        if value is None:
+            raise CheckpointError(f"{key} is null, expected a value; leave it out to keep the source's.")
+        if key not in (*GROWN, *MULTIPLIER_FIELDS, "head_dim", *_ROPE, *_KEPT):
+            follows = key == "rms_norm_eps"
+            reason = "it follows from the widths" if follows else "change it in the config.json of OUT afterwards"
+            raise CheckpointError(f"{key} is no field that growth sets: {reason}; leave it out.")
+    requested = {key: value for key, value in {**target, **overrides}.items() if value is not None}
+    _check_kept(source, requested)
+    return requested, _differing(source, target)
+
+
+def check_honoured(
+    source: Architecture, target: Architecture, given: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> list[str]:
+    """Check that the multipliers that were asked for are those that came out, and that anything changes at all.
+
+    Args:
+        source, target: what grows into what, worked out.
+        given: see `check_request`, as `target`.
+        overrides: see `check_request`.
+
+    Returns:
+        Notes on multipliers of `given` that are not taken over.
+
+    Raises:
+        CheckpointError: an override is not taken over, or nothing grows.
+    """
+    notes = []
+    for field in MULTIPLIER_FIELDS:
+        asked, found = overrides.get(field, given.get(field)), getattr(target, field)
+        if asked is None or _equal(asked, found):
+            continue
+        if field in overrides:
+            way = "it is folded into embed_tokens" if field == "input_mult" else "use --multipliers target"
+            raise CheckpointError(
+                f"{field} is asked to be {asked}, but has to be {found:g} for logits as before: {way}, or leave it out."
+            )
+        notes.append(f"{field} is {found:g}, not the target's {asked:g}, which keeps what the model computes.")
+    if target == source:
+        raise CheckpointError(
+            "nothing would grow: every size and multiplier asked for is the source's; `teleflm convert` copies a model."
+        )
+    return notes
+
+
+def _unknown(key: str) -> str:
+    near = difflib.get_close_matches(key, _KNOWN, 1, 0.6)
+    hint = f"did you mean {near[0]}?" if near else f"growth sets {', '.join((*GROWN, *MULTIPLIER_FIELDS))}."
+    return f"{key} is no field of a Tele-FLM's configuration; {hint}"
+
+
+def _check_kept(source: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
+    pairs = [(key, source.get(key, default), requested.get(key)) for key, default in _KEPT.items()]
+    if any(key in requested for key in _ROPE):
+        pairs.append(("rope_parameters", rope_parameters(source), rope_parameters(requested)))
+    own = {key for key in source if key not in _KNOWN and not isinstance(source[key], dict | list)}
+    pairs += [(key, source[key], requested.get(key)) for key in sorted(own)]
+    for key, old, new in pairs:
+        if new is not None and old is not None and old != new:
+            raise CheckpointError(f"{key} would change from {old} to {new}; growth keeps it.")
+
+
+def _differing(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[str]:
+    names = [
+        key for key in _HARMLESS if target.get(key) is not None and key in source and target[key] != source.get(key)
+    ]
+    return [f"Not taken from the target, which differs in them: {', '.join(names)}."] if names else []
+
+
+def _equal(asked: Any, found: Any) -> bool:
+    if isinstance(asked, bool) or isinstance(found, bool):
+        return asked is found
+    return math.isclose(asked, found, rel_tol=1e-12)
