@@ -611,7 +611,7 @@ def test_new_columns_of_a_tied_head_learn(make_source, tmp_path):
     model(IDS, labels=IDS).loss.backward()
     new = model.model.embed_tokens.weight.grad[:, 32:]
     assert torch.count_nonzero(model.model.embed_tokens.weight[:, 32:]) == 0
-    assert (new[IDS.unique()].abs().amax(1) > 0).all()
+    assert (new[IDS[:, :-1].unique()].abs().amax(1) > 0).all()
 
 
 @pytest.mark.parametrize("method", ["tile", "mask"])
@@ -635,7 +635,7 @@ def test_a_factor_that_the_dtype_cannot_express_is_refused(make_source, tmp_path
         (
             WIDER,
             {"dtype": "bfloat16"},
-            "exact arithmetic. Computed in bfloat16, norm weights x 0.8944 are rounded",
+            "Computed in bfloat16, norm weights x 0.8944 are rounded",
             None,
         ),
         (heads(16, 16), {"dtype": "bfloat16"}, "Computed in bfloat16, sums are longer", "are rounded"),
