@@ -26,6 +26,7 @@ from demo.__main__ import FULL, QUICK, Run, Text, collect_corpus, pack, pretrain
 from demo.report import Report
 from evaluation.logits import checkpoint_logits
 from growth import grow_checkpoint, verify_checkpoints
+from growth.method import Tile
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
@@ -42,7 +43,7 @@ def growths(d: int, heads: int, ffn: int, layers: int, rows: int) -> dict[str, t
         "width x 1.25": (wide[1.25], {}),
         "width x 2": (wide[2], {}),
         "width x 4": (wide[4], {}),
-        "width x 2, tile": (wide[2], {"method": "tile"}),
+        "width x 2, tile": (wide[2], {"method": Tile()}),
     }
 
 

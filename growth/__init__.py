@@ -13,13 +13,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .fold import fold_masks
     from .grow import GrowthResult, grow_checkpoint, plan_growth
+    from .method import Mask, Method, Tile, Zero
     from .spec import Growth
     from .verification.verify import Verification, verify_checkpoints
 
 __all__ = [
     "Growth",
     "GrowthResult",
+    "Mask",
+    "Method",
+    "Tile",
     "Verification",
+    "Zero",
     "fold_masks",
     "grow_checkpoint",
     "plan_growth",
@@ -29,10 +34,14 @@ __all__ = [
 _MODULES = {
     "Growth": "spec",
     "GrowthResult": "grow",
+    "Mask": "method",
+    "Method": "method",
+    "Tile": "method",
+    "Verification": "verification.verify",
+    "Zero": "method",
     "fold_masks": "fold",
     "grow_checkpoint": "grow",
     "plan_growth": "grow",
-    "Verification": "verification.verify",
     "verify_checkpoints": "verification.verify",
 }
 

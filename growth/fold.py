@@ -66,8 +66,8 @@ class MaskState:
         return min(self.step / self.total_steps, 1.0)
 
     @classmethod
-    def of_growth(cls, growth: Growth) -> "MaskState":
-        """The masks of a growth, before the first step."""
+    def of_growth(cls, growth: Growth, steps: int) -> "MaskState":
+        """The masks of a growth, before the first of the steps over which they rise."""
         target = growth.target
         old_heads = {
             key_value * target.group_size + query
@@ -77,7 +77,7 @@ class MaskState:
         }
         return cls(
             step=0,
-            total_steps=growth.mask_steps,
+            total_steps=steps,
             hidden_size=growth.source.hidden_size,
             intermediate_size=growth.source.intermediate_size,
             rms_norm_eps=target.rms_norm_eps,

@@ -23,6 +23,7 @@ from conversion.mapping import check_tensors, weights
 
 from .fold import MASKED_CODE, MASKED_MODEL_TYPE, MaskState
 from .layer_distance import LayerDistance, measure_layer_distances, nearest_layers, read_calibration
+from .method import Mask, Method, Zero
 from .notes import growth_notes
 from .operators import grow_weight
 from .request import check_honoured, check_request
@@ -56,9 +57,7 @@ def grow_checkpoint(
     target: str | Path | Mapping[str, Any] | None = None,
     *,
     overrides: Mapping[str, Any] | None = None,
-    method: str = "zero",
-    noise: float = 0.3,
-    mask_steps: int = 5000,
+    method: Method = Zero(),  # noqa: B008  (frozen)
     optimizer: str | Path | None = None,
     layers: str = "interleave",
     calibration: str | Path | None = None,
@@ -79,11 +78,7 @@ def grow_checkpoint(
         out: folder to write: new, or the finished result of the same call.
         target: a preset's name, the path of a config.json, its content, or None for the source's own.
         overrides: fields of the configuration on top of `target`, each of which is meant: none is ignored.
-        method: `zero`: new entries that write the residual stream are zero. `tile`: features, heads and neurons are
-            repeated; for a hidden_size that is a multiple of the old one. `mask`: new entries are random everywhere,
-            in a checkpoint for training whose masks silence them at first.
-        noise: of `tile`: what tells copies apart, as a fraction of a weight's own standard deviation; 0 for none.
-        mask_steps: of `mask`: over how many optimizer steps the masks rise from 0 to 1.
+        method: `Zero()`, `Tile(noise)` or `Mask(steps)`, see `growth.method`.
         optimizer: a checkpoint of transformers' Trainer, or its optimizer.pt, whose AdamW state grows too; needs torch.
         layers: which layers to copy, see `growth.layer_selection.select_layers`; or `distance`, those that move their
             input least on the calibration text. A dry run does not measure, and plans with `interleave` in its place.
@@ -112,8 +107,6 @@ def grow_checkpoint(
         multipliers=multipliers,
         unused_rows=count_pieces(Path(checkpoint.folder)),
         method=method,
-        noise=noise if method == "tile" else 0.0,
-        mask_steps=mask_steps if method == "mask" else 0,
     )
     asked += check_honoured(growth.source, growth.target, given, meant)
     plan = plan_growth(checkpoint, growth, dtype=parse_dtype(dtype) if dtype else None, seed=seed, distances=distances)
@@ -166,12 +159,13 @@ def plan_growth(
 
     lineage = {**_lineage(checkpoint, growth), "layer_distances": [asdict(distance) for distance in distances]}
     config = hub_config(checkpoint.config or {}, growth.target, tensors[0].dtype.name)
-    is_masked = growth.method == "mask"
-    steps = [*lineage_steps(lineage), *([_MASKED_STEP.format(growth.mask_steps)] if is_masked else [])]
+    steps = lineage_steps(lineage)
+    if isinstance(growth.method, Mask):
+        steps.append(_MASKED_STEP.format(growth.method.steps))
     card = model_card(growth.target, tensors[0].dtype.name, steps)
     sidecars = hub_sidecars(Path(checkpoint.folder), card)
-    if is_masked:
-        config = MaskState.of_growth(growth).to_config(config)
+    if isinstance(growth.method, Mask):
+        config = MaskState.of_growth(growth, growth.method.steps).to_config(config)
         sidecars[MASKED_CODE] = str(package_folder() / MASKED_CODE)
     plan = CheckpointPlan(tuple(tensors), config, sidecars, lineage, seed)
     plan.check()
@@ -279,9 +273,9 @@ def _lineage(checkpoint: Source, growth: Growth) -> dict[str, Any]:
     """The record of this growth, on top of the source's own record if it has one."""
     return {
         "operation": "grow",
-        "method": growth.method,
+        "method": growth.method.name,
         "noise": growth.noise,
-        "mask_steps": growth.mask_steps,
+        "mask_steps": growth.method.steps if isinstance(growth.method, Mask) else 0,
         "source": asdict(growth.source),
         "target": asdict(growth.target),
         "layers": [{"source": origin.source, "copy": origin.is_copy} for origin in growth.layers],

@@ -9,6 +9,7 @@ from collections import Counter
 
 from conversion.checkpoint.dtypes import DType
 
+from .method import Mask, Tile, Zero
 from .spec import Growth
 
 SHORT_MASKS = 2000
@@ -23,16 +24,16 @@ def growth_notes(growth: Growth, dtype: DType) -> list[str]:
     """
     source, target = growth.source, growth.target
     notes = [*_exactness(growth, dtype), *_learning_rate(growth), *_repeated_layers(growth)]
-    if growth.method == "tile" and target.hidden_size > source.hidden_size and not growth.noise:
+    if isinstance(growth.method, Tile) and target.hidden_size > source.hidden_size and not growth.noise:
         notes.append("Without noise the copies stay equal for ever, and the new capacity is never used.")
-    if growth.method == "mask":
+    if isinstance(growth.method, Mask):
         notes.append(
             "A checkpoint for training: at step 0 its masks silence what is new. `teleflm train` raises them "
-            f"over {growth.mask_steps} steps; `teleflm fold` writes the plain model of any moment."
+            f"over {growth.method.steps} steps; `teleflm fold` writes the plain model of any moment."
         )
-        if growth.mask_steps < SHORT_MASKS:
+        if growth.method.steps < SHORT_MASKS:
             notes.append(
-                f"mask_steps {growth.mask_steps} is short: untrained weights that speak up within less than "
+                f"mask_steps {growth.method.steps} is short: untrained weights that speak up within less than "
                 f"{SHORT_MASKS} steps disturb the model before they have adapted. MSG uses 5000."
             )
     if growth.norm_scale != 1.0:
@@ -59,7 +60,7 @@ def _exactness(growth: Growth, dtype: DType) -> list[str]:
     """What is the same to the last digit, and what only up to rounding."""
     if dtype.itemsize == 8 or growth.source.hidden_size == growth.target.hidden_size:
         return []
-    factors = [growth.norm_scale] if growth.method == "zero" else []
+    factors = [growth.norm_scale] if isinstance(growth.method, Zero) else []
     rounded = any(math.frexp(factor)[0] != 0.5 for factor in factors)
     cause = f"norm weights x {growth.norm_scale:.4g} are rounded to {dtype}" if rounded else "sums are longer"
     return [
@@ -71,7 +72,7 @@ def _exactness(growth: Growth, dtype: DType) -> list[str]:
 
 def _learning_rate(growth: Growth) -> list[str]:
     old, new = growth.source.hidden_size, growth.target.hidden_size
-    if growth.method == "tile" and new > old:
+    if isinstance(growth.method, Tile) and new > old:
         copies = new // old
         return [
             f"Train on with 1/{copies} of the learning rate: a step moves each of the {copies} copies that make up an "

@@ -44,6 +44,7 @@ from conversion.checkpoint.plan import (
 )
 from conversion.mapping import EMBED_TOKENS, LM_HEAD, Axis, Weight, axis_size
 
+from .method import Mask, Tile
 from .spec import Growth, key_value_copies
 
 _WRITERS = ("embed_tokens", "o_proj", "down_proj")  # they write the residual stream
@@ -80,7 +81,7 @@ class AxisGrowth:
 def grow_axis(axis: Axis, growth: Growth) -> AxisGrowth:
     """The growth of one kind of dimension: old entries first, new ones after; heads stay in their groups."""
     old, new = axis_size(axis, growth.source), axis_size(axis, growth.target)
-    if growth.method == "tile" and _repeats(axis, growth):
+    if isinstance(growth.method, Tile) and _repeats(axis, growth):
         copies = new // old
         parts = tuple(Part((t, 0), Box((0, 0), (1, old)), t) for t in range(copies))
         return AxisGrowth((1, old), (copies, old), parts, copies)
@@ -143,7 +144,7 @@ def grow_weight(
     """
     shape = weight.shape(growth.target)
     kind = weight.name.split(".")[-2]
-    is_masked = growth.method == "mask"
+    is_masked = isinstance(growth.method, Mask)
     if is_copy and kind in _OUTPUTS and not is_masked:
         return TensorPlan(name, shape, dtype, (Fill(Box.whole(shape)),))
 

@@ -6,16 +6,16 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError
 
 from .layer_selection import LayerOrigin, select_layers
+from .method import Method, Tile, Zero
 from .request import GROWN
 
-METHODS = ("zero", "tile", "mask")
 MULTIPLIERS = ("preserve", "target")
 
 
@@ -29,18 +29,19 @@ class Growth:
         layers: the origin of each target layer.
         unused_rows: first vocabulary row without a piece in the tokenizer, if known; rows from there to the source's
             vocab_size were never a training target.
-        method: `zero`, `tile` or `mask`.
-        noise: of `tile`: standard deviation of what tells copies of a weight apart, in units of the copy's own.
-        mask_steps: of `mask`: steps of training over which the masks rise.
+        method: how what is new is kept from being heard.
     """
 
     source: Architecture
     target: Architecture
     layers: tuple[LayerOrigin, ...]
     unused_rows: int | None = None
-    method: str = "zero"
-    noise: float = 0.0
-    mask_steps: int = 0
+    method: Method = field(default_factory=Zero)
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of what tells copies of a weight apart, in units of the copy's own; 0 where none does."""
+        return self.method.noise if isinstance(self.method, Tile) else 0.0
 
     @property
     def norm_scale(self) -> float:
@@ -50,7 +51,7 @@ class Growth:
         RMSNorm shrinks by s, so the weights of the old features take up s. Features repeated as a whole leave the mean
         square as it is, and a masked norm divides by the features that count.
         """
-        return math.sqrt(self.source.hidden_size / self.target.hidden_size) if self.method == "zero" else 1.0
+        return math.sqrt(self.source.hidden_size / self.target.hidden_size) if isinstance(self.method, Zero) else 1.0
 
     @property
     def head_scale(self) -> float:
@@ -71,9 +72,7 @@ def plan_target(
     layers: str,
     multipliers: str,
     unused_rows: int | None,
-    method: str = "zero",
-    noise: float = 0.0,
-    mask_steps: int = 0,
+    method: Method,
 ) -> Growth:
     """Work out a growth and check that it preserves the function.
 
@@ -87,35 +86,27 @@ def plan_target(
             embed_tokens, because not every runtime applies it.
         unused_rows: see `Growth`.
         method: see `Growth`.
-        noise: see `Growth`.
-        mask_steps: see `Growth`.
 
     Raises:
         CheckpointError: something shrinks, or the function cannot be preserved; names the field and both values.
     """
-    if method not in METHODS:
-        raise CheckpointError(f"method is {method!r}, expected one of {', '.join(METHODS)}.")
-    if not 0 <= noise < 1:
-        raise CheckpointError(f"noise is {noise}, expected a number from 0 to below 1.")
-    if method == "mask" and mask_steps < 1:
-        raise CheckpointError(f"mask_steps is {mask_steps}, expected at least 1.")
     if multipliers not in MULTIPLIERS:
         raise CheckpointError(f"multipliers is {multipliers!r}, expected one of {', '.join(MULTIPLIERS)}.")
     target = _target_architecture(source, requested)
-    for field in GROWN:
-        old, new = getattr(source, field), getattr(target, field)
+    for name in GROWN:
+        old, new = getattr(source, name), getattr(target, name)
         if new < old:
-            raise CheckpointError(f"{field} would shrink from {old} to {new}; growth only adds.")
+            raise CheckpointError(f"{name} would shrink from {old} to {new}; growth only adds.")
     _check_head_dim(source, target, is_given=requested.get("head_dim") is not None)
     _check_attention(source, target)
     target = _with_multipliers(source, target, multipliers)
-    if method == "tile" and target.hidden_size % source.hidden_size:
+    if isinstance(method, Tile) and target.hidden_size % source.hidden_size:
         raise CheckpointError(
             f"hidden_size {target.hidden_size} is not a multiple of the source's {source.hidden_size}: features "
             "repeated in part would change the norms; use the method zero."
         )
     # As a decimal: 1e-5 * 8192 / 20480 is to read 4e-06 in config.json, not 4.000000000000001e-06.
-    shrink = source.hidden_size / target.hidden_size if method == "zero" else 1.0
+    shrink = source.hidden_size / target.hidden_size if isinstance(method, Zero) else 1.0
     epsilon = float(f"{source.rms_norm_eps * shrink:.15g}")
     growth = Growth(
         source=source,
@@ -123,15 +114,13 @@ def plan_target(
         layers=select_layers(layers, source.num_hidden_layers, target.num_hidden_layers),
         unused_rows=unused_rows,
         method=method,
-        noise=noise,
-        mask_steps=mask_steps,
     )
     _check_tied(growth)
     return growth
 
 
 def _target_architecture(source: Architecture, requested: Mapping[str, Any]) -> Architecture:
-    names = {field.name for field in fields(Architecture)}
+    names = {known.name for known in fields(Architecture)}
     changes = {name: value for name, value in requested.items() if name in names and value is not None}
     if "num_attention_heads" in changes and source.num_key_value_heads == source.num_attention_heads:
         changes.setdefault("num_key_value_heads", changes["num_attention_heads"])  # multi-head attention stays so
@@ -194,11 +183,11 @@ def _check_tied(growth: Growth) -> None:
     """With one matrix for embedding and head, only growth that treats both alike can be preserved."""
     if not growth.source.tie_word_embeddings:
         return
-    if growth.method != "zero" and growth.source.hidden_size != growth.target.hidden_size:
+    if not isinstance(growth.method, Zero) and growth.source.hidden_size != growth.target.hidden_size:
         raise CheckpointError(
             f"tie_word_embeddings is true and hidden_size would grow from {growth.source.hidden_size} to "
-            f"{growth.target.hidden_size} by {growth.method}: the head would read what the embedding repeats or draws "
-            "at random; use the method zero, where the new columns are zero for both."
+            f"{growth.target.hidden_size} by {growth.method.name}: the head would read what the embedding repeats or "
+            "draws at random; use the method zero, where the new columns are zero for both."
         )
     if growth.head_scale != 1.0 or growth.embedding_scale != 1.0:
         raise CheckpointError(

@@ -35,8 +35,11 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 Method = Annotated[
     str, typer.Option(help="New features: zero, tile (they repeat the old ones), mask (silent at first).")
 ]
-Noise = Annotated[float, typer.Option(help="tile: what tells copies apart, in units of a weight's own spread.")]
-MaskSteps = Annotated[int, typer.Option(help="mask: steps of training over which the masks rise.", min=1)]
+Noise = Annotated[
+    float | None,
+    typer.Option(help="tile: what tells copies apart, of a weight's spread; else 0.3."),
+]
+MaskSteps = Annotated[int | None, typer.Option(help="mask: steps over which the masks rise; else 5000.", min=1)]
 Optimizer = Annotated[Path | None, typer.Option(metavar="DIR", help="Trainer checkpoint whose optimizer.pt grows too.")]
 Alpha = Annotated[float | None, typer.Option(help="Volume of what is new, 0 to 1; the checkpoint's own unless given.")]
 Layers = Annotated[str, typer.Option(help="Layers to copy: interleave, stack, top, distance, or a list like 3,7,11.")]
@@ -50,8 +53,8 @@ def grow(
     to: To = None,
     overrides: Set = None,
     method: Method = "zero",
-    noise: Noise = 0.3,
-    mask_steps: MaskSteps = 5000,
+    noise: Noise = None,
+    mask_steps: MaskSteps = None,
     optimizer: Optimizer = None,
     layers: Layers = "interleave",
     calibration: Calibration = None,
@@ -68,6 +71,7 @@ def grow(
 ) -> None:
     """Grow a checkpoint into a larger one that computes the same function."""
     from growth.grow import grow_checkpoint
+    from growth.method import make_method
     from teleflm.plan_report import run_and_report
 
     def write(options: "WriteOptions") -> "GrowthResult":
@@ -78,9 +82,7 @@ def grow(
             out,
             to,
             overrides=dict(parse_override(text) for text in overrides or ()),
-            method=method,
-            noise=noise,
-            mask_steps=mask_steps,
+            method=make_method(method, noise=noise, steps=mask_steps),
             optimizer=optimizer,
             layers=layers,
             calibration=calibration,

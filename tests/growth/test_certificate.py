@@ -37,6 +37,7 @@ from conversion.checkpoint.errors import CheckpointError
 from conversion.mapping import weights
 from growth import grow_checkpoint
 from growth.fold import fold_masks
+from growth.method import Mask, Tile, Zero
 from growth.verification.certificate import Certificate, _check_sum, _Rounding, certify
 from growth.verification.conditions import Run, axis_map, compose
 from tests.fixtures.tiny import tiny_config, tiny_model
@@ -188,7 +189,7 @@ def test_maps_compose_like_arrays():
 def test_accepts_tiling(fields, target, dtype, noise, make_source, tmp_path):
     """Copies are 1/k of the source's weight, rounded; with noise, each is anything that makes up their sum."""
     source = make_source(dtype, **fields)
-    grow_checkpoint(source, tmp_path / "out", target, method="tile", noise=noise, multipliers="target")
+    grow_checkpoint(source, tmp_path / "out", target, method=Tile(noise), multipliers="target")
     certificate = certify(source, tmp_path / "out", workers=2)
     assert certificate.holds, problems(certificate)
     assert not any(tensor.is_dead for tensor in certificate.tensors)
@@ -204,7 +205,7 @@ def tiled(make_source, tmp_path_factory) -> tuple[Path, Path]:
     """Three copies of every feature and head, bfloat16, with noise; neurons that are no multiple."""
     source, out = make_source("bfloat16"), tmp_path_factory.mktemp("tiled") / "out"
     target = {"hidden_size": 96, "num_attention_heads": 12, "intermediate_size": 200, "num_hidden_layers": 4}
-    grow_checkpoint(source, out, {**target, "vocab_size": 704}, method="tile", noise=0.3, layers="1")
+    grow_checkpoint(source, out, {**target, "vocab_size": 704}, method=Tile(0.3), layers="1")
     return source, out
 
 
@@ -307,7 +308,7 @@ def test_mutants_of_tiling_are_caught(mutant, noise, make_source, tmp_path, monk
     source, exact = make_source("bfloat16"), make_source("float64")
     mutant(monkeypatch)
     for folder in (source, exact):
-        grow_checkpoint(folder, tmp_path / folder.name, tile_tests.TWICE, method="tile", noise=noise)
+        grow_checkpoint(folder, tmp_path / folder.name, tile_tests.TWICE, method=Tile(noise))
     is_harmless = mutant in (_noise_does_not_cancel, _each_copy_draws_for_itself) and not noise
     assert certify(source, tmp_path / source.name).holds == is_harmless
     assert (growth_tests.compare(exact, tmp_path / exact.name).relative < 1e-12) == is_harmless
@@ -354,9 +355,9 @@ def test_certifies_tiling_among_other_growths(methods, noise, dtype, make_source
 def grow_twice(source: Path, folder: Path, methods: tuple[str, str], noise: float) -> Path:
     first, second = methods
     target = {**heads(16, 4), "intermediate_size": 176, "num_hidden_layers": 4}
-    grow_checkpoint(source, folder / "1", target, method=first, noise=noise)
+    grow_checkpoint(source, folder / "1", target, method={"zero": Zero(), "tile": Tile(noise)}[first])
     target = {**(heads(32, 8) if second == "tile" else heads(20, 5)), "intermediate_size": 352, "num_hidden_layers": 5}
-    grow_checkpoint(folder / "1", folder / "2", target, method=second, noise=noise)
+    grow_checkpoint(folder / "1", folder / "2", target, method={"zero": Zero(), "tile": Tile(noise)}[second])
     return folder / "2"
 
 
@@ -377,7 +378,7 @@ def masked(make_source, tmp_path_factory) -> tuple[Path, Path]:
     """A grouped source and its growth along every axis behind masks, float32."""
     source, out = make_source("float32", **GROUPED), tmp_path_factory.mktemp("masked") / "out"
     target = {**heads(12, 3), "intermediate_size": 110, "num_hidden_layers": 5, "vocab_size": 704, "output_mult": 0.3}
-    grow_checkpoint(source, out, target, method="mask", layers="0,2", multipliers="target")
+    grow_checkpoint(source, out, target, method=Mask(), layers="0,2", multipliers="target")
     return source, out
 
 

@@ -28,6 +28,7 @@ from conversion.checkpoint.sources import WEIGHT_FILES
 from evaluation.logit_comparison import LogitComparison
 from evaluation.logits import compare_logits
 from growth import grow_checkpoint
+from growth.method import Mask, Tile, make_method
 from growth.spec import Growth
 from modeling_teleflm import TeleFLMForCausalLM
 from tests.fixtures.checkpoint_runs import contents
@@ -614,9 +615,9 @@ def test_new_columns_of_a_tied_head_learn(make_source, tmp_path):
     assert (new[IDS[:, :-1].unique()].abs().amax(1) > 0).all()
 
 
-@pytest.mark.parametrize("method", ["tile", "mask"])
+@pytest.mark.parametrize("method", [Tile(), Mask()], ids=lambda method: method.name)
 def test_tied_width_grows_by_zeros_alone(method, make_source, tmp_path):
-    with pytest.raises(CheckpointError, match=f"tie_word_embeddings is true .* by {method}: .*use the method zero"):
+    with pytest.raises(CheckpointError, match=f"tie_word_embeddings is true .* by {method.name}: .*method zero"):
         grow_checkpoint(make_source(**TIED), tmp_path / "out", heads(8, 8), method=method)
 
 
@@ -657,7 +658,6 @@ def test_notes(target, arguments, expected, unexpected, source, tmp_path):
         ({"layers": "5"}, "layers lists 5, the source has layers 0 to 2"),
         ({"layers": "1,2"}, "layers lists 2 copies, the target has 1 layers more"),
         ({"layers": "spread"}, "layers 'spread' is neither one of interleave, stack, top nor a list"),
-        ({"method": "magic"}, "method is 'magic', expected one of zero"),
         ({"multipliers": "both"}, "multipliers is 'both', expected one of preserve, target"),
         ({"dtype": "int8"}, "dtype 'int8' is not one of bfloat16"),
         ({"options": WriteOptions(max_shard_size="5 apples")}, "size '5 apples' is not a positive number of bytes"),
@@ -667,6 +667,21 @@ def test_arguments_that_are_refused(arguments, message, source, tmp_path):
     with pytest.raises(ValueError, match=message):
         grow_checkpoint(source, tmp_path / "out", DEEPER, **arguments)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "magic"}, "method is 'magic', expected one of zero, tile, mask"),
+        ({"name": "zero", "noise": 0.1}, "--noise is for --method tile, not zero"),
+        ({"name": "tile", "steps": 9}, "--mask-steps is for --method mask, not tile"),
+        ({"name": "tile", "noise": 1.0}, r"noise is 1\.0, expected a number from 0 to below 1"),
+        ({"name": "mask", "steps": 0}, "mask_steps is 0, expected at least 1"),
+    ],
+)
+def test_methods_that_are_refused(arguments, message):
+    with pytest.raises(CheckpointError, match=message):
+        make_method(**arguments)
 
 
 def _drop(tensors):

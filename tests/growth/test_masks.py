@@ -22,6 +22,7 @@ from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError
 from evaluation.logits import compare_logits
 from growth import fold_masks, grow_checkpoint
+from growth.method import Mask
 from growth.training.masks import MaskCallback, TeleFLMMaskedForCausalLM
 from modeling_teleflm import TeleFLMForCausalLM
 from modeling_teleflm.masked_teleflm import TeleFLMGrowthMask, TeleFLMMaskedRMSNorm
@@ -44,7 +45,7 @@ EVERYTHING = {**heads(12, 3), "intermediate_size": 110, "num_hidden_layers": 5, 
 
 
 def grow(source: Path, out: Path, target: dict, steps: int = STEPS, **arguments):  # noqa: F811
-    return grow_checkpoint(source, out, target, method="mask", mask_steps=steps, **arguments)
+    return grow_checkpoint(source, out, target, method=Mask(steps), **arguments)
 
 
 def load_masked(folder: Path, **arguments) -> TeleFLMMaskedForCausalLM:

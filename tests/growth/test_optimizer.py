@@ -20,6 +20,7 @@ import growth.moments as growing
 from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError
 from growth import grow_checkpoint
+from growth.method import Tile, Zero
 from growth.moments import load_adam_state, read_adam_state
 from growth.training.mup import parameter_groups
 from modeling_teleflm import TeleFLMForCausalLM
@@ -80,10 +81,8 @@ def by_name(path: Path) -> dict[str, dict[str, torch.Tensor]]:
     [
         pytest.param({}, TARGET, {}, id="zero"),
         pytest.param(GROUPED, {**heads(12, 3), "num_hidden_layers": 5}, {}, id="zero, GQA 8/2 to 12/3"),
-        pytest.param({}, {**TARGET, **heads(8, 8)}, {"method": "tile", "noise": 0.0}, id="tile"),
-        pytest.param(
-            GROUPED, {**heads(16, 4), "intermediate_size": 264}, {"method": "tile", "noise": 0.0}, id="x 2, x 3"
-        ),
+        pytest.param({}, {**TARGET, **heads(8, 8)}, {"method": Tile(0.0)}, id="tile"),
+        pytest.param(GROUPED, {**heads(16, 4), "intermediate_size": 264}, {"method": Tile(0.0)}, id="x 2, x 3"),
     ],
 )
 def test_moments_are_the_gradient_of_the_grown_model(fields, target, arguments, groups, make_source, tmp_path):  # noqa: F811
@@ -152,12 +151,12 @@ def _additional_layers_as_copies(monkeypatch):
 @pytest.mark.parametrize(
     ("mutant", "method"),
     [
-        (_no_factor, "zero"),
-        (_no_factor, "tile"),
-        (_inverse_factor, "zero"),
-        (_copies_do_not_share, "tile"),
-        (_new_entries_at_zero, "zero"),
-        (_additional_layers_as_copies, "zero"),
+        (_no_factor, Zero()),
+        (_no_factor, Tile(0.0)),
+        (_inverse_factor, Zero()),
+        (_copies_do_not_share, Tile(0.0)),
+        (_new_entries_at_zero, Zero()),
+        (_additional_layers_as_copies, Zero()),
     ],
 )
 def test_mutants_are_caught(mutant, method, source, tmp_path, monkeypatch):  # noqa: F811
@@ -165,7 +164,12 @@ def test_mutants_are_caught(mutant, method, source, tmp_path, monkeypatch):  # n
     mutant(monkeypatch)
     target = {**TARGET, **heads(8, 8)}
     result = grow_checkpoint(
-        source, tmp_path / "out", target, optimizer=tmp_path, method=method, noise=0.0, multipliers="target"
+        source,
+        tmp_path / "out",
+        target,
+        optimizer=tmp_path,
+        method=method,
+        multipliers="target",
     )
     with pytest.raises(AssertionError):
         check_moments(tmp_path / "out", {i for i, origin in enumerate(result.growth.layers) if origin.is_copy})

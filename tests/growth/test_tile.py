@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import WriteOptions
 from growth import grow_checkpoint
+from growth.method import Tile
 from tests.growth.test_growth import GROUPED, IDS, compare, heads, load, make_source, one_thread, source  # noqa: F401
 
 TWICE = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 176}
@@ -33,7 +34,7 @@ TWICE = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 176}
 )
 def test_preserves_the_function(fields, target, noise, make_source, tmp_path):  # noqa: F811
     source = make_source(**fields)  # noqa: F811
-    result = grow_checkpoint(source, tmp_path / "out", target, method="tile", noise=noise, multipliers="target")
+    result = grow_checkpoint(source, tmp_path / "out", target, method=Tile(noise), multipliers="target")
     assert compare(source, tmp_path / "out").relative < 1e-12
     assert compare(source, tmp_path / "out", torch.float32).relative < 1e-5
     assert result.plan.config["rms_norm_eps"] == 1e-5
@@ -42,7 +43,7 @@ def test_preserves_the_function(fields, target, noise, make_source, tmp_path):  
 def test_halves_are_exact_in_bfloat16(make_source, tmp_path):  # noqa: F811
     """A power of two divides without rounding: what is stored computes exactly the source's function."""
     source = make_source(torch.bfloat16, input_mult=1.0)  # noqa: F811
-    grow_checkpoint(source, tmp_path / "out", TWICE, method="tile", noise=0.0)
+    grow_checkpoint(source, tmp_path / "out", TWICE, method=Tile(0.0))
     assert compare(source, tmp_path / "out").relative < 1e-12
     old, new = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
     name = "model.layers.0.mlp.up_proj.weight"
@@ -60,7 +61,7 @@ def copies_differ(model) -> float:
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_copies_part_only_with_noise(noise, source, tmp_path):  # noqa: F811
-    grow_checkpoint(source, tmp_path / "out", TWICE, method="tile", noise=noise)
+    grow_checkpoint(source, tmp_path / "out", TWICE, method=Tile(noise))
     model = load(tmp_path / "out")
     start = copies_differ(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -78,7 +79,7 @@ def test_copies_part_only_with_noise(noise, source, tmp_path):  # noqa: F811
 
 def test_noise_is_a_fraction_of_each_weights_own_spread(source, tmp_path):  # noqa: F811
     for name, noise in (("plain", 0.0), ("noisy", 0.25)):
-        grow_checkpoint(source, tmp_path / name, TWICE, method="tile", noise=noise)
+        grow_checkpoint(source, tmp_path / name, TWICE, method=Tile(noise))
     plain, noisy = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "noisy"))
     for name in ("model.layers.0.self_attn.o_proj.weight", "model.layers.2.mlp.down_proj.weight", "lm_head.weight"):
         difference = noisy[name] - plain[name]
@@ -90,16 +91,16 @@ def test_noise_is_a_fraction_of_each_weights_own_spread(source, tmp_path):  # no
 
 
 def test_advice(source, tmp_path):  # noqa: F811
-    notes = grow_checkpoint(source, tmp_path / "a", TWICE, method="tile", dry_run=True).notes
+    notes = grow_checkpoint(source, tmp_path / "a", TWICE, method=Tile(), dry_run=True).notes
     assert any("1/2 of the learning rate" in note for note in notes)
-    notes = grow_checkpoint(source, tmp_path / "a", TWICE, method="tile", noise=0.0, dry_run=True).notes
+    notes = grow_checkpoint(source, tmp_path / "a", TWICE, method=Tile(0.0), dry_run=True).notes
     assert any("never used" in note for note in notes)
 
 
 def test_workers_and_shards_do_not_change_the_noise(source, tmp_path):  # noqa: F811
-    grow_checkpoint(source, tmp_path / "a", TWICE, method="tile", options=WriteOptions(workers=1))
+    grow_checkpoint(source, tmp_path / "a", TWICE, method=Tile(), options=WriteOptions(workers=1))
     grow_checkpoint(
-        source, tmp_path / "b", TWICE, method="tile", options=WriteOptions(workers=3, max_shard_size="60KB")
+        source, tmp_path / "b", TWICE, method=Tile(), options=WriteOptions(workers=3, max_shard_size="60KB")
     )
     one = load_file(tmp_path / "a/model.safetensors")
     many = {k: v for file in (tmp_path / "b").glob("*.safetensors") for k, v in load_file(file).items()}
@@ -116,5 +117,5 @@ def test_workers_and_shards_do_not_change_the_noise(source, tmp_path):  # noqa: 
 )
 def test_refusals(target, arguments, message, source, tmp_path):  # noqa: F811
     with pytest.raises(CheckpointError, match=message):
-        grow_checkpoint(source, tmp_path / "out", target, method="tile", **arguments)
+        grow_checkpoint(source, tmp_path / "out", target, method=Tile(**arguments))
     assert not (tmp_path / "out").exists()

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, TrainingArguments
 from conversion.checkpoint.errors import CheckpointError
 from growth import grow_checkpoint
 from growth.fold import fold_masks
+from growth.method import Mask
 from growth.training.train import GrowthArguments, build_trainer, load_blocks, main, parse_arguments, train
 from modeling_teleflm import TeleFLMForCausalLM
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
@@ -49,7 +50,7 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def masked(source, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("masked") / "out"
-    grow_checkpoint(source, folder, TARGET, method="mask", mask_steps=20)
+    grow_checkpoint(source, folder, TARGET, method=Mask(20))
     return folder
 
 
