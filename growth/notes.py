@@ -64,8 +64,8 @@ def _exactness(growth: Growth, dtype: DType) -> list[str]:
     rounded = any(math.frexp(factor)[0] != 0.5 for factor in factors)
     cause = f"norm weights x {growth.norm_scale:.4g} are rounded to {dtype}" if rounded else "sums are longer"
     return [
-        f"The function is the source's in exact arithmetic. Computed in {dtype}, {cause}, so logits differ as they do "
-        "between two roundings of the source, and where two tokens are that close another may come first. "
+        f"The function is the source's in exact arithmetic. Computed in {dtype}, {cause}, so logits may differ as they "
+        "do between two roundings of the source, and where two tokens are that close another may come first. "
         "`teleflm verify --text` shows by how much."
     ]
 
