@@ -13,10 +13,12 @@ from .architecture import MODEL_TYPE, Architecture, load_config, load_preset, pr
 from .checkpoint.dtypes import DType, parse_dtype
 from .checkpoint.errors import CheckpointError, NotFinite
 from .checkpoint.execute import CheckpointResult, WriteOptions, execute
-from .checkpoint.manifest import MANIFEST, parent_record
+from .checkpoint.job import read_json
+from .checkpoint.manifest import parent_record
 from .checkpoint.plan import CheckpointPlan, TensorPlan, View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .hub.contents import hub_config, hub_sidecars, lineage_steps, model_card
+from .hub.small_files import copied_file, small_files
 from .mapping import check_tensors, weights
 from .native.checkpoint import NativeCheckpoint
 from .native.find import FORMATS as NATIVE_FORMATS
@@ -25,8 +27,7 @@ from .native.hub_plan import compare_replicas, plan_run
 from .native.table import read_table
 
 FORMATS = ("auto", "hf", *NATIVE_FORMATS)
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".gguf", ".h5", ".msgpack")
-_MAX_SIDECAR = 100_000_000
+_NAMED = 6  # files that a note lists
 
 
 def convert_checkpoint(
@@ -54,7 +55,7 @@ def convert_checkpoint(
 
     Args:
         source: folder of a Hugging Face checkpoint, `.bin` or safetensors, or of a training run (Megatron, DCP,
-            DeepSpeed).
+            DeepSpeed); or one file of weights, of which nothing else is known then: what lies beside it is not read.
         out: folder to write: new, or the finished or interrupted result of the same call.
         format: of the source, one of `FORMATS`; `auto` looks, `hf` is the Hugging Face layout.
         iteration: of a training run; its latest unless given.
@@ -82,7 +83,7 @@ def convert_checkpoint(
     if run is None:
         run_only = {"config": config, "tokenizer": tokenizer, "vocab_size": vocab_size, "iteration": iteration}
         _refuse_run_options({**run_only, "mapping": mapping, "fp32_master": fp32_master or None})
-        plan, notes = plan_conversion(open_checkpoint(source), dtype=cast)
+        plan, notes = plan_conversion(open_checkpoint(source), dtype=cast, alone=Path(source).is_file())
     else:
         plan, notes = plan_run(run, _read_config(config), tokenizer, vocab_size, cast)
         options = replace(options, finite=not allow_nonfinite)
@@ -122,20 +123,27 @@ def _read_config(config: str | Path | Mapping[str, Any] | None) -> Mapping[str, 
     return load_preset(str(config)) if str(config) in preset_names() else load_config(Path(config))
 
 
-def plan_conversion(checkpoint: Source, *, dtype: DType | None = None) -> tuple[CheckpointPlan, list[str]]:
+def plan_conversion(
+    checkpoint: Source, *, dtype: DType | None = None, alone: bool = False
+) -> tuple[CheckpointPlan, list[str]]:
     """The plan of a conversion, and notes on it.
 
     Args:
         checkpoint: the source.
         dtype: of the output's floating-point tensors; each source tensor's own unless given.
+        alone: take the weights alone, and nothing that lies beside them.
 
     Raises:
-        CheckpointError: a Tele-FLM's tensors are not those of its configuration.
+        CheckpointError: a Tele-FLM's tensors are not those of its configuration, or a file that goes with them is a
+            link that leads out of the folder.
     """
     if not checkpoint.tensors:
         raise CheckpointError(f"{checkpoint.folder}: {Path(checkpoint.files[0]).name} holds no tensors.")
     is_teleflm = (checkpoint.config or {}).get("model_type") == MODEL_TYPE
-    plan, notes = (_plan_teleflm if is_teleflm else _plan_any)(checkpoint, dtype)
+    if alone:
+        plan, notes = _plan_alone(checkpoint, dtype)
+    else:
+        plan, notes = (_plan_teleflm if is_teleflm else _plan_any)(checkpoint, dtype)
     plan.check()
     return plan, notes
 
@@ -155,16 +163,30 @@ def _plan_teleflm(checkpoint: Source, dtype: DType | None) -> tuple[CheckpointPl
 
 
 def _plan_any(checkpoint: Source, dtype: DType | None) -> tuple[CheckpointPlan, list[str]]:
+    folder = Path(checkpoint.folder)
     tensors = tuple(_cast(name, view, dtype) for name, view in checkpoint.tensors.items())
+    copied_file(folder, "config.json")  # what it says goes into the output's
     config = dict(checkpoint.config or {})
+    tokenizer = read_json(Path(path)) if (path := copied_file(folder, "tokenizer_config.json")) else None
+    sidecars, left = small_files(folder, {"config.json": config, "tokenizer_config.json": tokenizer})
     if dtype:
         config = {**{key: value for key, value in config.items() if key != "torch_dtype"}, "dtype": dtype.name}
-    sidecars = _small_files(Path(checkpoint.folder))
     notes = [] if checkpoint.config else ["The source has no config.json; the output's is empty."]
     model_type = config.get("model_type")
     if model_type:
         notes.append(f"A {model_type} model, not a Tele-FLM: tensors and configuration were kept as they are.")
+    if left:
+        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+        notes.append(f"Left behind, as a model needs no such files: {', '.join(left[:_NAMED])}{more}.")
     return CheckpointPlan(tensors, config, sidecars, _lineage(checkpoint, dtype)), notes
+
+
+def _plan_alone(checkpoint: Source, dtype: DType | None) -> tuple[CheckpointPlan, list[str]]:
+    tensors = tuple(_cast(name, view, dtype) for name, view in checkpoint.tensors.items())
+    config = {"dtype": dtype.name} if dtype else {}
+    lineage = {**_lineage(checkpoint, dtype), "parent": None}
+    notes = ["The weights were converted alone: nothing beside them was read. Name their folder to have it all."]
+    return CheckpointPlan(tensors, config, {}, lineage), notes
 
 
 def _cast(name: str, view: View, dtype: DType | None) -> TensorPlan:
@@ -178,16 +200,3 @@ def _lineage(checkpoint: Source, dtype: DType | None) -> dict[str, Any]:
         "dtype": dtype.name if dtype else None,
         "parent": parent_record(Path(checkpoint.folder)),
     }
-
-
-def _small_files(folder: Path) -> dict[str, str | bytes]:
-    """Everything in a folder that is neither weights nor hidden nor ours."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    kept = [
-        path.name
-        for path in files
-        if not path.name.endswith(_WEIGHT_SUFFIXES)
-        and path.name not in (*WEIGHT_FILES, "config.json", MANIFEST)
-        and path.stat().st_size <= _MAX_SIDECAR
-    ]
-    return {name: str(folder / name) for name in kept}

@@ -6,15 +6,16 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .architecture import MODEL_TYPE, Architecture
-from .checkpoint.check import Damage, check_digests
+from .checkpoint.check import Damage, check_digests, check_files
 from .checkpoint.errors import CheckpointError
 from .checkpoint.manifest import MANIFEST, read_manifest
+from .checkpoint.plan import View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .exports.megatron import exported_tensors
 from .hub.contents import count_pieces, lineage_steps
@@ -43,7 +44,8 @@ class Inspection:
         padding_rows: vocabulary rows without a piece, None if unknown.
         lineage: what it was made from, a sentence a step, oldest first.
         problems: what is wrong with it, a sentence each.
-        damages: tensors that differ from the manifest; None if that was not checked.
+        damages: tensors and files that differ from the record; None if that was not checked.
+        checked_files: how many files, beside their tensors, were held against the record.
     """
 
     folder: str
@@ -61,6 +63,7 @@ class Inspection:
     lineage: list[str]
     problems: list[str]
     damages: list[Damage] | None
+    checked_files: int = 0
 
 
 def inspect_checkpoint(
@@ -74,8 +77,8 @@ def inspect_checkpoint(
 
     Args:
         path: its folder, or one weight file.
-        check: read every tensor and compare it with the digests of manifest.json; of a training run, compare the
-            copies that it kept of one tensor.
+        check: read every tensor and every other file that the record lists, and compare them with its digests; of a
+            training run, compare the copies that it kept of one tensor.
         workers: threads for `check`.
         progress: called with the bytes `check` just read and those in all.
 
@@ -99,6 +102,7 @@ def inspect_checkpoint(
             )
     if check and manifest is None:
         raise CheckpointError(f"{folder}/{MANIFEST}: no such file; there is nothing to check the tensors against.")
+    checked = manifest if check else None
     return Inspection(
         folder=source.folder,
         format=source.format,
@@ -114,8 +118,27 @@ def inspect_checkpoint(
         padding_rows=architecture.vocab_size - pieces if architecture and pieces else None,
         lineage=lineage_steps(manifest["lineage"]) if manifest else [],
         problems=problems,
-        damages=check_digests(source.tensors, folder, manifest, workers, progress) if check and manifest else None,
+        damages=_check(source.tensors, folder, checked, workers, progress),
+        checked_files=_count_files(checked),
     )
+
+
+def _check(
+    tensors: Mapping[str, View],
+    folder: Path,
+    manifest: Mapping[str, Any] | None,
+    workers: int,
+    progress: Callable[[int, int], None],
+) -> list[Damage] | None:
+    """What differs from the record; None without one."""
+    if manifest is None:
+        return None
+    return check_digests(tensors, folder, manifest, workers, progress) + check_files(tensors, folder, manifest)
+
+
+def _count_files(manifest: Mapping[str, Any] | None) -> int:
+    files = (manifest or {}).get("files")
+    return len(files) if isinstance(files, dict) else 0
 
 
 def _is_hub(path: Path) -> bool:
@@ -126,9 +149,8 @@ def _inspect_run(run: NativeCheckpoint, check: bool, workers: int, progress: Cal
     problems: list[str] = []
     exported = exported_folder(Path(run.folder))
     manifest = _noting(problems, lambda: read_manifest(exported)) if exported else None
-    damages = None
-    if check and exported and manifest:
-        damages = check_digests(exported_tensors(exported), exported, manifest, workers, progress)
+    checked = manifest if check else None
+    damages = _check(exported_tensors(exported), exported, checked, workers, progress) if exported and checked else None
     architecture = _noting(problems, lambda: run_architecture(run))
     if architecture:
         _noting(problems, lambda: plan_tensors(run, architecture, None))
@@ -153,6 +175,7 @@ def _inspect_run(run: NativeCheckpoint, check: bool, workers: int, progress: Cal
         lineage=lineage_steps(manifest["lineage"]) if manifest else [],
         problems=problems,
         damages=damages,
+        checked_files=_count_files(checked),
     )
 
 

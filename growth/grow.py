@@ -120,7 +120,8 @@ def grow_checkpoint(
     result = execute(plan, Path(out), options, notes, dry_run=dry_run)
     if adam and result.written and options.rank == 0:
         _write_optimizer(adam, growth, Path(out))
-    return GrowthResult(plan, result.shards, result.notes, result.written, growth, distances)
+    outcome = (plan, result.shards, result.notes, result.written)
+    return GrowthResult(*outcome, growth, distances, foreseen=result.foreseen)
 
 
 def plan_growth(

@@ -19,7 +19,7 @@ from typing import Any
 from conversion.architecture import MODEL_TYPE, Architecture
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.execute import WriteOptions, write_checkpoint
-from conversion.checkpoint.manifest import MANIFEST, read_manifest
+from conversion.checkpoint.manifest import find_manifest, read_manifest
 from conversion.checkpoint.plan import View
 from conversion.checkpoint.safetensors_file import read_safetensors
 from conversion.checkpoint.sources import Source, open_checkpoint
@@ -207,9 +207,9 @@ def _write_adapter(adapter: _Adapter, source: Source, out: Path, base: str | Pat
     named = str(base) if base else adapter.config.get("base_model_name_or_path")
     config = {**adapter.config, "base_model_name_or_path": named}
     card = _ADAPTER_CARD.format(base=named, steps="\n".join(f"- {step}" for step in lineage_steps(adapter.lineage)))
-    files: dict[str, str | bytes] = {
-        name: str(adapter.folder / name) for name in (ADAPTER_WEIGHTS, MANIFEST) if (adapter.folder / name).is_file()
-    }
+    record = find_manifest(adapter.folder)
+    copied = (adapter.folder / ADAPTER_WEIGHTS, *([record] if record else []))
+    files: dict[str, str | bytes] = {file.name: str(file) for file in copied}
     files |= {ADAPTER_CONFIG: (json.dumps(config, indent=2) + "\n").encode(), **_small_files(adapter, source, card)}
 
     if out.exists():

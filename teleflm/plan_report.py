@@ -14,6 +14,7 @@ from rich.table import Table
 
 from conversion.checkpoint.execute import CheckpointResult, WriteOptions, free_space, peak_memory
 from conversion.checkpoint.plan import TensorPlan
+from conversion.checkpoint.preflight import Done, Resume
 from conversion.checkpoint.sizes import format_bytes
 
 from .terminal import byte_progress, exit_codes, print_json, process_rank
@@ -32,16 +33,17 @@ def describe_result(result: CheckpointResult, out: Path, workers: int) -> dict[s
         "bytes": result.plan.nbytes,
         "files": [{"name": shard.filename, "bytes": shard.nbytes} for shard in result.shards],
         "memory_bytes": peak_memory(result.plan, workers),
-        "disk": {"need": sum(shard.disk_bytes for shard in result.shards), "free": free_space(out)},
+        "disk": {"need": _disk_need(result), "free": result.foreseen.free if result.foreseen else free_space(out)},
         "notes": result.notes,
     }
     if result.written:
-        return {**summary, "already_done": result.written.already_done}
+        return {**summary, "already_done": result.written.already_done, "restored": [*result.written.restored]}
     tensors = [
         {"name": t.name, "shape": t.shape, "dtype": t.dtype.name, "bytes": t.nbytes, "pieces": _pieces(t)}
         for t in result.plan.tensors
     ]
-    return {**summary, "dry_run": True, "tensors": tensors}
+    refused = result.foreseen is not None and result.foreseen.refused
+    return {**summary, "dry_run": True, "refused": refused, "tensors": tensors}
 
 
 def print_result(result: CheckpointResult, out: Path, workers: int) -> None:
@@ -53,12 +55,27 @@ def print_result(result: CheckpointResult, out: Path, workers: int) -> None:
         console.print(f"- {note}")
     size = f"{format_bytes(sum(shard.nbytes for shard in result.shards))} in {_count(len(result.shards), 'file')}"
     if result.written is None:
-        memory, free = format_bytes(peak_memory(result.plan, workers)), format_bytes(free_space(out))
-        console.print(f"Would write {size} to {out} ({free} free), with about {memory} of buffers.")
+        console.print(_would_write(result, size, out, workers))
     elif result.written.already_done:
         console.print(f"{out} is already done: {size}.")
     else:
         console.print(f"Wrote {size} to {out}.")
+
+
+def _would_write(result: CheckpointResult, size: str, out: Path, workers: int) -> str:
+    """What a dry run foresees, in a sentence."""
+    memory, free = format_bytes(peak_memory(result.plan, workers)), format_bytes(free_space(out))
+    foreseen = result.foreseen
+    if foreseen and foreseen.refused:
+        return f"Would be refused, and write none of {size} to {out} ({free} free)."
+    if foreseen and isinstance(foreseen.decision, Done):
+        return f"Would write no weights: {size} are in {out}."
+    rest = f"{format_bytes(foreseen.need)} of " if foreseen and isinstance(foreseen.decision, Resume) else ""
+    return f"Would write {rest}{size} to {out} ({free} free), with about {memory} of buffers."
+
+
+def _disk_need(result: CheckpointResult) -> int:
+    return result.foreseen.need if result.foreseen else sum(shard.disk_bytes for shard in result.shards)
 
 
 def run_and_report(

@@ -2,27 +2,38 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Reading a checkpoint again and comparing it with the digests of its manifest."""
+"""Reading a checkpoint again and comparing it with the digests of its record: tensors, and every other byte."""
 
-from collections.abc import Callable, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, CorruptData
-from .manifest import MANIFEST, block_digest, tensor_digest
+from .folder_formats import is_setting, is_weights, known_files
+from .manifest import between_digest, block_digest, find_manifest, tensor_digest
 from .plan import View
-from .reader import FileReader
+from .reader import CHUNK, FileReader
 
 
 @dataclass(frozen=True)
 class Damage:
-    """One tensor that is not what the manifest says, and how."""
+    """One thing that is not what the record says.
 
-    tensor: str
+    Args:
+        tensor: its name; None if it is a file, beside its tensors.
+        file: where it is, or should be.
+        reason: what is wrong with it, to be read after its name.
+    """
+
+    tensor: str | None
     file: str
     reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.reason}" if self.tensor is None else f"{self.tensor} of {self.file} {self.reason}"
 
 
 def check_digests(
@@ -32,22 +43,22 @@ def check_digests(
     workers: int,
     progress: Callable[[int, int], None],
 ) -> list[Damage]:
-    """Read every tensor of a checkpoint and compare it with its manifest, in bounded memory.
+    """Read every tensor of a checkpoint and compare it with its record, in bounded memory.
 
     Args:
         tensors: those that are there, by name.
-        folder: the one with the manifest.
+        folder: the one with the record.
         manifest: its content.
         workers: threads.
         progress: called with the bytes just read and those in all.
 
     Returns:
-        The tensors that are missing, unknown or changed, in the order of the manifest; empty if all is well.
+        The tensors that are missing, unknown or changed, in the order of the record; empty if all is well.
 
     Raises:
-        CheckpointError: the manifest has no digests, or none that can be checked.
+        CheckpointError: the record has no digests, or none that can be checked.
     """
-    expected, block = _read_expected(manifest, f"{folder}/{MANIFEST}")
+    expected, block = _read_expected(manifest, str(find_manifest(folder)))
     total = sum(view.nbytes for name, view in tensors.items() if name in expected)
 
     def examine(name: str) -> Damage | None:
@@ -69,6 +80,60 @@ def check_digests(
         damages = [damage for damage in pool.map(examine, expected) if damage is not None]
     unknown = [name for name in tensors if name not in expected]
     return damages + [Damage(name, _place(tensors[name], folder), "is not in the manifest") for name in unknown]
+
+
+def check_files(tensors: Mapping[str, View], folder: Path, manifest: Mapping[str, Any]) -> list[Damage]:
+    """Compare what a folder holds beside its tensors with its record.
+
+    Args:
+        tensors: those that are there, by name.
+        folder: the one with the record.
+        manifest: its content; of 0.1.0 it lists no files, and nothing is found.
+
+    Returns:
+        Files that are missing or changed, and files that would be loaded and are not listed.
+    """
+    listed = manifest.get("files")
+    if not isinstance(listed, dict):
+        return []
+    placed = {name: entry.get("file") for name, entry in manifest["tensors"].items()}
+    found = [_examine_file(name, entry, folder, tensors, placed) for name, entry in listed.items()]
+    loaded = [name for name in known_files(folder) if is_weights(name) or is_setting(name)]
+    extra = [Damage(None, name, "is not in the record, and would be loaded") for name in loaded if name not in listed]
+    return [damage for damage in found if damage] + extra
+
+
+def _examine_file(
+    name: str, entry: Any, folder: Path, tensors: Mapping[str, View], placed: Mapping[str, str | None]
+) -> Damage | None:
+    path = folder / name
+    if not isinstance(entry, dict) or type(size := entry.get("bytes")) is not int:
+        return Damage(None, name, "has no size in the record")
+    if not path.is_file():
+        return Damage(None, name, "is missing")
+    if path.stat().st_size != size:
+        return Damage(None, name, f"has {path.stat().st_size} bytes, expected {size}")
+    if "sha256" in entry:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return None if digest == entry["sha256"] else Damage(None, name, "does not have its digest")
+    inside = {tensor: view for tensor, view in tensors.items() if _place(view, folder) == name}
+    if inside.keys() != {tensor for tensor, file in placed.items() if file == name}:
+        return None  # which is said of the tensors
+    if between_digest(_between(path, size, inside.values())) == entry.get("between"):
+        return None
+    return Damage(None, name, "differs outside of its tensors: its header, or what else it holds")
+
+
+def _between(path: Path, size: int, tensors: Iterable[View]) -> Iterator[bytes]:
+    """What a file holds beside some tensors, in order."""
+    position = 0
+    with path.open("rb") as file:
+        for begin, end in [*sorted(view.span for view in tensors if view.numel), (size, size)]:
+            file.seek(position)
+            for start in range(position, begin, CHUNK):
+                yield file.read(min(CHUNK, begin - start))
+            position = max(position, end)
 
 
 def _place(view: View, folder: Path) -> str:

@@ -19,6 +19,7 @@ from .plan import PlanError, TensorPlan
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _MAX_HEADER = 100_000_000  # the safetensors library refuses longer ones
+_METADATA = "__metadata__"
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,11 @@ def _shard_name(index: int, count: int) -> str:
 
 
 def _safetensors_shard(filename: str, tensors: list[TensorPlan]) -> Shard:
+    if any(tensor.name == _METADATA for tensor in tensors):
+        raise CheckpointError(f"a tensor is called {_METADATA}, a name that safetensors keeps for itself; rename it.")
     # Wide types first, so that each tensor is aligned to its own element size, as the reference library has it.
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {_METADATA: {"format": "pt"}}
     begin = 0
     starts = []
     for tensor in ordered:

@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Running a plan: the one place that writes checkpoints.
+"""Running a job: the one place that writes checkpoints.
 
 Blocks of all tensors are made by a few threads (reading, hashing, casting and writing release the interpreter lock) and
 written where the header says they belong; bytes that do not change are moved inside the kernel. Memory is
@@ -11,9 +11,7 @@ finished is journalled (`workspace.py`), and the file that makes the folder load
 is complete.
 """
 
-import json
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -29,14 +26,15 @@ from .assemble import blocks, copy_runs, is_zero, resolve, stream
 from .containers import Layout, Shard, parse_size, safetensors_layout
 from .dtypes import first_nonfinite
 from .errors import CheckpointError, NotFinite
-from .manifest import MANIFEST, block_digest, make_manifest, read_manifest
+from .finish import finish, write_missing
+from .job import Job
+from .manifest import block_digest
 from .normal_stream import GRID
 from .plan import CheckpointPlan, TensorPlan
+from .preflight import FOLDER, Decision, Done, Refused, Resume, preflight
 from .reader import FileReader, read_chunks
-from .workspace import FOLDER, PARTIAL, Finished, ShardFile, Workspace, fits_in_cache, naming_errors, sync_folder
-
-# What a checkpoint's files may lie in, below its folder: nothing, or a step of Megatron-LM or DeepSpeed.
-_OWN_FOLDER = re.compile(r"\.|(iter_\d+|release|global_step\d+)(/.*)?")
+from .sizes import format_bytes
+from .workspace import ShardFile, Workspace, fits_in_cache, is_locked, missing_bytes, naming_errors
 
 
 @dataclass(frozen=True)
@@ -71,12 +69,40 @@ class WriteOptions:
 
 @dataclass(frozen=True)
 class Written:
-    """A finished checkpoint: its folder, its weight files, bytes of tensors, and whether it was there already."""
+    """A finished checkpoint.
+
+    Args:
+        folder: where it is.
+        files: its weight files.
+        nbytes: bytes of its tensors.
+        already_done: whether it was there already.
+        restored: small files that were missing from it, and were written again.
+    """
 
     folder: Path
     files: tuple[str, ...]
     nbytes: int
     already_done: bool = False
+    restored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What writing a checkpoint would meet.
+
+    Args:
+        decision: what would be done in the folder, after what would be removed from it.
+        refused: whether it would be refused.
+        need: bytes that would still be written to the disk.
+        free: bytes that would be free for them.
+        notes: what a user should know, one sentence each.
+    """
+
+    decision: Decision
+    refused: bool
+    need: int
+    free: int
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -88,12 +114,14 @@ class CheckpointResult:
         shards: its files.
         notes: what a user should know, one sentence each.
         written: the output; None after a dry run.
+        foreseen: what writing it would meet; None unless it was a dry run.
     """
 
     plan: CheckpointPlan
     shards: list[Shard]
     notes: list[str]
     written: Written | None
+    foreseen: Foreseen | None = field(default=None, kw_only=True)
 
 
 def execute(
@@ -105,7 +133,7 @@ def execute(
     dry_run: bool = False,
     layout: Layout | None = None,
 ) -> CheckpointResult:
-    """Write a checkpoint, or, in a dry run, only say what that would meet: `write_checkpoint` or `foresee`.
+    """Write a checkpoint, or, in a dry run, only say what that would meet.
 
     Args:
         plan: what to write.
@@ -116,101 +144,123 @@ def execute(
         layout: the output's files; a Hub folder of safetensors unless given.
 
     Raises:
-        PlanError, CheckpointError, OSError: see `write_checkpoint`.
+        PlanError, CheckpointError, OSError: see `run_job`.
     """
-    files = layout or safetensors_layout(plan.tensors, options.shard_bytes)
+    job = make_job(plan, options, layout)
+    shards = [*job.layout.shards]
     if dry_run:
-        plan.check()
-        return CheckpointResult(plan, [*files.shards], [*notes, *foresee(plan, out, options, layout)], None)
-    written = write_checkpoint(plan, out, options, layout)
-    return CheckpointResult(plan, [*files.shards], [*notes], written)
+        foreseen = foresee(job, out, options)
+        return CheckpointResult(plan, shards, [*notes, *foreseen.notes], None, foreseen=foreseen)
+    written = run_job(job, out, options)
+    restored = [f"{name} was missing and was written again." for name in written.restored]
+    return CheckpointResult(plan, shards, [*notes, *restored], written)
 
 
 def write_checkpoint(plan: CheckpointPlan, out: Path, options: WriteOptions, layout: Layout | None = None) -> Written:
-    """Execute a plan into a folder, or finish what an interrupted call of the same left there.
+    """Execute a plan into a folder: `run_job` of `make_job`."""
+    return run_job(make_job(plan, options, layout), out, options)
+
+
+def make_job(plan: CheckpointPlan, options: WriteOptions, layout: Layout | None = None) -> Job:
+    """Everything that decides what will be written, checked to add up.
 
     Args:
-        plan: what to write; checked before anything is touched.
-        out: the folder: new, without a checkpoint, holding this very one or an interrupted run of it, unless
-            `overwrite` is set.
-        options: see `WriteOptions`.
+        plan: what to write.
+        options: how.
         layout: the output's files; a Hub folder of safetensors unless given.
 
     Raises:
         PlanError: the plan does not tile its output.
+        CheckpointError: a source or a file beside it cannot be read, or no such file can be written.
+    """
+    plan.check()
+    cut = {} if layout else {"max_shard_size": options.shard_bytes}
+    files = layout or safetensors_layout(plan.tensors, options.shard_bytes)
+    job = Job.of(plan, files, digest=options.digest, finite=options.finite, **cut)
+    job.check()
+    return job
+
+
+def run_job(job: Job, out: Path, options: WriteOptions) -> Written:
+    """Write a job's output, or finish what an interrupted call of the same left there.
+
+    Args:
+        job: what to write.
+        out: the folder: new, without anything that would be replaced or loaded with it, holding this very output or an
+            interrupted run of it, unless `overwrite` is set.
+        options: see `WriteOptions`.
+
+    Raises:
         CheckpointError: the folder cannot be used, or a source cannot be read.
         OSError: the disk fails or is too small; the folder is then not loadable, and the same call resumes.
     """
-    plan.check()
-    files = layout or safetensors_layout(plan.tensors, options.shard_bytes)
-    files.check(plan.tensors)
-    shards = [shard for shard in files.shards if shard.twin is None]
-    written = Written(out, tuple(shard.filename for shard in files.shards), plan.nbytes)
-    if _is_source(plan, out):
-        raise CheckpointError(f"{out}: is the source too; write to another folder.")
-    out.mkdir(parents=True, exist_ok=True)
-
-    def is_done() -> bool:
-        return _is_done(plan, files, out, options.digest)
-
-    if is_done():
+    shards = [shard for shard in job.layout.shards if shard.twin is None]
+    written = Written(out, tuple(job.weights), job.plan.nbytes)
+    decision = preflight(job, out)
+    if isinstance(decision, Refused) and (decision.removes is None or not options.overwrite):
+        raise CheckpointError(decision.reason)
+    if decision == Done():
         shutil.rmtree(out / FOLDER, ignore_errors=True)  # of a run that was killed on its last step
         return replace(written, already_done=True)
-    with (
-        Workspace(out, plan, _settings(options, layout), options.rank, options.overwrite, is_done) as workspace,
-        FileReader() as reader,
-    ):
+    out.mkdir(parents=True, exist_ok=True)
+    with Workspace(job, out, options.rank, options.overwrite) as workspace, FileReader() as reader:
         mine = shards[options.rank :: options.world_size]
         todo = [shard for shard in mine if workspace.finished(shard) is None]
-        if is_done():  # asked after looking at the records, which go when all is done
-            return replace(written, already_done=True)
+        done = workspace.done()  # asked after looking at the records, which go when all is done
+        if done:
+            if done.missing and options.rank == 0:
+                write_missing(job, done.missing, workspace)
+                workspace.remove()
+            return replace(written, already_done=True, restored=done.missing)
         workspace.require_space(todo)
         total = _tensor_bytes(mine)
         options.progress(total - _tensor_bytes(todo), total)
-        _write_shards(plan, todo, total, workspace, reader, options)
+        _write_shards(job.plan, todo, total, workspace, reader, options)
         if options.rank == 0:
             finished = [workspace.wait_for(shard) for shard in shards]
             workspace.check_sources()
-            _write_small_files(plan, files.shards, finished, workspace)
-            _make_loadable(files, workspace)
+            finish(job, finished, workspace)
             workspace.remove()
     return written
 
 
-def foresee(plan: CheckpointPlan, out: Path, options: WriteOptions, layout: Layout | None = None) -> list[str]:
-    """What `write_checkpoint` would meet in a folder, a sentence each; nothing is touched. For a dry run."""
-    files = layout or safetensors_layout(plan.tensors, options.shard_bytes)
-    if _is_source(plan, out):
-        return [f"It would be refused: {out} is the source too; write to another folder."]
-    if _is_done(plan, files, out, options.digest):
-        return [f"{out} is already done."]
+def foresee(job: Job, out: Path, options: WriteOptions) -> Foreseen:
+    """What `run_job` would meet in a folder; nothing is touched. For a dry run."""
+    decision = preflight(job, out)
+    whole, free = sum(shard.disk_bytes for shard in job.layout.shards), free_space(out)
+    if is_locked(out):
+        return Foreseen(decision, True, whole, free, [f"It would be refused: another run is writing to {out}."])
     notes = []
-    if out.is_dir():
-        settings = _settings(options, layout)
-        workspace = Workspace(out, plan, settings, options.rank, options.overwrite, lambda: False)
-        run, obstacle = workspace.survey()
-        if obstacle is not None:
-            notes.append(f"{'It would be removed' if options.overwrite else 'It would be refused'}: {obstacle}")
-        elif run is not None:
-            notes.append(f"{out} holds an interrupted run of this, which would be resumed.")
-    need, free = sum(shard.disk_bytes for shard in files.shards), free_space(out)
+    if isinstance(decision, Refused):
+        if decision.removes is None or not options.overwrite:
+            return Foreseen(decision, True, whole, free, [f"It would be refused: {decision.reason}"])
+        notes = [f"It would be removed from {out}: {_listed(decision.removes)}."]
+        free += sum(_freed(out / name) for name in decision.removes)
+        decision = decision.then
+    match decision:
+        case Done(missing):
+            written = [f"{name} would be written again." for name in missing]
+            return Foreseen(decision, False, 0, free, [*notes, f"{out} is already done.", *written])
+        case Resume():
+            need = sum(missing_bytes(out, shard) for shard in job.layout.shards)
+            there = f"{format_bytes(whole - need)} of {format_bytes(whole)} are on the disk"
+            notes = [f"{out} holds an interrupted run of this, which would be resumed: {there}."]
+        case _:
+            need = whole
     if need > free:
         notes.append(f"It would be refused: {need / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free.")
-    return notes
+    return Foreseen(decision, need > free, need, free, notes)
 
 
-def _settings(options: WriteOptions, layout: Layout | None) -> dict[str, Any]:
-    """What decides the files beside the plan."""
-    files = {"max_shard_size": options.shard_bytes} if layout is None else {"layout": layout.fingerprint()}
-    return {**files, "digest": options.digest}
+def _listed(names: Sequence[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
-def _is_source(plan: CheckpointPlan, out: Path) -> bool:
-    """Whether OUT is the checkpoint that is read: the folder of its files, or of the training steps they are in."""
-    here = out.resolve()
-    folders = {folder for file in plan.sources for folder in (Path(file).parent.resolve(), Path(file).resolve().parent)}
-    below = (folder.relative_to(here).as_posix() for folder in folders if folder.is_relative_to(here))
-    return any(_OWN_FOLDER.fullmatch(path) for path in below)
+def _freed(path: Path) -> int:
+    """Bytes that removing a file gives back to the disk: none where it is a link, or another name has the bytes."""
+    status = path.lstat()
+    return status.st_blocks * 512 if hasattr(status, "st_blocks") and status.st_nlink == 1 else 0
 
 
 def free_space(out: Path) -> int:
@@ -359,54 +409,3 @@ def _run(items: Iterator[_Block], work: Callable[[_Block], None], workers: int) 
 
 def _tensor_bytes(shards: Iterable[Shard]) -> int:
     return sum(tensor.nbytes for shard in shards for tensor, _ in shard.tensors)
-
-
-def _is_done(plan: CheckpointPlan, files: Layout, out: Path, digest: bool) -> bool:
-    """Whether the folder is the finished result of this very plan, made from the sources as they are now."""
-    try:
-        sizes = [(out / shard.filename).stat().st_size for shard in files.shards]
-        finished = (out / files.loadable_file).stat().st_mtime_ns
-    except FileNotFoundError:
-        return False
-    if sizes != [shard.nbytes for shard in files.shards]:
-        return False
-    if any(os.stat(file).st_mtime_ns > finished for file in plan.sources):
-        return False
-    manifest = read_manifest(out)
-    if manifest is None or manifest.get("plan") != plan.fingerprint() or (digest and not manifest.get("digest")):
-        return False
-    places = {tensor.name: shard.filename for shard in files.shards for tensor, _ in shard.tensors}
-    return {name: entry["file"] for name, entry in manifest["tensors"].items()} == places
-
-
-def _write_small_files(
-    plan: CheckpointPlan, shards: Sequence[Shard], finished: Sequence[Finished], workspace: Workspace
-) -> None:
-    digests = {name: digest for record in finished for name, digest in record.digests.items()}
-    statistics = {symbol: value for record in finished for symbol, value in record.statistics.items()}
-    for name, content in plan.sidecars.items():
-        workspace.write(name, content if isinstance(content, bytes) else Path(content).read_bytes())
-    workspace.write("config.json", _json_bytes(plan.config))
-    workspace.write(MANIFEST, _json_bytes(make_manifest(plan, shards, statistics, digests)))
-
-
-def _make_loadable(files: Layout, workspace: Workspace) -> None:
-    """Give the shards their names, and last of all put the file in place that makes the folder load."""
-    out = workspace.out
-    for shard in files.shards:
-        path, partial = out / shard.filename, out / (shard.filename + PARTIAL)
-        if shard.twin:
-            path.unlink(missing_ok=True)  # a killed run may have made some
-            os.link(os.path.realpath(shard.twin), path)
-        elif partial.exists():  # a killed run may have renamed some
-            partial.rename(path)
-    if files.index:
-        for folder in {folder for shard in files.shards for folder in (out / shard.filename).parents}:
-            if folder == out or out in folder.parents:
-                sync_folder(folder)
-        workspace.write(*files.index)
-    sync_folder(out)
-
-
-def _json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -48,6 +48,8 @@ def copy_range(source: int, source_offset: int, target: int, target_offset: int,
 def _copy_in_kernel(source: int, source_offset: int, target: int, target_offset: int, count: int) -> int:
     """Copy until it is done or the kernel cannot; returns how many bytes that were."""
     done = 0
+    if not hasattr(os, "copy_file_range"):  # only Linux has it
+        return done
     try:
         while done < count:
             moved = os.copy_file_range(source, target, count - done, source_offset + done, target_offset + done)
@@ -107,7 +109,24 @@ class PassingCache:
 
 
 def _let_go(descriptor: int, offset: int, count: int) -> None:
-    os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
+    if hasattr(os, "posix_fadvise"):  # macOS has none
+        os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
+
+
+def preallocate(descriptor: int, size: int) -> None:
+    """Give a file its size, and the disk space for it where the system and the file system can do that.
+
+    Raises:
+        OSError: there is no room for it.
+    """
+    os.ftruncate(descriptor, size)
+    if not size or not hasattr(os, "posix_fallocate"):  # macOS has none
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
 
 
 def available_memory() -> int:

@@ -2,11 +2,26 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""`manifest.json`: what a checkpoint was made from, and the digest of every tensor.
+"""The record of a checkpoint, beside its weights: what it was made from, and the digest of everything in its folder.
 
-It is published beside the weights, so it holds no local path, no user and no host name.
+It is published with the weights, so it holds no local path, no user and no host name.
+
+    format            2
+    teleflm_version   what wrote it
+    plan              fingerprint of the plan
+    seed, lineage     what was made from what; of the checkpoint that it continues: plan, lineage, digest of its record
+    statistics        symbol of the plan -> the number behind it
+    job               its fingerprint, settings, `engine` and `layout`: what tells whether another is the same
+    sources           file of the source -> its identity
+    digest            how tensors are hashed; null if they are not
+    files             every file of the folder -> bytes, and `sha256`; of weights `between` instead: of all but tensors
+    tensors           name -> file, dtype, shape, digest
+
+Version 0.1.0 wrote a `manifest.json` (format 1), without `job`, `sources` and `files`. That name belongs to many
+programs, so one that is not ours is nothing to us.
 """
 
+import hashlib
 import importlib.metadata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,14 +30,15 @@ from typing import Any
 import xxhash
 
 from .assemble import BLOCK
-from .containers import Shard
 from .errors import CheckpointError
-from .plan import CheckpointPlan
 from .strict_json import parse_json_object
 
-MANIFEST = "manifest.json"
-FORMAT = 1
-_FIELDS = {"plan": str, "lineage": dict, "tensors": dict}  # what a manifest of this format has at least
+MANIFEST = "teleflm_manifest.json"
+OLD_MANIFEST = "manifest.json"
+FORMAT, _OLD_FORMAT = 2, 1
+_FIELDS = {"plan": str, "lineage": dict, "tensors": dict}  # what a record has at least, of either format
+_OLD_FIELDS = {**_FIELDS, "teleflm_version": str, "statistics": dict}
+_MAX_BYTES = 100_000_000
 
 
 def block_digest(chunks: Iterable[bytes | memoryview]) -> bytes:
@@ -38,6 +54,14 @@ def tensor_digest(blocks: Iterable[bytes]) -> str:
     return xxhash.xxh3_128_hexdigest(b"".join(blocks))
 
 
+def between_digest(parts: Iterable[bytes]) -> str:
+    """Digest of what a file of weights holds beside its tensors: all of it, in order, as one."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
 def package_version() -> str:
     """Version of this package, or `unknown` in a checkout that was never installed."""
     try:
@@ -47,39 +71,58 @@ def package_version() -> str:
 
 
 def make_manifest(
-    plan: CheckpointPlan, shards: Iterable[Shard], statistics: Mapping[str, float], digests: Mapping[str, str]
+    *,
+    plan: str,
+    seed: int,
+    lineage: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Any]],
+    digests: bool,
+    statistics: Mapping[str, float] | None = None,
+    **more: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The manifest of a finished checkpoint.
+    """The record of a finished checkpoint, see above.
 
     Args:
-        plan: what was executed.
-        shards: the files it was written to.
+        plan: fingerprint of what was executed.
+        seed: of it.
+        lineage: what it was made from.
+        tensors: name -> file, dtype, shape and, if they were taken, digest.
+        digests: whether they were.
         statistics: symbol of the plan -> the number behind it.
-        digests: tensor name -> digest; empty if none were taken.
+        more: `job`, `sources` and `files`, of a checkpoint that the engine wrote.
     """
     return {
         "format": FORMAT,
         "teleflm_version": package_version(),
-        "plan": plan.fingerprint(),
-        "seed": plan.seed,
-        "lineage": plan.lineage,
-        "statistics": dict(statistics),
+        "plan": plan,
+        "seed": seed,
+        "lineage": dict(lineage),
+        "statistics": dict(statistics or {}),
+        **more,
         "digest": {"algorithm": "xxh3_128", "block_elements": BLOCK} if digests else None,
-        "tensors": {
-            tensor.name: {
-                "file": shard.filename,
-                "dtype": tensor.dtype.name,
-                "shape": list(tensor.shape),
-                **({"digest": digests[tensor.name]} if digests else {}),
-            }
-            for shard in shards
-            for tensor, _ in shard.tensors
-        },
+        "tensors": dict(tensors),
     }
 
 
+def find_manifest(folder: Path) -> Path | None:
+    """The file with the record of a folder, as this version writes it or as 0.1.0 did; None if it has none."""
+    if (folder / MANIFEST).is_file():
+        return folder / MANIFEST
+    return folder / OLD_MANIFEST if read_old_manifest(folder) is not None else None
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder, or None if it has none.
+    """The record of a folder, as this version writes it or as 0.1.0 did; None if it has none.
+
+    Raises:
+        CheckpointError: it is not one this version understands.
+    """
+    own = read_own_manifest(folder)
+    return read_old_manifest(folder) if own is None else own
+
+
+def read_own_manifest(folder: Path) -> dict[str, Any] | None:
+    """The record of a folder under the name that is ours alone, or None if it has none.
 
     Raises:
         CheckpointError: it is not one this version understands.
@@ -87,8 +130,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    manifest = parse_json_object(path.read_bytes(), str(path))
-    if manifest.get("format") != FORMAT:
+    manifest = parse_json_object(_read(path), str(path))
+    if manifest.get("format") not in (FORMAT, _OLD_FORMAT):
         found = repr(manifest.get("format"))[:80]
         raise CheckpointError(f"{path}: manifest format is {found}, this version reads {FORMAT}; update teleflm.")
     for field, kind in _FIELDS.items():
@@ -100,11 +143,34 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def read_old_manifest(folder: Path) -> dict[str, Any] | None:
+    """The record that version 0.1.0 left in a folder; None if there is none, or a file of that name of others."""
+    path = folder / OLD_MANIFEST
+    try:
+        manifest = parse_json_object(_read(path), str(path)) if path.is_file() else {}
+    except (CheckpointError, OSError):
+        return None
+    fits = all(isinstance(manifest.get(field), kind) for field, kind in _OLD_FIELDS.items())
+    return manifest if fits and manifest.get("format") == _OLD_FORMAT else None
+
+
+def _read(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size > _MAX_BYTES:
+        raise CheckpointError(f"{path} has {size} bytes, a record at most {_MAX_BYTES}; restore or remove the file.")
+    return path.read_bytes()
+
+
 def parent_record(folder: Path) -> dict[str, Any] | None:
-    """What a lineage keeps of the checkpoint it continues: the plan and the lineage in its manifest, if it has one.
+    """What a lineage keeps of the checkpoint it continues: plan and lineage in its record, and the record's digest.
+
+    None if it has no record.
 
     Raises:
         CheckpointError: see `read_manifest`.
     """
-    manifest = read_manifest(folder)
-    return {"plan": manifest["plan"], "lineage": manifest["lineage"]} if manifest else None
+    path, manifest = find_manifest(folder), read_manifest(folder)
+    if path is None or manifest is None:
+        return None
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"plan": manifest["plan"], "lineage": manifest["lineage"], "record": digest}

@@ -13,42 +13,36 @@ finished shard counts only while its file has the size and time of its record.
 """
 
 import errno
-import fcntl
 import json
 import logging
 import os
-import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from .assemble import blocks
 from .containers import Shard
 from .errors import CheckpointError, CorruptData
-from .kernel_copy import PassingCache, available_memory, write_all
-from .manifest import MANIFEST, package_version, tensor_digest
-from .plan import CheckpointPlan
-from .sources import WEIGHT_FILES, source_identity
+from .folder_formats import format_folders
+from .job import Job, first_difference, read_json, source_identities
+from .kernel_copy import PassingCache, available_memory, preallocate, write_all
+from .manifest import tensor_digest
+from .preflight import FOLDER, PARTIAL, RUN, Done, New, Refused, Resume, lies_in, preflight
 
-PARTIAL = ".partial"
-FOLDER = ".teleflm"
-# The file by which Megatron-LM finds the step to load.
-TRACKER = "latest_checkpointed_iteration.txt"
-LOADABLE_FILES = (*WEIGHT_FILES, TRACKER)
-# Every name under which transformers, Megatron-LM and we save weights, but for the steps of a training run: what
-# --overwrite removes, and nothing else touches.
-_WEIGHTS = re.compile(
-    r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
-    rf"|{re.escape(TRACKER)}|release/mp_rank_\d+(_\d+)*/\w+\.pt"
-)
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 _POLL_SECONDS = 0.1
 _PATIENCE_SECONDS = 30.0
+_LOCK_ATTEMPTS = 3
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # a link under a name that we write would lead somewhere else
 
 logger = logging.getLogger(__name__)
 
@@ -74,42 +68,22 @@ class Workspace:
     """The working folder of one run, as one of its ranks sees it. A context manager.
 
     Args:
+        job: what is written.
         out: the output folder.
-        plan: what is written.
-        settings: what else decides the files, for example the shard size.
         rank: of this process; rank 0 prepares the folder, the others wait for that.
-        overwrite: whether a checkpoint or another run in the folder may be removed.
-        is_done: whether the folder holds the finished output, so that there is nothing to wait for.
+        overwrite: whether what stands in the way may be removed.
 
     Raises:
-        CheckpointError: another run is writing here, the folder holds something else, or a source changed meanwhile.
+        CheckpointError: another run is writing here, or the folder holds something else.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        plan: CheckpointPlan,
-        settings: Mapping[str, Any],
-        rank: int,
-        overwrite: bool,
-        is_done: Callable[[], bool],
-    ) -> None:
+    def __init__(self, job: Job, out: Path, rank: int, overwrite: bool) -> None:
         self.out = out
         self.folder = out / FOLDER
+        self.job = job
         self._rank = rank
         self._overwrite = overwrite
-        self._is_done = is_done
         self._lock = -1
-        self._sources = plan.sources
-        self._run = {
-            "version": package_version(),
-            "plan": plan.fingerprint(),
-            "settings": dict(settings),
-            "seed": plan.seed,
-            "config": plan.config,
-            "lineage": plan.lineage,
-            "sources": _identities(self._sources),
-        }
 
     def __enter__(self) -> "Workspace":
         if self._rank == 0:
@@ -117,7 +91,7 @@ class Workspace:
             try:
                 self._prepare()
             except BaseException:
-                os.close(self._lock)
+                self._unlock()
                 raise
         else:
             self._await_run()
@@ -126,65 +100,60 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock >= 0:
             os.close(self._lock)
+            self._lock = -1
+
+    def done(self) -> Done | None:
+        """The job, if it is done already."""
+        decision = preflight(self.job, self.out)
+        return decision if isinstance(decision, Done) else None
 
     def _prepare(self) -> None:
         """Resume the run that is here, or make room and start one."""
-        if self._is_done():
+        decision = preflight(self.job, self.out)
+        if isinstance(decision, Refused) and self._overwrite and decision.removes is not None:
+            self._clear(decision.removes)
+            decision = preflight(self.job, self.out)
+        if isinstance(decision, Refused):
+            raise CheckpointError(decision.reason)
+        if isinstance(decision, New):
+            self._clear(decision.removes)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir()
+        elif not (isinstance(decision, Resume) and decision.relaxed):
             return
-        run, obstacle = self.survey()
-        if obstacle is None and run is not None:
-            return
-        if obstacle is not None and not self._overwrite:
-            raise CheckpointError(obstacle)
-        self._clear()
-        self.folder.mkdir()
-        write_file(self.folder / "run.json", json.dumps(self._run).encode())
+        write_file(self.folder / RUN, json.dumps(self.job.run).encode())
 
     def _await_run(self) -> None:
         polls = _polls(f"rank 0 to prepare {self.out}")
-        while not self._is_done():
-            run, obstacle = self.survey()
-            if obstacle is None and run is not None:
-                return
-            if obstacle is not None and not self._overwrite and not self._is_done():  # rank 0 refuses too
-                raise CheckpointError(obstacle)
+        while not isinstance(decision := preflight(self.job, self.out), Done | Resume):
+            if isinstance(decision, Refused) and not (self._overwrite and decision.removes is not None):
+                again = preflight(self.job, self.out)  # rank 0 may have finished while it was looked at
+                if isinstance(again, Refused):  # rank 0 refuses too
+                    raise CheckpointError(again.reason)
             next(polls)
 
-    def survey(self) -> tuple[dict[str, Any] | None, str | None]:
-        """The run that is here, and what stands in the way of this one; to be asked of a folder that is not done."""
-        run = _read_json(self.folder / "run.json")
-        present = [name for name in _weights_in(self.out) if not name.endswith(PARTIAL)]
-        loadable = [name for name in LOADABLE_FILES if name in present]
-        if loadable or (present and run is None):
-            name = (loadable or present)[0]
-            text = f"already holds {name}, made otherwise or from other sources; choose another folder or --overwrite."
-            return run, f"{self.out}: {text}"
-        difference = run and _difference(run, self._run)
-        if difference:
-            text = f"holds an interrupted run, but {difference}; repeat that run, or --overwrite it."
-            return run, f"{self.out}: {text}"
-        return run, None
-
-    def _clear(self) -> None:
-        """Remove a checkpoint or a run: first what other ranks would join, then what loads, then the rest."""
-        names = _weights_in(self.out)
+    def _clear(self, names: tuple[str, ...]) -> None:
+        """Remove files of an earlier run: first what other ranks would join, then in the order given."""
         for name in names:
             if name.endswith(PARTIAL):
                 with (self.out / name).open("rb") as file:
                     _lock(file.fileno(), f"{self.out}: another run is writing {name}; wait for it.")
-        (self.folder / "run.json").unlink(missing_ok=True)
-        for name in (*sorted(names, key=lambda name: name not in LOADABLE_FILES), MANIFEST):
-            (self.out / name).unlink(missing_ok=True)
-        for folder in (*self.out.glob("release/mp_rank_*"), self.out / "release"):
-            with suppress(OSError):  # it holds something else, or is not there
+        (self.folder / RUN).unlink(missing_ok=True)
+        for name in names:
+            if lies_in(self.out, name):
+                (self.out / name).unlink(missing_ok=True)
+        for folder in format_folders(self.out):
+            with suppress(OSError):  # it holds something else
                 folder.rmdir()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def finished(self, shard: Shard) -> Finished | None:
         """The record of a shard, or None if it is not finished, or not what its record says."""
-        record = _read_json(self.beside(shard, ".done"))
+        record = read_json(self.beside(shard, ".done"))
         if record is None:
             return None
         for path in (self.out / (shard.filename + PARTIAL), self.out / shard.filename):
@@ -211,38 +180,48 @@ class Workspace:
         Raises:
             OSError: the free space is less than what the shards still need.
         """
-        need = sum(shard.nbytes - self._allocated(shard) for shard in shards)
+        need = sum(missing_bytes(self.out, shard) for shard in shards)
         free = shutil.disk_usage(self.out).free
         if need > free:
             text = f"needs {need / 1e9:.3f} GB more, {free / 1e9:.3f} GB are free; free some space, then run this again"
             raise OSError(errno.ENOSPC, text, str(self.out))
 
-    def _allocated(self, shard: Shard) -> int:
-        for name in (shard.filename + PARTIAL, shard.filename):
-            with suppress(FileNotFoundError):
-                return min((self.out / name).stat().st_blocks * 512, shard.nbytes)
-        return 0
-
     def check_sources(self) -> None:
-        """Check that the sources still are what they were when the run began.
+        """Check that the sources still are what they were when the job was made.
 
         Raises:
             CorruptData: one is not, so that the output may hold some of both.
         """
         try:
-            changed = _difference({"sources": self._run["sources"]}, {"sources": _identities(self._sources)})
+            now = source_identities(self.job.plan.sources)
         except CheckpointError as error:
             raise CorruptData(str(error)) from None
+        changed = first_difference({"sources": self.job.sources}, {"sources": now})
         if changed:
-            raise CorruptData(f"{self.out}: {changed} the run began; start over with --overwrite.")
+            raise CorruptData(f"{self.out}: while it was written, {changed}; start over with --overwrite.")
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file of the output; what a kill leaves of it lies in the working folder."""
-        write_file(self.out / name, content, self.folder / (name + PARTIAL))
+        path = self.out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, content, self.folder / (name.replace("/", "-") + PARTIAL))
 
     def remove(self) -> None:
         """Forget the run: its output is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def missing_bytes(out: Path, shard: Shard) -> int:
+    """Bytes of disk that a shard still needs, beside those that it has, whole or partial."""
+    for name in (shard.filename + PARTIAL, shard.filename):
+        with suppress(FileNotFoundError):
+            return shard.disk_bytes - min(_allocated(out / name), shard.disk_bytes)
+    return shard.disk_bytes
+
+
+def _allocated(path: Path) -> int:
+    status = path.stat()
+    return getattr(status, "st_blocks", 0) * 512
 
 
 class ShardFile:
@@ -284,15 +263,14 @@ class ShardFile:
 
     def _open(self, digest: bool) -> None:
         if digest:
-            self._journal = os.open(self._journal_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._journal = _open_journal(self._journal_path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | _NOFOLLOW, 0o666)
         _lock(self.descriptor, f"{self._workspace.out}: another run is writing {self._shard.filename}; wait for it.")
         self._workspace.beside(self._shard, ".done").unlink(missing_ok=True)
         if not self.claims:
             os.ftruncate(self.descriptor, 0)  # so that what no block writes reads as zeros
-        os.ftruncate(self.descriptor, self._shard.nbytes)
-        os.posix_fallocate(self.descriptor, 0, self._shard.nbytes)
+        preallocate(self.descriptor, self._shard.nbytes)
         for position, content in self._shard.fixed:
             self.write(content, position)
 
@@ -308,7 +286,10 @@ class ShardFile:
     def record(self, tensor: str, index: int, digest: bytes) -> None:
         """Note that a block is in the file."""
         if self.claims.get((tensor, index)) != digest:
-            os.write(self._journal, f"{index} {digest.hex()} {tensor}\n".encode())
+            line = f"{index} {digest.hex()} {tensor}\n".encode()
+            with self._lock:  # a write may be short; what follows must not come between its parts
+                while line:
+                    line = line[os.write(self._journal, line) :]
         self._digests[tensor][index] = digest
 
     def release(self, position: int = 0, nbytes: int = 0) -> None:
@@ -348,12 +329,6 @@ def fits_in_cache(nbytes: int) -> bool:
     return nbytes <= available_memory() // 2
 
 
-def _weights_in(out: Path) -> list[str]:
-    """Paths in OUT of every file of a checkpoint, whole or partial."""
-    names = (path.relative_to(out).as_posix() for path in (*out.iterdir(), *out.glob("release/mp_rank_*/*")))
-    return sorted(name for name in names if _WEIGHTS.fullmatch(name.removesuffix(PARTIAL)))
-
-
 def write_file(path: Path, content: bytes, partial: Path | None = None) -> None:
     """Write a small file so that it is there whole or not at all.
 
@@ -383,17 +358,41 @@ def naming_errors(path: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    """Make renames in a folder durable, where folders can be synced."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows opens none
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of some network file systems
+            raise
     finally:
         os.close(descriptor)
 
 
+def is_locked(out: Path) -> bool:
+    """Whether a run is writing to a folder at this moment."""
+    if fcntl is None or not out.is_dir():
+        return False
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no locks here
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _lock_folder(out: Path) -> int:
-    """Hold OUT against a second run."""
-    descriptor = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
+    """Hold OUT against a second run; -1 where folders cannot be opened."""
+    if not hasattr(os, "O_DIRECTORY"):
+        logger.warning("running without a lock: this system cannot open folders")
+        return -1
+    descriptor = os.open(out, os.O_RDONLY)
     try:
         _lock(descriptor, f"{out}: another run is writing here; wait for it or choose another folder.")
     except BaseException:
@@ -404,51 +403,29 @@ def _lock_folder(out: Path) -> int:
 
 def _lock(descriptor: int, refusal: str) -> None:
     """Hold an open file against other processes. The lock goes with the descriptor, so a killed run leaves none."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise CheckpointError(refusal) from None
-    except OSError as error:  # some network file systems have no locks
-        logger.warning("running without a lock: %s", error)
+    if fcntl is None:
+        logger.warning("running without a lock: this system has none")
+        return
+    for attempt in range(_LOCK_ATTEMPTS):  # a dry run that looks whether somebody writes holds it for an instant
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if attempt < _LOCK_ATTEMPTS - 1:
+                time.sleep(_POLL_SECONDS)
+        except OSError as error:  # some network file systems have no locks
+            logger.warning("running without a lock: %s", error)
+            return
+    raise CheckpointError(refusal)
 
 
-def _identities(files: Iterable[str]) -> dict[str, str]:
-    """The identity of each file, by its path below the folder they share: where that folder lies does not matter."""
-    paths = sorted(map(os.path.abspath, files))
-    folder = os.path.commonpath(map(os.path.dirname, paths)) if paths else ""
-    return {os.path.relpath(path, folder): source_identity(path) for path in paths}
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """A file of ours, which is either whole or as good as not there."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """The first thing in which two runs differ, for people; None if they are the same."""
-    before, after = _flatten(old), _flatten(json.loads(json.dumps(new)))
-    for key in sorted(
-        before.keys() | after.keys(), key=lambda key: (key == "plan", not key.startswith("sources"), key)
-    ):
-        if before.get(key) != after.get(key):
-            if key.startswith("sources."):
-                return f"the source file {key.removeprefix('sources.')} has changed since"
-            if key == "plan":
-                return "its tensors were planned otherwise"
-            return f"{key} was {before.get(key)!r} and is {after.get(key)!r}"
-    return None
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        k: v for name, part in value.items() for k, v in _flatten(part, f"{prefix}.{name}" if prefix else name).items()
-    }
+def _open_journal(path: Path) -> int:
+    """A journal, to be appended to: after a whole line, whatever a kill or a full disk left at its end."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _NOFOLLOW, 0o666)
+    size = os.fstat(descriptor).st_size
+    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        os.write(descriptor, b"\n")
+    return descriptor
 
 
 def _read_journal(path: Path) -> dict[tuple[str, int], bytes]:

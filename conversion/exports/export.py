@@ -10,7 +10,6 @@ embedding and the head, exactly where they are powers of two and rounded once wh
 """
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -24,12 +23,14 @@ from ..checkpoint.containers import Layout, Shard, indexed_layout
 from ..checkpoint.dtypes import FLOAT16, DType, parse_dtype
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.execute import CheckpointResult, WriteOptions, execute
+from ..checkpoint.finish import link_kind
 from ..checkpoint.manifest import parent_record
 from ..checkpoint.plan import CheckpointPlan, TensorPlan
 from ..checkpoint.safetensors_file import read_header_bytes
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.sources import Source, open_checkpoint
 from ..hub.contents import TOKENIZER_CODE, TOKENIZER_FILES, hub_config, hub_sidecars, lineage_steps, model_card
+from ..hub.small_files import copied_file
 from ..mapping import EMBED_TOKENS, LM_HEAD, check_tensors, weights
 from .megatron import ParallelSizes, Spec, padded_vocab_size, plan_megatron
 
@@ -69,7 +70,8 @@ def export_checkpoint(
         multipliers: for Megatron: `fold` them into the weights, or `keep` the weights and note them in the arguments,
             for a trainer that knows them; a stock Megatron-LM does not.
         spec: for Megatron: the layers it builds, `te` (Transformer Engine) or `local`.
-        link: for Granite: link to the source's weight files where the file system can, rather than copy them.
+        link: for Granite: link to the source's weight files rather than copy them: hard links, or symbolic ones where
+            these are not allowed, or copies where no links are. The result's notes say which.
         dtype: of the output; the source's unless given.
         options: how to write.
         dry_run: plan and check everything, write nothing.
@@ -91,14 +93,30 @@ def export_checkpoint(
         plan, notes = _plan_llama(model, cast)
         return execute(plan, Path(out), options, notes, dry_run=dry_run)
     plan = _plan_granite(model, cast)
-    linked = _linked_layout(model.checkpoint, plan, Path(out)) if link else None
-    notes = []
-    if link and not linked:
-        notes = ["The weights are copied: links need safetensors files of the output's very tensors on the same disk."]
-    if linked:
-        notes = ["The weights are links to the source's files, without digests of their own: change neither in place."]
-        options = replace(options, digest=False)
-    return execute(plan, Path(out), options, notes, dry_run=dry_run, layout=linked)
+    linked = _linked_layout(model.checkpoint, plan) if link else None
+    if linked is None:
+        notes = ["The weights are copied: links need safetensors files of the output's very tensors."] if link else []
+        return execute(plan, Path(out), options, notes, dry_run=dry_run)
+    result = execute(plan, Path(out), replace(options, digest=False), dry_run=dry_run, layout=linked)
+    return replace(
+        result, notes=[*result.notes, _link_note(Path(out), linked, written=not dry_run and options.rank == 0)]
+    )
+
+
+def _link_note(out: Path, layout: Layout, *, written: bool) -> str:
+    """What became of the links, which a file system may refuse; read off the folder, so that it is what is there."""
+    if not written:
+        return "The weights are to be links to the source's files: hard, or symbolic where such are not allowed."
+    kinds = {link_kind(out, shard) for shard in layout.shards}
+    undigested = "without digests of their own: change neither in place."
+    if kinds == {"hard link"}:
+        return f"The weights are links to the source's files, {undigested}"
+    if "symbolic link" in kinds:
+        return (
+            "The weights are symbolic links to the source's files, since hard links to these are not allowed here, "
+            f"{undigested} Nothing loads if the source moves."
+        )
+    return "The weights are copies, without digests of their own: no links to the source's files can be made here."
 
 
 def _check_choices(to: str, sizes: ParallelSizes, multipliers: str, spec: str, link: bool) -> None:
@@ -232,9 +250,7 @@ def _plan_megatron(
     details = {"parallel": asdict(sizes), "multipliers": "fold" if fold else "keep", "spec": spec}
     lineage = model.lineage("megatron", cast, **details)
     names = (*TOKENIZER_FILES, "tokenizer_config.json", "generation_config.json")
-    sidecars: dict[str, str | bytes] = {
-        name: str(model.folder / name) for name in names if (model.folder / name).is_file()
-    }
+    sidecars: dict[str, str | bytes] = {name: path for name in names if (path := copied_file(model.folder, name))}
     notes = _folding_notes(source, target, scales, dtype)
     if not fold and (source.embedding_scale, source.logit_scale) != (1.0, 1.0):
         notes.append(
@@ -265,18 +281,13 @@ def _stock_sidecars(
     return hub_sidecars(model.folder, card, code=(TOKENIZER_CODE,))
 
 
-def _linked_layout(checkpoint: Source, plan: CheckpointPlan, out: Path) -> Layout | None:
-    """The source's own files as the output's; None where they are not that, or no link can be made."""
+def _linked_layout(checkpoint: Source, plan: CheckpointPlan) -> Layout | None:
+    """The source's own files as the output's; None where they are not that."""
     tensors = {tensor.name: tensor for tensor in plan.tensors}
     same = tensors.keys() == checkpoint.tensors.keys() and all(
         tensors[name].dtype == view.dtype for name, view in checkpoint.tensors.items()
     )
-    folder = next(path for path in (out, *out.absolute().parents) if path.exists())
-    linkable = all(
-        _HUB_SHARD.fullmatch(Path(file).name) and os.stat(file).st_dev == folder.stat().st_dev
-        for file in checkpoint.files
-    )
-    if not same or not linkable:
+    if not same or not all(_HUB_SHARD.fullmatch(Path(file).name) for file in checkpoint.files):
         return None
     shards = []
     for file in checkpoint.files:

@@ -29,9 +29,8 @@ from ..checkpoint.plan import TensorPlan, View
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.torch_file import read_torch_file
 from ..checkpoint.torch_zip import planned_tensors, torch_shard
-from ..checkpoint.workspace import TRACKER
 from ..mapping import EMBED_TOKENS, LM_HEAD
-from ..native.find import RELEASE
+from ..native.find import RELEASE, TRACKER
 from ..native.table import MEGATRON, NativeWeight, RowOrder, join, native_tensors
 
 Spec: TypeAlias = Literal["te", "local"]

@@ -11,6 +11,8 @@ from typing import Any
 
 from ..architecture import Architecture, load_config, package_folder
 from ..checkpoint.errors import CheckpointError
+from ..checkpoint.manifest import MANIFEST
+from .small_files import copied_file
 
 TOKENIZER_CODE = "tokenization_teleflm.py"
 CODE_FILES = ("configuration_teleflm.py", "modeling_teleflm.py", TOKENIZER_CODE)
@@ -60,14 +62,18 @@ def hub_sidecars(source: Path, card: str, code: Sequence[str] = CODE_FILES) -> d
         source: folder to copy from.
         card: content of README.md.
         code: which of our files the output needs.
+
+    Raises:
+        CheckpointError: one of them is a link that leads out of the folder.
     """
     package = package_folder()
     files: dict[str, str | bytes] = {name: str(package / name) for name in code}
+    copied_file(source, "config.json")  # what it says goes into the output's
     for name in (*TOKENIZER_FILES, *_OTHER_FILES):
-        if (source / name).is_file():
-            files[name] = str(source / name)
+        if path := copied_file(source, name):
+            files[name] = path
     if "tokenizer.model" in files:
-        tokenizer = load_config(source / _TOKENIZER_CONFIG) if (source / _TOKENIZER_CONFIG).is_file() else {}
+        tokenizer = load_config(source / _TOKENIZER_CONFIG) if copied_file(source, _TOKENIZER_CONFIG) else {}
         files[_TOKENIZER_CONFIG] = (json.dumps({**tokenizer, **_TOKENIZER_CLASS}, indent=2) + "\n").encode()
         if "chat_template" not in tokenizer:
             files.setdefault(_CHAT_TEMPLATE, str(package / _CHAT_TEMPLATE))
@@ -196,5 +202,5 @@ With the `teleflm` package installed, `import modeling_teleflm` replaces `trust_
 
 {steps}
 
-`manifest.json` has the full record and the digest of every tensor.
+`{MANIFEST}` has the full record and the digest of every tensor.
 """

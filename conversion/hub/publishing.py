@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.errors import CheckpointError
-from ..checkpoint.manifest import MANIFEST
+from ..checkpoint.manifest import MANIFEST, OLD_MANIFEST, find_manifest
+from ..checkpoint.preflight import FOLDER, PARTIAL
 from ..checkpoint.strict_json import parse_json_object
-from ..checkpoint.workspace import FOLDER, PARTIAL
 from ..inspect import inspect_checkpoint
 from .contents import CODE_FILES, TOKENIZER_FILES
 
@@ -80,7 +80,7 @@ def publish(
         private: of a repository that is made.
         revision: branch to upload to; the main one unless given.
         message: of the commits.
-        check: read every tensor and compare it with the digests of manifest.json first, if there are any.
+        check: read every tensor and compare it with the digests of the record first, if there are any.
         dry_run: look the folder over and touch nothing, neither here nor there.
         workers: threads of the check.
         progress: called with the bytes the check just read and those in all.
@@ -121,6 +121,9 @@ def _files(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
     if unfinished:
         raise CheckpointError(f"{folder}: holds {unfinished[0]} of an unfinished run; run its command again first.")
     small = {name: (folder / name).stat().st_size for name in _SMALL_FILES if (folder / name).is_file()}
+    record = find_manifest(folder)
+    if record and record.name == OLD_MANIFEST:
+        small[OLD_MANIFEST] = record.stat().st_size
     if "adapter_config.json" in small:
         weights = [_ADAPTER_WEIGHTS] if (folder / _ADAPTER_WEIGHTS).is_file() else []
     else:
@@ -138,16 +141,18 @@ def _require_sound(
 ) -> None:
     """What `teleflm inspect` finds wrong with it is refused."""
     adapter = _ADAPTER_WEIGHTS in weights
-    digests = check and (folder / MANIFEST).is_file()
+    digests = check and find_manifest(folder) is not None
     inspection = inspect_checkpoint(
         folder / _ADAPTER_WEIGHTS if adapter else folder, check=digests, workers=workers, progress=progress
     )
     if inspection.problems and not adapter:  # an adapter alone has no architecture to hold it against
         raise CheckpointError(inspection.problems[0])
-    if inspection.damages:
-        damage = inspection.damages[0]
-        more = f", and {len(inspection.damages) - 1} more" if len(inspection.damages) > 1 else ""
-        raise CheckpointError(f"{folder}/{damage.file}: {damage.tensor} {damage.reason}{more}; make the folder anew.")
+    # A card may be edited, and a configuration corrected, before they are published: only weights have to be intact.
+    damages = [damage for damage in inspection.damages or [] if damage.tensor or damage.file in weights]
+    if damages:
+        first, more = damages[0], f", and {len(damages) - 1} more" if len(damages) > 1 else ""
+        what = f"{first.tensor} {first.reason}" if first.tensor else first.reason
+        raise CheckpointError(f"{folder}/{first.file}: {what}{more}; make the folder anew.")
     unknown = sorted(weights.keys() - inspection.files.keys())
     if unknown and not adapter:
         raise CheckpointError(f"{folder}/{unknown[0]}: is not in the index; remove it, or make the folder anew.")

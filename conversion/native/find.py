@@ -10,13 +10,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..checkpoint.errors import CheckpointError
-from ..checkpoint.workspace import TRACKER
+from ..checkpoint.folder_formats import FolderFormat, register
 from .checkpoint import NativeCheckpoint, NativeFormat
 from .table import NativeWeight
 
 FORMATS: tuple[NativeFormat, ...] = ("megatron", "torch_dist", "fsdp_dtensor", "dcp", "deepspeed")
 _ITERATION = re.compile(r"iter_(\d{7,})")
 RELEASE = "release"  # the step that a conversion writes, where Megatron-LM starts counting
+TRACKER = "latest_checkpointed_iteration.txt"  # the file by which Megatron-LM finds the step to load
+register(
+    FolderFormat(
+        "Megatron-LM",
+        loadable=(TRACKER,),
+        # Only what a conversion writes: the steps of a training run are nobody's to remove.
+        weights=re.compile(rf"{re.escape(TRACKER)}|{RELEASE}/mp_rank_\d+(_\d+)*/\w+\.pt"),
+        folders=(f"{RELEASE}/mp_rank_*", RELEASE),
+        steps=re.compile(rf"(iter_\d+|{RELEASE})(/.*)?"),
+    )
+)
+register(
+    FolderFormat(
+        "DeepSpeed",
+        loadable=(),
+        weights=re.compile(r"(?!)"),  # we write none
+        steps=re.compile(r"global_step\d+(/.*)?"),
+    )
+)
 _ACCELERATE = "pytorch_model_fsdp_0"
 
 

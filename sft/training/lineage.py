@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""What a fine-tuned model was made from: `manifest.json` beside its weights, as conversion and growth write it.
+"""What a fine-tuned model was made from: the record beside its weights, as conversion and growth write it.
 
 It is published with the weights, so it holds digests and numbers, and no path.
 """
@@ -18,11 +18,10 @@ import xxhash
 from conversion.architecture import MODEL_TYPE, Architecture
 from conversion.checkpoint.assemble import BLOCK
 from conversion.checkpoint.manifest import (
-    FORMAT,
     MANIFEST,
     block_digest,
-    package_version,
-    read_manifest,
+    make_manifest,
+    parent_record,
     tensor_digest,
 )
 from conversion.checkpoint.plan import View
@@ -52,15 +51,11 @@ def base_digest(base: Source) -> str:
 
 def describe_base(base: Source) -> dict[str, Any]:
     """What the lineage of a fine-tuned model says of the one it was made from: its digest, and its own lineage."""
-    parent = read_manifest(Path(base.folder))
-    return {
-        "base": base_digest(base),
-        "parent": {"plan": parent["plan"], "lineage": parent["lineage"]} if parent else None,
-    }
+    return {"base": base_digest(base), "parent": parent_record(Path(base.folder))}
 
 
 def write_record(folder: Path, lineage: Mapping[str, Any], seed: int) -> None:
-    """Write `manifest.json`, with the digest of every tensor, and the model card of a Tele-FLM into a saved model.
+    """Write the record, with the digest of every tensor, and the model card of a Tele-FLM into a saved model.
 
     Args:
         folder: holds a whole model, or the weights of an adapter.
@@ -79,16 +74,8 @@ def write_record(folder: Path, lineage: Mapping[str, Any], seed: int) -> None:
             }
             for name, view in saved.tensors.items()
         }
-    manifest = {
-        "format": FORMAT,
-        "teleflm_version": package_version(),
-        "plan": hashlib.sha256(json.dumps([lineage, seed, tensors], sort_keys=True).encode()).hexdigest(),
-        "seed": seed,
-        "lineage": dict(lineage),
-        "statistics": {},
-        "digest": {"algorithm": "xxh3_128", "block_elements": BLOCK},
-        "tensors": tensors,
-    }
+    plan = hashlib.sha256(json.dumps([lineage, seed, tensors], sort_keys=True).encode()).hexdigest()
+    manifest = make_manifest(plan=plan, seed=seed, lineage=lineage, tensors=tensors, digests=True)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     config = saved.config or {}
     if not is_adapter and config.get("model_type") == MODEL_TYPE:

@@ -79,7 +79,7 @@ class TrainResult:
 
 
 def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), progress: bool = True) -> TrainResult:
-    """Fine-tune a model and save it, with a `manifest.json` that says what it was made from.
+    """Fine-tune a model and save it, with a record that says what it was made from.
 
     Args:
         recipe: from [`sft.training.recipe.read_recipe`] or [`sft.training.recipe.Recipe.from_dict`].

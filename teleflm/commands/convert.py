@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from conversion.inspect import Inspection
 
 Path_ = Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a checkpoint, or one weight file.")]
-Check = Annotated[bool, typer.Option("--check", help="Read every tensor and compare it with manifest.json.")]
+Check = Annotated[
+    bool,
+    typer.Option("--check", help="Read all of it and compare it with its record."),
+]
 Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Hugging Face checkpoint or of a run.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
 Format = Annotated[str, typer.Option(help="Of SRC: auto, hf, megatron, torch_dist, fsdp_dtensor, dcp or deepspeed.")]
@@ -161,6 +164,10 @@ def _print_inspection(inspection: "Inspection") -> None:
     for problem in inspection.problems:
         console.print(f"[bold red]problem[/] {problem}", highlight=False, soft_wrap=True)
     for damage in inspection.damages or []:
-        console.print(f"[bold red]damaged[/] {damage.tensor} of {damage.file} {damage.reason}.", soft_wrap=True)
+        console.print(f"[bold red]damaged[/] {damage}.", soft_wrap=True)
     if inspection.damages == []:
         console.print("Every tensor has its digest.")
+        if inspection.checked_files:
+            console.print(
+                f"So has all else in its {inspection.checked_files} files, and no other file would be loaded."
+            )

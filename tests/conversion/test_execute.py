@@ -24,7 +24,8 @@ from conversion.checkpoint.assemble import measure
 from conversion.checkpoint.containers import parse_size, safetensors_shards
 from conversion.checkpoint.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, FLOAT64
 from conversion.checkpoint.errors import CheckpointError, CorruptData
-from conversion.checkpoint.execute import WriteOptions, foresee, write_checkpoint
+from conversion.checkpoint.execute import WriteOptions, foresee, make_job, write_checkpoint
+from conversion.checkpoint.manifest import MANIFEST
 from conversion.checkpoint.normal_stream import GRID, draw_words, normal_table
 from conversion.checkpoint.plan import (
     Box,
@@ -185,7 +186,7 @@ def test_neither_block_nor_shard_size_changes_a_tensor(tmp_path, monkeypatch):
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
     for name, array in one.items():
         assert many[name].tobytes() == array.tobytes() == blocks[name].tobytes()
-    digests = [json.loads((tmp_path / name / "manifest.json").read_bytes())["tensors"] for name in ("one", "many")]
+    digests = [json.loads((tmp_path / name / MANIFEST).read_bytes())["tensors"] for name in ("one", "many")]
     assert {n: e["digest"] for n, e in digests[0].items()} == {n: e["digest"] for n, e in digests[1].items()}
 
 
@@ -341,7 +342,7 @@ def test_a_dry_run_foresees(tmp_path):
 
     def told(plan: CheckpointPlan, out: Path, **options) -> str:
         written = WriteOptions(**options)
-        return " ".join(foresee(plan, out, written))
+        return " ".join(foresee(make_job(plan, written), out, written).notes)
 
     plan, out = mixed_plan(tmp_path), tmp_path / "out"
     other = CheckpointPlan(plan.tensors, plan.config, seed=8)
@@ -364,9 +365,9 @@ def test_an_interrupted_run_is_foreseen(tmp_path):
     os.truncate(tmp_path / "weight", 3000)
     with pytest.raises(CorruptData):
         write_checkpoint(plan, out, WriteOptions())
-    assert "would be resumed" in " ".join(foresee(plan, out, WriteOptions()))
+    assert "would be resumed" in " ".join(foresee(make_job(plan, WriteOptions()), out, WriteOptions()).notes)
     (tmp_path / "weight").write_bytes(data)
-    assert "weight has changed since" in " ".join(foresee(plan, out, WriteOptions()))
+    assert "weight has changed since" in " ".join(foresee(make_job(plan, WriteOptions()), out, WriteOptions()).notes)
 
 
 @pytest.mark.parametrize("digest", [True, False])

@@ -19,8 +19,11 @@ import pytest
 from conversion.checkpoint import workspace
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import WriteOptions, write_checkpoint
+from conversion.checkpoint.folder_formats import loadable_files
+from conversion.checkpoint.manifest import MANIFEST
+from conversion.checkpoint.preflight import FOLDER, PARTIAL
 from conversion.checkpoint.sources import WEIGHT_FILES
-from conversion.checkpoint.workspace import FOLDER, LOADABLE_FILES, PARTIAL, Workspace
+from conversion.checkpoint.workspace import Workspace
 from teleflm.terminal import process_rank
 from tests.fixtures.checkpoint_runs import (
     SHARD_BYTES,
@@ -69,7 +72,7 @@ def test_same_bytes_in_any_order(order, digest, sources, alone, tmp_path):
         time.sleep(0.02)
     assert [finish(process) for process in ranks] == [0] * len(order)
     found = contents(tmp_path / "out")
-    assert {name for name, data in found.items() if data != alone[name]} == (set() if digest else {"manifest.json"})
+    assert {name for name, data in found.items() if data != alone[name]} == (set() if digest else {MANIFEST})
     assert found.keys() == alone.keys()
 
 
@@ -86,7 +89,7 @@ def test_a_torch_folder_has_the_same_ranks(victim, sources, tmp_path):
     ranks = [start_one(rank, instants.get(rank)) for rank in range(2)]
     if victim is not None:
         assert finish(ranks[victim]) == -signal.SIGKILL
-        assert not [name for name in contents(tmp_path / "out") if name in LOADABLE_FILES]
+        assert not [name for name in contents(tmp_path / "out") if name in loadable_files()]
         ranks[victim] = start_one(victim)
     assert [finish(process) for process in ranks] == [0, 0]
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")

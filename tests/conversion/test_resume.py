@@ -20,9 +20,11 @@ from conversion.checkpoint import execute
 from conversion.checkpoint.assemble import stream
 from conversion.checkpoint.errors import CheckpointError, CorruptData
 from conversion.checkpoint.execute import WriteOptions, write_checkpoint
+from conversion.checkpoint.folder_formats import loadable_files
+from conversion.checkpoint.manifest import MANIFEST
 from conversion.checkpoint.plan import CheckpointPlan
+from conversion.checkpoint.preflight import FOLDER, PARTIAL
 from conversion.checkpoint.sources import WEIGHT_FILES
-from conversion.checkpoint.workspace import FOLDER, LOADABLE_FILES, PARTIAL
 from tests.fixtures import checkpoint_runs as runs
 from tests.fixtures.checkpoint_runs import SHARD_BYTES, Instant, contents, finish, make_sources, torch_folder, write
 
@@ -48,9 +50,9 @@ DELICATE = [
     ("rename shard.done.partial", "before"),
     ("rename shard.done.partial", "after"),
     ("unlink shard.journal", "after"),
-    ("write manifest.json.partial", "within"),
-    ("fsync manifest.json.partial", "before"),
-    ("rename manifest.json.partial", "after"),
+    ("write teleflm_manifest.json.partial", "within"),
+    ("fsync teleflm_manifest.json.partial", "before"),
+    ("rename teleflm_manifest.json.partial", "after"),
     ("rename shard.partial", "before"),
     ("rename shard.partial", "after"),
     ("write shard.index.json.partial", "within"),
@@ -94,7 +96,7 @@ def choose(instants: list[Instant], absent: set[str], rng: random.Random) -> lis
 
 def assert_nothing_loads_unless_complete(out: Path, finished: dict[str, bytes], where: object) -> None:
     found = contents(out)
-    if any(name in found for name in LOADABLE_FILES):
+    if any(name in found for name in loadable_files()):
         assert {name: data for name, data in found.items() if not name.startswith(FOLDER)} == finished, where
 
 
@@ -312,7 +314,7 @@ def test_another_run_is_refused_and_told_the_difference(changes, options, differ
 def test_another_layout_is_another_run(plan, tmp_path):
     with pytest.raises(Interruption):
         write_checkpoint(plan, tmp_path / "out", WriteOptions(progress=raise_interruption), torch_folder(plan))
-    with pytest.raises(CheckpointError, match=r"holds an interrupted run, but settings\.layout was "):
+    with pytest.raises(CheckpointError, match="holds an interrupted run, but its files were to be cut otherwise"):
         write_checkpoint(plan, tmp_path / "out", WriteOptions())
 
 
@@ -347,15 +349,17 @@ def test_a_source_that_changed_is_noticed(change, small_blocks, tmp_path):
         write_checkpoint(plan, out, WriteOptions())
     calls = itertools.count()
     late = WriteOptions(overwrite=True, progress=lambda *_: change(source) if next(calls) == 10 else None)
-    with pytest.raises(CorruptData, match=r"the source file norm has changed since the run began; .*--overwrite"):
+    with pytest.raises(
+        CorruptData, match="while it was written, the source file norm has changed since: .*--overwrite"
+    ):
         write_checkpoint(plan, out, late)
     assert not [name for name in contents(out) if name in WEIGHT_FILES]
     write_checkpoint(plan, out, WriteOptions(overwrite=True))
     assert write_checkpoint(plan, out, WriteOptions()).already_done
-    if change is not change_a_byte_and_restore_the_time:
-        change(source)
-        with pytest.raises(CheckpointError, match=r"already holds model\.safetensors, made .* from other sources"):
-            write_checkpoint(plan, out, WriteOptions())
+    change(source)
+    text = r"already holds model\.safetensors, but the source file norm has changed since: .*; choose .*--overwrite"
+    with pytest.raises(CheckpointError, match=text):
+        write_checkpoint(plan, out, WriteOptions())
 
 
 def test_sources_of_the_same_name_are_told_apart(small_blocks, tmp_path):
@@ -407,7 +411,7 @@ def remove_a_shard(out: Path) -> None:
 
 
 def remove_the_manifest(out: Path) -> None:
-    (out / "manifest.json").unlink()
+    (out / MANIFEST).unlink()
 
 
 @pytest.mark.parametrize("harm", [truncate_a_shard, remove_a_shard, remove_the_manifest])

@@ -1,0 +1,174 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What makes a folder loadable: the small files, the record, and last of all the file by which loaders find it.
+
+Also links in the place of weights that are another folder's very bytes, and what has to be done where a file system
+makes none.
+"""
+
+import errno
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from .containers import Shard
+from .job import Job, json_bytes
+from .kernel_copy import copy_range
+from .manifest import MANIFEST, between_digest, make_manifest
+from .preflight import PARTIAL
+from .workspace import Finished, Workspace, naming_errors, sync_folder
+
+LinkKind: TypeAlias = Literal["hard link", "symbolic link", "copy"]
+
+# A link is refused: across file systems, too many of them, not to be had here, or not to a file of somebody else
+# (Linux's protected_hardlinks).
+_NO_LINK = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def finish(job: Job, finished: Sequence[Finished], workspace: Workspace) -> None:
+    """Complete a folder whose shards are written.
+
+    Args:
+        job: what was written.
+        finished: the record of each shard that was written.
+        workspace: where.
+
+    Raises:
+        OSError: the disk is full; the folder is not loadable, and the same call resumes.
+    """
+    write_small_files(job, finished, workspace)
+    make_loadable(job, workspace)
+
+
+def write_small_files(job: Job, finished: Sequence[Finished], workspace: Workspace) -> None:
+    """Write everything but the weights and what makes them loadable."""
+    for name, content in job.small_files.items():
+        workspace.write(name, content)
+    workspace.write(MANIFEST, json_bytes(job_record(job, finished)))
+
+
+def make_loadable(job: Job, workspace: Workspace) -> None:
+    """Give the shards their names, and last of all put the file in place that makes the folder load."""
+    out, layout = workspace.out, job.layout
+    *first, last = sorted(layout.shards, key=lambda shard: shard.filename == layout.loadable_file)
+    for shard in first:
+        _name_shard(out, shard)
+    if layout.index:
+        _name_shard(out, last)
+    sync_folders(out, (*job.weights, *job.small_files))
+    if layout.index:
+        workspace.write(*layout.index)
+    else:
+        _name_shard(out, last)
+    sync_folders(out, [layout.loadable_file])
+
+
+def write_missing(job: Job, names: Iterable[str], workspace: Workspace) -> None:
+    """Write small files of a finished folder again."""
+    contents = job.small_contents
+    workspace.folder.mkdir(exist_ok=True)
+    for name in names:
+        workspace.write(name, contents[name])
+    sync_folders(workspace.out, names)
+
+
+def sync_folders(out: Path, names: Iterable[str]) -> None:
+    """Make the names of files below a folder durable, and the folder's own."""
+    folders = {folder for name in names for folder in (out / name).parents if folder == out or out in folder.parents}
+    for folder in sorted(folders, reverse=True):
+        sync_folder(folder)
+    with suppress(PermissionError):  # somebody else's, in which we may make entries and not look
+        sync_folder(out.absolute().parent)
+
+
+def _name_shard(out: Path, shard: Shard) -> None:
+    path, partial = out / shard.filename, out / (shard.filename + PARTIAL)
+    if shard.twin:
+        path.unlink(missing_ok=True)  # a killed run may have made some
+        _link(os.path.realpath(shard.twin), path)
+    elif partial.exists():  # a killed run may have renamed some
+        partial.rename(path)
+
+
+# The record.
+
+
+def job_record(job: Job, finished: Sequence[Finished]) -> dict[str, Any]:
+    """What a finished checkpoint says of itself, see `manifest.py`."""
+    digests = {name: digest for record in finished for name, digest in record.digests.items()}
+    statistics = {symbol: value for record in finished for symbol, value in record.statistics.items()}
+    identity = job.identity
+    made_by = {"fingerprint": job.fingerprint, "engine": identity["engine"], "layout": identity["layout"]}
+    return make_manifest(
+        plan=identity["plan"],
+        seed=job.plan.seed,
+        lineage=job.plan.lineage,
+        statistics=statistics,
+        job={**made_by, "settings": dict(job.settings)},
+        sources=identity["sources"],
+        files=_files(job),
+        tensors=_tensors(job, digests),
+        digests=bool(digests),
+    )
+
+
+def _files(job: Job) -> dict[str, dict[str, Any]]:
+    small = {
+        name: {"bytes": len(content), "sha256": job.small_digests[name]} for name, content in job.small_contents.items()
+    }
+    weights = {shard.filename: {"bytes": shard.nbytes, "between": _between(shard)} for shard in job.layout.shards}
+    return dict(sorted({**small, **weights}.items()))
+
+
+def _between(shard: Shard) -> str:
+    return between_digest(content for _, content in sorted(shard.fixed))
+
+
+def _tensors(job: Job, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    return {
+        tensor.name: {
+            "file": shard.filename,
+            "dtype": tensor.dtype.name,
+            "shape": list(tensor.shape),
+            **({"digest": digests[tensor.name]} if digests else {}),
+        }
+        for shard in job.layout.shards
+        for tensor, _ in shard.tensors
+    }
+
+
+# Links.
+
+
+def link_kind(out: Path, shard: Shard) -> LinkKind:
+    """How a file of a finished folder shares the bytes of its twin."""
+    path = out / shard.filename
+    if path.is_symlink():
+        return "symbolic link"
+    return "hard link" if shard.twin and os.path.samefile(path, shard.twin) else "copy"
+
+
+def _link(source: str, path: Path) -> None:
+    """Have a file hold the bytes of another one, at the least cost that the file system allows."""
+    for link in (os.link, os.symlink):
+        try:
+            link(source, path)
+            return
+        except OSError as error:
+            if error.errno not in _NO_LINK:
+                raise
+    _copy(source, path)
+
+
+def _copy(source: str, path: Path) -> None:
+    """Copy a file, inside of the kernel and without taking space where it can do that."""
+    partial = path.with_name(path.name + PARTIAL)
+    with naming_errors(path), open(source, "rb") as reader, partial.open("wb") as writer:
+        size = os.fstat(reader.fileno()).st_size
+        copy_range(reader.fileno(), 0, writer.fileno(), 0, size)
+        os.fsync(writer.fileno())
+    partial.rename(path)

@@ -1,0 +1,332 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What is to be done in a folder: the one place that holds a job against what lies there, and decides.
+
+A folder has an owner. What an earlier run of ours wrote there, and says so in its record, is ours to replace; anything
+else under a name that we would write, or that would be loaded with what we write, is somebody's, and stands in the way
+until `--overwrite` is given.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from .errors import CheckpointError
+from .folder_formats import is_setting, is_step, is_weights, known_files, loadable_files
+from .job import Job, first_difference, read_json
+from .manifest import MANIFEST, OLD_MANIFEST, read_old_manifest, read_own_manifest
+
+PARTIAL = ".partial"
+FOLDER = ".teleflm"
+RUN = "run.json"
+
+
+@dataclass(frozen=True)
+class New:
+    """Nothing stands in the way.
+
+    Args:
+        removes: what a run left that nobody can resume.
+    """
+
+    removes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Resume:
+    """An interrupted run of this very job is there and goes on.
+
+    Args:
+        relaxed: the run looked for values that are not finite, and goes on without.
+    """
+
+    relaxed: bool = False
+
+
+@dataclass(frozen=True)
+class Done:
+    """The folder holds exactly what the job would write, from the same sources.
+
+    Args:
+        missing: small files that are not there any more, which can be written again from what the job knows.
+    """
+
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The folder holds something else.
+
+    Args:
+        reason: what, one sentence.
+        removes: paths in the folder that `--overwrite` removes to make room; None if it would not help.
+        then: what is to be done once they are gone.
+    """
+
+    reason: str
+    removes: tuple[str, ...] | None = None
+    then: New | Done = New()
+
+
+Decision: TypeAlias = New | Resume | Done | Refused
+
+_WAY_OUT = "choose another folder or --overwrite"
+
+
+def preflight(job: Job, out: Path) -> Decision:
+    """Hold a job against the folder that it is to be written to; touches nothing.
+
+    Args:
+        job: what is to be written.
+        out: the folder; it need not exist.
+    """
+    if not os.path.lexists(out):
+        return New()
+    if not out.is_dir():
+        return Refused(f"{out}: is no folder; write to another place.")
+    if _is_source(job, out):
+        return Refused(f"{out}: is the source too; write to another folder.")
+    there = _Contents(out)
+    folders = [name for name in (*job.weights, *job.small_contents, MANIFEST) if (out / name).is_dir()]
+    if folders:
+        return Refused(f"{out}/{folders[0]}: is a folder, where a file has to be; move it away or write elsewhere.")
+    if there.fingerprint == job.fingerprint and (decision := _held_against_record(job, there)):
+        return decision
+    if there.run is not None:
+        return _held_against_run(job, there, there.run)
+    return _held_against_nothing(job, there)
+
+
+class _Contents:
+    """What lies in an output folder, looked at once.
+
+    Args:
+        out: the folder.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.run = read_json(out / FOLDER / RUN)
+        self.record, self.record_fault = self._read_record()
+        self.old_record = read_old_manifest(out)
+        self.names = list(known_files(out))
+
+    def _read_record(self) -> tuple[dict[str, Any] | None, str | None]:
+        try:
+            return read_own_manifest(self.out), None
+        except CheckpointError as error:
+            return None, str(error)
+
+    @property
+    def fingerprint(self) -> Any:
+        """Of the job that the record says was done here."""
+        return self.made_by.get("fingerprint")
+
+    @property
+    def made_by(self) -> dict[str, Any]:
+        """What the record says of the job."""
+        job = (self.record or {}).get("job")
+        return job if isinstance(job, dict) else {}
+
+    @property
+    def weights(self) -> list[str]:
+        """Weights of any format, whole: what makes them loadable first."""
+        loadable = loadable_files()
+        found = [name for name in self.names if is_weights(name)]
+        return sorted(found, key=lambda name: (name not in loadable, name))
+
+    @property
+    def partials(self) -> list[str]:
+        """Weights that are being written, or were when their run was killed."""
+        return [name for name in self.names if name.endswith(PARTIAL) and is_weights(name.removesuffix(PARTIAL))]
+
+    @property
+    def settings(self) -> list[str]:
+        """Files that decide how the folder loads."""
+        return [name for name in self.names if is_setting(name)]
+
+    def present(self, names: Iterable[str]) -> list[str]:
+        """Those of some files that are there."""
+        return [name for name in names if os.path.lexists(self.out / name)]
+
+    def digest(self, name: str) -> str | None:
+        """Of a small file; None if it is not there, an empty text if it is no file."""
+        path = self.out / name
+        if not os.path.lexists(path):
+            return None
+        if not path.is_file():
+            return ""
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def removable(self, job: Job) -> tuple[str, ...]:
+        """What `--overwrite` removes. What makes the folder load comes first, the record last.
+
+        That is what the record lists or an interrupted run has written, if it still is what they say; weights that
+        would load, whoever wrote them; other files that decide how the folder loads; what the job writes anyway.
+        """
+        partials = [name + PARTIAL for name in job.weights]
+        records = [OLD_MANIFEST] if self.old_record else []
+        ours = [*self._recorded(), *self._written(), *job.weights, *partials, *job.small_contents, *records]
+        names = dict.fromkeys((*self.weights, *self.settings, *self.partials, *ours))
+        names.pop(MANIFEST, None)
+        return (*(name for name in self.present(names) if lies_in(self.out, name)), *self.present([MANIFEST]))
+
+    def _recorded(self) -> Iterator[str]:
+        """The files that the record lists, unless somebody has put other ones in their place."""
+        for name, entry in _entries((self.record or {}).get("files")):
+            digest = entry.get("sha256")
+            if not _is_plain(name):
+                continue
+            if self.digest(name) == digest if digest else _size(self.out / name) == entry.get("bytes"):
+                yield name
+
+    def _written(self) -> Iterator[str]:
+        """The files that an interrupted run has written, or was writing."""
+        run = self.run or {}
+        for name, digest in _items(run.get("small_files")):
+            if _is_plain(name) and self.digest(name) == digest:
+                yield name
+        for name, _ in _items(run.get("weights")):
+            if is_weights(name) and _is_plain(name):
+                yield from (name, name + PARTIAL)
+
+
+def _held_against_record(job: Job, there: _Contents) -> Decision | None:
+    """What to do where the record says that this very job was done; None if only an unfinished run can have said so."""
+    out, loadable = there.out, job.layout.loadable_file
+    if not (out / loadable).exists() and there.run is not None:
+        return None
+    for name, size in job.weights.items():
+        found = _size(out / name)
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes, expected {size}"
+            present = there.present([loadable, *job.weights])
+            held = f"already holds {present[0]}, but" if present else "holds the record of a finished checkpoint, but"
+            return Refused(f"{out}: {held} {name} {state}; {_WAY_OUT}.", there.removable(job))
+    promised = there.made_by.get("settings")
+    for name, value in job.settings.items():
+        given = promised.get(name) if isinstance(promised, dict) else None
+        if value is True and given is not True:
+            text = f"already holds {loadable}, but {name} was {given!r} and is {value!r}; {_WAY_OUT}."
+            return Refused(f"{out}: {text}", there.removable(job))
+    digests = {name: there.digest(name) for name in job.small_digests}
+    changed = [name for name, digest in digests.items() if digest not in (None, job.small_digests[name])]
+    if changed:
+        text = f"{out}/{changed[0]}: is not what was written there; put it back, choose another folder, or --overwrite"
+        lost = tuple(name for name, digest in digests.items() if digest is None or name in changed)
+        return Refused(f"{text} to have it written again.", tuple(changed), Done(lost))
+    missing = tuple(name for name, digest in digests.items() if digest is None)
+    unknown = [name for name in (*there.weights, *there.settings) if name not in {*job.weights, *digests}]
+    if unknown:
+        text = f"{out}/{unknown[0]}: is not of this checkpoint and would be loaded with it; move it away or --overwrite"
+        return Refused(f"{text} to remove it.", tuple(unknown), Done(missing))
+    return Done(missing)
+
+
+def _held_against_run(job: Job, there: _Contents, run: Mapping[str, Any]) -> Decision:
+    """What to do where a run was interrupted."""
+    out = there.out
+    loadable = [name for name in there.weights if name in loadable_files()]
+    if loadable:
+        return Refused(f"{out}: already holds {loadable[0]}, {_made_otherwise(job, there)}", there.removable(job))
+    relaxed = job.settings.get("finite") is False and dict(_items(run.get("settings"))).get("finite") is True
+    if relaxed:  # all that it has written is finite, which is more than is asked of it now
+        run = {**run, "settings": {**run["settings"], "finite": False}}
+    difference = first_difference(run, job.run)
+    if difference:
+        text = f"holds an interrupted run, but {difference}; repeat that run, or --overwrite it."
+        return Refused(f"{out}: {text}", there.removable(job))
+    foreign = [name for name in (*there.weights, *there.settings) if name not in {*job.weights, *job.small_contents}]
+    foreign += [name for name, digest in job.small_digests.items() if there.digest(name) not in (None, digest)]
+    if foreign:
+        return Refused(f"{out}/{foreign[0]}: {_NOT_OURS}", there.removable(job))
+    return Resume(relaxed)
+
+
+_NOT_OURS = f"is there already, written by no earlier run; move it away, {_WAY_OUT}, which removes it."
+
+
+def _held_against_nothing(job: Job, there: _Contents) -> Decision:
+    """What to do where no run has left a word of itself."""
+    out = there.out
+    if there.weights:
+        return Refused(f"{out}: already holds {there.weights[0]}, {_made_otherwise(job, there)}", there.removable(job))
+    recorded = [MANIFEST] if there.record or there.record_fault else []
+    recorded += [OLD_MANIFEST] if there.old_record else []
+    foreign = there.present([*job.weights, *job.small_contents, *there.settings]) + recorded
+    if foreign:
+        return Refused(f"{out}/{foreign[0]}: {_NOT_OURS}", there.removable(job))
+    return New(tuple(there.partials))
+
+
+def _made_otherwise(job: Job, there: _Contents) -> str:
+    """How a checkpoint differs from the one that would be written, as far as is known, and the way out."""
+    if there.record_fault:
+        return f"and its record cannot be read ({there.record_fault.rstrip('.')}); {_WAY_OUT}."
+    record = there.record
+    if record is None and there.old_record is None:
+        return f"and nothing that says what it was made from; {_WAY_OUT}."
+    if record is None or not there.made_by:
+        return f"whose record does not say from which files it was made; {_WAY_OUT}."
+    files = {name: entry["sha256"] for name, entry in _entries(record.get("files")) if "sha256" in entry}
+    old = {
+        "version": record.get("teleflm_version"),
+        "seed": record.get("seed"),
+        "lineage": record.get("lineage"),
+        "sources": record.get("sources"),
+        "plan": record.get("plan"),
+        **{name: there.made_by.get(name) for name in ("settings", "engine", "layout")},
+        "small_files": files,
+    }
+    if there.digest("config.json") == files.get("config.json"):
+        old["config"] = read_json(there.out / "config.json")
+    new = {name: value for name, value in job.run.items() if name in old}
+    if old["plan"] == new["plan"] and old["layout"] == new["layout"]:
+        del old["version"], new["version"]
+    difference = first_difference(old, new) or "its record was edited"
+    return f"but {difference}; {_WAY_OUT}."
+
+
+# Files.
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+def _is_source(job: Job, out: Path) -> bool:
+    """Whether OUT is the checkpoint that is read: the folder of its files, or of the training steps they are in."""
+    here = out.resolve()
+    files = map(Path, job.plan.sources)
+    folders = {folder for file in files for folder in (file.parent.resolve(), file.resolve().parent)}
+    return any(is_step(folder.relative_to(here).as_posix()) for folder in folders if folder.is_relative_to(here))
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name leads to something below a folder, and says it in one way."""
+    return not any(part in ("", ".", "..") for part in name.split("/")) and "\\" not in name and "\0" not in name
+
+
+def lies_in(out: Path, name: str) -> bool:
+    """Whether a path is that of a file, or a link, that lies in a folder: no link on the way leads elsewhere."""
+    path = out / name
+    parents = [out / parent for parent in Path(name).parents if parent.parts]
+    return not any(parent.is_symlink() for parent in parents) and (path.is_symlink() or not path.is_dir())
+
+
+def _items(value: Any) -> list[tuple[str, Any]]:
+    return list(value.items()) if isinstance(value, dict) else []
+
+
+def _entries(value: Any) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, entry) for name, entry in _items(value) if isinstance(entry, dict)]
