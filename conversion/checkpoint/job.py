@@ -141,7 +141,8 @@ def source_identities(files: Iterable[str]) -> dict[str, str]:
 
 # Differences, for people.
 
-_LATER = ("weights", "small_files", "version", "engine", "layout", "plan")  # consequences of the others, or opaque
+# What to tell first: what somebody has done, then what follows from it, then what nobody can read.
+_TELLING = ("sources", "settings", "seed", "lineage", "config", "parent", "weights", "small_files", "version", "engine")
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
@@ -153,9 +154,10 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | No
     """
     before, after = _flatten(_as_json(old)), _flatten(_as_json(new))
 
-    def rank(path: tuple[str, ...]) -> tuple[bool, int, bool, tuple[str, ...]]:
-        later = _LATER.index(path[0]) + 1 if path[0] in _LATER else 0
-        return path[0] != "sources", later, path[-1] == "README.md", path
+    def rank(path: tuple[str, ...]) -> tuple[int, bool, bool, tuple[str, ...]]:
+        section = "parent" if path[:2] == ("lineage", "parent") else path[0]
+        place = _TELLING.index(section) if section in _TELLING else len(_TELLING)
+        return place, path[-1] == "README.md", not (path in before and path in after), path
 
     for path in sorted(before.keys() | after.keys(), key=rank):
         is_cut_otherwise = path[-1] == "max_shard_size" and not {path} <= before.keys() & after.keys()  # see the layout

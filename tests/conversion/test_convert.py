@@ -27,6 +27,7 @@ from conversion.architecture import Architecture, load_preset
 from conversion.checkpoint.containers import safetensors_shards
 from conversion.checkpoint.dtypes import BFLOAT16
 from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.manifest import MANIFEST
 from conversion.checkpoint.plan import TensorPlan
 from conversion.mapping import weights
 from tests.fixtures.checkpoint_runs import contents, cut_the_source_after_planning, interrupt_itself, run_teleflm
@@ -122,7 +123,7 @@ def test_what_is_published_names_no_one(published, tmp_path):
     for name, content in contents(out).items():
         if not name.endswith(".py"):
             assert not [text for text in private if text.encode() in content], name
-    words = set(re.findall(r"\w+", (out / "manifest.json").read_text()))
+    words = set(re.findall(r"\w+", (out / MANIFEST).read_text()))
     assert getpass.getuser() not in words
 
 

@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Exports against stock transformers: the same logits from other classes. Megatron's has a test of its own."""
 
+import errno
 import json
 import os
 import shutil
@@ -175,10 +176,11 @@ def test_granite_by_links(shard_size, tmp_path):
 def test_links_through_a_hub_cache(tmp_path):
     """Where the files are symbolic links already."""
     save(tmp_path / "blobs")
-    (tmp_path / "snapshot").mkdir()
+    snapshot = tmp_path / "snapshots/b1946ac92492d2347c6235b4d2611184"
+    snapshot.mkdir(parents=True)
     for blob in (tmp_path / "blobs").iterdir():
-        (tmp_path / "snapshot" / blob.name).symlink_to(blob)
-    export_checkpoint(tmp_path / "snapshot", tmp_path / "out", to="granite", link=True)
+        (snapshot / blob.name).symlink_to(blob)
+    export_checkpoint(snapshot, tmp_path / "out", to="granite", link=True)
     assert not (tmp_path / "out/model.safetensors").is_symlink()
     assert (tmp_path / "out/model.safetensors").samefile(tmp_path / "blobs/model.safetensors")
 
@@ -205,24 +207,100 @@ def test_a_kill_between_links(tmp_path, monkeypatch):
     assert contents(tmp_path / "source") == before
 
 
-@pytest.mark.parametrize("case", ["another dtype", "a .bin file", "another disk"])
+@pytest.mark.parametrize("case", ["another dtype", "a .bin file"])
 def test_where_no_link_can_be_the_weights_are_copied(case, tmp_path, monkeypatch):
     model = save(tmp_path / "source")
     if case == "a .bin file":
         (tmp_path / "source/model.safetensors").unlink()
         torch.save(model.state_dict(), tmp_path / "source/pytorch_model.bin")
-    out = Path("/dev/shm") / f"{tmp_path.name}-{case}" if case == "another disk" else tmp_path / "out"
-    if case == "another disk" and Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
+    dtype = "bfloat16" if case == "another dtype" else None
+    result = export_checkpoint(tmp_path / "source", tmp_path / "out", to="granite", link=True, dtype=dtype)
+    assert result.notes == ["The weights are copied: links need safetensors files of the output's very tensors."]
+    assert (tmp_path / "out/model.safetensors").stat().st_nlink == 1
+    assert inspect_checkpoint(tmp_path / "out", check=True).damages == []
+
+
+@pytest.fixture
+def another_disk(tmp_path):
+    folder = Path("/dev/shm") / tmp_path.name
+    if Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("needs two file systems")
-    try:
-        dtype = "bfloat16" if case == "another dtype" else None
-        result = export_checkpoint(tmp_path / "source", out, to="granite", link=True, dtype=dtype)
-        assert result.notes[0].startswith("The weights are copied: links need safetensors files")
-        assert (out / "model.safetensors").stat().st_nlink == 1
-        assert inspect_checkpoint(out, check=True).damages == []
-    finally:
-        if case == "another disk":
-            shutil.rmtree(out, ignore_errors=True)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_links(monkeypatch, number: int, *calls: str) -> None:
+    """As Linux does under protected_hardlinks, for files of others; and file systems that have none."""
+
+    def refuse(source: str, path: Path) -> None:
+        raise OSError(number, os.strerror(number), source, None, str(path))
+
+    for call in calls:
+        monkeypatch.setattr(os, call, refuse)
+
+
+def assert_same_model(out: Path, source: Path) -> None:
+    assert torch.equal(logits(out), logits(source))
+    assert contents(out)["model.safetensors"] == contents(source)["model.safetensors"]
+
+
+@pytest.mark.parametrize("fault", ["another disk", errno.EPERM, errno.EMLINK, errno.EXDEV])
+def test_where_hard_links_are_not_allowed_they_are_symbolic(fault, tmp_path, another_disk, monkeypatch):
+    save(tmp_path / "source")
+    before = contents(tmp_path / "source")
+    out = another_disk if fault == "another disk" else tmp_path / "out"
+    if fault != "another disk":
+        refuse_links(monkeypatch, fault, "link")
+    for already_done in (False, True):
+        result = export_checkpoint(tmp_path / "source", out, to="granite", link=True)
+        (note,) = result.notes
+        assert "symbolic links" in note
+        assert "moves" in note
+        assert result.written.already_done is already_done
+    assert (out / "model.safetensors").is_symlink()
+    assert_same_model(out, tmp_path / "source")
+    export_checkpoint(tmp_path / "source", out, to="granite", options=WriteOptions(overwrite=True))
+    assert not (out / "model.safetensors").is_symlink()
+    assert contents(tmp_path / "source") == before
+
+
+def test_a_hard_link_to_a_file_of_somebody_else(tmp_path):
+    """By the kernel itself."""
+    if Path("/proc/sys/fs/protected_hardlinks").read_text() != "1\n" or os.geteuid() != 0:
+        pytest.skip("needs protected_hardlinks, and root to become somebody else")
+    save(tmp_path / "source")
+    for path in (tmp_path, *tmp_path.parents):
+        if path.stat().st_uid == 0 and path.stat().st_mode & 0o5 != 0o5:
+            pytest.skip(f"{path} is closed to others")
+    (tmp_path / "theirs").mkdir(mode=0o777)
+    (tmp_path / "theirs").chmod(0o777)
+    child = os.fork()
+    if child == 0:
+        os.setuid(65534)
+        try:
+            result = export_checkpoint(tmp_path / "source", tmp_path / "theirs/out", to="granite", link=True)
+            os._exit(0 if "symbolic links" in result.notes[0] else 1)
+        except BaseException:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert (tmp_path / "theirs/out/model.safetensors").is_symlink()
+
+
+def test_where_no_links_are_at_all_the_bytes_are_copied(tmp_path, monkeypatch):
+    save(tmp_path / "source")
+    refuse_links(monkeypatch, errno.EPERM, "link", "symlink")
+    result = export_checkpoint(tmp_path / "source", tmp_path / "out", to="granite", link=True)
+    assert result.notes[0].startswith("The weights are copies")
+    assert not (tmp_path / "out/model.safetensors").samefile(tmp_path / "source/model.safetensors")
+    assert_same_model(tmp_path / "out", tmp_path / "source")
+
+
+def test_an_error_that_is_none_of_links_is_raised(tmp_path, monkeypatch):
+    save(tmp_path / "source")
+    refuse_links(monkeypatch, errno.EIO, "link")
+    with pytest.raises(OSError, match="Input/output error"):
+        export_checkpoint(tmp_path / "source", tmp_path / "out", to="granite", link=True)
+    assert not (tmp_path / "out/model.safetensors").exists()
 
 
 # Where it comes from, and what is refused.
@@ -316,4 +394,7 @@ def test_the_command(tmp_path):
     }
     refused = run_teleflm("export", tmp_path / "source", tmp_path / "out", "--to", "llama", folder=tmp_path)
     assert refused.returncode == 2
-    assert "already holds latest_checkpointed_iteration.txt, made otherwise" in refused.stderr
+    assert (
+        "already holds latest_checkpointed_iteration.txt, but lineage.to was 'megatron' and is 'llama'"
+        in refused.stderr
+    )

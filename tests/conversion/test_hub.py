@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 import modeling_teleflm.modeling_teleflm as modeling
-from conversion import convert_checkpoint, hub, inspect_checkpoint
+from conversion import WriteOptions, convert_checkpoint, inspect_checkpoint
 from conversion.architecture import Architecture, load_preset, preset_names
 from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.manifest import MANIFEST
+from conversion.hub import contents as hub
 from growth import grow_checkpoint
 from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM
 from tests.fixtures.tiny import tiny_model, tiny_sentencepiece, tiny_tokenizer
@@ -142,17 +144,27 @@ def test_tokenizer_that_is_none(published, tmp_path):
         (b"{", r"manifest\.json is not valid JSON"),
         (b"[" * 100_000, r"manifest\.json (nests too deeply|is not valid JSON)"),
         (b"[]", r"manifest\.json is a JSON list, expected an object"),
-        (b"{}", "manifest format is None, this version reads 1"),
+        (b"{}", "manifest format is None, this version reads 2"),
         (b'{"format": 1}', "plan is a NoneType, expected a str"),
         (b'{"format": 1, "plan": "x", "lineage": [], "tensors": {}}', "lineage is a list, expected a dict"),
     ],
 )
 def test_a_manifest_of_somebody_elses(content, message, published, tmp_path):
-    (published / "manifest.json").write_bytes(content)
+    """Under our name it is damaged; under the old one it is another program's, and nothing to us."""
+    (published / MANIFEST).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         convert_checkpoint(published, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert any("manifest.json" in problem for problem in inspect_checkpoint(published).problems)
+    assert any(MANIFEST in problem for problem in inspect_checkpoint(published).problems)
+    (published / MANIFEST).rename(published / "manifest.json")
+    assert inspect_checkpoint(published).problems == []
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/manifest.json").write_bytes(content)
+    for _ in range(2):
+        convert_checkpoint(published, tmp_path / "out")
+    convert_checkpoint(published, tmp_path / "out", dtype="bfloat16", options=WriteOptions(overwrite=True))
+    assert (tmp_path / "out/manifest.json").read_bytes() == content
+    assert (published / "manifest.json").read_bytes() == content
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from conversion import WriteOptions, convert_checkpoint, inspect_checkpoint
 from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.manifest import MANIFEST
 from conversion.checkpoint.safetensors_file import read_safetensors
 from tests.fixtures.checkpoint_runs import contents, run_teleflm
 from tests.fixtures.tiny import PIECE_COUNT, tiny_model, tiny_sentencepiece
@@ -52,7 +53,7 @@ def folder(converted, tmp_path) -> Path:
 def one_file(folder) -> Path:
     """The same tensors in a file of the reference library, with the configuration and the tokenizer."""
     tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-    for path in [*folder.glob("*.safetensors*"), folder / "manifest.json"]:
+    for path in [*folder.glob("*.safetensors*"), folder / MANIFEST]:
         path.unlink()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
@@ -114,8 +115,8 @@ def shrink_the_vocabulary(folder: Path) -> None:
         (edit_config(hidden_size="32"), "hidden_size is '32', expected an integer"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
         (lambda folder: (folder / "tokenizer.model").write_bytes(b"?"), "not a sentencepiece model"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), "not valid JSON"),
-        (lambda folder: (folder / "manifest.json").write_text('{"format": 9}'), "manifest format is 9"),
+        (lambda folder: (folder / MANIFEST).write_text("{"), "not valid JSON"),
+        (lambda folder: (folder / MANIFEST).write_text('{"format": 9}'), "manifest format is 9"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -194,11 +195,12 @@ def test_other_tensors_than_the_manifest_has(converted, one_file, tmp_path):
     tensors["model.layers.0.input_layernorm.weight"] = norm.float()
     tensors["extra"] = norm
     save_file(tensors, one_file / "model.safetensors")
-    manifest = json.loads((converted / "manifest.json").read_text())
+    manifest = json.loads((converted / MANIFEST).read_text())
     for entry in manifest["tensors"].values():
         entry["file"] = "model.safetensors"
     manifest["tensors"]["lm_head.weight"]["file"] = "model-00004-of-00004.safetensors"
-    (one_file / "manifest.json").write_text(json.dumps(manifest))
+    del manifest["files"]  # as of 0.1.0
+    (one_file / MANIFEST).write_text(json.dumps(manifest))
     result = run_teleflm("inspect", one_file, "--check", folder=tmp_path)
     assert result.returncode == 3
     assert {line for line in result.stdout.splitlines() if line.startswith("damaged ")} == {
@@ -217,7 +219,7 @@ def without_digests(folder: Path, tmp_path: Path) -> None:
 
 def edit_manifest(**changes):
     def edit(folder: Path, tmp_path: Path) -> None:
-        path = folder / "manifest.json"
+        path = folder / MANIFEST
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
     return edit
@@ -227,7 +229,7 @@ def edit_manifest(**changes):
     ("harm", "message"),
     [
         (without_digests, "manifest.json: was written with --no-digest; there is nothing to check"),
-        (lambda folder, _: (folder / "manifest.json").unlink(), "manifest.json: no such file; there is nothing to"),
+        (lambda folder, _: (folder / MANIFEST).unlink(), "manifest.json: no such file; there is nothing to"),
         (edit_manifest(digest={"algorithm": "md5", "block_elements": 4194304}), "digest is {'algorithm': 'md5'"),
         (edit_manifest(digest={"algorithm": "xxh3_128", "block_elements": 0}), "'block_elements': 0}, expected"),
         (edit_manifest(digest={"algorithm": "xxh3_128"}), "digest is {'algorithm': 'xxh3_128'}, expected"),

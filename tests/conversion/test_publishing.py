@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 import teleflm.app
 from conversion import WriteOptions, convert_checkpoint
 from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.manifest import MANIFEST
 from conversion.hub.publishing import publish
 from tests.fixtures.hub_server import running_hub
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
@@ -25,7 +26,7 @@ from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
 ROOT = Path(teleflm.__file__).parent.parent
 REPO = "owner/model"
 CODE = {"configuration_teleflm.py", "modeling_teleflm.py", "tokenization_teleflm.py"}
-TEXTS = {"README.md", "config.json", "manifest.json", "model.safetensors.index.json"}
+TEXTS = {"README.md", "config.json", MANIFEST, "model.safetensors.index.json"}
 TOKENIZER = {"tokenizer.model", "tokenizer_config.json", "chat_template.jinja"}
 
 

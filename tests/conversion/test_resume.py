@@ -349,9 +349,8 @@ def test_a_source_that_changed_is_noticed(change, small_blocks, tmp_path):
         write_checkpoint(plan, out, WriteOptions())
     calls = itertools.count()
     late = WriteOptions(overwrite=True, progress=lambda *_: change(source) if next(calls) == 10 else None)
-    with pytest.raises(
-        CorruptData, match="while it was written, the source file norm has changed since: .*--overwrite"
-    ):
+    text = r"while it was written, the source file norm has changed since: .*; start over with --overwrite"
+    with pytest.raises(CorruptData, match=text):
         write_checkpoint(plan, out, late)
     assert not [name for name in contents(out) if name in WEIGHT_FILES]
     write_checkpoint(plan, out, WriteOptions(overwrite=True))
