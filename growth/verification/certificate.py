@@ -230,7 +230,7 @@ def certify(
 
     Args:
         a: folder of the source.
-        b: folder of the grown model; its manifest.json says by which method, and which layers are copies.
+        b: folder of the grown model; its record says by which method, and which layers are copies.
         workers: threads.
         progress: called, from any thread, with the bytes just read and those in all.
 

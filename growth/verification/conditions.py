@@ -363,7 +363,7 @@ def _check_layers(layers: Sequence[LayerSource], source: Architecture, target: A
     if len(layers) != target.num_hidden_layers:
         raise CheckpointError(
             f"the layer map has {len(layers)} layers, B's config.json says num_hidden_layers "
-            f"{target.num_hidden_layers}; restore B's manifest.json."
+            f"{target.num_hidden_layers}; restore B's teleflm_manifest.json."
         )
     originals = [origin.layer for origin in layers if not origin.is_copy]
     if originals != list(range(source.num_hidden_layers)):
@@ -514,7 +514,7 @@ def growth_steps(a: Architecture, b: Architecture, lineage: Mapping[str, Any] | 
     if not steps:
         if a.num_hidden_layers != b.num_hidden_layers:
             raise CheckpointError(
-                f"B has no record of a growth (manifest.json), and {b.num_hidden_layers} layers where A has "
+                f"B has no record of a growth (teleflm_manifest.json), and {b.num_hidden_layers} layers where A has "
                 f"{a.num_hidden_layers}: which are copies is unknown; compare logits instead, with --text FILE."
             )
         return (Step(a, b, tuple(LayerSource(i, False) for i in range(b.num_hidden_layers))),)
@@ -522,7 +522,7 @@ def growth_steps(a: Architecture, b: Architecture, lineage: Mapping[str, Any] | 
     differ = next(field for field in _SIZES if getattr(oldest, field) != getattr(a, field))
     raise CheckpointError(
         f"B was grown from a model with {differ} {getattr(oldest, differ)}, A has {getattr(a, differ)}; "
-        "give the model that B's manifest.json names."
+        "give the model that B's teleflm_manifest.json names."
     )
 
 
@@ -534,25 +534,26 @@ def _read_step(record: Mapping[str, Any]) -> Step:
     try:
         layers = tuple(_read_layer(layer) for layer in record["layers"])
         source, target = (
-            Architecture.from_config({**record[end], "model_type": "TeleFLM"}, f"manifest.json: lineage.{end}")
+            Architecture.from_config({**record[end], "model_type": "TeleFLM"}, f"teleflm_manifest.json: lineage.{end}")
             for end in ("source", "target")
         )
         return Step(source, target, layers, str(record["method"]), noise=record.get("noise", 0) != 0)
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"manifest.json: the lineage's growth has no usable {error}; restore the file.") from None
+        text = f"teleflm_manifest.json: the lineage's growth has no usable {error}; restore the file."
+        raise CheckpointError(text) from None
 
 
 def _read_layer(layer: Mapping[str, Any]) -> LayerSource:
     source, is_copy = layer["source"], layer["copy"]
     if type(source) is not int or source < 0 or type(is_copy) is not bool:
-        raise CheckpointError(f"manifest.json: a layer of the lineage is {dict(layer)}; restore the file.")
+        raise CheckpointError(f"teleflm_manifest.json: a layer of the lineage is {dict(layer)}; restore the file.")
     return LayerSource(source, is_copy)
 
 
 def _read_alpha(record: Mapping[str, Any]) -> float:
     alpha = record.get("alpha")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        raise CheckpointError(f"manifest.json: alpha of a fold in the lineage is {alpha!r}; restore the file.")
+        raise CheckpointError(f"teleflm_manifest.json: alpha of a fold in the lineage is {alpha!r}; restore the file.")
     return float(alpha)
 
 
@@ -577,4 +578,4 @@ def _read_distance(entry: Any, copied: Sequence[int]) -> MeasuredLayer:
     match entry:
         case {"layer": int(layer), "cosine": int() | float() as cosine, "relative": int() | float() as relative}:
             return MeasuredLayer(layer, cosine, relative, copied.count(layer))
-    raise CheckpointError(f"manifest.json: an entry of layer_distances is {entry!r}; restore the file.")
+    raise CheckpointError(f"teleflm_manifest.json: an entry of layer_distances is {entry!r}; restore the file.")

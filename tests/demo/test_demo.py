@@ -96,7 +96,14 @@ def test_the_output_is_the_published_layout_and_a_hub_folder(finished):
         "4.40.0",
     )
     assert {path.name for path in (out / "hub").iterdir()} >= {
-        *("config.json", "model.safetensors", "tokenizer.model", "chat_template.jinja", "README.md", "manifest.json"),
+        *(
+            "config.json",
+            "model.safetensors",
+            "tokenizer.model",
+            "chat_template.jinja",
+            "README.md",
+            "teleflm_manifest.json",
+        ),
         *("configuration_teleflm.py", "modeling_teleflm.py", "tokenization_teleflm.py"),
     }
 

@@ -588,9 +588,9 @@ def test_dead_new_weights_are_noted(grown, tmp_path):
 
 def _edit_lineage(change: Callable[[dict], None]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
+        manifest = json.loads((folder / "teleflm_manifest.json").read_bytes())
         change(manifest["lineage"])
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        (folder / "teleflm_manifest.json").write_text(json.dumps(manifest))
 
     return edit
 
@@ -604,7 +604,7 @@ def _truncate(folder: Path) -> None:
     ("fault", "message"),
     [
         (_truncate, "model.safetensors"),
-        (lambda folder: (folder / "manifest.json").unlink(), "no record of a growth.* 5 layers where A has 3"),
+        (lambda folder: (folder / "teleflm_manifest.json").unlink(), "no record of a growth.* 5 layers where A has 3"),
         (_edit_lineage(lambda lineage: lineage.update(method="magic")), "growth by magic; a certificate"),
         (_edit_lineage(lambda lineage: lineage["layers"].pop()), "the layer map has 4 layers.*num_hidden_layers 5"),
         (_edit_lineage(lambda lineage: lineage["layers"][1].update(copy=False)), r"keeps layers \[0, 0, 1, 2\]"),

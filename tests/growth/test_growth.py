@@ -326,7 +326,13 @@ def test_new_weights_get_gradients_and_zeros_everywhere_are_dead(source, tmp_pat
 def test_the_folder_is_a_hub_repository(source, tmp_path):
     grow_checkpoint(source, tmp_path / "out", ALL_AXES, options=WriteOptions(max_shard_size="100KB"))
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"config.json", "manifest.json", "README.md", "model.safetensors.index.json", "tokenizer.model"} <= names
+    assert {
+        "config.json",
+        "teleflm_manifest.json",
+        "README.md",
+        "model.safetensors.index.json",
+        "tokenizer.model",
+    } <= names
     assert {
         "configuration_teleflm.py",
         "modeling_teleflm.py",
@@ -338,7 +344,7 @@ def test_the_folder_is_a_hub_repository(source, tmp_path):
     assert config["rms_norm_eps"] == 8e-06
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_teleflm.TeleFLMForCausalLM"
     assert load(tmp_path / "out").config.head_dim == 8
-    manifest = (tmp_path / "out/manifest.json").read_text()
+    manifest = (tmp_path / "out/teleflm_manifest.json").read_text()
     lineage = json.loads(manifest)["lineage"]
     assert lineage["source"]["hidden_size"] == 32
     assert lineage["target"]["hidden_size"] == 40

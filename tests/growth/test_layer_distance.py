@@ -68,7 +68,7 @@ def test_grow_copies_by_distance(folder, tmp_path):
     copied = [origin.source for origin in result.growth.layers if origin.is_copy]
     assert copied == nearest_layers(result.distances, 2) == [1, 3]
     assert [origin.source for origin in result.growth.layers] == [0, 1, 1, 2, 3, 3, 4]
-    lineage = json.loads((tmp_path / "out/manifest.json").read_bytes())["lineage"]
+    lineage = json.loads((tmp_path / "out/teleflm_manifest.json").read_bytes())["lineage"]
     assert [distance["layer"] for distance in lineage["layer_distances"]] == [0, 1, 2, 3, 4]
     planned = grow_checkpoint(folder, tmp_path / "plan", {"num_hidden_layers": 7}, **arguments, dry_run=True)
     assert any("measured when this is run" in note for note in planned.notes)

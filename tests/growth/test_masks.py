@@ -281,7 +281,7 @@ def test_the_command(masked, tmp_path):
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "Masks at alpha 0.25" in result.stdout
-    assert json.loads((tmp_path / "out/manifest.json").read_bytes())["lineage"]["alpha"] == 0.25
+    assert json.loads((tmp_path / "out/teleflm_manifest.json").read_bytes())["lineage"]["alpha"] == 0.25
 
 
 # Training raises the masks.

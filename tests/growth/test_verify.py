@@ -508,9 +508,9 @@ def test_report_shows_how_the_copied_layers_were_chosen(make_source, text, tmp_p
 @pytest.mark.parametrize("entry", [{"layer": 0, "cosine": "far", "relative": 1.0}, {"layer": 0}, "0"])
 def test_unreadable_layer_distances_are_refused(entry, grown, tmp_path):
     out = shutil.copytree(grown[1], tmp_path / "out")
-    manifest = json.loads((out / "manifest.json").read_bytes())
+    manifest = json.loads((out / "teleflm_manifest.json").read_bytes())
     manifest["lineage"]["layer_distances"] = [entry]
-    (out / "manifest.json").write_text(json.dumps(manifest))
+    (out / "teleflm_manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"manifest\.json: an entry of layer_distances is .*; restore the file"):
         verify_checkpoints(grown[0], out)
 

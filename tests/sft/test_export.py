@@ -2,6 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+import hashlib
 import json
 import re
 import shutil
@@ -113,7 +114,8 @@ def test_a_whole_model_is_recorded_with_its_parent(trained, model_dir, data_file
     recipe = Recipe.from_dict({**STRICT, **paths, "max_steps": 1, "output_dir": str(tmp_path / "second")})
     train(recipe, progress=False)
     first, second = read_manifest(tmp_path / "first"), read_manifest(tmp_path / "second")
-    assert second["lineage"]["parent"] == {"plan": first["plan"], "lineage": first["lineage"]}
+    record = hashlib.sha256((tmp_path / "first/teleflm_manifest.json").read_bytes()).hexdigest()
+    assert second["lineage"]["parent"] == {"plan": first["plan"], "lineage": first["lineage"], "record": record}
     assert first["lineage"]["parent"]["lineage"]["data"] == second["lineage"]["data"], "the same conversations"
     assert damages(tmp_path / "second", tmp_path / "second") == []
     assert (tmp_path / "second" / "README.md").read_text().count("Fine-tuned (sft, full) in ") == 2
@@ -216,7 +218,12 @@ def test_an_adapter_is_published_with_a_base_that_others_can_find(trained, tmp_p
     (out / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "owner/base"}))
     publication = publish(out, "owner/adapter", dry_run=True)
     assert publication.weights.keys() == {"adapter_model.safetensors"}
-    assert {"adapter_config.json", "README.md", "manifest.json", "tokenizer.model"} <= publication.small_files.keys()
+    assert {
+        "adapter_config.json",
+        "README.md",
+        "teleflm_manifest.json",
+        "tokenizer.model",
+    } <= publication.small_files.keys()
     assert publication.left_out == []
 
 
