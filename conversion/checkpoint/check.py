@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import CheckpointError, CorruptData
 from .folder_formats import is_setting, is_weights, known_files
-from .manifest import between_digest, block_digest, find_manifest, tensor_digest
+from .manifest import between_digest, block_digest, find_manifest, is_plain, tensor_digest
 from .plan import View
 from .reader import CHUNK, FileReader
 
@@ -107,6 +107,8 @@ def _examine_file(
     name: str, entry: Any, folder: Path, tensors: Mapping[str, View], placed: Mapping[str, str | None]
 ) -> Damage | None:
     path = folder / name
+    if not is_plain(name):
+        return Damage(None, repr(name)[:80], "is no path below the folder")
     if not isinstance(entry, dict) or type(size := entry.get("bytes")) is not int:
         return Damage(None, name, "has no size in the record")
     if not path.is_file():

@@ -152,7 +152,7 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | No
         old: `Job.run` of one, as it was written down.
         new: of the other.
     """
-    before, after = _flatten(_as_json(old)), _flatten(_as_json(new))
+    before, after = _flatten(old), _flatten(new)
 
     def rank(path: tuple[str, ...]) -> tuple[int, bool, bool, tuple[str, ...]]:
         section = "parent" if path[:2] == ("lineage", "parent") else path[0]
@@ -161,7 +161,7 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | No
 
     for path in sorted(before.keys() | after.keys(), key=rank):
         is_cut_otherwise = path[-1] == "max_shard_size" and not {path} <= before.keys() & after.keys()  # see the layout
-        if before.get(path) != after.get(path) and not is_cut_otherwise:
+        if repr(before.get(path)) != repr(after.get(path)) and not is_cut_otherwise:  # NaN is no other than NaN
             return _describe_difference(path, before, after)
     return None
 
@@ -187,10 +187,17 @@ def _describe_difference(path: tuple[str, ...], before: Mapping[Any, Any], after
     return f"{'.'.join(path)} was {_short(before.get(path))} and is {_short(after.get(path))}"
 
 
-def _flatten(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    if not isinstance(value, dict) or not value:
-        return {path: value}
-    return {key: leaf for name, part in value.items() for key, leaf in _flatten(part, (*path, name)).items()}
+def _flatten(value: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    """What is not an object itself, by the names that lead to it."""
+    leaves: dict[tuple[str, ...], Any] = {}
+    parts: list[tuple[tuple[str, ...], Any]] = [((name,), part) for name, part in value.items()]
+    while parts:
+        path, part = parts.pop()
+        if isinstance(part, Mapping) and part:
+            parts += [((*path, name), inner) for name, inner in part.items()]
+        else:
+            leaves[path] = part
+    return leaves
 
 
 def _short(value: Any) -> str:

@@ -174,3 +174,8 @@ def parent_record(folder: Path) -> dict[str, Any] | None:
         return None
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return {"plan": manifest["plan"], "lineage": manifest["lineage"], "record": digest}
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name in a record, which may come from anyone, leads to something below its folder, in one way."""
+    return not any(part in ("", ".", "..") for part in name.split("/")) and "\\" not in name and name.isprintable()

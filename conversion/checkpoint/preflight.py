@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 from .errors import CheckpointError
 from .folder_formats import is_setting, is_step, is_weights, known_files, loadable_files
 from .job import Job, first_difference, read_json
-from .manifest import MANIFEST, OLD_MANIFEST, read_old_manifest, read_own_manifest
+from .manifest import MANIFEST, OLD_MANIFEST, is_plain, read_old_manifest, read_own_manifest
 
 PARTIAL = ".partial"
 FOLDER = ".teleflm"
@@ -86,6 +86,13 @@ def preflight(job: Job, out: Path) -> Decision:
         job: what is to be written.
         out: the folder; it need not exist.
     """
+    try:
+        return _decide(job, out)
+    except RecursionError:
+        return Refused(f"{out}: holds a {MANIFEST} or {FOLDER}/{RUN} that nests too deeply; remove it.")
+
+
+def _decide(job: Job, out: Path) -> Decision:
     if not os.path.lexists(out):
         return New()
     if not out.is_dir():
@@ -176,13 +183,16 @@ class _Contents:
         ours = [*self._recorded(), *self._written(), *job.weights, *partials, *job.small_contents, *records]
         names = dict.fromkeys((*self.weights, *self.settings, *self.partials, *ours))
         names.pop(MANIFEST, None)
-        return (*(name for name in self.present(names) if lies_in(self.out, name)), *self.present([MANIFEST]))
+        sources = set(map(os.path.realpath, job.plan.sources))
+        found = [name for name in self.present(names) if lies_in(self.out, name)]
+        kept = [name for name in found if os.path.realpath(self.out / name) in sources]
+        return (*(name for name in found if name not in kept), *self.present([MANIFEST]))
 
     def _recorded(self) -> Iterator[str]:
         """The files that the record lists, unless somebody has put other ones in their place."""
         for name, entry in _entries((self.record or {}).get("files")):
             digest = entry.get("sha256")
-            if not _is_plain(name):
+            if not is_plain(name):
                 continue
             if self.digest(name) == digest if digest else _size(self.out / name) == entry.get("bytes"):
                 yield name
@@ -191,10 +201,10 @@ class _Contents:
         """The files that an interrupted run has written, or was writing."""
         run = self.run or {}
         for name, digest in _items(run.get("small_files")):
-            if _is_plain(name) and self.digest(name) == digest:
+            if is_plain(name) and self.digest(name) == digest:
                 yield name
         for name, _ in _items(run.get("weights")):
-            if is_weights(name) and _is_plain(name):
+            if is_weights(name) and is_plain(name):
                 yield from (name, name + PARTIAL)
 
 
@@ -310,11 +320,6 @@ def _is_source(job: Job, out: Path) -> bool:
     files = map(Path, job.plan.sources)
     folders = {folder for file in files for folder in (file.parent.resolve(), file.resolve().parent)}
     return any(is_step(folder.relative_to(here).as_posix()) for folder in folders if folder.is_relative_to(here))
-
-
-def _is_plain(name: str) -> bool:
-    """Whether a name leads to something below a folder, and says it in one way."""
-    return not any(part in ("", ".", "..") for part in name.split("/")) and "\\" not in name and "\0" not in name
 
 
 def lies_in(out: Path, name: str) -> bool:

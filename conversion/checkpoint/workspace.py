@@ -140,7 +140,7 @@ class Workspace:
     def _clear(self, names: tuple[str, ...]) -> None:
         """Remove files of an earlier run: first what other ranks would join, then in the order given."""
         for name in names:
-            if name.endswith(PARTIAL):
+            if name.endswith(PARTIAL) and (self.out / name).is_file():
                 with (self.out / name).open("rb") as file:
                     _lock(file.fileno(), f"{self.out}: another run is writing {name}; wait for it.")
         (self.folder / RUN).unlink(missing_ok=True)

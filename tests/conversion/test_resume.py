@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -246,6 +247,38 @@ def test_what_a_journal_claims_is_checked(harm, plan, whole, tmp_path):
     assert journal_of(tmp_path / "out").stat().st_size > 500
     harm(tmp_path / "out")
     write_checkpoint(plan, tmp_path / "out", WriteOptions())
+    assert contents(tmp_path / "out") == whole
+
+
+def test_short_writes_leave_whole_lines(plan, whole, tmp_path, monkeypatch):
+    """The system may take a few bytes at a time, of several threads."""
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: real(file, data[: random.randint(1, 7)]))
+    calls = itertools.count()
+
+    def progress(nbytes: int, total: int) -> None:
+        if next(calls) == 15:
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        write_checkpoint(plan, tmp_path / "out", WriteOptions(workers=4, progress=progress))
+    lines = journal_of(tmp_path / "out").read_text().splitlines()
+    names = {tensor.name for tensor in plan.tensors}
+    assert len(lines) >= 15
+    assert all(re.fullmatch(r"\d+ [0-9a-f]{32} (\w+)", line)[1] in names for line in lines)
+    monkeypatch.setattr(os, "write", real)
+    write_checkpoint(plan, tmp_path / "out", WriteOptions())
+    assert contents(tmp_path / "out") == whole
+
+
+def test_a_torn_line_costs_its_own_block_alone(plan, whole, elements_made, tmp_path):
+    """What is written behind it by the next run, which is interrupted too, counts."""
+    interrupt(plan, tmp_path / "out", after=5)
+    cut_the_last_line(tmp_path / "out")
+    interrupt(plan, tmp_path / "out", after=12)
+    elements_made.clear()
+    write_checkpoint(plan, tmp_path / "out", WriteOptions())
+    assert len(elements_made) == 21 - 12
     assert contents(tmp_path / "out") == whole
 
 
