@@ -185,7 +185,8 @@ class _Contents:
         names.pop(MANIFEST, None)
         sources = set(map(os.path.realpath, job.plan.sources))
         found = [name for name in self.present(names) if lies_in(self.out, name)]
-        kept = [name for name in found if os.path.realpath(self.out / name) in sources]
+        paths = {name: self.out / name for name in found}
+        kept = {name for name, path in paths.items() if os.path.realpath(path) in sources and not path.is_symlink()}
         return (*(name for name in found if name not in kept), *self.present([MANIFEST]))
 
     def _recorded(self) -> Iterator[str]:

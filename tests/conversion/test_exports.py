@@ -7,7 +7,7 @@
 import errno
 import json
 import os
-import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -222,11 +222,10 @@ def test_where_no_link_can_be_the_weights_are_copied(case, tmp_path, monkeypatch
 
 @pytest.fixture
 def another_disk(tmp_path):
-    folder = Path("/dev/shm") / tmp_path.name
     if Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("needs two file systems")
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
+        yield Path(place) / "out"
 
 
 def refuse_links(monkeypatch, number: int, *calls: str) -> None:

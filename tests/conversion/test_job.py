@@ -218,6 +218,17 @@ def test_a_small_file_that_was_changed_is_named(way, steps, tmp_path, monkeypatc
     assert contents(out) == whole
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "pytorch_model.bin", "adapter_config.json"])
+def test_a_file_that_would_be_loaded_with_a_finished_checkpoint_is_named(name, way, steps, tmp_path):
+    out = tmp_path / "out"
+    way.write(steps[0], out)
+    whole = contents(out)
+    (out / name).write_bytes(b"theirs")
+    assert refused(way.write, steps[0], out).startswith(f"{out}/{name}: is not of this checkpoint")
+    assert way.write(steps[0], out, options=WriteOptions(overwrite=True)).written.already_done
+    assert contents(out) == whole
+
+
 # What else decides the output. One way for all, and the most different.
 
 
@@ -563,6 +574,18 @@ def test_a_record_cannot_have_anything_removed(name, source, tmp_path):
     assert (tmp_path / "elsewhere/outside").read_bytes() == b"theirs"
 
 
+def test_a_record_cannot_have_the_source_removed(source, tmp_path):
+    """Which may lie below the folder, as a trainer's checkpoints do."""
+    out = tmp_path / "out"
+    convert_checkpoint(source, out)
+    step = shutil.copytree(source, out / "checkpoint-100")
+    record = json.loads((out / MANIFEST).read_bytes())
+    record["files"]["checkpoint-100/model.safetensors"] = {"bytes": (step / "model.safetensors").stat().st_size}
+    (out / MANIFEST).write_text(json.dumps(record))
+    convert_checkpoint(step, out, dtype="bfloat16", options=WriteOptions(overwrite=True))
+    assert contents(step) == contents(source)
+
+
 def test_a_link_under_a_name_that_is_written_is_not_followed(source, tmp_path):
     out, precious = tmp_path / "out", tmp_path / "precious"
     precious.write_bytes(b"theirs")
@@ -581,7 +604,16 @@ def test_only_what_a_model_needs_is_copied(tmp_path):
     folder = stock_folder(tmp_path / "source", 1)
     needed = ("vocab.json", "merges.txt", "LICENSE", "LICENSE-MODEL.txt", "NOTICE", "preprocessor_config.json")
     needed += ("tokenizer.json", "additional_chat_templates/rag.jinja", "README.md")
-    others = ("optimizer.pt", "trainer_state.json", "notes.txt", "id_rsa", ".env", "all_results.json", "evil.py")
+    others = (
+        "adapter_config.json",
+        "optimizer.pt",
+        "trainer_state.json",
+        "notes.txt",
+        "id_rsa",
+        ".env",
+        "all_results.json",
+        "evil.py",
+    )
     for name in (*needed, *others):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(f"{name}")
