@@ -26,7 +26,7 @@ Workers = Annotated[int, typer.Option(help="Threads; memory grows with it.", min
 MaxShardSize = Annotated[str, typer.Option(help="Most bytes of weights in a file.")]
 Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; the source's unless given.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier command left in OUT.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in OUT, or a file in the way.")]
 NoDigest = Annotated[bool, typer.Option("--no-digest", help="Do not hash the tensors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 DEFAULT_WORKERS = os.cpu_count() or 1
