@@ -332,7 +332,7 @@ def test_a_fault_below_the_rounding_changes_the_verdict(kind, fault, with_text, 
 def test_numbers_alone_prove_nothing(fault, rounded, text, tmp_path):
     """Without the record, a deeper model has no certificate; the numbers miss these faults, and say what they miss."""
     source, out = rounded[0], shutil.copytree(rounded[1], tmp_path / "out")
-    (out / "manifest.json").unlink()
+    (out / "teleflm_manifest.json").unlink()
     FAULTS[fault](out)
     result = verify_checkpoints(source, out, text=text, max_tokens=64)
     assert (result.verdict, result.same) == ("indistinguishable", None)
