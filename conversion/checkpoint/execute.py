@@ -32,6 +32,7 @@ from .manifest import block_digest
 from .normal_stream import GRID
 from .plan import CheckpointPlan, TensorPlan
 from .preflight import FOLDER, Decision, Done, Refused, Resume, preflight
+from .ranks import Ranks
 from .reader import FileReader, read_chunks
 from .sizes import format_bytes
 from .workspace import ShardFile, Workspace, fits_in_cache, is_locked, missing_bytes, naming_errors
@@ -48,7 +49,9 @@ class WriteOptions:
         overwrite: replace the checkpoint that the folder already holds, or a run there that was interrupted.
         progress: called from any thread with the number of output bytes just finished, and the number in all.
         rank: which of the processes that share the work this is; every one runs the same call.
-        world_size: how many there are. Shard i is written by rank i modulo world_size; rank 0 waits for the others.
+        world_size: how many there are. Shard i is written by rank i modulo world_size; rank 0 waits for the others,
+            and its `progress` is that of all.
+        patience: seconds without a sign of life after which another rank counts as gone.
         finite: refuse to write a NaN or an infinity.
     """
 
@@ -59,6 +62,7 @@ class WriteOptions:
     progress: Callable[[int, int], None] = lambda nbytes, total: None
     rank: int = 0
     world_size: int = 1
+    patience: float = 120.0
     finite: bool = False
 
     @property
@@ -203,7 +207,15 @@ def run_job(job: Job, out: Path, options: WriteOptions) -> Written:
         shutil.rmtree(out / FOLDER, ignore_errors=True)  # of a run that was killed on its last step
         return replace(written, already_done=True)
     out.mkdir(parents=True, exist_ok=True)
-    with Workspace(job, out, options.rank, options.overwrite) as workspace, FileReader() as reader:
+    whole = _tensor_bytes(shards)
+    ranks = Ranks(
+        out / FOLDER,
+        options.rank,
+        options.world_size,
+        patience=options.patience,
+        progress=(lambda nbytes: options.progress(nbytes, whole)) if options.rank == 0 else lambda nbytes: None,
+    )
+    with ranks, Workspace(job, out, ranks, options.overwrite) as workspace, FileReader() as reader:
         mine = shards[options.rank :: options.world_size]
         todo = [shard for shard in mine if workspace.finished(shard) is None]
         done = workspace.done()  # asked after looking at the records, which go when all is done
@@ -213,13 +225,21 @@ def run_job(job: Job, out: Path, options: WriteOptions) -> Written:
                 workspace.remove()
             return replace(written, already_done=True, restored=done.missing)
         workspace.require_space(todo)
-        total = _tensor_bytes(mine)
-        options.progress(total - _tensor_bytes(todo), total)
-        _write_shards(job.plan, todo, total, workspace, reader, options)
+        total = whole if options.rank == 0 else _tensor_bytes(mine)
+
+        def advance(nbytes: int) -> None:
+            ranks.check()
+            ranks.advance(nbytes)
+            options.progress(nbytes, total)
+
+        advance(_tensor_bytes(mine) - _tensor_bytes(todo))
+        _write_shards(job.plan, todo, advance, workspace, reader, options)
         if options.rank == 0:
-            finished = [workspace.wait_for(shard) for shard in shards]
+            finished = [workspace.wait_for(shard, i % options.world_size) for i, shard in enumerate(shards)]
+            ranks.settle(whole - _tensor_bytes(mine))
             workspace.check_sources()
             finish(job, finished, workspace)
+            ranks.await_farewells()
             workspace.remove()
     return written
 
@@ -293,12 +313,12 @@ class _Block:
 def _write_shards(
     plan: CheckpointPlan,
     shards: Sequence[Shard],
-    total: int,
+    advance: Callable[[int], None],
     workspace: Workspace,
     reader: FileReader,
     options: WriteOptions,
 ) -> None:
-    """Write some shards, and leave a record of each; `total` is for the progress."""
+    """Write some shards, and leave a record of each; `advance` is told the bytes of each block."""
     resolved = resolve([tensor for shard in shards for tensor, _ in shard.tensors], reader, options.workers)
     open_files: list[ShardFile] = []
     cached = fits_in_cache(plan.nbytes)
@@ -325,7 +345,7 @@ def _write_shards(
             else:
                 _write_plain(block, data, reader)
             block.file.release(block.at, block.nbytes)
-        options.progress(block.nbytes, total)
+        advance(block.nbytes)
 
     try:
         _run(work_items(), work, options.workers)

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
-from .errors import CheckpointError
+from .errors import CorruptData
 
 State: TypeAlias = Literal["working", "finished", "failed"]
 
@@ -35,7 +35,7 @@ _TELL_SECONDS = 10.0
 logger = logging.getLogger(__name__)
 
 
-class RankFailed(CheckpointError):
+class RankFailed(CorruptData):
     """Another of the processes that share the work failed, or is gone."""
 
 
@@ -167,11 +167,18 @@ class Ranks:
             "--world-size 1."
         )
 
+    def settle(self, nbytes: int) -> None:
+        """Count all bytes of the others as finished, which the last of their signs need not have said."""
+        self._stop.set()
+        if self._others:
+            self._thread.join()
+        self._progress(nbytes - self._reported)
+
     def await_farewells(self) -> None:
         """Wait a moment for the others to have said how they ended, so that none writes when the folder goes."""
         deadline = time.monotonic() + 5 * _BEAT_SECONDS
         while time.monotonic() < deadline and any(
-            sign.content.get("state") == "working" for sign in self._others.values()
+            self._read(other).get("state") == "working" for other in self._others
         ):
             time.sleep(_POLL_SECONDS)
 

@@ -33,15 +33,15 @@ from .job import Job, first_difference, read_json, source_identities
 from .kernel_copy import PassingCache, available_memory, preallocate, write_all
 from .manifest import tensor_digest
 from .preflight import FOLDER, PARTIAL, RUN, Done, New, Refused, Resume, lies_in, preflight
+from .ranks import Ranks
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_POLL_SECONDS = 0.1
-_PATIENCE_SECONDS = 30.0
 _LOCK_ATTEMPTS = 3
+_LOCK_SECONDS = 0.1
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # a link under a name that we write would lead somewhere else
 
 logger = logging.getLogger(__name__)
@@ -70,23 +70,23 @@ class Workspace:
     Args:
         job: what is written.
         out: the output folder.
-        rank: of this process; rank 0 prepares the folder, the others wait for that.
+        ranks: this process and the others; rank 0 prepares the folder, the others wait for that.
         overwrite: whether what stands in the way may be removed.
 
     Raises:
         CheckpointError: another run is writing here, or the folder holds something else.
     """
 
-    def __init__(self, job: Job, out: Path, rank: int, overwrite: bool) -> None:
+    def __init__(self, job: Job, out: Path, ranks: Ranks, overwrite: bool) -> None:
         self.out = out
         self.folder = out / FOLDER
         self.job = job
-        self._rank = rank
+        self._ranks = ranks
         self._overwrite = overwrite
         self._lock = -1
 
     def __enter__(self) -> "Workspace":
-        if self._rank == 0:
+        if self._ranks.rank == 0:
             self._lock = _lock_folder(self.out)
             try:
                 self._prepare()
@@ -129,13 +129,15 @@ class Workspace:
         write_file(self.folder / RUN, json.dumps(self.job.run).encode())
 
     def _await_run(self) -> None:
-        polls = _polls(f"rank 0 to prepare {self.out}")
-        while not isinstance(decision := preflight(self.job, self.out), Done | Resume):
+        def is_prepared() -> bool:
+            decision = preflight(self.job, self.out)
             if isinstance(decision, Refused) and not (self._overwrite and decision.removes is not None):
-                again = preflight(self.job, self.out)  # rank 0 may have finished while it was looked at
-                if isinstance(again, Refused):  # rank 0 refuses too
-                    raise CheckpointError(again.reason)
-            next(polls)
+                decision = preflight(self.job, self.out)  # rank 0 may have finished while it was looked at
+                if isinstance(decision, Refused):  # rank 0 refuses too
+                    raise CheckpointError(decision.reason)
+            return isinstance(decision, Done | Resume)
+
+        self._ranks.wait(is_prepared, [0], f"the preparation of {self.out}")
 
     def _clear(self, names: tuple[str, ...]) -> None:
         """Remove files of an earlier run: first what other ranks would join, then in the order given."""
@@ -167,11 +169,16 @@ class Workspace:
         """A file in the working folder about a shard."""
         return self.folder / (shard.filename.replace("/", "-") + suffix)
 
-    def wait_for(self, shard: Shard) -> Finished:
-        """The record of a shard, as soon as the rank that writes it is finished."""
-        polls = _polls(f"{shard.filename}, which another rank writes")
-        while (record := self.finished(shard)) is None:
-            next(polls)
+    def wait_for(self, shard: Shard, rank: int) -> Finished:
+        """The record of a shard, as soon as the rank that writes it is finished with it.
+
+        Raises:
+            RankFailed: a rank has failed, or this one is gone.
+        """
+        self._ranks.wait(lambda: self.finished(shard) is not None, [rank], shard.filename)
+        record = self.finished(shard)
+        if record is None:
+            raise CorruptData(f"{self.out}: {shard.filename} was changed while this run waited; start over.")
         return record
 
     def require_space(self, shards: list[Shard]) -> None:
@@ -412,7 +419,7 @@ def _lock(descriptor: int, refusal: str) -> None:
             return
         except BlockingIOError:
             if attempt < _LOCK_ATTEMPTS - 1:
-                time.sleep(_POLL_SECONDS)
+                time.sleep(_LOCK_SECONDS)
         except OSError as error:  # some network file systems have no locks
             logger.warning("running without a lock: %s", error)
             return
@@ -438,14 +445,3 @@ def _read_journal(path: Path) -> dict[tuple[str, int], bytes]:
                 with suppress(ValueError):
                     claims[parts[2], int(parts[0])] = bytes.fromhex(parts[1])
     return claims
-
-
-def _polls(what: str) -> Iterator[None]:
-    """Tick, slowly, until the caller has what it waits for; say so once if that takes long."""
-    started, told = time.monotonic(), False
-    while True:
-        time.sleep(_POLL_SECONDS)
-        yield
-        if not told and time.monotonic() - started > _PATIENCE_SECONDS:
-            logger.warning("waiting for %s", what)
-            told = True

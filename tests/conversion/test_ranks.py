@@ -4,11 +4,14 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Several processes share the work: same bytes, in any order, and one that dies may come back alone."""
 
+import errno
 import fcntl
 import json
 import logging
 import os
 import random
+import re
+import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +19,13 @@ from pathlib import Path
 
 import pytest
 
-from conversion.checkpoint import workspace
+from conversion.checkpoint import ranks
 from conversion.checkpoint.errors import CheckpointError
-from conversion.checkpoint.execute import WriteOptions, write_checkpoint
+from conversion.checkpoint.execute import WriteOptions, Written, write_checkpoint
 from conversion.checkpoint.folder_formats import loadable_files
 from conversion.checkpoint.manifest import MANIFEST
 from conversion.checkpoint.preflight import FOLDER, PARTIAL
+from conversion.checkpoint.ranks import RankFailed
 from conversion.checkpoint.sources import WEIGHT_FILES
 from conversion.checkpoint.workspace import Workspace
 from teleflm.terminal import process_rank
@@ -202,6 +206,7 @@ def test_a_shard_has_one_writer(overwrite, sources, tmp_path):
         before = contents(out)
         with pytest.raises(CheckpointError, match=r"another run is writing model-00001-of-00006\.safetensors.*wait"):
             write_checkpoint(plan, out, options)
+        shutil.rmtree(out / FOLDER / "ranks")  # where it said why it ended
         assert contents(out) == before
 
 
@@ -226,13 +231,74 @@ def test_without_locks_a_run_goes_on_and_says_so(sources, monkeypatch, caplog, t
     assert "without a lock" in caplog.text
 
 
-def test_waiting_is_said_once(monkeypatch, caplog):
-    monkeypatch.setattr(workspace, "_POLL_SECONDS", 0)
-    monkeypatch.setattr(workspace, "_PATIENCE_SECONDS", 0)
-    polls = workspace._polls("rank 0 to prepare out")
-    for _ in range(5):
-        next(polls)
-    assert caplog.messages == ["waiting for rank 0 to prepare out"]
+# A rank that fails, is killed or never comes: nobody waits for ever, and everybody knows why.
+
+
+def test_a_failure_is_known_to_all_in_seconds(sources, tmp_path):
+    """A full disk on one machine, for example; and what failed before is not taken for what fails now."""
+    plan = mixed_plan(sources)
+
+    def run(rank: int, failing: int | None) -> BaseException | Written:
+        def progress(nbytes: int, total: int) -> None:
+            if nbytes and rank == failing:
+                raise OSError(errno.ENOSPC, "No space left on device", "the disk of rank 2")
+
+        options = WriteOptions(**OPTIONS, rank=rank, world_size=3, progress=progress)
+        try:
+            return write_checkpoint(plan, tmp_path / "out", options)
+        except (CheckpointError, OSError) as error:
+            return error
+
+    for failing in (2, 2, None):
+        started = time.monotonic()
+        with ThreadPoolExecutor(3) as pool:
+            results = list(pool.map(run, range(3), [failing] * 3))
+        assert time.monotonic() - started < 20, "nobody waited until its patience was at its end"
+        if failing is None:
+            assert all(isinstance(result, Written) for result in results), results
+            continue
+        assert isinstance(results[failing], OSError)
+        assert isinstance(results[0], RankFailed)
+        assert re.search(r"^rank 2 failed: .*No space left on device", str(results[0]))
+        assert not [path for path in (tmp_path / "out").iterdir() if path.name in WEIGHT_FILES]
+
+
+def test_one_that_is_killed_is_missed(sources, alone, tmp_path):
+    killed = start(sources, tmp_path / "out", 1, 2, {}, Instant("write shard.journal", 1, "within"))
+    options = WriteOptions(**OPTIONS, rank=0, world_size=2, patience=3.0)
+    with pytest.raises(RankFailed, match=r"rank 1 of 2 has given no sign of life for \d s; run the same command again"):
+        write_checkpoint(mixed_plan(sources), tmp_path / "out", options)
+    assert finish(killed) == -signal.SIGKILL
+    write_checkpoint(mixed_plan(sources), tmp_path / "out", WriteOptions(**OPTIONS))
+    found = contents(tmp_path / "out")
+    weights = [name for name in alone if name.endswith(".safetensors")]
+    assert [found[name] for name in weights] == [alone[name] for name in weights]
+
+
+@pytest.mark.parametrize(("rank", "missing", "what"), [(0, 1, "model-00002"), (3, 0, "the preparation of")])
+def test_ranks_that_never_come(rank, missing, what, sources, monkeypatch, caplog, tmp_path):
+    """As under a stray RANK and WORLD_SIZE: it is said early, and ends."""
+    monkeypatch.setattr(ranks, "_TELL_SECONDS", 0.2)
+    options = WriteOptions(**OPTIONS, rank=rank, world_size=8, patience=1.5)
+    expected = rf"rank {missing} of 8 has not come in 2 s, and {what}.*give --rank 0 --world-size 1"
+    with pytest.raises(RankFailed, match=expected):
+        write_checkpoint(mixed_plan(sources), tmp_path / "out", options)
+    assert re.search(rf"{what}.* waits for rank {missing}, which has not come: start all 8", caplog.text)
+
+
+def test_rank_0_shows_the_progress_of_all(sources, tmp_path):
+    seen = []
+
+    def run(rank: int):
+        progress = (lambda nbytes, total: seen.append((nbytes, total))) if rank == 0 else lambda nbytes, total: None
+        options = WriteOptions(**OPTIONS, rank=rank, world_size=2, progress=progress)
+        return write_checkpoint(plan, tmp_path / "out", options)
+
+    plan = mixed_plan(sources)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, range(2)))
+    assert {total for _, total in seen} == {plan.nbytes}
+    assert sum(nbytes for nbytes, _ in seen) == plan.nbytes
 
 
 TORCHRUN = {"RANK": "{rank}", "WORLD_SIZE": "2"}
