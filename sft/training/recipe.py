@@ -30,6 +30,7 @@ from huggingface_hub.dataclasses import type_validator
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig, ModelConfig, SFTConfig
 
+from growth.training.launch import DistributedName
 from sft import SFTError
 
 
@@ -57,7 +58,7 @@ class RunArguments:
     resume_from_checkpoint: str | bool | None = None
     mup_base_width: int | None = None
     num_processes: int | None = None
-    distributed_type: Literal["NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED"] | None = None
+    distributed_type: DistributedName | None = None
 
     def __post_init__(self) -> None:
         for name in ("mup_base_width", "num_processes"):

@@ -39,13 +39,14 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantiz
 
 import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
 from conversion.checkpoint.sources import open_checkpoint
+from growth.training.launch import LaunchError, WrappingGuard, check_launch, check_spread
 from sft import SFTError
 from sft import tokenizer as tokenizers
 from sft.data.dataset import prepare_dataset
 from sft.data.labels import DataReport
 from sft.export import find_model
 from sft.training.dpo import prepare_preferences
-from sft.training.guards import FusedLossGuard, GuardError, WrappingGuard, check_launch, check_trained_tokens
+from sft.training.guards import FusedLossGuard, GuardError, check_trained_tokens
 from sft.training.lineage import describe_base, write_record
 from sft.training.recipe import Recipe, RecipeError, parse_overrides, read_recipe
 from sft.training.trainer import WeightedSFTTrainer, arrange
@@ -64,7 +65,7 @@ class TrainResult:
         log_history: what was logged, one dictionary a time: `step`, `loss`, `learning_rate`, `grad_norm`, ...
         data, eval_data: what became of the rows.
         distributed_type: what the run was spread by, in accelerate's words, over `num_processes`.
-        wrapped: how the model was, see [`sft.training.guards.count_wrapped`].
+        wrapped: how the model was, see [`growth.training.launch.count_wrapped`].
     """
 
     output_dir: str
@@ -98,7 +99,8 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), progress
         if not progress:
             trainer.remove_callback(ProgressCallback)
             trainer.remove_callback(PrinterCallback)
-        output = trainer.train(resume_from_checkpoint=checkpoint)
+        with _launch_errors():
+            output = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.save_state()
         if trainer.is_world_process_zero():
@@ -129,7 +131,13 @@ def build_trainer(
         SFTError: the recipe, the data or the model is refused.
     """
     args = recipe.training
-    launched = check_launch(recipe.run, args.distributed_state, os.environ)
+    with _launch_errors():
+        launched = check_launch(
+            args.distributed_state,
+            os.environ,
+            num_processes=recipe.run.num_processes,
+            distributed_type=recipe.run.distributed_type,
+        )
     _refuse_used_output(recipe)
     tokenizer, stop_ids = load_tokenizer(recipe)
     # Preferences are tokenized by TRL, which needs no marks of what the assistant says.
@@ -161,8 +169,8 @@ def build_trainer(
         raise
     except ValueError as error:
         raise RecipeError(" ".join(str(error).split())) from error
-    if trainer.accelerator.distributed_type != launched:
-        raise GuardError(f"the run is {trainer.accelerator.distributed_type.value}, expected {launched.value}.")
+    with _launch_errors():
+        check_spread(trainer, launched)
     trainer.add_callback(FusedLossGuard(trainer))
     return trainer, report, eval_report
 
@@ -300,6 +308,15 @@ def _refuse_used_output(recipe: Recipe) -> None:
             f"output_dir {output_dir} already holds {used[-1]}; choose another, or continue that run with "
             "resume_from_checkpoint: true."
         )
+
+
+@contextmanager
+def _launch_errors() -> Iterator[None]:
+    """What the checks that growth shares find is an error of this package."""
+    try:
+        yield
+    except LaunchError as error:
+        raise GuardError(str(error)) from error
 
 
 @contextmanager

@@ -303,8 +303,8 @@ def test_an_output_folder_holds_one_run(make_recipe):
         ({"padding_free": True, "max_length": 64}, "padding_free=True. without packing"),
         ({"packing": True, "max_length": None}, "packing is True and max_length is null"),
         ({"mup_base_width": 32, "use_peft": True}, "muP has no rule for adapters"),
-        ({"num_processes": 2}, "num_processes is 2 in the recipe, but 1 run"),
-        ({"distributed_type": "FSDP"}, "distributed_type is FSDP in the recipe, but this run is NO"),
+        ({"num_processes": 2}, "num_processes is 2 in the settings, but 1 run"),
+        ({"distributed_type": "FSDP"}, "distributed_type is FSDP in the settings, but this run is NO"),
     ],
 )
 def test_bad_input_is_one_line(keys, message, make_recipe):
