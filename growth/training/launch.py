@@ -20,23 +20,21 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from .errors import RunError
+
 # How a run may be asked to be spread, in accelerate's words.
 DistributedName: TypeAlias = Literal["NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED"]
-
-
-class LaunchError(ValueError):
-    """A run is not spread as it was asked to be. The message is one line."""
 
 
 def check_spread(trainer: Trainer, launched: DistributedType) -> None:
     """Check that a trainer, once built, is distributed as `check_launch` foretold.
 
     Raises:
-        LaunchError: it is not.
+        RunError: it is not.
     """
     found = trainer.accelerator.distributed_type
     if found != launched:
-        raise LaunchError(f"the run is {found.value}, expected {launched.value}.")
+        raise RunError(f"the run is {found.value}, expected {launched.value}.")
 
 
 def check_launch(
@@ -57,37 +55,37 @@ def check_launch(
         what accelerate will make of it: until a trainer is built, it knows of neither FSDP nor DeepSpeed.
 
     Raises:
-        LaunchError: something else was asked for.
+        RunError: something else was asked for.
     """
     found = state.distributed_type
     on_accelerators = found not in (DistributedType.NO, DistributedType.MULTI_CPU)
     if _is_set(environment, "ACCELERATE_USE_FSDP"):
         if not on_accelerators:
-            raise LaunchError(
+            raise RunError(
                 f"accelerate was told to shard with FSDP, but this run is {found.value} on {state.device.type}: "
                 "accelerate shards on accelerators alone. Delete use_cpu, or launch without FSDP."
             )
         found = DistributedType.FSDP
     if _is_set(environment, "ACCELERATE_USE_DEEPSPEED"):
         if _is_set(environment, "ACCELERATE_USE_CPU"):
-            raise LaunchError(
+            raise RunError(
                 f"accelerate was told to use DeepSpeed and use_cpu, so this run is {found.value}: it leaves DeepSpeed "
                 "out. Delete use_cpu from its file; on CPUs set it in the run's settings, and DS_ACCELERATOR=cpu."
             )
         found = DistributedType.DEEPSPEED
     launched = environment.get("WORLD_SIZE", "")
     if launched.isdigit() and int(launched) != state.num_processes:
-        raise LaunchError(
+        raise RunError(
             f"the launcher started {launched} processes, but each believes it is one of {state.num_processes}: all "
             "would train the same and overwrite each other. On CPUs, set use_cpu: true."
         )
     if num_processes not in (None, state.num_processes):
-        raise LaunchError(
+        raise RunError(
             f"num_processes is {num_processes} in the settings, but {state.num_processes} run. `accelerate launch "
             "--cpu` starts one, whatever it is told; torchrun --nproc_per_node starts as many as it is told."
         )
     if distributed_type not in (None, found.value):
-        raise LaunchError(f"distributed_type is {distributed_type} in the settings, but this run is {found.value}.")
+        raise RunError(f"distributed_type is {distributed_type} in the settings, but this run is {found.value}.")
     return found
 
 
@@ -109,7 +107,7 @@ class WrappingGuard(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Raise [`LaunchError`] on a mismatch."""
+        """Raise [`RunError`] on a mismatch."""
         accelerator = self.trainer.accelerator
         self.wrapped = count_wrapped(self.trainer.model_wrapped)
         plugin = accelerator.state.deepspeed_plugin
@@ -149,21 +147,21 @@ def check_wrapped(wrapped: Mapping[str, int], distributed_type: DistributedType,
         zero_stage: of DeepSpeed.
 
     Raises:
-        LaunchError: layers are not sharded, or the model is not replicated where it should be.
+        RunError: layers are not sharded, or the model is not replicated where it should be.
     """
     if distributed_type == DistributedType.FSDP and wrapped["sharded_layers"] < layers:
-        raise LaunchError(
+        raise RunError(
             f"FSDP shards {wrapped['sharded_layers']} of the {layers} layers on their own: every step would gather the "
             "whole model. Set fsdp_transformer_layer_cls_to_wrap to LlamaDecoderLayer."
         )
     if zero_stage == 3 and wrapped["sharded_parameters"] < wrapped["parameters"]:
-        raise LaunchError(
+        raise RunError(
             f"ZeRO-3 shards {wrapped['sharded_parameters']} of {wrapped['parameters']} parameters; the others are whole"
             " in every process."
         )
     replicas = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if distributed_type in replicas and wrapped["replicated"] != 1:
-        raise LaunchError(
+        raise RunError(
             f"the run is {distributed_type.value}, but nothing exchanges the gradients of its processes; each would "
             "train a model of its own."
         )
@@ -171,7 +169,6 @@ def check_wrapped(wrapped: Mapping[str, int], distributed_type: DistributedType,
 
 __all__ = [
     "DistributedName",
-    "LaunchError",
     "WrappingGuard",
     "check_launch",
     "check_spread",

@@ -39,7 +39,8 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantiz
 
 import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
 from conversion.checkpoint.sources import open_checkpoint
-from growth.training.launch import LaunchError, WrappingGuard, check_launch, check_spread
+from growth.training.errors import RunError
+from growth.training.launch import WrappingGuard, check_launch, check_spread
 from sft import SFTError
 from sft import tokenizer as tokenizers
 from sft.data.dataset import prepare_dataset
@@ -99,7 +100,7 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), progress
         if not progress:
             trainer.remove_callback(ProgressCallback)
             trainer.remove_callback(PrinterCallback)
-        with _launch_errors():
+        with _run_errors():
             output = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.save_state()
@@ -131,7 +132,7 @@ def build_trainer(
         SFTError: the recipe, the data or the model is refused.
     """
     args = recipe.training
-    with _launch_errors():
+    with _run_errors():
         launched = check_launch(
             args.distributed_state,
             os.environ,
@@ -169,7 +170,7 @@ def build_trainer(
         raise
     except ValueError as error:
         raise RecipeError(" ".join(str(error).split())) from error
-    with _launch_errors():
+    with _run_errors():
         check_spread(trainer, launched)
     trainer.add_callback(FusedLossGuard(trainer))
     return trainer, report, eval_report
@@ -311,11 +312,11 @@ def _refuse_used_output(recipe: Recipe) -> None:
 
 
 @contextmanager
-def _launch_errors() -> Iterator[None]:
-    """What the checks that growth shares find is an error of this package."""
+def _run_errors() -> Iterator[None]:
+    """What the checks shared with growth find is an error of this package."""
     try:
         yield
-    except LaunchError as error:
+    except RunError as error:
         raise GuardError(str(error)) from error
 
 

@@ -14,7 +14,8 @@ from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from growth.training.launch import LaunchError, check_launch, check_wrapped, count_wrapped
+from growth.training.errors import RunError
+from growth.training.launch import check_launch, check_wrapped, count_wrapped
 from tests.fixtures.tiny import tiny_model
 
 FSDP, DEEPSPEED = {"ACCELERATE_USE_FSDP": "true"}, {"ACCELERATE_USE_DEEPSPEED": "true"}
@@ -45,7 +46,7 @@ def launch(settings, found, environment):
     ],
 )
 def test_a_launch_that_is_not_what_was_asked_for_is_refused(settings, found, environment, message):
-    with pytest.raises(LaunchError, match=message):
+    with pytest.raises(RunError, match=message):
         launch(settings, found, environment)
 
 
@@ -82,7 +83,7 @@ WRAPPED = {"replicated": 0, "sharded_modules": 0, "sharded_layers": 0, "sharded_
     ],
 )
 def test_a_model_that_is_not_spread_is_noticed(wrapped, distributed_type, zero_stage, message):
-    context = pytest.raises(LaunchError, match=message) if message else nullcontext()
+    context = pytest.raises(RunError, match=message) if message else nullcontext()
     with context:
         check_wrapped({**WRAPPED, **wrapped}, DistributedType(distributed_type), layers=2, zero_stage=zero_stage)
 
@@ -105,7 +106,7 @@ def test_fsdp_that_does_not_shard_every_layer_is_noticed(layers):
         found = count_wrapped(model)
         assert found["sharded_modules"] == layers + 4
         message = f"FSDP shards {layers} of the 3 layers on their own"
-        with pytest.raises(LaunchError, match=message) if layers < 3 else nullcontext():
+        with pytest.raises(RunError, match=message) if layers < 3 else nullcontext():
             check_wrapped(found, DistributedType.FSDP, layers=3, zero_stage=0)
     finally:
         dist.destroy_process_group()

@@ -21,7 +21,8 @@ from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError
 from growth import grow_checkpoint
 from growth.method import Tile, Zero
-from growth.moments import load_adam_state, read_adam_state
+from growth.moments import read_adam_state
+from growth.training.grown_adam import load_adam_state
 from growth.training.mup import parameter_groups
 from modeling_teleflm import TeleFLMForCausalLM
 from teleflm.app import app
