@@ -308,8 +308,13 @@ class GrownAdamCallback(TrainerCallback):
 
 
 def held_steps(optimizer: Any) -> set[float]:
-    """The step counters in the state of a torch optimizer, whatever wraps it; none if it has no state yet."""
-    states = innermost(optimizer).state.values()
+    """The step counters of what a torch optimizer steps, whatever wraps it; none if it has no state for that.
+
+    What it has for other tensors is left over from before they were replaced. Between steps ZeRO 3 names none.
+    """
+    adam = innermost(optimizer)
+    stepped = [tensor for group in adam.param_groups for tensor in group["params"]] or list(adam.state)
+    states = (adam.state.get(tensor, {}) for tensor in stepped)
     return {float(state["step"]) for state in states if isinstance(state, dict) and "step" in state}
 
 

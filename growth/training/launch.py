@@ -38,7 +38,7 @@ def check_spread(trainer: Trainer, launched: DistributedType) -> None:
 
 
 def check_launch(
-    state: PartialState,
+    args: TrainingArguments,
     environment: Mapping[str, str],
     *,
     num_processes: int | None = None,
@@ -47,7 +47,8 @@ def check_launch(
     """Check that this process is one of as many, distributed as, the run's settings and the launcher say.
 
     Args:
-        state: what accelerate has found; `TrainingArguments.distributed_state`.
+        args: the run's, in which accelerate says what it has found (`distributed_state`), and which may ask for FSDP
+            or DeepSpeed.
         environment: the variables with which a launcher says what it was told.
         num_processes, distributed_type: what the settings ask for, if anything.
 
@@ -57,16 +58,17 @@ def check_launch(
     Raises:
         RunError: something else was asked for.
     """
+    state: PartialState = args.distributed_state
     found = state.distributed_type
     on_accelerators = found not in (DistributedType.NO, DistributedType.MULTI_CPU)
-    if _is_set(environment, "ACCELERATE_USE_FSDP"):
+    if _is_set(environment, "ACCELERATE_USE_FSDP") or args.fsdp_plugin_args is not None:
         if not on_accelerators:
             raise RunError(
                 f"accelerate was told to shard with FSDP, but this run is {found.value} on {state.device.type}: "
                 "accelerate shards on accelerators alone. Delete use_cpu, or launch without FSDP."
             )
         found = DistributedType.FSDP
-    if _is_set(environment, "ACCELERATE_USE_DEEPSPEED"):
+    if _is_set(environment, "ACCELERATE_USE_DEEPSPEED") or args.deepspeed_plugin is not None:
         if _is_set(environment, "ACCELERATE_USE_CPU"):
             raise RunError(
                 f"accelerate was told to use DeepSpeed and use_cpu, so this run is {found.value}: it leaves DeepSpeed "

@@ -138,7 +138,7 @@ def build_trainer(
         RunError: the run is not what it was asked to be.
     """
     launched = check_launch(
-        args.distributed_state,
+        args,
         os.environ,
         num_processes=growth.num_processes,
         distributed_type=growth.distributed_type,

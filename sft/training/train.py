@@ -134,7 +134,7 @@ def build_trainer(
     args = recipe.training
     with _run_errors():
         launched = check_launch(
-            args.distributed_state,
+            args,
             os.environ,
             num_processes=recipe.run.num_processes,
             distributed_type=recipe.run.distributed_type,

@@ -25,11 +25,12 @@ GPUS = ("MULTI_GPU", 8, "cuda")
 def launch(settings, found, environment):
     """What accelerate finds cannot be had without GPUs, so it is written down here; tests/sft/test_distributed.py has
     the launches that a CPU can do."""
-    distributed_type, num_processes, device = found
+    settings, (distributed_type, num_processes, device) = dict(settings), found
     state = SimpleNamespace(
         distributed_type=DistributedType(distributed_type), num_processes=num_processes, device=torch.device(device)
     )
-    check_launch(state, environment, **settings)
+    keys = {"fsdp_plugin_args": settings.pop("fsdp", None), "deepspeed_plugin": settings.pop("deepspeed", None)}
+    check_launch(SimpleNamespace(distributed_state=state, **keys), environment, **settings)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,12 @@ def launch(settings, found, environment):
         ({}, ("NO", 1, "cpu"), FSDP, "told to shard with FSDP, but this run is NO on cpu"),
         ({}, ("MULTI_CPU", 2, "cpu"), {**DEEPSPEED, "ACCELERATE_USE_CPU": "True"}, "use_cpu, so this run is MULTI_CPU"),
         ({}, ("NO", 1, "cpu"), {"WORLD_SIZE": "2"}, "started 2 processes, but each believes it is one of 1"),
+        (
+            {"fsdp": {"fsdp_version": 2}},
+            ("MULTI_CPU", 2, "cpu"),
+            {},
+            "told to shard with FSDP, but this run is MULTI_CPU",
+        ),
         ({"num_processes": 2}, ("NO", 1, "cpu"), {}, "num_processes is 2 in the settings, but 1 run"),
         ({"num_processes": 16}, GPUS, FSDP, "num_processes is 16 in the settings, but 8 run"),
         ({"distributed_type": "FSDP"}, GPUS, {}, "distributed_type is FSDP in the settings, but this run is MULTI_GPU"),
@@ -57,6 +64,8 @@ def test_a_launch_that_is_not_what_was_asked_for_is_refused(settings, found, env
         ({"num_processes": 2, "distributed_type": "MULTI_CPU"}, ("MULTI_CPU", 2, "cpu"), {"WORLD_SIZE": "2"}),
         ({"num_processes": 8, "distributed_type": "FSDP"}, GPUS, {**FSDP, "WORLD_SIZE": "8"}),
         ({"distributed_type": "DEEPSPEED"}, ("DEEPSPEED", 8, "cuda"), DEEPSPEED),
+        ({"distributed_type": "DEEPSPEED", "deepspeed": object()}, ("MULTI_CPU", 2, "cpu"), {}),
+        ({"distributed_type": "FSDP", "fsdp": {"fsdp_version": 2}}, GPUS, {}),
         ({"distributed_type": "DEEPSPEED"}, ("MULTI_CPU", 2, "cpu"), {**DEEPSPEED, "ACCELERATE_USE_CPU": "False"}),
         ({}, GPUS, {"ACCELERATE_USE_FSDP": "false", "WORLD_SIZE": ""}),
     ],
