@@ -214,8 +214,8 @@ def _check_masters(name: str, flat: torch.Tensor, start: int, weights: torch.Ten
     masters = flat.detach()[start : start + weights.numel()]
     if not torch.equal(masters.to(weights.device, weights.dtype), weights):
         raise CheckpointError(
-            f"DeepSpeed's partition does not hold the weights of {name} where its tables say; grown moments cannot be "
-            f"laid out in it. Train with ZeRO 2 or FSDP 2, {_WAY_OUT}."
+            f"DeepSpeed's partition does not hold the weights of {name} where its tables say, as happens with "
+            f"round_robin_gradients; grown moments cannot be laid out there. Do without, use FSDP 2, {_WAY_OUT}."
         )
 
 

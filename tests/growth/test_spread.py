@@ -161,6 +161,16 @@ def test_fsdp2_steps_as_an_unsharded_adam_with_the_same_state(folders, sharded):
     check(out / "run", expect(folders, "zero", torch.float64), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize(("name", "own"), [("run", "modeling_teleflm"), ("masked", "masked_teleflm")])
+def test_what_fsdp2_saves_is_a_model_of_ours(name, own, sharded):
+    """FSDP2 derives a class of its own from the model's, in a file of torch's; neither is written."""
+    folder = sharded[0] / name
+    assert {path.name for path in folder.glob("*.py") if "fsdp" in path.name} == set()
+    config = json.loads((folder / "config.json").read_bytes())
+    assert config["auto_map"]["AutoModelForCausalLM"] == f"{own}.{config['architectures'][0]}"
+    assert (folder / f"{own}.py").is_file()
+
+
 def test_a_resumed_run_goes_on_with_its_checkpoints_moments(sharded):
     out, outcomes = sharded
     assert [process[3]["steps"] for process in outcomes] == [[[STEP + 1]]] * 2
@@ -195,8 +205,8 @@ def test_a_state_that_is_not_the_grown_one_stops_the_run(run, message, sharded):
 _AUTO = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping")
 
 
-def zero(stage: int, **keys) -> dict:
-    optimization = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
+def zero(stage: int, optimization: dict | None = None, **keys) -> dict:
+    optimization = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True, **(optimization or {})}
     return {"deepspeed": {"zero_optimization": optimization, **dict.fromkeys(_AUTO, "auto"), **keys}}
 
 
@@ -215,6 +225,7 @@ def partitioned(folders, tmp_path_factory) -> tuple[Path, list[list[dict]]]:
         (keys_of(folders, out, "masked", method="masked", **zero(2)), None),
         (keys_of(folders, out, "spoiled", **zero(2)), "spoil"),
         (keys_of(folders, out, "mup", **zero(2, **own)), None),
+        (keys_of(folders, out, "robin", **zero(2, {"round_robin_gradients": True})), None),
         (keys_of(folders, out, "stage-3", **zero(3)), None),
     ]
     return out, launch(runs, out, DS_ACCELERATOR="cpu")
@@ -227,7 +238,7 @@ def partitioned(folders, tmp_path_factory) -> tuple[Path, list[list[dict]]]:
         (0, "stage-1", "DeepSpeedZeroOptimizer"),
         (1, "stage-2", "DeepSpeedZeroOptimizer"),
         (4, "masked", "DeepSpeedZeroOptimizer"),
-        (7, "stage-3", "DeepSpeedZeroOptimizer_Stage3"),
+        (8, "stage-3", "DeepSpeedZeroOptimizer_Stage3"),
     ],
 )
 def test_zero_steps_as_an_unsharded_adam_with_the_same_state(run, name, optimizer, folders, partitioned):
@@ -258,9 +269,11 @@ def test_masters_of_bfloat16_have_the_moments_in_float32(folders, partitioned):
 
 
 @pytest.mark.external
-def test_a_spoilt_partition_and_an_optimizer_of_deepspeeds_own_stop_the_run(partitioned):
+def test_what_deepspeed_does_otherwise_stops_the_run(partitioned):
+    """A spoilt partition, an optimizer of its own, tables that are not those of its partitions."""
     out, outcomes = partitioned
     for process in outcomes:
         assert re.search(r"the optimizer's moments of \S+, of shape .* are not those of", process[5]["error"])
         assert "was not made with the groups of muP: delete optimizer" in process[6]["error"]
+        assert "partition does not hold the weights of" in process[7]["error"]
     assert not list(out.glob("spoiled/*.safetensors")) + list(out.glob("mup/*.safetensors"))
