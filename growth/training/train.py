@@ -39,6 +39,7 @@ from conversion.checkpoint.errors import CheckpointError
 from ..moments import OPTIMIZER_FILE, read_grown_state
 from .errors import RunError
 from .grown_adam import AdamStart, GrownAdamCallback
+from .kernels import check_kernels, check_kernels_are_used
 from .launch import DistributedName, WrappingGuard, check_launch, check_spread
 from .masks import MaskCallback, TeleFLMMaskedForCausalLM
 from .mup import MupMixin
@@ -61,6 +62,7 @@ class GrowthArguments:
         block_size: tokens of a training example; documents are joined and cut to it.
         dtype: of the weights while they are trained; `bf16: true` computes in bfloat16 on float32 weights.
         attn_implementation: as in `from_pretrained`.
+        use_kernels: likewise: layers take fused kernels of the Hub, on accelerators, with the package kernels.
         mup_base_width: hidden_size at which learning_rate was tuned, 8192 for one of the 52B: matrices then learn at
             learning_rate x mup_base_width / hidden_size. Unset: one rate for all.
         fresh_optimizer: leave the grown optimizer.pt of the model's folder unused, if it has one.
@@ -77,6 +79,7 @@ class GrowthArguments:
     block_size: int = 2048
     dtype: str = "float32"
     attn_implementation: str | None = None
+    use_kernels: bool = False
     mup_base_width: int | None = None
     fresh_optimizer: bool = False
     num_processes: int | None = None
@@ -143,6 +146,7 @@ def build_trainer(
         num_processes=growth.num_processes,
         distributed_type=growth.distributed_type,
     )
+    check_kernels(args, growth.use_kernels)
     set_seed(args.seed)
     folder = Path(growth.model_name_or_path)
     if not (folder / "config.json").is_file():
@@ -152,8 +156,14 @@ def build_trainer(
         train_dataset = load_blocks(growth.train_files, tokenizer, growth)
         eval_dataset = load_blocks(growth.eval_files, tokenizer, growth) if growth.eval_files else None
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=growth.dtype, attn_implementation=growth.attn_implementation, trust_remote_code=False
+        folder,
+        dtype=growth.dtype,
+        attn_implementation=growth.attn_implementation,
+        use_kernels=growth.use_kernels,
+        trust_remote_code=False,
     )
+    if growth.use_kernels:
+        check_kernels_are_used(model)
     masks = [MaskCallback()] if isinstance(model, TeleFLMMaskedForCausalLM) else []
     adam_state = folder / OPTIMIZER_FILE if (folder / OPTIMIZER_FILE).is_file() and not growth.fresh_optimizer else None
     if adam_state and not args.resume_from_checkpoint:

@@ -40,6 +40,7 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantiz
 import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
 from conversion.checkpoint.sources import open_checkpoint
 from growth.training.errors import RunError
+from growth.training.kernels import check_kernels, check_kernels_are_used
 from growth.training.launch import WrappingGuard, check_launch, check_spread
 from sft import SFTError
 from sft import tokenizer as tokenizers
@@ -139,6 +140,7 @@ def build_trainer(
             num_processes=recipe.run.num_processes,
             distributed_type=recipe.run.distributed_type,
         )
+        check_kernels(args, recipe.run.use_kernels)
     _refuse_used_output(recipe)
     tokenizer, stop_ids = load_tokenizer(recipe)
     # Preferences are tokenized by TRL, which needs no marks of what the assistant says.
@@ -161,10 +163,14 @@ def build_trainer(
     trainer: WeightedSFTTrainer | DPOTrainer
     try:
         if isinstance(args, DPOConfig):
-            trainer = DPOTrainer(load_model(recipe.model), _reference_model(recipe, args), **common)
+            trainer = DPOTrainer(
+                load_model(recipe.model, use_kernels=recipe.run.use_kernels), _reference_model(recipe, args), **common
+            )
         else:
             base_width = recipe.run.mup_base_width
-            trainer = WeightedSFTTrainer(model=load_model(recipe.model), base_width=base_width, **common)
+            trainer = WeightedSFTTrainer(
+                model=load_model(recipe.model, use_kernels=recipe.run.use_kernels), base_width=base_width, **common
+            )
             check_trained_tokens(trainer.train_dataset, expected=report.trained_tokens)
     except SFTError:
         raise
@@ -176,25 +182,34 @@ def build_trainer(
     return trainer, report, eval_report
 
 
-def load_model(arguments: ModelConfig) -> PreTrainedModel:
+def load_model(arguments: ModelConfig, *, use_kernels: bool = False) -> PreTrainedModel:
     """Load the model to train, in `arguments.dtype`, quantized if so asked. Code in the checkpoint is not executed.
 
+    Args:
+        arguments: which model, and how.
+        use_kernels: let its layers take fused kernels of the Hub.
+
     Raises:
-        RecipeError: there is no such model, or it cannot be loaded.
+        SFTError: there is no such model, it cannot be loaded, or no layer has a kernel.
     """
     path = str(arguments.model_name_or_path)
     quantization = get_quantization_config(arguments)
     # A quantized model is made where it will be used.
     placement = {"quantization_config": quantization, "device_map": {"": PartialState().device}} if quantization else {}
     with _naming("model_name_or_path", path):
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             path,
             revision=arguments.model_revision,
             dtype=arguments.dtype,
             attn_implementation=arguments.attn_implementation,
+            use_kernels=use_kernels,
             trust_remote_code=False,
             **placement,
         )
+    if use_kernels:
+        with _run_errors():
+            check_kernels_are_used(model)
+    return model
 
 
 def load_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, set[int]]:
@@ -253,7 +268,11 @@ def _prepare(
 
 def _reference_model(recipe: Recipe, args: DPOConfig) -> PreTrainedModel | None:
     """The model as it was, which DPO compares with; None where TRL takes it from the model that is trained."""
-    return None if recipe.model.use_peft or args.precompute_ref_log_probs else load_model(recipe.model)
+    return (
+        None
+        if recipe.model.use_peft or args.precompute_ref_log_probs
+        else load_model(recipe.model, use_kernels=recipe.run.use_kernels)
+    )
 
 
 def _describe_base(recipe: Recipe) -> dict[str, Any]:

@@ -231,6 +231,8 @@ def _nameless(folder):
         (None, {"optim": "sgd"}, "the optimizer is SGD, but grown moments are for torch's Adam and AdamW"),
         (None, {"optim": "adafactor"}, "the optimizer is Adafactor, but grown moments"),
         (None, {"optim": "adafactor", "mup_base_width": 32, "optim_target_modules": "all-linear"}, "Adafactor, but"),
+        (None, {"use_liger_kernel": True}, "use_liger_kernel has no effect here; Liger Kernel knows no Tele-FLM"),
+        (None, {"use_kernels": True}, "use_kernels is true, but this run is on CPUs"),
         (None, {"num_processes": 2}, "num_processes is 2 in the settings, but 1 run"),
         (None, {"distributed_type": "FSDP"}, "distributed_type is FSDP in the settings, but this run is NO"),
         (None, {"fsdp": True, "fsdp_config": {"version": 2}}, "told to shard with FSDP, but this run is NO on cpu"),

@@ -73,7 +73,7 @@ def test_a_comparison_of_losses_would_not_have_shown_it():
 
 @pytest.mark.parametrize("keys", [{}, {"bf16": True}, {"use_peft": True}], ids=str)
 def test_a_run_with_the_wrong_loss_stops_before_its_first_step(keys, make_recipe, monkeypatch, tmp_path):
-    monkeypatch.setattr(sft.training.train, "load_model", lambda arguments: untrained_model("wrong"))
+    monkeypatch.setattr(sft.training.train, "load_model", lambda arguments, **kwargs: untrained_model("wrong"))
     steps = []
     with pytest.raises(GuardError, match=r"the loss of HiddenFactorModel: .* config.logit_scale, .* gives as None"):
         train(make_recipe(max_steps=2, **keys), callbacks=[on_step(steps.append)])
