@@ -333,7 +333,9 @@ def test_weights_and_a_loss_that_they_would_not_reach_are_refused(make_recipe, w
 def test_a_tokenizer_that_cannot_serve_the_model_is_refused_before_the_model_is_loaded(
     make_recipe, model_dir, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(sft.training.train, "load_model", lambda arguments, **kwargs: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        sft.training.train, "load_model", lambda arguments, **kwargs: pytest.fail("the model was loaded")
+    )
     folder = tmp_path / "model"
     shutil.copytree(model_dir, folder)
     config = json.loads((folder / "config.json").read_text())
