@@ -30,7 +30,7 @@ from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.plan import Box, View
 from conversion.checkpoint.reader import FileReader
 
-from ..moments import AdamState, read_grown_state
+from ..moments import OPTIMIZER_FILE, AdamState, read_grown_state
 from .optimizer_layout import Layout, Slot, blocks, innermost, lay_out, local, parameter_shapes
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,22 @@ logger = logging.getLogger(__name__)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _BLOCK = 1 << 24  # elements that are read at once
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def find_grown_state(folder: Path) -> Path | None:
+    """The optimizer.pt in the folder of a model, or None; every process of a run has to call it.
+
+    Raises:
+        CheckpointError: some processes see it, and some do not.
+    """
+    path = folder / OPTIMIZER_FILE
+    seen = _gather(path.is_file())
+    if any(seen) != all(seen):
+        raise CheckpointError(
+            f"{path} is there for {sum(seen)} of the {len(seen)} processes: put it where all of them find the model, "
+            "or set fresh_optimizer: true and warm up."
+        )
+    return path if all(seen) else None
 
 
 def load_adam_state(optimizer: Any, model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -54,7 +70,7 @@ def load_adam_state(optimizer: Any, model: nn.Module, path: str | os.PathLike[st
         CheckpointError: the file does not name its parameters, or is another model's; or the optimizer is not one that
             it can be given to. Raised on every process if on one.
     """
-    _on_every_process(lambda: _load(lay_out(optimizer, model), read_grown_state(path, parameter_shapes(model))))
+    on_every_process(lambda: _load(lay_out(optimizer, model), read_grown_state(path, parameter_shapes(model))))
 
 
 def _load(layout: Layout, grown: AdamState) -> None:
@@ -137,8 +153,8 @@ def check_adam_state(
                 )
         return layout, grown
 
-    layout, grown = _on_every_process(compare_steps)
-    held, saved = _on_every_process(lambda: (_held_checksums(layout), _saved_checksums(layout, grown)))
+    layout, grown = on_every_process(compare_steps)
+    held, saved = on_every_process(lambda: (_held_checksums(layout), _saved_checksums(layout, grown)))
     everywhere = [_add_up(checksums, device) for checksums in (held, saved)]
 
     def compare_checksums() -> None:
@@ -152,7 +168,7 @@ def check_adam_state(
                     "fresh_optimizer: true and warm up."
                 )
 
-    _on_every_process(compare_checksums)
+    on_every_process(compare_checksums)
 
 
 def _held_checksums(layout: Layout) -> list[list[int]]:
@@ -201,23 +217,33 @@ def _add_up(sums: list[list[int]], device: torch.device | str) -> list[list[int]
 _Result = TypeVar("_Result")
 
 
-def _on_every_process(action: Callable[[], _Result]) -> _Result:
-    """Do something; if it fails on one process, fail on all, so that none waits for another that has ended."""
+def on_every_process(action: Callable[[], _Result]) -> _Result:
+    """Do something on all processes; if it fails on one, fail on all, so that none waits for another that has ended.
+
+    Raises:
+        CheckpointError: with the message of the first that failed.
+    """
     result, error = None, None
     try:
         result = action()
     except Exception as caught:
         error = caught
-    problems: list[str | None] = [None if error is None else " ".join(str(error).split()) or type(error).__name__]
-    if _is_distributed():
-        problems *= dist.get_world_size()
-        dist.all_gather_object(problems, problems[0])
+    problems = _gather(None if error is None else " ".join(str(error).split()) or type(error).__name__)
     if error is not None and not isinstance(error, CheckpointError | OSError):
         raise error
     for problem in problems:
         if problem is not None:
             raise CheckpointError(problem) from error
     return cast(_Result, result)
+
+
+def _gather(value: Any) -> list[Any]:
+    """The values of all processes."""
+    values = [value]
+    if _is_distributed():
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
 
 
 def _is_distributed() -> bool:
@@ -345,7 +371,15 @@ def _check_resumed(optimizer: Any, first_step: float | None, global_step: int, *
                 "name it as model_name_or_path, without resume_from_checkpoint."
             )
 
-    _on_every_process(check)
+    on_every_process(check)
 
 
-__all__ = ["AdamStart", "GrownAdamCallback", "check_adam_state", "held_steps", "load_adam_state"]
+__all__ = [
+    "AdamStart",
+    "GrownAdamCallback",
+    "check_adam_state",
+    "find_grown_state",
+    "held_steps",
+    "load_adam_state",
+    "on_every_process",
+]

@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
@@ -36,9 +37,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from conversion.checkpoint.errors import CheckpointError
 
-from ..moments import OPTIMIZER_FILE, read_grown_state
+from ..moments import read_grown_state
 from .errors import RunError
-from .grown_adam import AdamStart, GrownAdamCallback
+from .grown_adam import AdamStart, GrownAdamCallback, find_grown_state, on_every_process
 from .kernels import check_kernels, check_kernels_are_used
 from .launch import DistributedName, WrappingGuard, check_launch, check_spread
 from .masks import MaskCallback, TeleFLMMaskedForCausalLM
@@ -165,9 +166,10 @@ def build_trainer(
     if growth.use_kernels:
         check_kernels_are_used(model)
     masks = [MaskCallback()] if isinstance(model, TeleFLMMaskedForCausalLM) else []
-    adam_state = folder / OPTIMIZER_FILE if (folder / OPTIMIZER_FILE).is_file() and not growth.fresh_optimizer else None
+    adam_state = None if growth.fresh_optimizer else find_grown_state(folder)
     if adam_state and not args.resume_from_checkpoint:
-        read_grown_state(adam_state, parameter_shapes(model))  # refused now, not when everything is prepared
+        # Refused now, not when everything is prepared.
+        on_every_process(partial(read_grown_state, adam_state, parameter_shapes(model)))
     trainer = GrowthTrainer(
         model,
         args,

@@ -73,6 +73,8 @@ def run(keys: dict, fault: str | None, folder: Path) -> dict:
     """One run; what came of it, and its weights in `folder`."""
     (folder / "keys.json").write_text(json.dumps(keys))
     growth, args = parse_arguments([str(folder / "keys.json")])
+    if fault == "unseen" and args.process_index == 1:
+        growth.model_name_or_path += "-elsewhere"  # the fault: as on a machine where the moments were not copied to
     if args.fsdp_plugin_args is not None:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     load = grown_adam.load_adam_state
@@ -80,7 +82,7 @@ def run(keys: dict, fault: str | None, folder: Path) -> dict:
     try:
         checkpoint = find_checkpoint(args)
         trainer = build_trainer(growth, args, [watch])
-        if fault:
+        if fault in FAULTS:
             load = FAULTS[fault](trainer, Path(growth.model_name_or_path) / "optimizer.pt")
         trainer.train(resume_from_checkpoint=checkpoint)
     except (CheckpointError, RunError) as error:

@@ -10,6 +10,7 @@ The oracle is a loop of plain torch over the whole batch: an AdamW whose state i
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,7 @@ def folders(tmp_path_factory) -> Path:
     torch.save(optimizer.state_dict(), root / "optimizer.pt")
     grow_checkpoint(root / "source", root / "zero", TARGET, optimizer=root)
     grow_checkpoint(root / "source", root / "masked", TARGET, optimizer=root, method="mask", mask_steps=5)
+    shutil.copytree(root / "zero", root / "zero-elsewhere", ignore=shutil.ignore_patterns("optimizer.pt"))
     return root
 
 
@@ -148,8 +150,14 @@ def sharded(folders, tmp_path_factory) -> tuple[Path, list[list[dict]]]:
         (keys_of(folders, out, "run", **begun), None),
         (keys_of(folders, out, "resumed", **begun, resume_from_checkpoint=str(out / "run/checkpoint-1")), None),
         (keys_of(folders, out, "masked", method="masked", **FSDP2), None),
+        (keys_of(folders, out, "unseen", **FSDP2), "unseen"),
     ]
     return out, launch(runs, out)
+
+
+def test_moments_that_one_process_does_not_see_stop_all(sharded):
+    for process in sharded[1]:
+        assert re.search(r"optimizer\.pt is there for 1 of the 2 processes", process[5]["error"])
 
 
 def test_fsdp2_steps_as_an_unsharded_adam_with_the_same_state(folders, sharded):
