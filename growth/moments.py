@@ -12,6 +12,7 @@ times the learning rate (3.2 times at beta2 = 0.999, where this one is 0.1 times
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from conversion.architecture import Architecture
 from conversion.checkpoint.dtypes import FLOAT32
@@ -77,12 +77,30 @@ def read_adam_state(path: str | os.PathLike[str], architecture: Architecture) ->
     Raises:
         CheckpointError: there is no such file, or it is not the state of Adam for that architecture.
     """
-    file = _find_file(Path(path))
+    sizes = {name: weight.shape(architecture) for name, weight, _ in weights(architecture)}
+    shapes = {name: sizes[name] for name in _parameter_names(architecture)}
+    return _read(_find_file(Path(path)), shapes, whose="config.json says", must_name=False)
+
+
+def read_grown_state(path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]]) -> AdamState:
+    """Read a state that names its parameters, as `write_adam_state` writes it; nothing in it is executed.
+
+    Args:
+        path: the file.
+        shapes: of the parameters of the model it is for, by name.
+
+    Raises:
+        CheckpointError: there is no such file, it does not name its parameters, or they are another model's.
+    """
+    return _read(_find_file(Path(path)), shapes, whose="the model has", must_name=True)
+
+
+def _read(file: str, shapes: Mapping[str, tuple[int, ...]], *, whose: str, must_name: bool) -> AdamState:
+    """Read a state of parameters with these shapes, in the order in which the model lists them."""
     saved = read_torch_file(file)
     if not isinstance(saved, dict) or not all(isinstance(saved.get(key), kind) for key, kind in _LAYOUT.items()):
         raise CheckpointError(f"{file} is no optimizer state: expected a dict with state and param_groups.")
-    shapes = {name: weight.shape(architecture) for name, weight, _ in weights(architecture)}
-    groups = _name_groups(file, saved["param_groups"], _parameter_names(architecture))
+    groups = _name_groups(file, saved["param_groups"], list(shapes), must_name=must_name)
 
     steps: dict[str, float] = {}
     moments: dict[str, tuple[View, View]] = {}
@@ -90,7 +108,7 @@ def read_adam_state(path: str | os.PathLike[str], architecture: Architecture) ->
         for (_, names), group in zip(groups, saved["param_groups"], strict=True):
             for name, index in zip(names, group["params"], strict=True):
                 entry = saved["state"].get(index)
-                moments[name] = _moments(file, name, entry, shapes[name])
+                moments[name] = _moments(file, name, entry, shapes[name], whose)
                 steps[name] = _number(entry["step"], reader)
         settled = tuple(
             ({key: _setting(file, key, value, reader) for key, value in settings.items()}, names)
@@ -121,7 +139,9 @@ def _parameter_names(architecture: Architecture) -> list[str]:
     return [name for name, _ in model.named_parameters()]
 
 
-def _name_groups(file: str, saved: list[Any], names: list[str]) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
+def _name_groups(
+    file: str, saved: list[Any], names: list[str], *, must_name: bool
+) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
     """The settings of each saved group, and the names of its parameters."""
     if not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in saved):
         raise CheckpointError(f"{file}: param_groups is no list of groups with params.")
@@ -130,7 +150,14 @@ def _name_groups(file: str, saved: list[Any], names: list[str]) -> list[tuple[di
         found = [list(group["param_names"]) for group in saved]
         named = sorted(map(str, chain.from_iterable(found)))
         if named != sorted(names) or sizes != list(map(len, found)):
-            raise CheckpointError(f"{file}: param_names are not the {len(names)} parameters of the model.")
+            odd = sorted(set(named) ^ set(names))
+            example = f": {odd[0]} is in one of the two alone" if odd else ""
+            raise CheckpointError(f"{file}: param_names are not the {len(names)} parameters of the model{example}.")
+    elif must_name:
+        raise CheckpointError(
+            f"{file} does not name its parameters: it did not grow with the model. `teleflm grow --optimizer` writes "
+            "one that does; or set fresh_optimizer: true and warm up."
+        )
     else:
         kinds = group_names(names)
         decayed = [name for name in names if name not in kinds["norm"]]
@@ -144,7 +171,7 @@ def _name_groups(file: str, saved: list[Any], names: list[str]) -> list[tuple[di
     return [(own, tuple(members)) for own, members in zip(settings, found, strict=True)]
 
 
-def _moments(file: str, name: str, entry: Any, shape: tuple[int, ...]) -> tuple[View, View]:
+def _moments(file: str, name: str, entry: Any, shape: tuple[int, ...], whose: str) -> tuple[View, View]:
     keys = sorted(entry) if isinstance(entry, dict) else None
     if keys != sorted((*_MOMENTS, "step")):
         raise CheckpointError(
@@ -158,7 +185,7 @@ def _moments(file: str, name: str, entry: Any, shape: tuple[int, ...]) -> tuple[
         if not isinstance(view, View) or not view.dtype.is_floating:
             raise CheckpointError(f"{file}: {key} of {name} is no tensor of floating-point numbers.")
         if view.shape != shape:
-            raise CheckpointError(f"{file}: {key} of {name} has shape {view.shape}, config.json says {shape}.")
+            raise CheckpointError(f"{file}: {key} of {name} has shape {view.shape}, {whose} {shape}.")
     return entry["exp_avg"], entry["exp_avg_sq"]
 
 
@@ -179,7 +206,7 @@ def grow_adam_state(state: AdamState, growth: Growth) -> dict[str, Any]:
     """The state of the grown model, as `torch.optim.AdamW.load_state_dict` takes it; moments are float32.
 
     Groups and settings are the source's. `param_names` names the parameters of each group, so that a run with other
-    groups can use the state too (`load_adam_state`). All of it is in memory: 8 bytes a parameter of the target.
+    groups can use the state too (`growth.training.grown_adam`). All is in memory: 8 bytes a parameter of the target.
 
     Args:
         state: of `growth.source`.
@@ -273,36 +300,4 @@ def write_adam_state(state: AdamState, growth: Growth, folder: Path) -> Path:
     return path
 
 
-def load_adam_state(optimizer: torch.optim.Optimizer, model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Give a new optimizer the moments of a grown state, whatever its groups are; its own settings stay.
-
-    Args:
-        optimizer: Adam or AdamW over parameters of `model`, without a step done.
-        model: the grown model.
-        path: the optimizer.pt of the grown checkpoint.
-
-    Raises:
-        CheckpointError: the file does not name its parameters, lacks one, or has another shape for it.
-    """
-    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not all("param_names" in group for group in saved["param_groups"]):
-        raise CheckpointError(f"{path} does not name its parameters; `teleflm grow --optimizer` writes one that does.")
-    entries = {
-        name: saved["state"][index]
-        for group in saved["param_groups"]
-        for name, index in zip(group["param_names"], group["params"], strict=True)
-    }
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    state = {}
-    for index, parameter in enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]):
-        name = names[id(parameter)]
-        if name not in entries:
-            raise CheckpointError(f"{path} has no state for {name}; it belongs to another model.")
-        if entries[name]["exp_avg"].shape != parameter.shape:
-            found = tuple(entries[name]["exp_avg"].shape)
-            raise CheckpointError(f"{path}: {name} has shape {found}, the model has {tuple(parameter.shape)}.")
-        state[index] = entries[name]
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-__all__ = ["AdamState", "grow_adam_state", "load_adam_state", "read_adam_state", "write_adam_state"]
+__all__ = ["AdamState", "grow_adam_state", "read_adam_state", "read_grown_state", "write_adam_state"]

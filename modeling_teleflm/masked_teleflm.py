@@ -16,9 +16,10 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import LlamaModel, LlamaPreTrainedModel
+from transformers import initialization as init
 
 from .configuration_teleflm import TeleFLMConfig
-from .modeling_teleflm import TeleFLMForCausalLM, TeleFLMModel
+from .modeling_teleflm import TeleFLMForCausalLM, TeleFLMModel, unwrapped_class
 
 AUTO_MAP = {
     "AutoConfig": "masked_teleflm.TeleFLMMaskedConfig",
@@ -120,7 +121,25 @@ class TeleFLMGrowthMask(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Features [..., n], masked."""
         wide = torch.promote_types(features.dtype, torch.float32)
-        return features * self.alpha(wide).pow(self.power).to(features.dtype)
+        factors = self.alpha(wide).pow(self.power).to(features.dtype)
+        return features * _spread_as(features, factors)
+
+
+def _spread_as(features: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Factors [n] laid out over processes as the last dimension of DTensors under tensor parallelism."""
+    if features.shape[-1] != len(factors):
+        raise ValueError(
+            f"a mask of {len(factors)} features meets {features.shape[-1]}: some of them, without saying which. Masked "
+            "models take the tensor parallelism of transformers 5.23, whose features are DTensors."
+        )
+    placements = getattr(features, "placements", None)
+    if placements is None:
+        return factors
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    last = [placement.is_shard() and placement.dim % features.ndim == features.ndim - 1 for placement in placements]
+    spread = [Shard(0) if is_last else Replicate() for is_last in last]
+    return distribute_tensor(factors, features.device_mesh, spread, src_data_rank=None)  # type: ignore[attr-defined]
 
 
 class TeleFLMMaskedEmbedding(nn.Embedding):
@@ -134,16 +153,22 @@ class TeleFLMMaskedEmbedding(nn.Embedding):
         return self.mask(super().forward(input_ids))
 
 
-class TeleFLMMaskedLinear(nn.Linear):
-    """A projection onto the residual stream that is masked in what it reads and in what it writes."""
+class TeleFLMMaskedLinear(nn.Module):
+    """A projection onto the residual stream that is masked in what it reads and in what it writes.
+
+    No nn.Linear: to one of these, tensor parallelism would hand a part of the features without saying which.
+    """
 
     def __init__(self, plain: nn.Linear, input_mask: TeleFLMGrowthMask, output_mask: TeleFLMGrowthMask):
-        super().__init__(plain.in_features, plain.out_features, bias=False)
+        super().__init__()
+        self.in_features = plain.in_features
+        self.out_features = plain.out_features
+        self.weight = nn.Parameter(torch.empty_like(plain.weight))
         self.input_mask = input_mask
         self.output_mask = output_mask
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.output_mask(super().forward(self.input_mask(features)))
+        return self.output_mask(nn.functional.linear(self.input_mask(features), self.weight))
 
 
 class TeleFLMMaskedRMSNorm(nn.Module):
@@ -233,7 +258,8 @@ class TeleFLMMaskedForCausalLM(TeleFLMForCausalLM):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As [`PreTrainedModel.save_pretrained`]; the folder names this file's classes."""
         self.config.auto_map = dict(AUTO_MAP)
-        LlamaPreTrainedModel.save_pretrained(self, *args, **kwargs)
+        with unwrapped_class(self):
+            LlamaPreTrainedModel.save_pretrained(self, *args, **kwargs)
 
 
 def _old_and_new(old: int, size: int) -> list[tuple[int, int]]:
@@ -243,6 +269,9 @@ def _old_and_new(old: int, size: int) -> list[tuple[int, int]]:
 def _init_weights(model: LlamaPreTrainedModel, module: nn.Module) -> None:
     if isinstance(module, TeleFLMGrowthMask):
         module.reset()
+    elif isinstance(module, TeleFLMMaskedLinear):
+        # Unlike nn.init's, it leaves a weight alone that was loaded.
+        init.normal_(module.weight, mean=0.0, std=model.config.initializer_range)
     else:
         LlamaPreTrainedModel._init_weights(model, module)
 

@@ -4,11 +4,20 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Tele-FLM: Llama with a multiplier on the embeddings and one on the logits (muP). This file is the difference."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
+from transformers import (
+    AutoModel,
+    GenerationMixin,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -39,13 +48,30 @@ class TeleFLMPreTrainedModel(LlamaPreTrainedModel):
     def __init__(self, config: TeleFLMConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         # The generic heads make their decoder through AutoModel. Loaded from a Hub folder, this file is alone to know
-        # it, and the configuration's class is another copy than the one imported above.
-        AutoModel.register(type(config), TeleFLMModel, exist_ok=True)
+        # it, and the configuration's class is another copy than the one imported above; or it derives from it, which
+        # AutoModel.register refuses.
+        decoders: Any = AutoModel._model_mapping
+        if type(config) not in decoders:
+            decoders.register(type(config), TeleFLMModel)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         # Left to itself, transformers lists the class it saves and no other, although the file it copies has them all.
         self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(*args, **kwargs)
+        with unwrapped_class(self):
+            super().save_pretrained(*args, **kwargs)
+
+
+@contextmanager
+def unwrapped_class(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model be of the class that it was made as: FSDP2 derives another from it, in a file of torch's own, which
+    `save_pretrained` would copy and name in the auto_map.
+    """
+    wrapped = type(model)
+    model.__class__ = next(base for base in wrapped.__mro__ if not base.__module__.startswith("torch."))
+    try:
+        yield
+    finally:
+        model.__class__ = wrapped
 
 
 class TeleFLMModel(TeleFLMPreTrainedModel, LlamaModel):

@@ -84,8 +84,8 @@ def find_masked_model(model: nn.Module | None) -> TeleFLMMaskedForCausalLM:
         TypeError: there is none.
     """
     for module in model.modules() if model is not None else ():
-        # Loaded as code of its folder, the class is another copy.
-        if type(module).__name__ == TeleFLMMaskedForCausalLM.__name__:
+        # By name: loaded as code of its folder the class is another copy, and what FSDP2 makes of it derives from it.
+        if any(base.__name__ == TeleFLMMaskedForCausalLM.__name__ for base in type(module).__mro__):
             return module  # type: ignore[return-value]
     raise TypeError(f"the model is a {type(model).__name__}; MaskCallback needs a TeleFLMMaskedForCausalLM.")
 

@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from .errors import RunError
+
 Kind: TypeAlias = Literal["vector", "matrix", "norm"]
 
 _KINDS: dict[str, Kind] = {
@@ -106,20 +108,29 @@ class MupMixin:
 
     def __init__(self, *args: Any, base_width: int | None = None, **kwargs: Any) -> None:
         self.base_width = base_width
+        self._has_made_it = False
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that `args.optim` names, with the groups of muP.
 
         Raises:
-            ValueError: `args.optim` makes groups of its own, or a parameter is no weight of a Tele-FLM.
+            RunError: `args.optim` makes groups of its own, or the optimizer was made by something else.
+            ValueError: a parameter is no weight of a Tele-FLM.
         """
-        if self.base_width is None or self.optimizer is not None:
+        if self.base_width is None:
+            return super().create_optimizer(model)  # type: ignore[misc]
+        if self.optimizer is not None:
+            if not self._has_made_it:
+                raise RunError(
+                    f"the optimizer, a {type(self.optimizer).__name__}, was not made with the groups of muP: delete "
+                    "optimizer from DeepSpeed's configuration, or train with one learning rate."
+                )
             return super().create_optimizer(model)  # type: ignore[misc]
         model = self.model if model is None else model
         optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(self.args, model)
         if settings.keys() & {"params", "model", "optimizer_dict"} or not isinstance(optimizer_class, type):
-            raise ValueError(f"optim {self.args.optim} makes parameter groups of its own; muP needs e.g. adamw_torch.")
+            raise RunError(f"optim {self.args.optim} makes parameter groups of its own; muP needs e.g. adamw_torch.")
         groups = parameter_groups(
             model,
             learning_rate=self.args.learning_rate,
@@ -127,6 +138,7 @@ class MupMixin:
             width_ratio=self.model.config.hidden_size / self.base_width,
         )
         self.optimizer = optimizer_class(groups, **settings)
+        self._has_made_it = True
         return self.optimizer
 
 

@@ -16,12 +16,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
-import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -37,9 +37,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from conversion.checkpoint.errors import CheckpointError
 
-from ..moments import OPTIMIZER_FILE, load_adam_state
+from ..moments import read_grown_state
+from .errors import RunError
+from .grown_adam import AdamStart, GrownAdamCallback, find_grown_state, on_every_process
+from .kernels import check_kernels, check_kernels_are_used
+from .launch import DistributedName, WrappingGuard, check_launch, check_spread
 from .masks import MaskCallback, TeleFLMMaskedForCausalLM
 from .mup import MupMixin
+from .optimizer_layout import parameter_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +63,14 @@ class GrowthArguments:
         block_size: tokens of a training example; documents are joined and cut to it.
         dtype: of the weights while they are trained; `bf16: true` computes in bfloat16 on float32 weights.
         attn_implementation: as in `from_pretrained`.
+        use_kernels: likewise: layers take fused kernels of the Hub, on accelerators, with the package kernels.
         mup_base_width: hidden_size at which learning_rate was tuned, 8192 for one of the 52B: matrices then learn at
             learning_rate x mup_base_width / hidden_size. Unset: one rate for all.
         fresh_optimizer: leave the grown optimizer.pt of the model's folder unused, if it has one.
+        num_processes: how many processes this run is meant for; another number is an error. Launchers have been seen
+            to start one in place of many without a word.
+        distributed_type: what the run is meant to be spread by, in accelerate's words: `NO`, `MULTI_CPU`, `MULTI_GPU`
+            (both replicate the model), `FSDP`, `DEEPSPEED`; anything else is an error.
     """
 
     model_name_or_path: str
@@ -70,40 +80,34 @@ class GrowthArguments:
     block_size: int = 2048
     dtype: str = "float32"
     attn_implementation: str | None = None
+    use_kernels: bool = False
     mup_base_width: int | None = None
     fresh_optimizer: bool = False
+    num_processes: int | None = None
+    distributed_type: DistributedName | None = None
 
     def __post_init__(self) -> None:
-        if self.block_size < 2:
-            raise ValueError(f"block_size is {self.block_size}, expected at least 2.")
-        if self.mup_base_width is not None and self.mup_base_width < 1:
-            raise ValueError(f"mup_base_width is {self.mup_base_width}, expected at least 1.")
+        for name, least in (("block_size", 2), ("mup_base_width", 1), ("num_processes", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}, expected at least {least}.")
+        known = get_args(DistributedName)
+        if self.distributed_type not in (None, *known):
+            raise ValueError(f"distributed_type is {self.distributed_type!r}, expected one of {', '.join(known)}.")
 
 
 class GrowthTrainer(MupMixin, Trainer):
-    """A Trainer whose new optimizer starts from a grown state, and follows muP if it has a `base_width`.
+    """A Trainer that starts from a grown state of Adam, and follows muP if it has a `base_width`.
 
     Args:
-        adam_state: optimizer.pt of the grown model; None: fresh moments. A resumed run loads its own state after it.
+        adam_state: optimizer.pt of the grown model; None: fresh moments. A resumed run goes on with its own state.
         *args, **kwargs: of [`MupMixin`] and [`Trainer`].
     """
 
     def __init__(self, *args: Any, adam_state: Path | None = None, **kwargs: Any) -> None:
-        self.adam_state = adam_state
         super().__init__(*args, **kwargs)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer of the arguments, with the grown moments.
-
-        Raises:
-            CheckpointError: the state is not this model's.
-        """
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if is_new and self.adam_state is not None:
-            load_adam_state(optimizer, self.model if model is None else model, self.adam_state)
-            logger.info("optimizer state: %s", self.adam_state)
-        return optimizer
+        self.add_callback(AdamStart())
+        self.add_callback(GrownAdamCallback(self, adam_state))
 
 
 def train(
@@ -118,6 +122,7 @@ def train(
 
     Raises:
         CheckpointError: the data, the model or its state is refused; no step was done.
+        RunError: the run is not what it was asked to be; no step was done.
     """
     checkpoint = find_checkpoint(args)
     trainer = build_trainer(growth, args, callbacks)
@@ -134,7 +139,15 @@ def build_trainer(
 
     Raises:
         CheckpointError: the data, the model or its state is refused.
+        RunError: the run is not what it was asked to be.
     """
+    launched = check_launch(
+        args,
+        os.environ,
+        num_processes=growth.num_processes,
+        distributed_type=growth.distributed_type,
+    )
+    check_kernels(args, growth.use_kernels)
     set_seed(args.seed)
     folder = Path(growth.model_name_or_path)
     if not (folder / "config.json").is_file():
@@ -144,11 +157,20 @@ def build_trainer(
         train_dataset = load_blocks(growth.train_files, tokenizer, growth)
         eval_dataset = load_blocks(growth.eval_files, tokenizer, growth) if growth.eval_files else None
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=growth.dtype, attn_implementation=growth.attn_implementation, trust_remote_code=False
+        folder,
+        dtype=growth.dtype,
+        attn_implementation=growth.attn_implementation,
+        use_kernels=growth.use_kernels,
+        trust_remote_code=False,
     )
+    if growth.use_kernels:
+        check_kernels_are_used(model)
     masks = [MaskCallback()] if isinstance(model, TeleFLMMaskedForCausalLM) else []
-    adam_state = folder / OPTIMIZER_FILE
-    return GrowthTrainer(
+    adam_state = None if growth.fresh_optimizer else find_grown_state(folder)
+    if adam_state and not args.resume_from_checkpoint:
+        # Refused now, not when everything is prepared.
+        on_every_process(partial(read_grown_state, adam_state, parameter_shapes(model)))
+    trainer = GrowthTrainer(
         model,
         args,
         train_dataset=train_dataset,
@@ -157,8 +179,11 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=[*masks, *callbacks],
         base_width=growth.mup_base_width,
-        adam_state=adam_state if adam_state.is_file() and not growth.fresh_optimizer else None,
+        adam_state=adam_state,
     )
+    check_spread(trainer, launched)
+    trainer.add_callback(WrappingGuard(trainer))
+    return trainer
 
 
 def load_blocks(files: Sequence[str], tokenizer: PreTrainedTokenizerBase, growth: GrowthArguments) -> datasets.Dataset:
@@ -245,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(error)
     try:
         metrics = train(growth, args)
-    except CheckpointError as error:
+    except (CheckpointError, RunError) as error:
         return _refuse(error)
     if os.environ.get("RANK", "0") == "0":
         print(f"{args.output_dir}: mean loss {metrics['train_loss']:.4f} in {metrics['train_runtime']:.0f} s")

@@ -30,6 +30,8 @@ from huggingface_hub.dataclasses import type_validator
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig, ModelConfig, SFTConfig
 
+from growth.training.kernels import WHY_NOT_LIGER
+from growth.training.launch import DistributedName
 from sft import SFTError
 
 
@@ -51,13 +53,16 @@ class RunArguments:
             to start one in place of many without a word.
         distributed_type: what the run is meant to be spread by, in accelerate's words: `NO`, `MULTI_CPU`, `MULTI_GPU`
             (both replicate the model), `FSDP`, `DEEPSPEED`; anything else is an error.
+        use_kernels: let layers take fused kernels of the Hub, as transformers' `from_pretrained` does; on accelerators,
+            with the package kernels.
     """
 
     trainer: Literal["sft", "dpo"] = "sft"
     resume_from_checkpoint: str | bool | None = None
     mup_base_width: int | None = None
     num_processes: int | None = None
-    distributed_type: Literal["NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED"] | None = None
+    distributed_type: DistributedName | None = None
+    use_kernels: bool = False
 
     def __post_init__(self) -> None:
         for name in ("mup_base_width", "num_processes"):
@@ -119,7 +124,7 @@ class Recipe:
         missing = [key for key in _REQUIRED if values.get(key) is None]
         if missing:
             raise RecipeError(f"{origin} does not set {', '.join(missing)}; add it, or pass --{missing[0]} VALUE.")
-        _check_adapter_keys(values, origin)
+        _check_combinations(values, keys, origin)
 
         run, data, model, training = (
             {key: value for key, value in values.items() if key in fields}
@@ -214,7 +219,8 @@ _HONOURED = [
 # Fields of TRL's configurations that would have no effect, because the model, the tokenizer and the token ids are built
 # here, or that the libraries will drop.
 _REFUSED = {
-    "model_init_kwargs": "use dtype, attn_implementation and model_revision",
+    "model_init_kwargs": "use dtype, attn_implementation, model_revision and use_kernels",
+    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), WHY_NOT_LIGER),
     "trust_remote_code": "no code of a checkpoint is ever executed; delete the key",
     "eos_token": "set it in the tokenizer's own files",
     "pad_token": "set it in the tokenizer's own files",
@@ -227,6 +233,17 @@ _REFUSED = {
     "do_eval": "use eval_strategy",
     "do_predict": "delete the key",
     "local_rank": "the launcher sets it; delete the key",
+    "length_column_name": "rows are measured; delete the key",
+    **dict.fromkeys(
+        (
+            "batch_eval_metrics",
+            "include_for_metrics",
+            "eval_do_concat_batches",
+            "eval_accumulation_steps",
+            "prediction_loss_only",
+        ),
+        "evaluation is of the loss alone; delete the key",
+    ),
 }
 _REFUSED_BY_SFT = {
     "dataset_text_field": "training is on conversations; give rows a `messages` column",
@@ -237,6 +254,7 @@ _REFUSED_BY_DPO = {
     "assistant_only_loss": "answers are compared, nothing else; delete the key",
     "last_turn_only": "answers are compared, nothing else; delete the key",
     "padding_free": "TRL has switched it off for DPO; delete the key",
+    "label_smoothing_factor": "it is for `trainer: sft`; write label_smoothing",
     "mup_base_width": "it is for `trainer: sft`; delete the key",
 }
 _REQUIRED = ("model_name_or_path", "data_files", "output_dir")
@@ -335,18 +353,62 @@ def _check(key: str, value: Any, keys: _Keys, origin: str) -> None:
         raise RecipeError(f"{origin}: {key} is {value!r}, of type {type(value).__name__}; expected {expected}.")
 
 
-def _check_adapter_keys(values: Mapping[str, Any], origin: str) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Need:
+    """Keys that have no effect unless another says so.
+
+    Args:
+        keys: regular expression of them.
+        switch: the other key.
+        values: which of its values give the keys an effect; of a list, one of them is enough. Empty: all that are true.
+    """
+
+    keys: str
+    switch: str
+    values: tuple[str, ...] = ()
+
+    def is_met(self, found: Any) -> bool:
+        """Whether a value of the other key gives these keys an effect."""
+        if not self.values:
+            return bool(found)
+        return any(value in self.values for value in (found if isinstance(found, list) else [found]))
+
+
+_NEEDS = (
+    _Need("bnb_4bit_.*|use_bnb_.*", "load_in_4bit"),
+    _Need("lora_.*|use_rslora|use_dora", "use_peft"),
+    _Need("hub_.*", "push_to_hub"),
+    _Need("fsdp_config", "fsdp"),
+    _Need("activation_checkpointing_kwargs", "activation_checkpointing"),
+    _Need("label_smoothing_factor", "loss_type", ("nll",)),
+    _Need("precompute_ref_batch_size", "precompute_ref_log_probs"),
+    _Need("ref_model_mixup_alpha|ref_model_sync_steps", "sync_ref_model"),
+    _Need("f_alpha_divergence_coef", "f_divergence_type", ("alpha_divergence",)),
+    _Need("discopop_tau", "loss_type", ("discopop",)),
+    _Need("label_smoothing", "loss_type", ("robust", "exo_pair", "aot", "aot_unpaired")),
+)
+
+
+def _check_combinations(values: Mapping[str, Any], keys: _Keys, origin: str) -> None:
     """Keys that contradict each other, or that another would have to switch on."""
     for key in ("load_in_4bit", "load_in_8bit"):
         if values.get(key) and not values.get("use_peft"):
             raise RecipeError(f"{origin}: {key} is True and use_peft is not; quantized weights cannot be trained.")
     if values.get("mup_base_width") and values.get("use_peft"):
         raise RecipeError(f"{origin}: mup_base_width and use_peft are both set; muP has no rule for adapters.")
-    for key in values:
-        if key.startswith(("bnb_4bit", "use_bnb")) and not values.get("load_in_4bit"):
-            raise RecipeError(f"{origin}: {key} has no effect here; it needs load_in_4bit: true.")
-        if key.startswith(("lora_", "use_rslora", "use_dora")) and not values.get("use_peft"):
-            raise RecipeError(f"{origin}: {key} has no effect here; it needs use_peft: true.")
+    if values.get("activation_offloading") and values.get("use_cpu"):
+        raise RecipeError(f"{origin}: activation_offloading and use_cpu are both set; there is nowhere to offload to.")
+    if values.get("packing_strategy") and not (values.get("packing") or values.get("eval_packing")):
+        raise RecipeError(f"{origin}: packing_strategy has no effect here; it needs packing: true.")
+    if values.get("eval_data_files") and values.get("eval_strategy", "no") == "no" and not values.get("eval_on_start"):
+        raise RecipeError(f"{origin}: eval_data_files has no effect here; it needs eval_strategy: steps or epoch.")
+    defaults = {field.name: field.default for field in dataclasses.fields(keys.config)}
+    settings = {**defaults, **_training_defaults(values), **values}
+    for need in _NEEDS:
+        for key, value in values.items():
+            if re.fullmatch(need.keys, key) and value is not None and not need.is_met(settings.get(need.switch)):
+                wanted = " or ".join(need.values) or "true"
+                raise RecipeError(f"{origin}: {key} has no effect here; it needs {need.switch}: {wanted}.")
 
 
 def _is_a(value: Any, hint: Any) -> bool:

@@ -39,13 +39,16 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantiz
 
 import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
 from conversion.checkpoint.sources import open_checkpoint
+from growth.training.errors import RunError
+from growth.training.kernels import check_kernels, check_kernels_are_used
+from growth.training.launch import WrappingGuard, check_launch, check_spread
 from sft import SFTError
 from sft import tokenizer as tokenizers
 from sft.data.dataset import prepare_dataset
 from sft.data.labels import DataReport
 from sft.export import find_model
 from sft.training.dpo import prepare_preferences
-from sft.training.guards import FusedLossGuard, GuardError, WrappingGuard, check_launch, check_trained_tokens
+from sft.training.guards import FusedLossGuard, GuardError, check_trained_tokens
 from sft.training.lineage import describe_base, write_record
 from sft.training.recipe import Recipe, RecipeError, parse_overrides, read_recipe
 from sft.training.trainer import WeightedSFTTrainer, arrange
@@ -64,7 +67,7 @@ class TrainResult:
         log_history: what was logged, one dictionary a time: `step`, `loss`, `learning_rate`, `grad_norm`, ...
         data, eval_data: what became of the rows.
         distributed_type: what the run was spread by, in accelerate's words, over `num_processes`.
-        wrapped: how the model was, see [`sft.training.guards.count_wrapped`].
+        wrapped: how the model was, see [`growth.training.launch.count_wrapped`].
     """
 
     output_dir: str
@@ -98,7 +101,8 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), progress
         if not progress:
             trainer.remove_callback(ProgressCallback)
             trainer.remove_callback(PrinterCallback)
-        output = trainer.train(resume_from_checkpoint=checkpoint)
+        with _run_errors():
+            output = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.save_state()
         if trainer.is_world_process_zero():
@@ -129,7 +133,14 @@ def build_trainer(
         SFTError: the recipe, the data or the model is refused.
     """
     args = recipe.training
-    launched = check_launch(recipe.run, args.distributed_state, os.environ)
+    with _run_errors():
+        launched = check_launch(
+            args,
+            os.environ,
+            num_processes=recipe.run.num_processes,
+            distributed_type=recipe.run.distributed_type,
+        )
+        check_kernels(args, recipe.run.use_kernels)
     _refuse_used_output(recipe)
     tokenizer, stop_ids = load_tokenizer(recipe)
     # Preferences are tokenized by TRL, which needs no marks of what the assistant says.
@@ -152,40 +163,53 @@ def build_trainer(
     trainer: WeightedSFTTrainer | DPOTrainer
     try:
         if isinstance(args, DPOConfig):
-            trainer = DPOTrainer(load_model(recipe.model), _reference_model(recipe, args), **common)
+            trainer = DPOTrainer(
+                load_model(recipe.model, use_kernels=recipe.run.use_kernels), _reference_model(recipe, args), **common
+            )
         else:
             base_width = recipe.run.mup_base_width
-            trainer = WeightedSFTTrainer(model=load_model(recipe.model), base_width=base_width, **common)
+            trainer = WeightedSFTTrainer(
+                model=load_model(recipe.model, use_kernels=recipe.run.use_kernels), base_width=base_width, **common
+            )
             check_trained_tokens(trainer.train_dataset, expected=report.trained_tokens)
     except SFTError:
         raise
     except ValueError as error:
         raise RecipeError(" ".join(str(error).split())) from error
-    if trainer.accelerator.distributed_type != launched:
-        raise GuardError(f"the run is {trainer.accelerator.distributed_type.value}, expected {launched.value}.")
+    with _run_errors():
+        check_spread(trainer, launched)
     trainer.add_callback(FusedLossGuard(trainer))
     return trainer, report, eval_report
 
 
-def load_model(arguments: ModelConfig) -> PreTrainedModel:
+def load_model(arguments: ModelConfig, *, use_kernels: bool = False) -> PreTrainedModel:
     """Load the model to train, in `arguments.dtype`, quantized if so asked. Code in the checkpoint is not executed.
 
+    Args:
+        arguments: which model, and how.
+        use_kernels: let its layers take fused kernels of the Hub.
+
     Raises:
-        RecipeError: there is no such model, or it cannot be loaded.
+        SFTError: there is no such model, it cannot be loaded, or no layer has a kernel.
     """
     path = str(arguments.model_name_or_path)
     quantization = get_quantization_config(arguments)
     # A quantized model is made where it will be used.
     placement = {"quantization_config": quantization, "device_map": {"": PartialState().device}} if quantization else {}
     with _naming("model_name_or_path", path):
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             path,
             revision=arguments.model_revision,
             dtype=arguments.dtype,
             attn_implementation=arguments.attn_implementation,
+            use_kernels=use_kernels,
             trust_remote_code=False,
             **placement,
         )
+    if use_kernels:
+        with _run_errors():
+            check_kernels_are_used(model)
+    return model
 
 
 def load_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, set[int]]:
@@ -244,7 +268,11 @@ def _prepare(
 
 def _reference_model(recipe: Recipe, args: DPOConfig) -> PreTrainedModel | None:
     """The model as it was, which DPO compares with; None where TRL takes it from the model that is trained."""
-    return None if recipe.model.use_peft or args.precompute_ref_log_probs else load_model(recipe.model)
+    return (
+        None
+        if recipe.model.use_peft or args.precompute_ref_log_probs
+        else load_model(recipe.model, use_kernels=recipe.run.use_kernels)
+    )
 
 
 def _describe_base(recipe: Recipe) -> dict[str, Any]:
@@ -300,6 +328,15 @@ def _refuse_used_output(recipe: Recipe) -> None:
             f"output_dir {output_dir} already holds {used[-1]}; choose another, or continue that run with "
             "resume_from_checkpoint: true."
         )
+
+
+@contextmanager
+def _run_errors() -> Iterator[None]:
+    """What the checks shared with growth find is an error of this package."""
+    try:
+        yield
+    except RunError as error:
+        raise GuardError(str(error)) from error
 
 
 @contextmanager

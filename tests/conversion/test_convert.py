@@ -30,7 +30,13 @@ from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.manifest import MANIFEST
 from conversion.checkpoint.plan import TensorPlan
 from conversion.mapping import weights
-from tests.fixtures.checkpoint_runs import contents, cut_the_source_after_planning, interrupt_itself, run_teleflm
+from tests.fixtures.checkpoint_runs import (
+    contents,
+    cut_the_source_after_planning,
+    interrupt_itself,
+    interrupt_itself_in_the_background,
+    run_teleflm,
+)
 from tests.fixtures.hostile_pickles import harm_done, hostile_pickles, undo_harm
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_sentencepiece
 
@@ -386,6 +392,12 @@ def test_interrupted_by_hand(sound, tmp_path):
     assert result.stderr.splitlines()[-1] == "teleflm: interrupted; run the same command again."
     assert not (tmp_path / "out/model.safetensors").exists()
     assert run_teleflm(*command, folder=tmp_path).returncode == 0
+    assert_equal_tensors(load_safetensors(tmp_path / "out"), load_safetensors(sound))
+
+
+def test_a_job_in_the_background_is_not_interrupted(sound, tmp_path):
+    command = ("convert", sound, tmp_path / "out", "--workers", "1")
+    assert run_teleflm(*command, folder=tmp_path, patch=interrupt_itself_in_the_background).returncode == 0
     assert_equal_tensors(load_safetensors(tmp_path / "out"), load_safetensors(sound))
 
 

@@ -29,6 +29,7 @@ from conversion.checkpoint.errors import CheckpointError, CorruptData
 from conversion.checkpoint.manifest import MANIFEST
 from conversion.checkpoint.preflight import FOLDER
 from growth import fold_masks, grow_checkpoint
+from growth.method import Mask
 from tests.conversion.test_deepspeed import zero2
 from tests.fixtures.checkpoint_runs import contents, run_teleflm
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
@@ -91,7 +92,7 @@ def deepspeed_run(folder: Path, seed: int) -> Path:
 
 def masked_folder(folder: Path, seed: int) -> Path:
     source = hub_folder(folder.with_name(f"{folder.name}-hub"), seed)
-    grow_checkpoint(source, folder, {"hidden_size": 48, "num_attention_heads": 6}, method="mask")
+    grow_checkpoint(source, folder, {"hidden_size": 48, "num_attention_heads": 6}, method=Mask())
     return folder
 
 
@@ -534,7 +535,7 @@ def test_overwriting_leaves_nothing_of_the_old_checkpoint_and_all_of_the_users(s
         old,
         out,
         {"hidden_size": 48, "num_attention_heads": 6},
-        method="mask",
+        method=Mask(),
         options=WriteOptions("100KB"),
     )
     written = contents(out).keys()

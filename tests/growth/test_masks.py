@@ -8,6 +8,7 @@ The oracles are the source at alpha = 0 and stock TeleFLM running the folded wei
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -364,3 +365,30 @@ def test_refusals(source, masked, tmp_path):  # noqa: F811
     with pytest.raises(CheckpointError, match="mask_steps is 0, expected at least 1"):
         grow(source, tmp_path / "out", {"num_hidden_layers": 4}, steps=0)
     assert not (tmp_path / "out").exists()
+
+
+def test_tensor_parallel_masks_are_those_of_one_process(make_source, tmp_path):  # noqa: F811
+    """Heads and neurons in two halves, on real processes: logits and gradients, with autograd and without."""
+    everything = tmp_path / "everything"
+    grow(make_source(), everything, {**ALL_AXES, **heads(6, 6)}, steps=5)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run(
+        [*torchrun, "-m", "tests.growth.tensor_parallel_worker", everything],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    model, ids = load_masked(everything, dtype=torch.float32), torch.arange(40)[None]
+    found = torch.load(everything / "found.pt")
+    assert found["sharded"] == [name for name in dict(model.named_parameters()) if "norm" not in name]
+    for step in (3, 5):
+        model.set_mask_step(step)
+        with torch.no_grad():
+            torch.testing.assert_close(found[f"logits {step}"], model(ids).logits, rtol=1e-4, atol=1e-5)
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(found[f"gradients {step}"][name], parameter.grad, rtol=1e-4, atol=1e-6)

@@ -21,7 +21,8 @@ from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError
 from growth import grow_checkpoint
 from growth.method import Tile, Zero
-from growth.moments import load_adam_state, read_adam_state
+from growth.moments import read_adam_state
+from growth.training.grown_adam import check_adam_state, load_adam_state
 from growth.training.mup import parameter_groups
 from modeling_teleflm import TeleFLMForCausalLM
 from teleflm.app import app
@@ -358,6 +359,72 @@ def test_other_states_are_refused(damage, message, trained, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         grow_checkpoint(trained[0], tmp_path / "out", ALL_AXES, optimizer=tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("settings", [{}, {"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_loading_is_as_torch_loads(dtype, settings, trained, tmp_path):
+    """The next step is that of an optimizer which torch's own load_state_dict filled; the parameters in any order."""
+    grow_checkpoint(trained[0], tmp_path / "out", {"intermediate_size": 96}, optimizer=trained[1])
+    path = tmp_path / "out/optimizer.pt"
+    models = [load(tmp_path / "out").to(dtype) for _ in range(2)]
+    saved = torch.load(path, weights_only=True)
+    names = [name for group in saved["param_groups"] for name in group["param_names"]]
+    theirs = torch.optim.AdamW([dict(models[0].named_parameters())[name] for name in names], lr=1e-3, **settings)
+    group = {**theirs.state_dict()["param_groups"][0], "params": list(range(len(names)))}
+    theirs.load_state_dict({"state": saved["state"], "param_groups": [group]})
+    ours = torch.optim.AdamW(list(models[1].parameters())[::-1], lr=1e-3, **settings)
+    load_adam_state(ours, models[1], path)
+    check_adam_state(ours, models[1], path)
+    for model, optimizer in zip(models, (theirs, ours), strict=True):
+        gradients(model)
+        optimizer.step()
+    for (name, expected), found in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(found, expected), name
+
+
+def _other_value(optimizer, model):
+    moment = optimizer.state[model.lm_head.weight]["exp_avg"]
+    moment[0, 0] = torch.nextafter(moment[0, 0], torch.tensor(1.0))
+
+
+def _other_step(optimizer, model):
+    optimizer.state[model.lm_head.weight]["step"] += 1
+
+
+def _swapped(optimizer, model):
+    group = optimizer.param_groups[0]["params"]
+    group[:] = [torch.nn.Parameter(parameter.detach().clone()) for parameter in group]
+
+
+def _exchanged(optimizer, model):
+    first, second = (layer.mlp.gate_proj.weight for layer in model.model.layers[:2])
+    optimizer.state[first], optimizer.state[second] = optimizer.state[second], optimizer.state[first]
+
+
+def _without_one(optimizer, model):
+    del optimizer.state[model.model.norm.weight]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_other_value, r"moments of lm_head\.weight, of shape \(640, 32\), are not those"),
+        (_other_step, r"at step 4 for lm_head\.weight, expected step 3"),
+        (_swapped, r"steps a tensor of shape \(640, 32\) that is none of the model's parameters"),
+        (_exchanged, r"moments of model\.layers\.0\.mlp\.gate_proj\.weight, of shape \(96, 32\), are not those"),
+        (_without_one, "no moments for 1 of the 30 tensors"),
+    ],
+)
+def test_a_state_that_was_touched_is_noticed(damage, message, trained, tmp_path):
+    grow_checkpoint(trained[0], tmp_path / "out", {"intermediate_size": 96}, optimizer=trained[1])
+    model = load(tmp_path / "out")
+    optimizer = torch.optim.AdamW(model.parameters())
+    load_adam_state(optimizer, model, tmp_path / "out/optimizer.pt")
+    check_adam_state(optimizer, model, tmp_path / "out/optimizer.pt")
+    damage(optimizer, model)
+    with pytest.raises(CheckpointError, match=message):
+        check_adam_state(optimizer, model, tmp_path / "out/optimizer.pt")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -149,18 +150,104 @@ def test_what_was_trained_folds_and_has_learnt(arguments, source, tmp_path):
         assert plain(ids, labels=ids).loss < before - 0.5
 
 
-def test_moments_that_grew_with_the_weights_are_used(arguments, source, tmp_path):
-    train(*split(arguments(model_name_or_path=str(source), max_steps=5)))
-    grow_checkpoint(tmp_path / "run", tmp_path / "grown", TARGET, optimizer=tmp_path / "run/checkpoint-5")
-    for fresh, steps in ((False, 5), (True, None)):
-        keys = arguments(model_name_or_path=str(tmp_path / "grown"), fresh_optimizer=fresh, mup_base_width=32)
-        trainer = build_trainer(*split({**keys, "output_dir": str(tmp_path / f"next-{fresh}")}))
-        state = trainer.create_optimizer().state.get(trainer.model.lm_head.weight, {})
-        assert state.get("step") == steps
-    keys |= {"fresh_optimizer": False, "output_dir": str(tmp_path / "next"), "max_steps": 3, "save_steps": 3}
+@pytest.fixture(scope="module")
+def grown(source, text, tmp_path_factory) -> Path:
+    """Grown with the moments of five steps."""
+    root = tmp_path_factory.mktemp("grown")
+    keys = {"max_steps": 5, "save_steps": 5, "block_size": 32, "use_cpu": True, "report_to": "none"}
+    train(
+        *split({"model_name_or_path": str(source), "train_files": [str(text)], "output_dir": str(root / "run"), **keys})
+    )
+    grow_checkpoint(root / "run", root / "grown", TARGET, optimizer=root / "run/checkpoint-5")
+    return root / "grown"
+
+
+@pytest.mark.parametrize(("fresh", "first"), [(False, 5), (True, 0)])
+def test_moments_that_grew_with_the_weights_are_used(fresh, first, grown, arguments, tmp_path):
+    keys = arguments(model_name_or_path=str(grown), fresh_optimizer=fresh, mup_base_width=32, max_steps=3, save_steps=3)
     train(*split(keys))
-    saved = torch.load(tmp_path / "next/checkpoint-3/optimizer.pt", weights_only=True)
-    assert {state["step"].item() for state in saved["state"].values()} == {8}
+    saved = torch.load(tmp_path / "run/checkpoint-3/optimizer.pt", weights_only=True)
+    assert {state["step"].item() for state in saved["state"].values()} == {first + 3}
+    state = json.loads((tmp_path / "run/checkpoint-3/trainer_state.json").read_bytes())
+    assert state["stateful_callbacks"]["AdamStart"]["attributes"] == {"first_step": first}
+
+
+def test_a_resumed_run_has_the_moments_of_its_checkpoint(grown, arguments, tmp_path):
+    """Also where its model is named by the checkpoint, whose optimizer.pt did not grow."""
+    keys = arguments(model_name_or_path=str(grown), max_steps=4, save_steps=2)
+    train(*split(keys))
+    resume = {"resume_from_checkpoint": str(tmp_path / "run/checkpoint-2")}
+    for name, model in (("again", str(grown)), ("named", str(tmp_path / "run/checkpoint-2"))):
+        train(*split({**keys, **resume, "model_name_or_path": model, "output_dir": str(tmp_path / name)}))
+        first, second = weights(tmp_path / "run"), weights(tmp_path / name)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(("loses", "message"), [("optimizer.pt", "has no state"), ("scheduler.pt", "has no state")])
+def test_a_checkpoint_without_its_optimizer_is_not_resumed(loses, message, grown, arguments, tmp_path):
+    """transformers goes on with a fresh one, and a fresh schedule, without a word."""
+    keys = arguments(model_name_or_path=str(grown), max_steps=4, save_steps=2)
+    train(*split(keys))
+    (tmp_path / "run/checkpoint-2" / loses).unlink()
+    keys |= {"output_dir": str(tmp_path / "again"), "resume_from_checkpoint": str(tmp_path / "run/checkpoint-2")}
+    with pytest.raises(CheckpointError, match=f"of step 2, but the optimizer {message}.*expected step 7"):
+        train(*split(keys))
+    assert not (tmp_path / "again/model.safetensors").exists()
+
+
+def test_a_checkpoint_with_the_optimizer_of_another_step_is_not_resumed(grown, arguments, tmp_path):
+    keys = arguments(model_name_or_path=str(grown), max_steps=4, save_steps=2)
+    train(*split(keys))
+    shutil.copy(tmp_path / "run/checkpoint-4/optimizer.pt", tmp_path / "run/checkpoint-2/optimizer.pt")
+    keys |= {"output_dir": str(tmp_path / "again"), "resume_from_checkpoint": str(tmp_path / "run/checkpoint-2")}
+    with pytest.raises(CheckpointError, match="the optimizer is at step 9 after loading it, expected step 7"):
+        train(*split(keys))
+
+
+def _truncate(folder):
+    path = folder / "optimizer.pt"
+    path.write_bytes(path.read_bytes()[:-5000])
+
+
+def _of_another_model(folder):
+    saved = torch.load(folder / "optimizer.pt", weights_only=True)
+    saved["param_groups"][0]["param_names"][0] = "model.embed.weight"
+    torch.save(saved, folder / "optimizer.pt")
+
+
+def _nameless(folder):
+    saved = torch.load(folder / "optimizer.pt", weights_only=True)
+    for group in saved["param_groups"]:
+        del group["param_names"]
+    torch.save(saved, folder / "optimizer.pt")
+
+
+@pytest.mark.parametrize(
+    ("damage", "keys", "message"),
+    [
+        (_truncate, {}, r"optimizer\.pt"),
+        (_of_another_model, {}, r"param_names are not the 39 parameters of the model: model\.embed\.weight is in one"),
+        (_nameless, {}, r"does not name its parameters.*fresh_optimizer: true"),
+        (None, {"optim": "sgd"}, "the optimizer is SGD, but grown moments are for torch's Adam and AdamW"),
+        (None, {"optim": "adafactor"}, "the optimizer is Adafactor, but grown moments"),
+        (None, {"optim": "adafactor", "mup_base_width": 32, "optim_target_modules": "all-linear"}, "Adafactor, but"),
+        (None, {"use_liger_kernel": True}, "use_liger_kernel has no effect here; Liger Kernel knows no Tele-FLM"),
+        (None, {"use_kernels": True}, "use_kernels is true, but this run is on CPUs"),
+        (None, {"num_processes": 2}, "num_processes is 2 in the settings, but 1 run"),
+        (None, {"distributed_type": "FSDP"}, "distributed_type is FSDP in the settings, but this run is NO"),
+        (None, {"fsdp": True, "fsdp_config": {"version": 2}}, "told to shard with FSDP, but this run is NO on cpu"),
+    ],
+)
+def test_moments_and_launches_that_do_not_fit_are_refused(damage, keys, message, grown, arguments, tmp_path, capsys):
+    folder = shutil.copytree(grown, tmp_path / "model")
+    if damage:
+        damage(folder)
+    (tmp_path / "run.json").write_text(json.dumps(arguments(model_name_or_path=str(folder), **keys)))
+    assert main([str(tmp_path / "run.json")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert re.search(message, error)
+    assert not (tmp_path / "run/model.safetensors").exists()
 
 
 def test_packing(text, source):
@@ -203,6 +290,7 @@ def test_keys_and_values_on_the_command_line(tmp_path):
     [
         ({"block_sise": 1}, "block_sise"),
         ({"block_size": 1}, "block_size is 1, expected at least 2"),
+        ({"distributed_type": "FSDP2"}, "distributed_type is 'FSDP2', expected one of NO, MULTI_CPU"),
         ({"mup_base_width": 0}, "mup_base_width is 0, expected at least 1"),
         ({"train_files": ["nowhere.jsonl"]}, r"nowhere\.jsonl: no such file"),
         ({"train_files": [__file__]}, "expected files of one kind"),

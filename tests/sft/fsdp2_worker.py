@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from sft.training.guards import count_wrapped, fused_loss_gap
+from growth.training.launch import count_wrapped
+from sft.training.guards import fused_loss_gap
 from sft.training.recipe import read_recipe
 from sft.training.train import build_trainer
 

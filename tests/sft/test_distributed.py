@@ -15,16 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 from accelerate.utils import DistributedType
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 import sft
-from sft.training.guards import GuardError, check_wrapped, count_wrapped
+from growth.training.launch import check_wrapped
 from sft.training.train import build_trainer, train
-from tests.fixtures.tiny import tiny_model
 from tests.sft.test_train import losses, weights
 
 ROOT = Path(sft.__file__).parents[1]
@@ -69,7 +65,13 @@ def test_two_replicas_train_as_one_process_with_twice_the_batch(write_recipe, ma
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert (found["distributed_type"], found["num_processes"]) == ("MULTI_CPU", 2)
-    assert found["wrapped"] == {"replicated": 1, "sharded_modules": 0, "sharded_parameters": 0, "parameters": 21}
+    assert found["wrapped"] == {
+        "replicated": 1,
+        "sharded_modules": 0,
+        "sharded_layers": 0,
+        "sharded_parameters": 0,
+        "parameters": 21,
+    }
 
     keys = {"max_steps": 3, "learning_rate": 1e-3, "per_device_train_batch_size": 8, "max_length": 256, **FLOOR}
     one = train(make_recipe(**keys, output_dir=str(tmp_path / "one")), progress=False)
@@ -85,7 +87,13 @@ def test_two_shards_train_as_one_process(write_recipe, make_recipe, tmp_path):
     result = run(*TORCHRUN, "-m", "tests.sft.fsdp2_worker", recipe, tmp_path, 3)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "result.json").read_text())
-    assert found["wrapped"] == {"replicated": 0, "sharded_modules": 3, "sharded_parameters": 0, "parameters": 21}
+    assert found["wrapped"] == {
+        "replicated": 0,
+        "sharded_modules": 3,
+        "sharded_layers": 2,
+        "sharded_parameters": 0,
+        "parameters": 21,
+    }
     assert found["dtensors"] == 21, "every parameter is in two parts"
     assert found["gap"] < 0.005
     check_wrapped(found["wrapped"], DistributedType.FSDP, layers=2, zero_stage=0)
@@ -100,20 +108,9 @@ def test_two_shards_train_as_one_process(write_recipe, make_recipe, tmp_path):
         optimizer.zero_grad()
         expected.append(loss.item())
     assert found["losses"] == pytest.approx(expected, rel=1e-5)
-    sharded = torch.load(tmp_path / "weights.pt")
+    trained = torch.load(tmp_path / "weights.pt")
     for name, weight in trainer.model.state_dict().items():
-        torch.testing.assert_close(sharded[name], weight, rtol=1e-5, atol=1e-6)
-
-
-def test_fsdp_that_finds_no_layer_to_shard_is_noticed():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        model, mesh = tiny_model(), init_device_mesh("cpu", (1,))
-        fully_shard(model, mesh=mesh)
-        with pytest.raises(GuardError, match="FSDP shards 1 modules on their own, expected the 3 layers and the root"):
-            check_wrapped(count_wrapped(model), DistributedType.FSDP, layers=3, zero_stage=0)
-    finally:
-        dist.destroy_process_group()
+        torch.testing.assert_close(trained[name], weight, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("fault", ["one process instead of two", "replicas instead of shards"])
@@ -121,7 +118,7 @@ def test_accelerate_doing_less_than_it_was_told_is_refused(fault, write_recipe, 
     recipe = write_recipe(**({"num_processes": 2} if fault.startswith("one") else {}))
     if fault.startswith("one"):
         launch = [*ACCELERATE, "--cpu", "--num_processes", 2]
-        message = "num_processes is 2 in the recipe, but 1 run"
+        message = "num_processes is 2 in the settings, but 1 run"
     else:
         shipped = yaml.safe_load((ROOT / "sft/accelerate_configs/fsdp2.yaml").read_text())
         config = tmp_path / "fsdp2-cpu.yaml"

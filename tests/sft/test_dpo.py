@@ -88,7 +88,7 @@ def test_the_loss_is_that_of_the_paper(dpo):
 
 
 def test_the_wrong_loss_is_stopped_here_too(dpo, monkeypatch):
-    monkeypatch.setattr(sft.training.train, "load_model", lambda arguments: untrained_model("wrong"))
+    monkeypatch.setattr(sft.training.train, "load_model", lambda arguments, **kwargs: untrained_model("wrong"))
     with pytest.raises(GuardError, match="TRL's fused loss is not the loss of HiddenFactorModel"):
         train(dpo(max_steps=1))
 

@@ -56,6 +56,18 @@ def test_keys_reach_the_dataclass_that_declares_them():
         ("save_strategy", "sometimes", "sometimes is not a valid SaveStrategy"),
         ("trust_remote_code", True, "trust_remote_code has no effect here; no code of a checkpoint is ever executed"),
         ("completion_only_loss", True, "completion_only_loss has no effect here; use assistant_only_loss"),
+        ("use_liger_kernel", True, "Liger Kernel knows no Tele-FLM, and its fused cross-entropy would leave out"),
+        ("liger_kernel_config", {"rms_norm": True}, "liger_kernel_config has no effect here; Liger Kernel knows no"),
+        ("prediction_loss_only", True, "prediction_loss_only has no effect here; evaluation is of the loss alone"),
+        ("packing_strategy", "bfd", "packing_strategy has no effect here; it needs packing: true."),
+        (
+            "eval_data_files",
+            "eval.jsonl",
+            "eval_data_files has no effect here; it needs eval_strategy: steps or epoch.",
+        ),
+        ("hub_model_id", "me/model", "hub_model_id has no effect here; it needs push_to_hub: true."),
+        ("fsdp_config", {"version": 2}, "fsdp_config has no effect here; it needs fsdp: true."),
+        ("activation_offloading", True, "activation_offloading and use_cpu are both set; there is nowhere to offload"),
     ],
 )
 def test_a_wrong_key_is_one_line_that_names_it(key, value, message):
@@ -75,9 +87,35 @@ def test_preferences_have_keys_of_their_own():
         "packing": "unknown key packing; ",
         "last_turn_only": "last_turn_only has no effect here; answers are compared",
         "mup_base_width": "mup_base_width has no effect here; it is for `trainer: sft`",
+        "label_smoothing_factor": "label_smoothing_factor has no effect here; .* write label_smoothing",
     }.items():
         with pytest.raises(RecipeError, match=message):
             Recipe.from_dict({**dpo, key: True})
+
+
+@pytest.mark.parametrize(
+    ("keys", "switch", "needs"),
+    [
+        ({"label_smoothing": 0.1}, {"loss_type": ["sigmoid", "robust"]}, "loss_type: robust or exo_pair or aot"),
+        ({"discopop_tau": 0.1}, {"loss_type": ["discopop"]}, "loss_type: discopop"),
+        ({"f_alpha_divergence_coef": 0.5}, {"f_divergence_type": "alpha_divergence"}, "f_divergence_type: alpha"),
+        ({"ref_model_sync_steps": 8}, {"sync_ref_model": True}, "sync_ref_model: true"),
+        ({"precompute_ref_batch_size": 8}, {"precompute_ref_log_probs": True}, "precompute_ref_log_probs: true"),
+        ({"trainer": "sft", "label_smoothing_factor": 0.1, "loss_type": "dft"}, {"loss_type": "nll"}, "loss_type: nll"),
+        ({"trainer": "sft", "packing_strategy": "bfd"}, {"packing": True}, "packing: true"),
+        ({"trainer": "sft", "eval_data_files": "x"}, {"eval_on_start": True}, "eval_strategy: steps or epoch"),
+        (
+            {"activation_checkpointing": False, "activation_checkpointing_kwargs": {}},
+            {"activation_checkpointing": True},
+            "activation_checkpointing: true",
+        ),
+    ],
+)
+def test_a_key_without_the_key_that_gives_it_an_effect(keys, switch, needs):
+    recipe = {**MINIMAL, "trainer": "dpo", **keys}
+    with pytest.raises(RecipeError, match=f"has no effect here; it needs {re.escape(needs)}"):
+        Recipe.from_dict(recipe)
+    Recipe.from_dict({**recipe, **switch})
 
 
 def test_activations_are_recomputed_unless_a_recipe_says_otherwise(recwarn):

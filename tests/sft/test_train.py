@@ -303,8 +303,9 @@ def test_an_output_folder_holds_one_run(make_recipe):
         ({"padding_free": True, "max_length": 64}, "padding_free=True. without packing"),
         ({"packing": True, "max_length": None}, "packing is True and max_length is null"),
         ({"mup_base_width": 32, "use_peft": True}, "muP has no rule for adapters"),
-        ({"num_processes": 2}, "num_processes is 2 in the recipe, but 1 run"),
-        ({"distributed_type": "FSDP"}, "distributed_type is FSDP in the recipe, but this run is NO"),
+        ({"use_kernels": True}, "use_kernels is true, but this run is on CPUs"),
+        ({"num_processes": 2}, "num_processes is 2 in the settings, but 1 run"),
+        ({"distributed_type": "FSDP"}, "distributed_type is FSDP in the settings, but this run is NO"),
     ],
 )
 def test_bad_input_is_one_line(keys, message, make_recipe):
@@ -332,7 +333,9 @@ def test_weights_and_a_loss_that_they_would_not_reach_are_refused(make_recipe, w
 def test_a_tokenizer_that_cannot_serve_the_model_is_refused_before_the_model_is_loaded(
     make_recipe, model_dir, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(sft.training.train, "load_model", lambda arguments: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        sft.training.train, "load_model", lambda arguments, **kwargs: pytest.fail("the model was loaded")
+    )
     folder = tmp_path / "model"
     shutil.copytree(model_dir, folder)
     config = json.loads((folder / "config.json").read_text())
