@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The few numbers of a Tele-FLM configuration that checkpoints depend on, read from config.json without torch."""
 
+import ast
 import importlib.util
 import json
 import math
@@ -129,14 +130,11 @@ def _value(values: Mapping[str, Any], name: str, kind: Any, where: str) -> Any:
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary embedding of a configuration, in today's spelling, every number a float."""
+    """The rotary embedding of a configuration, in today's spelling, with what transformers takes where it is silent."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope.setdefault("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
-    return {
-        key: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-        for key, value in sorted(rope.items())
-    }
+    rope.setdefault("rope_theta", float(config.get("rope_theta") or 10000.0))
+    return rope
 
 
 def package_folder() -> Path:
@@ -145,6 +143,20 @@ def package_folder() -> Path:
     if spec is None or spec.origin is None:
         raise CheckpointError("modeling_teleflm is not installed; reinstall the teleflm package.")
     return Path(spec.origin).parent
+
+
+def model_code_constant(file: str, name: str) -> Any:
+    """A constant of our model code, read from its text: importing it would import torch.
+
+    Args:
+        file: of `modeling_teleflm`, for example `modeling_teleflm.py`.
+        name: of the constant, which is a literal.
+    """
+    for node in ast.parse((package_folder() / file).read_text(encoding="utf-8")).body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id=found)], value=value) if found == name:
+                return ast.literal_eval(value)
+    raise LookupError(f"{file} has no constant {name}")
 
 
 def preset_names() -> list[str]:

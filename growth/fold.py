@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from conversion.architecture import MODEL_TYPE, Architecture
+from conversion.architecture import MODEL_TYPE, Architecture, model_code_constant
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execute
@@ -113,10 +113,7 @@ class MaskState:
         """
         own = {
             "architectures": ["TeleFLMMaskedForCausalLM"],
-            "auto_map": {
-                "AutoConfig": "masked_teleflm.TeleFLMMaskedConfig",
-                "AutoModelForCausalLM": "masked_teleflm.TeleFLMMaskedForCausalLM",
-            },
+            "auto_map": model_code_constant(MASKED_CODE, "AUTO_MAP"),
             "growth_state": {**asdict(self), "new_heads": list(self.new_heads), "new_layers": list(self.new_layers)},
             "model_type": MASKED_MODEL_TYPE,
             "rms_norm_eps": None,

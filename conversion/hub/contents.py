@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..architecture import Architecture, load_config, package_folder
+from ..architecture import Architecture, load_config, model_code_constant, package_folder, rope_parameters
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.manifest import MANIFEST
 from .small_files import copied_file
@@ -21,14 +21,6 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 _CHAT_TEMPLATE = "chat_template.jinja"
 _OTHER_FILES = ("generation_config.json",)
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_teleflm.TeleFLMConfig",
-    "AutoModel": "modeling_teleflm.TeleFLMModel",
-    "AutoModelForCausalLM": "modeling_teleflm.TeleFLMForCausalLM",
-    "AutoModelForQuestionAnswering": "modeling_teleflm.TeleFLMForQuestionAnswering",
-    "AutoModelForSequenceClassification": "modeling_teleflm.TeleFLMForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_teleflm.TeleFLMForTokenClassification",
-}
 # Without these, transformers would encode with a class of its own, and other ids.
 _TOKENIZER_CLASS = {
     "tokenizer_class": "TeleFLMTokenizer",
@@ -46,10 +38,12 @@ def hub_config(base: Mapping[str, Any], architecture: Architecture, dtype: str) 
         dtype: of the output's weights, for example `bfloat16`.
     """
     kept = {key: value for key, value in base.items() if key not in _OLD_SPELLINGS}
-    rope = dict(base.get("rope_parameters") or base.get("rope_scaling") or {})
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", float(base.get("rope_theta") or 10000.0))
-    own = {"architectures": ["TeleFLMForCausalLM"], "auto_map": AUTO_MAP, "dtype": dtype, "rope_parameters": rope}
+    own = {
+        "architectures": ["TeleFLMForCausalLM"],
+        "auto_map": model_code_constant("modeling_teleflm.py", "AUTO_MAP"),
+        "dtype": dtype,
+        "rope_parameters": rope_parameters(base),
+    }
     return dict(sorted({**architecture.to_config(kept), **own}.items()))
 
 
@@ -111,7 +105,7 @@ def lineage_steps(lineage: Mapping[str, Any] | None) -> list[str]:
     match lineage:
         case {"operation": "grow", "source": dict() as old, "target": dict() as new}:
             fields = [f"{field} {old[field]} to {new.get(field)}" for field in old if old[field] != new.get(field)]
-            step = f"Grown without changing the function it computes: {', '.join(fields) or 'nothing changed'}."
+            step = f"Grown without changing the function it computes, rounding aside: {', '.join(fields) or 'nothing changed'}."
         case {"operation": "convert", "from": trainer, "parallel": parallel, **rest}:
             at = f" at iteration {rest['iteration']}" if rest.get("iteration") is not None else ""
             cast = f", cast to {rest['dtype']}" if rest.get("dtype") else ""

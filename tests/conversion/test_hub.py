@@ -7,19 +7,22 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import modeling_teleflm.masked_teleflm as masked
 import modeling_teleflm.modeling_teleflm as modeling
 from conversion import WriteOptions, convert_checkpoint, inspect_checkpoint
-from conversion.architecture import Architecture, load_preset, preset_names
+from conversion.architecture import Architecture, load_preset, model_code_constant, preset_names
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.manifest import MANIFEST
 from conversion.hub import contents as hub
 from growth import grow_checkpoint
+from growth.fold import MaskState
 from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM
 from tests.fixtures.tiny import tiny_model, tiny_sentencepiece, tiny_tokenizer
 
@@ -97,8 +100,12 @@ def test_configuration_is_in_todays_spelling(published, tmp_path):
     assert load_file(tmp_path / "out/model.safetensors").keys() == tiny_model().state_dict().keys()
 
 
-def test_auto_map_is_the_models_own():
-    assert hub.AUTO_MAP == modeling.AUTO_MAP
+def test_what_is_read_from_the_text_of_the_model_code_is_what_it_says():
+    assert model_code_constant("modeling_teleflm.py", "AUTO_MAP") == modeling.AUTO_MAP
+    assert model_code_constant("masked_teleflm.py", "AUTO_MAP") == masked.AUTO_MAP
+    assert {field.name for field in fields(MaskState)} == set(masked._GROWTH_STATE)
+    with pytest.raises(LookupError):
+        model_code_constant("masked_teleflm.py", "NOTHING")
 
 
 @pytest.mark.parametrize("name", preset_names())
