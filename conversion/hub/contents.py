@@ -105,7 +105,8 @@ def lineage_steps(lineage: Mapping[str, Any] | None) -> list[str]:
     match lineage:
         case {"operation": "grow", "source": dict() as old, "target": dict() as new}:
             fields = [f"{field} {old[field]} to {new.get(field)}" for field in old if old[field] != new.get(field)]
-            step = f"Grown without changing the function it computes, rounding aside: {', '.join(fields) or 'nothing changed'}."
+            grown = ", ".join(fields) or "nothing changed"
+            step = f"Grown without changing the function it computes, rounding aside: {grown}."
         case {"operation": "convert", "from": trainer, "parallel": parallel, **rest}:
             at = f" at iteration {rest['iteration']}" if rest.get("iteration") is not None else ""
             cast = f", cast to {rest['dtype']}" if rest.get("dtype") else ""
