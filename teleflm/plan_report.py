@@ -25,13 +25,14 @@ _SAID_ANYWAY = r"^model\.|^mp_rank_\w+/model\d*/(decoder\.)?|\.weight$"
 _NAME_WIDTH = 33  # of the longest name in a Hub checkpoint; Megatron's may be folded
 
 
-def describe_result(result: CheckpointResult, out: Path, workers: int) -> dict[str, Any]:
+def describe_result(result: CheckpointResult, out: Path, options: WriteOptions) -> dict[str, Any]:
     """The result as a JSON object; a dry run's has every tensor."""
     summary = {
         "out": str(out),
         "bytes": result.plan.nbytes,
         "files": [{"name": shard.filename, "bytes": shard.nbytes} for shard in result.shards],
-        "memory_bytes": peak_memory(result.plan, workers),
+        "memory_bytes": peak_memory(result.plan, options),
+        "threads": options.share(result.plan.tensors).workers,
         "disk": {"need": sum(shard.disk_bytes for shard in result.shards), "free": free_space(out)},
         "notes": result.notes,
     }
@@ -44,7 +45,7 @@ def describe_result(result: CheckpointResult, out: Path, workers: int) -> dict[s
     return {**summary, "dry_run": True, "tensors": tensors}
 
 
-def print_result(result: CheckpointResult, out: Path, workers: int) -> None:
+def print_result(result: CheckpointResult, out: Path, options: WriteOptions) -> None:
     """A summary for people; a dry run's has the whole plan, a line for each group of tensors made alike."""
     console = Console(highlight=False, soft_wrap=True)
     if result.written is None:
@@ -53,12 +54,17 @@ def print_result(result: CheckpointResult, out: Path, workers: int) -> None:
         console.print(f"- {note}")
     size = f"{format_bytes(sum(shard.nbytes for shard in result.shards))} in {_count(len(result.shards), 'file')}"
     if result.written is None:
-        memory, free = format_bytes(peak_memory(result.plan, workers)), format_bytes(free_space(out))
-        console.print(f"Would write {size} to {out} ({free} free), with about {memory} of buffers.")
+        memory, free = format_bytes(peak_memory(result.plan, options)), format_bytes(free_space(out))
+        threads = _threads(options.share(result.plan.tensors).workers, options.workers)
+        console.print(f"Would write {size} to {out} ({free} free), in at most {memory} of memory, by {threads}.")
     elif result.written.already_done:
         console.print(f"{out} is already done: {size}.")
     else:
         console.print(f"Wrote {size} to {out}.")
+
+
+def _threads(number: int, asked: int) -> str:
+    return _count(number, "thread") + (f" of the {asked} asked for" if number < asked else "")
 
 
 def run_and_report(
@@ -67,13 +73,15 @@ def run_and_report(
     write: Callable[[WriteOptions], CheckpointResult],
     *,
     workers: int,
+    memory: str,
     max_shard_size: str,
     overwrite: bool,
     no_digest: bool,
     as_json: bool,
     debug: bool,
-    describe: Callable[[Any, Path, int], dict[str, Any]] = describe_result,
-    show: Callable[[Any, Path, int], None] = print_result,
+    allow_nonfinite: bool = False,
+    describe: Callable[[Any, Path, WriteOptions], dict[str, Any]] = describe_result,
+    show: Callable[[Any, Path, WriteOptions], None] = print_result,
 ) -> None:
     """What every command does that writes a checkpoint: progress, one-line errors, ranks, and a report.
 
@@ -81,20 +89,31 @@ def run_and_report(
         doing: for the progress, for example `converting`.
         out: folder to write.
         write: plans and writes.
-        workers, max_shard_size, overwrite, no_digest, as_json, debug: the command's options.
+        workers, memory, max_shard_size, overwrite, no_digest, as_json, debug, allow_nonfinite: the command's options.
         describe: the result as JSON.
         show: the result for people.
     """
     with exit_codes(debug=debug):
         with byte_progress(doing) as progress:
             rank, world_size = process_rank()
-            result = write(WriteOptions(max_shard_size, workers, not no_digest, overwrite, progress, rank, world_size))
+            options = WriteOptions(
+                max_shard_size=max_shard_size,
+                workers=workers,
+                digest=not no_digest,
+                overwrite=overwrite,
+                progress=progress,
+                rank=rank,
+                world_size=world_size,
+                memory=memory,
+                allow_nonfinite=allow_nonfinite,
+            )
+            result = write(options)
         if rank > 0:  # one of them speaks for all, when all is done
             return
         if as_json:
-            print_json(describe(result, out, workers))
+            print_json(describe(result, out, options))
         else:
-            show(result, out, workers)
+            show(result, out, options)
 
 
 def _plan_table(tensors: Iterable[TensorPlan]) -> Table:

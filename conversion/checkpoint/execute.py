@@ -25,12 +25,13 @@ from typing import Any
 
 import numpy as np
 
-from .assemble import blocks, copy_runs, is_zero, resolve, stream
+from .assemble import blocks, copy_runs, is_zero, resolve, stream, zeros
+from .budget import Share, share_out
 from .containers import Layout, Shard, parse_size, safetensors_layout
 from .dtypes import first_nonfinite
 from .errors import CheckpointError, NotFinite
+from .limits import DEFAULT_MEMORY, default_workers, high_water
 from .manifest import MANIFEST, block_digest, make_manifest, read_manifest
-from .normal_stream import GRID
 from .plan import CheckpointPlan, TensorPlan
 from .reader import FileReader, read_chunks
 from .workspace import FOLDER, PARTIAL, Finished, ShardFile, Workspace, fits_in_cache, naming_errors, sync_folder
@@ -45,28 +46,41 @@ class WriteOptions:
 
     Args:
         max_shard_size: most bytes of tensors in a file, or text such as `5GB` (a larger tensor has a file to itself).
-        workers: threads; memory grows with it, the output's bytes do not depend on it.
+        workers: threads; the output's bytes do not depend on it.
         digest: hash every tensor for the manifest. Without, an interrupted run resumes from whole shards only.
         overwrite: replace the checkpoint that the folder already holds, or a run there that was interrupted.
         progress: called from any thread with the number of output bytes just finished, and the number in all.
         rank: which of the processes that share the work this is; every one runs the same call.
         world_size: how many there are. Shard i is written by rank i modulo world_size; rank 0 waits for the others.
         finite: refuse to write a NaN or an infinity.
+        memory: what all threads may hold together, beside the program itself: bytes, or text such as `256MB`. Fewer
+            threads run than asked for where it does not suffice for all; the output's bytes do not depend on it.
+        allow_nonfinite: write what is too large for a tensor's dtype as infinity, which is an error else.
     """
 
     max_shard_size: str | int = "5GB"
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    workers: int = field(default_factory=default_workers)
     digest: bool = True
     overwrite: bool = False
     progress: Callable[[int, int], None] = lambda nbytes, total: None
     rank: int = 0
     world_size: int = 1
     finite: bool = False
+    memory: str | int = DEFAULT_MEMORY
+    allow_nonfinite: bool = False
 
     @property
     def shard_bytes(self) -> int:
         """`max_shard_size` in bytes."""
         return parse_size(self.max_shard_size)
+
+    def share(self, tensors: Iterable[TensorPlan]) -> Share:
+        """What `memory` and `workers` come to for some tensors.
+
+        Raises:
+            CheckpointError: the memory is too little for one thread.
+        """
+        return share_out(tensors, self.workers, parse_size(self.memory))
 
 
 @dataclass(frozen=True)
@@ -121,6 +135,7 @@ def execute(
     files = layout or safetensors_layout(plan.tensors, options.shard_bytes)
     if dry_run:
         plan.check()
+        options.share(plan.tensors)
         return CheckpointResult(plan, [*files.shards], [*notes, *foresee(plan, out, options, layout)], None)
     written = write_checkpoint(plan, out, options, layout)
     return CheckpointResult(plan, [*files.shards], [*notes], written)
@@ -138,12 +153,14 @@ def write_checkpoint(plan: CheckpointPlan, out: Path, options: WriteOptions, lay
 
     Raises:
         PlanError: the plan does not tile its output.
-        CheckpointError: the folder cannot be used, or a source cannot be read.
+        CheckpointError: the folder cannot be used, the memory is too little, or a source cannot be read.
+        Overflow: a value is too large for the dtype that it is written in.
         OSError: the disk fails or is too small; the folder is then not loadable, and the same call resumes.
     """
     plan.check()
     files = layout or safetensors_layout(plan.tensors, options.shard_bytes)
     files.check(plan.tensors)
+    share = options.share(plan.tensors)
     shards = [shard for shard in files.shards if shard.twin is None]
     written = Written(out, tuple(shard.filename for shard in files.shards), plan.nbytes)
     if _is_source(plan, out):
@@ -167,7 +184,7 @@ def write_checkpoint(plan: CheckpointPlan, out: Path, options: WriteOptions, lay
         workspace.require_space(todo)
         total = _tensor_bytes(mine)
         options.progress(total - _tensor_bytes(todo), total)
-        _write_shards(plan, todo, total, workspace, reader, options)
+        _write_shards(plan, todo, total, workspace, reader, options, share)
         if options.rank == 0:
             finished = [workspace.wait_for(shard) for shard in shards]
             workspace.check_sources()
@@ -218,10 +235,9 @@ def free_space(out: Path) -> int:
     return shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
 
 
-def peak_memory(plan: CheckpointPlan, workers: int) -> int:
-    """Bytes that running a plan takes at most beside the interpreter: a few MB a worker, whatever the model."""
-    itemsize = max(tensor.dtype.itemsize for tensor in plan.tensors)
-    return workers * GRID * (3 * itemsize + np.dtype(np.uint16).itemsize)  # elements, their source span, their draws
+def peak_memory(plan: CheckpointPlan, options: WriteOptions) -> int:
+    """Bytes that running a plan takes at most: this process as large as it has been until now, and its threads."""
+    return high_water() + options.share(plan.tensors).nbytes
 
 
 @dataclass(frozen=True)
@@ -247,9 +263,11 @@ def _write_shards(
     workspace: Workspace,
     reader: FileReader,
     options: WriteOptions,
+    share: Share,
 ) -> None:
     """Write some shards, and leave a record of each; `total` is for the progress."""
-    resolved = resolve([tensor for shard in shards for tensor, _ in shard.tensors], reader, options.workers)
+    tensors = [tensor for shard in shards for tensor, _ in shard.tensors]
+    resolved = resolve(tensors, reader, max(1, share.prepass), allow_nonfinite=options.allow_nonfinite)
     open_files: list[ShardFile] = []
     cached = fits_in_cache(plan.nbytes)
 
@@ -264,7 +282,16 @@ def _write_shards(
             file.release()
 
     def work(block: _Block) -> None:
-        data = stream(block.tensor, block.start, block.stop, reader=reader, resolved=resolved, seed=plan.seed)
+        data = stream(
+            block.tensor,
+            block.start,
+            block.stop,
+            reader=reader,
+            resolved=resolved,
+            seed=plan.seed,
+            stretch=share.stretch,
+            allow_nonfinite=options.allow_nonfinite,
+        )
         data = _checked(block, data) if options.finite else data
         with naming_errors(block.file.path):
             if options.digest:
@@ -278,7 +305,7 @@ def _write_shards(
         options.progress(block.nbytes, total)
 
     try:
-        _run(work_items(), work, options.workers)
+        _run(work_items(), work, share.workers)
     finally:
         for file in open_files:
             file.close()
@@ -329,7 +356,7 @@ def _write_plain(block: _Block, data: Iterator[memoryview], reader: FileReader) 
 
 @lru_cache(maxsize=16)
 def _zero_digest(nbytes: int) -> bytes:
-    return block_digest([bytes(nbytes)])
+    return block_digest(zeros(nbytes))
 
 
 def _run(items: Iterator[_Block], work: Callable[[_Block], None], workers: int) -> None:
