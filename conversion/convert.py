@@ -25,6 +25,7 @@ from .native.find import FORMATS as NATIVE_FORMATS
 from .native.find import open_native
 from .native.hub_plan import compare_replicas, plan_run
 from .native.table import read_table
+from .quantisation import quantisation
 
 FORMATS = ("auto", "hf", *NATIVE_FORMATS)
 _NAMED = 6  # files that a note lists
@@ -39,6 +40,7 @@ def convert_checkpoint(
     config: str | Path | Mapping[str, Any] | None = None,
     tokenizer: str | Path | None = None,
     vocab_size: int | None = None,
+    multipliers: str | None = None,
     mapping: str | Path | None = None,
     fp32_master: bool = False,
     allow_unequal_replicas: bool = False,
@@ -62,10 +64,11 @@ def convert_checkpoint(
         config: what the run's own arguments do not say: a preset's name, the path of a config.json, or its content.
         tokenizer: folder of the tokenizer that goes with the model.
         vocab_size: true size of the vocabulary, without the padding of a training run.
+        multipliers: of a training run that does not say them: `none`, or `input_mult=16,output_mult=0.5` and so on.
         mapping: YAML file with the names of a fork of Megatron, see `native.table.read_table`.
         fp32_master: of a DeepSpeed run: take the optimizer's float32 weights.
         allow_unequal_replicas: take rank 0's where copies differ.
-        allow_nonfinite: write NaN and infinities as they are.
+        allow_nonfinite: write a run's NaN and infinities as they are, and infinity for what is too large for `dtype`.
         dtype: of the output's floating-point tensors; the source's unless given.
         options: how to write.
         dry_run: plan and check everything that headers allow, write nothing.
@@ -78,15 +81,17 @@ def convert_checkpoint(
     if format not in FORMATS:
         raise CheckpointError(f"format is {format!r}, expected one of {', '.join(FORMATS)}.")
     options = options or WriteOptions()
+    options = replace(options, allow_nonfinite=options.allow_nonfinite or allow_nonfinite)
     cast = parse_dtype(dtype) if dtype else None
     run = _open_run(Path(source), format, iteration, mapping, fp32_master)
     if run is None:
         run_only = {"config": config, "tokenizer": tokenizer, "vocab_size": vocab_size, "iteration": iteration}
-        _refuse_run_options({**run_only, "mapping": mapping, "fp32_master": fp32_master or None})
+        run_only |= {"multipliers": multipliers, "mapping": mapping, "fp32_master": fp32_master or None}
+        _refuse_run_options(run_only)
         plan, notes = plan_conversion(open_checkpoint(source), dtype=cast, alone=Path(source).is_file())
     else:
-        plan, notes = plan_run(run, _read_config(config), tokenizer, vocab_size, cast)
-        options = replace(options, finite=not allow_nonfinite)
+        plan, notes = plan_run(run, _read_config(config), tokenizer, vocab_size, cast, multipliers)
+        options = replace(options, finite=not options.allow_nonfinite)
         if not dry_run:
             notes += compare_replicas(run, plan.config, allow=allow_unequal_replicas)
     try:
@@ -134,16 +139,23 @@ def plan_conversion(
         alone: take the weights alone, and nothing that lies beside them.
 
     Raises:
-        CheckpointError: a Tele-FLM's tensors are not those of its configuration, or a file that goes with them is a
-            link that leads out of the folder.
+        CheckpointError: a Tele-FLM's tensors are not those of its configuration, quantised tensors are to be cast, or a
+            file that goes with them is a link that leads out of the folder.
     """
     if not checkpoint.tensors:
         raise CheckpointError(f"{checkpoint.folder}: {Path(checkpoint.files[0]).name} holds no tensors.")
+    how = quantisation(checkpoint.config, checkpoint.tensors)
+    if how and dtype:
+        raise CheckpointError(
+            f"{checkpoint.folder}: is quantised ({how}); --dtype {dtype} would round its scales. Without --dtype it is "
+            "copied as it is; for another dtype take the original, or dequantise it first."
+        )
     is_teleflm = (checkpoint.config or {}).get("model_type") == MODEL_TYPE
     if alone:
         plan, notes = _plan_alone(checkpoint, dtype)
     else:
-        plan, notes = (_plan_teleflm if is_teleflm else _plan_any)(checkpoint, dtype)
+        plan, notes = (_plan_teleflm if is_teleflm and not how else _plan_any)(checkpoint, dtype)
+    notes += [f"Quantised ({how}): every tensor was kept as it is."] if how else []
     plan.check()
     return plan, notes
 
@@ -173,7 +185,7 @@ def _plan_any(checkpoint: Source, dtype: DType | None) -> tuple[CheckpointPlan, 
         config = {**{key: value for key, value in config.items() if key != "torch_dtype"}, "dtype": dtype.name}
     notes = [] if checkpoint.config else ["The source has no config.json; the output's is empty."]
     model_type = config.get("model_type")
-    if model_type:
+    if model_type and model_type != MODEL_TYPE:
         notes.append(f"A {model_type} model, not a Tele-FLM: tensors and configuration were kept as they are.")
     if left:
         more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from .architecture import MODEL_TYPE, Architecture
+from .checkpoint.budget import reading_threads
 from .checkpoint.check import Damage, check_digests, check_files
+from .checkpoint.containers import parse_size
 from .checkpoint.errors import CheckpointError
+from .checkpoint.limits import DEFAULT_MEMORY, default_workers
 from .checkpoint.manifest import MANIFEST, read_manifest
 from .checkpoint.plan import View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
@@ -22,7 +25,7 @@ from .hub.contents import count_pieces, lineage_steps
 from .mapping import check_tensors
 from .native.checkpoint import NativeCheckpoint
 from .native.find import exported_folder, open_native
-from .native.hub_plan import compare_replicas, plan_tensors, run_architecture
+from .native.hub_plan import compare_replicas, missing_multipliers, plan_tensors, run_architecture
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ def inspect_checkpoint(
     path: str | Path,
     *,
     check: bool = False,
-    workers: int = os.cpu_count() or 1,
+    workers: int | None = None,
+    memory: str | int = DEFAULT_MEMORY,
     progress: Callable[[int, int], None] = lambda nbytes, total: None,
 ) -> Inspection:
     """Describe a checkpoint without loading it or executing anything it contains.
@@ -79,12 +83,14 @@ def inspect_checkpoint(
         path: its folder, or one weight file.
         check: read every tensor and every other file that the record lists, and compare them with its digests; of a
             training run, compare the copies that it kept of one tensor.
-        workers: threads for `check`.
+        workers: threads for `check`; as many as this process may use processors unless given.
+        memory: what those threads may hold together, in bytes or as text; fewer run where it does not suffice.
         progress: called with the bytes `check` just read and those in all.
 
     Raises:
         CheckpointError: there is no checkpoint, or a file of it is damaged; `check` without digests.
     """
+    workers = reading_threads(workers or default_workers(), parse_size(memory))
     run = None if _is_hub(Path(path)) else open_native(path)
     if run is not None:
         return _inspect_run(run, check, workers, progress)
@@ -154,6 +160,8 @@ def _inspect_run(run: NativeCheckpoint, check: bool, workers: int, progress: Cal
     architecture = _noting(problems, lambda: run_architecture(run))
     if architecture:
         _noting(problems, lambda: plan_tensors(run, architecture, None))
+        missing = _noting(problems, lambda: missing_multipliers(run))
+        problems += [missing] if missing else []
     if check:
         tied = architecture is not None and architecture.tie_word_embeddings
         problems += compare_replicas(run, {"tie_word_embeddings": tied}, allow=True)

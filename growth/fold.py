@@ -26,6 +26,7 @@ from conversion.checkpoint.plan import Box, CheckpointPlan, Copy, Fill, Piece, T
 from conversion.checkpoint.sources import Source, open_checkpoint
 from conversion.hub.contents import hub_config, hub_sidecars, lineage_steps, model_card
 from conversion.mapping import Weight, check_tensors, weights
+from conversion.quantisation import refuse_quantised
 
 from .operators import grow_axis
 from .spec import Growth
@@ -206,6 +207,7 @@ def plan_fold(checkpoint: Source, *, alpha: float | None = None, dtype: DType | 
         CheckpointError: the source has no masks, alpha is not from 0 to 1, or the tensors are not those expected.
     """
     where = f"{checkpoint.folder}/config.json"
+    refuse_quantised(checkpoint, "folding")
     masked, state = masked_architecture(checkpoint.config or {}, where)
     alpha = state.alpha if alpha is None else alpha
     if not 0 <= alpha <= 1:

@@ -20,6 +20,7 @@ from conversion.checkpoint.plan import CheckpointPlan, Copy
 from conversion.checkpoint.sources import Source, open_checkpoint
 from conversion.hub.contents import count_pieces, hub_config, hub_sidecars, lineage_steps, model_card
 from conversion.mapping import check_tensors, weights
+from conversion.quantisation import refuse_quantised
 
 from .fold import MASKED_CODE, MASKED_MODEL_TYPE, MaskState
 from .layer_distance import LayerDistance, measure_layer_distances, nearest_layers, read_calibration
@@ -95,6 +96,7 @@ def grow_checkpoint(
     """
     options = options or WriteOptions()
     checkpoint = open_checkpoint(source)
+    refuse_quantised(checkpoint, "growth")
     architecture = source_architecture(checkpoint)
     given, meant = _requested(target), dict(overrides or {})
     requested, asked = check_request(checkpoint.config or {}, given, meant)

@@ -26,13 +26,14 @@ _SAID_ANYWAY = r"^model\.|^mp_rank_\w+/model\d*/(decoder\.)?|\.weight$"
 _NAME_WIDTH = 33  # of the longest name in a Hub checkpoint; Megatron's may be folded
 
 
-def describe_result(result: CheckpointResult, out: Path, workers: int) -> dict[str, Any]:
+def describe_result(result: CheckpointResult, out: Path, options: WriteOptions) -> dict[str, Any]:
     """The result as a JSON object; a dry run's has every tensor."""
     summary = {
         "out": str(out),
         "bytes": result.plan.nbytes,
         "files": [{"name": shard.filename, "bytes": shard.nbytes} for shard in result.shards],
-        "memory_bytes": peak_memory(result.plan, workers),
+        "memory_bytes": peak_memory(result.plan, options),
+        "threads": options.share(result.plan.tensors).workers,
         "disk": {"need": _disk_need(result), "free": result.foreseen.free if result.foreseen else free_space(out)},
         "notes": result.notes,
     }
@@ -46,7 +47,7 @@ def describe_result(result: CheckpointResult, out: Path, workers: int) -> dict[s
     return {**summary, "dry_run": True, "refused": refused, "tensors": tensors}
 
 
-def print_result(result: CheckpointResult, out: Path, workers: int) -> None:
+def print_result(result: CheckpointResult, out: Path, options: WriteOptions) -> None:
     """A summary for people; a dry run's has the whole plan, a line for each group of tensors made alike."""
     console = Console(highlight=False, soft_wrap=True)
     if result.written is None:
@@ -55,27 +56,32 @@ def print_result(result: CheckpointResult, out: Path, workers: int) -> None:
         console.print(f"- {note}")
     size = f"{format_bytes(sum(shard.nbytes for shard in result.shards))} in {_count(len(result.shards), 'file')}"
     if result.written is None:
-        console.print(_would_write(result, size, out, workers))
+        console.print(_would_write(result, size, out, options))
     elif result.written.already_done:
         console.print(f"{out} is already done: {size}.")
     else:
         console.print(f"Wrote {size} to {out}.")
 
 
-def _would_write(result: CheckpointResult, size: str, out: Path, workers: int) -> str:
+def _would_write(result: CheckpointResult, size: str, out: Path, options: WriteOptions) -> str:
     """What a dry run foresees, in a sentence."""
-    memory, free = format_bytes(peak_memory(result.plan, workers)), format_bytes(free_space(out))
+    memory, free = format_bytes(peak_memory(result.plan, options)), format_bytes(free_space(out))
+    threads = _threads(options.share(result.plan.tensors).workers, options.workers)
     foreseen = result.foreseen
     if foreseen and foreseen.refused:
         return f"Would be refused, and write none of {size} to {out} ({free} free)."
     if foreseen and isinstance(foreseen.decision, Done):
         return f"Would write no weights: {size} are in {out}."
     rest = f"{format_bytes(foreseen.need)} of " if foreseen and isinstance(foreseen.decision, Resume) else ""
-    return f"Would write {rest}{size} to {out} ({free} free), with about {memory} of buffers."
+    return f"Would write {rest}{size} to {out} ({free} free), in at most {memory} of memory, by {threads}."
 
 
 def _disk_need(result: CheckpointResult) -> int:
     return result.foreseen.need if result.foreseen else sum(shard.disk_bytes for shard in result.shards)
+
+
+def _threads(number: int, asked: int) -> str:
+    return _count(number, "thread") + (f" of the {asked} asked for" if number < asked else "")
 
 
 def run_and_report(
@@ -84,13 +90,15 @@ def run_and_report(
     write: Callable[[WriteOptions], CheckpointResult],
     *,
     workers: int,
+    memory: str,
     max_shard_size: str,
     overwrite: bool,
     no_digest: bool,
     as_json: bool,
     debug: bool,
-    describe: Callable[[Any, Path, int], dict[str, Any]] = describe_result,
-    show: Callable[[Any, Path, int], None] = print_result,
+    allow_nonfinite: bool = False,
+    describe: Callable[[Any, Path, WriteOptions], dict[str, Any]] = describe_result,
+    show: Callable[[Any, Path, WriteOptions], None] = print_result,
 ) -> None:
     """What every command does that writes a checkpoint: progress, one-line errors, ranks, and a report.
 
@@ -98,20 +106,31 @@ def run_and_report(
         doing: for the progress, for example `converting`.
         out: folder to write.
         write: plans and writes.
-        workers, max_shard_size, overwrite, no_digest, as_json, debug: the command's options.
+        workers, memory, max_shard_size, overwrite, no_digest, as_json, debug, allow_nonfinite: the command's options.
         describe: the result as JSON.
         show: the result for people.
     """
     with exit_codes(debug=debug):
         with byte_progress(doing) as progress:
             rank, world_size = process_rank()
-            result = write(WriteOptions(max_shard_size, workers, not no_digest, overwrite, progress, rank, world_size))
+            options = WriteOptions(
+                max_shard_size=max_shard_size,
+                workers=workers,
+                digest=not no_digest,
+                overwrite=overwrite,
+                progress=progress,
+                rank=rank,
+                world_size=world_size,
+                memory=memory,
+                allow_nonfinite=allow_nonfinite,
+            )
+            result = write(options)
         if rank > 0:  # one of them speaks for all, when all is done
             return
         if as_json:
-            print_json(describe(result, out, workers))
+            print_json(describe(result, out, options))
         else:
-            show(result, out, workers)
+            show(result, out, options)
 
 
 def _plan_table(tensors: Iterable[TensorPlan]) -> Table:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from conversion.checkpoint.errors import CheckpointError, CorruptData
+from conversion.checkpoint.limits import default_workers
 from conversion.checkpoint.sizes import format_bytes
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_NO, EXIT_INTERRUPTED = 1, 2, 3, 130
@@ -22,14 +23,18 @@ EXIT_FAILED, EXIT_BAD_INPUT, EXIT_NO, EXIT_INTERRUPTED = 1, 2, 3, 130
 # The options that mean the same wherever they apply.
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Workers = Annotated[int, typer.Option(help="Threads; memory grows with it.", min=1)]
+Workers = Annotated[int, typer.Option(help="Threads.", min=1)]
+Memory = Annotated[str, typer.Option(help="What all threads may hold together; fewer run where it is too little.")]
 MaxShardSize = Annotated[str, typer.Option(help="Most bytes of weights in a file.")]
 Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; the source's unless given.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in OUT, or a file in the way.")]
 NoDigest = Annotated[bool, typer.Option("--no-digest", help="Do not hash the tensors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-DEFAULT_WORKERS = os.cpu_count() or 1
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Write infinity for what is too large, and a run's NaN as they are.")
+]
+DEFAULT_WORKERS = default_workers()
 # Of a command that hands what it does not know to the function it calls, which refuses what that does not know.
 FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True}
 

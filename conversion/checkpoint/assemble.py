@@ -4,14 +4,17 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Making the elements of an output tensor from its plan, one block at a time."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from .dtypes import DType
-from .normal_stream import GRID, draw_words, look_up, normal_table, standard_normal_table
+from .dtypes import FLOAT64, DType
+from .errors import NotFinite, Overflow
+from .normal_stream import GRID, KEPT_CELLS, draw_words, look_up, normal_table
 from .plan import (
     Box,
     Copy,
@@ -20,6 +23,7 @@ from .plan import (
     Normal,
     Piece,
     RowMean,
+    Shape,
     Statistic,
     TensorPlan,
     View,
@@ -27,14 +31,18 @@ from .plan import (
     piece_number,
     row_major_strides,
 )
-from .reader import CHUNK, FileReader, boxes_of_range
+from .reader import CHUNK, MAX_SPAN, FileReader, boxes_of_range
+from .rounding import first_overflow, largest, round_once, scale_and_shift, scaled_table, widens
 from .scratch import scratch
 
 BLOCK = 4 * GRID  # elements of a unit of work, with a digest of its own: 8 MiB of bfloat16
 _SAMPLE = 1 << 22  # a statistic looks at this many elements at most,
 _WINDOW = 1 << 16  # in windows of this many, evenly spread
+PREPASS_BYTES = 3 * 8 * _WINDOW + MAX_SPAN  # of arrays a thread takes for that
 _SHORT_RUN = 256 * 1024  # bytes worth a system call of their own
-_CHUNK = 1 << 17  # arithmetic runs over pieces that stay in the cache
+_CHUNK = 1 << 17  # elements that are read, computed and rounded at a time
+_EXACT = 1 << 15  # elements that are computed in float64 at a time: they stay in a core's cache
+_ZEROS = memoryview(bytes(CHUNK))
 
 
 @dataclass(frozen=True)
@@ -54,50 +62,162 @@ class Resolved:
         return {str(value): self.numbers[value] for value in used if isinstance(value, Statistic)}
 
 
-def resolve(tensors: Iterable[TensorPlan], reader: FileReader, workers: int) -> Resolved:
+def resolve(
+    tensors: Iterable[TensorPlan], reader: FileReader, workers: int, *, allow_nonfinite: bool = False
+) -> Resolved:
     """Read what the symbols of some plans stand for: a short pass over bounded samples of the sources.
 
     Args:
         tensors: checked plans.
         reader: reads their sources.
-        workers: threads.
+        workers: threads, each of which takes up to `PREPASS_BYTES`.
+        allow_nonfinite: take numbers that are NaN or infinite as they are.
+
+    Raises:
+        NotFinite: one is.
     """
     pieces = [piece for tensor in tensors for piece in tensor.pieces]
     values = map(piece_number, pieces)
     statistics = list(dict.fromkeys(value for value in values if isinstance(value, Statistic)))
     row_means = list(dict.fromkeys(piece.source for piece in pieces if isinstance(piece, RowMean)))
     with ThreadPoolExecutor(workers) as pool:
-        numbers = pool.map(lambda statistic: measure(statistic, reader), statistics)
-        rows = pool.map(lambda view: row_mean(view, reader), row_means)
-        return Resolved(dict(zip(statistics, numbers, strict=True)), dict(zip(row_means, rows, strict=True)))
+        numbers = dict(zip(statistics, pool.map(lambda one: measure(one, reader), statistics), strict=True))
+        rows = dict(zip(row_means, pool.map(lambda view: row_mean(view, reader), row_means), strict=True))
+    for statistic, number in numbers.items():
+        if not allow_nonfinite and not math.isfinite(number):
+            raise NotFinite(
+                f"{statistic} is {number}, so no new weights can be drawn like it: the tensor holds a NaN, an infinity "
+                "or numbers too large to square; repair it, or --allow-nonfinite takes it as it is."
+            )
+    return Resolved(numbers, rows)
 
 
 def measure(statistic: Statistic, reader: FileReader) -> float:
     """The mean or standard deviation of a window, over at most 4 Mi evenly spread elements.
 
-    Computed in float64 and rounded to float32, so that the order in which a numpy version adds does not show.
+    Computed in float64 and rounded to float32, so that the order in which values are added does not show.
     """
-    values = np.concatenate([part.astype(np.float64).ravel() for part in _sample(statistic.view, reader)])
-    return float(np.float32(values.mean() if statistic.kind == "mean" else values.std())) * statistic.factor
+    count, mean, squares = 0, 0.0, 0.0  # of those seen: how many, their mean, the squares of their distances from it
+    for part in _sample(statistic.view, reader):
+        values = scratch("exact", part.size, np.dtype(np.float64))
+        values[:] = part.reshape(-1)
+        part_mean = float(values.mean())
+        values -= part_mean
+        np.square(values, out=values)
+        distance = part_mean - mean
+        squares += float(values.sum()) + distance**2 * count * values.size / (count + values.size)
+        mean += distance * values.size / (count + values.size)
+        count += values.size
+    with np.errstate(over="ignore"):
+        return float(np.float32(mean if statistic.kind == "mean" else math.sqrt(squares / count))) * statistic.factor
 
 
 def _sample(view: View, reader: FileReader) -> Iterator[np.ndarray]:
-    windows = 1 if view.numel <= _SAMPLE else _SAMPLE // _WINDOW
-    size = view.numel if windows == 1 else _WINDOW
-    for index in range(windows):
-        start = index * (view.numel - size) // max(windows - 1, 1)
-        for box in boxes_of_range(view.shape, start, start + size):
-            yield reader.read(view.window(box))
+    """Windows of a window, of at most `_WINDOW` elements: all there are, or evenly spread ones. Each is overwritten."""
+    if view.numel <= _SAMPLE:
+        starts = [*range(0, view.numel, _WINDOW)]
+    else:
+        count = _SAMPLE // _WINDOW
+        starts = [index * (view.numel - _WINDOW) // (count - 1) for index in range(count)]
+    for start in starts:
+        for box in boxes_of_range(view.shape, start, min(start + _WINDOW, view.numel)):
+            yield _read(view.window(box), reader)
+
+
+def _read(view: View, reader: FileReader) -> np.ndarray:
+    """A window's elements, which the thread's next call takes away."""
+    values = scratch("source", view.shape, view.dtype.numpy)
+    reader.read_into(view, values)
+    return values
 
 
 def row_mean(view: View, reader: FileReader) -> np.ndarray:
-    """The float64 mean over the rows of a [rows, n] window: [n]."""
+    """The float64 mean over the rows of a [rows, n] window: [n]. The rows are added in order."""
     rows, width = view.shape
-    step = max(1, BLOCK // width)
+    step = max(1, _WINDOW // width)
     total = np.zeros(width)
     for start in range(0, rows, step):
-        total += reader.read(view[start : start + step]).astype(np.float64).sum(axis=0)
+        for row in _read(view[start : start + step], reader):
+            total += row
     return total / rows
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What of a tensor's plan decides how much memory a thread takes to make its blocks.
+
+    Args:
+        itemsize: bytes of an element of the output.
+        numel: elements, up to a grid cell of them.
+        is_made: whether anything can be more than runs of bytes that stay as they are.
+        source: bytes of an element of the widest source that is changed on its way; 0 if none is.
+        cells: grid cells of random words that are held at a time.
+        is_exact: whether any is computed in float64.
+        looks_up: whether any value comes from a table.
+    """
+
+    itemsize: int
+    numel: int
+    is_made: bool
+    source: int
+    cells: int
+    is_exact: bool
+    looks_up: bool
+
+    @classmethod
+    def of(cls, tensor: TensorPlan) -> "Needs":
+        """Those of a tensor."""
+        copies = [piece for piece in tensor.pieces if isinstance(piece, Copy)]
+        ways = {_way(piece, tensor.dtype) for piece in copies}
+        changed = [piece for piece in copies if not is_byte_copy(piece, tensor.dtype)]
+        is_noisy = any(piece.noise is not None for piece in changed)
+        is_random = any(isinstance(piece, Normal) for piece in tensor.pieces)
+        return cls(
+            tensor.dtype.itemsize,
+            min(tensor.numel, GRID),
+            bool(tensor.pieces) and not _stays(tensor),
+            max((piece.source.dtype.itemsize for piece in changed), default=0),
+            KEPT_CELLS if is_noisy or is_random else 0,
+            "exact" in ways,
+            is_random or is_noisy or "table" in ways,
+        )
+
+    def nbytes(self, stretch: int) -> int:
+        """The most bytes of arrays a thread holds that makes so many elements at a time: those of `stream`, added up.
+
+        Args:
+            stretch: how many.
+        """
+        moved = 2 * CHUNK
+        if not self.is_made:
+            return moved
+        made = min(stretch, self.numel)
+        span = min(MAX_SPAN, 2 * made * max(self.itemsize, self.source) + CHUNK)
+        changed = min(_CHUNK, made) * (self.source + 2 * self.itemsize) if self.source else 0  # and the result's bits
+        exact = _EXACT * (8 + 8 + 8 + 4 + 4) if self.is_exact else 0  # values, draws, bits, float32, what is found
+        words = self.cells * GRID * 2 + min(_CHUNK, made) * 2 * (3 if self.cells else 0)
+        looked_up = made * self.itemsize + 2 * CHUNK if self.looks_up else 0
+        return moved + made * self.itemsize + span + changed + exact + words + looked_up
+
+
+def _stays(tensor: TensorPlan) -> bool:
+    """Whether a tensor is one run of bytes, or nothing but zeros."""
+    match tensor.pieces:
+        case (Copy() as piece,):
+            return is_byte_copy(piece, tensor.dtype) and piece.source.is_contiguous
+        case (Fill(value=0.0),):
+            return True
+    return False
+
+
+def _way(piece: Copy, dtype: DType) -> Literal["bytes", "cast", "table", "exact"]:
+    """How a copy is made: moved as it is, cast, looked up by its 16 bits, or computed in float64."""
+    source = piece.source.dtype
+    if is_byte_copy(piece, dtype):
+        return "bytes"
+    if piece.noise is None and piece.scale == 1.0 and piece.offset == 0.0 and source != FLOAT64:
+        return "cast"
+    return "table" if piece.noise is None and source.itemsize == 2 else "exact"
 
 
 def blocks(numel: int) -> Iterator[tuple[int, int]]:
@@ -139,30 +259,48 @@ def _is_contiguous(box: Box, whole: Box) -> bool:
 
 
 def stream(
-    tensor: TensorPlan, start: int, stop: int, *, reader: FileReader, resolved: Resolved, seed: int
+    tensor: TensorPlan,
+    start: int,
+    stop: int,
+    *,
+    reader: FileReader,
+    resolved: Resolved,
+    seed: int,
+    stretch: int = GRID,
+    allow_nonfinite: bool = False,
 ) -> Iterator[memoryview]:
     """The bytes of the elements `start .. stop` of a planned tensor in order, in chunks; each may overwrite the last.
 
-    The arguments are those of `assemble`.
+    The arguments are those of `assemble`; `stretch` is how many elements are made at a time, see `working_bytes`.
     """
     runs = copy_runs(tensor, start, stop)
     if runs is None:
-        for first in range(start, stop, GRID):
-            last = min(first + GRID, stop)
+        for first in range(start, stop, stretch):
+            last = min(first + stretch, stop)
             block = scratch("block", last - first, tensor.dtype.numpy)
-            assemble(tensor, first, last, block, reader=reader, resolved=resolved, seed=seed)
+            assemble(
+                tensor,
+                first,
+                last,
+                block,
+                reader=reader,
+                resolved=resolved,
+                seed=seed,
+                allow_nonfinite=allow_nonfinite,
+            )
             yield block.view(np.uint8).data
         return
     at = 0
     for view, first in runs:
-        yield from _zeros((first - at) * tensor.dtype.itemsize)
+        yield from zeros((first - at) * tensor.dtype.itemsize)
         yield from reader.chunks(view)
         at = first + view.numel
-    yield from _zeros((stop - start - at) * tensor.dtype.itemsize)
+    yield from zeros((stop - start - at) * tensor.dtype.itemsize)
 
 
-def _zeros(nbytes: int) -> Iterator[memoryview]:
-    return (memoryview(bytes(min(CHUNK, nbytes - at))) for at in range(0, nbytes, CHUNK))
+def zeros(nbytes: int) -> Iterator[memoryview]:
+    """So many bytes of zeros, in chunks."""
+    return (_ZEROS[: min(CHUNK, nbytes - at)] for at in range(0, nbytes, CHUNK))
 
 
 def assemble(
@@ -174,17 +312,22 @@ def assemble(
     reader: FileReader,
     resolved: Resolved,
     seed: int,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Make the elements `start .. stop` of a planned tensor.
 
     Args:
         tensor: a checked plan.
-        start: first element, on the grid of `blocks`.
+        start: first element.
         stop: one past the last element.
         block: where to put them: array [stop - start] of the tensor's dtype.
         reader: reads the sources.
         resolved: the numbers behind the plan's symbols.
         seed: seed of the random pieces.
+        allow_nonfinite: let what is too large for the tensor's dtype be infinite.
+
+    Raises:
+        Overflow: a finite value is too large for the tensor's dtype.
     """
     words: np.ndarray | None = None  # drawn once, if any piece of the block is random
     for piece, box, at, whole in _overlaps(tensor, start, stop):
@@ -193,21 +336,55 @@ def assemble(
         target = block[here].reshape(whole.size)[inside]
         match piece:
             case Copy():
-                _copy(piece, box, target, tensor.dtype, reader, resolved, seed)
+                _copy(piece, box, target, tensor, reader, resolved, seed, allow_nonfinite)
                 words = words if piece.noise is None else None  # noise was drawn over them
             case Fill():
-                target[...] = resolved.number(piece.value)
+                values = np.full(1, resolved.number(piece.value), np.float64)
+                target[...] = _rounded(values, values, box, tensor, allow_nonfinite)
             case RowMean():
                 first = box.start[-1] - piece.box.start[-1]
-                target[...] = resolved.rows[piece.source][first : first + box.size[-1]] * piece.scale
+                row = resolved.rows[piece.source][first : first + box.size[-1]]
+                values = np.empty_like(row)
+                scale_and_shift(row, piece.scale, 0.0, tensor.dtype, values)
+                target[...] = _rounded(row, values, box, tensor, allow_nonfinite)
             case Normal():
                 words = draw_words(seed, tensor.name, start, stop - start) if words is None else words
                 table = normal_table(resolved.number(piece.std), tensor.dtype)
+                _check_draws(table, resolved.number(piece.std), tensor, allow_nonfinite)
                 chosen = words[here].reshape(whole.size)[inside]
                 if target.flags.c_contiguous:
                     look_up(table, chosen, target)
                 else:
                     target[...] = look_up(table, chosen)
+
+
+def _rounded(source: np.ndarray, values: np.ndarray, box: Box, tensor: TensorPlan, allow_nonfinite: bool) -> np.ndarray:
+    """A row of float64 values, which repeats in a box, in the tensor's dtype."""
+    result = np.empty(values.shape, tensor.dtype.numpy)
+    round_once(values, tensor.dtype, result)
+    at = None if allow_nonfinite else first_overflow(source, result)
+    if at is not None:
+        place = (*box.start[:-1], box.start[-1] + at)
+        raise _overflow(tensor, place, float(values[at]))
+    return result
+
+
+def _check_draws(table: np.ndarray, std: float, tensor: TensorPlan, allow_nonfinite: bool) -> None:
+    if not allow_nonfinite and math.isfinite(std) and not np.isfinite(table[-1].astype(np.float64)):
+        raise Overflow(
+            f"{tensor.name}: draws with a standard deviation of {std:.6g} are larger than the largest {tensor.dtype}, "
+            f"{largest(tensor.dtype):.6g}; a wider --dtype holds them."
+        )
+
+
+def _overflow(tensor: TensorPlan, place: Sequence[int], value: float) -> Overflow:
+    """The error for a value at an index into a tensor's layout."""
+    flat = sum(index * stride for index, stride in zip(place, row_major_strides(tensor.layout), strict=True))
+    index = [*map(int, np.unravel_index(flat, tensor.shape or (1,)))]
+    return Overflow(
+        f"{tensor.name}{index} is {value:.9g}, the largest {tensor.dtype} is {largest(tensor.dtype):.9g}: a wider "
+        "--dtype holds it, --allow-nonfinite makes it infinite."
+    )
 
 
 def _overlaps(tensor: TensorPlan, start: int, stop: int) -> Iterator[tuple[Piece, Box, int, Box]]:
@@ -225,33 +402,99 @@ def _source_window(piece: Copy, box: Box) -> View:
 
 
 def _copy(
-    piece: Copy, box: Box, target: np.ndarray, dtype: DType, reader: FileReader, resolved: Resolved, seed: int
+    piece: Copy,
+    box: Box,
+    target: np.ndarray,
+    tensor: TensorPlan,
+    reader: FileReader,
+    resolved: Resolved,
+    seed: int,
+    allow_nonfinite: bool,
 ) -> None:
     view = _source_window(piece, box)
-    if is_byte_copy(piece, dtype):
+    if _way(piece, tensor.dtype) == "bytes":
         reader.read_into(view, target)
         return
-    source = scratch("source", view.shape, view.dtype.numpy)
-    reader.read_into(view, source)
-    source = source.reshape(-1)
-    words = None if piece.noise is None else _words_of(view, piece.noise, seed).reshape(-1)
-    compute = np.promote_types(dtype.compute, view.dtype.compute)
-    result = scratch("result", source.size, dtype.numpy)
-    for start in range(0, source.size, _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        values = source[chunk].astype(compute) * piece.scale + piece.offset
-        if piece.noise is not None and words is not None:
-            amplitude = piece.noise.weight * resolved.number(piece.noise.std)
-            values += look_up(standard_normal_table(compute), words[chunk]) * amplitude
-        with np.errstate(over="ignore"):  # an infinity is in the output for the check on finite values to find
-            result[chunk] = values
-    target[...] = result.reshape(target.shape)
+    changes = piece.scale != 1.0 or piece.offset != 0.0 or piece.noise is not None
+    look = not allow_nonfinite and (changes or not widens(view.dtype, tensor.dtype))
+    step = _whole_rows(view.shape)
+    for start in range(0, view.numel, step):
+        for part in boxes_of_range(view.shape, start, min(start + step, view.numel)):
+            window = view.window(part)
+            source = _read(window, reader)
+            here = target[part.slices_in(Box.whole(view.shape))]
+            result = here if here.flags.c_contiguous else scratch("result", here.shape, here.dtype)
+            _convert(piece, window, source, result, tensor.dtype, resolved, seed)
+            at = first_overflow(source, result) if look else None
+            if at is not None:
+                inside = np.unravel_index(at, window.shape)
+                place = [a + b + int(c) for a, b, c in zip(box.start, part.start, inside, strict=True)]
+                value = float(source.reshape(-1)[at]) * piece.scale + piece.offset
+                raise _overflow(tensor, place, value)
+            if result is not here:
+                here[...] = result
+
+
+def _whole_rows(shape: Shape) -> int:
+    """About `_CHUNK` elements: as many whole rows of the innermost dimensions as that holds."""
+    row = 1
+    for size in reversed(shape):
+        if row * size > _CHUNK:
+            break
+        row *= size
+    return row * (_CHUNK // row)
+
+
+def _convert(
+    piece: Copy,
+    window: View,
+    source: np.ndarray,
+    result: np.ndarray,
+    dtype: DType,
+    resolved: Resolved,
+    seed: int,
+) -> None:
+    """What a copy makes of some of its source's elements, in the tensor's dtype: rounded once."""
+    way = _way(piece, dtype)
+    if way == "table":
+        table = scaled_table(window.dtype, piece.scale, piece.offset, dtype)
+        look_up(table, source.view("<u2"), result)
+        return
+    with np.errstate(all="ignore"):  # infinities are for the caller to find
+        if way == "cast":
+            result[...] = source
+            return
+        flat, out = source.reshape(-1), result.reshape(-1)
+        words = None if piece.noise is None else _words_of(window, piece.noise, seed).reshape(-1)
+        for start in range(0, flat.size, _EXACT):
+            part = slice(start, start + _EXACT)
+            values = scratch("exact", flat[part].size, np.dtype(np.float64))
+            scale_and_shift(flat[part], piece.scale, piece.offset, dtype, values)
+            if piece.noise is not None and words is not None:
+                amplitude = piece.noise.weight * resolved.number(piece.noise.std)
+                values += look_up(normal_table(amplitude, FLOAT64), words[part])
+            round_once(values, dtype, out[part])
 
 
 def _words_of(view: View, noise: Noise, seed: int) -> np.ndarray:
     """The random word of each element of a source window, by the element's place in its tensor."""
+    if view.is_contiguous:
+        begin = (view.offset - noise.origin) // view.dtype.itemsize
+        return draw_words(seed, noise.stream, begin, view.numel).reshape(view.shape)
+    words = scratch("noise", view.shape, np.dtype("<u2"))
+    _gather_words(view, noise, seed, words)
+    return words
+
+
+def _gather_words(view: View, noise: Noise, seed: int, out: np.ndarray) -> None:
+    """The same in `out`, part by part where the elements lie far apart, so that few words are drawn for nothing."""
     begin, end = ((position - noise.origin) // view.dtype.itemsize for position in view.span)
-    start = begin // GRID * GRID
-    words = draw_words(seed, noise.stream, start, end - start)
-    strides = tuple(stride * words.itemsize for stride in view.strides)
-    return np.lib.stride_tricks.as_strided(words[begin - start :], view.shape, strides, writeable=False)
+    if end - begin <= 2 * view.numel:
+        words = draw_words(seed, noise.stream, begin, end - begin)
+        strides = tuple(stride * words.itemsize for stride in view.strides)
+        out[...] = np.lib.stride_tricks.as_strided(words, view.shape, strides, writeable=False)
+        return
+    axis = max(range(len(view.shape)), key=lambda axis: view.strides[axis] if view.shape[axis] > 1 else -1)
+    for index in range(view.shape[axis]):
+        part = (*(slice(None),) * axis, slice(index, index + 1))
+        _gather_words(view[part], noise, seed, out[part])

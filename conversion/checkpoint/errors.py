@@ -18,3 +18,7 @@ class CorruptData(CheckpointError):
 
 class NotFinite(CorruptData):
     """A value that was to be written is NaN or infinite."""
+
+
+class Overflow(CorruptData):
+    """A finite value is too large for the type that it was to be written in."""

@@ -11,7 +11,6 @@ finished is journalled (`workspace.py`), and the file that makes the folder load
 is complete.
 """
 
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,14 +21,15 @@ from pathlib import Path
 
 import numpy as np
 
-from .assemble import blocks, copy_runs, is_zero, resolve, stream
+from .assemble import blocks, copy_runs, is_zero, resolve, stream, zeros
+from .budget import Share, share_out
 from .containers import Layout, Shard, parse_size, safetensors_layout
 from .dtypes import first_nonfinite
 from .errors import CheckpointError, NotFinite
 from .finish import finish, write_missing
 from .job import Job
+from .limits import DEFAULT_MEMORY, default_workers, high_water
 from .manifest import block_digest
-from .normal_stream import GRID
 from .plan import CheckpointPlan, TensorPlan
 from .preflight import FOLDER, Decision, Done, Refused, Resume, preflight
 from .ranks import Ranks
@@ -44,7 +44,7 @@ class WriteOptions:
 
     Args:
         max_shard_size: most bytes of tensors in a file, or text such as `5GB` (a larger tensor has a file to itself).
-        workers: threads; memory grows with it, the output's bytes do not depend on it.
+        workers: threads; the output's bytes do not depend on it.
         digest: hash every tensor for the manifest. Without, an interrupted run resumes from whole shards only.
         overwrite: replace the checkpoint that the folder already holds, or a run there that was interrupted.
         progress: called from any thread with the number of output bytes just finished, and the number in all.
@@ -53,10 +53,13 @@ class WriteOptions:
             and its `progress` is that of all.
         patience: seconds without a sign of life after which another rank counts as gone.
         finite: refuse to write a NaN or an infinity.
+        memory: what all threads may hold together, beside the program itself: bytes, or text such as `256MB`. Fewer
+            threads run than asked for where it does not suffice for all; the output's bytes do not depend on it.
+        allow_nonfinite: write what is too large for a tensor's dtype as infinity, which is an error else.
     """
 
     max_shard_size: str | int = "5GB"
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    workers: int = field(default_factory=default_workers)
     digest: bool = True
     overwrite: bool = False
     progress: Callable[[int, int], None] = lambda nbytes, total: None
@@ -64,11 +67,21 @@ class WriteOptions:
     world_size: int = 1
     patience: float = 120.0
     finite: bool = False
+    memory: str | int = DEFAULT_MEMORY
+    allow_nonfinite: bool = False
 
     @property
     def shard_bytes(self) -> int:
         """`max_shard_size` in bytes."""
         return parse_size(self.max_shard_size)
+
+    def share(self, tensors: Iterable[TensorPlan]) -> Share:
+        """What `memory` and `workers` come to for some tensors.
+
+        Raises:
+            CheckpointError: the memory is too little for one thread.
+        """
+        return share_out(tensors, self.workers, parse_size(self.memory))
 
 
 @dataclass(frozen=True)
@@ -153,6 +166,7 @@ def execute(
     job = make_job(plan, options, layout)
     shards = [*job.layout.shards]
     if dry_run:
+        options.share(plan.tensors)
         foreseen = foresee(job, out, options)
         return CheckpointResult(plan, shards, [*notes, *foreseen.notes], None, foreseen=foreseen)
     written = run_job(job, out, options)
@@ -180,7 +194,8 @@ def make_job(plan: CheckpointPlan, options: WriteOptions, layout: Layout | None 
     plan.check()
     cut = {} if layout else {"max_shard_size": options.shard_bytes}
     files = layout or safetensors_layout(plan.tensors, options.shard_bytes)
-    job = Job.of(plan, files, digest=options.digest, finite=options.finite, **cut)
+    allowed = {"digest": options.digest, "finite": options.finite, "allow_nonfinite": options.allow_nonfinite}
+    job = Job.of(plan, files, **allowed, **cut)
     job.check()
     return job
 
@@ -195,9 +210,11 @@ def run_job(job: Job, out: Path, options: WriteOptions) -> Written:
         options: see `WriteOptions`.
 
     Raises:
-        CheckpointError: the folder cannot be used, or a source cannot be read.
+        CheckpointError: the folder cannot be used, the memory is too little, or a source cannot be read.
+        Overflow: a value is too large for the dtype that it is written in.
         OSError: the disk fails or is too small; the folder is then not loadable, and the same call resumes.
     """
+    share = options.share(job.plan.tensors)
     shards = [shard for shard in job.layout.shards if shard.twin is None]
     written = Written(out, tuple(job.weights), job.plan.nbytes)
     decision = preflight(job, out)
@@ -233,7 +250,7 @@ def run_job(job: Job, out: Path, options: WriteOptions) -> Written:
             options.progress(nbytes, total)
 
         advance(_tensor_bytes(mine) - _tensor_bytes(todo))
-        _write_shards(job.plan, todo, advance, workspace, reader, options)
+        _write_shards(job.plan, todo, advance, workspace, reader, options, share)
         if options.rank == 0:
             finished = [workspace.wait_for(shard, i % options.world_size) for i, shard in enumerate(shards)]
             ranks.settle(whole - _tensor_bytes(mine))
@@ -288,10 +305,9 @@ def free_space(out: Path) -> int:
     return shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
 
 
-def peak_memory(plan: CheckpointPlan, workers: int) -> int:
-    """Bytes that running a plan takes at most beside the interpreter: a few MB a worker, whatever the model."""
-    itemsize = max(tensor.dtype.itemsize for tensor in plan.tensors)
-    return workers * GRID * (3 * itemsize + np.dtype(np.uint16).itemsize)  # elements, their source span, their draws
+def peak_memory(plan: CheckpointPlan, options: WriteOptions) -> int:
+    """Bytes that running a plan takes at most: this process as large as it has been until now, and its threads."""
+    return high_water() + options.share(plan.tensors).nbytes
 
 
 @dataclass(frozen=True)
@@ -317,9 +333,11 @@ def _write_shards(
     workspace: Workspace,
     reader: FileReader,
     options: WriteOptions,
+    share: Share,
 ) -> None:
     """Write some shards, and leave a record of each; `advance` is told the bytes of each block."""
-    resolved = resolve([tensor for shard in shards for tensor, _ in shard.tensors], reader, options.workers)
+    tensors = [tensor for shard in shards for tensor, _ in shard.tensors]
+    resolved = resolve(tensors, reader, max(1, share.prepass), allow_nonfinite=options.allow_nonfinite)
     open_files: list[ShardFile] = []
     cached = fits_in_cache(plan.nbytes)
 
@@ -334,7 +352,16 @@ def _write_shards(
             file.release()
 
     def work(block: _Block) -> None:
-        data = stream(block.tensor, block.start, block.stop, reader=reader, resolved=resolved, seed=plan.seed)
+        data = stream(
+            block.tensor,
+            block.start,
+            block.stop,
+            reader=reader,
+            resolved=resolved,
+            seed=plan.seed,
+            stretch=share.stretch,
+            allow_nonfinite=options.allow_nonfinite,
+        )
         data = _checked(block, data) if options.finite else data
         with naming_errors(block.file.path):
             if options.digest:
@@ -348,7 +375,7 @@ def _write_shards(
         advance(block.nbytes)
 
     try:
-        _run(work_items(), work, options.workers)
+        _run(work_items(), work, share.workers)
     finally:
         for file in open_files:
             file.close()
@@ -399,7 +426,7 @@ def _write_plain(block: _Block, data: Iterator[memoryview], reader: FileReader) 
 
 @lru_cache(maxsize=16)
 def _zero_digest(nbytes: int) -> bytes:
-    return block_digest([bytes(nbytes)])
+    return block_digest(zeros(nbytes))
 
 
 def _run(items: Iterator[_Block], work: Callable[[_Block], None], workers: int) -> None:

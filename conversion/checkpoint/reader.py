@@ -23,6 +23,7 @@ from .scratch import scratch
 _SPAN_WASTE = 2.0
 _SPAN_SLACK = 64 * 1024
 _LONG_RUN = 64 * 1024  # bytes worth a system call of their own
+MAX_SPAN = 1 << 20  # bytes of a span, where it can be cut: what is copied out of it then is still in the cache
 
 # Bytes that are read, hashed and written before the next: they stay in a core's cache, where a block has no room.
 CHUNK = 256 * 1024
@@ -70,20 +71,28 @@ class FileReader:
         if not view.numel:
             return
         begin, end = view.span
+        in_one = view.is_contiguous or (
+            _run_bytes(view) < _LONG_RUN and end - begin <= _SPAN_WASTE * view.nbytes + _SPAN_SLACK
+        )
         if view.is_contiguous and out.flags.c_contiguous:
             self._read_bytes(view.file, begin, out)
-        elif view.is_contiguous or (
-            _run_bytes(view) < _LONG_RUN and end - begin <= _SPAN_WASTE * view.nbytes + _SPAN_SLACK
-        ):
+        elif not in_one:
+            self._read_parts(view, out, 1)
+        elif end - begin > MAX_SPAN:
+            step = view.strides[_widest(view)] * view.dtype.itemsize
+            self._read_parts(view, out, max(1, MAX_SPAN // step))
+        else:
             span = scratch("span", (end - begin) // view.dtype.itemsize, view.dtype.numpy)
             self._read_bytes(view.file, begin, span)
             strides = tuple(stride * view.dtype.itemsize for stride in view.strides)
             out[...] = np.lib.stride_tricks.as_strided(span, view.shape, strides, writeable=False)
-        else:
-            axis = max(range(len(view.shape)), key=lambda a: view.strides[a] if view.shape[a] > 1 else -1)
-            for index in range(view.shape[axis]):
-                part = (*(slice(None),) * axis, slice(index, index + 1))
-                self.read_into(view[part], out[part])
+
+    def _read_parts(self, view: View, out: np.ndarray, count: int) -> None:
+        """Read a window in parts of so many indices along the dimension of the widest steps."""
+        axis = _widest(view)
+        for index in range(0, view.shape[axis], count):
+            part = (*(slice(None),) * axis, slice(index, index + count))
+            self.read_into(view[part], out[part])
 
     def chunks(self, view: View) -> Iterator[memoryview]:
         """The bytes of a contiguous window in order, in chunks; each is overwritten by the next.
@@ -125,6 +134,11 @@ class FileReader:
         return CorruptData(
             f"{file}: ends at byte {size}, but a tensor reaches to byte {end}: the file was cut short meanwhile."
         )
+
+
+def _widest(view: View) -> int:
+    """The dimension along which neighbours are farthest apart in the file."""
+    return max(range(len(view.shape)), key=lambda axis: view.strides[axis] if view.shape[axis] > 1 else -1)
 
 
 def _run_bytes(view: View) -> int:

@@ -5,15 +5,22 @@
 """Memory that a thread uses again and again.
 
 The C library gives an array of more than 128 KiB back to the kernel when it is freed, and the next one costs a page
-fault for every 4 KiB of it: half of the time of a run that fills tensors, before arrays were kept.
+fault for every 4 KiB of it: half of the time of a run that fills tensors, before arrays were kept. What it does not
+give back stays in a heap of the thread's own, so these come from the kernel, and go with the thread.
 """
 
 import math
+import mmap
 import threading
 
 import numpy as np
 
 _arrays = threading.local()
+
+
+def anonymous_memory(nbytes: int) -> mmap.mmap:
+    """Memory of the kernel's, zeros until it is written to; given back when nothing refers to it."""
+    return mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def scratch(purpose: str, shape: int | tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -22,6 +29,7 @@ def scratch(purpose: str, shape: int | tuple[int, ...], dtype: np.dtype) -> np.n
     nbytes = math.prod(sizes) * dtype.itemsize
     kept = getattr(_arrays, purpose, None)
     if kept is None or kept.nbytes < nbytes:
-        kept = np.empty(nbytes, np.uint8)
+        setattr(_arrays, purpose, None)  # before the next, so that there are never two
+        kept = np.frombuffer(anonymous_memory(nbytes), np.uint8)
         setattr(_arrays, purpose, kept)
     return kept[:nbytes].view(dtype).reshape(sizes)

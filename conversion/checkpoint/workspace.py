@@ -321,6 +321,7 @@ class ShardFile:
         record = Finished(status.st_size, status.st_mtime_ns, digests, self._statistics)
         write_file(self._workspace.beside(self._shard, ".done"), json.dumps(asdict(record)).encode())
         self._journal_path.unlink(missing_ok=True)
+        self._digests, self.claims = {}, {}  # a block of each 8 MiB of a large model's 2 TB, in hundreds of shards
         self.close()
 
     def close(self) -> None:

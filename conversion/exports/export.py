@@ -20,7 +20,7 @@ import ml_dtypes
 
 from ..architecture import Architecture
 from ..checkpoint.containers import Layout, Shard, indexed_layout
-from ..checkpoint.dtypes import FLOAT16, DType, parse_dtype
+from ..checkpoint.dtypes import DType, parse_dtype
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.execute import CheckpointResult, WriteOptions, execute
 from ..checkpoint.finish import link_kind
@@ -32,6 +32,7 @@ from ..checkpoint.sources import Source, open_checkpoint
 from ..hub.contents import TOKENIZER_CODE, TOKENIZER_FILES, hub_config, hub_sidecars, lineage_steps, model_card
 from ..hub.small_files import copied_file
 from ..mapping import EMBED_TOKENS, LM_HEAD, check_tensors, weights
+from ..quantisation import refuse_quantised
 from .megatron import ParallelSizes, Spec, padded_vocab_size, plan_megatron
 
 Target: TypeAlias = Literal["granite", "llama", "megatron"]
@@ -84,8 +85,6 @@ def export_checkpoint(
     options = options or WriteOptions()
     model = _open_model(source)
     cast = parse_dtype(dtype) if dtype else None
-    if model.dtype(cast) == FLOAT16:  # where a product can be too large
-        options = replace(options, finite=True)
     if to == "megatron":
         plan, layout, notes = _plan_megatron(model, ParallelSizes(tp, pp, vpp), multipliers == "fold", spec, cast)
         return execute(plan, Path(out), options, notes, dry_run=dry_run, layout=layout)
@@ -175,6 +174,7 @@ def _open_model(source: str | Path) -> _Model:
     config = checkpoint.config
     if config is None:
         raise CheckpointError(f"{checkpoint.folder}/config.json: no such file; only a Tele-FLM can be exported.")
+    refuse_quantised(checkpoint, "export")
     architecture = Architecture.from_config(config, f"{checkpoint.folder}/config.json", with_biases=True)
     check_tensors(checkpoint.tensors, architecture, checkpoint.folder)
     return _Model(checkpoint, config, architecture)

@@ -7,12 +7,12 @@
 huggingface_hub uploads, skips what the repository has already, and goes on after an interruption.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.errors import CheckpointError
+from ..checkpoint.limits import default_workers
 from ..checkpoint.manifest import MANIFEST, OLD_MANIFEST, find_manifest
 from ..checkpoint.preflight import FOLDER, PARTIAL
 from ..checkpoint.strict_json import parse_json_object
@@ -65,7 +65,7 @@ def publish(
     message: str | None = None,
     check: bool = True,
     dry_run: bool = False,
-    workers: int = os.cpu_count() or 1,
+    workers: int = default_workers(),
     progress: Callable[[int, int], None] = lambda nbytes, total: None,
 ) -> Publication:
     """Upload a Hub folder, or an adapter of `sft export`, as a model of the Hub.

@@ -23,13 +23,20 @@ from ..mapping import EMBED_TOKENS, LM_HEAD, Weight, is_derived, weights
 from .checkpoint import NativeCheckpoint, Replica
 from .find import exported_folder
 from .table import NativeWeight, hub_table, native_tensors, split
-from .training_args import config_from_args
+from .training_args import (
+    config_from_args,
+    parse_multipliers,
+    states_multipliers,
+    unread_multipliers,
+)
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 # Fields of a configuration that a run may have its own value of: they decide nothing that the weights compute.
 _INDIFFERENT = ("max_position_embeddings", "initializer_range")
+_LOGITS = ("output_mult", "mup_scale_factor")
+_MUP = ("use_mup", "input_mult", *_LOGITS)
 _NATIVE_HEAD = ("output_layer.weight", LM_HEAD.name)
-_COMPARED = 1 << 20  # elements of a replica that are read at a time
+_COMPARED = 1 << 17  # elements of a replica that are read at a time
 
 
 def plan_run(
@@ -38,6 +45,7 @@ def plan_run(
     tokenizer: str | Path | None,
     vocab_size: int | None,
     dtype: DType | None,
+    multipliers: str | None = None,
 ) -> tuple[CheckpointPlan, list[str]]:
     """The plan of the Hub folder that a training checkpoint becomes, and notes on it.
 
@@ -47,18 +55,19 @@ def plan_run(
         tokenizer: folder of its tokenizer; the one of that config.json unless given.
         vocab_size: rows of the vocabulary without padding.
         dtype: of the output; the run's unless given.
+        multipliers: `none`, or the model's, as `training_args.parse_multipliers` reads them.
 
     Raises:
         CheckpointError: something is missing, or two sources of one fact disagree.
     """
-    beside = next((f for f in (Path(run.folder), Path(run.folder).parent) if (f / "config.json").is_file()), None)
+    beside = _folder_with_config(run)
     if config is None and beside:
         config = load_config(beside / "config.json")
     folder = Path(tokenizer) if tokenizer else beside or Path(run.folder)
     pieces = count_pieces(folder)
     if tokenizer and pieces is None:
         raise CheckpointError(f"{folder}: holds no tokenizer.model.")
-    complete = complete_config(run, config, vocab_size, pieces)
+    complete = complete_config(run, config, vocab_size, pieces, multipliers)
     architecture = Architecture.from_config(complete, f"{run.folder}: configuration", with_biases=True)
     tensors, notes = plan_tensors(run, architecture, dtype or run.dtype)
     exported = exported_folder(Path(run.folder))
@@ -77,6 +86,11 @@ def plan_run(
     return plan, notes
 
 
+def _folder_with_config(run: NativeCheckpoint) -> Path | None:
+    folder = Path(run.folder)
+    return next((place for place in (folder, folder.parent) if (place / "config.json").is_file()), None)
+
+
 def run_architecture(run: NativeCheckpoint) -> Architecture | None:
     """What a training checkpoint says of its model, with the padding of its vocabulary; None if it says nothing.
 
@@ -91,7 +105,11 @@ def run_architecture(run: NativeCheckpoint) -> Architecture | None:
 
 
 def complete_config(
-    run: NativeCheckpoint, config: Mapping[str, Any] | None, vocab_size: int | None, pieces: int | None
+    run: NativeCheckpoint,
+    config: Mapping[str, Any] | None,
+    vocab_size: int | None,
+    pieces: int | None,
+    multipliers: str | None = None,
 ) -> dict[str, Any]:
     """The configuration of a training checkpoint, from its arguments and what the user adds.
 
@@ -100,6 +118,7 @@ def complete_config(
         config: a configuration that says what the arguments do not; the two must agree on what both say.
         vocab_size: rows of the vocabulary without Megatron's padding.
         pieces: of the tokenizer, which is the vocabulary's size where nothing else says it.
+        multipliers: see `plan_run`.
 
     Raises:
         CheckpointError: they disagree, or something is missing; names the field and both values.
@@ -117,8 +136,59 @@ def complete_config(
         **said,
         **{name: value for name, value in (config or {}).items() if value is not None or name not in said},
     }
+    merged |= _multipliers(run, merged, config or {}, multipliers)
     size = _vocab_size(run, config or {}, vocab_size, pieces)
     return {**merged, "vocab_size": size, "model_type": MODEL_TYPE}
+
+
+def _multipliers(
+    run: NativeCheckpoint, merged: Mapping[str, Any], config: Mapping[str, Any], stated: str | None
+) -> dict[str, Any]:
+    """The multipliers that the user states; where nobody states any, the run is refused.
+
+    Every published Tele-FLM has some, so that a run which does not say rather has them by another name. Where the
+    tensors have the Hub's names, the configuration is the model's own, and silence means what it means there: none.
+    """
+    missing = _missing_multipliers(run, config)
+    if stated is None:
+        if missing is None:
+            return {}
+        raise CheckpointError(
+            f"{run.folder}: {missing}; give them with --multipliers or --config, or say --multipliers none."
+        )
+    fields = parse_multipliers(stated)
+    if _factors(fields, merged) != _factors(merged, merged):
+        raise CheckpointError(
+            f"{run.folder}: the factors on embeddings and logits are {_factors(merged, merged)} by the run's arguments "
+            f"or --config and {_factors(fields, merged)} by --multipliers; correct it."
+        )
+    return fields
+
+
+def _missing_multipliers(run: NativeCheckpoint, config: Mapping[str, Any]) -> str | None:
+    """That nothing says the multipliers of a run, with what may be them; None if something does."""
+    if run.table is None or states_multipliers(run.args) or config.get("use_mup") is not None:
+        return None
+    like = ", ".join(f"{name} {value!r}" for name, value in sorted(unread_multipliers(run.args).items())[:8])
+    return "the run's arguments do not say the factors on embeddings and logits that every published Tele-FLM has" + (
+        f" (unknown here: {like})" if like else ""
+    )
+
+
+def missing_multipliers(run: NativeCheckpoint) -> str | None:
+    """A sentence where neither a training checkpoint nor a config.json beside it says its multipliers, else None."""
+    folder = _folder_with_config(run)
+    missing = _missing_multipliers(run, load_config(folder / "config.json") if folder else {})
+    return f"{missing}: those shown are a guess." if missing else None
+
+
+def _factors(fields: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """The factors on the embeddings and on the logits that some fields come to, each where it is known at all."""
+    is_known = [any(known.get(name) is not None for name in names) for names in (("input_mult",), _LOGITS)]
+    is_off = known.get("use_mup") is False and not any(is_known)
+    values = {name: 1.0 if fields.get(name) is None or not fields.get("use_mup") else fields[name] for name in _MUP}
+    embeddings, logits = float(values["input_mult"]), values["output_mult"] / values["mup_scale_factor"]
+    return embeddings if is_known[0] or is_off else None, logits if is_known[1] or is_off else None
 
 
 def _given(config: Mapping[str, Any], field: str) -> Any:
@@ -251,6 +321,10 @@ def _notes(run: NativeCheckpoint, architecture: Architecture, gammas: set[str]) 
         yield f"{padding} rows of padding after the {architecture.vocab_size} of the vocabulary were left out."
     if gammas:
         yield f"1 was added to {len(gammas)} norm weights, which the run stored less 1."
+    unread = unread_multipliers(run.args)
+    if unread:
+        like = ", ".join(f"{name} {value!r}" for name, value in sorted(unread.items())[:8])
+        yield f"Arguments of the run that look like multipliers were not read: {like}."
     if architecture.attention_bias:
         yield "o_proj.bias is zeros: the run has biases on q, k and v only."
 

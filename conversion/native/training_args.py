@@ -5,6 +5,7 @@
 """From the arguments of a training run to a Hub configuration: what they say, and what they must not say."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,15 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "output_mult": ("output_mult", "mup_output_mult"),
     "mup_scale_factor": ("mup_scale_factor",),
 }
+MULTIPLIERS = frozenset(("input_mult", "output_mult", "mup_scale_factor"))
+# Names of arguments that may be multipliers of a fork's, and those of Megatron that are not or have been read.
+_LIKE_A_MULTIPLIER = re.compile(r"mup|mult(?!i(?!plier))|scale|scaling|alpha", re.IGNORECASE)
+_NO_MULTIPLIER = re.compile(
+    r"(initial_|min_|max_)?loss_scale(_window)?|.*lr_mult|.*multiple.*|.*multiprocess.*|apply_query_key_layer_scaling"
+    r"|use_rope_scaling|(rope|rotary)_scaling_factor|mscale(_all_dim)?|.*(aux_)?loss_(coeff|scaling_factor)|moe_.*"
+    r"|muon_.*|lora_.*|mup_(base_.*|width_mult|attn_scale_power)|fp(4|8)_.*|.*_scale_(mode|gradient)|softmax_scale"
+    r"|rotary_seq_len_interpolation_factor|dist_ckpt_.*|rampup_.*"
+)
 # Arguments that make a model no Tele-FLM unless they have this value; absent ones are of a Megatron that lacks them.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
     "swiglu": (True,),
@@ -94,10 +104,68 @@ def config_from_args(args: Mapping[str, Any], where: str) -> dict[str, Any]:
         fields["num_key_value_heads"] = args["num_query_groups"] if grouped else args["num_attention_heads"]
     if args.get("untie_embeddings_and_output_weights") is not None:
         fields["tie_word_embeddings"] = not args["untie_embeddings_and_output_weights"]
-    if {"input_mult", "output_mult", "mup_scale_factor"} & fields.keys():
-        fields["use_mup"] = bool(args.get("use_mup", True))
+    if args.get("use_mup") is False:  # no effect then, and no word against what --config says
+        fields = {field: value for field, value in fields.items() if field not in MULTIPLIERS}
+    elif MULTIPLIERS & fields.keys():
+        fields["use_mup"] = True
     _check_attention_scale(args, where)
     return fields
+
+
+def unread_multipliers(args: Mapping[str, Any]) -> dict[str, float]:
+    """Arguments of a run that have the name and the value of a multiplier, and that nothing here reads.
+
+    A factor of 1 or 0 is none.
+    """
+    read = {name for names in _FIELDS.values() for name in names} | {"use_mup"}
+    return {
+        name: value
+        for name, value in args.items()
+        if name not in read
+        and _LIKE_A_MULTIPLIER.search(name)
+        and not _NO_MULTIPLIER.fullmatch(name)
+        and isinstance(value, int | float)
+        and value not in (0, 1)
+    }
+
+
+def states_multipliers(args: Mapping[str, Any]) -> bool:
+    """Whether the arguments of a run say its multipliers, or that it has none: both factors, or that muP is off.
+
+    That muP is off says nothing in a run that has unread ones: the trainer has a way of its own then.
+    """
+    fields = {field for field in MULTIPLIERS if any(args.get(name) is not None for name in _FIELDS[field])}
+    if args.get("use_mup") is False:
+        return not unread_multipliers(args)
+    return {"input_mult", "output_mult"} <= fields
+
+
+def parse_multipliers(text: str) -> dict[str, Any]:
+    """Read what a user says of multipliers: `none`, or `input_mult=16,output_mult=0.5,mup_scale_factor=16`.
+
+    Returns:
+        Fields of config.json.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    if text.strip() == "none":
+        return {"use_mup": False, **dict.fromkeys(sorted(MULTIPLIERS), 1.0)}
+    parts = [part.partition("=") for part in text.split(",")]
+    try:
+        values = {name.strip(): float(value) for name, equals, value in parts}
+    except ValueError:
+        values = {}
+    if (
+        not {"input_mult", "output_mult"} <= values.keys() <= MULTIPLIERS
+        or len(values) != len(parts)
+        or not all(value > 0 and math.isfinite(value) for value in values.values())
+    ):
+        raise CheckpointError(
+            f"--multipliers is {text!r}, expected none, or input_mult=NUMBER,output_mult=NUMBER and, if it is not 1, "
+            "mup_scale_factor=NUMBER."
+        )
+    return {"use_mup": True, "mup_scale_factor": 1.0, **values}
 
 
 def _check_attention_scale(args: Mapping[str, Any], where: str) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from conversion.architecture import Architecture
 from conversion.checkpoint.dtypes import DType
 from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.limits import default_workers
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.plan import View
 from conversion.checkpoint.reader import FileReader
@@ -218,7 +219,7 @@ def certify(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
     *,
-    workers: int = os.cpu_count() or 1,
+    workers: int = default_workers(),
     progress: Callable[[int, int], None] = lambda nbytes, total: None,
 ) -> Certificate:
     """Prove from the bytes of two checkpoints that B computes A's function, or name what breaks it.

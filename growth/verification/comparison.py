@@ -4,7 +4,6 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Proof from numbers: the logits of two checkpoints beside each other, and beside what rounding alone does."""
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import numpy as np
 from conversion.architecture import Architecture
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.limits import default_workers
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.sizes import format_bytes
@@ -137,7 +137,7 @@ def compare_numbers(
     *,
     dtype: str = "float64",
     forward: Forward = "auto",
-    workers: int = os.cpu_count() or 1,
+    workers: int = default_workers(),
     progress: Progress = no_progress,
     notify: Callable[[str], None] = lambda note: None,
 ) -> Numbers:

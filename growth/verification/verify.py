@@ -14,6 +14,7 @@ import numpy as np
 
 from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError, CorruptData
+from conversion.checkpoint.limits import default_workers
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.sources import Source, open_checkpoint
 from evaluation.text import tokenize
@@ -113,7 +114,7 @@ def verify_checkpoints(
     dtype: str = "float64",
     forward: Forward = "auto",
     max_tokens: int = 512,
-    workers: int = os.cpu_count() or 1,
+    workers: int = default_workers(),
     progress: Progress = no_progress,
     notify: Callable[[str], None] = lambda note: None,
 ) -> Verification:

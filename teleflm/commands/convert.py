@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from conversion.checkpoint.limits import DEFAULT_MEMORY
 from conversion.checkpoint.sizes import format_bytes
 from teleflm.terminal import (
     DEFAULT_WORKERS,
     EXIT_NO,
+    AllowNonfinite,
     Debug,
     DryRun,
     Dtype,
     Json,
     MaxShardSize,
+    Memory,
     NoDigest,
     Overwrite,
     Workers,
@@ -42,18 +45,21 @@ Iteration = Annotated[int | None, typer.Option(help="Of a run; its latest unless
 Config = Annotated[str | None, typer.Option(help="Preset or config.json with what the run itself does not say.")]
 Tokenizer = Annotated[Path | None, typer.Option(help="Folder of the tokenizer that goes with a run.")]
 VocabSize = Annotated[int | None, typer.Option(help="Of a run: rows of the vocabulary without padding.", min=1)]
+Multipliers = Annotated[
+    str | None, typer.Option(help="Of a run that does not say them: none, or input_mult=16,output_mult=0.5,...")
+]
 Mapping = Annotated[Path | None, typer.Option(help="YAML file with the tensor names of a fork of Megatron.")]
 Fp32Master = Annotated[bool, typer.Option("--fp32-master", help="Of DeepSpeed: the optimizer's float32 weights.")]
 AllowUnequalReplicas = Annotated[
     bool, typer.Option("--allow-unequal-replicas", help="Take rank 0's where a run's copies of one tensor differ.")
 ]
-AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Convert a run that holds NaN or infinities.")]
 
 
 def inspect(
     path: Path_,
     check: Check = False,
     workers: Workers = DEFAULT_WORKERS,
+    memory: Memory = DEFAULT_MEMORY,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -62,7 +68,7 @@ def inspect(
 
     with exit_codes(debug=debug):
         with byte_progress("checking") as progress:
-            inspection = inspect_checkpoint(path, check=check, workers=workers, progress=progress)
+            inspection = inspect_checkpoint(path, check=check, workers=workers, memory=memory, progress=progress)
         if as_json:
             print_json(_describe(inspection))
         else:
@@ -79,12 +85,14 @@ def convert(
     config: Config = None,
     tokenizer: Tokenizer = None,
     vocab_size: VocabSize = None,
+    multipliers: Multipliers = None,
     mapping: Mapping = None,
     fp32_master: Fp32Master = False,
     allow_unequal_replicas: AllowUnequalReplicas = False,
-    allow_nonfinite: AllowNonfinite = False,
     dtype: Dtype = None,
+    allow_nonfinite: AllowNonfinite = False,
     workers: Workers = DEFAULT_WORKERS,
+    memory: Memory = DEFAULT_MEMORY,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     no_digest: NoDigest = False,
@@ -108,6 +116,7 @@ def convert(
             config=config,
             tokenizer=tokenizer,
             vocab_size=vocab_size,
+            multipliers=multipliers,
             mapping=mapping,
             fp32_master=fp32_master,
             allow_unequal_replicas=allow_unequal_replicas,
@@ -117,11 +126,13 @@ def convert(
             dry_run=dry_run,
         ),
         workers=workers,
+        memory=memory,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         no_digest=no_digest,
         as_json=as_json,
         debug=debug,
+        allow_nonfinite=allow_nonfinite,
     )
 
 

@@ -9,13 +9,16 @@ from typing import Annotated
 
 import typer
 
+from conversion.checkpoint.limits import DEFAULT_MEMORY
 from teleflm.terminal import (
     DEFAULT_WORKERS,
+    AllowNonfinite,
     Debug,
     DryRun,
     Dtype,
     Json,
     MaxShardSize,
+    Memory,
     NoDigest,
     Overwrite,
     Workers,
@@ -45,7 +48,9 @@ def export(
     spec: Spec = "te",
     link: Link = False,
     dtype: Dtype = None,
+    allow_nonfinite: AllowNonfinite = False,
     workers: Workers = DEFAULT_WORKERS,
+    memory: Memory = DEFAULT_MEMORY,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     no_digest: NoDigest = False,
@@ -76,9 +81,11 @@ def export(
             dry_run=dry_run,
         ),
         workers=workers,
+        memory=memory,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         no_digest=no_digest,
         as_json=as_json,
         debug=debug,
+        allow_nonfinite=allow_nonfinite,
     )

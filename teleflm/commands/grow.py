@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from conversion.checkpoint.limits import DEFAULT_MEMORY
 from teleflm.terminal import (
     DEFAULT_WORKERS,
+    AllowNonfinite,
     Debug,
     DryRun,
     Dtype,
     Json,
     MaxShardSize,
+    Memory,
     NoDigest,
     Overwrite,
     Seed,
@@ -61,7 +64,9 @@ def grow(
     multipliers: Multipliers = "preserve",
     dtype: Dtype = None,
     seed: Seed = 0,
+    allow_nonfinite: AllowNonfinite = False,
     workers: Workers = DEFAULT_WORKERS,
+    memory: Memory = DEFAULT_MEMORY,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     no_digest: NoDigest = False,
@@ -98,11 +103,13 @@ def grow(
         out,
         write,
         workers=workers,
+        memory=memory,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         no_digest=no_digest,
         as_json=as_json,
         debug=debug,
+        allow_nonfinite=allow_nonfinite,
         describe=describe,
         show=print_growth,
     )
@@ -113,7 +120,9 @@ def fold(
     out: Out,
     alpha: Alpha = None,
     dtype: Dtype = None,
+    allow_nonfinite: AllowNonfinite = False,
     workers: Workers = DEFAULT_WORKERS,
+    memory: Memory = DEFAULT_MEMORY,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     no_digest: NoDigest = False,
@@ -130,11 +139,13 @@ def fold(
         out,
         lambda options: fold_masks(source, out, alpha=alpha, dtype=dtype, options=options, dry_run=dry_run),
         workers=workers,
+        memory=memory,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         no_digest=no_digest,
         as_json=as_json,
         debug=debug,
+        allow_nonfinite=allow_nonfinite,
     )
 
 
@@ -153,7 +164,7 @@ def parse_override(text: str) -> tuple[str, int | float | bool | str]:
         return key, value
 
 
-def describe(result: "GrowthResult", out: Path, workers: int) -> dict[str, Any]:
+def describe(result: "GrowthResult", out: Path, options: "WriteOptions") -> dict[str, Any]:
     """The growth as one JSON object; a dry run's has every tensor."""
     from teleflm.plan_report import describe_result
 
@@ -163,11 +174,11 @@ def describe(result: "GrowthResult", out: Path, workers: int) -> dict[str, Any]:
         "parameters": result.growth.target.num_parameters,
         "layers": [{"source": origin.source, "copy": origin.is_copy} for origin in result.growth.layers],
         "layer_distances": [asdict(distance) for distance in result.distances],
-        **describe_result(result, out, workers),
+        **describe_result(result, out, options),
     }
 
 
-def print_growth(result: "GrowthResult", out: Path, workers: int) -> None:
+def print_growth(result: "GrowthResult", out: Path, options: "WriteOptions") -> None:
     """A summary for people: what grows, then the plan or what was written."""
     from rich.console import Console
     from rich.table import Table
@@ -186,4 +197,4 @@ def print_growth(result: "GrowthResult", out: Path, workers: int) -> None:
         for distance in result.distances:
             distances.add_row(str(distance.layer), f"{distance.cosine:.4f}", f"{distance.relative:.4f}")
         Console().print(distances)
-    print_result(result, out, workers)
+    print_result(result, out, options)

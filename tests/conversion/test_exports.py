@@ -136,7 +136,7 @@ def test_a_head_is_untied_where_the_factors_differ(to, tmp_path):
 
 def test_a_product_too_large_for_float16_is_no_output(tmp_path):
     save(tmp_path / "source", torch.float16, input_mult=1e6)
-    with pytest.raises(CorruptData, match=r"embed_tokens.weight.* is NaN or infinite as float16"):
+    with pytest.raises(CorruptData, match=r"embed_tokens.weight\[\d+, \d+\] is -?\d+.*, the largest float16 is 65504"):
         export_checkpoint(tmp_path / "source", tmp_path / "out", to="llama", options=WriteOptions(workers=1))
     assert not (tmp_path / "out/model.safetensors").exists()
 

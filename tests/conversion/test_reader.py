@@ -22,8 +22,8 @@ EVERYTHING = slice(None)
         ((EVERYTHING,), 1, 1.0),
         ((slice(0, None, 2),), 12, 1.0),  # long runs: each by itself
         ((slice(0, None, 3), slice(0, 256)), 8, 1.0),
-        ((EVERYTHING, slice(0, None, 2)), 1, 2.0),  # short ones, as many: all at once
-        ((EVERYTHING, EVERYTHING, slice(0, 40)), 1, 1.6),
+        ((EVERYTHING, slice(0, None, 2)), 3, 2.0),  # short ones, as many: what lies between, too, 1 MiB at a time
+        ((EVERYTHING, EVERYTHING, slice(0, 40)), 3, 1.6),
         ((slice(0, 4), slice(0, None, 16)), 4 * 32, 1.0),  # short ones, far apart
     ],
     ids=str,
@@ -43,5 +43,5 @@ def test_windows(index, calls, waste, scattered, tmp_path, monkeypatch):
     with FileReader() as reader:
         reader.read_into(view, out)
     np.testing.assert_array_equal(out, expected)
-    assert len(read) == calls
+    assert len(read) == (3 if scattered and index == (EVERYTHING,) else calls)  # which goes through 1 MiB of memory
     assert sum(read) <= waste * expected.nbytes
