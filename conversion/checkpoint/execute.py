@@ -194,8 +194,8 @@ def make_job(plan: CheckpointPlan, options: WriteOptions, layout: Layout | None 
     plan.check()
     cut = {} if layout else {"max_shard_size": options.shard_bytes}
     files = layout or safetensors_layout(plan.tensors, options.shard_bytes)
-    allowed = {"digest": options.digest, "finite": options.finite, "allow_nonfinite": options.allow_nonfinite}
-    job = Job.of(plan, files, **allowed, **cut)
+    promises = {"digest": options.digest, "finite": options.finite, "no_overflow": not options.allow_nonfinite}
+    job = Job.of(plan, files, **promises, **cut)
     job.check()
     return job
 

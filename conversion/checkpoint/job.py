@@ -54,7 +54,8 @@ class Job:
         Args:
             plan: the checkpoint; the files that it names beside the tensors are read here.
             layout: its files.
-            settings: `digest` and `finite`, which promise something, and what else a user would want to be told of.
+            settings: `digest`, `finite` and `no_overflow`, which promise something where they are True, and what else a
+                user would want to be told of.
 
         Raises:
             CheckpointError: a source, or a file that the plan names, cannot be read.

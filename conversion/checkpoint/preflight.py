@@ -42,7 +42,7 @@ class Resume:
     """An interrupted run of this very job is there and goes on.
 
     Args:
-        relaxed: the run looked for values that are not finite, and goes on without.
+        relaxed: the run looked for values that are not finite or too large, and goes on without.
     """
 
     relaxed: bool = False
@@ -76,6 +76,7 @@ class Refused:
 
 Decision: TypeAlias = New | Resume | Done | Refused
 
+_LOOKED_FOR = ("finite", "no_overflow")
 _WAY_OUT = "choose another folder or --overwrite"
 
 
@@ -247,9 +248,11 @@ def _held_against_run(job: Job, there: _Contents, run: Mapping[str, Any]) -> Dec
     loadable = [name for name in there.weights if name in loadable_files()]
     if loadable:
         return Refused(f"{out}: already holds {loadable[0]}, {_made_otherwise(job, there)}", there.removable(job))
-    relaxed = job.settings.get("finite") is False and dict(_items(run.get("settings"))).get("finite") is True
-    if relaxed:  # all that it has written is finite, which is more than is asked of it now
-        run = {**run, "settings": {**run["settings"], "finite": False}}
+    promised = dict(_items(run.get("settings")))
+    looked_for = {name: False for name in _LOOKED_FOR if promised.get(name) is True and job.settings.get(name) is False}
+    relaxed = bool(looked_for)
+    if relaxed:  # what it has written was looked at, which is more than is asked of it now
+        run = {**run, "settings": {**promised, **looked_for}}
     difference = first_difference(run, job.run)
     if difference:
         text = f"holds an interrupted run, but {difference}; repeat that run, or --overwrite it."
