@@ -60,6 +60,8 @@ def make_loadable(job: Job, workspace: Workspace) -> None:
     if layout.index:
         _name_shard(out, last)
     sync_folders(out, (*job.weights, *job.small_files))
+    with suppress(PermissionError):  # somebody else's, in which we may make entries and not look
+        sync_folder(out.absolute().parent)
     if layout.index:
         workspace.write(*layout.index)
     else:
@@ -77,12 +79,10 @@ def write_missing(job: Job, names: Iterable[str], workspace: Workspace) -> None:
 
 
 def sync_folders(out: Path, names: Iterable[str]) -> None:
-    """Make the names of files below a folder durable, and the folder's own."""
+    """Make the names of files below a folder durable."""
     folders = {folder for name in names for folder in (out / name).parents if folder == out or out in folder.parents}
     for folder in sorted(folders, reverse=True):
         sync_folder(folder)
-    with suppress(PermissionError):  # somebody else's, in which we may make entries and not look
-        sync_folder(out.absolute().parent)
 
 
 def _name_shard(out: Path, shard: Shard) -> None:
