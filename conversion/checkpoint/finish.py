@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 from .containers import Shard
 from .job import Job, json_bytes
 from .kernel_copy import copy_range
-from .manifest import MANIFEST, between_digest, make_manifest
+from .manifest import MANIFEST, between_digest, make_manifest, sample_digest
 from .preflight import PARTIAL
 from .workspace import Finished, Workspace, naming_errors, sync_folder
 
@@ -48,7 +48,7 @@ def write_small_files(job: Job, finished: Sequence[Finished], workspace: Workspa
     """Write everything but the weights and what makes them loadable."""
     for name, content in job.small_files.items():
         workspace.write(name, content)
-    workspace.write(MANIFEST, json_bytes(job_record(job, finished)))
+    workspace.write(MANIFEST, json_bytes(job_record(job, finished, workspace.out)))
 
 
 def make_loadable(job: Job, workspace: Workspace) -> None:
@@ -60,6 +60,8 @@ def make_loadable(job: Job, workspace: Workspace) -> None:
     if layout.index:
         _name_shard(out, last)
     sync_folders(out, (*job.weights, *job.small_files))
+    with suppress(PermissionError):  # somebody else's, in which we may make entries and not look
+        sync_folder(out.absolute().parent)
     if layout.index:
         workspace.write(*layout.index)
     else:
@@ -77,12 +79,10 @@ def write_missing(job: Job, names: Iterable[str], workspace: Workspace) -> None:
 
 
 def sync_folders(out: Path, names: Iterable[str]) -> None:
-    """Make the names of files below a folder durable, and the folder's own."""
+    """Make the names of files below a folder durable."""
     folders = {folder for name in names for folder in (out / name).parents if folder == out or out in folder.parents}
     for folder in sorted(folders, reverse=True):
         sync_folder(folder)
-    with suppress(PermissionError):  # somebody else's, in which we may make entries and not look
-        sync_folder(out.absolute().parent)
 
 
 def _name_shard(out: Path, shard: Shard) -> None:
@@ -97,8 +97,14 @@ def _name_shard(out: Path, shard: Shard) -> None:
 # The record.
 
 
-def job_record(job: Job, finished: Sequence[Finished]) -> dict[str, Any]:
-    """What a finished checkpoint says of itself, see `manifest.py`."""
+def job_record(job: Job, finished: Sequence[Finished], out: Path) -> dict[str, Any]:
+    """What a finished checkpoint says of itself, see `manifest.py`.
+
+    Args:
+        job: what was written.
+        finished: the record of each shard that was written.
+        out: where they are, under their own or their partial names.
+    """
     digests = {name: digest for record in finished for name, digest in record.digests.items()}
     statistics = {symbol: value for record in finished for symbol, value in record.statistics.items()}
     identity = job.identity
@@ -110,18 +116,29 @@ def job_record(job: Job, finished: Sequence[Finished]) -> dict[str, Any]:
         statistics=statistics,
         job={**made_by, "settings": dict(job.settings)},
         sources=identity["sources"],
-        files=_files(job),
+        files=_files(job, out),
         tensors=_tensors(job, digests),
         digests=bool(digests),
     )
 
 
-def _files(job: Job) -> dict[str, dict[str, Any]]:
+def _files(job: Job, out: Path) -> dict[str, dict[str, Any]]:
     small = {
         name: {"bytes": len(content), "sha256": job.small_digests[name]} for name, content in job.small_contents.items()
     }
-    weights = {shard.filename: {"bytes": shard.nbytes, "between": _between(shard)} for shard in job.layout.shards}
+    weights = {
+        shard.filename: {"bytes": shard.nbytes, "between": _between(shard), "samples": sample_digest(_path(out, shard))}
+        for shard in job.layout.shards
+    }
     return dict(sorted({**small, **weights}.items()))
+
+
+def _path(out: Path, shard: Shard) -> Path:
+    """Where the bytes of a shard are that has its final name, or has not yet."""
+    if shard.twin:
+        return Path(shard.twin)
+    partial = out / (shard.filename + PARTIAL)
+    return partial if partial.exists() else out / shard.filename
 
 
 def _between(shard: Shard) -> str:

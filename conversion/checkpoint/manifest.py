@@ -14,7 +14,8 @@ It is published with the weights, so it holds no local path, no user and no host
     job               its fingerprint, settings, `engine` and `layout`: what tells whether another is the same
     sources           file of the source -> its identity
     digest            how tensors are hashed; null if they are not
-    files             every file of the folder -> bytes, and `sha256`; of weights `between` instead: of all but tensors
+    files             every file of the folder -> bytes, and `sha256`; of weights instead `between`, of all but the
+                      tensors, and `samples`, of a few places: what tells cheaply that they are still there
     tensors           name -> file, dtype, shape, digest
 
 Version 0.1.0 wrote a `manifest.json` (format 1), without `job`, `sources` and `files`. That name belongs to many
@@ -23,6 +24,7 @@ programs, so one that is not ours is nothing to us.
 
 import hashlib
 import importlib.metadata
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ FORMAT, _OLD_FORMAT = 2, 1
 _FIELDS = {"plan": str, "lineage": dict, "tensors": dict}  # what a record has at least, of either format
 _OLD_FIELDS = {**_FIELDS, "teleflm_version": str, "statistics": dict}
 _MAX_BYTES = 100_000_000
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
 def block_digest(chunks: Iterable[bytes | memoryview]) -> bytes:
@@ -59,6 +62,21 @@ def between_digest(parts: Iterable[bytes]) -> str:
     digest = xxhash.xxh3_128()
     for part in parts:
         digest.update(part)
+    return digest.hexdigest()
+
+
+def sample_digest(path: Path) -> str:
+    """Digest of a few places spread over a file, both of its ends among them.
+
+    Two steps of a run have files of one size and header, and in an image of a container also of one time: this tells
+    them apart, as training moves every weight.
+    """
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        last = max(os.fstat(file.fileno()).st_size - _SAMPLE_BYTES, 0)
+        for number in range(_SAMPLES):
+            file.seek(last * number // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
 

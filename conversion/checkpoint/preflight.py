@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 from .errors import CheckpointError
 from .folder_formats import is_setting, is_step, is_weights, known_files, loadable_files
 from .job import Job, first_difference, read_json
-from .manifest import MANIFEST, OLD_MANIFEST, is_plain, read_old_manifest, read_own_manifest
+from .manifest import MANIFEST, OLD_MANIFEST, is_plain, read_old_manifest, read_own_manifest, sample_digest
 
 PARTIAL = ".partial"
 FOLDER = ".teleflm"
@@ -222,6 +222,10 @@ def _held_against_record(job: Job, there: _Contents) -> Decision | None:
             present = there.present([loadable, *job.weights])
             held = f"already holds {present[0]}, but" if present else "holds the record of a finished checkpoint, but"
             return Refused(f"{out}: {held} {name} {state}; {_WAY_OUT}.", there.removable(job))
+    recorded = dict(_entries((there.record or {}).get("files")))
+    touched = [name for name in job.weights if recorded.get(name, {}).get("samples") != sample_digest(out / name)]
+    if touched:
+        return Refused(f"{out}/{touched[0]}: is not what was written there; {_WAY_OUT}.", there.removable(job))
     promised = there.made_by.get("settings")
     for name, value in job.settings.items():
         given = promised.get(name) if isinstance(promised, dict) else None

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 import xxhash
 
 from .errors import CheckpointError
+from .manifest import sample_digest
 from .plan import View
 from .safetensors_file import read_header, read_header_bytes
 from .strict_json import parse_json_object
@@ -36,7 +37,6 @@ _SHARD = re.compile(r"(?P<stem>.+)-\d+-of-\d+(?P<suffix>\.\w+)")
 _LFS_POINTER = b"version https://git-lfs"
 _MAX_JSON_BYTES = 100_000_000
 _EDGE_BYTES = 64 * 1024
-_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,7 @@ def source_identity(path: str | os.PathLike[str]) -> str:
     """A text that changes when a weight file does: its size, its time of change, a hash of its header and of samples.
 
     The header is the one of safetensors, the directory and pickle of a torch.save zip (with a checksum of each
-    storage, as torch writes it), or both ends of any other file. The samples are spread over the file: two steps of a
-    run have files of one size and header, and in an image of a container also of one time.
+    storage, as torch writes it), or both ends of any other file; the samples are those of `sample_digest`.
 
     Raises:
         CheckpointError: the file cannot be read, or is a safetensors file with a damaged header.
@@ -109,10 +108,7 @@ def source_identity(path: str | os.PathLike[str]) -> str:
     try:
         status = file.stat()
         digest = xxhash.xxh3_128(read_header_bytes(file) if _format(file) == "safetensors" else _torch_header(file))
-        with file.open("rb", buffering=0) as stream:
-            for number in range(_SAMPLES):
-                stream.seek(max(status.st_size - _SAMPLE_BYTES, 0) * number // (_SAMPLES - 1))
-                digest.update(stream.read(_SAMPLE_BYTES))
+        digest.update(sample_digest(file).encode())
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from None
     return f"{status.st_size}-{status.st_mtime_ns}-{digest.hexdigest()}"

@@ -219,6 +219,19 @@ def test_a_small_file_that_was_changed_is_named(way, steps, tmp_path, monkeypatc
     assert contents(out) == whole
 
 
+def test_weights_that_were_saved_over_are_not_already_done(way, steps, tmp_path):
+    """By a trainer, under the same name, of the same size and time."""
+    out = tmp_path / "out"
+    way.write(steps[0], out)
+    way.write(steps[1], tmp_path / "other")
+    file = next(name for name in contents(out) if name.endswith((".safetensors", ".pt")))
+    times = (out / file).stat()
+    (out / file).unlink()  # which may be a link
+    shutil.copy(tmp_path / "other" / file, out / file)
+    os.utime(out / file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert refused(way.write, steps[0], out).startswith(f"{out}/{file}: is not what was written there")
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "pytorch_model.bin", "adapter_config.json"])
 def test_a_file_that_would_be_loaded_with_a_finished_checkpoint_is_named(name, way, steps, tmp_path):
     out = tmp_path / "out"
