@@ -5,7 +5,9 @@
 """Commands that write a checkpoint: how they run, and what they say, to scripts in JSON and to people in a table."""
 
 import re
+import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from rich.table import Table
 from conversion.checkpoint.execute import CheckpointResult, WriteOptions, free_space, peak_memory
 from conversion.checkpoint.plan import TensorPlan
 from conversion.checkpoint.preflight import Done, Resume
+from conversion.checkpoint.ranks import Ranks
 from conversion.checkpoint.sizes import format_bytes
 
-from .terminal import byte_progress, exit_codes, print_json, process_rank
+from .terminal import byte_progress, exit_codes, print_json, process_rank, terminated_as_interrupted
 
 # Parts of names that tell nothing in a table of one model's weights: also the ranks of Megatron's, which are alike.
 _SAID_ANYWAY = r"^model\.|^mp_rank_\w+/model\d*/(decoder\.)?|\.weight$"
@@ -96,7 +99,10 @@ def run_and_report(
     no_digest: bool,
     as_json: bool,
     debug: bool,
+    dry_run: bool = False,
     allow_nonfinite: bool = False,
+    rank: int | None = None,
+    world_size: int | None = None,
     describe: Callable[[Any, Path, WriteOptions], dict[str, Any]] = describe_result,
     show: Callable[[Any, Path, WriteOptions], None] = print_result,
 ) -> None:
@@ -106,26 +112,32 @@ def run_and_report(
         doing: for the progress, for example `converting`.
         out: folder to write.
         write: plans and writes.
-        workers, memory, max_shard_size, overwrite, no_digest, as_json, debug, allow_nonfinite: the command's options.
+        workers, memory, max_shard_size, overwrite, no_digest, as_json, debug, dry_run: the command's options.
+        allow_nonfinite, rank, world_size: likewise, of the commands that have them.
         describe: the result as JSON.
         show: the result for people.
     """
     with exit_codes(debug=debug):
         with byte_progress(doing) as progress:
-            rank, world_size = process_rank()
+            here, world = process_rank(rank, world_size)
             options = WriteOptions(
                 max_shard_size=max_shard_size,
                 workers=workers,
                 digest=not no_digest,
                 overwrite=overwrite,
                 progress=progress,
-                rank=rank,
-                world_size=world_size,
+                rank=here,
+                world_size=world,
                 memory=memory,
                 allow_nonfinite=allow_nonfinite,
             )
-            result = write(options)
-        if rank > 0:  # one of them speaks for all, when all is done
+            if dry_run and here > 0:
+                print(f"rank {here} of {world}: rank 0 shows the plan.", file=sys.stderr)
+                return
+            known = Ranks(out, here, 1 if dry_run else world, patience=options.patience)
+            with terminated_as_interrupted(), known as ranks:
+                result = write(replace(options, ranks=ranks))
+        if here > 0:  # one of them speaks for all, when all is done
             return
         if as_json:
             print_json(describe(result, out, options))

@@ -6,7 +6,9 @@
 
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event
@@ -34,6 +36,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Write infinity for what is too large, and a run's NaN as they are.")
 ]
+Rank = Annotated[int | None, typer.Option(help="Which of the processes that share the work; else as launched.", min=0)]
+WorldSize = Annotated[int | None, typer.Option(help="How many processes share the work; else as launched.", min=1)]
 DEFAULT_WORKERS = default_workers()
 # Of a command that hands what it does not know to the function it calls, which refuses what that does not know.
 FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -56,6 +60,23 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
         if isinstance(error, OSError):
             _fail(f"{error.filename or 'disk'}: {error.strerror or error}", EXIT_FAILED)
         _fail(str(error), EXIT_FAILED if isinstance(error, CorruptData) else EXIT_BAD_INPUT)
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM, by which launchers end a process, end it as Ctrl-C does: with its work in order, and a last word."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str, status: int) -> None:
@@ -90,14 +111,23 @@ def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield advance
 
 
-def process_rank() -> tuple[int, int]:
-    """Which of how many processes this is, as torchrun or srun tell it; (0, 1) outside of both.
+def process_rank(rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:
+    """Which of how many processes this is: as the options say, or as torchrun or srun tell it; (0, 1) without either.
 
     In a Slurm batch script only the steps started by srun share work, so the step's variables count.
 
+    Args:
+        rank, world_size: the options `--rank` and `--world-size`, where they were given.
+
     Raises:
-        ValueError: the variables are no rank of a world.
+        ValueError: the options or variables are no rank of a world.
     """
+    if rank is not None or world_size is not None:
+        if rank is None or world_size is None:
+            raise ValueError("--rank and --world-size go together: give both, or neither.")
+        if rank >= world_size:
+            raise ValueError(f"--rank is {rank} and --world-size is {world_size}: that is no rank of a world.")
+        return rank, world_size
     environment = os.environ
     if "RANK" in environment and "WORLD_SIZE" in environment:
         names = ("RANK", "WORLD_SIZE")

@@ -52,6 +52,8 @@ class WriteOptions:
         world_size: how many there are. Shard i is written by rank i modulo world_size; rank 0 waits for the others,
             and its `progress` is that of all.
         patience: seconds without a sign of life after which another rank counts as gone.
+        ranks: what this rank and the others know of each other; given by who wants them to know of a failure that
+            comes before anything is written.
         finite: refuse to write a NaN or an infinity.
         memory: what all threads may hold together, beside the program itself: bytes, or text such as `256MB`. Fewer
             threads run than asked for where it does not suffice for all; the output's bytes do not depend on it.
@@ -66,6 +68,7 @@ class WriteOptions:
     rank: int = 0
     world_size: int = 1
     patience: float = 120.0
+    ranks: Ranks | None = None
     finite: bool = False
     memory: str | int = DEFAULT_MEMORY
     allow_nonfinite: bool = False
@@ -203,6 +206,8 @@ def make_job(plan: CheckpointPlan, options: WriteOptions, layout: Layout | None 
 def run_job(job: Job, out: Path, options: WriteOptions) -> Written:
     """Write a job's output, or finish what an interrupted call of the same left there.
 
+    Ranks that were not told of each other before, see `WriteOptions.ranks`, are here.
+
     Args:
         job: what to write.
         out: the folder: new, without anything that would be replaced or loaded with it, holding this very output or an
@@ -214,6 +219,10 @@ def run_job(job: Job, out: Path, options: WriteOptions) -> Written:
         Overflow: a value is too large for the dtype that it is written in.
         OSError: the disk fails or is too small; the folder is then not loadable, and the same call resumes.
     """
+    if options.ranks is None:
+        with Ranks(out, options.rank, options.world_size, patience=options.patience) as ranks:
+            return run_job(job, out, replace(options, ranks=ranks))
+    ranks = options.ranks
     share = options.share(job.plan.tensors)
     shards = [shard for shard in job.layout.shards if shard.twin is None]
     written = Written(out, tuple(job.weights), job.plan.nbytes)
@@ -225,14 +234,9 @@ def run_job(job: Job, out: Path, options: WriteOptions) -> Written:
         return replace(written, already_done=True)
     out.mkdir(parents=True, exist_ok=True)
     whole = _tensor_bytes(shards)
-    ranks = Ranks(
-        out / FOLDER,
-        options.rank,
-        options.world_size,
-        patience=options.patience,
-        progress=(lambda nbytes: options.progress(nbytes, whole)) if options.rank == 0 else lambda nbytes: None,
-    )
-    with ranks, Workspace(job, out, ranks, options.overwrite) as workspace, FileReader() as reader:
+    if options.rank == 0:
+        ranks.watch_progress(lambda nbytes: options.progress(nbytes, whole))
+    with Workspace(job, out, ranks, options.overwrite) as workspace, FileReader() as reader:
         mine = shards[options.rank :: options.world_size]
         todo = [shard for shard in mine if workspace.finished(shard) is None]
         done = workspace.done()  # asked after looking at the records, which go when all is done
@@ -256,7 +260,6 @@ def run_job(job: Job, out: Path, options: WriteOptions) -> Written:
             ranks.settle(whole - _tensor_bytes(mine))
             workspace.check_sources()
             finish(job, finished, workspace)
-            ranks.await_farewells()
             workspace.remove()
     return written
 

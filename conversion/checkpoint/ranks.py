@@ -2,10 +2,11 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""What the processes that share the work know of each other, through files in the working folder.
+"""What the processes that share the work know of each other, through files in a folder beside OUT.
 
-Each rank keeps one small file, `ranks/<rank>.json`, which a thread writes anew every second or two: that it is alive,
-how many bytes it has written, and at the end how it ended. Whoever waits reads them, so that a rank that fails is
+Each rank keeps one small file, `.OUT.ranks/<rank>.json`, which a thread writes anew every second or two: that it is
+alive, how many bytes it has written, and at the end how it ended. Beside OUT and not in it, because a rank may fail
+before OUT is anybody's; the last to leave removes it. Whoever waits reads them, so that a rank that fails is
 known to all within seconds, with its reason; one that was killed after a while, because its file stops changing; and
 one that never came, because it has none. No clocks are compared: what counts is whether a file changed while it was
 looked at, by the clock of who looks.
@@ -14,6 +15,7 @@ looked at, by the clock of who looks.
 import json
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -27,7 +29,8 @@ from .errors import CorruptData
 
 State: TypeAlias = Literal["working", "finished", "failed"]
 
-_FOLDER = "ranks"
+_FOLDER = ".ranks"
+_SAME_TRY_SECONDS = 30.0
 _BEAT_SECONDS = 1.0
 _POLL_SECONDS = 0.1
 _TELL_SECONDS = 10.0
@@ -53,29 +56,29 @@ class Ranks:
     An error that leaves the context is what the others are told. Alone, it keeps no files and watches nothing.
 
     Args:
-        folder: the working folder of the run, which rank 0 makes and removes; before and after, nothing is written.
+        out: the output folder; nothing is written in it.
         rank: of this process.
         world_size: how many there are.
         patience: seconds without a sign of life after which a rank counts as gone.
-        progress: of rank 0: told the bytes that the others have finished, as they do.
     """
 
     def __init__(
         self,
-        folder: Path,
+        out: Path,
         rank: int,
         world_size: int,
         *,
         patience: float,
-        progress: Callable[[int], None] = lambda nbytes: None,
     ) -> None:
         self.rank = rank
         self._others = {other: _Sign() for other in range(world_size) if other != rank}
-        self._folder = folder
+        here = out.absolute()
+        self._folder = here.with_name(f".{here.name}{_FOLDER}")
         self._patience = patience
-        self._progress = progress
+        self._progress: Callable[[int], None] | None = None
         self._attempt = f"{os.getpid()}-{time.time_ns()}"  # so that no file is that of an earlier try
-        self._before = {other: self._read(other) for other in self._others}  # perhaps of an earlier try
+        self._launch = _launch()
+        self._before: dict[int, dict[str, Any]] = {}  # perhaps of an earlier try
         self._state: State = "working"
         self._reason = ""
         self._done = self._beats = self._reported = 0
@@ -86,9 +89,21 @@ class Ranks:
 
     def __enter__(self) -> "Ranks":
         if self._others:
+            self._folder.parent.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(exist_ok=True)
             self._beat()
+            self._before = {other: self._read(other) for other in self._others if not self._is_of_this_try(other)}
             self._thread.start()
         return self
+
+    def _is_of_this_try(self, other: int) -> bool:
+        """Whether a file that was there first is of a rank that was quicker, and not of an earlier try."""
+        content = self._read(other)
+        if self._launch or content.get("launch"):
+            return bool(content) and content.get("launch") == self._launch
+        with suppress(OSError):  # by the clock of the disk, which both files have
+            return self._path(self.rank).stat().st_mtime - self._path(other).stat().st_mtime < _SAME_TRY_SECONDS
+        return False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -98,9 +113,13 @@ class Ranks:
         self._stop.set()
         self._thread.join()
         self._state = "failed" if error else "finished"
-        if error is not None and not isinstance(error, RankFailed):  # whose reason is another's
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            self._reason = "it was interrupted"
+        elif error is not None and not isinstance(error, RankFailed):  # whose reason is another's
             self._reason = " ".join((str(error) or type(error).__name__).split())
         self._beat()
+        if all(self._read(other).get("state") in ("finished", "failed") for other in self._others):
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def advance(self, nbytes: int) -> None:
         """Count bytes that this rank has finished."""
@@ -149,7 +168,7 @@ class Ranks:
         again = "run the same command again, it goes on where it was"
         world = len(self._others) + 1
         if not sign.content:
-            reason = self._before[rank].get("reason")
+            reason = self._before.get(rank, {}).get("reason")
             last = f" Its last word, perhaps of an earlier try: {reason}" if reason else ""
             raise RankFailed(
                 f"rank {rank} of {world} has not come in {self._patience:.0f} s, and {what} waits for it: "
@@ -167,20 +186,17 @@ class Ranks:
             "--world-size 1."
         )
 
+    def watch_progress(self, progress: Callable[[int], None]) -> None:
+        """Tell somebody of the bytes that the others have finished, as they do."""
+        self._progress = progress
+
     def settle(self, nbytes: int) -> None:
         """Count all bytes of the others as finished, which the last of their signs need not have said."""
         self._stop.set()
         if self._others:
             self._thread.join()
-        self._progress(nbytes - self._reported)
-
-    def await_farewells(self) -> None:
-        """Wait a moment for the others to have said how they ended, so that none writes when the folder goes."""
-        deadline = time.monotonic() + 5 * _BEAT_SECONDS
-        while time.monotonic() < deadline and any(
-            self._read(other).get("state") == "working" for other in self._others
-        ):
-            time.sleep(_POLL_SECONDS)
+        if self._progress:
+            self._progress(nbytes - self._reported)
 
     # The thread.
 
@@ -189,7 +205,7 @@ class Ranks:
             self._beat()
             for rank, sign in self._others.items():
                 content = self._read(rank)
-                if content and content not in (self._before[rank], sign.content):
+                if content and content not in (self._before.get(rank), sign.content):
                     sign.content, sign.changed = content, time.monotonic()
                 if sign.content.get("state") == "failed" and not self._failure:
                     reason = sign.content.get("reason")
@@ -198,7 +214,7 @@ class Ranks:
 
     def _report(self) -> None:
         done = sum(int(sign.content.get("done", 0)) for sign in self._others.values())
-        if done > self._reported:
+        if self._progress and done > self._reported:
             self._progress(done - self._reported)
             self._reported = done
 
@@ -207,6 +223,7 @@ class Ranks:
         self._beats += 1
         content = {
             "attempt": self._attempt,
+            "launch": self._launch,
             "beat": self._beats,
             "state": self._state,
             "done": self._done,
@@ -214,7 +231,6 @@ class Ranks:
         }
         path = self._path(self.rank)
         with suppress(OSError):
-            path.parent.mkdir(exist_ok=True)  # not its parent: that is rank 0's to make
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(content))
             partial.replace(path)
@@ -227,4 +243,13 @@ class Ranks:
         return content if isinstance(content, dict) else {}
 
     def _path(self, rank: int) -> Path:
-        return self._folder / _FOLDER / f"{rank}.json"
+        return self._folder / f"{rank}.json"
+
+
+def _launch() -> str:
+    """What tells one start of all ranks from another, as far as their launcher says it; empty where it does not."""
+    job, step = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_STEP_ID", "")
+    elastic = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if elastic != "none":
+        return f"{elastic}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
+    return f"{job}-{step}" if job and step else ""

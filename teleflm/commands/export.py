@@ -21,7 +21,9 @@ from teleflm.terminal import (
     Memory,
     NoDigest,
     Overwrite,
+    Rank,
     Workers,
+    WorldSize,
 )
 
 Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Tele-FLM in Hub format.")]
@@ -52,6 +54,8 @@ def export(
     workers: Workers = DEFAULT_WORKERS,
     memory: Memory = DEFAULT_MEMORY,
     max_shard_size: MaxShardSize = "5GB",
+    rank: Rank = None,
+    world_size: WorldSize = None,
     overwrite: Overwrite = False,
     no_digest: NoDigest = False,
     dry_run: DryRun = False,
@@ -83,6 +87,9 @@ def export(
         workers=workers,
         memory=memory,
         max_shard_size=max_shard_size,
+        rank=rank,
+        world_size=world_size,
+        dry_run=dry_run,
         overwrite=overwrite,
         no_digest=no_digest,
         as_json=as_json,

@@ -20,6 +20,7 @@ from conversion.checkpoint.budget import THREAD_BYTES, reading_threads, share_ou
 from conversion.checkpoint.dtypes import BFLOAT16, FLOAT32, FLOAT64
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import WriteOptions, execute, write_checkpoint
+from conversion.checkpoint.manifest import MANIFEST
 from conversion.checkpoint.normal_stream import GRID
 from conversion.checkpoint.plan import (
     Box,
@@ -125,7 +126,7 @@ def test_a_budget_does_not_change_a_byte(name, tmp_path):
         out = tmp_path / f"{memory}-{workers}"
         options = WriteOptions(workers=workers, memory=memory, allow_nonfinite=True)
         write_checkpoint(plan, out, options)
-        digests.append(json.loads((out / "manifest.json").read_bytes())["tensors"])
+        digests.append(json.loads((out / MANIFEST).read_bytes())["tensors"])
     assert digests[0] == digests[1] == digests[2]
 
 

@@ -11,7 +11,6 @@ import logging
 import os
 import random
 import re
-import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from conversion.checkpoint.execute import WriteOptions, Written, write_checkpoin
 from conversion.checkpoint.folder_formats import loadable_files
 from conversion.checkpoint.manifest import MANIFEST
 from conversion.checkpoint.preflight import FOLDER, PARTIAL
-from conversion.checkpoint.ranks import RankFailed
+from conversion.checkpoint.ranks import RankFailed, Ranks
 from conversion.checkpoint.sources import WEIGHT_FILES
 from conversion.checkpoint.workspace import Workspace
 from teleflm.terminal import process_rank
@@ -206,7 +205,6 @@ def test_a_shard_has_one_writer(overwrite, sources, tmp_path):
         before = contents(out)
         with pytest.raises(CheckpointError, match=r"another run is writing model-00001-of-00006\.safetensors.*wait"):
             write_checkpoint(plan, out, options)
-        shutil.rmtree(out / FOLDER / "ranks")  # where it said why it ended
         assert contents(out) == before
 
 
@@ -275,6 +273,42 @@ def test_one_that_is_killed_is_missed(sources, alone, tmp_path):
     assert [found[name] for name in weights] == [alone[name] for name in weights]
 
 
+@pytest.mark.parametrize("refused", [0, 1])
+def test_a_failure_before_the_work_is_known_too(refused, sources, tmp_path):
+    """Of a source that is not there on one machine, for example: nobody waits for who will not come."""
+    out = tmp_path / "out"
+
+    def run_told(rank: int) -> BaseException | Written:
+        """As the commands do, which know of each other before they plan."""
+        try:
+            with Ranks(out, rank, 2, patience=60.0) as known:
+                if rank == refused:
+                    raise CheckpointError("missing: no such file or folder.")
+                options = WriteOptions(**OPTIONS, rank=rank, world_size=2, ranks=known)
+                return write_checkpoint(mixed_plan(sources), out, options)
+        except CheckpointError as error:
+            return error
+
+    started = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(run_told, range(2)))
+    assert time.monotonic() - started < 20
+    other = results[1 - refused]
+    if refused == 0 or not isinstance(other, Written):
+        assert str(other) == f"rank {refused} failed: missing: no such file or folder."
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")], "the last to leave cleans up"
+
+
+def test_an_earlier_failure_is_not_todays(sources, tmp_path):
+    """One that was left by a try of an hour ago."""
+    folder = tmp_path / ".out.ranks"
+    folder.mkdir()
+    (folder / "1.json").write_text(json.dumps({"attempt": "1-1", "beat": 3, "state": "failed", "reason": "old"}))
+    os.utime(folder / "1.json", (time.time() - 3600,) * 2)
+    ranks_of = [start(sources, tmp_path / "out", rank, 2) for rank in range(2)]
+    assert [finish(process) for process in ranks_of] == [0, 0]
+
+
 @pytest.mark.parametrize(("rank", "missing", "what"), [(0, 1, "model-00002"), (3, 0, "the preparation of")])
 def test_ranks_that_never_come(rank, missing, what, sources, monkeypatch, caplog, tmp_path):
     """As under a stray RANK and WORLD_SIZE: it is said early, and ends."""
@@ -331,6 +365,39 @@ def test_the_command_under_a_launcher(launcher, tmp_path):
 def make_plan(folder: Path):
     make_sources(folder / "files")
     return mixed_plan(folder / "files", config={"model_type": "other"})
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((0, 1), (0, 1)),
+        ((2, 3), (2, 3)),
+        ((None, 3), "go together"),
+        ((2, None), "go together"),
+        ((3, 3), "--rank is 3 and --world-size is 3"),
+    ],
+)
+def test_options_go_before_the_environment(options, expected, monkeypatch):
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    if isinstance(expected, tuple):
+        assert process_rank(*options) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            process_rank(*options)
+
+
+def test_the_way_out_of_a_stray_environment_is_one(tmp_path):
+    """What the message advises, followed."""
+    source = tmp_path / "source"
+    write_checkpoint(make_plan(tmp_path), source, WriteOptions())
+    environment = {"RANK": "3", "WORLD_SIZE": "8"}
+    arguments = ("convert", source, tmp_path / "out", "--rank", "0", "--world-size", "1")
+    result = run_teleflm(*arguments, folder=tmp_path, environment=environment)
+    assert result.returncode == 0, result.stderr
+    dry = run_teleflm("convert", source, tmp_path / "new", "--dry-run", folder=tmp_path, environment=environment)
+    assert (dry.returncode, dry.stderr.splitlines()[-1]) == (0, "rank 3 of 8: rank 0 shows the plan.")
+    assert not list(tmp_path.glob(".new*"))
 
 
 @pytest.mark.parametrize(
