@@ -21,6 +21,7 @@ from teleflm.terminal import (
     MaxShardSize,
     NoDigest,
     Overwrite,
+    VerifySource,
     Workers,
     byte_progress,
     exit_codes,
@@ -88,6 +89,7 @@ def convert(
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     no_digest: NoDigest = False,
+    verify_source: VerifySource = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -120,6 +122,7 @@ def convert(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         no_digest=no_digest,
+        verify_source=verify_source,
         as_json=as_json,
         debug=debug,
     )
@@ -135,8 +138,11 @@ def _describe(inspection: "Inspection") -> dict[str, Any]:
 def _print_inspection(inspection: "Inspection") -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
+    from conversion.checkpoint.errors import printable
+
+    console = Console(markup=False)
     table = Table(show_header=False, title=inspection.folder, title_justify="left")
     table.add_row("model type", inspection.model_type or "unknown: no configuration")
     if inspection.parallel is not None:
@@ -160,11 +166,11 @@ def _print_inspection(inspection: "Inspection") -> None:
         table.add_row("vocabulary", f"{a.vocab_size:,} rows{pieces}{padding}")
     console.print(table)
     for step in inspection.lineage:
-        console.print(f"- {step}", highlight=False, soft_wrap=True)
+        console.print(f"- {printable(step)}", highlight=False, soft_wrap=True)
     for problem in inspection.problems:
-        console.print(f"[bold red]problem[/] {problem}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble(("problem", "bold red"), f" {problem}"), soft_wrap=True)
     for damage in inspection.damages or []:
-        console.print(f"[bold red]damaged[/] {damage}.", soft_wrap=True)
+        console.print(Text.assemble(("damaged", "bold red"), printable(f" {damage}.")), soft_wrap=True)
     if inspection.damages == []:
         console.print("Every tensor has its digest.")
         if inspection.checked_files:

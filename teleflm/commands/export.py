@@ -18,6 +18,7 @@ from teleflm.terminal import (
     MaxShardSize,
     NoDigest,
     Overwrite,
+    VerifySource,
     Workers,
 )
 
@@ -49,6 +50,7 @@ def export(
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     no_digest: NoDigest = False,
+    verify_source: VerifySource = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -79,6 +81,7 @@ def export(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         no_digest=no_digest,
+        verify_source=verify_source,
         as_json=as_json,
         debug=debug,
     )

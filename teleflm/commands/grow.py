@@ -21,6 +21,7 @@ from teleflm.terminal import (
     NoDigest,
     Overwrite,
     Seed,
+    VerifySource,
     Workers,
 )
 
@@ -65,6 +66,7 @@ def grow(
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     no_digest: NoDigest = False,
+    verify_source: VerifySource = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -101,6 +103,7 @@ def grow(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         no_digest=no_digest,
+        verify_source=verify_source,
         as_json=as_json,
         debug=debug,
         describe=describe,
@@ -117,6 +120,7 @@ def fold(
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     no_digest: NoDigest = False,
+    verify_source: VerifySource = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -133,6 +137,7 @@ def fold(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         no_digest=no_digest,
+        verify_source=verify_source,
         as_json=as_json,
         debug=debug,
     )
@@ -149,7 +154,7 @@ def parse_override(text: str) -> tuple[str, int | float | bool | str]:
         raise ValueError(f"--set {text!r} is not KEY=VALUE, for example hidden_size=10240.")
     try:
         return key, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return key, value
 
 
