@@ -18,6 +18,7 @@ import torch
 from measure import GIB, arguments, console, report, spread, workplace
 
 from conversion.checkpoint.assemble import BLOCK, blocks, resolve, stream
+from conversion.checkpoint.bytes import identify
 from conversion.checkpoint.dtypes import BFLOAT16, FLOAT32, DType
 from conversion.checkpoint.normal_stream import draw_words, normal_table
 from conversion.checkpoint.plan import Box, Copy, Normal, TensorPlan, View
@@ -88,7 +89,7 @@ def main() -> None:
     with workplace(options.folder) as place, FileReader() as reader:
         file = place / "source"
         file.write_bytes(normal_table(0.02, BFLOAT16)[draw_words(0, "source", 0, SOURCE_BLOCKS * BLOCK)].tobytes())
-        source = View.contiguous(str(file), 0, (SOURCE_BLOCKS * BLOCK,), BFLOAT16)
+        source = View.contiguous(identify(file), 0, (SOURCE_BLOCKS * BLOCK,), BFLOAT16)
         jobs = {
             "normal fill, bfloat16": fill(BFLOAT16, numel, reader),
             "normal fill, float32": fill(FLOAT32, numel, reader),

@@ -6,7 +6,6 @@
 
 import ast
 import importlib.util
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint.errors import CheckpointError
+from .checkpoint.strict_json import read_json_object
 
 MODEL_TYPE = "TeleFLM"
 
@@ -172,21 +172,13 @@ def load_preset(name: str) -> dict[str, Any]:
     """
     if name not in preset_names():
         raise CheckpointError(f"there is no preset {name!r}; known presets: {', '.join(preset_names())}.")
-    return json.loads((package_folder() / "presets" / f"{name}.json").read_text())
+    return load_config(package_folder() / "presets" / f"{name}.json")
 
 
 def load_config(path: Path) -> dict[str, Any]:
     """Read a config.json.
 
     Raises:
-        CheckpointError: the file is missing or not a JSON object.
+        CheckpointError: the file is missing, not a JSON object, or larger than any configuration.
     """
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file.") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}).") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: holds a JSON {type(config).__name__}, expected an object.")
-    return config
+    return read_json_object(path, infinite=True)

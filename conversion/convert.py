@@ -17,12 +17,13 @@ from .checkpoint.job import read_json
 from .checkpoint.manifest import parent_record
 from .checkpoint.plan import CheckpointPlan, TensorPlan, View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
+from .exports.megatron import exported_tensors
 from .hub.contents import hub_config, hub_sidecars, lineage_steps, model_card
 from .hub.small_files import copied_file, small_files
 from .mapping import check_tensors, weights
 from .native.checkpoint import NativeCheckpoint
 from .native.find import FORMATS as NATIVE_FORMATS
-from .native.find import open_native
+from .native.find import exported_folder, open_native
 from .native.hub_plan import compare_replicas, plan_run
 from .native.table import read_table
 from .quantisation import quantisation
@@ -82,6 +83,7 @@ def convert_checkpoint(
         raise CheckpointError(f"format is {format!r}, expected one of {', '.join(FORMATS)}.")
     options = options or WriteOptions()
     options = replace(options, allow_nonfinite=options.allow_nonfinite or allow_nonfinite)
+    recorded: dict[str, View] = {}
     cast = parse_dtype(dtype) if dtype else None
     run = _open_run(Path(source), format, iteration, mapping, fp32_master)
     if run is None:
@@ -92,10 +94,12 @@ def convert_checkpoint(
     else:
         plan, notes = plan_run(run, _read_config(config), tokenizer, vocab_size, cast, multipliers)
         options = replace(options, finite=not options.allow_nonfinite)
+        exported = exported_folder(Path(run.folder)) if options.verify_source else None
+        recorded = exported_tensors(exported) if exported else {}
         if not dry_run:
             notes += compare_replicas(run, plan.config, allow=allow_unequal_replicas)
     try:
-        return execute(plan, Path(out), options, notes, dry_run=dry_run)
+        return execute(plan, Path(out), options, notes, dry_run=dry_run, recorded=recorded)
     except NotFinite as error:
         raise NotFinite(f"{error} --allow-nonfinite converts the run as it is.") from None
 
@@ -143,7 +147,7 @@ def plan_conversion(
             file that goes with them is a link that leads out of the folder.
     """
     if not checkpoint.tensors:
-        raise CheckpointError(f"{checkpoint.folder}: {Path(checkpoint.files[0]).name} holds no tensors.")
+        raise CheckpointError(f"{checkpoint.folder}: {Path(checkpoint.files[0].name).name} holds no tensors.")
     how = quantisation(checkpoint.config, checkpoint.tensors)
     if how and dtype:
         raise CheckpointError(

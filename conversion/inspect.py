@@ -15,7 +15,7 @@ from .architecture import MODEL_TYPE, Architecture
 from .checkpoint.budget import reading_threads
 from .checkpoint.check import Damage, check_digests, check_files
 from .checkpoint.containers import parse_size
-from .checkpoint.errors import CheckpointError
+from .checkpoint.errors import CheckpointError, printable
 from .checkpoint.limits import DEFAULT_MEMORY, default_workers
 from .checkpoint.manifest import MANIFEST, read_manifest
 from .checkpoint.plan import View
@@ -114,12 +114,12 @@ def inspect_checkpoint(
         format=source.format,
         parallel=None,
         iteration=None,
-        model_type=(source.config or {}).get("model_type"),
+        model_type=_model_type(source.config or {}),
         architecture=architecture,
-        parameters=sum(view.numel for view in source.tensors.values()),
+        parameters=sum(view.numel * view.dtype.packed for view in source.tensors.values()),
         dtypes=dict(Counter(view.dtype.name for view in source.tensors.values())),
         nbytes=sum(view.nbytes for view in source.tensors.values()),
-        files={Path(file).name: os.path.getsize(file) for file in source.files},
+        files={Path(file.name).name: file.size for file in source.files},
         pieces=pieces,
         padding_rows=architecture.vocab_size - pieces if architecture and pieces else None,
         lineage=lineage_steps(manifest["lineage"]) if manifest else [],
@@ -165,7 +165,9 @@ def _inspect_run(run: NativeCheckpoint, check: bool, workers: int, progress: Cal
     if check:
         tied = architecture is not None and architecture.tie_word_embeddings
         problems += compare_replicas(run, {"tie_word_embeddings": tied}, allow=True)
-    files = sorted({view.file for tensor in run.tensors.values() for _, view in tensor.chunks if view})
+    files = sorted(
+        {view.file for tensor in run.tensors.values() for _, view in tensor.chunks if view}, key=lambda file: file.name
+    )
     tensors = run.tensors.values()
     return Inspection(
         folder=run.folder,
@@ -177,7 +179,7 @@ def _inspect_run(run: NativeCheckpoint, check: bool, workers: int, progress: Cal
         parameters=sum(tensor.numel for tensor in tensors),
         dtypes=dict(Counter(tensor.dtype.name for tensor in tensors)),
         nbytes=sum(tensor.numel * tensor.dtype.itemsize for tensor in tensors),
-        files={os.path.relpath(file, run.folder): os.path.getsize(file) for file in files},
+        files={os.path.relpath(file.name, run.folder): file.size for file in files},
         pieces=None,
         padding_rows=None,
         lineage=lineage_steps(manifest["lineage"]) if manifest else [],
@@ -185,6 +187,11 @@ def _inspect_run(run: NativeCheckpoint, check: bool, workers: int, progress: Cal
         damages=damages,
         checked_files=_count_files(checked),
     )
+
+
+def _model_type(config: Mapping[str, Any]) -> str | None:
+    said = config.get("model_type")
+    return printable(said) if isinstance(said, str) else None
 
 
 def _architecture(source: Source) -> Architecture | None:

@@ -23,7 +23,7 @@ from conversion.checkpoint.manifest import find_manifest, read_manifest
 from conversion.checkpoint.plan import View
 from conversion.checkpoint.safetensors_file import read_safetensors
 from conversion.checkpoint.sources import Source, open_checkpoint
-from conversion.checkpoint.strict_json import parse_json_object
+from conversion.checkpoint.strict_json import read_json_object
 from conversion.convert import convert_checkpoint, plan_conversion
 from conversion.hub.contents import hub_sidecars, lineage_steps, model_card
 from sft import SFTError
@@ -129,7 +129,7 @@ class _Adapter:
 
 
 def _read_adapter(folder: Path) -> _Adapter:
-    config = parse_json_object((folder / ADAPTER_CONFIG).read_bytes(), str(folder / ADAPTER_CONFIG))
+    config = read_json_object(folder / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
         raise ExportError(f"{folder / ADAPTER_CONFIG}: peft_type is {config.get('peft_type')!r}; LORA can be exported.")
     if not (folder / ADAPTER_WEIGHTS).is_file():

@@ -14,13 +14,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from conversion.checkpoint.errors import printable
 from conversion.checkpoint.execute import CheckpointResult, WriteOptions, free_space, peak_memory
 from conversion.checkpoint.plan import TensorPlan
 from conversion.checkpoint.preflight import Done, Resume
 from conversion.checkpoint.ranks import Ranks
 from conversion.checkpoint.sizes import format_bytes
 
-from .terminal import byte_progress, exit_codes, print_json, process_rank, terminated_as_interrupted
+from .terminal import byte_progresses, exit_codes, print_json, process_rank, terminated_as_interrupted
 
 # Parts of names that tell nothing in a table of one model's weights: also the ranks of Megatron's, which are alike.
 _SAID_ANYWAY = r"^model\.|^mp_rank_\w+/model\d*/(decoder\.)?|\.weight$"
@@ -52,11 +53,11 @@ def describe_result(result: CheckpointResult, out: Path, options: WriteOptions) 
 
 def print_result(result: CheckpointResult, out: Path, options: WriteOptions) -> None:
     """A summary for people; a dry run's has the whole plan, a line for each group of tensors made alike."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     if result.written is None:
         console.print(_plan_table(result.plan.tensors))
     for note in result.notes:
-        console.print(f"- {note}")
+        console.print(f"- {printable(note)}")
     size = f"{format_bytes(sum(shard.nbytes for shard in result.shards))} in {_count(len(result.shards), 'file')}"
     if result.written is None:
         console.print(_would_write(result, size, out, options))
@@ -97,6 +98,7 @@ def run_and_report(
     max_shard_size: str,
     overwrite: bool,
     no_digest: bool,
+    verify_source: bool,
     as_json: bool,
     debug: bool,
     dry_run: bool = False,
@@ -112,13 +114,14 @@ def run_and_report(
         doing: for the progress, for example `converting`.
         out: folder to write.
         write: plans and writes.
-        workers, memory, max_shard_size, overwrite, no_digest, as_json, debug, dry_run: the command's options.
+        workers, memory, max_shard_size, overwrite, no_digest, verify_source, as_json, debug, dry_run: the command's
+            options.
         allow_nonfinite, rank, world_size: likewise, of the commands that have them.
         describe: the result as JSON.
         show: the result for people.
     """
     with exit_codes(debug=debug):
-        with byte_progress(doing) as progress:
+        with byte_progresses("verifying", doing) as (verifying, progress):
             here, world = process_rank(rank, world_size)
             options = WriteOptions(
                 max_shard_size=max_shard_size,
@@ -130,6 +133,8 @@ def run_and_report(
                 world_size=world,
                 memory=memory,
                 allow_nonfinite=allow_nonfinite,
+                verify_source=verify_source,
+                verify_progress=verifying,
             )
             if dry_run and here > 0:
                 print(f"rank {here} of {world}: rank 0 shows the plan.", file=sys.stderr)
@@ -149,7 +154,7 @@ def _plan_table(tensors: Iterable[TensorPlan]) -> Table:
     """The plan, with the layers that are made alike in one line."""
     groups: dict[tuple[str, str, str], list[TensorPlan]] = {}
     for tensor in tensors:
-        name = re.sub(_SAID_ANYWAY, "", re.sub(r"layers\.\d+", "layers.*", tensor.name))
+        name = printable(re.sub(_SAID_ANYWAY, "", re.sub(r"layers\.\d+", "layers.*", tensor.name)))
         pieces = [re.sub(r"\(.+\)", "(source)", piece) for piece in _pieces(tensor)]
         groups.setdefault((name, "x".join(map(str, tensor.shape)), "\n".join(pieces)), []).append(tensor)
     table = Table("weight", "count", "shape", "size", "made of", title="Plan", title_justify="left")
@@ -164,7 +169,7 @@ def _plan_table(tensors: Iterable[TensorPlan]) -> Table:
 
 def _pieces(tensor: TensorPlan) -> list[str]:
     """What a tensor is made of, each kind once, with the symbols that need data as symbols."""
-    return list(dict.fromkeys(piece.describe() for piece in tensor.pieces))
+    return list(dict.fromkeys(printable(piece.describe()) for piece in tensor.pieces))
 
 
 def _count(number: int, noun: str) -> str:

@@ -32,6 +32,10 @@ Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; t
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in OUT, or a file in the way.")]
 NoDigest = Annotated[bool, typer.Option("--no-digest", help="Do not hash the tensors.")]
+VerifySource = Annotated[
+    bool,
+    typer.Option("--verify-source", help="First check what SRC promises: sha256 of a download, digests, checksums."),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Write infinity for what is too large, and a run's NaN as they are.")
@@ -91,24 +95,40 @@ def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     Yields:
         A function to call, from any thread, with the number of bytes just done and the number in all.
     """
+    with byte_progresses(what) as (advance,):
+        yield advance
+
+
+@contextmanager
+def byte_progresses(*steps: str) -> Iterator[list[Callable[[int, int], None]]]:
+    """The same for work of several steps, each with a bar that is there once it begins.
+
+    Args:
+        steps: what each does.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    description = TextColumn("{task.description}")
+    columns = (description, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=None, visible=False)
-        announced = Event()
 
-        def advance(nbytes: int, total: int) -> None:
-            if not announced.is_set():
-                announced.set()
-                if not console.is_terminal:
-                    print(f"{what}: {format_bytes(total)}", file=sys.stderr)
-                progress.update(task, total=total, visible=True)
-            progress.advance(task, nbytes)
+        def bar(what: str) -> Callable[[int, int], None]:
+            task = progress.add_task(what, total=None, visible=False)
+            announced = Event()
 
-        yield advance
+            def advance(nbytes: int, total: int) -> None:
+                if not announced.is_set():
+                    announced.set()
+                    if not console.is_terminal:
+                        print(f"{what}: {format_bytes(total)}", file=sys.stderr)
+                    progress.update(task, total=total, visible=True)
+                progress.advance(task, nbytes)
+
+            return advance
+
+        yield [bar(what) for what in steps]
 
 
 def process_rank(rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:

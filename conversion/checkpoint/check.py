@@ -140,7 +140,7 @@ def _between(path: Path, size: int, tensors: Iterable[View]) -> Iterator[bytes]:
 
 def _place(view: View, folder: Path) -> str:
     """The file of a tensor as a manifest names it."""
-    return Path(view.file).relative_to(folder).as_posix()
+    return Path(view.file.name).relative_to(folder).as_posix()
 
 
 def _read_expected(manifest: Mapping[str, Any], where: str) -> tuple[dict[str, dict[str, Any]], int]:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from .errors import CheckpointError
 from .plan import PlanError, TensorPlan
+from .safetensors_file import MAX_HEADER_BYTES, MAX_TENSORS
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_MAX_HEADER = 100_000_000  # the safetensors library refuses longer ones
 _METADATA = "__metadata__"
 
 
@@ -139,14 +139,20 @@ def _safetensors_shard(filename: str, tensors: list[TensorPlan]) -> Shard:
     for tensor in ordered:
         starts.append(begin)
         end = begin + tensor.nbytes
-        entries[tensor.name] = {"dtype": tensor.dtype.code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        if not tensor.dtype.code:
+            raise CheckpointError(
+                f"{tensor.name} is {tensor.dtype}, which safetensors has no name for; leave it out of the source, or "
+                "store it as another type."
+            )
+        shape = [*tensor.shape[:-1], tensor.shape[-1] * tensor.dtype.packed] if tensor.shape else []
+        entries[tensor.name] = {"dtype": tensor.dtype.code, "shape": shape, "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > _MAX_HEADER:
+    if len(text) > MAX_HEADER_BYTES or len(tensors) > MAX_TENSORS:
         raise CheckpointError(
-            f"{filename}: a header of {len(text)} bytes is over the {_MAX_HEADER} that safetensors readers accept; "
-            "lower --max-shard-size."
+            f"{filename}: {len(tensors)} tensors make a header of {len(text)} bytes; readers accept {MAX_TENSORS} and "
+            f"{MAX_HEADER_BYTES}: lower --max-shard-size."
         )
     header = len(text).to_bytes(8, "little") + text
     placed = tuple((tensor, len(header) + at) for tensor, at in zip(ordered, starts, strict=True))

@@ -9,23 +9,26 @@ and for each chunk a byte range of a file that is a complete torch.save zip of i
 duplicates were removed on saving, so together they must tile the tensor, and a lost rank's file shows here.
 """
 
+import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from . import inert_pickle
+from .bytes import ByteSource, OpenBytes, Where, full_name, reading
 from .dtypes import DType
 from .errors import CheckpointError
-from .inert_pickle import MAX_OPERATIONS, Inert, Record
+from .inert_pickle import MAX_MEMORY, MAX_OPERATIONS, Inert, Record
 from .plan import Box, PlanError, Shape, View
 from .sharded import ShardedTensor
-from .torch_file import TORCH_GLOBALS, read_torch_file
+from .torch_file import TORCH_GLOBALS, read_torch_part
 
 METADATA = ".metadata"
 # A trillion parameters and their optimizer from 2,048 ranks: 43 MB, or 105 MB where megatron-core adds its plans.
 _MAX_METADATA_BYTES = 128 * 2**20
+# What torch writes takes 4.5 opcodes in 10 bytes, and makes 12 bytes of each, a third of which stays.
+_OPERATIONS_PER_10_BYTES, _MEMORY_PER_BYTE = 6, 14
 _MAX_FRONT_BYTES = 64 * 1024  # before the elements of a chunk
 _LOST = "copy the folder again, with every rank's files"
 
@@ -35,7 +38,7 @@ class DistributedCheckpoint:
     """A DCP folder that is open for planning.
 
     Args:
-        folder: its absolute path.
+        folder: its absolute path, or its URL.
         tensors: every tensor that was asked for, by name.
         objects: every other entry by name: file, first byte and length of the torch.save zip that holds it.
     """
@@ -46,7 +49,7 @@ class DistributedCheckpoint:
 
 
 def read_distributed_checkpoint(
-    path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True
+    path: Where, wanted: Callable[[str], bool] = lambda name: True
 ) -> DistributedCheckpoint:
     """Open a DCP folder; no tensor is loaded.
 
@@ -57,21 +60,22 @@ def read_distributed_checkpoint(
     Raises:
         CheckpointError: the metadata is damaged, a chunk or a file is missing, or chunks do not tile their tensor.
     """
-    folder = Path(os.path.abspath(path))
-    where = str(folder / METADATA)
-    entries, places = _read_metadata(folder, where, wanted)
-    views = _read_chunks(places[name, start] for name, start in places if start is not None)
+    folder = full_name(path)
+    where = f"{folder}/{METADATA}"
+    entries, places = _read_metadata(where, wanted)
+    views = _read_chunks(folder, places)
     tensors: dict[str, ShardedTensor] = {}
     objects: dict[str, tuple[str, int, int]] = {}
     for name, entry in entries.items():
         if entry.name == "BytesStorageMetadata":
-            objects[name] = _place(places, name, None, where)
+            file, start, length = _place(places, name, None, where)
+            objects[name] = (f"{folder}/{file}", start, length)
         else:
             tensors[name] = _read_tensor(name, entry, places, views, where)
-    return DistributedCheckpoint(str(folder), tensors, objects)
+    return DistributedCheckpoint(folder, tensors, objects)
 
 
-_Place = tuple[str, int, int]  # file, first byte, length
+_Place = tuple[str, int, int]  # name of the file in the folder, first byte, length
 _Places = dict[tuple[str, Shape | None], _Place]  # of each chunk, by name and offset, and each object, by name
 
 
@@ -112,34 +116,36 @@ _GLOBALS = {
 }
 
 
-def _read_metadata(folder: Path, where: str, wanted: Callable[[str], bool]) -> tuple[dict[str, Inert], _Places]:
+def _read_metadata(where: str, wanted: Callable[[str], bool]) -> tuple[dict[str, Inert], _Places]:
     """The entries that are wanted, by name, and where each of their chunks lies."""
-    metadata = _load(folder / METADATA)
+    metadata = _load(where)
     entries: dict[str, Inert] = {}
     for name, entry in _dict(metadata, "state_dict_metadata", where).items():
         if not isinstance(name, str) or not isinstance(entry, Inert):
             raise CheckpointError(f"{where}: entry {str(name)[:80]!r} of state_dict_metadata is no tensor or object.")
         if wanted(name):
             entries[name] = entry
-    return entries, _places(_dict(metadata, "storage_data", where), entries, folder, where)
+    return entries, _places(_dict(metadata, "storage_data", where), entries, where)
 
 
-def _load(path: Path) -> Inert:
-    try:
-        size = path.stat().st_size
-        if size > _MAX_METADATA_BYTES:
-            raise CheckpointError(f"{path} has {size} bytes, the limit is {_MAX_METADATA_BYTES}.")
-        tree = inert_pickle.load(path.read_bytes(), str(path), _GLOBALS, max_operations=max(MAX_OPERATIONS, size))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
+def _load(where: str) -> Inert:
+    with reading(where) as data:
+        pickled = data.read(0, data.size, limit=_MAX_METADATA_BYTES, what="the metadata")
+    tree = inert_pickle.load(
+        pickled,
+        where,
+        _GLOBALS,
+        max_operations=max(MAX_OPERATIONS, len(pickled) * _OPERATIONS_PER_10_BYTES // 10),
+        max_memory=max(MAX_MEMORY, len(pickled) * _MEMORY_PER_BYTE),
+    )
     if not isinstance(tree, Inert) or tree.name != "Metadata":
-        raise CheckpointError(f"{path} is not the metadata of torch.distributed.checkpoint.")
+        raise CheckpointError(f"{where} is not the metadata of torch.distributed.checkpoint.")
     return tree
 
 
-def _places(storage_data: dict[Any, Any], wanted: Mapping[str, Any], folder: Path, where: str) -> _Places:
+def _places(storage_data: dict[Any, Any], wanted: Mapping[str, Any], where: str) -> _Places:
     places: _Places = {}
-    files: dict[str, tuple[str, int]] = {}  # by name: path and size
+    files: dict[str, str] = {}  # one text a name, of which there are as many as chunks
     for index, info in storage_data.items():
         match index, info:
             case (
@@ -154,23 +160,13 @@ def _places(storage_data: dict[Any, Any], wanted: Mapping[str, Any], folder: Pat
         if info.transform_descriptors:
             raise CheckpointError(f"{where}: {name} is stored transformed (compressed?); save it without extensions.")
         if file not in files:
-            if file != os.path.basename(file) or file in ("", ".", ".."):
+            if file != os.path.basename(file) or file in ("", ".", "..") or "\0" in file:
                 raise CheckpointError(f"{where}: {name} lies in {file!r}, which is not a file of the folder.")
-            files[file] = str(folder / file), _file_size(folder / file, name)
-        path, size = files[file]
-        if start < 0 or length < 0 or start + length > size:
-            raise CheckpointError(
-                f"{path} has {size} bytes, {METADATA} puts {name} at {start} to {start + length}; {_LOST}."
-            )
-        places[name, offset if type(offset) is tuple else None] = (path, start, length)
+            files[file] = file
+        if start < 0 or length < 0:
+            raise CheckpointError(f"{where}: puts {name} at {start} to {start + length} of {file}; {_LOST}.")
+        places[name, offset if type(offset) is tuple else None] = (files[file], start, length)
     return places
-
-
-def _file_size(path: Path, name: str) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        raise CheckpointError(f"{path} is missing; {METADATA} puts {name} there; {_LOST}.") from None
 
 
 def _place(places: _Places, name: str, offset: Shape | None, where: str) -> _Place:
@@ -234,38 +230,50 @@ def _check_chunk(name: str, box: Box, view: Any, file: str) -> tuple[Box, View]:
 # The chunks: each is a zip of its own, of which there may be a hundred thousand.
 
 
-def _read_chunks(places: Iterable[_Place]) -> dict[_Place, Any]:
+def _read_chunks(folder: str, places: _Places) -> dict[_Place, Any]:
     """The tensor in each window, file by file in the files' order.
 
     torch writes chunks of one shape and type alike up to their first element, so the front of the first such zip tells
     where the elements of the others begin: what is compared is all that decides it, and nothing is assumed.
     """
     views: dict[_Place, Any] = {}
-    fronts: dict[tuple[bytes, int], View] = {}
-    lengths: dict[int, int] = {}
-    descriptor, opened = -1, ""
-    try:
-        for place in sorted(places):
-            file, start, length = place
-            if file != opened:
-                if descriptor >= 0:
-                    os.close(descriptor)
-                descriptor, opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC), file
-            front = os.pread(descriptor, lengths.get(length, 0), start)
-            known = fronts.get((front, length))
-            if known is not None:
-                views[place] = replace(known, file=file, offset=start + len(front))
-                continue
-            view = views[place] = read_torch_file(file, start=start, length=length)
-            if isinstance(view, View) and view.offset - start <= _MAX_FRONT_BYTES:
-                lengths[length] = view.offset - start
-                fronts[os.pread(descriptor, view.offset - start, start), length] = view
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from None
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)
+    fronts = _Fronts()
+    named = {place: name for (name, _), place in places.items()}
+    chunks = {place for (_, offset), place in places.items() if offset is not None}
+    for file, group in itertools.groupby(sorted(named), key=lambda place: place[0]):
+        inside = list(group)
+        with reading(f"{folder}/{file}", missing=f"{METADATA} puts {named[inside[0]]} there; {_LOST}") as data:
+            source = data.identified()
+            for place in inside:
+                _, start, length = place
+                if start + length > data.size:
+                    raise CheckpointError(
+                        f"{data.name} has {data.size} bytes, {METADATA} puts {named[place]} at {start} to "
+                        f"{start + length}; {_LOST}."
+                    )
+                if place in chunks:
+                    views[place] = fronts.read(data, source, start, length)
     return views
+
+
+class _Fronts:
+    """What was found before the elements of chunks, so that of those alike only the first is taken apart."""
+
+    def __init__(self) -> None:
+        self._views: dict[tuple[bytes, int], View] = {}
+        self._sizes: dict[int, int] = {}  # of the front of the last chunk of a length
+
+    def read(self, data: OpenBytes, source: ByteSource, start: int, length: int) -> Any:
+        """The tensor in the zip at a place of an open file."""
+        front = data.pread(start, min(self._sizes.get(length, 0), length))
+        known = self._views.get((front, length))
+        if known is not None:
+            return replace(known, file=source, offset=start + len(front))
+        view = read_torch_part(data, source, start, length)
+        if isinstance(view, View) and 0 <= view.offset - start <= _MAX_FRONT_BYTES:
+            self._sizes[length] = view.offset - start
+            self._views[data.pread(start, view.offset - start), length] = view
+        return view
 
 
 def _dict(metadata: Inert, name: str, where: str) -> dict[Any, Any]:

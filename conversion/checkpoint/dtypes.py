@@ -12,21 +12,31 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """An element type: torch's name for it, its safetensors code, its torch storage class, its numpy type."""
+    """An element type.
+
+    Args:
+        name: torch's; of types that torch does not have, as torch would call them.
+        code: of safetensors; empty where the format has none.
+        storage: torch's storage class; empty where that is untyped, and a tensor says its dtype itself.
+        numpy: of one item. Bytes of types that numpy and ml_dtypes do not have are copied as they are.
+        packed: values that share an item. A shape counts items, as torch's does, where that of safetensors counts
+            values along the last dimension.
+    """
 
     name: str
     code: str
     storage: str
     numpy: np.dtype
+    packed: int = 1
 
     @property
     def itemsize(self) -> int:
-        """Bytes per element."""
+        """Bytes per item."""
         return self.numpy.itemsize
 
     @property
     def is_floating(self) -> bool:
-        """Whether values may be scaled, cast and drawn at random in this type (the 8-bit floats may only be copied)."""
+        """Whether values may be scaled, cast and drawn at random in this type; those of any other are only copied."""
         return self.name in ("bfloat16", "float16", "float32", "float64")
 
     @property
@@ -43,19 +53,29 @@ DTYPES: tuple[DType, ...] = (
     DType("float16", "F16", "HalfStorage", np.dtype("<f2")),
     DType("float32", "F32", "FloatStorage", np.dtype("<f4")),
     DType("float64", "F64", "DoubleStorage", np.dtype("<f8")),
-    DType("float8_e4m3fn", "F8_E4M3", "Float8_e4m3fnStorage", np.dtype(ml_dtypes.float8_e4m3fn)),
-    DType("float8_e5m2", "F8_E5M2", "Float8_e5m2Storage", np.dtype(ml_dtypes.float8_e5m2)),
+    DType("complex64", "C64", "ComplexFloatStorage", np.dtype("<c8")),
+    DType("complex128", "", "ComplexDoubleStorage", np.dtype("<c16")),
+    DType("float8_e4m3fn", "F8_E4M3", "", np.dtype(ml_dtypes.float8_e4m3fn)),
+    DType("float8_e5m2", "F8_E5M2", "", np.dtype(ml_dtypes.float8_e5m2)),
+    DType("float8_e4m3fnuz", "F8_E4M3FNUZ", "", np.dtype(ml_dtypes.float8_e4m3fnuz)),
+    DType("float8_e5m2fnuz", "F8_E5M2FNUZ", "", np.dtype(ml_dtypes.float8_e5m2fnuz)),
+    DType("float8_e8m0fnu", "F8_E8M0", "", np.dtype(ml_dtypes.float8_e8m0fnu)),
+    DType("float6_e2m3fn_x4", "F6_E2M3", "", np.dtype("V3"), packed=4),
+    DType("float6_e3m2fn_x4", "F6_E3M2", "", np.dtype("V3"), packed=4),
+    DType("float4_e2m1fn_x2", "F4", "", np.dtype("V1"), packed=2),
     DType("int64", "I64", "LongStorage", np.dtype("<i8")),
     DType("int32", "I32", "IntStorage", np.dtype("<i4")),
     DType("int16", "I16", "ShortStorage", np.dtype("<i2")),
     DType("int8", "I8", "CharStorage", np.dtype("i1")),
+    DType("uint64", "U64", "", np.dtype("<u8")),
+    DType("uint32", "U32", "", np.dtype("<u4")),
+    DType("uint16", "U16", "", np.dtype("<u2")),
     DType("uint8", "U8", "ByteStorage", np.dtype("u1")),
     DType("bool", "BOOL", "BoolStorage", np.dtype("?")),
 )
 
 BY_NAME = {dtype.name: dtype for dtype in DTYPES}
-BY_CODE = {dtype.code: dtype for dtype in DTYPES}
-BY_STORAGE = {dtype.storage: dtype for dtype in DTYPES}
+BY_CODE = {dtype.code: dtype for dtype in DTYPES if dtype.code}
 
 BFLOAT16 = BY_NAME["bfloat16"]
 FLOAT16 = BY_NAME["float16"]

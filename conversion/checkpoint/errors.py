@@ -4,12 +4,26 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The errors that readers, planners and the executor raise for bad input."""
 
+_MAX_MESSAGE = 2000
+
+
+def printable(text: str) -> str:
+    """A text that a file holds, as it can be shown: line breaks and what would command a terminal are escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used as it is.
 
-    The message is one line: the file or field, the two values that disagree, and what to do.
+    The message is one line: the file or field, the two values that disagree, and what to do. It stays one whatever a
+    file calls its tensors.
     """
+
+    def __init__(self, message: str) -> None:
+        text = printable(message)
+        super().__init__(text if len(text) <= _MAX_MESSAGE else f"{text[: _MAX_MESSAGE - 3]}...")
 
 
 class CorruptData(CheckpointError):

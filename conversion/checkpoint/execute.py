@@ -13,7 +13,7 @@ is complete.
 
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -30,8 +30,9 @@ from .finish import finish, write_missing
 from .job import Job
 from .limits import DEFAULT_MEMORY, default_workers, high_water
 from .manifest import block_digest
-from .plan import CheckpointPlan, TensorPlan
+from .plan import CheckpointPlan, TensorPlan, View
 from .preflight import FOLDER, Decision, Done, Refused, Resume, preflight
+from .promises import foresee_verification, verify_sources
 from .ranks import Ranks
 from .reader import FileReader, read_chunks
 from .sizes import format_bytes
@@ -58,6 +59,8 @@ class WriteOptions:
         memory: what all threads may hold together, beside the program itself: bytes, or text such as `256MB`. Fewer
             threads run than asked for where it does not suffice for all; the output's bytes do not depend on it.
         allow_nonfinite: write what is too large for a tensor's dtype as infinity, which is an error else.
+        verify_source: check what the source's files promise of their bytes first, see `promises.py`; rank 0 does.
+        verify_progress: as `progress`, of that.
     """
 
     max_shard_size: str | int = "5GB"
@@ -72,6 +75,8 @@ class WriteOptions:
     finite: bool = False
     memory: str | int = DEFAULT_MEMORY
     allow_nonfinite: bool = False
+    verify_source: bool = False
+    verify_progress: Callable[[int, int], None] = lambda nbytes, total: None
 
     @property
     def shard_bytes(self) -> int:
@@ -152,6 +157,7 @@ def execute(
     *,
     dry_run: bool = False,
     layout: Layout | None = None,
+    recorded: Mapping[str, View] | None = None,
 ) -> CheckpointResult:
     """Write a checkpoint, or, in a dry run, only say what that would meet.
 
@@ -162,16 +168,21 @@ def execute(
         notes: what a user should know of the plan, one sentence each.
         dry_run: plan and check everything, write nothing.
         layout: the output's files; a Hub folder of safetensors unless given.
+        recorded: see `find_promises`.
 
     Raises:
         PlanError, CheckpointError, OSError: see `run_job`.
+        CorruptData: the source is not what it promises; nothing was written.
     """
     job = make_job(plan, options, layout)
     shards = [*job.layout.shards]
     if dry_run:
         options.share(plan.tensors)
+        notes = [*notes, *(foresee_verification(plan, recorded or {}) if options.verify_source else [])]
         foreseen = foresee(job, out, options)
         return CheckpointResult(plan, shards, [*notes, *foreseen.notes], None, foreseen=foreseen)
+    if options.verify_source and options.rank == 0:  # which alone makes the output loadable
+        notes = [*notes, *verify_sources(plan, recorded or {}, options.workers, options.verify_progress)]
     written = run_job(job, out, options)
     restored = [f"{name} was missing and was written again." for name in written.restored]
     return CheckpointResult(plan, shards, [*notes, *restored], written)

@@ -17,8 +17,8 @@ of them a meaning in which nothing from the file is called or imported:
     calling a `Record`      an object of the caller's own class, with the flat fields it asked for
     state, items, entries   kept in the `Inert`
 
-Bounded, too: the operations, the copies, the nesting, and what may be hashed (the hash of nested tuples takes
-exponential time or all of the C stack, a dict of colliding keys quadratic time).
+Bounded, too: the operations, the memory of everything that is made or copied, the nesting, and what may be hashed (the
+hash of nested tuples takes exponential time or all of the C stack, a dict of colliding keys quadratic time).
 """
 
 import io
@@ -26,7 +26,8 @@ import itertools
 import pickletools
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +35,16 @@ import numpy as np
 
 from .errors import CheckpointError
 
+# A file with 50,000 tensors stays below both, and these below 100 MiB and a second.
 MAX_OPERATIONS = 4_000_000
+MAX_MEMORY = 56 * 2**20
 MAX_DEPTH = 100
-# Of an object: bounds the memory of a pickle that makes nothing but objects.
-_OBJECT_OPERATIONS = 8
+_MAX_ERROR = 300
+# Bytes in memory, measured: an object with its state, lists and dict; a record; a dict; a tuple; a member of a dict
+# that grows; a number of the memo, and what is known of an object that has one; an integer; a place on the stack.
+_OBJECT_BYTES, _RECORD_BYTES, _DICT_BYTES, _TUPLE_BYTES = 400, 100, 72, 72
+_MEMBER_BYTES, _MEMO_BYTES, _INTEGER_BYTES, _STACK_BYTES = 100, 200, 40, 16
+_PERSISTENT_BYTES = 200  # as many as take the rest of the pickle as much time
 
 # Keys whose hashes cost little and cannot be made to collide: by Python's random seed, by identity, or, for integers
 # below the modulus of their hash, by being equal. There may be few of any others.
@@ -99,9 +106,14 @@ class Rebuild:
     """What a pickle may call: our own function, given the tuple of arguments, which may hold anything.
 
     It raises ValueError for arguments it does not accept.
+
+    Args:
+        function: what is called.
+        nbytes: what its result takes in memory, or as many bytes as take the rest of the pickle as much time.
     """
 
     function: Callable[[tuple[Any, ...]], Any]
+    nbytes: int = 320
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +134,7 @@ def load(
     known: Known | None = None,
     persistent_load: Callable[[Any], Any] | None = None,
     max_operations: int = MAX_OPERATIONS,
+    max_memory: int = MAX_MEMORY,
 ) -> Any:
     """The tree of objects a pickle describes, with an `Inert` for everything that is not plain data.
 
@@ -133,48 +146,60 @@ def load(
         where: what it is, for messages.
         known: values for global names; a `Rebuild` or a `Record` may be called.
         persistent_load: turns a persistent id into an object; raises ValueError for one it does not accept.
-        max_operations: bound on opcodes executed, and on items copied and objects made; sets time and memory.
+        max_operations: bound on opcodes executed, which sets the time.
+        max_memory: bound on bytes of what is made and copied.
 
     Raises:
         CheckpointError: the pickle is damaged, or does what no checkpoint needs.
     """
-    machine = _Machine(known or {}, persistent_load, max_operations)
+    machine = _Machine(known or {}, persistent_load, max_operations, max_memory)
     try:
         tree = machine.run(data)
-        _check_nesting(tree)
+        _check_nesting(tree, machine.shared)
     except (ValueError, DeprecationWarning) as error:  # the latter under `python -W error`, for odd escapes
-        raise CheckpointError(f"{where} is damaged or hostile: {error}; nothing was executed.") from None
+        text = str(error) if len(str(error)) <= _MAX_ERROR else f"{str(error)[:_MAX_ERROR]}..."  # some quote the file
+        raise CheckpointError(f"{where} is damaged or hostile: {text}; nothing was executed.") from None
     return tree
 
 
-_CHEAP_KEYS = (str, bytes, bool, float, type(None), Inert)
+_CHEAP_KEYS = frozenset((str, bytes, bool, float, type(None), Inert))
 
 _ORDERED_DICT = ("collections", "OrderedDict")
+_TOO_MUCH = "it takes more memory than any checkpoint needs"
 _FLAT = (str, int, float, bool, type(None))
+_FLAT_KINDS = frozenset(_FLAT)
+
+
+_CONTAINERS = frozenset((dict, list, set, frozenset, Inert))
 
 
 class _Machine:
     """The stack, the marks and the memo of one pickle."""
 
-    def __init__(self, known: Known, persistent_load: Callable[[Any], Any] | None, max_operations: int) -> None:
+    def __init__(
+        self, known: Known, persistent_load: Callable[[Any], Any] | None, max_operations: int, max_memory: int
+    ) -> None:
         self._known = known
         self._kinds = {value.kind for value in known.values() if type(value) is Record}
         self._persistent_load = persistent_load
-        self._operations_left = max_operations
+        self._max_operations = max_operations
+        self._memory_left = max_memory
         self._other_keys_left = _MAX_OTHER_KEYS
         self._stack: list[Any] = []
         self._below_marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         self._stored = 0
         self._recalled = b""  # whether each number of the memo is
+        self.shared: set[int] = set()  # the id of every object that may lie in more than one place
 
     def run(self, data: bytes) -> Any:
         """Execute the opcodes up to STOP; ValueError for anything unexpected."""
         self._recalled = _recalled(data)
         stream, memo, stack = io.BytesIO(data), self._memo, self._stack
         start, position, end = 0, 0, len(data)
+        integers_left = self._memory_left // _INTEGER_BYTES
         try:
-            for _ in range(self._operations_left):
+            for _ in range(self._max_operations):
                 start, position = position, position + 1
                 if start == end:
                     raise ValueError("pickle exhausted before seeing STOP")
@@ -196,12 +221,27 @@ class _Machine:
                 elif code == _BININT2:
                     stack.append(_UINT2.unpack_from(data, position)[0])
                     position += 2
+                    if (integers_left := integers_left - 1) < 0:
+                        raise ValueError(_TOO_MUCH)
                 elif code == _BININT1:
                     stack.append(data[position])
                     position += 1
                 elif code == _BININT:
                     stack.append(_INT4.unpack_from(data, position)[0])
                     position += 4
+                    if (integers_left := integers_left - 1) < 0:
+                        raise ValueError(_TOO_MUCH)
+                elif code == _MARK:
+                    self._below_marks.append(stack)
+                    stack = self._stack = []
+                elif _TUPLE1 <= code <= _TUPLE3:
+                    stack.append(tuple(self._pop_many(code - _TUPLE1 + 1)))
+                    self._spend(_TUPLE_BYTES)
+                elif code == _EMPTY_TUPLE:
+                    stack.append(())
+                elif code == _EMPTY_DICT:
+                    stack.append({})
+                    self._spend(_DICT_BYTES)
                 elif code == _STOP:
                     return self._pop()
                 else:
@@ -219,10 +259,22 @@ class _Machine:
             raise ValueError(f"{error} (pickle byte {start})") from None
         raise ValueError("it takes more operations than any checkpoint needs")
 
-    def _spend(self, operations: int) -> None:
-        self._operations_left -= operations
-        if self._operations_left < 0:
-            raise ValueError("it takes more operations than any checkpoint needs")
+    def _spend(self, nbytes: int) -> None:
+        self._memory_left -= nbytes
+        if self._memory_left < 0:
+            raise ValueError(_TOO_MUCH)
+
+    def _room_for(self, target: Any, items: int) -> int:
+        """What a collection takes now, in bytes, where there is room for more of them, twice while it grows."""
+        if _MEMBER_BYTES * items > self._memory_left:
+            raise ValueError(_TOO_MUCH)
+        return sys.getsizeof(target)
+
+    def _share(self, values: Iterable[Any]) -> None:
+        """Note what is put into another object without being taken out of the one it is in."""
+        for value in filter(_is_container, values):
+            self._spend(_MEMO_BYTES)
+            self.shared.add(id(value))
 
     # The stack.
 
@@ -235,9 +287,10 @@ class _Machine:
     def _refuse(self, name: str) -> None:
         raise ValueError(f"no checkpoint needs opcode {name}")
 
-    def _new(self, kind: type) -> None:
-        self._spend(_OBJECT_OPERATIONS)
-        self._push(kind())
+    def _make(self, value: Any) -> None:
+        """Push something that was not there before."""
+        self._spend(sys.getsizeof(value) + _STACK_BYTES)
+        self._stack.append(value)
 
     def _pop(self) -> Any:
         if not self._stack:
@@ -258,10 +311,6 @@ class _Machine:
             raise ValueError(f"arguments are a {type(value).__name__}, expected a tuple")
         return value
 
-    def _push_mark(self, _: Any) -> None:
-        self._below_marks.append(self._stack)
-        self._stack = []
-
     def _pop_mark(self) -> list[Any]:
         if not self._below_marks:
             raise ValueError("it takes from below a mark that is not there")
@@ -279,6 +328,7 @@ class _Machine:
 
     def _duplicate(self, _: Any) -> None:
         value = self._pop()
+        self._share((value,))
         self._stack += [value, value]
 
     def _get(self, index: int) -> None:
@@ -296,7 +346,10 @@ class _Machine:
             raise ValueError("it takes from an empty stack")
         self._stored += 1
         if index >= len(self._recalled) or self._recalled[index]:
-            self._memo[index] = self._stack[-1]
+            self._spend(_MEMO_BYTES)
+            self._memo[index] = value = self._stack[-1]
+            if _is_container(value):
+                self.shared.add(id(value))
 
     # Collections.
 
@@ -314,10 +367,14 @@ class _Machine:
         self._push(target)
 
     def _set_items(self, items: list[Any]) -> None:
-        target, pairs = self._pop(), list(_pairs(items))
+        target, pairs = self._pop(), _pairs(items)
         if type(target) is dict:
-            target.update(self._hashable_pairs(pairs))
+            before = self._room_for(target, len(items) // 2)
+            self._check_keys(items[::2])
+            target.update(pairs)
+            self._spend(sys.getsizeof(target) - before)
         elif type(target) is Inert:
+            self._spend(_MEMBER_BYTES * (len(items) // 2))
             target.entries.extend(pairs)
         else:
             raise ValueError(f"it sets items of a {type(target).__name__}")
@@ -327,31 +384,41 @@ class _Machine:
         items, target = self._pop_mark(), self._pop()
         if type(target) is not set:
             raise ValueError(f"it adds items to a {type(target).__name__}")
-        target.update(map(self._hashable, items))
+        before = self._room_for(target, len(items))
+        self._check_keys(items)
+        target.update(items)
+        self._spend(sys.getsizeof(target) - before)
         self._push(target)
 
     def _dict(self, _: Any) -> None:
-        self._push(dict(self._hashable_pairs(_pairs(self._pop_mark()))))
+        items = self._pop_mark()
+        self._room_for({}, len(items) // 2)
+        self._check_keys(items[::2])
+        self._make(dict(_pairs(items)))
 
     def _frozenset(self, _: Any) -> None:
-        self._push(frozenset(map(self._hashable, self._pop_mark())))
+        items = self._pop_mark()
+        self._room_for({}, len(items))
+        self._check_keys(items)
+        self._make(frozenset(items))
 
-    def _hashable_pairs(self, pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
-        return ((self._hashable(key), value) for key, value in pairs)
+    def _check_keys(self, keys: Sequence[Any]) -> None:
+        if not _CHEAP_KEYS.issuperset(map(type, keys)):
+            for key in keys:
+                self._check_key(key)
 
-    def _hashable(self, key: Any) -> Any:
+    def _check_key(self, key: Any) -> None:
         kind = type(key)
         if kind in _CHEAP_KEYS or kind in self._kinds or (kind is int and abs(key) < _MAX_INTEGER_KEY):
-            return key
+            return
         self._other_keys_left -= 1
         if kind is tuple and len(key) <= _MAX_KEY_ITEMS and tuple not in map(type, key):
             for item in key:
-                self._hashable(item)
+                self._check_key(item)
         elif kind in (int, tuple, list, dict, set, frozenset, bytearray):
             raise ValueError(f"a {kind.__name__} that no checkpoint needs is a key")
         if self._other_keys_left < 0:
             raise ValueError(f"more than {_MAX_OTHER_KEYS} keys are tuples")
-        return key
 
     # Objects.
 
@@ -375,7 +442,8 @@ class _Machine:
 
     def _new_object_with_keywords(self, _: Any) -> None:
         keywords, args = self._pop(), self._pop_tuple()
-        self._spend(len(args))
+        self._spend(sys.getsizeof(args))
+        self._share(args)
         self._call(self._pop(), (*args, keywords))
 
     def _object(self, _: Any) -> None:
@@ -391,9 +459,10 @@ class _Machine:
 
     def _call(self, callee: Any, args: tuple[Any, ...]) -> None:
         if type(callee) is Rebuild:
+            self._spend(callee.nbytes)
             result = callee.function(args)
         elif type(callee) is Record:
-            self._spend(_OBJECT_OPERATIONS)
+            self._spend(_RECORD_BYTES)
             result = callee.kind()
         elif type(callee) is not Inert:
             raise ValueError(f"it calls a {type(callee).__name__}")
@@ -406,17 +475,19 @@ class _Machine:
         self._push(result)
 
     def _inert(self, module: str, name: str, args: tuple[Any, ...] | None) -> Inert:
-        self._spend(_OBJECT_OPERATIONS)
+        self._spend(_OBJECT_BYTES)
         return Inert(module, name, args)
 
     def _ordered_dict(self, args: tuple[Any, ...]) -> dict[Any, Any]:
         pairs = args[0] if args else []
         if len(args) > 1 or type(pairs) is not list:
             raise ValueError("an OrderedDict is made from something else than a list of pairs")
-        self._spend(len(pairs))
+        self._spend(_MEMBER_BYTES * (len(pairs) + 1))
         if not all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs):
             raise ValueError("an OrderedDict is made from something else than pairs")
-        return dict(self._hashable_pairs((key, value) for key, value in pairs))
+        self._share(itertools.chain.from_iterable(pairs))
+        self._check_keys([key for key, _ in pairs])
+        return dict(pairs)
 
     def _build(self, _: Any) -> None:
         state, target = self._pop(), self._pop()
@@ -424,6 +495,8 @@ class _Machine:
             self._set_state(target, state)
         elif type(target) in self._kinds:
             _set_fields(target, state)
+            if id(state) not in self.shared:  # nothing else has it
+                self._memory_left += sys.getsizeof(state)
         elif type(target) is not dict:  # the attributes of an OrderedDict, as state_dict's _metadata, are dropped
             raise ValueError(f"it sets the state of a {type(target).__name__}")
         self._push(target)
@@ -434,7 +507,8 @@ class _Machine:
         parts = [part for part in state if part is not None] if is_pair else [state]
         for part in parts:
             if type(part) is dict:
-                self._spend(len(part))
+                self._spend(_MEMBER_BYTES * len(part))
+                self._share(part.values())
             if type(part) is dict and all(type(name) is str for name in part):
                 vars(target).update(part)
             else:
@@ -443,6 +517,7 @@ class _Machine:
     def _persistent_id(self, _: Any) -> None:
         if self._persistent_load is None:
             raise ValueError("it refers to objects outside of it")
+        self._spend(_PERSISTENT_BYTES)
         self._push(self._persistent_load(self._pop()))
 
 
@@ -469,19 +544,13 @@ _LITERALS = (
     *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"),
 )
 _ACTIONS: dict[str, _Action] = {
-    **dict.fromkeys(_LITERALS, _Machine._push),
+    **dict.fromkeys(_LITERALS, _Machine._make),
     **dict.fromkeys(("PROTO", "FRAME"), _Machine._nothing),
     "NONE": lambda machine, _: machine._push(None),
     "NEWTRUE": lambda machine, _: machine._push(True),
     "NEWFALSE": lambda machine, _: machine._push(False),
-    "EMPTY_TUPLE": lambda machine, _: machine._push(()),
-    "TUPLE1": lambda machine, _: machine._push(tuple(machine._pop_many(1))),
-    "TUPLE2": lambda machine, _: machine._push(tuple(machine._pop_many(2))),
-    "TUPLE3": lambda machine, _: machine._push(tuple(machine._pop_many(3))),
-    "EMPTY_LIST": lambda machine, _: machine._new(list),
-    "EMPTY_DICT": lambda machine, _: machine._new(dict),
-    "EMPTY_SET": lambda machine, _: machine._new(set),
-    "MARK": _Machine._push_mark,
+    "EMPTY_LIST": lambda machine, _: machine._make([]),
+    "EMPTY_SET": lambda machine, _: machine._make(set()),
     "POP": _Machine._drop,
     "POP_MARK": _Machine._drop_mark,
     "DUP": _Machine._duplicate,
@@ -493,8 +562,8 @@ _ACTIONS: dict[str, _Action] = {
     "SETITEM": lambda machine, _: machine._set_items(machine._pop_many(2)),
     "SETITEMS": lambda machine, _: machine._set_items(machine._pop_mark()),
     "ADDITEMS": _Machine._add_items,
-    "LIST": lambda machine, _: machine._push(machine._pop_mark()),
-    "TUPLE": lambda machine, _: machine._push(tuple(machine._pop_mark())),
+    "LIST": lambda machine, _: machine._make(machine._pop_mark()),
+    "TUPLE": lambda machine, _: machine._make(tuple(machine._pop_mark())),
     "DICT": _Machine._dict,
     "FROZENSET": _Machine._frozenset,
     "GLOBAL": _Machine._global,
@@ -520,7 +589,9 @@ def _step(code: int) -> tuple[Callable[[io.BytesIO], Any] | None, _Action]:
 
 _STEPS = tuple(_step(code) for code in range(256))
 _CODES = {opcode.name: code for code, opcode in _OPCODES.items()}
-_MEMOIZE, _STOP = _CODES["MEMOIZE"], _CODES["STOP"]
+_MEMOIZE, _MARK, _STOP = _CODES["MEMOIZE"], _CODES["MARK"], _CODES["STOP"]
+_EMPTY_TUPLE, _EMPTY_DICT = _CODES["EMPTY_TUPLE"], _CODES["EMPTY_DICT"]
+_TUPLE1, _TUPLE3 = _CODES["TUPLE1"], _CODES["TUPLE3"]  # and TUPLE2 between them
 _BINGET, _LONG_BINGET = _CODES["BINGET"], _CODES["LONG_BINGET"]
 _BININT1, _BININT2, _BININT = _CODES["BININT1"], _CODES["BININT2"], _CODES["BININT"]
 _UINT2, _UINT4, _INT4 = struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<i")
@@ -554,10 +625,10 @@ def _pairs(items: list[Any]) -> Iterator[tuple[Any, Any]]:
     return zip(items[::2], items[1::2], strict=True)
 
 
-def _check_nesting(tree: Any) -> None:
+def _check_nesting(tree: Any, shared: set[int]) -> None:
     """Refuse what would exhaust the stack of whoever walks the tree: deep nesting, and an object inside itself.
 
-    Visits an object once, however often it is referred to: its height is known once it is left.
+    Visits an object once, however often it is referred to: the height of a shared one is known once it is left.
     """
     heights: dict[int, int | None] = {id(tree): None}  # None while its children are being visited
     path: list[tuple[Any, Iterator[Any]]] = [(tree, _children(tree))]
@@ -567,11 +638,14 @@ def _check_nesting(tree: Any) -> None:
         child = next((child for child in children if _is_container(child)), None)
         if child is None:
             path.pop()
-            heights[id(node)] = height = tallest_child.pop() + 1
+            height = tallest_child.pop() + 1
+            if id(node) in shared:
+                heights[id(node)] = height
             if path:
                 tallest_child[-1] = max(tallest_child[-1], height)
         elif id(child) not in heights:
-            heights[id(child)] = None
+            if id(child) in shared:
+                heights[id(child)] = None
             path.append((child, _children(child)))
             tallest_child.append(0)
         elif (known := heights[id(child)]) is None:
@@ -583,7 +657,11 @@ def _check_nesting(tree: Any) -> None:
 
 
 def _is_container(value: Any) -> bool:
-    return type(value) in (dict, list, tuple, set, frozenset, Inert)
+    """Whether something may hold others; the sizes of a tensor or a chunk, of which there are many, do not."""
+    kind = type(value)
+    if kind is tuple:
+        return len(value) > _MAX_KEY_ITEMS or not _FLAT_KINDS.issuperset(map(type, value))
+    return kind in _CONTAINERS
 
 
 def _children(value: Any) -> Iterator[Any]:

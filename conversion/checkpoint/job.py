@@ -11,18 +11,17 @@ against a folder.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .bytes import ByteSource
 from .containers import Layout
 from .errors import CheckpointError
 from .manifest import MANIFEST, package_version
 from .plan import CheckpointPlan, PlanError
-from .sources import source_identity
 
 # Raised when the same plan, layout and sources would give other bytes: until then a checkpoint that an older version
 # finished is still what this one would write.
@@ -58,7 +57,7 @@ class Job:
                 user would want to be told of.
 
         Raises:
-            CheckpointError: a source, or a file that the plan names, cannot be read.
+            CheckpointError: a file that the plan names cannot be read.
         """
         small_files = {name: _content(name, content) for name, content in plan.sidecars.items()}
         small_files["config.json"] = json_bytes(plan.config)
@@ -124,20 +123,27 @@ class Job:
         )
 
 
-def source_identities(files: Iterable[str]) -> dict[str, str]:
+def source_identities(sources: Iterable[ByteSource], *, now: bool = False) -> dict[str, str]:
     """The identity of every file by its name: the shortest end of their paths that tells all of them apart.
 
     Where their folder lies does not matter, and does not show: these names are published.
 
+    Args:
+        sources: the files.
+        now: look again what they are; they are what they were when their headers were read unless asked.
+
     Raises:
-        CheckpointError: see `source_identity`.
+        OSError: a file is not there `now`.
     """
-    paths = sorted(set(map(os.path.abspath, files)))
-    parts = [Path(path).parts for path in paths]
+    files = {source.name: source for source in sources}
+    parts = {name: name.split("/") for name in sorted(files)}
     depth = 1
-    while len({part[-depth:] for part in parts}) < len(parts):
+    while len({tuple(part[-depth:]) for part in parts.values()}) < len(parts):
         depth += 1
-    return {"/".join(part[-depth:]): source_identity(path) for part, path in zip(parts, paths, strict=True)}
+    return {
+        "/".join(part[-depth:]): files[name].current_identity() if now else files[name].identity
+        for name, part in parts.items()
+    }
 
 
 # Differences, for people.

@@ -33,15 +33,15 @@ import xxhash
 
 from .assemble import BLOCK
 from .errors import CheckpointError
-from .strict_json import parse_json_object
+from .strict_json import read_json_object
 
 MANIFEST = "teleflm_manifest.json"
 OLD_MANIFEST = "manifest.json"
 FORMAT, _OLD_FORMAT = 2, 1
 _FIELDS = {"plan": str, "lineage": dict, "tensors": dict}  # what a record has at least, of either format
 _OLD_FIELDS = {**_FIELDS, "teleflm_version": str, "statistics": dict}
-_MAX_BYTES = 100_000_000
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
+_MAX_MEMORY = 320 * 2**20  # that of 140,000 tensors takes 190 MB
 
 
 def block_digest(chunks: Iterable[bytes | memoryview]) -> bytes:
@@ -148,7 +148,7 @@ def read_own_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    manifest = parse_json_object(_read(path), str(path))
+    manifest = read_json_object(path, limit=_MAX_MEMORY)
     if manifest.get("format") not in (FORMAT, _OLD_FORMAT):
         found = repr(manifest.get("format"))[:80]
         raise CheckpointError(f"{path}: manifest format is {found}, this version reads {FORMAT}; update teleflm.")
@@ -165,18 +165,11 @@ def read_old_manifest(folder: Path) -> dict[str, Any] | None:
     """The record that version 0.1.0 left in a folder; None if there is none, or a file of that name of others."""
     path = folder / OLD_MANIFEST
     try:
-        manifest = parse_json_object(_read(path), str(path)) if path.is_file() else {}
-    except (CheckpointError, OSError):
+        manifest = read_json_object(path, limit=_MAX_MEMORY) if path.is_file() else {}
+    except CheckpointError:
         return None
     fits = all(isinstance(manifest.get(field), kind) for field, kind in _OLD_FIELDS.items())
     return manifest if fits and manifest.get("format") == _OLD_FORMAT else None
-
-
-def _read(path: Path) -> bytes:
-    size = path.stat().st_size
-    if size > _MAX_BYTES:
-        raise CheckpointError(f"{path} has {size} bytes, a record at most {_MAX_BYTES}; restore or remove the file.")
-    return path.read_bytes()
 
 
 def parent_record(folder: Path) -> dict[str, Any] | None:

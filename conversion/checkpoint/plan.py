@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
+from .bytes import ByteSource
 from .dtypes import DType
 
 Shape: TypeAlias = tuple[int, ...]
@@ -100,21 +101,21 @@ class View:
     """A strided window of a file: an array that is not loaded.
 
     Args:
-        file: path of the file that holds the bytes.
+        file: the file that holds the bytes.
         offset: position of the first element in the file, in bytes.
         shape: sizes, as of an array.
         strides: distance between neighbours along each dimension, in elements; 0 repeats.
         dtype: the element type; little-endian.
     """
 
-    file: str
+    file: ByteSource
     offset: int
     shape: Shape
     strides: Shape
     dtype: DType
 
     @classmethod
-    def contiguous(cls, file: str, offset: int, shape: Sequence[int], dtype: DType) -> "View":
+    def contiguous(cls, file: ByteSource, offset: int, shape: Sequence[int], dtype: DType) -> "View":
         """The window of a whole row-major tensor stored at `offset`."""
         return cls(file, offset, tuple(shape), row_major_strides(shape), dtype)
 
@@ -451,8 +452,8 @@ class CheckpointPlan:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
-    def sources(self) -> set[str]:
-        """Paths of the files the pieces read."""
+    def sources(self) -> set[ByteSource]:
+        """The files the pieces read, as they were when their headers were read."""
         return {view.file for tensor in self.tensors for view in source_views(tensor)}
 
     def check(self) -> None:
@@ -471,8 +472,9 @@ class CheckpointPlan:
     def fingerprint(self) -> str:
         """A digest of everything that decides the output's bytes; the directory the sources lie in does not."""
         digest = hashlib.sha256()
-        folder = os.path.commonpath(list(map(os.path.dirname, self.sources))) if self.sources else ""
-        names = {file: os.path.relpath(file, folder) for file in self.sources}
+        files = {source.name for source in self.sources}
+        folder = os.path.commonpath(list(map(os.path.dirname, files))) if files else ""
+        names = {file: os.path.relpath(file, folder) for file in files}
         for tensor in self.tensors:
             digest.update(repr((tensor.name, tensor.shape, tensor.dtype.name, tensor.layout)).encode())
             for piece in tensor.pieces:
@@ -507,7 +509,7 @@ def _portable_repr(piece: Piece, names: Mapping[str, str]) -> str:
     """A text that two plans share iff the piece is the same, wherever the source folder lies."""
 
     def window(view: View) -> tuple[Any, ...]:
-        return names[view.file], view.offset, view.shape, view.strides, view.dtype.name
+        return names[view.file.name], view.offset, view.shape, view.strides, view.dtype.name
 
     def number(value: float | Statistic) -> Any:
         return (value.kind, window(value.view), value.factor) if isinstance(value, Statistic) else float(value)

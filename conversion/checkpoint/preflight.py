@@ -184,7 +184,7 @@ class _Contents:
         ours = [*self._recorded(), *self._written(), *job.weights, *partials, *job.small_contents, *records]
         names = dict.fromkeys((*self.weights, *self.settings, *self.partials, *ours))
         names.pop(MANIFEST, None)
-        sources = set(map(os.path.realpath, job.plan.sources))
+        sources = {os.path.realpath(source.name) for source in job.plan.sources}
         found = [name for name in self.present(names) if lies_in(self.out, name)]
         paths = {name: self.out / name for name in found}
         kept = {name for name, path in paths.items() if os.path.realpath(path) in sources and not path.is_symlink()}
@@ -325,7 +325,7 @@ def _size(path: Path) -> int | None:
 def _is_source(job: Job, out: Path) -> bool:
     """Whether OUT is the checkpoint that is read: the folder of its files, or of the training steps they are in."""
     here = out.resolve()
-    files = map(Path, job.plan.sources)
+    files = [Path(source.name) for source in job.plan.sources]
     folders = {folder for file in files for folder in (file.parent.resolve(), file.resolve().parent)}
     return any(is_step(folder.relative_to(here).as_posix()) for folder in folders if folder.is_relative_to(here))
 

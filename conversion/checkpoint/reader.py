@@ -2,19 +2,19 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Reading windows of files by `pread`: bounded memory, no mapping, any number of threads."""
+"""Reading windows of files: bounded memory, no mapping, any number of threads."""
 
-import os
 import resource
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from types import TracebackType
 
 import numpy as np
 
+from .bytes import ByteSource, OpenBytes, read_fully
 from .errors import CorruptData
-from .kernel_copy import copy_range
+from .kernel_copy import copy_range, write_all
 from .plan import Box, Shape, View
 from .scratch import scratch
 
@@ -30,12 +30,16 @@ CHUNK = 256 * 1024
 
 
 class FileReader:
-    """Open source files and read windows of them. Thread-safe; a context manager that closes what it opened."""
+    """Open source files and read windows of them. Thread-safe; a context manager that closes what it opened.
+
+    A file is compared with what it was when its header was read as it is opened: whatever reads a window may raise
+    `CorruptData` because it was changed or replaced meanwhile.
+    """
 
     def __init__(self) -> None:
         _allow_many_files()
         self._stack = ExitStack()
-        self._descriptors: dict[str, int] = {}
+        self._files: dict[ByteSource, OpenBytes] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> "FileReader":
@@ -44,17 +48,16 @@ class FileReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._descriptors.clear()
+        self._files.clear()
         self._stack.close()
 
-    def descriptor(self, file: str) -> int:
-        """The file's descriptor, opened at the first use."""
+    def _open(self, file: ByteSource) -> OpenBytes:
+        """The file, opened at the first use."""
         with self._lock:
-            if file not in self._descriptors:
-                descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-                self._stack.callback(os.close, descriptor)
-                self._descriptors[file] = descriptor
-            return self._descriptors[file]
+            opened = self._files.get(file)
+            if opened is None:
+                opened = self._files[file] = self._stack.enter_context(file.open())
+            return opened
 
     def read(self, view: View) -> np.ndarray:
         """The window's elements as a new row-major array."""
@@ -100,13 +103,7 @@ class FileReader:
         Raises:
             CorruptData: the file ends before the window does.
         """
-        try:
-            yield from read_chunks(self.descriptor(view.file), *view.span)
-        except EOFError:
-            raise self._cut_short(view.file, view.span[1]) from None
-        except OSError as error:
-            error.filename = view.file  # which a descriptor does not know
-            raise
+        yield from _chunks(lambda chunk, offset: self._fill(view.file, chunk, offset), *view.span)
 
     def copy_to(self, view: View, target: int, offset: int) -> None:
         """Copy a contiguous window's bytes into the file behind the descriptor `target`, at a byte offset.
@@ -114,25 +111,30 @@ class FileReader:
         Raises:
             CorruptData: the source ends before the window does.
         """
+        descriptor = self._open(view.file).descriptor
+        if descriptor is None:
+            for chunk in self.chunks(view):
+                write_all(target, chunk, offset)
+                offset += len(chunk)
+            return
         try:
-            copy_range(self.descriptor(view.file), view.offset, target, offset, view.nbytes)
+            copy_range(descriptor, view.offset, target, offset, view.nbytes)
         except EOFError:
             raise self._cut_short(view.file, view.span[1]) from None
 
-    def _read_bytes(self, file: str, offset: int, out: np.ndarray) -> None:
-        target = out.reshape(-1).view(np.uint8).data
+    def _read_bytes(self, file: ByteSource, offset: int, out: np.ndarray) -> None:
+        self._fill(file, out.reshape(-1).view(np.uint8).data, offset)
+
+    def _fill(self, file: ByteSource, target: memoryview, offset: int) -> None:
         try:
-            _read_into(self.descriptor(file), target, offset)
+            self._open(file).read_into(target, offset)
         except EOFError:
             raise self._cut_short(file, offset + len(target)) from None
-        except OSError as error:
-            error.filename = file  # which a descriptor does not know
-            raise
 
-    def _cut_short(self, file: str, end: int) -> CorruptData:
-        size = os.fstat(self.descriptor(file)).st_size
+    def _cut_short(self, file: ByteSource, end: int) -> CorruptData:
         return CorruptData(
-            f"{file}: ends at byte {size}, but a tensor reaches to byte {end}: the file was cut short meanwhile."
+            f"{file}: had {file.size} bytes when it was opened and ends before byte {end} now, to which a tensor "
+            "reaches: it was cut short meanwhile; run the command again with the whole file."
         )
 
 
@@ -165,20 +167,15 @@ def read_chunks(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:
     Raises:
         EOFError: the file ends before.
     """
+    yield from _chunks(lambda chunk, offset: read_fully(descriptor, chunk, offset), begin, end)
+
+
+def _chunks(fill: Callable[[memoryview, int], None], begin: int, end: int) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(min(CHUNK, end - begin)))
     for offset in range(begin, end, CHUNK):
         chunk = buffer[: end - offset]
-        _read_into(descriptor, chunk, offset)
+        fill(chunk, offset)
         yield chunk
-
-
-def _read_into(descriptor: int, target: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(target):
-        count = os.preadv(descriptor, [target[done:]], offset + done)
-        if count == 0:
-            raise EOFError
-        done += count
 
 
 def boxes_of_range(shape: Shape, start: int, stop: int) -> Iterator[Box]:

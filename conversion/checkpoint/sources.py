@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import xxhash
-
+from . import safetensors_file, torch_file
+from .bytes import ByteSource, Where, full_name
 from .errors import CheckpointError
-from .manifest import sample_digest
 from .plan import View
-from .safetensors_file import read_header, read_header_bytes
-from .strict_json import parse_json_object
-from .torch_file import read_directory_bytes, read_torch_tensors
+from .safetensors_file import read_header
+from .strict_json import read_json_object
+from .torch_file import read_state_dict
 
 Format: TypeAlias = Literal["safetensors", "torch"]
 
@@ -34,9 +33,8 @@ WEIGHT_FILES = (
 
 _INDEX_SUFFIX = ".index.json"
 _SHARD = re.compile(r"(?P<stem>.+)-\d+-of-\d+(?P<suffix>\.\w+)")
-_LFS_POINTER = b"version https://git-lfs"
-_MAX_JSON_BYTES = 100_000_000
-_EDGE_BYTES = 64 * 1024
+# The published models have 400 at most, a training run one for each of some thousand ranks.
+_MAX_FILES = 16_384
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Source:
         folder: absolute path of its folder.
         format: the container of its weight files.
         tensors: every tensor by name; in the order of the files, and within a file in the file's order.
-        files: absolute paths of the weight files.
+        files: the weight files.
         config: the content of config.json; None if there is none.
         metadata: `__metadata__` of the one safetensors file, or `metadata` of the index; empty otherwise.
     """
@@ -55,7 +53,7 @@ class Source:
     folder: str
     format: Format
     tensors: dict[str, View]
-    files: tuple[str, ...]
+    files: tuple[ByteSource, ...]
     config: dict[str, Any] | None
     metadata: dict[str, Any]
 
@@ -77,51 +75,36 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Source:
 
 def _open(weights: Path) -> Source:
     if weights.name.endswith(_INDEX_SUFFIX):
-        index = _read_json(weights)
+        index = read_json_object(weights)
         files, tensors = _read_shards(weights, index)
         metadata = index.get("metadata")
         metadata = metadata if isinstance(metadata, dict) else {}
     else:
-        files = (weights,)
-        tensors, metadata = _read_weights(weights)
+        source, tensors, metadata = _read_weights(weights)
+        files = (source,)
     config = weights.parent / "config.json"
     return Source(
         folder=str(weights.parent),
-        format=_format(files[0]),
+        format=_format(files[0].name),
         tensors=tensors,
-        files=tuple(map(str, files)),
-        config=_read_json(config) if config.exists() else None,
+        files=files,
+        config=read_json_object(config, infinite=True) if config.exists() else None,
         metadata=metadata,
     )
 
 
-def source_identity(path: str | os.PathLike[str]) -> str:
-    """A text that changes when a weight file does: its size, its time of change, a hash of its header and of samples.
+def source_identity(where: Where) -> str:
+    """A text that changes when a weight file does: its size, its time of change, hashes of its header and its data.
 
-    The header is the one of safetensors, the directory and pickle of a torch.save zip (with a checksum of each
-    storage, as torch writes it), or both ends of any other file; the samples are those of `sample_digest`.
+    The header is the one of safetensors, or the directory and pickle of a torch.save zip (with a checksum of each
+    storage, as torch writes it); of the data, a few small windows are looked at. It is what the `ByteSource` of a file
+    that was opened has, and what this says of a file is only true of what is there at this moment.
 
     Raises:
         CheckpointError: the file cannot be read, or is a safetensors file with a damaged header.
     """
-    file = Path(os.path.abspath(path))
-    try:
-        status = file.stat()
-        digest = xxhash.xxh3_128(read_header_bytes(file) if _format(file) == "safetensors" else _torch_header(file))
-        digest.update(sample_digest(file).encode())
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from None
-    return f"{status.st_size}-{status.st_mtime_ns}-{digest.hexdigest()}"
-
-
-def _torch_header(file: Path) -> bytes:
-    try:
-        return read_directory_bytes(file)
-    except CheckpointError:  # a .distcp file, for one, is many zips in a row
-        with file.open("rb") as stream:
-            head = stream.read(_EDGE_BYTES)
-            stream.seek(max(stream.seek(0, os.SEEK_END) - _EDGE_BYTES, 0))
-            return head + stream.read(_EDGE_BYTES)
+    module = safetensors_file if _format(full_name(where)) == "safetensors" else torch_file
+    return module.identify(where).identity
 
 
 def _find_weights(path: Path) -> Path:
@@ -135,50 +118,41 @@ def _find_weights(path: Path) -> Path:
     raise CheckpointError(f"{path} has no weights: expected one of {', '.join(WEIGHT_FILES)}.")
 
 
-def _format(file: Path) -> Format:
-    return "safetensors" if file.suffix == ".safetensors" else "torch"
+def _format(file: str) -> Format:
+    return "safetensors" if file.endswith(".safetensors") else "torch"
 
 
-def _read_weights(file: Path) -> tuple[dict[str, View], dict[str, Any]]:
-    if _read_start(file, len(_LFS_POINTER)) == _LFS_POINTER:
-        raise CheckpointError(f"{file} is a Git LFS pointer, expected weights; run `git lfs pull` in its repository.")
-    if _format(file) == "torch":
-        return read_torch_tensors(file), {}
+def _read_weights(file: Path) -> tuple[ByteSource, dict[str, View], dict[str, Any]]:
+    """A weight file, its tensors, and what else it says."""
+    if _format(file.name) == "torch":
+        return *read_state_dict(file), {}
     header = read_header(file)
-    return header.tensors, dict(header.metadata)
-
-
-def _read_start(file: Path, size: int) -> bytes:
-    with file.open("rb") as stream:
-        return stream.read(size)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    text = _read_start(file, _MAX_JSON_BYTES + 1)
-    if len(text) > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{file} has more than {_MAX_JSON_BYTES} bytes, which no checkpoint needs.")
-    return parse_json_object(text, str(file))
+    return header.source, header.tensors, dict(header.metadata)
 
 
 # Sharded checkpoints: the index says in which file each tensor is; the files must say the same.
 
 
-def _read_shards(index_file: Path, index: dict[str, Any]) -> tuple[tuple[Path, ...], dict[str, View]]:
+def _read_shards(index_file: Path, index: dict[str, Any]) -> tuple[tuple[ByteSource, ...], dict[str, View]]:
     expected = _parse_weight_map(index_file, index)
-    files = tuple(index_file.parent / name for name in sorted(set(expected.values())))
-    _check_files(index_file, files)
+    by_file: dict[str, list[str]] = {}
+    for name, file_name in sorted(expected.items(), key=lambda item: item[1]):
+        by_file.setdefault(file_name, []).append(name)
+    _check_files(index_file, tuple(index_file.parent / name for name in by_file))
+    sources: list[ByteSource] = []
     tensors: dict[str, View] = {}
-    for file in files:
-        found, _ = _read_weights(file)
+    for file_name, names in by_file.items():
+        source, found, _ = _read_weights(index_file.parent / file_name)
         for name, view in found.items():
             if name in tensors:
                 raise CheckpointError(
-                    f"{name!r} is in {tensors[name].file} and in {file}; keep the one that {index_file.name} names "
+                    f"{name!r} is in {tensors[name].file} and in {source}; keep the one that {index_file.name} names "
                     f"({expected.get(name)})."
                 )
             tensors[name] = view
-        _check_shard(index_file, expected, file.name, found)
-    return files, tensors
+        _check_shard(index_file, expected, names, file_name, found)
+        sources.append(source)
+    return tuple(sources), tensors
 
 
 def _parse_weight_map(index_file: Path, index: dict[str, Any]) -> dict[str, str]:
@@ -195,7 +169,9 @@ def _parse_weight_map(index_file: Path, index: dict[str, Any]) -> dict[str, str]
 
 
 def _check_files(index_file: Path, files: tuple[Path, ...]) -> None:
-    formats = {_format(file) for file in files}
+    if len(files) > _MAX_FILES:
+        raise CheckpointError(f"{index_file} names {len(files)} files, the limit is {_MAX_FILES}.")
+    formats = {_format(file.name) for file in files}
     if len(formats) > 1:
         raise CheckpointError(f"{index_file} names safetensors files and others; make an index for each.")
     missing = [file.name for file in files if not file.is_file()]
@@ -220,12 +196,14 @@ def _check_files(index_file: Path, files: tuple[Path, ...]) -> None:
         )
 
 
-def _check_shard(index_file: Path, expected: dict[str, str], file_name: str, found: dict[str, View]) -> None:
+def _check_shard(
+    index_file: Path, expected: dict[str, str], names: list[str], file_name: str, found: dict[str, View]
+) -> None:
     for name in found:
         if expected.get(name) != file_name:
             place = f"in {expected[name]}" if name in expected else "nowhere"
             raise CheckpointError(f"{file_name} holds {name!r}, {index_file} places it {place}; download both again.")
-    absent = [name for name, place in expected.items() if place == file_name and name not in found]
+    absent = [name for name in names if name not in found]
     if absent:
         raise CheckpointError(
             f"{index_file} places tensors in {file_name} that it does not hold, {len(absent)} of them: "

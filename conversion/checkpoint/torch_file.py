@@ -9,24 +9,21 @@ one storage each. In the pickle a tensor is a storage, an offset, sizes and stri
 which share a storage, as the parameters of one flat buffer do, stay windows of the same bytes.
 """
 
-import io
-import os
-import struct
-import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 from . import inert_pickle
+from .bytes import ByteSource, OpenBytes, Where, reading, refuse_pointer
 from .dtypes import DTYPES, DType
 from .errors import CheckpointError
 from .inert_pickle import Inert, Rebuild
 from .plan import View
+from .zip_directory import LOCAL_BYTES, Directory, Member, content_start, read_directory
 
-# A torch.save file with 100,000 tensors stays well below both.
-MAX_DIRECTORY_BYTES = 16 * 2**20
-MAX_PICKLE_BYTES = 64 * 2**20
+# A torch.save file with 50,000 tensors stays below.
+MAX_PICKLE_BYTES = 24 * 2**20
 # numpy's bound; it keeps the product of a hostile shape cheap.
 MAX_DIMENSIONS = 64
 
@@ -34,7 +31,7 @@ _AGAIN = "copy or download the file again"
 _SAVE_AGAIN = "load it with torch.load(..., weights_only=True) in an isolated environment and torch.save it again"
 # The first pickle of a file by torch.save before torch 1.6: the number 0x1950a86a20f9469cfc6c.
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-_ENCRYPTED = 1
+_BYTE_ORDER = b"little"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +39,14 @@ class Storage:
     """The bytes of one storage in a file.
 
     Args:
-        file: path of the file.
+        file: the file.
         offset: position of its first byte.
         nbytes: its size in bytes.
         dtype: the type of its elements; None where its class is unknown to this package or says nothing (untyped).
         name: its class and key in the archive, for messages.
     """
 
-    file: str
+    file: ByteSource
     offset: int
     nbytes: int
     dtype: DType | None
@@ -63,33 +60,73 @@ class UnreadableTensor:
     reason: str
 
 
-def read_torch_file(path: str | os.PathLike[str], *, start: int = 0, length: int | None = None) -> Any:
+def read_torch_file(where: Where, *, start: int = 0, length: int | None = None) -> Any:
     """The object that torch.save wrote, with a `View` for each tensor and parameter.
 
     Other objects than plain data are `Inert`; tensors that no `View` can describe (quantised, sparse, nested, on the
-    meta device, of a subclass, complex) are `UnreadableTensor`, so that one of them does not block the rest. dtypes
-    are `DType`, sizes are tuples, an OrderedDict is a dict.
+    meta device, of a subclass, of a dtype unknown to this package) are `UnreadableTensor`, so that one of them does not
+    block the rest. dtypes are `DType`, sizes are tuples, an OrderedDict is a dict.
 
     Args:
-        path: the file.
+        where: the file.
         start: position in the file where the zip begins, in bytes, as in a `.distcp` file.
         length: its length, in bytes; to the end of the file unless given.
 
     Raises:
         CheckpointError: the file is no zip by torch.save, is damaged, or its pickle is.
     """
-    archive = _open_archive(path, start, length)
-    return inert_pickle.load(archive.pickled, f"{archive.file}: data.pkl", TORCH_GLOBALS, archive.storage)
+    return _read(where, start, length)[1]
 
 
-def read_torch_tensors(path: str | os.PathLike[str]) -> dict[str, View]:
+def _read(where: Where, start: int = 0, length: int | None = None) -> tuple[ByteSource, Any]:
+    """A file, or a part of one, and the object in it."""
+    with reading(where) as data:
+        is_part = start != 0 or length is not None
+        archive = _read_archive(data, start, data.size - start if length is None else length)
+        source = data.identified() if is_part else data.identified(*archive.header)
+    return source, archive.load(source)
+
+
+def read_torch_part(data: OpenBytes, source: ByteSource, start: int, length: int) -> Any:
+    """The object in a zip that is a part of an open file; see `read_torch_file`.
+
+    Args:
+        data: the file.
+        source: the same as a value.
+        start, length: of the zip in it, in bytes.
+    """
+    return _read_archive(data, start, length).load(source)
+
+
+def identify(where: Where) -> ByteSource:
+    """A torch.save file as a value, or any other file: it is then known by its data alone.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    with reading(where) as data:
+        try:
+            return data.identified(*_read_archive(data, 0, data.size).header)
+        except CheckpointError:  # a .distcp file, for one, is many zips in a row
+            return data.identified()
+
+
+def read_torch_tensors(where: Where) -> dict[str, View]:
     """The tensors of a torch.save file that holds a flat state dict, in its order; none is loaded.
+
+    Raises:
+        CheckpointError: see `read_state_dict`.
+    """
+    return read_state_dict(where)[1]
+
+
+def read_state_dict(where: Where) -> tuple[ByteSource, dict[str, View]]:
+    """A torch.save file that holds a flat state dict, and its tensors, in its order; none is loaded.
 
     Raises:
         CheckpointError: see `read_torch_file`; or the file holds something else, or a tensor no `View` can describe.
     """
-    file = os.path.abspath(path)
-    tree = read_torch_file(file)
+    file, tree = _read(where)
     if not isinstance(tree, dict):
         raise CheckpointError(f"{file} holds a {_class_name(tree)}, expected a state dict: tensors by name.")
     for name, value in tree.items():
@@ -101,17 +138,7 @@ def read_torch_tensors(path: str | os.PathLike[str]) -> dict[str, View]:
                 f"{file} is not a flat state dict: entry {repr(name)[:80]} is a {_class_name(value)}, expected a "
                 f"tensor; it holds {listed}."
             )
-    return tree
-
-
-def read_directory_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The zip directory and data.pkl as they lie in the file: what identifies it short of its tensors.
-
-    Raises:
-        CheckpointError: the file is no zip by torch.save.
-    """
-    archive = _open_archive(path, 0, None)
-    return archive.directory + archive.pickled
+    return file, tree
 
 
 def _class_name(value: Any) -> str:
@@ -123,12 +150,29 @@ def _class_name(value: Any) -> str:
 
 @dataclass(frozen=True)
 class _Archive:
-    file: str
-    directory: bytes
-    pickled: bytes
-    storages: dict[str, tuple[int, int]]  # key -> position in the file and size, in bytes
+    """A zip by torch.save.
 
-    def storage(self, persistent_id: Any) -> Storage:
+    Args:
+        file: name of the file.
+        header: where its directory and its pickle are, and their bytes: what tells it from another one.
+        pickled: content of data.pkl.
+        storages: key -> position in the file and size, in bytes.
+    """
+
+    file: str
+    header: tuple[tuple[int, bytes], ...]
+    pickled: bytes
+    storages: dict[str, tuple[int, int]]
+
+    def load(self, source: ByteSource) -> Any:
+        """The object, with windows of the source."""
+
+        def storage(persistent_id: Any) -> Storage:
+            return self._storage(persistent_id, source)
+
+        return inert_pickle.load(self.pickled, f"{self.file}: data.pkl", TORCH_GLOBALS, storage)
+
+    def _storage(self, persistent_id: Any, source: ByteSource) -> Storage:
         """The storage that a persistent id of torch.save refers to; ValueError for any other id."""
         match persistent_id:
             case ("storage", (_StorageClass() | Inert()) as kind, str() as key, _, int() as numel):
@@ -140,69 +184,33 @@ class _Archive:
         offset, nbytes = self.storages[key]
         name = f"{kind.name[:80]} data/{key}"
         if isinstance(kind, Inert):
-            return Storage(self.file, offset, nbytes, None, name)
+            return Storage(source, offset, nbytes, None, name)
         if nbytes != numel * kind.itemsize:
             raise ValueError(f"storage data/{key} has {nbytes} bytes, expected {numel} x {kind.itemsize}")
-        return Storage(self.file, offset, nbytes, kind.dtype, name)
+        return Storage(source, offset, nbytes, kind.dtype, name)
 
 
-def _open_archive(path: str | os.PathLike[str], start: int, length: int | None) -> _Archive:
-    file = os.path.abspath(path)
+def _read_archive(data: OpenBytes, start: int, length: int) -> _Archive:
+    end = start + length
+    if start < 0 or length < 0 or end > data.size:
+        raise CheckpointError(
+            f"{data.name} has {data.size} bytes, expected a torch.save zip at bytes {start} to {end}; {_AGAIN}."
+        )
+    _refuse_other_formats(data.pread(start, min(512, length)), data.name)
     try:
-        with open(file, "rb") as stream:
-            file_bytes = os.fstat(stream.fileno()).st_size
-            window = _Window(stream, start, file_bytes - start if length is None else length)
-            if start < 0 or window.length < 0 or start + window.length > file_bytes:
-                raise CheckpointError(
-                    f"{file} has {file_bytes} bytes, expected a torch.save zip at bytes {start} to "
-                    f"{start + window.length}; {_AGAIN}."
-                )
-            _refuse_other_formats(window, file)
-            return _parse_archive(window, file)
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from None
+        return _parse_archive(data, read_directory(data, start, end))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(
+            f"{data.name} is truncated, damaged or no zip by torch.save: {error}; {_AGAIN}."
+        ) from None
 
 
-class _Window(io.RawIOBase):
-    """A part of a file as a stream of its own, for zipfile; refuses reads that no directory of a checkpoint needs."""
-
-    def __init__(self, stream: BinaryIO, start: int, length: int) -> None:
-        self._stream = stream
-        self.start = start
-        self.length = length
-        self._position = 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.length}[whence]
-        if position < 0:
-            raise OSError("seek before the start")
-        self._position = position
-        return position
-
-    def read(self, size: int | None = -1) -> bytes:
-        rest = max(self.length - self._position, 0)
-        count = rest if size is None or size < 0 else min(size, rest)
-        if count > MAX_DIRECTORY_BYTES:
-            raise ValueError(f"the zip directory has {count} bytes, the limit is {MAX_DIRECTORY_BYTES}")
-        data = self.read_at(self._position, count)
-        self._position += len(data)
-        return data
-
-    def read_at(self, position: int, size: int) -> bytes:
-        """`size` bytes from `position` on, fewer at the end; the position of the stream stays."""
-        return os.pread(self._stream.fileno(), max(min(size, self.length - position), 0), self.start + position)
-
-
-def _refuse_other_formats(window: _Window, file: str) -> None:
-    head = window.read_at(0, 512)
+def _refuse_other_formats(head: bytes, file: str) -> None:
     if head.startswith(b"PK"):
         return
+    refuse_pointer(file, head)
     if _LEGACY_MAGIC in head[:64]:
         raise CheckpointError(f"{file} was saved by torch before 1.6, not as a zip; {_SAVE_AGAIN}.")
     if head[257:262] == b"ustar":
@@ -212,79 +220,60 @@ def _refuse_other_formats(window: _Window, file: str) -> None:
     raise CheckpointError(f"{file} begins with {head[:8]!r}, expected a torch.save zip (b'PK'); {_AGAIN}.")
 
 
-def _parse_archive(window: _Window, file: str) -> _Archive:
-    try:
-        with zipfile.ZipFile(window) as archive:  # reads the directory and nothing else
-            entries, directory_start = archive.infolist(), archive.start_dir
-        members = _locate_members(window, entries, directory_start)
-        root = _find_root(members)
-        byteorder = members.get(f"{root}/byteorder")
-        if byteorder and (order := window.read_at(*byteorder)) != b"little":
-            raise ValueError(f"its byteorder is {order[:10]!r}, expected b'little'")
-        pickled = _read_pickle(window, members[f"{root}/data.pkl"], entries, root)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError) as error:
-        raise CheckpointError(f"{file} is truncated, damaged or no zip by torch.save: {error}; {_AGAIN}.") from None
+def _parse_archive(data: OpenBytes, directory: Directory) -> _Archive:
+    start, members = directory.start, directory.members
+    root = _find_root(members)
+    places = locate_members(data, directory)
+    byteorder = places.get(f"{root}/byteorder")
+    if byteorder and byteorder[1] > 0:
+        order = data.pread(start + byteorder[0], min(byteorder[1], len(_BYTE_ORDER) + 1))
+        if order != _BYTE_ORDER:
+            raise ValueError(f"its byteorder is {order!r}, expected {_BYTE_ORDER!r}")
+    offset, size = places[f"{root}/data.pkl"]
+    pickled = data.read(start + offset, size, limit=MAX_PICKLE_BYTES, what="data.pkl")
+    expected = members[f"{root}/data.pkl"].crc
+    if expected and expected != zlib.crc32(pickled):  # torch writes 0 where it was told to skip checksums
+        raise ValueError(f"data.pkl has checksum {zlib.crc32(pickled):08x}, the directory says {expected:08x}")
     prefix = f"{root}/data/"
     storages = {
-        name.removeprefix(prefix): (window.start + offset, size)
-        for name, (offset, size) in members.items()
+        name.removeprefix(prefix): (start + at, nbytes)
+        for name, (at, nbytes) in places.items()
         if name.startswith(prefix)
     }
-    directory = window.read_at(directory_start, window.length - directory_start)
-    return _Archive(file, directory, pickled, storages)
+    header = ((start + directory.position, directory.raw), (start + offset, pickled))
+    return _Archive(data.name, header, pickled, storages)
 
 
-def _locate_members(
-    window: _Window, entries: list[zipfile.ZipInfo], directory_start: int
-) -> dict[str, tuple[int, int]]:
-    """Position and size, in bytes, of each member's content; ValueError where the two directories disagree."""
-    members: dict[str, tuple[int, int]] = {}
+def locate_members(data: OpenBytes, directory: Directory) -> dict[str, tuple[int, int]]:
+    """Position in the zip and size, in bytes, of each member's content.
+
+    Raises:
+        ValueError: members overlap, or a header is not where the directory says.
+    """
+    places: dict[str, tuple[int, int]] = {}
     position = 0
-    entries = sorted(entries, key=lambda entry: entry.header_offset)
-    if entries and entries[0].header_offset != 0:
-        raise ValueError(f"its first member begins at byte {entries[0].header_offset}, expected 0")
-    for entry in entries:
-        name = entry.filename
-        if name in members:
-            raise ValueError(f"member {name!r} occurs twice")
-        if entry.flag_bits & _ENCRYPTED or entry.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"member {name!r} is compressed or encrypted, torch.save stores; {_SAVE_AGAIN}")
-        if entry.header_offset < position:
-            raise ValueError(f"member {name!r} begins at byte {entry.header_offset}, inside the one before it")
-        header = window.read_at(entry.header_offset, 30)
-        if len(header) < 30 or header[:4] != b"PK\x03\x04":
-            raise ValueError(f"member {name!r} has no header at byte {entry.header_offset}")
-        # The extra field that aligns the content differs from the one in the directory.
-        name_bytes, extra_bytes = struct.unpack("<26xHH", header)
-        offset = entry.header_offset + 30 + name_bytes + extra_bytes
-        position = offset + entry.file_size
-        if entry.compress_size != entry.file_size or position > directory_start:
+    for name, member in directory.members.items():
+        if member.header < position or (position == 0 and member.header > 0):
+            raise ValueError(f"member {name!r} begins at byte {member.header}, the one before it ends at {position}")
+        local = data.pread(directory.start + member.header, min(LOCAL_BYTES, directory.position - member.header))
+        offset = content_start(local, member.header, name)
+        position = offset + member.size
+        if position > directory.position:
             raise ValueError(
-                f"member {name!r} has {entry.file_size} bytes from byte {offset} on, the directory begins at "
-                f"{directory_start}"
+                f"member {name!r} has {member.size} bytes from byte {offset} on, the directory begins at "
+                f"{directory.position}"
             )
-        members[name] = (offset, entry.file_size)
-    return members
+        places[name] = (offset, member.size)
+    return places
 
 
-def _find_root(members: dict[str, tuple[int, int]]) -> str:
+def _find_root(members: dict[str, Member]) -> str:
     roots = [name.removesuffix("/data.pkl") for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise ValueError(f"it has {len(roots)} members named <root>/data.pkl, expected 1")
     if f"{roots[0]}/constants.pkl" in members:
         raise ValueError("it is a TorchScript program; save the state_dict() of the model instead")
     return roots[0]
-
-
-def _read_pickle(window: _Window, member: tuple[int, int], entries: list[zipfile.ZipInfo], root: str) -> bytes:
-    offset, size = member
-    if size > MAX_PICKLE_BYTES:
-        raise ValueError(f"data.pkl has {size} bytes, the limit is {MAX_PICKLE_BYTES}")
-    pickled = window.read_at(offset, size)
-    expected = next(entry.CRC for entry in entries if entry.filename == f"{root}/data.pkl")
-    if expected and expected != zlib.crc32(pickled):  # torch writes 0 where it was told to skip checksums
-        raise ValueError(f"data.pkl has checksum {zlib.crc32(pickled):08x}, the directory says {expected:08x}")
-    return pickled
 
 
 # The pickle: what its global names mean.
@@ -390,11 +379,15 @@ _UNTYPED = _StorageClass("UntypedStorage", None, 1)
 # Also what the metadata of torch.distributed.checkpoint is read with.
 TORCH_GLOBALS: dict[tuple[str, str], Any] = {
     **{("torch", dtype.name): dtype for dtype in DTYPES},
-    **{("torch", dtype.storage): _StorageClass(dtype.storage, dtype, dtype.itemsize) for dtype in DTYPES},
+    **{
+        ("torch", dtype.storage): _StorageClass(dtype.storage, dtype, dtype.itemsize)
+        for dtype in DTYPES
+        if dtype.storage
+    },
     ("torch", "UntypedStorage"): _UNTYPED,
     ("torch.storage", "UntypedStorage"): _UNTYPED,
     ("torch.storage", "_UntypedStorage"): _UNTYPED,
-    ("torch", "Size"): Rebuild(_size),
+    ("torch", "Size"): Rebuild(_size, nbytes=0),
     ("torch._utils", "_rebuild_tensor"): Rebuild(_tensor),
     ("torch._utils", "_rebuild_tensor_v2"): Rebuild(_tensor),
     ("torch._utils", "_rebuild_tensor_v3"): Rebuild(_tensor_with_dtype),

@@ -169,9 +169,9 @@ def _marked(items: Iterable[Any], opcode: bytes, keys: Mapping[int, str]) -> Ite
 def _tensor(tensor: TensorPlan, keys: Mapping[int, str]) -> Iterator[bytes]:
     """A call of torch._utils._rebuild_tensor_v2: storage, offset, size, stride, requires_grad, hooks.
 
-    The 8-bit floats have no class of storage; theirs is untyped, and _rebuild_tensor_v3 is told the dtype.
+    Where the type has no class of storage, that is untyped, and _rebuild_tensor_v3 is told the dtype.
     """
-    untyped = tensor.dtype.name.startswith("float8")
+    untyped = not tensor.dtype.storage
     storage = _global("torch.storage", "UntypedStorage") if untyped else _global("torch", tensor.dtype.storage)
     yield _global("torch._utils", "_rebuild_tensor_v3" if untyped else "_rebuild_tensor_v2") + b"("
     yield b"(" + b"".join(_opcodes("storage", keys)) + storage

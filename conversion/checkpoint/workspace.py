@@ -200,9 +200,9 @@ class Workspace:
             CorruptData: one is not, so that the output may hold some of both.
         """
         try:
-            now = source_identities(self.job.plan.sources)
-        except CheckpointError as error:
-            raise CorruptData(str(error)) from None
+            now = source_identities(self.job.plan.sources, now=True)
+        except OSError as error:
+            raise CorruptData(f"{error.filename} cannot be read: {error.strerror or error}.") from None
         changed = first_difference({"sources": self.job.sources}, {"sources": now})
         if changed:
             raise CorruptData(f"{self.out}: while it was written, {changed}; start over with --overwrite.")

@@ -26,7 +26,7 @@ from ..checkpoint.execute import CheckpointResult, WriteOptions, execute
 from ..checkpoint.finish import link_kind
 from ..checkpoint.manifest import parent_record
 from ..checkpoint.plan import CheckpointPlan, TensorPlan
-from ..checkpoint.safetensors_file import read_header_bytes
+from ..checkpoint.safetensors_file import read_header
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.sources import Source, open_checkpoint
 from ..hub.contents import TOKENIZER_CODE, TOKENIZER_FILES, hub_config, hub_sidecars, lineage_steps, model_card
@@ -287,10 +287,10 @@ def _linked_layout(checkpoint: Source, plan: CheckpointPlan) -> Layout | None:
     same = tensors.keys() == checkpoint.tensors.keys() and all(
         tensors[name].dtype == view.dtype for name, view in checkpoint.tensors.items()
     )
-    if not same or not all(_HUB_SHARD.fullmatch(Path(file).name) for file in checkpoint.files):
+    if not same or not all(_HUB_SHARD.fullmatch(Path(file.name).name) for file in checkpoint.files):
         return None
     shards = []
     for file in checkpoint.files:
         inside = tuple((tensors[name], view.offset) for name, view in checkpoint.tensors.items() if view.file == file)
-        shards.append(Shard(Path(file).name, ((0, read_header_bytes(file)),), inside, twin=file))
+        shards.append(Shard(Path(file.name).name, ((0, read_header(file).raw),), inside, twin=file.name))
     return indexed_layout(shards)

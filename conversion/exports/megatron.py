@@ -153,7 +153,7 @@ def exported_tensors(folder: Path) -> dict[str, View]:
     for file in sorted(folder.glob(f"{RELEASE}/mp_rank_*/model_optim_rng.pt")):
         content = read_torch_file(file)
         for key, state in content.items() if isinstance(content, dict) else ():
-            if key.startswith("model") and isinstance(state, dict):
+            if isinstance(key, str) and key.startswith("model") and isinstance(state, dict):
                 views = {name: value for name, value in state.items() if isinstance(value, View)}
                 tensors |= {f"{file.parent.name}/{key}/{name}": view for name, view in views.items()}
     return tensors

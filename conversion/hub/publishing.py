@@ -15,7 +15,7 @@ from ..checkpoint.errors import CheckpointError
 from ..checkpoint.limits import default_workers
 from ..checkpoint.manifest import MANIFEST, OLD_MANIFEST, find_manifest
 from ..checkpoint.preflight import FOLDER, PARTIAL
-from ..checkpoint.strict_json import parse_json_object
+from ..checkpoint.strict_json import read_json_object
 from ..inspect import inspect_checkpoint
 from .contents import CODE_FILES, TOKENIZER_FILES
 
@@ -161,7 +161,7 @@ def _require_sound(
 def _refuse_local_paths(folder: Path, names: Mapping[str, int]) -> None:
     """A folder of this machine is nobody's business, and an adapter that names one as its base loads nowhere else."""
     for name in _CONFIGS:
-        config = parse_json_object((folder / name).read_bytes(), str(folder / name)) if name in names else {}
+        config = read_json_object(folder / name) if name in names else {}
         for key in _PATH_KEYS:
             value = config.get(key)
             if isinstance(value, str) and value and (value[0] in "/~." or Path(value).exists()):

@@ -31,6 +31,7 @@ from ..checkpoint.plan import Shape, View
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.torch_file import UnreadableTensor, read_torch_file
 from .checkpoint import NativeCheckpoint
+from .find import read_tracker
 from .table import hub_name
 
 _TRACKERS = ("latest", "latest_universal")
@@ -152,8 +153,7 @@ def _read_tracker(path: Path) -> str | None:
     """The tag that `latest` names; None if there is no such file, or what it says is no tag."""
     if not path.is_file():
         return None
-    with path.open("rb") as file:
-        tag = file.read(200).decode(errors="replace").strip()
+    tag = read_tracker(path)
     return tag if tag == os.path.basename(tag) and tag not in ("", ".", "..") and "\0" not in tag else None
 
 

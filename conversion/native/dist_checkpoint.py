@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.bytes import reading
 from ..checkpoint.distributed_file import METADATA, DistributedCheckpoint, read_distributed_checkpoint
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.sharded import ShardedTensor
@@ -83,8 +84,8 @@ def _sharded_backend(folder: Path) -> str | None:
     path = folder / _METADATA_JSON
     if not path.is_file():
         return None
-    with path.open("rb") as file:
-        content = file.read(_MAX_JSON_BYTES)
+    with reading(path) as data:
+        content = data.pread(0, data.size) if data.size <= _MAX_JSON_BYTES else b""
     backend = parse_json_object(content, str(path)).get("sharded_backend") if b'"sharded_backend"' in content else None
     return None if backend is None else str(backend)
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..checkpoint.bytes import reading
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.folder_formats import FolderFormat, register
 from .checkpoint import NativeCheckpoint, NativeFormat
@@ -37,6 +38,7 @@ register(
     )
 )
 _ACCELERATE = "pytorch_model_fsdp_0"
+_MAX_TRACKER_BYTES = 200
 
 
 def find_native(path: str | os.PathLike[str], iteration: int | None = None) -> tuple[NativeFormat, Path] | None:
@@ -73,7 +75,7 @@ def _iteration_folder(root: Path, iteration: int | None) -> Path:
             raise CheckpointError(f"{folder}: no such folder; iterations there: {present}.")
         return folder if folder.is_dir() else root
     if (root / TRACKER).is_file():
-        text = (root / TRACKER).read_bytes()[:100].decode(errors="replace").strip()
+        text = read_tracker(root / TRACKER)
         if text != RELEASE and not text.isdecimal():
             raise CheckpointError(f"{root / TRACKER}: says {text!r}, expected a number or {RELEASE}.")
         folder = root / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
@@ -81,6 +83,16 @@ def _iteration_folder(root: Path, iteration: int | None) -> Path:
             raise CheckpointError(f"{root / TRACKER}: says {text}, but there is no {folder.name}; give --iteration.")
         return folder
     return root / _ACCELERATE if (root / _ACCELERATE).is_dir() else root
+
+
+def read_tracker(path: Path) -> str:
+    """The text in a file that names a step, whatever else the file may hold.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    with reading(path) as data:
+        return data.pread(0, min(data.size, _MAX_TRACKER_BYTES)).decode(errors="replace").strip()
 
 
 def _format(folder: Path) -> NativeFormat | None:

@@ -128,7 +128,7 @@ def read_table(path: Path) -> tuple[NativeWeight, ...]:
 
     try:
         entries = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path}: cannot be read as YAML ({str(error).splitlines()[0]}).") from None
     if not isinstance(entries, list) or not entries:
         raise CheckpointError(f"{path}: holds a {type(entries).__name__}, expected a list of weights.")

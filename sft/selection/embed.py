@@ -199,7 +199,7 @@ def read_input_embeddings(folder: str, seed: int) -> np.ndarray:
         raise SelectionError(f"--embedder {folder}: expected one tensor named {' or '.join(_TABLES)}; found {found}.")
     view = tensors[names[0]]
     rows, width = view.shape
-    stored = np.memmap(view.file, view.dtype.numpy, mode="r", offset=view.offset, shape=(rows, width))
+    stored = np.memmap(view.file.name, view.dtype.numpy, mode="r", offset=view.offset, shape=(rows, width))
     if width <= MODEL_WIDTH:
         return stored.astype(np.float32)
     projection = np.random.default_rng(seed).standard_normal((width, MODEL_WIDTH), np.float32) / np.sqrt(MODEL_WIDTH)

@@ -67,7 +67,7 @@ def write_record(folder: Path, lineage: Mapping[str, Any], seed: int) -> None:
     with FileReader() as reader:
         tensors = {
             name: {
-                "file": Path(view.file).name,
+                "file": Path(view.file.name).name,
                 "dtype": view.dtype.name,
                 "shape": list(view.shape),
                 "digest": tensor_digest(_block_digests(view, reader)),

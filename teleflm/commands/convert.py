@@ -25,6 +25,7 @@ from teleflm.terminal import (
     NoDigest,
     Overwrite,
     Rank,
+    VerifySource,
     Workers,
     WorldSize,
     byte_progress,
@@ -100,6 +101,7 @@ def convert(
     world_size: WorldSize = None,
     overwrite: Overwrite = False,
     no_digest: NoDigest = False,
+    verify_source: VerifySource = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -137,6 +139,7 @@ def convert(
         dry_run=dry_run,
         overwrite=overwrite,
         no_digest=no_digest,
+        verify_source=verify_source,
         as_json=as_json,
         debug=debug,
         allow_nonfinite=allow_nonfinite,
@@ -153,8 +156,11 @@ def _describe(inspection: "Inspection") -> dict[str, Any]:
 def _print_inspection(inspection: "Inspection") -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
+    from conversion.checkpoint.errors import printable
+
+    console = Console(markup=False)
     table = Table(show_header=False, title=inspection.folder, title_justify="left")
     table.add_row("model type", inspection.model_type or "unknown: no configuration")
     if inspection.parallel is not None:
@@ -178,11 +184,11 @@ def _print_inspection(inspection: "Inspection") -> None:
         table.add_row("vocabulary", f"{a.vocab_size:,} rows{pieces}{padding}")
     console.print(table)
     for step in inspection.lineage:
-        console.print(f"- {step}", highlight=False, soft_wrap=True)
+        console.print(f"- {printable(step)}", highlight=False, soft_wrap=True)
     for problem in inspection.problems:
-        console.print(f"[bold red]problem[/] {problem}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble(("problem", "bold red"), f" {problem}"), soft_wrap=True)
     for damage in inspection.damages or []:
-        console.print(f"[bold red]damaged[/] {damage}.", soft_wrap=True)
+        console.print(Text.assemble(("damaged", "bold red"), printable(f" {damage}.")), soft_wrap=True)
     if inspection.damages == []:
         console.print("Every tensor has its digest.")
         if inspection.checked_files:

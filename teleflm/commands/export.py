@@ -22,6 +22,7 @@ from teleflm.terminal import (
     NoDigest,
     Overwrite,
     Rank,
+    VerifySource,
     Workers,
     WorldSize,
 )
@@ -58,6 +59,7 @@ def export(
     world_size: WorldSize = None,
     overwrite: Overwrite = False,
     no_digest: NoDigest = False,
+    verify_source: VerifySource = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -92,6 +94,7 @@ def export(
         dry_run=dry_run,
         overwrite=overwrite,
         no_digest=no_digest,
+        verify_source=verify_source,
         as_json=as_json,
         debug=debug,
         allow_nonfinite=allow_nonfinite,

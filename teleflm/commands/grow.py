@@ -25,6 +25,7 @@ from teleflm.terminal import (
     Overwrite,
     Rank,
     Seed,
+    VerifySource,
     Workers,
     WorldSize,
 )
@@ -74,6 +75,7 @@ def grow(
     world_size: WorldSize = None,
     overwrite: Overwrite = False,
     no_digest: NoDigest = False,
+    verify_source: VerifySource = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -114,6 +116,7 @@ def grow(
         dry_run=dry_run,
         overwrite=overwrite,
         no_digest=no_digest,
+        verify_source=verify_source,
         as_json=as_json,
         debug=debug,
         allow_nonfinite=allow_nonfinite,
@@ -135,6 +138,7 @@ def fold(
     world_size: WorldSize = None,
     overwrite: Overwrite = False,
     no_digest: NoDigest = False,
+    verify_source: VerifySource = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -155,6 +159,7 @@ def fold(
         dry_run=dry_run,
         overwrite=overwrite,
         no_digest=no_digest,
+        verify_source=verify_source,
         as_json=as_json,
         debug=debug,
         allow_nonfinite=allow_nonfinite,
@@ -172,7 +177,7 @@ def parse_override(text: str) -> tuple[str, int | float | bool | str]:
         raise ValueError(f"--set {text!r} is not KEY=VALUE, for example hidden_size=10240.")
     try:
         return key, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return key, value
 
 

@@ -312,7 +312,7 @@ FAULTS = {
         "starts at byte|inside the tensor|belong to no tensor",
     ),
     "header longer than the file": (lambda f: announce(f, 5000), "announces a header of 5000 bytes but has"),
-    "header of 10 GB": (lambda f: announce(f, 10**10), "announces a header of 10000000000 bytes, the format allows"),
+    "header of 10 GB": (lambda f: announce(f, 10**10), "announces a header of 10000000000 bytes, the limit is"),
     "header of 16 EiB": (lambda f: announce(f, 2**64 - 1), "announces a header of 18446744073709551615 bytes"),
     "Git LFS pointer": (
         lambda f: (f / SHARDS[0]).write_text("version https://git-lfs.github.com/spec/v1\n"),
@@ -364,7 +364,7 @@ def test_a_source_cut_short_meanwhile(more, sound, tmp_path):
     command = ("convert", sound, tmp_path / "out", *more)
     result = run_teleflm(*command, folder=tmp_path, patch=cut_the_source_after_planning)
     assert result.returncode == 1
-    assert re.search(rf"teleflm: .*/{SHARDS[1]}: ends at byte 1500, but a tensor", result.stderr.splitlines()[-1])
+    assert re.search(rf"teleflm: .*/{SHARDS[1]}: had \d+ bytes of .*, has 1500 of", result.stderr.splitlines()[-1])
     assert "Traceback" not in result.stderr
     assert not [n for n in contents(tmp_path / "out") if n.endswith((".safetensors", ".json")) and ".teleflm" not in n]
 

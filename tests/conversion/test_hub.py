@@ -149,7 +149,7 @@ def test_tokenizer_that_is_none(published, tmp_path):
     ("content", "message"),
     [
         (b"{", r"manifest\.json is not valid JSON"),
-        (b"[" * 100_000, r"manifest\.json (nests too deeply|is not valid JSON)"),
+        (b"[" * 100_000, r"manifest\.json nests deeper than 100 levels"),
         (b"[]", r"manifest\.json is a JSON list, expected an object"),
         (b"{}", "manifest format is None, this version reads 2"),
         (b'{"format": 1}', "plan is a NoneType, expected a str"),

@@ -250,8 +250,12 @@ def test_what_cannot_be_checked(harm, message, folder, tmp_path):
 
 
 def test_a_disk_that_fails_names_the_file(folder, monkeypatch):
-    def fail(*args):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    preadv = os.preadv
+
+    def fail(file, buffers, offset):
+        if offset > 8:  # the header is fine
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(file, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(OSError, match="Input/output error") as caught:
@@ -270,3 +274,36 @@ def test_inspecting_changes_nothing(folder, tmp_path):
     before = contents(folder)
     inspect_checkpoint(folder, check=True)
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["[/red]", "[bold]", "a\nb", "a\x1b[31mb", "\u202eab"])
+def test_names_command_no_terminal(name, tmp_path):
+    """Whatever a file calls its tensors, and a configuration its model, is shown and means nothing."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    save_file({name: torch.ones(3)}, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps({"model_type": name}))
+    shown = name if name.isprintable() else name.encode("unicode_escape").decode()
+    for command in (("convert", source, out, "--dry-run"), ("convert", source, out), ("inspect", out)):
+        result = run_teleflm(*command, folder=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert shown in result.stdout
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (out / "model.safetensors").write_bytes(data)
+    result = run_teleflm("inspect", out, "--check", folder=tmp_path)
+    assert result.returncode == 3
+    assert f"damaged {shown} of model.safetensors" in result.stdout
+    (out / "model.safetensors").write_bytes(data[:-1])
+    result = run_teleflm("inspect", out, folder=tmp_path)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("said", [5, ["a"], {"a": 1}, True, None])
+def test_a_model_type_that_is_no_text(said, tmp_path):
+    save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": said}))
+    result = run_teleflm("inspect", tmp_path, folder=tmp_path)
+    assert result.returncode == 0
+    assert "unknown: no configuration" in result.stdout

@@ -19,6 +19,7 @@ from conversion.checkpoint.errors import CorruptData
 from conversion.checkpoint.execute import WriteOptions, write_checkpoint
 from conversion.checkpoint.kernel_copy import PassingCache, available_memory, copy_range, write_all
 from conversion.checkpoint.plan import CheckpointPlan
+from conversion.checkpoint.reader import FileReader
 from tests.fixtures.checkpoint_runs import contents, make_sources, mixed_plan
 
 SIZE = 100_000
@@ -104,11 +105,16 @@ def test_checkpoints_are_the_same_whatever_the_kernel_does(kernel, tmp_path):
 
 def test_a_source_cut_short_meanwhile_is_named(kernel, tmp_path):
     make_sources(tmp_path / "sources")
-    plan = mixed_plan(tmp_path / "sources")
-    plan = CheckpointPlan(plan.tensors[-1:], {})
-    os.truncate(tmp_path / "sources/weight", 9000)
-    with pytest.raises(CorruptData, match=r"sources/weight: ends at byte 9000, but a tensor reaches to byte 12016"):
-        write_checkpoint(plan, tmp_path / "out", WriteOptions(digest=False))
+    view = mixed_plan(tmp_path / "sources").tensors[-1].pieces[0].source
+    assert view.is_contiguous
+    target = os.open(tmp_path / "target", os.O_RDWR | os.O_CREAT)
+    with FileReader() as reader:
+        reader.read(view)
+        os.truncate(tmp_path / "sources/weight", 9000)
+        for act in (lambda: reader.copy_to(view, target, 0), lambda: reader.read(view)):
+            with pytest.raises(CorruptData, match=r"sources/weight: had 12016 bytes .* ends before byte 12016 now"):
+                act()
+    os.close(target)
 
 
 @pytest.mark.parametrize(("begin", "to", "asked"), [(1, 4097, True), (8192, 0, True), (0, 8, False), (64, 4000, False)])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from conversion.architecture import Architecture
+from conversion.checkpoint.bytes import identify
 from conversion.checkpoint.dtypes import FLOAT32
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.plan import View
@@ -52,7 +53,7 @@ def stored(tmp_path):
     def store(array: np.ndarray) -> ShardedTensor:
         path = tmp_path / f"{next(numbers)}.bin"
         array.astype("<f4").tofile(path)
-        return ShardedTensor.of(View.contiguous(str(path), 0, array.shape, FLOAT32))
+        return ShardedTensor.of(View.contiguous(identify(path), 0, array.shape, FLOAT32))
 
     return store
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conversion.checkpoint.bytes import LocalFile, identify
 from conversion.checkpoint.dtypes import BFLOAT16, BY_NAME, FLOAT32
 from conversion.checkpoint.plan import (
     Box,
@@ -72,7 +73,7 @@ def test_views_index_like_numpy(data, tmp_path_factory):
     array = np.random.default_rng(0).standard_normal(shape).astype("<f4")
     path = tmp_path_factory.mktemp("view") / "data"
     path.write_bytes(b"head" + array.tobytes())
-    view = View.contiguous(str(path), 4, shape, FLOAT32)
+    view = View.contiguous(identify(path), 4, shape, FLOAT32)
     for _ in range(data.draw(st.integers(0, 3))):
         match data.draw(st.sampled_from(["slice", "permute", "unflatten"])):
             case "slice":
@@ -98,7 +99,7 @@ def test_views_index_like_numpy(data, tmp_path_factory):
 def test_reader_takes_sparse_windows_run_by_run_and_repeats(tmp_path):
     array = np.arange(300 * 1000, dtype="<f4").reshape(300, 1000)
     (tmp_path / "data").write_bytes(array.tobytes())
-    view = View.contiguous(str(tmp_path / "data"), 0, array.shape, FLOAT32)
+    view = View.contiguous(identify(tmp_path / "data"), 0, array.shape, FLOAT32)
     with FileReader() as reader:
         np.testing.assert_array_equal(reader.read(view[:, 3:20]), array[:, 3:20])
         np.testing.assert_array_equal(reader.read(view[::7, ::250]), array[::7, ::250])
@@ -106,8 +107,8 @@ def test_reader_takes_sparse_windows_run_by_run_and_repeats(tmp_path):
         np.testing.assert_array_equal(reader.read(repeated), np.broadcast_to(array[0], (5, 1000)))
 
 
-SOURCE = View.contiguous("source", 0, (4, 6), FLOAT32)
-INTEGERS = View.contiguous("source", 0, (4, 6), BY_NAME["int64"])
+SOURCE = View.contiguous(LocalFile("source", 0, ""), 0, (4, 6), FLOAT32)
+INTEGERS = View.contiguous(LocalFile("source", 0, ""), 0, (4, 6), BY_NAME["int64"])
 WHOLE = Box((0, 0), (4, 6))
 LEFT, RIGHT = Box((0, 0), (4, 3)), Box((0, 3), (4, 3))
 
@@ -170,7 +171,7 @@ def test_names_are_unique():
 
 def test_fingerprint_follows_every_decision_but_not_the_folder():
     def plan(folder="/a", std=0.5, scale=1.0, dtype=BFLOAT16, seed=0, config=None):
-        view = View.contiguous(f"{folder}/model.safetensors", 8, (4, 6), FLOAT32)
+        view = View.contiguous(LocalFile(f"{folder}/model.safetensors", 0, ""), 8, (4, 6), FLOAT32)
         pieces = (Copy(LEFT, view[:, :3], scale), Normal(RIGHT, Statistic("std", "weight", view) * std))
         return CheckpointPlan((TensorPlan("weight", (4, 6), dtype, pieces),), config or {}, seed=seed).fingerprint()
 
@@ -183,7 +184,8 @@ def test_fingerprint_tells_ranks_files_of_one_name_apart():
     """Native checkpoints repeat a file name in a folder a rank; two plans that swap them are two plans."""
 
     def plan(*files):
-        views = [View.contiguous(f"/native/{file}/model_optim_rng.pt", 8, (4, 3), FLOAT32) for file in files]
+        sources = [LocalFile(f"/native/{file}/model_optim_rng.pt", 0, "") for file in files]
+        views = [View.contiguous(source, 8, (4, 3), FLOAT32) for source in sources]
         pieces = (Copy(LEFT, views[0]), Copy(RIGHT, views[1]))
         return CheckpointPlan((TensorPlan("weight", (4, 6), FLOAT32, pieces),), {}).fingerprint()
 

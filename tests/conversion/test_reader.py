@@ -7,7 +7,7 @@
 import numpy as np
 import pytest
 
-from conversion.checkpoint import reader as reader_module
+from conversion.checkpoint.bytes import OpenFile, identify
 from conversion.checkpoint.dtypes import FLOAT32
 from conversion.checkpoint.plan import View
 from conversion.checkpoint.reader import FileReader
@@ -31,12 +31,12 @@ EVERYTHING = slice(None)
 @pytest.mark.parametrize("scattered", [False, True])
 def test_windows(index, calls, waste, scattered, tmp_path, monkeypatch):
     ARRAY.tofile(tmp_path / "file")
-    view = View.contiguous(str(tmp_path / "file"), 0, ARRAY.shape, FLOAT32)[index]
+    view = View.contiguous(identify(tmp_path / "file"), 0, ARRAY.shape, FLOAT32)[index]
     expected = ARRAY[index]
     read = []
-    real = reader_module._read_into
+    real = OpenFile.read_into
     monkeypatch.setattr(
-        reader_module, "_read_into", lambda file, target, at: (read.append(len(target)), real(file, target, at))[1]
+        OpenFile, "read_into", lambda file, target, at: (read.append(len(target)), real(file, target, at))[1]
     )
     out = np.zeros((*expected.shape[:-1], 2 * expected.shape[-1] if scattered else expected.shape[-1]), "<f4")
     out = out[..., ::2] if scattered else out

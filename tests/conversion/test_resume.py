@@ -375,35 +375,42 @@ def change_a_byte_and_restore_the_time(file: Path) -> None:
 def test_a_source_that_changed_is_noticed(change, small_blocks, tmp_path):
     """In an interrupted run, in a finished one, and in one that goes on meanwhile."""
     make_sources(tmp_path / "sources")
-    plan, source, out = runs.mixed_plan(tmp_path / "sources"), tmp_path / "sources/norm", tmp_path / "out"
-    interrupt(plan, out)
+    source, out = tmp_path / "sources/norm", tmp_path / "out"
+
+    def plan() -> CheckpointPlan:
+        return runs.mixed_plan(tmp_path / "sources")
+
+    interrupt(plan(), out)
     change(source)
     with pytest.raises(CheckpointError, match="interrupted run, but the source file norm has changed since"):
-        write_checkpoint(plan, out, WriteOptions())
+        write_checkpoint(plan(), out, WriteOptions())
     calls = itertools.count()
     late = WriteOptions(overwrite=True, progress=lambda *_: change(source) if next(calls) == 10 else None)
     text = r"while it was written, the source file norm has changed since: .*; start over with --overwrite"
     with pytest.raises(CorruptData, match=text):
-        write_checkpoint(plan, out, late)
+        write_checkpoint(plan(), out, late)
     assert not [name for name in contents(out) if name in WEIGHT_FILES]
-    write_checkpoint(plan, out, WriteOptions(overwrite=True))
-    assert write_checkpoint(plan, out, WriteOptions()).already_done
+    write_checkpoint(plan(), out, WriteOptions(overwrite=True))
+    assert write_checkpoint(plan(), out, WriteOptions()).already_done
     change(source)
     text = r"already holds model\.safetensors, but the source file norm has changed since: .*; choose .*--overwrite"
     with pytest.raises(CheckpointError, match=text):
-        write_checkpoint(plan, out, WriteOptions())
+        write_checkpoint(plan(), out, WriteOptions())
 
 
 def test_sources_of_the_same_name_are_told_apart(small_blocks, tmp_path):
     """As the ranks of a Megatron checkpoint are: mp_rank_00/model_optim_rng.pt, mp_rank_01/..."""
     for rank in "01":
         make_sources(tmp_path / rank)
-    weights = [runs.mixed_plan(tmp_path / rank).tensors[-1] for rank in "01"]
-    plan = CheckpointPlan((weights[0], replace(weights[1], name="other")), {})
-    interrupt(plan, tmp_path / "out", after=2)
+
+    def plan() -> CheckpointPlan:
+        weights = [runs.mixed_plan(tmp_path / rank).tensors[-1] for rank in "01"]
+        return CheckpointPlan((weights[0], replace(weights[1], name="other")), {})
+
+    interrupt(plan(), tmp_path / "out", after=2)
     os.utime(tmp_path / "0/weight")
     with pytest.raises(CheckpointError, match="the source file 0/weight has changed since"):
-        write_checkpoint(plan, tmp_path / "out", WriteOptions())
+        write_checkpoint(plan(), tmp_path / "out", WriteOptions())
 
 
 def test_sources_may_move_while_a_run_is_interrupted(small_blocks, whole, tmp_path):

@@ -5,6 +5,7 @@
 """The safetensors reader against the safetensors library: the same bytes for what both accept, the same refusals."""
 
 import json
+import math
 import struct
 import time
 
@@ -15,16 +16,18 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
-from conversion.checkpoint.dtypes import DTYPES
+from conversion.checkpoint.dtypes import DTYPES, DType
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.reader import FileReader
-from conversion.checkpoint.safetensors_file import read_header, read_header_bytes, read_safetensors
+from conversion.checkpoint.safetensors_file import read_header, read_safetensors
 
 SHAPES = [(3, 5), (7,), (), (0,), (2, 0, 3), (1, 2, 3, 4)]
 
 
-def sample(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    return (torch.rand(shape) * 100).to(getattr(torch, dtype))
+def sample(dtype: DType, shape: tuple[int, ...]) -> torch.Tensor:
+    """Any bits: nothing may depend on what they mean."""
+    data = torch.randint(0, 2 if dtype.name == "bool" else 256, (math.prod(shape) * dtype.itemsize,))
+    return data.to(torch.uint8).view(getattr(torch, dtype.name)).view(shape)
 
 
 def encode(header: object, data: bytes = b"", length: int | None = None) -> bytes:
@@ -47,7 +50,10 @@ def reference_accepts(path) -> bool:
 
 
 def test_bytes_of_every_dtype_and_shape(tmp_path):
-    tensors = {f"{dtype}.{shape}": sample(dtype.name, shape) for dtype in DTYPES for shape in SHAPES}
+    known = [dtype for dtype in DTYPES if dtype.code and hasattr(torch, dtype.name)]
+    tensors = {
+        f"{dtype}.{shape}": sample(dtype, shape) for dtype in known for shape in SHAPES if shape or dtype.packed < 2
+    }
     path = tmp_path / "model.safetensors"
     save_file(tensors, path, {"format": "pt", "né": "值"})
     header = read_header(path)
@@ -64,7 +70,7 @@ def test_tensors_come_in_the_order_of_their_bytes(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(encode({"b": entry(offsets=[8, 16]), "a": entry(offsets=[0, 8])}, bytes(16)))
     assert list(read_safetensors(path)) == ["a", "b"]
-    assert read_header_bytes(path) == path.read_bytes()[:-16]
+    assert read_header(path).raw == path.read_bytes()[:-16]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +99,7 @@ OVERFLOW = [2**62, 2**62]
 REFUSED = {
     "no_bytes": (b"", "has 0 bytes"),
     "no_header": (b"\x08\0\0\0", "has 4 bytes"),
-    "header_of_10_gb": (encode({}, length=10**10), "header of 10000000000 bytes, the format allows 100000000"),
+    "header_of_10_gb": (encode({}, length=10**10), "header of 10000000000 bytes, the limit is 16777216"),
     "header_past_end": (encode({}, length=100), "header of 100 bytes but has 10 bytes"),
     "a_zip": (b"PK\x03\x04" + bytes(100), "announces a header"),
     "not_json": (encode(b"{]"), "is not valid JSON"),
@@ -101,7 +107,7 @@ REFUSED = {
     "lone_surrogate": (encode(rb'{"\ud800": {"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'), "not valid JSON"),
     "a_list": (encode([]), "begins with b'\\['"),
     "leading_space": (encode(b' {"a":1}'), "begins with b' '"),
-    "deep_json": (encode(b'{"a":' + b"[" * 100_000), "nests too deeply|not valid JSON"),
+    "deep_json": (encode(b'{"a":' + b"[" * 100_000), "tensor 'a' is not described by an object"),
     "many_digits": (encode(b'{"a":' + b"1" * 5000 + b"}"), "not valid JSON"),
     "entry_is_a_number": (encode({"a": 1}), "tensor 'a' is described by a JSON int"),
     "metadata_not_strings": (encode({"__metadata__": {"a": 1}}), "__metadata__ must map strings to strings"),

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conversion.checkpoint.bytes import identify
 from conversion.checkpoint.dtypes import FLOAT32, FLOAT64
 from conversion.checkpoint.plan import Box, PlanError, View
 from conversion.checkpoint.sharded import ShardedTensor
@@ -37,17 +38,18 @@ def cut(data, box: Box) -> list[Box]:
 
 
 class Store:
-    """Arrays in one file, as a checkpoint's storages."""
+    """Arrays, each in a file of its own."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.path.write_bytes(b"header")
+        self.folder = path
+        self.folder.mkdir(exist_ok=True)
+        self.count = 0
 
     def add(self, array: np.ndarray) -> View:
-        offset = self.path.stat().st_size
-        with self.path.open("ab") as file:
-            file.write(np.ascontiguousarray(array).tobytes())
-        return View.contiguous(str(self.path), offset, array.shape, FLOAT32)
+        path = self.folder / f"{self.count}"
+        path.write_bytes(b"header" + np.ascontiguousarray(array).tobytes())
+        self.count += 1
+        return View.contiguous(identify(path), 6, array.shape, FLOAT32)
 
     def shard(self, array: np.ndarray, boxes: list[Box]) -> ShardedTensor:
         """The array in those boxes, of which one in three is a hole of zeros."""
