@@ -130,8 +130,11 @@ def _value(values: Mapping[str, Any], name: str, kind: Any, where: str) -> Any:
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary embedding of a configuration, in today's spelling, with what transformers takes where it is silent."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    """The rotary embedding of a configuration as transformers reads it, in today's spelling.
+
+    Where both spellings are there, the older one counts: transformers has it so.
+    """
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.setdefault("rope_theta", float(config.get("rope_theta") or 10000.0))
     return rope

@@ -36,6 +36,8 @@ class LogitComparison:
     @property
     def relative(self) -> float:
         """Largest difference in units of the largest logit."""
+        if not self.max_logit:
+            return 0.0 if self.max_difference == 0 else float("inf")
         return self.max_difference / self.max_logit
 
 

@@ -55,6 +55,13 @@ _HARMLESS = (
     "transformers_version",
     "use_cache",
 )
+_WHY_NOT = {
+    "rms_norm_eps": "it follows from the widths",
+    "dtype": "--dtype does",
+    "torch_dtype": "--dtype does",
+    "max_position_embeddings": "the positions that the source was trained on stay",
+}
+_MOST_LAYERS = 10_000
 _KNOWN = (*GROWN, *MULTIPLIER_FIELDS, "head_dim", "rms_norm_eps", *_ROPE, *_KEPT, *_HARMLESS)
 
 
@@ -83,10 +90,17 @@ def check_request(
         if value is None:
             raise CheckpointError(f"{key} is null, expected a value; leave it out to keep the source's.")
         if key not in (*GROWN, *MULTIPLIER_FIELDS, "head_dim", *_ROPE, *_KEPT):
-            follows = key == "rms_norm_eps"
-            reason = "it follows from the widths" if follows else "change it in the config.json of OUT afterwards"
+            reason = _WHY_NOT.get(key, "change it in the config.json of OUT afterwards")
             raise CheckpointError(f"{key} is no field that growth sets: {reason}; leave it out.")
     requested = {key: value for key, value in {**target, **overrides}.items() if value is not None}
+    for key in (*GROWN, "head_dim"):
+        value = requested.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise CheckpointError(f"{key} is {value!r}, expected an integer.")
+    if requested.get("num_hidden_layers", 1) > _MOST_LAYERS:
+        raise CheckpointError(
+            f"num_hidden_layers is {requested['num_hidden_layers']}, expected at most {_MOST_LAYERS}."
+        )
     _check_kept(source, requested)
     return requested, _differing(source, target)
 

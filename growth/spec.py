@@ -192,5 +192,5 @@ def _check_tied(growth: Growth) -> None:
     if growth.head_scale != 1.0 or growth.embedding_scale != 1.0:
         raise CheckpointError(
             f"tie_word_embeddings is true and the multipliers change (embeddings x {growth.embedding_scale:.6g}, "
-            f"head x {growth.head_scale:.6g}): one matrix cannot take both; untie them first."
+            f"head x {growth.head_scale:.6g}): one matrix cannot make up for both, so this model cannot grow."
         )

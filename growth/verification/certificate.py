@@ -31,6 +31,7 @@ from conversion.mapping import check_tensors
 from .conditions import Block, Conditions, FieldCondition, TensorConditions, growth_steps, state_conditions
 
 _MASKED = "TeleFLMMasked"
+_LARGEST_COPY = 16.0  # of copies that add up, in units of the largest value of A among them
 _BLOCK = 1 << 18  # elements looked at together, but at least one row: with temporaries about ten megabytes
 
 
@@ -421,8 +422,29 @@ def _check_copy(found: np.ndarray, original: np.ndarray, rounding: _Rounding) ->
         broken = unusable | differs
     else:
         ulps = _ulps(found, original, rounding)
-        broken = unusable | ~(ulps <= rounding.allowed_ulps)
+        broken = unusable | ~(ulps <= rounding.allowed_ulps) | _is_other_scale(found, original, rounding)
     return broken, float(np.max(ulps, where=np.isfinite(ulps), initial=0.0))
+
+
+def _is_other_scale(found: np.ndarray, original: np.ndarray, rounding: _Rounding) -> np.ndarray:
+    """Whether elements that are each correctly rounded are, together, not A's times the factor: all of them, or none.
+
+    Below the smallest normal number a correct rounding may be anything, zero included; and where the factor is nearly
+    1, values that lie on the dtype's own grid all round back to what they were.
+    """
+    nothing, everything = np.zeros(found.shape, bool), np.ones(found.shape, bool)
+    values, exact = found.astype(np.float64), original.astype(np.float64) * rounding.factor
+    energy = float(np.square(exact).sum())
+    if not np.isfinite(energy) or not np.isfinite(values).all() or energy == 0.0:
+        return nothing  # named elsewhere, or zero as it has to be
+    unit = 2.0 ** -ml_dtypes.finfo(rounding.dtype.numpy).nmant
+    error = float(np.square(values - exact).sum())
+    if error > 1.1 * energy * (max(rounding.allowed_ulps, 0.5) * unit) ** 2:
+        return everything
+    if rounding.factor != 1.0 and abs(rounding.factor - 1.0) < unit / 4:
+        gain = float((values * exact).sum()) / energy * rounding.factor
+        return everything if abs(gain - 1.0) <= abs(gain - rounding.factor) else nothing
+    return nothing
 
 
 def _check_sum(
@@ -442,6 +464,10 @@ def _check_sum(
         distance = np.abs(original.astype(np.float64) * rounding.factor - total)
         ulps = distance / _last_place(largest, rounding.dtype)
     broken = ~(ulps <= rounding.allowed_ulps_of_sum(len(copies)))
+    # Large copies that cancel would make anything rounding. Noise is less than seven spreads of the weight's own.
+    limit = _LARGEST_COPY * float(np.abs(original.astype(np.float64)).max(initial=0.0)) * abs(rounding.factor)
+    if limit:
+        broken |= largest > limit
     return total, broken, float(np.max(ulps, where=np.isfinite(ulps), initial=0.0))
 
 

@@ -14,7 +14,7 @@ Nothing here imports the operators or the specification of growth: a mistake the
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias, get_args
@@ -33,7 +33,33 @@ _SIZES = (
     "num_key_value_heads",
     "vocab_size",
 )
+# Of a configuration: what `Architecture` has, each with a condition of its own; and what decides no logit.
+_NUMBERS = tuple(field.name for field in fields(Architecture))
+_NO_FUNCTION = (
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "max_position_embeddings",
+    "model_type",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "pretraining_tp",
+    "problem_type",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
 _METHODS = ("zero", "tile", "mask")
+_MOST_GROWTHS = 4  # each may round every weight once more; beyond these, too much would pass for rounding
 _WRITERS = ("embed_tokens", "o_proj", "down_proj")  # they add to the residual stream; everything else reads it
 _EXACT = 1e-12  # two numbers of a configuration agree: JSON has them as decimals of 15 digits or more
 
@@ -188,11 +214,16 @@ def state_conditions(a: Mapping[str, Any], b: Mapping[str, Any], steps: Sequence
     source, target = Architecture.from_config(a, "A's config.json"), Architecture.from_config(b, "B's config.json")
     for step in steps:
         _check_method(step)
+    _check_growths(steps)
     _check_noise(source, steps)
     layers = compose_layers([step.layers for step in steps])
     _check_layers(layers, source, target)
     roundings = len(steps) + sum(step.alpha is not None for step in steps)
     sizes = tuple(_size_conditions(source, target))
+    if source.tie_word_embeddings != target.tie_word_embeddings:
+        tied = source.tie_word_embeddings
+        reason = "the head has weights of its own, or it has not"
+        sizes = (*sizes, FieldCondition("tie_word_embeddings", not tied, tied, False, reason))
     if not all(condition.holds for condition in sizes):
         return Conditions(len(steps), roundings, sizes, ())
     maps = {axis: _axis_over_steps(axis, source, target, steps) for axis in get_args(Axis)}
@@ -213,6 +244,18 @@ def _check_method(step: Step) -> None:
         raise CheckpointError(
             f"the masks of B are {state}; only at alpha 0 does it compute A's function: write that with `teleflm fold "
             "--alpha 0`, from the masked checkpoint."
+        )
+
+
+def _check_growths(steps: Sequence[Step]) -> None:
+    """Refuse a record by which too much would be rounding: what it says of its steps is not believed."""
+    for number, step in enumerate(steps):
+        if len(steps) > 1 and step.source == step.target:
+            raise CheckpointError(f"growth {number + 1} of the lineage grows nothing; restore B's record.")
+    if len(steps) > _MOST_GROWTHS:
+        raise CheckpointError(
+            f"the lineage has {len(steps)} growths between A and B, a certificate allows for the rounding of "
+            f"{_MOST_GROWTHS}; certify each beside the model it started from."
         )
 
 
@@ -250,12 +293,19 @@ def _function_conditions(
     a: Mapping[str, Any], b: Mapping[str, Any], source: Architecture, target: Architecture, live: int
 ) -> Iterator[FieldCondition]:
     """Everything beside the sizes that decides what a model computes; `live` features of B's stream are A's."""
-    for field, old, new in (
-        ("hidden_act", a.get("hidden_act") or "silu", b.get("hidden_act") or "silu"),
-        ("rope_parameters", rope_parameters(a), rope_parameters(b)),
-        ("tie_word_embeddings", source.tie_word_embeddings, target.tie_word_embeddings),
-    ):
+    known = {
+        "hidden_act": (a.get("hidden_act", "silu"), b.get("hidden_act", "silu")),
+        "rope_parameters": (rope_parameters(a), rope_parameters(b)),
+        "tie_word_embeddings": (source.tie_word_embeddings, target.tie_word_embeddings),
+    }
+    if any(rope_parameters(config)["rope_type"] != "default" for config in (a, b)):
+        known["max_position_embeddings"] = (a.get("max_position_embeddings"), b.get("max_position_embeddings"))
+    for field, (old, new) in known.items():
         yield FieldCondition(field, new, old, new == old, "another value is another function")
+    for field in sorted((a.keys() | b.keys()) - {*known, *_NUMBERS, *_NO_FUNCTION, "rope_theta", "rope_scaling"}):
+        if a.get(field) != b.get(field):
+            reason = "nothing is known of it that would make another value the same function"
+            yield FieldCondition(field, b.get(field), a.get(field), False, reason)
     d, width = source.hidden_size, target.hidden_size
     eps, found = source.rms_norm_eps * live / width, target.rms_norm_eps
     holds = math.isclose(found, eps, rel_tol=_EXACT)
@@ -512,6 +562,11 @@ def growth_steps(a: Architecture, b: Architecture, lineage: Mapping[str, Any] | 
         parent = record.get("parent")
         record = parent.get("lineage") if isinstance(parent, Mapping) else None
     if not steps:
+        if b.num_hidden_layers < a.num_hidden_layers:
+            raise CheckpointError(
+                f"B has {b.num_hidden_layers} layers and A has {a.num_hidden_layers}: growth only adds; give the "
+                "smaller model first."
+            )
         if a.num_hidden_layers != b.num_hidden_layers:
             raise CheckpointError(
                 f"B has no record of a growth (teleflm_manifest.json), and {b.num_hidden_layers} layers where A has "
@@ -537,7 +592,10 @@ def _read_step(record: Mapping[str, Any]) -> Step:
             Architecture.from_config({**record[end], "model_type": "TeleFLM"}, f"teleflm_manifest.json: lineage.{end}")
             for end in ("source", "target")
         )
-        return Step(source, target, layers, str(record["method"]), noise=record.get("noise", 0) != 0)
+        noise = record.get("noise", 0)
+        if isinstance(noise, bool) or not isinstance(noise, int | float):
+            raise TypeError(f"noise ({noise!r})")
+        return Step(source, target, layers, str(record["method"]), noise=noise != 0)
     except (KeyError, TypeError) as error:
         text = f"teleflm_manifest.json: the lineage's growth has no usable {error}; restore the file."
         raise CheckpointError(text) from None
@@ -568,6 +626,8 @@ def measured_layers(lineage: Mapping[str, Any] | None) -> tuple[MeasuredLayer, .
         parent = record.get("parent")
         record = parent.get("lineage") if isinstance(parent, Mapping) else None
     distances = (record or {}).get("layer_distances") or ()
+    if not isinstance(distances, list | tuple):
+        raise CheckpointError(f"manifest.json: layer_distances is {distances!r}, expected a list; restore the file.")
     if not record or not distances:
         return ()
     copied = [origin.layer for origin in _read_step(record).layers if origin.is_copy]

@@ -73,7 +73,7 @@ class Verification:
         certificate, numbers = self.certificate, self.numbers
         match self.verdict:
             case "same-bytes":
-                return "B has A's weights, byte for byte, and the same configuration: the same function."
+                return "B has A's weights, byte for byte, and a configuration that means the same: the same function."
             case "certified":
                 return (
                     "B computes A's function: every condition on its configuration and its weights holds "
@@ -98,7 +98,8 @@ class Verification:
 
 
 def _blind_spot(numbers: Numbers) -> str:
-    share = numbers.blind_to / numbers.difference.max_logit
+    largest = numbers.difference.max_logit
+    share = numbers.blind_to / largest if largest else 0.0
     return (
         f"Errors of the logits up to {numbers.blind_to:.2g} in root mean square ({share:.2g} of the largest logit) "
         "cannot be seen by them."
@@ -152,6 +153,8 @@ def verify_checkpoints(
         input_ids = tokenize(first, Path(text), max_tokens)
         _check_ids(input_ids, first, second)
         notes += _compare_tokenizers(first, second)
+    for folder in (a, b):
+        _refuse_adapter(Path(folder))
     certificate, no_certificate = None, ""
     if growth is not False:
         try:
@@ -192,6 +195,16 @@ def _compare_tokenizers(a: Source, b: Source) -> list[str]:
     if files[1].is_file() and files[0].read_bytes() != files[1].read_bytes():
         return ["tokenizer.model of B is not A's: the same text gives it other tokens than were compared."]
     return []
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Transformers would apply it to the weights, unasked, and nothing here would know."""
+    path = folder / "adapter_config.json"
+    if path.exists():
+        raise CheckpointError(
+            f"{path}: transformers applies this adapter when it loads the folder; compare without it, or merge it with "
+            "`teleflm sft export --merge`."
+        )
 
 
 def _check_arguments(dtype: str, forward: str, max_tokens: int) -> None:

@@ -549,7 +549,7 @@ DEEPER = {"num_hidden_layers": 4}
         ({"tie_word_embeddings": True}, DEEPER, "tie_word_embeddings is true and the multipliers change"),
         ({}, "tele-flm-53b", "no preset 'tele-flm-53b'; known presets: .*tele-flm-1t"),
         ({}, "tele-flm-52b", "head_dim would change from 8 to 128"),
-        ({}, "missing.json", r"missing\.json: no such file"),
+        ({}, "missing.json", r"missing\.json cannot be read: No such file"),
     ],
 )
 def test_targets_that_are_refused(fields, target, message, make_source, tmp_path):
@@ -569,6 +569,8 @@ def test_targets_that_are_refused(fields, target, message, make_source, tmp_path
         ({"hidden_size": None}, "hidden_size is null, expected a value"),
         ({"hidden_size": 40.5, "num_attention_heads": 5}, r"hidden_size is 40\.5, expected an integer"),
         ({"hidden_size": True}, "hidden_size is True, expected an integer"),
+        ({"num_hidden_layers": "abc"}, "num_hidden_layers is 'abc', expected an integer"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected at most 10000"),
         ({"hidden_size": -40}, "hidden_size is -40; it must be finite and above 0"),
         ({"output_mult": 0.3}, r"output_mult is asked to be 0\.3, but has to be .*use --multipliers target"),
         ({"use_mup": False}, "use_mup is asked to be False, but has to be"),

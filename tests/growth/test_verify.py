@@ -29,6 +29,7 @@ import tests.growth.test_growth as growth_tests
 from conversion.architecture import Architecture
 from conversion.checkpoint.dtypes import parse_dtype
 from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.manifest import MANIFEST
 from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.sources import open_checkpoint
 from conversion.mapping import weights
@@ -36,6 +37,7 @@ from evaluation.logit_comparison import LogitComparer
 from evaluation.logits import _logits, checkpoint_logits, compare_logits
 from evaluation.streamed_model import StreamedModel
 from growth import Verification, grow_checkpoint, verify_checkpoints
+from growth.method import Tile
 from growth.verification.comparison import compare_numbers
 from teleflm.reports.verification import describe, write_report
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_sentencepiece
@@ -328,6 +330,112 @@ def test_a_fault_below_the_rounding_changes_the_verdict(kind, fault, with_text, 
     assert not after.certificate.holds
 
 
+def _config_of(folder: Path, **fields) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+CONFIGURATIONS = {
+    "an older spelling beside the new one": (
+        {},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+        "rope_parameters",
+    ),
+    "positions that the rotary embedding depends on": (
+        {"rope_parameters": YARN, "max_position_embeddings": 256},
+        {"rope_parameters": YARN, "max_position_embeddings": 64},
+        "max_position_embeddings",
+    ),
+    "quantised": ({}, {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"),
+    "a field that nobody knows": ({}, {"attention_temperature": 2.0}, "attention_temperature"),
+    "no activation": ({}, {"hidden_act": None}, "hidden_act"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_configuration_that_means_something_else(name, make_source, tmp_path):
+    """Over the same bytes; what transformers makes of each is not asked, only that it is not called the same."""
+    ours, theirs, field = CONFIGURATIONS[name]
+    a, b = (shutil.copytree(make_source(), tmp_path / letter) for letter in "ab")
+    _config_of(a, **ours)
+    _config_of(b, **theirs)
+    result = verify_checkpoints(a, b)
+    assert result.verdict == "not-certified"
+    assert field in [condition.field for condition in result.certificate.broken_fields]
+
+
+def test_an_adapter_in_the_folder_is_not_overlooked(make_source, tmp_path):
+    source, out = make_source(), shutil.copytree(make_source(), tmp_path / "b")
+    (out / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: transformers applies this adapter"):
+        verify_checkpoints(source, out)
+
+
+def test_a_record_buys_no_tolerance(rounded, tmp_path):
+    """Growths that grow nothing would each allow for another rounding."""
+    source, out = rounded[0], shutil.copytree(rounded[1], tmp_path / "out")
+    record = json.loads((out / MANIFEST).read_text())
+    for _ in range(6):
+        step = {**record["lineage"], "source": record["lineage"]["target"]}
+        step["layers"] = [{"source": i, "copy": False} for i in range(len(record["lineage"]["layers"]))]
+        record["lineage"] = {**step, "parent": {"plan": "", "lineage": record["lineage"]}}
+    (out / MANIFEST).write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"grows nothing|certify each beside the model"):
+        verify_checkpoints(source, out)
+
+
+def test_large_copies_that_cancel_are_no_rounding(make_source, tmp_path):
+    source, out = make_source("bfloat16"), tmp_path / "out"
+    grow_checkpoint(source, out, {"hidden_size": 64, "num_attention_heads": 8}, method=Tile(0.3))
+    assert verify_checkpoints(source, out).verdict == "certified"
+    tensors = load_file(out / "model.safetensors")
+    for name in list(tensors):
+        if name.endswith(("q_proj.weight", "k_proj.weight", "gate_proj.weight", "up_proj.weight")):
+            tensors[name][:, :32], tensors[name][:, 32:] = 1000.0, -1000.0
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    assert verify_checkpoints(source, out).verdict == "not-certified"
+
+
+def test_what_underflows_is_no_rounding(make_source, tmp_path):
+    """Each product is correctly rounded, to zero."""
+    source = make_source("float32", output_mult=1e8)
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] *= 1e-8
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    grow_checkpoint(source, tmp_path / "out", {"num_hidden_layers": 4}, dtype="float16")
+    result = verify_checkpoints(source, tmp_path / "out")
+    assert result.verdict == "not-certified"
+    assert result.certificate.violations[0].tensor == "lm_head.weight"
+
+
+def test_a_factor_that_rounding_undid_in_a_wider_source(make_source, tmp_path):
+    """A in float32 with values of bfloat16, B in bfloat16 with the same values and another multiplier."""
+    source, out = make_source("bfloat16"), tmp_path / "out"
+    wide = shutil.copytree(source, tmp_path / "wide")
+    tensors = load_file(wide / "model.safetensors")
+    save_file({k: v.float() for k, v in tensors.items()}, wide / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(source, out)
+    assert verify_checkpoints(wide, out).verdict == "certified"
+    _config_of(out, output_mult=0.5 * 1.0019)
+    assert verify_checkpoints(wide, out).verdict == "not-certified"
+
+
+def test_tied_beside_untied(make_source):
+    tied, untied = make_source(**growth_tests.TIED), make_source(input_mult=1.0)
+    for a, b in ((tied, untied), (untied, tied)):
+        assert verify_checkpoints(a, b).verdict == "not-certified"
+
+
+def test_a_head_of_zeros(make_source, text, tmp_path):
+    a = shutil.copytree(make_source(), tmp_path / "a")
+    tensors = load_file(a / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"] * 0}, a / "model.safetensors")
+    b = shutil.copytree(a, tmp_path / "b")
+    result = verify_checkpoints(a, b, text=text, growth=False, max_tokens=16)
+    assert (result.verdict, result.numbers.blind_to) == ("indistinguishable", 0.0)
+
+
 @pytest.mark.parametrize("fault", ["eps x 1.25", "noise of 0.4 %"])
 def test_numbers_alone_prove_nothing(fault, rounded, text, tmp_path):
     """Without the record, a deeper model has no certificate; the numbers miss these faults, and say what they miss."""
@@ -558,7 +666,7 @@ def test_command(grown, text, tmp_path):
     ("arguments", "message"),
     [
         (("nowhere", "{b}"), "nowhere: no such file or folder"),
-        (("{b}", "{a}"), "which are copies is unknown"),
+        (("{b}", "{a}"), "growth only adds; give the smaller model first"),
         (("{a}", "{b}", "--text", "nowhere.txt"), "nowhere.txt: no such file"),
         (("{a}", "{b}", "--report", "{a}/config.json"), "config.json: is a file"),
     ],
