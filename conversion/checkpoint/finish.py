@@ -48,7 +48,7 @@ def write_small_files(job: Job, finished: Sequence[Finished], workspace: Workspa
     """Write everything but the weights and what makes them loadable."""
     for name, content in job.small_files.items():
         workspace.write(name, content)
-    workspace.write(MANIFEST, json_bytes(job_record(job, finished, workspace.out)))
+    workspace.write(MANIFEST, json_bytes(job_record(job, finished)))
 
 
 def make_loadable(job: Job, workspace: Workspace) -> None:
@@ -97,13 +97,12 @@ def _name_shard(out: Path, shard: Shard) -> None:
 # The record.
 
 
-def job_record(job: Job, finished: Sequence[Finished], out: Path) -> dict[str, Any]:
+def job_record(job: Job, finished: Sequence[Finished]) -> dict[str, Any]:
     """What a finished checkpoint says of itself, see `manifest.py`.
 
     Args:
         job: what was written.
-        finished: the record of each shard that was written.
-        out: where they are, under their own or their partial names.
+        finished: the record of each shard that was written, in order.
     """
     digests = {name: digest for record in finished for name, digest in record.digests.items()}
     statistics = {symbol: value for record in finished for symbol, value in record.statistics.items()}
@@ -116,33 +115,26 @@ def job_record(job: Job, finished: Sequence[Finished], out: Path) -> dict[str, A
         statistics=statistics,
         job={**made_by, "settings": dict(job.settings)},
         sources=identity["sources"],
-        files=_files(job, out),
+        files=_files(job, [record.samples for record in finished]),
         tensors=_tensors(job, digests),
         digests=bool(digests),
     )
 
 
-def _files(job: Job, out: Path) -> dict[str, dict[str, Any]]:
+def _files(job: Job, samples: Sequence[str]) -> dict[str, dict[str, Any]]:
     small = {
         name: {"bytes": len(content), "sha256": job.small_digests[name]} for name, content in job.small_contents.items()
     }
+    written = iter(samples)
     weights = {
-        shard.filename: {"bytes": shard.nbytes, "between": _between(shard), "samples": sample_digest(_path(out, shard))}
+        shard.filename: {
+            "bytes": shard.nbytes,
+            "between": between_digest(content for _, content in sorted(shard.fixed)),
+            "samples": sample_digest(Path(shard.twin)) if shard.twin else next(written),
+        }
         for shard in job.layout.shards
     }
     return dict(sorted({**small, **weights}.items()))
-
-
-def _path(out: Path, shard: Shard) -> Path:
-    """Where the bytes of a shard are that has its final name, or has not yet."""
-    if shard.twin:
-        return Path(shard.twin)
-    partial = out / (shard.filename + PARTIAL)
-    return partial if partial.exists() else out / shard.filename
-
-
-def _between(shard: Shard) -> str:
-    return between_digest(content for _, content in sorted(shard.fixed))
 
 
 def _tensors(job: Job, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -71,12 +71,16 @@ def sample_digest(path: Path) -> str:
     Two steps of a run have files of one size and header, and in an image of a container also of one time: this tells
     them apart, as training moves every weight.
     """
-    digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
-        last = max(os.fstat(file.fileno()).st_size - _SAMPLE_BYTES, 0)
-        for number in range(_SAMPLES):
-            file.seek(last * number // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
+        return sample_descriptor(file.fileno())
+
+
+def sample_descriptor(descriptor: int) -> str:
+    """`sample_digest` of an open file."""
+    digest = xxhash.xxh3_128()
+    last = max(os.fstat(descriptor).st_size - _SAMPLE_BYTES, 0)
+    for number in range(_SAMPLES):
+        digest.update(os.pread(descriptor, _SAMPLE_BYTES, last * number // (_SAMPLES - 1)))
     return digest.hexdigest()
 
 

@@ -31,7 +31,7 @@ from .errors import CheckpointError, CorruptData
 from .folder_formats import format_folders
 from .job import Job, first_difference, read_json, source_identities
 from .kernel_copy import PassingCache, available_memory, preallocate, write_all
-from .manifest import tensor_digest
+from .manifest import sample_descriptor, tensor_digest
 from .preflight import FOLDER, PARTIAL, RUN, Done, New, Refused, Resume, lies_in, preflight
 from .ranks import Ranks
 
@@ -56,12 +56,14 @@ class Finished:
         mtime_ns: its time of change; another one means that somebody touched it.
         digests: tensor name -> digest; empty if none are taken.
         statistics: symbol of the plan -> its value, for the symbols this shard uses.
+        samples: `sample_digest` of the file.
     """
 
     size: int
     mtime_ns: int
     digests: dict[str, str]
     statistics: dict[str, float]
+    samples: str
 
 
 class Workspace:
@@ -314,11 +316,12 @@ class ShardFile:
                 return
         with naming_errors(self.path):  # where writes are delayed, the disk may turn out to be full only here
             os.fsync(self.descriptor)
+            samples = sample_descriptor(self.descriptor)
         if self._passing:
             self._passing.close()
         status = os.fstat(self.descriptor)
         digests = {name: tensor_digest(parts[i] for i in range(len(parts))) for name, parts in self._digests.items()}
-        record = Finished(status.st_size, status.st_mtime_ns, digests, self._statistics)
+        record = Finished(status.st_size, status.st_mtime_ns, digests, self._statistics, samples)
         write_file(self._workspace.beside(self._shard, ".done"), json.dumps(asdict(record)).encode())
         self._journal_path.unlink(missing_ok=True)
         self._digests, self.claims = {}, {}  # a block of each 8 MiB of a large model's 2 TB, in hundreds of shards
