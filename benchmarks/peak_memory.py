@@ -4,9 +4,9 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Peak memory of `teleflm convert`: it depends neither on the checkpoint nor on its largest tensor.
 
-Bound: 300 MB for the whole process tree, at 3.5 GiB, at 14 GiB, and for one tensor as large as the largest of the 1T; with
-two threads, and with as many as nobody has processors for. With `--cast`, to float32, whose arrays are the largest. The
-sources are written one after the other; the largest needs twice its size on the disk, and thrice with `--cast`.
+Bound: 300 MB for the whole process tree, at 3.5 GiB, at 14 GiB, and for one tensor as large as the largest of the 1T;
+with two threads, and with more than there are processors. With `--cast`, to float32, whose arrays are the largest.
+The sources are written one after the other; the largest needs twice its size on the disk, and thrice with `--cast`.
 """
 
 import shutil
