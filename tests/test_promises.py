@@ -185,7 +185,7 @@ def test_memory(bin_model, tmp_path):
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     said = teleflm("convert", bin_model, tmp_path / "c", "--memory", "1MB", status=2)
-    assert "--memory is 1 MB, less than one thread takes here; the least that works is 18MB." in said
+    assert re.search(r"--memory is 1 MB, less than one thread takes here; the least that works is \d+MB\.", said)
 
 
 @promise("Multipliers that neither the arguments nor a configuration say are not assumed to be none")

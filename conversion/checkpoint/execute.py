@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from .assemble import blocks, copy_runs, is_zero, resolve, stream, zeros
-from .budget import Share, share_out
+from .budget import Share, reading_threads, share_out
 from .containers import Layout, Shard, parse_size, safetensors_layout
 from .errors import CheckpointError, NotFinite
 from .finish import finish, write_missing
@@ -182,7 +182,8 @@ def execute(
         foreseen = foresee(job, out, options)
         return CheckpointResult(plan, shards, [*notes, *foreseen.notes], None, foreseen=foreseen)
     if options.verify_source and options.rank == 0:  # which alone makes the output loadable
-        notes = [*notes, *verify_sources(plan, recorded or {}, options.workers, options.verify_progress)]
+        threads = reading_threads(options.workers, parse_size(options.memory))
+        notes = [*notes, *verify_sources(plan, recorded or {}, threads, options.verify_progress)]
     written = run_job(job, out, options)
     restored = [f"{name} was missing and was written again." for name in written.restored]
     return CheckpointResult(plan, shards, [*notes, *restored], written)
