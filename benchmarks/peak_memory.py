@@ -4,8 +4,9 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Peak memory of `teleflm convert`: it depends neither on the checkpoint nor on its largest tensor.
 
-Bound: 300 MiB for the whole process tree, at 3.5 GiB, at 14 GiB, and for one tensor as large as the largest of the 1T.
-The sources are written one after the other; the largest needs twice its size on the disk.
+Bound: 300 MB for the whole process tree, at 3.5 GiB, at 14 GiB, and for one tensor as large as the largest of the 1T;
+with two threads, and with more than there are processors. With `--cast`, to float32, whose arrays are the largest.
+The sources are written one after the other; the largest needs twice its size on the disk, and thrice with `--cast`.
 """
 
 import shutil
@@ -30,7 +31,11 @@ def write_one_tensor(folder: Path, shape: tuple[int, ...]) -> list[Path]:
 def main() -> None:
     parser = arguments(__doc__, pairs=3)
     parser.add_argument("--sizes", type=float, nargs="+", default=[3.5, 14], help="GiB of weights of each checkpoint")
+    parser.add_argument("--workers", type=int, nargs="+", default=[2, 32, 128])
+    parser.add_argument("--cast", action="store_true", help="to float32, instead of copying with and without digests")
     options = parser.parse_args()
+    ways = [("--dtype", "float32")] if options.cast else [(), ("--no-digest",)]
+    flags_of_ways = [(*flags, "--workers", str(workers)) for flags in ways for workers in options.workers]
     sources = {
         f"{size:g} GiB": lambda at, size=size: write_bin(at, tele_flm_config(size), max(1, round(size / _SHARD_GIB)))
         for size in options.sizes
@@ -41,7 +46,7 @@ def main() -> None:
         for name, write in sources.items():
             files = write(place / "source")
             size = sum(file.stat().st_size for file in files)
-            for flags in ((), ("--no-digest",)):
+            for flags in flags_of_ways:
                 runs = []
                 for _ in range(options.pairs):
                     set_cache(files, "cold")

@@ -44,7 +44,8 @@ def quantisation(config: Mapping[str, Any] | None, tensors: Mapping[str, View]) 
     for name, view in tensors.items():
         if _COMPANION.fullmatch(name):
             return f"it holds {name}"
-        if view.dtype.name.startswith("float8") or (not view.dtype.is_floating and name.endswith(".weight")):
+        is_whole = view.dtype.name.startswith(("int", "uint")) and name.endswith(".weight")
+        if is_whole or view.dtype.name.startswith(("float8", "float6", "float4")):
             return f"{name} is {view.dtype}"
     return None
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from conversion.checkpoint.errors import printable
 from conversion.checkpoint.execute import CheckpointResult, WriteOptions, free_space, peak_memory
+from conversion.checkpoint.limits import high_water
 from conversion.checkpoint.plan import TensorPlan
 from conversion.checkpoint.preflight import Done, Resume
 from conversion.checkpoint.ranks import Ranks
@@ -36,7 +37,7 @@ def describe_result(result: CheckpointResult, out: Path, options: WriteOptions) 
         "out": str(out),
         "bytes": result.plan.nbytes,
         "files": [{"name": shard.filename, "bytes": shard.nbytes} for shard in result.shards],
-        "memory_bytes": peak_memory(result.plan, options),
+        "memory_bytes": high_water() if result.written else peak_memory(result.plan, options),
         "threads": options.share(result.plan.tensors).workers,
         "disk": {"need": _disk_need(result), "free": result.foreseen.free if result.foreseen else free_space(out)},
         "notes": result.notes,

@@ -139,6 +139,65 @@ def test_links_that_lead_out(bin_model, tmp_path):
     assert not (tmp_path / "out/generation_config.json").exists()
 
 
+@promise(
+    "A quantised checkpoint (FP8, GPTQ, AWQ, bitsandbytes, compressed-tensors) is copied as it is, and refused where"
+)
+def test_quantised_is_copied_or_refused(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "fp8")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
+    tensors["lm_head.weight_scale_inv"] = torch.tensor([[0.0123]])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    teleflm("convert", folder, tmp_path / "out")
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in tensors.items())
+    for command in (("convert",), ("export", "--to", "llama"), ("grow", *WIDER)):
+        line = (command[0], folder, tmp_path / "no", *command[1:], *(("--dtype", "bfloat16") * (len(command) == 1)))
+        assert "is quantised (it holds lm_head.weight_scale_inv)" in teleflm(*line, status=2)
+
+
+@promise("One that is too large for the type is an error that names the tensor and the place;")
+@promise("Infinities and NaN that a Hub folder already has stay what they are.")
+def test_too_large_for_the_type(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "large")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("inf")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    teleflm("convert", folder, tmp_path / "inf", "--dtype", "float16")
+    assert load_file(tmp_path / "inf/model.safetensors")["model.norm.weight"][3] == float("inf")
+    tensors["model.norm.weight"][3] = 1e5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    line = ("convert", folder, tmp_path / "out", "--dtype", "float16")
+    assert "model.norm.weight[3] is 100000, the largest float16 is 65504" in teleflm(*line, status=1)
+    teleflm(*line, "--allow-nonfinite")  # goes on where the error was
+    assert load_file(tmp_path / "out/model.safetensors")["model.norm.weight"][3] == float("inf")
+    assert "no_overflow was False and is True" in teleflm(*line, status=2)
+
+
+@promise(
+    "hold 256 MB together, whatever the model; `--workers` and `--memory` say otherwise, and no byte depends on either."
+)
+@promise("`--dry-run` states the most memory that the run can take.")
+def test_memory(bin_model, tmp_path):
+    assert "in at most" in teleflm("convert", bin_model, tmp_path / "a", "--dry-run")
+    teleflm("convert", bin_model, tmp_path / "a", "--dtype", "bfloat16")
+    teleflm("convert", bin_model, tmp_path / "b", "--dtype", "bfloat16", "--workers", "64", "--memory", "24MB")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    said = teleflm("convert", bin_model, tmp_path / "c", "--memory", "1MB", status=2)
+    assert re.search(r"--memory is 1 MB, less than one thread takes here; the least that works is \d+MB\.", said)
+
+
+@promise("Multipliers that neither the arguments nor a configuration say are not assumed to be none")
+def test_multipliers_are_stated(model, tmp_path):
+    teleflm("export", model, tmp_path / "run", "--to", "megatron")
+    (tmp_path / "run/config.json").unlink()
+    line = ("convert", tmp_path / "run", tmp_path / "out", "--vocab-size", "640")
+    assert "do not say the factors on embeddings and logits" in teleflm(*line, status=2)
+    teleflm(*line, "--multipliers", "none")
+    assert json.loads((tmp_path / "out/config.json").read_text())["use_mup"] is False
+
+
 @promise("The vocabulary's size is never guessed")
 @promise("a model goes to Megatron and comes back without a byte of its weights changed")
 def test_to_megatron_and_back(model, tmp_path):

@@ -41,7 +41,7 @@ _WINDOW = 1 << 16  # in windows of this many, evenly spread
 PREPASS_BYTES = 3 * 8 * _WINDOW + MAX_SPAN  # of arrays a thread takes for that
 _SHORT_RUN = 256 * 1024  # bytes worth a system call of their own
 _CHUNK = 1 << 17  # elements that are read, computed and rounded at a time
-_EXACT = 1 << 15  # elements that are computed in float64 at a time: they stay in a core's cache
+_EXACT = 1 << 14  # elements that are computed in float64 at a time: they stay in a core's cache
 _ZEROS = memoryview(bytes(CHUNK))
 
 
@@ -188,13 +188,13 @@ class Needs:
         Args:
             stretch: how many.
         """
-        moved = 2 * CHUNK
+        moved = 3 * CHUNK  # read, copied, looked at
         if not self.is_made:
             return moved
         made = min(stretch, self.numel)
         span = min(MAX_SPAN, 2 * made * max(self.itemsize, self.source) + CHUNK)
         changed = min(_CHUNK, made) * (self.source + 2 * self.itemsize) if self.source else 0  # and the result's bits
-        exact = _EXACT * (8 + 8 + 8 + 4 + 4) if self.is_exact else 0  # values, draws, bits, float32, what is found
+        exact = _EXACT * 128 if self.is_exact else 0  # values, draws, bits, float32; what rounding took
         words = self.cells * GRID * 2 + min(_CHUNK, made) * 2 * (3 if self.cells else 0)
         looked_up = made * self.itemsize + 2 * CHUNK if self.looks_up else 0
         return moved + made * self.itemsize + span + changed + exact + words + looked_up

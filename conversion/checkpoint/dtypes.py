@@ -93,16 +93,3 @@ def parse_dtype(name: str) -> DType:
     if dtype is None or not dtype.is_floating:
         raise ValueError(f"dtype {name!r} is not one of bfloat16, float16, float32, float64.")
     return dtype
-
-
-def first_nonfinite(data: memoryview, dtype: DType) -> int | None:
-    """Index of the first NaN or infinity among little-endian elements, or None; types without either have none.
-
-    Looks at bits: in an IEEE format whatever has every exponent bit set is one of the two.
-    """
-    if not dtype.is_floating:
-        return None
-    words = np.frombuffer(data, f"<u{dtype.itemsize}")
-    exponent = int(np.asarray(np.inf, dtype.numpy).view(words.dtype))
-    magnitudes = words & ~words.dtype.type(1 << (8 * dtype.itemsize - 1))
-    return None if not len(words) or magnitudes.max() < exponent else int(np.argmax(magnitudes >= exponent))

@@ -22,9 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from .assemble import blocks, copy_runs, is_zero, resolve, stream, zeros
-from .budget import Share, share_out
+from .budget import Share, reading_threads, share_out
 from .containers import Layout, Shard, parse_size, safetensors_layout
-from .dtypes import first_nonfinite
 from .errors import CheckpointError, NotFinite
 from .finish import finish, write_missing
 from .job import Job
@@ -35,6 +34,7 @@ from .preflight import FOLDER, Decision, Done, Refused, Resume, preflight
 from .promises import foresee_verification, verify_sources
 from .ranks import Ranks
 from .reader import FileReader, read_chunks
+from .rounding import first_nonfinite
 from .sizes import format_bytes
 from .workspace import ShardFile, Workspace, fits_in_cache, is_locked, missing_bytes, naming_errors
 
@@ -182,7 +182,8 @@ def execute(
         foreseen = foresee(job, out, options)
         return CheckpointResult(plan, shards, [*notes, *foreseen.notes], None, foreseen=foreseen)
     if options.verify_source and options.rank == 0:  # which alone makes the output loadable
-        notes = [*notes, *verify_sources(plan, recorded or {}, options.workers, options.verify_progress)]
+        threads = reading_threads(options.workers, parse_size(options.memory))
+        notes = [*notes, *verify_sources(plan, recorded or {}, threads, options.verify_progress)]
     written = run_job(job, out, options)
     restored = [f"{name} was missing and was written again." for name in written.restored]
     return CheckpointResult(plan, shards, [*notes, *restored], written)
@@ -410,7 +411,7 @@ def _checked(block: _Block, data: Iterator[memoryview]) -> Iterator[memoryview]:
     """Each chunk, if all its elements are finite."""
     at = block.start
     for chunk in data:
-        found = first_nonfinite(chunk, block.tensor.dtype)
+        found = first_nonfinite(chunk, block.tensor.dtype.numpy) if block.tensor.dtype.is_floating else None
         if found is not None:
             index = np.unravel_index(at + found, block.tensor.shape or (1,))
             raise NotFinite(f"{block.tensor.name}{[*map(int, index)]} is NaN or infinite as {block.tensor.dtype}.")

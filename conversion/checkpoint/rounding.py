@@ -24,6 +24,7 @@ _FRACTION = {"float16": 10, "bfloat16": 7, "float32": 23, "float64": 52}  # bits
 _SIGNIFICANT = {np.dtype(np.float32): 24, np.dtype(np.float64): 53}
 KEPT_TABLES = 16  # of all threads
 _making_tables = threading.Lock()
+_AT_A_TIME = 1 << 15  # elements, which stay in a core's cache
 _MIDDLE = 0x8000  # of the bits that float32 has and bfloat16 has not
 
 
@@ -159,16 +160,27 @@ def widens(source: DType, dtype: DType) -> bool:
 
 def first_overflow(source: np.ndarray, result: np.ndarray) -> int | None:
     """Place of the first finite number that became infinite in a result of 16-bit floats or wider, or None."""
-    if _all_finite(result):
-        return None
-    over = np.isfinite(source.astype(_FLOAT64)) & ~np.isfinite(result.astype(_FLOAT64))
-    return int(np.argmax(over)) if over.any() else None
+    at = first_nonfinite(result.reshape(-1).view(np.uint8).data, result.dtype)
+    values, results = source.reshape(-1), result.reshape(-1)
+    for start in range(at // _AT_A_TIME * _AT_A_TIME if at is not None else values.size, values.size, _AT_A_TIME):
+        part = slice(start, start + _AT_A_TIME)
+        over = np.isfinite(values[part].astype(_FLOAT64)) & ~np.isfinite(results[part].astype(_FLOAT64))
+        if over.any():
+            return start + int(np.argmax(over))
+    return None
 
 
-def _all_finite(values: np.ndarray) -> bool:
-    """By the bits: whatever has every exponent bit set is infinite or NaN."""
-    words = values.view(f"<u{values.dtype.itemsize}")
-    magnitudes = scratch("low", words.shape, words.dtype)
-    np.bitwise_and(words, words.dtype.type((1 << (8 * words.itemsize - 1)) - 1), out=magnitudes)
-    infinity = int(np.asarray(np.inf, values.dtype).view(words.dtype))
-    return not values.size or int(magnitudes.max()) < infinity
+def first_nonfinite(data: memoryview, dtype: np.dtype) -> int | None:
+    """Index of the first NaN or infinity among little-endian elements of a floating type of IEEE's, or None.
+
+    Looks at bits: whatever has every exponent bit set is one of the two.
+    """
+    all_words = np.frombuffer(data, f"<u{dtype.itemsize}")
+    infinity = int(np.asarray(np.inf, dtype).view(all_words.dtype))
+    for start in range(0, all_words.size, _AT_A_TIME):
+        words = all_words[start : start + _AT_A_TIME]
+        magnitudes = scratch("low", words.size, words.dtype)
+        np.bitwise_and(words, words.dtype.type((1 << (8 * words.itemsize - 1)) - 1), out=magnitudes)
+        if int(magnitudes.max()) >= infinity:
+            return start + int(np.argmax(magnitudes >= infinity))
+    return None

@@ -97,7 +97,7 @@ def measure(name: str, folder: Path, workers: int, memory: str) -> dict[str, int
         from tests.conversion.test_budget import plans
         assemble.BLOCK = {SMALL_BLOCK if workers > 2 else BLOCK}
         plan = plans(Path({str(folder)!r}))[{name!r}]
-        options = WriteOptions(workers={workers}, memory={memory!r})
+        options = WriteOptions(workers={workers}, memory={memory!r}, finite=True)
         said, before = peak_memory(plan, options), high_water()
         write_checkpoint(plan, Path({str(folder)!r}) / "out", options)
         print(json.dumps(dict(before=before, peak=high_water(), said=said)))

@@ -158,8 +158,11 @@ def test_the_command(tmp_path):
         ({"compression_config": {"quant_method": "sparseml"}}, {}, "sparseml, says compression_config"),
         ({}, {"a.weight": "float8_e5m2"}, "a.weight is float8_e5m2"),
         ({}, {"a.weight": "uint8"}, "a.weight is uint8"),
+        ({}, {"a.scale": "float8_e8m0fnu"}, "a.scale is float8_e8m0fnu"),
+        ({}, {"a.blocks": "float4_e2m1fn_x2"}, "a.blocks is float4_e2m1fn_x2"),
         ({}, {"a.self_attn.k_scale": "float32"}, "it holds a.self_attn.k_scale"),
         ({}, {"a.down_proj_blocks": "uint8", "a.down_proj_scales": "uint8"}, "it holds a.down_proj_blocks"),
+        ({}, {"a.weight": "complex64", "b.weight": "bool"}, None),
         # Buffers and factors of models that are not quantised.
         ({}, {"a.attn.bias": "bool", "a.position_ids": "int64", "a.masked_bias": "float32"}, None),
         ({}, {"a.layer_scale": "float32", "a.logit_scale": "float32", "scales": "float32"}, None),
