@@ -184,4 +184,6 @@ def load_config(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, not a JSON object, or larger than any configuration.
     """
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file.")
     return read_json_object(path, infinite=True)

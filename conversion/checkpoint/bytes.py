@@ -330,6 +330,16 @@ def identify(where: Where) -> ByteSource:
         return data.identified()
 
 
+def read_start(where: Where, size: int) -> bytes:
+    """The first bytes of a file, fewer if it has fewer.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    with reading(where) as data:
+        return data.pread(0, min(data.size, size))
+
+
 def refuse_pointer(name: str, head: bytes) -> None:
     """Refuse what Git left in a file's place where it was to fetch that from elsewhere.
 

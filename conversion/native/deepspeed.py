@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.bytes import read_start
 from ..checkpoint.dtypes import FLOAT32, DType
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.inert_pickle import Inert
@@ -31,7 +32,6 @@ from ..checkpoint.plan import Shape, View
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.torch_file import UnreadableTensor, read_torch_file
 from .checkpoint import NativeCheckpoint
-from .find import read_tracker
 from .table import hub_name
 
 _TRACKERS = ("latest", "latest_universal")
@@ -153,7 +153,7 @@ def _read_tracker(path: Path) -> str | None:
     """The tag that `latest` names; None if there is no such file, or what it says is no tag."""
     if not path.is_file():
         return None
-    tag = read_tracker(path)
+    tag = read_start(path, 200).decode(errors="replace").strip()
     return tag if tag == os.path.basename(tag) and tag not in ("", ".", "..") and "\0" not in tag else None
 
 

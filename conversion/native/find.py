@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checkpoint.bytes import reading
+from ..checkpoint.bytes import read_start
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.folder_formats import FolderFormat, register
 from .checkpoint import NativeCheckpoint, NativeFormat
@@ -75,7 +75,7 @@ def _iteration_folder(root: Path, iteration: int | None) -> Path:
             raise CheckpointError(f"{folder}: no such folder; iterations there: {present}.")
         return folder if folder.is_dir() else root
     if (root / TRACKER).is_file():
-        text = read_tracker(root / TRACKER)
+        text = read_start(root / TRACKER, _MAX_TRACKER_BYTES).decode(errors="replace").strip()
         if text != RELEASE and not text.isdecimal():
             raise CheckpointError(f"{root / TRACKER}: says {text!r}, expected a number or {RELEASE}.")
         folder = root / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
@@ -83,16 +83,6 @@ def _iteration_folder(root: Path, iteration: int | None) -> Path:
             raise CheckpointError(f"{root / TRACKER}: says {text}, but there is no {folder.name}; give --iteration.")
         return folder
     return root / _ACCELERATE if (root / _ACCELERATE).is_dir() else root
-
-
-def read_tracker(path: Path) -> str:
-    """The text in a file that names a step, whatever else the file may hold.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    with reading(path) as data:
-        return data.pread(0, min(data.size, _MAX_TRACKER_BYTES)).decode(errors="replace").strip()
 
 
 def _format(folder: Path) -> NativeFormat | None:

@@ -300,6 +300,14 @@ def test_what_many_things_share_is_visited_once():
     assert len(repr(load(NAME + b"N" + b"2\x86" * 90 + b"\x85R.", "data"))) < 100
 
 
+def test_a_state_that_two_objects_have_is_visited_once():
+    """2^60 paths: each state has two objects, and both of these the state before it."""
+    twice = b"".join(text(name) + b"h\x00)Rh\x01bs" for name in "xy")
+    data = NAME + b"q\x000}q\x010" + (b"}" + twice + b"q\x010") * 60 + b"h\x01."
+    tree = load(data, "data")
+    assert vars(tree["x"])["y"] is vars(tree["y"])["y"]
+
+
 VALID = pickle.dumps({"args": argparse.Namespace(a=1, b=[2.5, "x"]), "e": ModelType.encoder_or_decoder, "s": {1, 2}}, 2)
 
 

@@ -307,3 +307,8 @@ def test_a_model_type_that_is_no_text(said, tmp_path):
     result = run_teleflm("inspect", tmp_path, folder=tmp_path)
     assert result.returncode == 0
     assert "unknown: no configuration" in result.stdout
+
+
+def test_an_error_is_one_line_whatever_it_names():
+    assert str(CheckpointError("a\nb\x1b[31m\u2028\udc80 is 层")) == "a\\nb\\x1b[31m\\u2028\\udc80 is 层"
+    assert len(str(CheckpointError("x" * 10**6))) == 2000
