@@ -45,7 +45,7 @@ def quantisation(config: Mapping[str, Any] | None, tensors: Mapping[str, View]) 
         if _COMPANION.fullmatch(name):
             return f"it holds {name}"
         is_whole = view.dtype.name.startswith(("int", "uint")) and name.endswith(".weight")
-        if is_whole or view.dtype.name.startswith(("float8", "float6", "float4")):
+        if is_whole or view.dtype.name.startswith(("float8_", "float6_", "float4_")):
             return f"{name} is {view.dtype}"
     return None
 

@@ -17,6 +17,7 @@ import pytest
 from conversion.checkpoint import normal_stream, scratch
 from conversion.checkpoint.assemble import BLOCK, PREPASS_BYTES, Needs, blocks, resolve, stream
 from conversion.checkpoint.budget import THREAD_BYTES, reading_threads, share_out
+from conversion.checkpoint.bytes import identify
 from conversion.checkpoint.dtypes import BFLOAT16, FLOAT32, FLOAT64
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import WriteOptions, execute, write_checkpoint
@@ -42,15 +43,18 @@ ROWS, WIDTH = 1024, 1536  # of a source; no power of two, so that rows lie acros
 SMALL_BLOCK = 1 << 17  # so that there is work for many threads; what they make at a time is less
 
 
-def plans(folder: Path, rows: int = ROWS, width: int = WIDTH) -> dict[str, CheckpointPlan]:
-    """What takes memory, each in several tensors, of sources that are holes: reading them is quick."""
+def plans(
+    folder: Path, rows: int = ROWS, width: int = WIDTH, values: np.ndarray | None = None
+) -> dict[str, CheckpointPlan]:
+    """What takes memory, each in several tensors, of sources that are holes unless given: reading them is quick."""
     source = folder / "source"
     with source.open("wb") as file:
+        file.write(b"" if values is None else values.tobytes())
         file.truncate(rows * width * 8)
     shape = (rows, width)
 
     def view(dtype=BFLOAT16) -> View:
-        return View.contiguous(str(source), 0, shape, dtype)
+        return View.contiguous(identify(source), 0, shape, dtype)
 
     def plan(*tensors: TensorPlan) -> CheckpointPlan:
         named = tuple(replace(t, name=f"{k}-{n}") for k in range(3) for n, t in enumerate(tensors))
@@ -118,9 +122,8 @@ def test_a_process_stays_within_its_budget(name, workers, memory, tmp_path):
 
 @pytest.mark.parametrize("name", ["casts", "factors", "gathers", "draws", "noise", "means"])
 def test_a_budget_does_not_change_a_byte(name, tmp_path):
-    plan = plans(tmp_path, 1100, 1030)[name]
-    rng = np.random.default_rng(0)
-    rng.standard_normal(1100 * 1030 * 2).astype("<f4").tofile(tmp_path / "source")
+    values = np.random.default_rng(0).standard_normal(1100 * 1030 * 2).astype("<f4")
+    plan = plans(tmp_path, 1100, 1030, values)[name]
     digests = []
     for memory, workers in (("1GB", 1), ("1GB", 7), ("64MB", 40)):
         out = tmp_path / f"{memory}-{workers}"

@@ -55,12 +55,14 @@ def test_the_library_knows_no_other_types(tmp_path):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("dtype", [None, "float64"])
 def test_every_type_of_torch_from_safetensors(dtype, tmp_path):
-    save_file({name: anything(name) for name in TORCH if BY_NAME[name].code}, tmp_path / "model.safetensors")
+    """A cast is of the plain floats alone; where there are small ones, which come with scales, it is refused."""
+    known = [name for name in TORCH if BY_NAME[name].code and not (dtype and re.match("float[468]_", name))]
+    save_file({name: anything(name) for name in known}, tmp_path / "model.safetensors")
     convert_checkpoint(tmp_path, tmp_path / "out", dtype=dtype)
     before, after = content(tmp_path / "model.safetensors"), content(tmp_path / "out/model.safetensors")
-    cast = ("float16", "float32", "float64") if dtype else ()
+    cast = ("float16", "bfloat16", "float32") if dtype else ()
     assert before.keys() == after.keys()
     assert {name for name in before if before[name] != after[name]} == set(cast)
 
@@ -86,7 +88,7 @@ def test_types_that_share_bytes(tmp_path):
         name: tuple(value[:2]) for name, value in packed.items()
     }
     assert inspect_checkpoint(tmp_path).parameters == 60 + 40 + 4
-    convert_checkpoint(tmp_path, tmp_path / "out", dtype="float32")
+    convert_checkpoint(tmp_path, tmp_path / "out")
     assert content(tmp_path / "out/model.safetensors") == content(tmp_path / "model.safetensors")
     assert inspect_checkpoint(tmp_path / "out", check=True).damages == []
 

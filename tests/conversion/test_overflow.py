@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conversion import WriteOptions, convert_checkpoint, export_checkpoint
+from conversion.checkpoint.bytes import identify
 from conversion.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 from conversion.checkpoint.errors import CorruptData, NotFinite, Overflow
 from conversion.checkpoint.execute import write_checkpoint
@@ -129,7 +130,7 @@ def test_new_weights_are_not_drawn_like_a_nan(method, tmp_path):
 def view(folder: Path, array: np.ndarray, dtype: DType) -> View:
     (folder / "in").mkdir(exist_ok=True)
     (folder / "in/source").write_bytes(array.astype(dtype.numpy).tobytes())
-    return View.contiguous(str(folder / "in/source"), 0, array.shape, dtype)
+    return View.contiguous(identify(folder / "in/source"), 0, array.shape, dtype)
 
 
 BOX = Box.whole((4, 3))

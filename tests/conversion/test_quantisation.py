@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conversion import convert_checkpoint, export_checkpoint
+from conversion.checkpoint.bytes import LocalFile
 from conversion.checkpoint.dtypes import BY_NAME
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.plan import View
@@ -170,7 +171,7 @@ def test_the_command(tmp_path):
     ids=str,
 )
 def test_how_it_is_told(config, tensors, says):
-    views = {name: View.contiguous("f", 0, (2, 2), BY_NAME[dtype]) for name, dtype in tensors.items()}
+    views = {name: View.contiguous(LocalFile("f", 0, ""), 0, (2, 2), BY_NAME[dtype]) for name, dtype in tensors.items()}
     found = quantisation(config, views)
     assert (found is None) if says is None else found is not None and found.startswith(says)
 
