@@ -97,7 +97,7 @@ def test_inspect_check_names_what_differs(bin_model, tmp_path):
     assert "generation_config.json" in said
 
 
-@promise('or says "already done": of a folder that holds what it')
+@promise('or says "already done"; that is said only of a folder')
 @pytest.mark.parametrize("change", ["weights", "tokenizer", "output"])
 def test_already_done(change, bin_model, tmp_path):
     out = tmp_path / "out"
@@ -117,7 +117,7 @@ def test_already_done(change, bin_model, tmp_path):
     assert expected[change] in said
 
 
-@promise("A file of yours in the way is not replaced without `--overwrite`.")
+@promise("A file of yours in the way is never replaced without `--overwrite`.")
 def test_a_file_in_the_way(bin_model, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
