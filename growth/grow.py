@@ -18,7 +18,8 @@ from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execut
 from conversion.checkpoint.manifest import parent_record
 from conversion.checkpoint.plan import CheckpointPlan, Copy
 from conversion.checkpoint.sources import Source, open_checkpoint
-from conversion.hub.contents import count_pieces, hub_config, hub_sidecars, lineage_steps, model_card
+from conversion.hub.card import lineage_steps, model_card
+from conversion.hub.contents import count_pieces, hub_config, hub_sidecars
 from conversion.mapping import check_tensors, weights
 from conversion.quantisation import refuse_quantised
 

@@ -29,7 +29,8 @@ from ..checkpoint.plan import CheckpointPlan, TensorPlan
 from ..checkpoint.safetensors_file import read_header
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.sources import Source, open_checkpoint
-from ..hub.contents import TOKENIZER_CODE, TOKENIZER_FILES, hub_config, hub_sidecars, lineage_steps, model_card
+from ..hub.card import lineage_steps, model_card
+from ..hub.contents import TOKENIZER_CODE, TOKENIZER_FILES, hub_config, hub_sidecars
 from ..hub.small_files import copied_file
 from ..mapping import EMBED_TOKENS, LM_HEAD, check_tensors, weights
 from ..quantisation import refuse_quantised

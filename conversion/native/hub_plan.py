@@ -18,7 +18,8 @@ from ..checkpoint.manifest import parent_record
 from ..checkpoint.plan import CheckpointPlan, Shape, TensorPlan
 from ..checkpoint.reader import FileReader, boxes_of_range
 from ..checkpoint.sharded import ShardedTensor
-from ..hub.contents import count_pieces, hub_config, hub_sidecars, lineage_steps, model_card
+from ..hub.card import lineage_steps, model_card
+from ..hub.contents import count_pieces, hub_config, hub_sidecars
 from ..mapping import EMBED_TOKENS, LM_HEAD, Weight, is_derived, weights
 from .checkpoint import NativeCheckpoint, Replica
 from .find import exported_folder

@@ -20,7 +20,7 @@ from conversion import WriteOptions, convert_checkpoint, inspect_checkpoint
 from conversion.architecture import Architecture, load_preset, model_code_constant, preset_names
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.manifest import MANIFEST
-from conversion.hub import contents as hub
+from conversion.hub import card as hub
 from growth import grow_checkpoint
 from growth.fold import MaskState
 from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM
