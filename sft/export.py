@@ -220,6 +220,7 @@ def _write_adapter(adapter: _Adapter, source: Source, out: Path, base: str | Pat
         folder = Path(place) / out.name
         folder.mkdir()
         for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)  # of chat templates
             if isinstance(content, bytes):
                 (folder / name).write_bytes(content)
             else:
@@ -232,7 +233,8 @@ def _write_adapter(adapter: _Adapter, source: Source, out: Path, base: str | Pat
 
 def _refuse_to_replace(out: Path, files: Collection[str], *, overwrite: bool) -> None:
     """Nothing is replaced without being asked, and nothing but what an export of an adapter has written."""
-    others = sorted(path.name for path in out.iterdir() if path.name not in files) if out.is_dir() else [out.name]
+    present = [path for path in out.rglob("*") if path.is_symlink() or not path.is_dir()] if out.is_dir() else []
+    others = sorted({path.relative_to(out).as_posix() for path in present} - {*files}) if out.is_dir() else [out.name]
     if others:
         raise ExportError(f"{out} exists and holds {others[0]}, no file of an exported adapter; choose another folder.")
     if not overwrite:

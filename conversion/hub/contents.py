@@ -11,14 +11,12 @@ from typing import Any
 
 from ..architecture import Architecture, load_config, model_code_constant, package_folder, rope_parameters
 from ..checkpoint.errors import CheckpointError
-from .small_files import copied_file
+from .small_files import check_read_files, copied_file, small_files
 
 TOKENIZER_CODE = "tokenization_teleflm.py"
 CODE_FILES = ("configuration_teleflm.py", "modeling_teleflm.py", TOKENIZER_CODE)
-TOKENIZER_FILES = ("tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _CHAT_TEMPLATE = "chat_template.jinja"
-_OTHER_FILES = ("generation_config.json",)
 
 # Without these, transformers would encode with a class of its own, and other ids.
 _TOKENIZER_CLASS = {
@@ -47,9 +45,9 @@ def hub_config(base: Mapping[str, Any], architecture: Architecture, dtype: str) 
 
 
 def hub_sidecars(source: Path, card: str, code: Sequence[str] = CODE_FILES) -> dict[str, str | bytes]:
-    """The other files of an output folder: our code, the source's tokenizer and generation settings, the model card.
+    """The other files of an output folder: our code, the source's settings and licence, the model card.
 
-    Python files of the source are left behind: their place is taken by ours.
+    The source's code and card are left behind: their place is taken by ours. `small_files.left_behind` says so.
 
     Args:
         source: folder to copy from.
@@ -61,10 +59,8 @@ def hub_sidecars(source: Path, card: str, code: Sequence[str] = CODE_FILES) -> d
     """
     package = package_folder()
     files: dict[str, str | bytes] = {name: str(package / name) for name in code}
-    copied_file(source, "config.json")  # what it says goes into the output's
-    for name in (*TOKENIZER_FILES, *_OTHER_FILES):
-        if path := copied_file(source, name):
-            files[name] = path
+    check_read_files(source)
+    files |= {name: path for name, path in small_files(source, {}).items() if name != "README.md"}
     if "tokenizer.model" in files:
         tokenizer = load_config(source / _TOKENIZER_CONFIG) if copied_file(source, _TOKENIZER_CONFIG) else {}
         files[_TOKENIZER_CONFIG] = (json.dumps({**tokenizer, **_TOKENIZER_CLASS}, indent=2) + "\n").encode()
