@@ -177,7 +177,7 @@ def execute(
     """
     job = make_job(plan, options, layout)
     shards = [*job.layout.shards]
-    notes = [*notes, *link_notes(plan.sources)]
+    notes = [*notes, *link_notes(source.name for source in plan.sources)]
     if dry_run:
         options.share(plan.tensors)
         notes = [*notes, *(foresee_verification(plan, recorded or {}) if options.verify_source else [])]
