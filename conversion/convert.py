@@ -18,8 +18,9 @@ from .checkpoint.manifest import parent_record
 from .checkpoint.plan import CheckpointPlan, TensorPlan, View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .exports.megatron import exported_tensors
-from .hub.contents import hub_config, hub_sidecars, lineage_steps, model_card
-from .hub.small_files import copied_file, small_files
+from .hub.card import lineage_steps, model_card
+from .hub.contents import hub_config, hub_sidecars
+from .hub.small_files import check_read_files, copied_file, left_behind, small_files
 from .mapping import check_tensors, weights
 from .native.checkpoint import NativeCheckpoint
 from .native.find import FORMATS as NATIVE_FORMATS
@@ -29,7 +30,6 @@ from .native.table import read_table
 from .quantisation import quantisation
 
 FORMATS = ("auto", "hf", *NATIVE_FORMATS)
-_NAMED = 6  # files that a note lists
 
 
 def convert_checkpoint(
@@ -175,25 +175,24 @@ def _plan_teleflm(checkpoint: Source, dtype: DType | None) -> tuple[CheckpointPl
     config = hub_config(checkpoint.config or {}, architecture, out_dtype)
     sidecars = hub_sidecars(Path(checkpoint.folder), model_card(architecture, out_dtype, lineage_steps(lineage)))
     notes = [f"{dropped} tensors that every runtime computes itself were left out."] if dropped else []
+    notes += left_behind(Path(checkpoint.folder), sidecars)
     return CheckpointPlan(tensors, config, sidecars, lineage), notes
 
 
 def _plan_any(checkpoint: Source, dtype: DType | None) -> tuple[CheckpointPlan, list[str]]:
     folder = Path(checkpoint.folder)
     tensors = tuple(_cast(name, view, dtype) for name, view in checkpoint.tensors.items())
-    copied_file(folder, "config.json")  # what it says goes into the output's
+    check_read_files(folder)
     config = dict(checkpoint.config or {})
     tokenizer = read_json(Path(path)) if (path := copied_file(folder, "tokenizer_config.json")) else None
-    sidecars, left = small_files(folder, {"config.json": config, "tokenizer_config.json": tokenizer})
+    sidecars = small_files(folder, {"config.json": config, "tokenizer_config.json": tokenizer})
     if dtype:
         config = {**{key: value for key, value in config.items() if key != "torch_dtype"}, "dtype": dtype.name}
     notes = [] if checkpoint.config else ["The source has no config.json; the output's is empty."]
     model_type = config.get("model_type")
     if model_type and model_type != MODEL_TYPE:
         notes.append(f"A {model_type} model, not a Tele-FLM: tensors and configuration were kept as they are.")
-    if left:
-        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
-        notes.append(f"Left behind, as a model needs no such files: {', '.join(left[:_NAMED])}{more}.")
+    notes += left_behind(folder, sidecars)
     return CheckpointPlan(tensors, config, sidecars, _lineage(checkpoint, dtype)), notes
 
 

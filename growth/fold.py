@@ -24,7 +24,9 @@ from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execut
 from conversion.checkpoint.manifest import parent_record
 from conversion.checkpoint.plan import Box, CheckpointPlan, Copy, Fill, Piece, TensorPlan, View
 from conversion.checkpoint.sources import Source, open_checkpoint
-from conversion.hub.contents import hub_config, hub_sidecars, lineage_steps, model_card
+from conversion.hub.card import lineage_steps, model_card
+from conversion.hub.contents import hub_config, hub_sidecars
+from conversion.hub.small_files import left_behind
 from conversion.mapping import Weight, check_tensors, weights
 from conversion.quantisation import refuse_quantised
 
@@ -197,6 +199,7 @@ def fold_masks(
     notes = [f"Masks at alpha {folded:g}; the checkpoint is at step {state.step} of {state.total_steps}."]
     if folded < 1 and folded < state.alpha:
         notes.append("Below the checkpoint's own alpha, this is not the model that was trained.")
+    notes += left_behind(Path(checkpoint.folder), plan.sidecars)
     return execute(plan, Path(out), options, notes, dry_run=dry_run)
 
 

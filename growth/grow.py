@@ -18,7 +18,9 @@ from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execut
 from conversion.checkpoint.manifest import parent_record
 from conversion.checkpoint.plan import CheckpointPlan, Copy
 from conversion.checkpoint.sources import Source, open_checkpoint
-from conversion.hub.contents import count_pieces, hub_config, hub_sidecars, lineage_steps, model_card
+from conversion.hub.card import lineage_steps, model_card
+from conversion.hub.contents import count_pieces, hub_config, hub_sidecars
+from conversion.hub.small_files import left_behind
 from conversion.mapping import check_tensors, weights
 from conversion.quantisation import refuse_quantised
 
@@ -118,6 +120,7 @@ def grow_checkpoint(
         *growth_notes(growth, plan.tensors[0].dtype),
         *_layer_notes(layers, growth, distances),
         _optimizer_note(adam),
+        *left_behind(Path(checkpoint.folder), plan.sidecars),
     ]
     result = execute(plan, Path(out), options, notes, dry_run=dry_run)
     if adam and result.written and options.rank == 0:

@@ -25,7 +25,8 @@ from conversion.checkpoint.safetensors_file import read_safetensors
 from conversion.checkpoint.sources import Source, open_checkpoint
 from conversion.checkpoint.strict_json import read_json_object
 from conversion.convert import convert_checkpoint, plan_conversion
-from conversion.hub.contents import hub_sidecars, lineage_steps, model_card
+from conversion.hub.card import lineage_steps, model_card
+from conversion.hub.contents import hub_sidecars
 from sft import SFTError
 from sft.training.lineage import ADAPTER_WEIGHTS, base_digest
 
@@ -219,6 +220,7 @@ def _write_adapter(adapter: _Adapter, source: Source, out: Path, base: str | Pat
         folder = Path(place) / out.name
         folder.mkdir()
         for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)  # of chat templates
             if isinstance(content, bytes):
                 (folder / name).write_bytes(content)
             else:
@@ -231,7 +233,8 @@ def _write_adapter(adapter: _Adapter, source: Source, out: Path, base: str | Pat
 
 def _refuse_to_replace(out: Path, files: Collection[str], *, overwrite: bool) -> None:
     """Nothing is replaced without being asked, and nothing but what an export of an adapter has written."""
-    others = sorted(path.name for path in out.iterdir() if path.name not in files) if out.is_dir() else [out.name]
+    present = [path for path in out.rglob("*") if path.is_symlink() or not path.is_dir()] if out.is_dir() else []
+    others = sorted({path.relative_to(out).as_posix() for path in present} - {*files}) if out.is_dir() else [out.name]
     if others:
         raise ExportError(f"{out} exists and holds {others[0]}, no file of an exported adapter; choose another folder.")
     if not overwrite:

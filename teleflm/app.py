@@ -15,7 +15,7 @@ from teleflm.commands.publish import publish
 from teleflm.commands.sft import app as sft_app
 from teleflm.commands.train import train
 from teleflm.commands.verify import verify
-from teleflm.terminal import FORWARDED
+from teleflm.terminal import FORWARDED, prepare_stdout
 
 app = typer.Typer(
     help="Load, convert, grow, fine-tune and publish Tele-FLM models.",
@@ -53,4 +53,5 @@ def _options(
 
 def main() -> None:
     """Run the command line."""
+    prepare_stdout()
     app(prog_name="teleflm")

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from conversion.checkpoint.errors import printable
@@ -22,7 +21,7 @@ from conversion.checkpoint.preflight import Done, Resume
 from conversion.checkpoint.ranks import Ranks
 from conversion.checkpoint.sizes import format_bytes
 
-from .terminal import byte_progresses, exit_codes, print_json, process_rank, terminated_as_interrupted
+from .terminal import byte_progresses, exit_codes, make_console, print_json, process_rank, terminated_as_interrupted
 
 # Parts of names that tell nothing in a table of one model's weights: also the ranks of Megatron's, which are alike.
 _SAID_ANYWAY = r"^model\.|^mp_rank_\w+/model\d*/(decoder\.)?|\.weight$"
@@ -54,7 +53,7 @@ def describe_result(result: CheckpointResult, out: Path, options: WriteOptions) 
 
 def print_result(result: CheckpointResult, out: Path, options: WriteOptions) -> None:
     """A summary for people; a dry run's has the whole plan, a line for each group of tensors made alike."""
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = make_console()
     if result.written is None:
         console.print(_plan_table(result.plan.tensors))
     for note in result.notes:

@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """What every command shares on the terminal: exit codes, one-line errors, a progress bar, sizes for people."""
 
+import io
 import json
 import os
 import signal
@@ -12,13 +13,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from conversion.checkpoint.errors import CheckpointError, CorruptData
 from conversion.checkpoint.limits import default_workers
 from conversion.checkpoint.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_NO, EXIT_INTERRUPTED = 1, 2, 3, 130
 
@@ -56,6 +60,8 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
     """
     try:
         yield
+        if sys.stdout is not None:  # as it is where it was closed by whoever started this
+            sys.stdout.flush()  # what cannot be printed is a failure as well
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again.", EXIT_INTERRUPTED)
     except (CheckpointError, OSError, ValueError) as error:
@@ -83,9 +89,56 @@ def terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class _Stdout:
+    """Stdout, which escapes what its encoding lacks, as stderr does, and whose errors say that they are its own."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        stream.reconfigure(errors="backslashreplace")
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._named_errors():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._named_errors():
+            self._stream.flush()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # or Python fails again when it ends
+            raise OSError(error.errno, error.strerror, "stdout") from None
+
+
+def prepare_stdout() -> None:
+    """Let any text be printed, and a failure to print be told from one of the disk."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout = _Stdout(sys.stdout)  # all that print and rich ask of it
+
+
 def _fail(message: str, status: int) -> None:
     print(f"teleflm: {message}", file=sys.stderr)
     raise typer.Exit(status)
+
+
+def make_console(*, soft_wrap: bool = True, stderr: bool = False) -> "Console":
+    """A console that shows texts as they are, in tables and titles too.
+
+    Names of files, folders and tensors may come from anyone, and `[red]`, `[/]` or `:smile:` in one is part of it.
+
+    Args:
+        soft_wrap: leave the breaking of long lines to the terminal.
+        stderr: write there.
+    """
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False, soft_wrap=soft_wrap, stderr=stderr)
 
 
 @contextmanager
@@ -106,10 +159,9 @@ def byte_progresses(*steps: str) -> Iterator[list[Callable[[int, int], None]]]:
     Args:
         steps: what each does.
     """
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    console = Console(stderr=True)
+    console = make_console(soft_wrap=False, stderr=True)
     description = TextColumn("{task.description}")
     columns = (description, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -162,5 +214,6 @@ def process_rank(rank: int | None = None, world_size: int | None = None) -> tupl
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """One JSON object on stdout, of plain ASCII where its encoding is no Unicode."""
+    is_unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    print(json.dumps(value, indent=2, ensure_ascii=not is_unicode))

@@ -13,6 +13,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from conversion.architecture import Architecture, load_preset
 from conversion.checkpoint.containers import safetensors_index, safetensors_shards
@@ -142,6 +144,65 @@ def test_no_torch_in_a_dry_run_nor_in_a_run(source, source_52b, tmp_path):
             assert not heavy, heavy
         """
         subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True)
+
+
+# What is printed, and where.
+
+
+def test_names_are_printed_as_they_are(tmp_path):
+    """Square brackets are markup to the library that prints, and `:smile:` is a face."""
+    name = "[/b] [red]x :smile:"
+    source, out = tmp_path / f"in{name}", tmp_path / f"out{name}"
+    source.mkdir(parents=True)
+    (source / "notes[red] :smile:.txt").touch()
+    save_file({name: torch.ones(3)}, source / "model.safetensors", {"format": "pt"})
+    (source / "config.json").write_text(json.dumps({"model_type": name}))
+    for command in (("--dry-run",), (), ()):
+        result = teleflm("convert", source, out, *command)
+        assert (result.returncode, "Traceback" in result.stderr) == (0, False), result.stderr
+        shown = (f"A {name} model", "notes[red] :smile:.txt", str(out))
+        assert [text for text in shown if text not in result.stdout] == []
+    save_file({name: torch.zeros(3)}, out / "model.safetensors", {"format": "pt"})
+    result = teleflm("inspect", out, "--check")
+    assert result.returncode == 3, result.stderr
+    assert f"damaged {name}" in result.stdout
+    assert re.sub(r"\s", "", str(out)) in re.sub(r"\s", "", result.stdout)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=" ".join)
+def test_a_name_that_the_terminal_cannot_show(more, encoding, source, tmp_path):
+    out = tmp_path / os.fsdecode("é\N{SNOWMAN}".encode() + b"\xff")
+    result = subprocess.run(
+        [sys.executable, "-m", "teleflm", "convert", source, out, *more],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (out / "model.safetensors").exists()
+    if more:
+        assert json.loads(result.stdout.decode(encoding))["out"] == str(out)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=" ".join)
+def test_a_report_that_cannot_be_written_is_no_fault_of_the_disk(more, source, tmp_path):
+    command = [sys.executable, "-m", "teleflm", "convert", source, tmp_path / "out", *more]
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "teleflm: stdout: No space left on device"
+    assert "Exception ignored" not in result.stderr
+    assert (tmp_path / "out/model.safetensors").exists()
+
+
+def test_without_any_stdout(source, tmp_path):
+    command = '"$0" -m teleflm convert "$1" "$2" >&-'
+    run = ["sh", "-c", command, sys.executable, source, tmp_path / "out"]
+    result = subprocess.run(run, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (result.returncode, "Traceback" in result.stderr) == (0, False), result.stderr
 
 
 # A user's own files, and launchers.

@@ -36,6 +36,7 @@ from .ranks import Ranks
 from .reader import FileReader, read_chunks
 from .rounding import first_nonfinite
 from .sizes import format_bytes
+from .sources import link_notes
 from .workspace import ShardFile, Workspace, fits_in_cache, is_locked, missing_bytes, naming_errors
 
 
@@ -176,6 +177,7 @@ def execute(
     """
     job = make_job(plan, options, layout)
     shards = [*job.layout.shards]
+    notes = [*notes, *link_notes(source.name for source in plan.sources)]
     if dry_run:
         options.share(plan.tensors)
         notes = [*notes, *(foresee_verification(plan, recorded or {}) if options.verify_source else [])]

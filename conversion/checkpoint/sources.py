@@ -9,6 +9,7 @@ Opening reads headers only, and every check that headers allow is made here, bef
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -105,6 +106,23 @@ def source_identity(where: Where) -> str:
     """
     module = safetensors_file if _format(full_name(where)) == "safetensors" else torch_file
     return module.identify(where).identity
+
+
+def outside_target(path: Path, folder: Path) -> Path | None:
+    """Where a path in a folder leads, if that is outside of the folder; None if it is inside.
+
+    A snapshot of a Hub cache links to the blobs of its repository, which are part of it.
+    """
+    target, root = path.resolve(), folder.resolve()
+    blobs = [root.parents[1] / "blobs"] if root.parent.name == "snapshots" else []
+    return None if any(target.is_relative_to(place) for place in (root, *blobs)) else target
+
+
+def link_notes(files: Iterable[str]) -> list[str]:
+    """A sentence on the weight files that are links out of their folders, which is allowed, but never unsaid."""
+    targets = {file: outside_target(Path(file), Path(file).parent) for file in sorted(files)}
+    links = [f"{Path(file).name} ({target})" for file, target in targets.items() if target]
+    return [f"Weights were taken through links that lead out of their folder: {_some(links)}."] if links else []
 
 
 def _find_weights(path: Path) -> Path:

@@ -29,8 +29,9 @@ from ..checkpoint.plan import CheckpointPlan, TensorPlan
 from ..checkpoint.safetensors_file import read_header
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.sources import Source, open_checkpoint
-from ..hub.contents import TOKENIZER_CODE, TOKENIZER_FILES, hub_config, hub_sidecars, lineage_steps, model_card
-from ..hub.small_files import copied_file
+from ..hub.card import lineage_steps, model_card
+from ..hub.contents import TOKENIZER_CODE, hub_config, hub_sidecars
+from ..hub.small_files import check_read_files, left_behind, small_files
 from ..mapping import EMBED_TOKENS, LM_HEAD, check_tensors, weights
 from ..quantisation import refuse_quantised
 from .megatron import ParallelSizes, Spec, padded_vocab_size, plan_megatron
@@ -93,10 +94,12 @@ def export_checkpoint(
         return execute(plan, Path(out), options, notes, dry_run=dry_run)
     plan = _plan_granite(model, cast)
     linked = _linked_layout(model.checkpoint, plan) if link else None
+    kept = left_behind(model.folder, plan.sidecars)
     if linked is None:
         notes = ["The weights are copied: links need safetensors files of the output's very tensors."] if link else []
+        notes += kept
         return execute(plan, Path(out), options, notes, dry_run=dry_run)
-    result = execute(plan, Path(out), replace(options, digest=False), dry_run=dry_run, layout=linked)
+    result = execute(plan, Path(out), replace(options, digest=False), kept, dry_run=dry_run, layout=linked)
     return replace(
         result, notes=[*result.notes, _link_note(Path(out), linked, written=not dry_run and options.rank == 0)]
     )
@@ -237,7 +240,7 @@ def _plan_llama(model: _Model, cast: DType | None) -> tuple[CheckpointPlan, list
     lineage = model.lineage("llama", cast, multipliers="fold")
     config = _stock_config(model, target, "llama", dtype)
     plan = CheckpointPlan(tensors, config, _stock_sidecars(model, target, lineage, dtype), lineage)
-    return plan, _folding_notes(model.architecture, target, scales, dtype)
+    return plan, left_behind(model.folder, plan.sidecars) + _folding_notes(model.architecture, target, scales, dtype)
 
 
 def _plan_megatron(
@@ -249,9 +252,10 @@ def _plan_megatron(
     tensors, layout = plan_megatron(model.parts(target), scales, target, config, sizes, spec, dtype)
     details = {"parallel": asdict(sizes), "multipliers": "fold" if fold else "keep", "spec": spec}
     lineage = model.lineage("megatron", cast, **details)
-    names = (*TOKENIZER_FILES, "tokenizer_config.json", "generation_config.json")
-    sidecars: dict[str, str | bytes] = {name: path for name in names if (path := copied_file(model.folder, name))}
-    notes = _folding_notes(source, target, scales, dtype)
+    check_read_files(model.folder)
+    # The card says how transformers loads the model, which is not how this folder is loaded.
+    sidecars = {name: path for name, path in small_files(model.folder, {}).items() if name != "README.md"}
+    notes = left_behind(model.folder, sidecars) + _folding_notes(source, target, scales, dtype)
     if not fold and (source.embedding_scale, source.logit_scale) != (1.0, 1.0):
         notes.append(
             f"The multipliers {source.embedding_scale:g} on the embeddings and {source.logit_scale:g} on the logits "

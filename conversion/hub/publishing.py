@@ -17,7 +17,7 @@ from ..checkpoint.manifest import MANIFEST, OLD_MANIFEST, find_manifest
 from ..checkpoint.preflight import FOLDER, PARTIAL
 from ..checkpoint.strict_json import read_json_object
 from ..inspect import inspect_checkpoint
-from .contents import CODE_FILES, TOKENIZER_FILES
+from .contents import CODE_FILES
 
 _CARD = "README.md"
 _CONFIGS = ("config.json", "adapter_config.json")
@@ -31,7 +31,10 @@ _SMALL_FILES = (
     "tokenizer.json",
     "model.safetensors.index.json",
     "LICENSE",
-    *TOKENIZER_FILES,
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
     *CODE_FILES,
 )
 _PATH_KEYS = ("_name_or_path", "base_model_name_or_path")

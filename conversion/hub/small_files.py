@@ -8,18 +8,23 @@ A folder may come from anyone. A link in it that leads elsewhere would make a fi
 written, and perhaps published; whatever else lies in it (optimizer states, logs, notes) is nobody's business.
 """
 
+import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..architecture import package_folder
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.folder_formats import HUB, is_weights, known_files
-from ..checkpoint.manifest import MANIFEST, OLD_MANIFEST
+from ..checkpoint.manifest import MANIFEST, OLD_MANIFEST, find_manifest, read_manifest
+from ..checkpoint.sources import WEIGHT_FILES, outside_target
 
+_NAMED = 6  # files that a note lists
 _MAX_BYTES = 100_000_000  # the largest tokenizer.json that is published has 35 MB
 _TEXTS = re.compile(r"README\.md|(LICEN[CS]E|NOTICE|Notice|COPYING|USE_POLICY)([-_.][\w.-]+)?")
 _CODE = re.compile(r"\w+\.py")
+_TOKENIZER_CONFIG = "tokenizer_config.json"  # goes along, with our class in it
 # Those that are written anew, or are another model's.
 _NOT_COPIED = ("config.json", "adapter_config.json", MANIFEST, OLD_MANIFEST)
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".gguf", ".h5", ".msgpack")
@@ -39,13 +44,7 @@ def copied_file(folder: Path, name: str) -> str | None:
     path = folder / name
     if not path.is_file():
         return None
-    target, root = path.resolve(), folder.resolve()
-    blobs = [root.parents[1] / "blobs"] if root.parent.name == "snapshots" else []
-    if not any(target.is_relative_to(place) for place in (root, *blobs)):
-        raise CheckpointError(
-            f"{path}: is a link to {target}, outside of {folder}; put a copy in its place if it belongs to the model, "
-            "or remove it."
-        )
+    _refuse_outside(path, folder)
     if path.stat().st_size > _MAX_BYTES:
         raise CheckpointError(
             f"{path}: has {path.stat().st_size} bytes, expected at most {_MAX_BYTES} of such a file; move it away."
@@ -53,8 +52,85 @@ def copied_file(folder: Path, name: str) -> str | None:
     return str(path)
 
 
-def small_files(folder: Path, configs: Mapping[str, Any]) -> tuple[dict[str, str | bytes], list[str]]:
-    """The small files of a folder that a copy of the model needs, and the names of those that stay behind.
+def _refuse_outside(path: Path, folder: Path) -> None:
+    if target := outside_target(path, folder):
+        raise CheckpointError(
+            f"{path}: is a link to {target}, outside of {folder}; put a copy in its place if it belongs to the model, "
+            "or remove it."
+        )
+
+
+def check_read_files(folder: Path) -> None:
+    """Refuse a folder whose configuration, index or record, from which the output's are made, lies elsewhere.
+
+    Raises:
+        CheckpointError: see `copied_file`.
+    """
+    record = find_manifest(folder)
+    for name in ("config.json", *(name for name in WEIGHT_FILES if name.endswith(".json"))):
+        copied_file(folder, name)
+    if record:
+        _refuse_outside(record, folder)
+
+
+def _listed(folder: Path) -> Iterator[str]:
+    """The path of every file of a folder that may be known; a folder of templates may be a link within the folder."""
+    for name in known_files(folder):
+        path = folder / name
+        if name not in HUB.folders or not path.is_dir():
+            yield name
+            continue
+        _refuse_outside(path, folder)
+        yield from (f"{name}/{entry.name}" for entry in sorted(path.iterdir()) if not entry.is_dir())
+
+
+def left_behind(folder: Path, files: Mapping[str, str | bytes]) -> list[str]:
+    """Notes on the small files of a folder that do not go with its weights, or in whose place the output has its own.
+
+    Of those that we wrote, as the folder's record says, nothing is said.
+
+    Args:
+        folder: the model's.
+        files: the small files of the output: name -> path, or content.
+    """
+    said = (read_manifest(folder) or {}).get("files")
+    said = said if isinstance(said, Mapping) else {}
+    dropped = [
+        name
+        for name in _listed(folder)
+        if files.get(name) != str(folder / name)
+        and not name.startswith(".")
+        and name not in (*_NOT_COPIED, _TOKENIZER_CONFIG)
+        and not is_weights(name)
+        and not name.endswith(_WEIGHT_SUFFIXES)
+        and not _is_ours(folder / name, said.get(name))
+    ]
+    has_code = any(map(_CODE.fullmatch, files))
+    replaced = [name for name in dropped if name in files or (has_code and _CODE.fullmatch(name))]
+    left = [name for name in dropped if name not in replaced]
+    notes = [f"The output has a card and code of its own, in place of: {_some(replaced)}."] if replaced else []
+    return notes + ([f"Left behind, as a model needs no such files: {_some(left)}."] if left else [])
+
+
+def _is_ours(path: Path, said: Any) -> bool:
+    """Whether a file is as we wrote it: as the folder's record says of it, or as the code of this version is."""
+    code = package_folder() / path.name
+    record = said if isinstance(said, Mapping) else {}
+    known = {record.get("bytes"): record.get("sha256")}
+    if _CODE.fullmatch(path.name) and code.is_file():
+        known[code.stat().st_size] = hashlib.sha256(code.read_bytes()).hexdigest()
+    size = path.stat().st_size if path.is_file() else None
+    if size is None or size not in known or size > _MAX_BYTES:  # it may be anything: a log of many gigabytes
+        return False
+    return hashlib.sha256(path.read_bytes()).hexdigest() == known[size]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+
+
+def small_files(folder: Path, configs: Mapping[str, Any]) -> dict[str, str | bytes]:
+    """The small files of a folder that a copy of the model needs; `left_behind` says which do not go along.
 
     Those are settings that transformers reads (tokenizer, templates, generation, processors), licence and card, and the
     model's own code where its configuration refers to some.
@@ -68,13 +144,10 @@ def small_files(folder: Path, configs: Mapping[str, Any]) -> tuple[dict[str, str
     """
     has_code = any("auto_map" in config for config in configs.values() if isinstance(config, Mapping))
     copied: dict[str, str | bytes] = {}
-    left: list[str] = []
-    for name in known_files(folder):
+    for name in _listed(folder):
         wanted = HUB.settings is not None and HUB.settings.fullmatch(name)
         wanted = wanted or _TEXTS.fullmatch(name) or (has_code and _CODE.fullmatch(name))
         path = copied_file(folder, name) if wanted and name not in _NOT_COPIED else None
         if path:
             copied[name] = path
-        elif name not in _NOT_COPIED and not is_weights(name) and not name.endswith(_WEIGHT_SUFFIXES):
-            left.append(name)
-    return copied, [name for name in left if not name.startswith(".")]
+    return copied

@@ -30,6 +30,7 @@ from teleflm.terminal import (
     WorldSize,
     byte_progress,
     exit_codes,
+    make_console,
     print_json,
 )
 
@@ -154,13 +155,12 @@ def _describe(inspection: "Inspection") -> dict[str, Any]:
 
 
 def _print_inspection(inspection: "Inspection") -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from conversion.checkpoint.errors import printable
 
-    console = Console(markup=False)
+    console = make_console()
     table = Table(show_header=False, title=inspection.folder, title_justify="left")
     table.add_row("model type", inspection.model_type or "unknown: no configuration")
     if inspection.parallel is not None:
@@ -182,13 +182,13 @@ def _print_inspection(inspection: "Inspection") -> None:
         padding = f", {inspection.padding_rows:,} rows of padding" if inspection.padding_rows else ""
         padding = ", padding included" if inspection.parallel is not None else padding
         table.add_row("vocabulary", f"{a.vocab_size:,} rows{pieces}{padding}")
-    console.print(table)
+    console.print(table, soft_wrap=False)
     for step in inspection.lineage:
-        console.print(f"- {printable(step)}", highlight=False, soft_wrap=True)
+        console.print(f"- {printable(step)}")
     for problem in inspection.problems:
-        console.print(Text.assemble(("problem", "bold red"), f" {problem}"), soft_wrap=True)
+        console.print(Text.assemble(("problem", "bold red"), f" {problem}"))
     for damage in inspection.damages or []:
-        console.print(Text.assemble(("damaged", "bold red"), printable(f" {damage}.")), soft_wrap=True)
+        console.print(Text.assemble(("damaged", "bold red"), printable(f" {damage}.")))
     if inspection.damages == []:
         console.print("Every tensor has its digest.")
         if inspection.checked_files:

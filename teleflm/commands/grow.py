@@ -28,6 +28,7 @@ from teleflm.terminal import (
     VerifySource,
     Workers,
     WorldSize,
+    make_console,
 )
 
 if TYPE_CHECKING:
@@ -197,7 +198,6 @@ def describe(result: "GrowthResult", out: Path, options: "WriteOptions") -> dict
 
 def print_growth(result: "GrowthResult", out: Path, options: "WriteOptions") -> None:
     """A summary for people: what grows, then the plan or what was written."""
-    from rich.console import Console
     from rich.table import Table
 
     from teleflm.plan_report import print_result
@@ -208,10 +208,11 @@ def print_growth(result: "GrowthResult", out: Path, options: "WriteOptions") -> 
         if old[field] != new[field]:
             fields.add_row(field, f"{old[field]:,}", f"{new[field]:,}")
     fields.add_row("parameters", f"{result.growth.source.num_parameters:,}", f"{result.growth.target.num_parameters:,}")
-    Console().print(fields)
+    console = make_console(soft_wrap=False)
+    console.print(fields)
     if result.distances:
         distances = Table("layer", "1 - cos", "moved by", title="Layer distances", title_justify="left")
         for distance in result.distances:
             distances.add_row(str(distance.layer), f"{distance.cosine:.4f}", f"{distance.relative:.4f}")
-        Console().print(distances)
+        console.print(distances)
     print_result(result, out, options)

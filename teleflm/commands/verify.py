@@ -18,6 +18,7 @@ from teleflm.terminal import (
     Workers,
     byte_progress,
     exit_codes,
+    make_console,
     print_json,
 )
 
@@ -90,24 +91,23 @@ def verify(
 
 def _print(verification: "Verification", report: Path | None) -> None:
     """The verdict for people, and what it rests on."""
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     if verification.certificate:
         _print_certificate(console, verification.certificate)
     if verification.numbers:
         _print_numbers(console, verification.numbers)
     for note in verification.notes:
-        console.print(f"- {note}", markup=False)
+        console.print(f"- {note}")
     if report:
-        console.print(f"Report: {report}/index.html", markup=False)
+        console.print(f"Report: {report}/index.html")
     style = {True: "bold green", False: "bold red", None: "bold"}[verification.same]
-    console.print(verification.sentence, style=style, markup=False)
+    console.print(verification.sentence, style=style)
 
 
 def _print_certificate(console: "Console", certificate: "Certificate") -> None:
     from rich.box import SIMPLE
     from rich.table import Table
+    from rich.text import Text
 
     from ..reports.verification import summarise
 
@@ -117,11 +117,11 @@ def _print_certificate(console: "Console", certificate: "Certificate") -> None:
     for column in table.columns:
         column.no_wrap = True
     for line in summarise(certificate):
-        holds = "yes" if line.holds else "[bold red]no"
+        holds = "yes" if line.holds else Text("no", "bold red")
         table.add_row(line.weight.replace("layers.", ""), line.condition, f"{line.elements:,}", line.worst, holds)
     console.print(table)
     for broken in [*certificate.broken_fields, *certificate.violations]:
-        console.print(str(broken), markup=False, style="red")
+        console.print(str(broken), style="red")
 
 
 def _print_numbers(console: "Console", numbers: "Numbers") -> None:
@@ -135,4 +135,4 @@ def _print_numbers(console: "Console", numbers: "Numbers") -> None:
         share = f"{result.same_argmax:.2%}"
         table.add_row(f"{name}", f"{result.max_difference:.3g}", f"{result.rms_difference:.3g}", share)
     console.print(table)
-    console.print(numbers.reason, markup=False)
+    console.print(numbers.reason)

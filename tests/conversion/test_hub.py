@@ -20,7 +20,8 @@ from conversion import WriteOptions, convert_checkpoint, inspect_checkpoint
 from conversion.architecture import Architecture, load_preset, model_code_constant, preset_names
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.manifest import MANIFEST
-from conversion.hub import contents as hub
+from conversion.exports.export import export_checkpoint
+from conversion.hub import card as hub
 from growth import grow_checkpoint
 from growth.fold import MaskState
 from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM
@@ -180,3 +181,97 @@ def test_a_manifest_of_somebody_elses(content, message, published, tmp_path):
 )
 def test_a_lineage_of_somebody_elses_is_told_as_far_as_it_goes(lineage):
     assert all(isinstance(step, str) for step in hub.lineage_steps(lineage))
+
+
+# What of a source goes along, and what is said of the rest.
+
+FOLDERS = {
+    "convert": convert_checkpoint,
+    "grow": lambda source, out: grow_checkpoint(source, out, WIDER),
+    "granite": lambda source, out: export_checkpoint(source, out, to="granite"),
+    "linked": lambda source, out: export_checkpoint(source, out, to="granite", link=True),
+    "llama": lambda source, out: export_checkpoint(source, out, to="llama"),
+    "megatron": lambda source, out: export_checkpoint(source, out, to="megatron"),
+}
+GO_ALONG = {
+    "LICENSE": "a licence",
+    "NOTICE": "a notice",
+    "preprocessor_config.json": '{"a": 1}',
+    "additional_chat_templates/tools.jinja": "{{ 2 }}",
+}
+
+
+@pytest.fixture
+def stored(tmp_path) -> Path:
+    """A Tele-FLM as transformers stores it."""
+    folder = tmp_path / "stored"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer(folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("write", FOLDERS.values(), ids=FOLDERS)
+def test_settings_and_licence_go_along_and_the_rest_is_named(write, stored, tmp_path):
+    (stored / "additional_chat_templates").mkdir()
+    others = {"README.md": "a card", "log.txt": "a log", "modeling_old.py": "raise SystemExit"}
+    for name, text in {**GO_ALONG, **others}.items():
+        (stored / name).write_text(text)
+    out = tmp_path / "out"
+    notes = " ".join(write(stored, out).notes)
+    assert {name: (out / name).read_text() for name in GO_ALONG} == GO_ALONG
+    assert not [name for name in others if name not in notes]
+    assert not [name for name in (*GO_ALONG, "tokenizer") if name in notes]
+    assert not (out / "README.md").exists() or (out / "README.md").read_text() != "a card"
+    assert not (out / "modeling_old.py").exists()
+
+
+def test_of_what_we_wrote_nothing_is_said_until_it_is_edited(stored, tmp_path):
+    convert_checkpoint(stored, tmp_path / "first")
+    assert convert_checkpoint(tmp_path / "first", tmp_path / "second").notes == []
+    (tmp_path / "first/README.md").write_text("a card")
+    assert convert_checkpoint(tmp_path / "first", tmp_path / "third").notes == [
+        "The output has a card and code of its own, in place of: README.md."
+    ]
+
+
+@pytest.mark.parametrize("model_type", ["TeleFLM", "other"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_linked_folder_of_templates(inside, model_type, stored, tmp_path):
+    config = json.loads((stored / "config.json").read_bytes())
+    (stored / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    place = stored / "templates" if inside else tmp_path / "templates"
+    place.mkdir()
+    (place / "tools.jinja").write_text("{{ 2 }}")
+    (stored / "additional_chat_templates").symlink_to(place)
+    if inside:
+        result = convert_checkpoint(stored, tmp_path / "out")
+        assert not [note for note in result.notes if "templates" in note]
+        assert (tmp_path / "out/additional_chat_templates/tools.jinja").read_text() == "{{ 2 }}"
+        assert not (tmp_path / "out/additional_chat_templates").is_symlink()
+    else:
+        with pytest.raises(CheckpointError, match=f"additional_chat_templates: is a link to {place}, outside of"):
+            convert_checkpoint(stored, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("write", FOLDERS.values(), ids=FOLDERS)
+def test_weights_through_a_link_out_of_the_folder_are_named(write, stored, tmp_path):
+    assert not [note for note in write(stored, tmp_path / "plain").notes if "through links" in note]
+    secret = tmp_path / "secret"
+    (stored / "model.safetensors").rename(secret)
+    (stored / "model.safetensors").symlink_to(secret)
+    assert [note for note in write(stored, tmp_path / "out").notes if "through links" in note] == [
+        f"Weights were taken through links that lead out of their folder: model.safetensors ({secret})."
+    ]
+
+
+@pytest.mark.parametrize("write", FOLDERS.values(), ids=FOLDERS)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", MANIFEST])
+def test_what_the_output_is_made_from_lies_in_the_source(name, write, stored, tmp_path):
+    source = tmp_path / "source"
+    convert_checkpoint(stored, source, options=WriteOptions(max_shard_size="100KB"))
+    (source / name).rename(tmp_path / "secret")
+    (source / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=f"{name}: is a link to .*/secret, outside of"):
+        write(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

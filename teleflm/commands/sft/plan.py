@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from conversion.checkpoint.sizes import format_bytes
-from teleflm.terminal import EXIT_NO, Debug, Json, exit_codes, print_json
+from teleflm.terminal import EXIT_NO, Debug, Json, exit_codes, make_console, print_json
 
 if TYPE_CHECKING:
     from sft.plan import Plan
@@ -64,10 +64,10 @@ def plan(
 
 
 def _print_plan(plan: "Plan", tokens: int | None) -> None:
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console, setup = Console(highlight=False, soft_wrap=True), plan.setup
+    console, setup = make_console(), plan.setup
     table = Table("on each GPU", "memory", title=_title(plan), title_justify="left")
     for name, size in {**asdict(plan.memory), "total": plan.memory.total}.items():
         table.add_row(name, format_bytes(size), style="bold" if name == "total" else None)
@@ -82,9 +82,10 @@ def _print_plan(plan: "Plan", tokens: int | None) -> None:
     hours = _hours(plan, tokens)
     console.print(f"{tokens:,} tokens: {hours:,.1f} hours, {hours * setup.gpus:,.0f} GPU hours.")
     if plan.fits:
-        console.print("[bold green]It fits.")
+        console.print("It fits.", style="bold green")
         return
-    console.print("[bold red]It does not fit.[/] What would:" if plan.alternatives else "[bold red]It does not fit.")
+    more = " What would:" if plan.alternatives else ""
+    console.print(Text.assemble(("It does not fit.", "bold red"), more))
     for change, _, memory in plan.alternatives:
         console.print(f"- {change}: {format_bytes(memory.total)} on each GPU")
 

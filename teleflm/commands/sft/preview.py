@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from teleflm.terminal import Debug, Json, exit_codes, print_json
+from teleflm.terminal import Debug, Json, exit_codes, make_console, print_json
 
 from .labelling import (
     AllTokens,
@@ -68,19 +68,17 @@ def preview(
 
 
 def _print_preview(rows: "Sequence[PreviewedRow | Reject]", html: Path | None) -> None:
-    from rich.console import Console
-
     from sft.data.preview import PreviewedRow, render_text, visible
 
-    console = Console(highlight=False)
+    console = make_console(soft_wrap=False)
     for row in rows:
         if isinstance(row, PreviewedRow):
             console.rule(str(row), align="left")
             console.print(render_text(row, marks=console.color_system is None), soft_wrap=True)
         else:
-            console.print(visible(f"rejected {row}"), markup=False, style="red", soft_wrap=True)
+            console.print(visible(f"rejected {row}"), style="red", soft_wrap=True)
     if html:
-        console.print(f"Page: {html}", markup=False, soft_wrap=True)
+        console.print(f"Page: {html}", soft_wrap=True)
 
 
 __all__ = ["preview"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from teleflm.terminal import DEFAULT_WORKERS, Debug, Json, Overwrite, Seed, exit_codes, print_json
+from teleflm.terminal import DEFAULT_WORKERS, Debug, Json, Overwrite, Seed, exit_codes, make_console, print_json
 
 if TYPE_CHECKING:
     from sft.selection import Selection
@@ -121,10 +121,9 @@ def _parse_quota(text: str | None) -> dict[str, float] | None:
 def _print(selection: "Selection", report: Path | None) -> None:
     """The funnel, and what came out of it."""
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     table = Table("stage", "rows in", "rows out", "seconds", "dropped", box=SIMPLE)
     for stage in selection.stages:
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in stage.dropped.items())
@@ -132,9 +131,9 @@ def _print(selection: "Selection", report: Path | None) -> None:
     console.print(table)
     domains = ", ".join(f"{count:,} {name}" for name, count in selection.domains.items())
     done = "already done: " if selection.already_done else ""
-    console.print(f"{selection.file}: {done}{selection.count:,} rows ({domains})", markup=False)
+    console.print(f"{selection.file}: {done}{selection.count:,} rows ({domains})")
     if report:
-        console.print(f"Report: {report}/index.html", markup=False)
+        console.print(f"Report: {report}/index.html")
 
 
 __all__ = ["select"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from teleflm.terminal import EXIT_NO, Debug, Json, byte_progress, exit_codes, print_json
+from teleflm.terminal import EXIT_NO, Debug, Json, byte_progress, exit_codes, make_console, print_json
 
 from .labelling import (
     AllTokens,
@@ -65,27 +65,25 @@ def validate(
 
 
 def _print_validation(report: "ValidationReport", rejects: Path | None) -> None:
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from sft.data.checks import REASONS
     from sft.data.preview import visible
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     if report.findings:
         table = Table("reason", "rows", "what it means", "for example", title="Rejected rows", title_justify="left")
         for code, finding in sorted(report.findings.items(), key=lambda item: -item[1].rows):
-            table.add_row(code, f"{finding.rows:,}", REASONS[code], escape(visible(finding.examples[0])))
-        Console(highlight=False).print(table)
+            table.add_row(code, f"{finding.rows:,}", REASONS[code], visible(finding.examples[0]))
+        console.print(table, soft_wrap=False)
     line = f"{report.rows - report.rejected:,} of {report.rows:,} rows can be trained on"
     if report.tokens is not None:
         line += f": {report.trained_tokens:,} trained of {report.tokens:,} tokens, {report.truncated:,} rows cut"
-    console.print(f"{line}." if report.rows else "No rows.", markup=False)
+    console.print(f"{line}." if report.rows else "No rows.")
     if report.tokens is None:
-        console.print("Lengths were not judged; --model PATH --max-length N does.", style="dim", markup=False)
+        console.print("Lengths were not judged; --model PATH --max-length N does.", style="dim")
     if rejects and report.rejected:
-        console.print(f"Rejects: {rejects}", markup=False)
+        console.print(f"Rejects: {rejects}")
 
 
 __all__ = ["validate"]
