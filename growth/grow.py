@@ -5,7 +5,7 @@
 """Growing a checkpoint: source folder and target configuration to a plan, and the plan to a Hub folder."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,9 @@ from conversion.architecture import Architecture, load_config, load_preset, pack
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execute
-from conversion.checkpoint.manifest import parent_record
+from conversion.checkpoint.manifest import parent_record, read_manifest
 from conversion.checkpoint.plan import CheckpointPlan, Copy
-from conversion.checkpoint.sources import Source, open_checkpoint
+from conversion.checkpoint.sources import Source, open_checkpoint, source_identity
 from conversion.hub.card import lineage_steps, model_card
 from conversion.hub.contents import count_pieces, hub_config, hub_sidecars
 from conversion.hub.small_files import left_behind
@@ -30,7 +30,7 @@ from .method import Mask, Method, Zero
 from .notes import growth_notes
 from .operators import grow_weight
 from .request import check_honoured, check_request
-from .spec import Growth, plan_target
+from .spec import OPTIMIZER_FILE, Growth, plan_target
 
 if TYPE_CHECKING:
     from .moments import AdamState
@@ -115,6 +115,9 @@ def grow_checkpoint(
     asked += check_honoured(growth.source, growth.target, given, meant)
     plan = plan_growth(checkpoint, growth, dtype=parse_dtype(dtype) if dtype else None, seed=seed, distances=distances)
     adam = _read_optimizer(optimizer, growth)
+    if adam:
+        plan = replace(plan, lineage={**plan.lineage, "optimizer": source_identity(adam.file)})
+    _check_optimizer_in_the_way(Path(out), adam, overwrite=options.overwrite)
     notes = [
         *asked,
         *growth_notes(growth, plan.tensors[0].dtype),
@@ -123,8 +126,8 @@ def grow_checkpoint(
         *left_behind(Path(checkpoint.folder), plan.sidecars),
     ]
     result = execute(plan, Path(out), options, notes, dry_run=dry_run)
-    if adam and result.written and options.rank == 0:
-        _write_optimizer(adam, growth, Path(out))
+    if result.written and options.rank == 0:
+        _settle_optimizer(adam, growth, Path(out), result.written.already_done)
     outcome = (plan, result.shards, result.notes, result.written)
     return GrowthResult(*outcome, growth, distances, foreseen=result.foreseen)
 
@@ -259,10 +262,25 @@ def _read_optimizer(path: str | Path | None, growth: Growth) -> "AdamState | Non
     return read_adam_state(path, growth.source)
 
 
-def _write_optimizer(state: "AdamState", growth: Growth, out: Path) -> None:
-    from .moments import write_adam_state
+def _check_optimizer_in_the_way(out: Path, state: "AdamState | None", *, overwrite: bool) -> None:
+    """Refuse a state in OUT that no growth of ours left there: training would load it with the grown weights."""
+    path = out / OPTIMIZER_FILE
+    if overwrite or not path.exists():
+        return
+    record = read_manifest(out)
+    if record is None or not record["lineage"].get("optimizer"):
+        use = "be replaced" if state else "be loaded with the grown weights by `teleflm train`"
+        raise CheckpointError(f"{path}: was not written by a growth, and would {use}; move it away or --overwrite.")
 
-    write_adam_state(state, growth, out)
+
+def _settle_optimizer(state: "AdamState | None", growth: Growth, out: Path, already_done: bool) -> None:
+    """Write the grown state, or see that none of an earlier growth is left."""
+    if state is None:
+        (out / OPTIMIZER_FILE).unlink(missing_ok=True)
+    elif not (already_done and (out / OPTIMIZER_FILE).exists()):
+        from .moments import write_adam_state
+
+        write_adam_state(state, growth, out)
 
 
 def _optimizer_note(state: "AdamState | None") -> str:

@@ -32,10 +32,9 @@ from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM
 
 from .layer_selection import LayerOrigin
 from .operators import grow_weight
-from .spec import Growth
+from .spec import OPTIMIZER_FILE, Growth
 from .training.mup import group_names
 
-OPTIMIZER_FILE = "optimizer.pt"
 _LAYOUT = {"state": dict, "param_groups": list}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 # What other savers leave in a checkpoint instead, for the message.

@@ -17,6 +17,7 @@ from .method import Method, Tile, Zero
 from .request import GROWN
 
 MULTIPLIERS = ("preserve", "target")
+OPTIMIZER_FILE = "optimizer.pt"  # beside the weights: where transformers' Trainer has it, and training looks for it
 
 
 @dataclass(frozen=True)

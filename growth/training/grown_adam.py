@@ -27,10 +27,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.plan import Box, View
 from conversion.checkpoint.reader import FileReader
 
-from ..moments import OPTIMIZER_FILE, AdamState, read_grown_state
+from ..moments import AdamState, read_grown_state
+from ..spec import OPTIMIZER_FILE
 from .optimizer_layout import Layout, Slot, blocks, innermost, lay_out, local, parameter_shapes
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ def find_grown_state(folder: Path) -> Path | None:
     """The optimizer.pt in the folder of a model, or None; every process of a run has to call it.
 
     Raises:
-        CheckpointError: some processes see it, and some do not.
+        CheckpointError: some processes see it, and some do not; or the folder's record knows of none.
     """
     path = folder / OPTIMIZER_FILE
     seen = _gather(path.is_file())
@@ -53,7 +55,15 @@ def find_grown_state(folder: Path) -> Path | None:
             f"{path} is there for {sum(seen)} of the {len(seen)} processes: put it where all of them find the model, "
             "or set fresh_optimizer: true and warm up."
         )
-    return path if all(seen) else None
+    if not all(seen):
+        return None
+    record = read_manifest(folder)
+    if record and record["format"] > 1 and not record["lineage"].get("optimizer"):
+        raise CheckpointError(
+            f"{path}: the record of the folder tells of weights without a grown optimizer, so this is another model's; "
+            "remove it, or set fresh_optimizer: true and warm up."
+        )
+    return path
 
 
 def load_adam_state(optimizer: Any, model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -9,6 +9,7 @@ the grown state must be the gradient of the grown model and its square, wherever
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,11 @@ from typer.testing import CliRunner
 import growth.moments as growing
 from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.execute import WriteOptions
 from growth import grow_checkpoint
 from growth.method import Tile, Zero
 from growth.moments import read_adam_state
-from growth.training.grown_adam import check_adam_state, load_adam_state
+from growth.training.grown_adam import check_adam_state, find_grown_state, load_adam_state
 from growth.training.mup import parameter_groups
 from modeling_teleflm import TeleFLMForCausalLM
 from teleflm.app import app
@@ -463,3 +465,55 @@ def test_moments_are_read_without_loading_them(trained):
     assert state.steps["model.norm.weight"] == 3
     assert state.moments["lm_head.weight"][0].shape == (640, 32)
     assert state.groups[0][0]["betas"] == (0.9, 0.999)
+
+
+# Whose moments lie beside the weights.
+
+
+@pytest.fixture
+def folder_with_moments(source, tmp_path) -> tuple[Path, Path]:  # noqa: F811
+    """A growth with moments; and where its source's lie."""
+    save_state(source, tmp_path / "optimizer.pt")
+    grow_checkpoint(source, tmp_path / "out", TARGET, optimizer=tmp_path)
+    return tmp_path / "out", tmp_path
+
+
+def test_moments_of_an_earlier_growth_do_not_stay(folder_with_moments, source):  # noqa: F811
+    out, moments = folder_with_moments
+    assert grow_checkpoint(source, out, TARGET, optimizer=moments).written.already_done
+    with pytest.raises(CheckpointError, match=r"lineage\.optimizer"):
+        grow_checkpoint(source, out, TARGET)
+    grow_checkpoint(source, out, TARGET, options=WriteOptions(overwrite=True))
+    assert not (out / "optimizer.pt").exists()
+
+
+def test_other_moments_are_another_growth(folder_with_moments, source):  # noqa: F811
+    out, moments = folder_with_moments
+    before = (out / "optimizer.pt").read_bytes()
+    state = torch.load(moments / "optimizer.pt", weights_only=True)
+    for entry in state["state"].values():
+        entry["exp_avg"] += 1
+    torch.save(state, moments / "optimizer.pt")
+    with pytest.raises(CheckpointError, match=r"lineage\.optimizer"):
+        grow_checkpoint(source, out, TARGET, optimizer=moments)
+    assert (out / "optimizer.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("with_moments", [False, True])
+def test_a_users_file_of_that_name_is_in_the_way(with_moments, source, tmp_path):  # noqa: F811
+    save_state(source, tmp_path / "optimizer.pt")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/optimizer.pt").write_text("mine")
+    moments = {"optimizer": tmp_path} if with_moments else {}
+    with pytest.raises(CheckpointError, match=r"out/optimizer\.pt: was not written by a growth"):
+        grow_checkpoint(source, tmp_path / "out", TARGET, **moments)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"optimizer.pt"}
+
+
+def test_training_does_not_take_moments_that_the_record_does_not_know(folder_with_moments, source, tmp_path):  # noqa: F811
+    out, _ = folder_with_moments
+    assert find_grown_state(out) == out / "optimizer.pt"
+    grow_checkpoint(source, tmp_path / "other", TARGET)
+    shutil.copy(out / "optimizer.pt", tmp_path / "other")
+    with pytest.raises(CheckpointError, match="this is another model's"):
+        find_grown_state(tmp_path / "other")
