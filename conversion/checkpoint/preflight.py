@@ -128,6 +128,7 @@ class _Contents:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.run = read_json(out / FOLDER / RUN)
+        self.has_record = os.path.lexists(out / MANIFEST)  # asked before it is read: another rank may be writing it
         self.record, self.record_fault = self._read_record()
         self.old_record = read_old_manifest(out)
         self.names = list(known_files(out))
@@ -300,7 +301,7 @@ def _held_against_run(job: Job, there: _Contents, run: Mapping[str, Any]) -> Dec
     foreign += [name + PARTIAL for name in job.weights if (out / (name + PARTIAL)).is_symlink()]
     changed = [name for name, digest in job.small_digests.items() if there.digest(name) not in (None, digest)]
     foreign += map(there.obstacle, changed)
-    foreign += there.present([MANIFEST]) if there.fingerprint != job.fingerprint else []
+    foreign += [MANIFEST] if there.has_record and there.fingerprint != job.fingerprint else []
     if foreign:
         return Refused(f"{out}/{foreign[0]}: {_NOT_OURS}", there.removable(job))
     return Resume(relaxed)
@@ -316,7 +317,8 @@ def _held_against_nothing(job: Job, there: _Contents) -> Decision:
         return Refused(f"{out}: already holds {there.weights[0]}, {_made_otherwise(job, there)}", there.removable(job))
     left = there.left
     partials = (name + PARTIAL for name in job.weights if name + PARTIAL not in left)
-    foreign = there.present([*job.weights, *job.small_contents, *there.settings, *partials, MANIFEST])
+    foreign = there.present([*job.weights, *job.small_contents, *there.settings, *partials])
+    foreign += [MANIFEST] if there.has_record else []
     foreign += [OLD_MANIFEST] if there.old_record else []
     if foreign:
         return Refused(f"{out}/{foreign[0]}: {_NOT_OURS}", there.removable(job))
