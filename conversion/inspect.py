@@ -5,6 +5,7 @@
 """What is in this folder? A checkpoint's architecture, files, record and faults, from headers alone."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ from .hub.card import lineage_steps
 from .hub.contents import count_pieces
 from .mapping import check_tensors
 from .native.checkpoint import NativeCheckpoint
-from .native.find import exported_folder, open_native
+from .native.find import RELEASE, exported_folder, open_native
 from .native.hub_plan import compare_replicas, missing_multipliers, plan_tensors, run_architecture
+
+_SHARD = re.compile(r"-\d+-of-\d+\.")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Inspection:
         problems: what is wrong with it, a sentence each.
         damages: tensors and files that differ from the record; None if that was not checked.
         checked_files: how many files, beside their tensors, were held against the record.
+        alone: whether it is one weight file of a folder, and nothing is said of the others.
+        checked_tensors: whether the record has digests of the tensors, which were held against it.
     """
 
     folder: str
@@ -68,6 +73,8 @@ class Inspection:
     problems: list[str]
     damages: list[Damage] | None
     checked_files: int = 0
+    checked_tensors: bool = False
+    alone: bool = False
 
 
 def inspect_checkpoint(
@@ -92,17 +99,19 @@ def inspect_checkpoint(
         CheckpointError: there is no checkpoint, or a file of it is damaged; `check` without digests.
     """
     workers = reading_threads(workers or default_workers(), parse_size(memory))
-    run = None if _is_hub(Path(path)) else open_native(path)
+    run = None if _is_hub(Path(path)) else _open_run(Path(path), check)
     if run is not None:
         return _inspect_run(run, check, workers, progress)
     source = open_checkpoint(path)
     folder = Path(source.folder)
     problems: list[str] = []
+    alone = Path(path).is_file() and len(source.files) == 1 and _SHARD.search(Path(path).name) is not None
     architecture = _noting(problems, lambda: _architecture(source))
     pieces = _noting(problems, lambda: count_pieces(folder))
     manifest = _noting(problems, lambda: read_manifest(folder))
     if architecture:
-        _noting(problems, lambda: check_tensors(source.tensors, architecture, source.folder))
+        if not alone:
+            _noting(problems, lambda: check_tensors(source.tensors, architecture, source.folder))
         if pieces and pieces > architecture.vocab_size:
             problems.append(
                 f"tokenizer.model has {pieces} pieces, config.json a vocab_size of {architecture.vocab_size}."
@@ -110,6 +119,8 @@ def inspect_checkpoint(
     if check and manifest is None:
         raise CheckpointError(f"{folder}/{MANIFEST}: no such file; there is nothing to check the tensors against.")
     checked = manifest if check else None
+    if alone and checked:
+        checked = _of_file(checked, Path(source.files[0].name).name)
     return Inspection(
         folder=source.folder,
         format=source.format,
@@ -125,8 +136,10 @@ def inspect_checkpoint(
         padding_rows=architecture.vocab_size - pieces if architecture and pieces else None,
         lineage=lineage_steps(manifest["lineage"]) if manifest else [],
         problems=problems,
-        damages=_check(source.tensors, folder, checked, workers, progress),
+        damages=_check(source.tensors, folder, checked, workers, progress, alone=alone),
+        alone=alone,
         checked_files=_count_files(checked),
+        checked_tensors=bool(checked and checked.get("digest")),
     )
 
 
@@ -136,16 +149,44 @@ def _check(
     manifest: Mapping[str, Any] | None,
     workers: int,
     progress: Callable[[int, int], None],
+    *,
+    alone: bool = False,
 ) -> list[Damage] | None:
     """What differs from the record; None without one."""
     if manifest is None:
         return None
-    return check_digests(tensors, folder, manifest, workers, progress) + check_files(tensors, folder, manifest)
+    damages = check_digests(tensors, folder, manifest, workers, progress)
+    return damages + check_files(tensors, folder, manifest, alone=alone)
+
+
+def _of_file(manifest: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """What a record says of one of its weight files."""
+    tensors = {
+        name: entry
+        for name, entry in manifest["tensors"].items()
+        if not isinstance(entry, dict) or entry.get("file") == file
+    }
+    listed = manifest.get("files")
+    files = {name: entry for name, entry in listed.items() if name == file} if isinstance(listed, dict) else listed
+    return {**manifest, "tensors": tensors, "files": files}
 
 
 def _count_files(manifest: Mapping[str, Any] | None) -> int:
     files = (manifest or {}).get("files")
     return len(files) if isinstance(files, dict) else 0
+
+
+def _open_run(path: Path, check: bool) -> NativeCheckpoint | None:
+    """A training run; of an export to be checked, the step that its record is about if another file says otherwise."""
+    try:
+        run, fault = open_native(path), None
+    except CheckpointError as error:
+        run, fault = None, error
+    if run is None and check and (path / MANIFEST).is_file() and (path / RELEASE).is_dir():
+        run = open_native(path / RELEASE)
+    if run is None and fault:
+        raise fault
+    return run
 
 
 def _is_hub(path: Path) -> bool:
@@ -187,6 +228,7 @@ def _inspect_run(run: NativeCheckpoint, check: bool, workers: int, progress: Cal
         problems=problems,
         damages=damages,
         checked_files=_count_files(checked),
+        checked_tensors=bool(checked and checked.get("digest")),
     )
 
 

@@ -76,7 +76,7 @@ def _would_write(result: CheckpointResult, size: str, out: Path, options: WriteO
         return f"Would be refused, and write none of {size} to {out} ({free} free)."
     if foreseen and isinstance(foreseen.decision, Done):
         return f"Would write no weights: {size} are in {out}."
-    rest = f"{format_bytes(foreseen.need)} of " if foreseen and isinstance(foreseen.decision, Resume) else ""
+    rest = f"{format_bytes(foreseen.left)} of " if foreseen and isinstance(foreseen.decision, Resume) else ""
     return f"Would write {rest}{size} to {out} ({free} free), in at most {memory} of memory, by {threads}."
 
 

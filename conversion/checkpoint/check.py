@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import CheckpointError, CorruptData
 from .folder_formats import is_setting, is_weights, known_files
-from .manifest import between_digest, block_digest, find_manifest, is_plain, tensor_digest
+from .manifest import between_digest, block_digest, find_manifest, is_plain, sample_digest, tensor_digest
 from .plan import View
 from .reader import CHUNK, FileReader
 
@@ -53,10 +53,11 @@ def check_digests(
         progress: called with the bytes just read and those in all.
 
     Returns:
-        The tensors that are missing, unknown or changed, in the order of the record; empty if all is well.
+        The tensors that are missing, unknown or changed, in the order of the record; empty if all is well. Of a record
+        without digests, only names, places, types and shapes are compared.
 
     Raises:
-        CheckpointError: the record has no digests, or none that can be checked.
+        CheckpointError: the record has digests that cannot be checked, or nothing to check at all.
     """
     expected, block = _read_expected(manifest, str(find_manifest(folder)))
     total = sum(view.nbytes for name, view in tensors.items() if name in expected)
@@ -70,6 +71,8 @@ def check_digests(
             return Damage(name, file, f"was expected in {entry['file']}")
         if (dtype, shape) != (entry["dtype"], entry["shape"]):
             return Damage(name, file, f"is {dtype} {shape}, expected {entry['dtype']} {entry['shape']}")
+        if block is None:
+            return None
         try:
             digest = tensor_digest(_block_digests(view, block, reader, lambda nbytes: progress(nbytes, total)))
         except CorruptData as error:
@@ -82,13 +85,16 @@ def check_digests(
     return damages + [Damage(name, _place(tensors[name], folder), "is not in the manifest") for name in unknown]
 
 
-def check_files(tensors: Mapping[str, View], folder: Path, manifest: Mapping[str, Any]) -> list[Damage]:
+def check_files(
+    tensors: Mapping[str, View], folder: Path, manifest: Mapping[str, Any], *, alone: bool = False
+) -> list[Damage]:
     """Compare what a folder holds beside its tensors with its record.
 
     Args:
         tensors: those that are there, by name.
         folder: the one with the record.
         manifest: its content; of 0.1.0 it lists no files, and nothing is found.
+        alone: whether only the files of the manifest are looked at, and not what else lies in the folder.
 
     Returns:
         Files that are missing or changed, and files that would be loaded and are not listed.
@@ -97,18 +103,24 @@ def check_files(tensors: Mapping[str, View], folder: Path, manifest: Mapping[str
     if not isinstance(listed, dict):
         return []
     placed = {name: entry.get("file") for name, entry in manifest["tensors"].items()}
-    found = [_examine_file(name, entry, folder, tensors, placed) for name, entry in listed.items()]
-    loaded = [name for name in known_files(folder) if is_weights(name) or is_setting(name)]
+    has_digests = manifest.get("digest") is not None
+    found = [_examine_file(name, entry, folder, tensors, placed, has_digests) for name, entry in listed.items()]
+    loaded = [name for name in ([] if alone else known_files(folder)) if is_weights(name) or is_setting(name)]
     extra = [Damage(None, name, "is not in the record, and would be loaded") for name in loaded if name not in listed]
     return [damage for damage in found if damage] + extra
 
 
 def _examine_file(
-    name: str, entry: Any, folder: Path, tensors: Mapping[str, View], placed: Mapping[str, str | None]
+    name: str,
+    entry: Any,
+    folder: Path,
+    tensors: Mapping[str, View],
+    placed: Mapping[str, str | None],
+    has_digests: bool,
 ) -> Damage | None:
     path = folder / name
     if not is_plain(name):
-        return Damage(None, repr(name)[:80], "is no path below the folder")
+        return Damage(None, repr(name)[:80], "can be no file below the folder")
     if not isinstance(entry, dict) or type(size := entry.get("bytes")) is not int:
         return Damage(None, name, "has no size in the record")
     if not path.is_file():
@@ -123,7 +135,9 @@ def _examine_file(
     if inside.keys() != {tensor for tensor, file in placed.items() if file == name}:
         return None  # which is said of the tensors
     if between_digest(_between(path, size, inside.values())) == entry.get("between"):
-        return None
+        if has_digests or sample_digest(path) == entry.get("samples"):
+            return None  # with digests, it is said which tensors differ
+        return Damage(None, name, "is not what was written there")
     return Damage(None, name, "differs outside of its tensors: its header, or what else it holds")
 
 
@@ -143,9 +157,12 @@ def _place(view: View, folder: Path) -> str:
     return Path(view.file.name).relative_to(folder).as_posix()
 
 
-def _read_expected(manifest: Mapping[str, Any], where: str) -> tuple[dict[str, dict[str, Any]], int]:
-    """What a manifest says of each tensor, and the elements of a block; it may come from anywhere."""
+def _read_expected(manifest: Mapping[str, Any], where: str) -> tuple[dict[str, dict[str, Any]], int | None]:
+    """What a manifest says of each tensor, and the elements of a block, None without digests; it may be anyone's."""
+    block: int | None = None
     match manifest:
+        case {"digest": None, "files": dict()}:
+            pass
         case {"digest": None}:
             raise CheckpointError(f"{where}: was written with --no-digest; there is nothing to check.")
         case {"digest": {"algorithm": "xxh3_128", "block_elements": int(block)}} if block > 0:
@@ -158,6 +175,8 @@ def _read_expected(manifest: Mapping[str, Any], where: str) -> tuple[dict[str, d
     for name, entry in manifest["tensors"].items():
         match entry:
             case {"file": str(), "dtype": str(), "shape": list(), "digest": str()}:
+                pass
+            case {"file": str(), "dtype": str(), "shape": list()} if block is None:
                 pass
             case _:
                 raise CheckpointError(f"{where}: {name} lacks a file, dtype, shape or digest; restore the file.")

@@ -30,14 +30,23 @@ from .job import Job
 from .limits import DEFAULT_MEMORY, default_workers, high_water
 from .manifest import block_digest
 from .plan import CheckpointPlan, TensorPlan, View
-from .preflight import FOLDER, Decision, Done, Refused, Resume, preflight
+from .preflight import Decision, Done, Refused, Resume, listed, preflight
 from .promises import foresee_verification, verify_sources
 from .ranks import Ranks
 from .reader import FileReader, read_chunks
 from .rounding import first_nonfinite
 from .sizes import format_bytes
 from .sources import link_notes
-from .workspace import ShardFile, Workspace, fits_in_cache, is_locked, missing_bytes, naming_errors
+from .workspace import (
+    ShardFile,
+    Workspace,
+    fits_in_cache,
+    forget_run,
+    is_locked,
+    missing_bytes,
+    naming_errors,
+    unwritten_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,8 @@ class Written:
         files: its weight files.
         nbytes: bytes of its tensors.
         already_done: whether it was there already.
-        restored: small files that were missing from it, and were written again.
+        restored: small files that were missing from it or had been changed, and were written again.
+        replaced: those of them that had been changed.
     """
 
     folder: Path
@@ -110,6 +120,7 @@ class Written:
     nbytes: int
     already_done: bool = False
     restored: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,9 +130,10 @@ class Foreseen:
     Args:
         decision: what would be done in the folder, after what would be removed from it.
         refused: whether it would be refused.
-        need: bytes that would still be written to the disk.
+        need: bytes that the disk must still have room for.
         free: bytes that would be free for them.
         notes: what a user should know, one sentence each.
+        left: bytes that would still be written; more than `need` where their place on the disk is taken already.
     """
 
     decision: Decision
@@ -129,6 +141,7 @@ class Foreseen:
     need: int
     free: int
     notes: list[str]
+    left: int = 0
 
 
 @dataclass(frozen=True)
@@ -187,7 +200,8 @@ def execute(
         threads = reading_threads(options.workers, parse_size(options.memory))
         notes = [*notes, *verify_sources(plan, recorded or {}, threads, options.verify_progress)]
     written = run_job(job, out, options)
-    restored = [f"{name} was missing and was written again." for name in written.restored]
+    was = {name: "had been changed" if name in written.replaced else "was missing" for name in written.restored}
+    restored = [f"{name} {state} and was written again." for name, state in was.items()]
     return CheckpointResult(plan, shards, [*notes, *restored], written)
 
 
@@ -244,7 +258,7 @@ def run_job(job: Job, out: Path, options: WriteOptions) -> Written:
     if isinstance(decision, Refused) and (decision.removes is None or not options.overwrite):
         raise CheckpointError(decision.reason)
     if decision == Done():
-        shutil.rmtree(out / FOLDER, ignore_errors=True)  # of a run that was killed on its last step
+        forget_run(out)  # of a run that was killed on its last step
         return replace(written, already_done=True)
     out.mkdir(parents=True, exist_ok=True)
     whole = _tensor_bytes(shards)
@@ -258,7 +272,9 @@ def run_job(job: Job, out: Path, options: WriteOptions) -> Written:
             if done.missing and options.rank == 0:
                 write_missing(job, done.missing, workspace)
                 workspace.remove()
-            return replace(written, already_done=True, restored=done.missing)
+            removed = decision.removes if isinstance(decision, Refused) and decision.removes else ()
+            replaced = tuple(name for name in done.missing if name in removed)
+            return replace(written, already_done=True, restored=done.missing, replaced=replaced)
         workspace.require_space(todo)
         total = whole if options.rank == 0 else _tensor_bytes(mine)
 
@@ -288,7 +304,7 @@ def foresee(job: Job, out: Path, options: WriteOptions) -> Foreseen:
     if isinstance(decision, Refused):
         if decision.removes is None or not options.overwrite:
             return Foreseen(decision, True, whole, free, [f"It would be refused: {decision.reason}"])
-        notes = [f"It would be removed from {out}: {_listed(decision.removes)}."]
+        notes = [f"It would be removed from {out}: {listed(decision.removes)}."]
         free += sum(_freed(out / name) for name in decision.removes)
         decision = decision.then
     match decision:
@@ -297,18 +313,14 @@ def foresee(job: Job, out: Path, options: WriteOptions) -> Foreseen:
             return Foreseen(decision, False, 0, free, [*notes, f"{out} is already done.", *written])
         case Resume():
             need = sum(missing_bytes(out, shard) for shard in job.layout.shards)
-            there = f"{format_bytes(whole - need)} of {format_bytes(whole)} are on the disk"
+            left = sum(unwritten_bytes(out, shard) for shard in job.layout.shards)
+            there = f"{format_bytes(whole - left)} of {format_bytes(whole)} are written"
             notes = [f"{out} holds an interrupted run of this, which would be resumed: {there}."]
         case _:
-            need = whole
+            need = left = whole
     if need > free:
         notes.append(f"It would be refused: {need / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free.")
-    return Foreseen(decision, need > free, need, free, notes)
-
-
-def _listed(names: Sequence[str], limit: int = 8) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return Foreseen(decision, need > free, need, free, notes, left)
 
 
 def _freed(path: Path) -> int:

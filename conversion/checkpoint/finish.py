@@ -10,17 +10,18 @@ makes none.
 
 import errno
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from .containers import Shard
-from .job import Job, json_bytes
+from .job import Finished, Job, json_bytes
 from .kernel_copy import copy_range
-from .manifest import MANIFEST, between_digest, make_manifest, sample_digest
+from .manifest import MANIFEST
 from .preflight import PARTIAL
-from .workspace import Finished, Workspace, naming_errors, sync_folder
+from .record import job_record
+from .workspace import Workspace, naming_errors, sync_folder
 
 LinkKind: TypeAlias = Literal["hard link", "symbolic link", "copy"]
 
@@ -40,6 +41,7 @@ def finish(job: Job, finished: Sequence[Finished], workspace: Workspace) -> None
     Raises:
         OSError: the disk is full; the folder is not loadable, and the same call resumes.
     """
+    workspace.require_ours()
     write_small_files(job, finished, workspace)
     make_loadable(job, workspace)
 
@@ -62,6 +64,7 @@ def make_loadable(job: Job, workspace: Workspace) -> None:
     sync_folders(out, (*job.weights, *job.small_files))
     with suppress(PermissionError):  # somebody else's, in which we may make entries and not look
         sync_folder(out.absolute().parent)
+    workspace.require_ours()
     if layout.index:
         workspace.write(*layout.index)
     else:
@@ -94,71 +97,15 @@ def _name_shard(out: Path, shard: Shard) -> None:
         partial.rename(path)
 
 
-# The record.
-
-
-def job_record(job: Job, finished: Sequence[Finished]) -> dict[str, Any]:
-    """What a finished checkpoint says of itself, see `manifest.py`.
-
-    Args:
-        job: what was written.
-        finished: the record of each shard that was written, in order.
-    """
-    digests = {name: digest for record in finished for name, digest in record.digests.items()}
-    statistics = {symbol: value for record in finished for symbol, value in record.statistics.items()}
-    identity = job.identity
-    made_by = {"fingerprint": job.fingerprint, "engine": identity["engine"], "layout": identity["layout"]}
-    return make_manifest(
-        plan=identity["plan"],
-        seed=job.plan.seed,
-        lineage=job.plan.lineage,
-        statistics=statistics,
-        job={**made_by, "settings": dict(job.settings)},
-        sources=identity["sources"],
-        files=_files(job, [record.samples for record in finished]),
-        tensors=_tensors(job, digests),
-        digests=bool(digests),
-    )
-
-
-def _files(job: Job, samples: Sequence[str]) -> dict[str, dict[str, Any]]:
-    small = {
-        name: {"bytes": len(content), "sha256": job.small_digests[name]} for name, content in job.small_contents.items()
-    }
-    written = iter(samples)
-    weights = {
-        shard.filename: {
-            "bytes": shard.nbytes,
-            "between": between_digest(content for _, content in sorted(shard.fixed)),
-            "samples": sample_digest(Path(shard.twin)) if shard.twin else next(written),
-        }
-        for shard in job.layout.shards
-    }
-    return dict(sorted({**small, **weights}.items()))
-
-
-def _tensors(job: Job, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    return {
-        tensor.name: {
-            "file": shard.filename,
-            "dtype": tensor.dtype.name,
-            "shape": list(tensor.shape),
-            **({"digest": digests[tensor.name]} if digests else {}),
-        }
-        for shard in job.layout.shards
-        for tensor, _ in shard.tensors
-    }
-
-
 # Links.
 
 
 def link_kind(out: Path, shard: Shard) -> LinkKind:
     """How a file of a finished folder shares the bytes of its twin."""
     path = out / shard.filename
-    if path.is_symlink():
-        return "symbolic link"
-    return "hard link" if shard.twin and os.path.samefile(path, shard.twin) else "copy"
+    if not shard.twin or not os.path.samefile(path, shard.twin):
+        return "copy"
+    return "symbolic link" if path.is_symlink() else "hard link"
 
 
 def _link(source: str, path: Path) -> None:

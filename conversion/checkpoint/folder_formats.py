@@ -63,6 +63,7 @@ _HUB_SETTINGS = (
     "audio_tokenizer_config.json",
 )
 _TEMPLATES = "additional_chat_templates"
+_CODE = "custom_generate"  # executed by transformers, if its user trusts the folder
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class FolderFormat:
         weights: the path of every file, below the folder, that holds weights or says where they are: what
             `--overwrite` removes whoever wrote it.
         folders: glob patterns of the folders in which its files lie beside the folder itself, the deepest first.
-        settings: the path of every other file that decides how the folder loads.
+        settings: the path of every other file that decides how the folder loads, and of every folder of such, which
+            may be a link to a folder that lies elsewhere.
         steps: the path, below the folder, of folders whose files belong to the checkpoint that it is: a folder is
             never overwritten by what is made of them.
     """
@@ -94,8 +96,10 @@ HUB = FolderFormat(
     weights=re.compile(
         r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|adapter_model\.(safetensors|bin)"
     ),
-    folders=(_TEMPLATES,),
-    settings=re.compile("|".join(map(re.escape, _HUB_SETTINGS)) + rf"|{_TEMPLATES}/[^/]+\.jinja"),
+    folders=(_TEMPLATES, _CODE),
+    settings=re.compile(
+        "|".join(map(re.escape, _HUB_SETTINGS)) + rf"|{_TEMPLATES}(/[^/]+\.jinja)?|{_CODE}(/generate\.py)?"
+    ),
     steps=re.compile(r"\."),
 )
 
@@ -134,11 +138,16 @@ def is_step(path: str) -> bool:
 
 
 def known_files(folder: Path) -> Iterator[str]:
-    """The path of every file of a folder that lies where some format has files, whatever it is."""
+    """The path of every file of a folder that lies where some format has files, whatever it is.
+
+    A link to a folder is one too, as loaders follow it; a file in the place of such a folder is nothing to them.
+    """
+    folders = {pattern for format in known_formats() for pattern in format.folders}
     for place in (folder, *format_folders(folder)):
         for entry in sorted(place.iterdir()):
-            if entry.is_symlink() or not entry.is_dir():
-                yield entry.relative_to(folder).as_posix()
+            path = entry.relative_to(folder)
+            if entry.is_symlink() if entry.is_dir() else not any(map(path.match, folders)):
+                yield path.as_posix()
 
 
 def format_folders(folder: Path) -> Iterator[Path]:

@@ -123,6 +123,25 @@ class Job:
         )
 
 
+@dataclass(frozen=True)
+class Finished:
+    """The record of a finished shard.
+
+    Args:
+        size: bytes of the file.
+        mtime_ns: its time of change; another one means that somebody touched it.
+        digests: tensor name -> digest; empty if none are taken.
+        statistics: symbol of the plan -> its value, for the symbols this shard uses.
+        samples: `sample_digest` of the file.
+    """
+
+    size: int
+    mtime_ns: int
+    digests: dict[str, str]
+    statistics: dict[str, float]
+    samples: str
+
+
 def source_identities(sources: Iterable[ByteSource], *, now: bool = False) -> dict[str, str]:
     """The identity of every file by its name: the shortest end of their paths that tells all of them apart.
 
@@ -159,7 +178,7 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | No
         old: `Job.run` of one, as it was written down.
         new: of the other.
     """
-    before, after = _flatten(old), _flatten(new)
+    before, after = flatten(old), flatten(new)
 
     def rank(path: tuple[str, ...]) -> tuple[int, bool, bool, tuple[str, ...]]:
         section = "parent" if path[:2] == ("lineage", "parent") else path[0]
@@ -191,10 +210,10 @@ def _describe_difference(path: tuple[str, ...], before: Mapping[Any, Any], after
             "layout": "its files were laid out otherwise",
             "engine": "another version would write other bytes",
         }[section]
-    return f"{'.'.join(path)} was {_short(before.get(path))} and is {_short(after.get(path))}"
+    return f"{'.'.join(path)} was {shortened(before.get(path))} and is {shortened(after.get(path))}"
 
 
-def _flatten(value: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+def flatten(value: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
     """What is not an object itself, by the names that lead to it."""
     leaves: dict[tuple[str, ...], Any] = {}
     parts: list[tuple[tuple[str, ...], Any]] = [((name,), part) for name, part in value.items()]
@@ -207,7 +226,8 @@ def _flatten(value: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
     return leaves
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """A value for a message."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 

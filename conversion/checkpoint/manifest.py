@@ -41,6 +41,7 @@ FORMAT, _OLD_FORMAT = 2, 1
 _FIELDS = {"plan": str, "lineage": dict, "tensors": dict}  # what a record has at least, of either format
 _OLD_FIELDS = {**_FIELDS, "teleflm_version": str, "statistics": dict}
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
+_MAX_NAME, _MAX_PATH = 255, 1000  # of a file, in bytes, as file systems have it; of a path below a folder
 _MAX_MEMORY = 320 * 2**20  # that of 140,000 tensors takes 190 MB
 
 
@@ -192,5 +193,7 @@ def parent_record(folder: Path) -> dict[str, Any] | None:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name in a record, which may come from anyone, leads to something below its folder, in one way."""
-    return not any(part in ("", ".", "..") for part in name.split("/")) and "\\" not in name and name.isprintable()
+    """Whether a name in a record, which may come from anyone, can be that of a file below its folder, in one way."""
+    if "\\" in name or not name.isprintable() or len(name) > _MAX_PATH:
+        return False
+    return not any(part in ("", ".", "..") or len(part.encode()) > _MAX_NAME for part in name.split("/"))

@@ -9,9 +9,10 @@ else under a name that we would write, or that would be loaded with what we writ
 until `--overwrite` is given.
 """
 
+import errno
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +21,7 @@ from .errors import CheckpointError
 from .folder_formats import is_setting, is_step, is_weights, known_files, loadable_files
 from .job import Job, first_difference, read_json
 from .manifest import MANIFEST, OLD_MANIFEST, is_plain, read_old_manifest, read_own_manifest, sample_digest
+from .record import first_edit
 
 PARTIAL = ".partial"
 FOLDER = ".teleflm"
@@ -53,7 +55,8 @@ class Done:
     """The folder holds exactly what the job would write, from the same sources.
 
     Args:
-        missing: small files that are not there any more, which can be written again from what the job knows.
+        missing: small files that are not there any more, or will not be once what stands in the way is removed; they
+            can be written again from what the job knows.
     """
 
     missing: tuple[str, ...] = ()
@@ -94,14 +97,18 @@ def preflight(job: Job, out: Path) -> Decision:
 
 
 def _decide(job: Job, out: Path) -> Decision:
+    above = next(folder for folder in (out, *out.absolute().parents) if os.path.lexists(folder))
+    if not above.is_dir():
+        return Refused(f"{above}: is no folder, and {out} is to be one; write to another place.")
     if not os.path.lexists(out):
         return New()
-    if not out.is_dir():
-        return Refused(f"{out}: is no folder; write to another place.")
     if _is_source(job, out):
         return Refused(f"{out}: is the source too; write to another folder.")
+    if os.path.lexists(out / FOLDER) and ((out / FOLDER).is_symlink() or not (out / FOLDER).is_dir()):
+        return Refused(f"{out}/{FOLDER}: has to be a folder, for what a run keeps meanwhile; move away what is there.")
     there = _Contents(out)
-    folders = [name for name in (*job.weights, *job.small_contents, MANIFEST) if (out / name).is_dir()]
+    files = (*job.weights, *(name + PARTIAL for name in job.weights), *job.small_contents, MANIFEST)
+    folders = [name for name in files if lies_in(out, name, folders=True) and (out / name).is_dir()]
     if folders:
         return Refused(f"{out}/{folders[0]}: is a folder, where a file has to be; move it away or write elsewhere.")
     if there.fingerprint == job.fingerprint and (decision := _held_against_record(job, there)):
@@ -121,6 +128,7 @@ class _Contents:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.run = read_json(out / FOLDER / RUN)
+        self.has_record = os.path.lexists(out / MANIFEST)  # asked before it is read: another rank may be writing it
         self.record, self.record_fault = self._read_record()
         self.old_record = read_old_manifest(out)
         self.names = list(known_files(out))
@@ -155,17 +163,35 @@ class _Contents:
         return [name for name in self.names if name.endswith(PARTIAL) and is_weights(name.removesuffix(PARTIAL))]
 
     @property
+    def left(self) -> list[str]:
+        """Those of `partials` that a run of ours has left, as it also left its notes of them."""
+        return [name for name in self.partials if self._is_left(name)]
+
+    def _is_left(self, partial: str) -> bool:
+        notes = self.out / FOLDER / partial.removesuffix(PARTIAL).replace("/", "-")
+        has_notes = any(notes.with_name(notes.name + suffix).is_file() for suffix in (".journal", ".done"))
+        return has_notes and lies_in(self.out, partial) and not (self.out / partial).is_symlink()
+
+    @property
     def settings(self) -> list[str]:
         """Files that decide how the folder loads."""
         return [name for name in self.names if is_setting(name)]
 
+    def obstacle(self, name: str) -> str:
+        """What has to go before a file can be written: itself, or a link or file where a folder above it has to be."""
+        parents = [parent for parent in reversed(Path(name).parents) if parent.parts]
+        found = (parent for parent in parents if _is_entry(self.out / parent))
+        return next((parent.as_posix() for parent in found), name)
+
     def present(self, names: Iterable[str]) -> list[str]:
-        """Those of some files that are there."""
-        return [name for name in names if os.path.lexists(self.out / name)]
+        """What stands where some files are to be: mostly, these files."""
+        return [name for name in dict.fromkeys(map(self.obstacle, names)) if os.path.lexists(self.out / name)]
 
     def digest(self, name: str) -> str | None:
-        """Of a small file; None if it is not there, an empty text if it is no file."""
+        """Of a small file; None if it is not there, an empty text if it is no file, or lies behind a link."""
         path = self.out / name
+        if self.obstacle(name) != name:
+            return ""
         if not os.path.lexists(path):
             return None
         if not path.is_file():
@@ -182,8 +208,7 @@ class _Contents:
         partials = [name + PARTIAL for name in job.weights]
         records = [OLD_MANIFEST] if self.old_record else []
         ours = [*self._recorded(), *self._written(), *job.weights, *partials, *job.small_contents, *records]
-        names = dict.fromkeys((*self.weights, *self.settings, *self.partials, *ours))
-        names.pop(MANIFEST, None)
+        names = [name for name in (*self.weights, *self.settings, *self.partials, *ours) if name != MANIFEST]
         sources = {os.path.realpath(source.name) for source in job.plan.sources}
         found = [name for name in self.present(names) if lies_in(self.out, name)]
         paths = {name: self.out / name for name in found}
@@ -193,10 +218,13 @@ class _Contents:
     def _recorded(self) -> Iterator[str]:
         """The files that the record lists, unless somebody has put other ones in their place."""
         for name, entry in _entries((self.record or {}).get("files")):
-            digest = entry.get("sha256")
-            if not is_plain(name):
+            if not is_plain(name) or not lies_in(self.out, name):
                 continue
-            if self.digest(name) == digest if digest else _size(self.out / name) == entry.get("bytes"):
+            if is_weights(name):
+                is_ours = _size(self.out / name) == entry.get("bytes")
+            else:  # which only a digest tells from a file of somebody else
+                is_ours = isinstance(entry.get("sha256"), str) and self.digest(name) == entry["sha256"]
+            if is_ours:
                 yield name
 
     def _written(self) -> Iterator[str]:
@@ -222,6 +250,10 @@ def _held_against_record(job: Job, there: _Contents) -> Decision | None:
             present = there.present([loadable, *job.weights])
             held = f"already holds {present[0]}, but" if present else "holds the record of a finished checkpoint, but"
             return Refused(f"{out}: {held} {name} {state}; {_WAY_OUT}.", there.removable(job))
+    edit = first_edit(there.record or {}, job)
+    if edit:
+        text = f"{out}/{MANIFEST}: is not the record that was written there: {edit}; restore it, {_WAY_OUT}."
+        return Refused(text, there.removable(job))
     recorded = dict(_entries((there.record or {}).get("files")))
     touched = [name for name in job.weights if recorded.get(name, {}).get("samples") != sample_digest(out / name)]
     if touched:
@@ -233,17 +265,20 @@ def _held_against_record(job: Job, there: _Contents) -> Decision | None:
             text = f"already holds {loadable}, but {name} was {given!r} and is {value!r}; {_WAY_OUT}."
             return Refused(f"{out}: {text}", there.removable(job))
     digests = {name: there.digest(name) for name in job.small_digests}
+    missing = tuple(name for name, digest in digests.items() if digest is None)
     changed = [name for name, digest in digests.items() if digest not in (None, job.small_digests[name])]
+    ours = {*job.weights, *digests}
+    obstacles = dict.fromkeys(map(there.obstacle, changed))
+    unknown = [name for name in (*there.weights, *there.settings) if name not in {*ours, *obstacles}]
+    removes, then = (*obstacles, *unknown), Done(tuple(name for name in digests if name in {*missing, *changed}))
     if changed:
         text = f"{out}/{changed[0]}: is not what was written there; put it back, choose another folder, or --overwrite"
-        lost = tuple(name for name, digest in digests.items() if digest is None or name in changed)
-        return Refused(f"{text} to have it written again.", tuple(changed), Done(lost))
-    missing = tuple(name for name, digest in digests.items() if digest is None)
-    unknown = [name for name in (*there.weights, *there.settings) if name not in {*job.weights, *digests}]
+        also = f", and to remove {listed(unknown)}, which would be loaded with it" if unknown else ""
+        return Refused(f"{text} to have it written again{also}.", removes, then)
     if unknown:
         text = f"{out}/{unknown[0]}: is not of this checkpoint and would be loaded with it; move it away or --overwrite"
-        return Refused(f"{text} to remove it.", tuple(unknown), Done(missing))
-    return Done(missing)
+        return Refused(f"{text} to remove it.", removes, then)
+    return then
 
 
 def _held_against_run(job: Job, there: _Contents, run: Mapping[str, Any]) -> Decision:
@@ -262,7 +297,11 @@ def _held_against_run(job: Job, there: _Contents, run: Mapping[str, Any]) -> Dec
         text = f"holds an interrupted run, but {difference}; repeat that run, or --overwrite it."
         return Refused(f"{out}: {text}", there.removable(job))
     foreign = [name for name in (*there.weights, *there.settings) if name not in {*job.weights, *job.small_contents}]
-    foreign += [name for name, digest in job.small_digests.items() if there.digest(name) not in (None, digest)]
+    foreign += [there.obstacle(name) for name in job.weights if there.obstacle(name) != name]
+    foreign += [name + PARTIAL for name in job.weights if (out / (name + PARTIAL)).is_symlink()]
+    changed = [name for name, digest in job.small_digests.items() if there.digest(name) not in (None, digest)]
+    foreign += map(there.obstacle, changed)
+    foreign += [MANIFEST] if there.has_record and there.fingerprint != job.fingerprint else []
     if foreign:
         return Refused(f"{out}/{foreign[0]}: {_NOT_OURS}", there.removable(job))
     return Resume(relaxed)
@@ -276,12 +315,14 @@ def _held_against_nothing(job: Job, there: _Contents) -> Decision:
     out = there.out
     if there.weights:
         return Refused(f"{out}: already holds {there.weights[0]}, {_made_otherwise(job, there)}", there.removable(job))
-    recorded = [MANIFEST] if there.record or there.record_fault else []
-    recorded += [OLD_MANIFEST] if there.old_record else []
-    foreign = there.present([*job.weights, *job.small_contents, *there.settings]) + recorded
+    left = there.left
+    partials = (name + PARTIAL for name in job.weights if name + PARTIAL not in left)
+    foreign = there.present([*job.weights, *job.small_contents, *there.settings, *partials])
+    foreign += [MANIFEST] if there.has_record else []
+    foreign += [OLD_MANIFEST] if there.old_record else []
     if foreign:
         return Refused(f"{out}/{foreign[0]}: {_NOT_OURS}", there.removable(job))
-    return New(tuple(there.partials))
+    return New(tuple(left))
 
 
 def _made_otherwise(job: Job, there: _Contents) -> str:
@@ -318,7 +359,9 @@ def _made_otherwise(job: Job, there: _Contents) -> str:
 def _size(path: Path) -> int | None:
     try:
         return path.stat().st_size
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise
         return None
 
 
@@ -330,11 +373,28 @@ def _is_source(job: Job, out: Path) -> bool:
     return any(is_step(folder.relative_to(here).as_posix()) for folder in folders if folder.is_relative_to(here))
 
 
-def lies_in(out: Path, name: str) -> bool:
-    """Whether a path is that of a file, or a link, that lies in a folder: no link on the way leads elsewhere."""
+def lies_in(out: Path, name: str, *, folders: bool = False) -> bool:
+    """Whether a path is that of a file, or a link, that lies in a folder: no link on the way leads elsewhere.
+
+    Args:
+        out: the folder.
+        name: the path below it.
+        folders: whether it may be that of a folder.
+    """
     path = out / name
     parents = [out / parent for parent in Path(name).parents if parent.parts]
-    return not any(parent.is_symlink() for parent in parents) and (path.is_symlink() or not path.is_dir())
+    return not any(parent.is_symlink() for parent in parents) and (folders or _is_entry(path) or not path.is_dir())
+
+
+def _is_entry(path: Path) -> bool:
+    """Whether a path is that of something which is no folder: a link, or a file of any kind."""
+    return path.is_symlink() or (os.path.lexists(path) and not path.is_dir())
+
+
+def listed(names: Sequence[str], limit: int = 8) -> str:
+    """Some names for a message."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def _items(value: Any) -> list[tuple[str, Any]]:

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
@@ -29,9 +29,9 @@ from .assemble import blocks
 from .containers import Shard
 from .errors import CheckpointError, CorruptData
 from .folder_formats import format_folders
-from .job import Job, first_difference, read_json, source_identities
+from .job import Finished, Job, first_difference, read_json, source_identities
 from .kernel_copy import PassingCache, available_memory, preallocate, write_all
-from .manifest import sample_descriptor, tensor_digest
+from .manifest import MANIFEST, sample_descriptor, tensor_digest
 from .preflight import FOLDER, PARTIAL, RUN, Done, New, Refused, Resume, lies_in, preflight
 from .ranks import Ranks
 
@@ -45,25 +45,6 @@ _LOCK_SECONDS = 0.1
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # a link under a name that we write would lead somewhere else
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The record of a finished shard.
-
-    Args:
-        size: bytes of the file.
-        mtime_ns: its time of change; another one means that somebody touched it.
-        digests: tensor name -> digest; empty if none are taken.
-        statistics: symbol of the plan -> its value, for the symbols this shard uses.
-        samples: `sample_digest` of the file.
-    """
-
-    size: int
-    mtime_ns: int
-    digests: dict[str, str]
-    statistics: dict[str, float]
-    samples: str
 
 
 class Workspace:
@@ -124,8 +105,8 @@ class Workspace:
             raise CheckpointError(decision.reason)
         if isinstance(decision, New):
             self._clear(decision.removes)
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir()
+            forget_run(self.out)
+            self.folder.mkdir(exist_ok=True)
         elif not (isinstance(decision, Resume) and decision.relaxed):
             return
         write_file(self.folder / RUN, json.dumps(self.job.run).encode())
@@ -212,12 +193,46 @@ class Workspace:
     def write(self, name: str, content: bytes) -> None:
         """Write a small file of the output; what a kill leaves of it lies in the working folder."""
         path = self.out / name
+        if os.path.lexists(path) and not self._is_ours(name, content):
+            raise CheckpointError(f"{path}: was put there while this run wrote; move it away, then run this again.")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, content, self.folder / (name.replace("/", "-") + PARTIAL))
 
+    def _is_ours(self, name: str, content: bytes) -> bool:
+        """Whether a small file that is there already is one that an interrupted run of this has written."""
+        path = self.out / name
+        if path.is_symlink() or not path.is_file():
+            return False
+        if name == MANIFEST:  # which also says what was looked for, and that may have changed
+            return ((read_json(path) or {}).get("job") or {}).get("fingerprint") == self.job.fingerprint
+        return path.read_bytes() == content
+
+    def require_ours(self) -> None:
+        """Look again, before what makes the folder loadable: hours have passed.
+
+        Raises:
+            CheckpointError: somebody has put something there that would be replaced, or loaded with what was written.
+        """
+        decision = preflight(self.job, self.out)
+        if isinstance(decision, Refused):
+            raise CheckpointError(decision.reason)
+
     def remove(self) -> None:
         """Forget the run: its output is complete."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        forget_run(self.out)
+
+
+def forget_run(out: Path) -> None:
+    """Remove what a run keeps until it is finished, and nothing that somebody else has put beside it."""
+    folder = out / FOLDER
+    shutil.rmtree(folder / "ranks", ignore_errors=True)
+    with suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            if path.name == RUN or path.suffix in (".journal", ".done", PARTIAL):
+                with suppress(OSError):
+                    path.unlink()
+    with suppress(OSError):  # there is none, or it holds something else
+        folder.rmdir()
 
 
 def missing_bytes(out: Path, shard: Shard) -> int:
@@ -226,6 +241,23 @@ def missing_bytes(out: Path, shard: Shard) -> int:
         with suppress(FileNotFoundError):
             return shard.disk_bytes - min(_allocated(out / name), shard.disk_bytes)
     return shard.disk_bytes
+
+
+def unwritten_bytes(out: Path, shard: Shard) -> int:
+    """Bytes of a shard that an interrupted run has not written, by its journal: a file has its full size at once."""
+    beside = out / FOLDER / shard.filename.replace("/", "-")
+    if beside.with_name(beside.name + ".done").is_file() or shard.twin:
+        return 0 if not shard.twin else shard.disk_bytes
+    claims = _read_journal(beside.with_name(beside.name + ".journal"))
+    if not claims or not (out / (shard.filename + PARTIAL)).is_file():
+        return shard.disk_bytes
+    written = sum(
+        (stop - start) * tensor.dtype.itemsize
+        for tensor, _ in shard.tensors
+        for index, (start, stop) in enumerate(blocks(tensor.numel))
+        if (tensor.name, index) in claims
+    )
+    return max(shard.disk_bytes - written, 0)
 
 
 def _allocated(path: Path) -> int:

@@ -26,6 +26,7 @@ from ..checkpoint.execute import CheckpointResult, WriteOptions, execute
 from ..checkpoint.finish import link_kind
 from ..checkpoint.manifest import parent_record
 from ..checkpoint.plan import CheckpointPlan, TensorPlan
+from ..checkpoint.preflight import listed
 from ..checkpoint.safetensors_file import read_header
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.sources import Source, open_checkpoint
@@ -109,16 +110,24 @@ def _link_note(out: Path, layout: Layout, *, written: bool) -> str:
     """What became of the links, which a file system may refuse; read off the folder, so that it is what is there."""
     if not written:
         return "The weights are to be links to the source's files: hard, or symbolic where such are not allowed."
-    kinds = {link_kind(out, shard) for shard in layout.shards}
+    found = {shard.filename: link_kind(out, shard) for shard in layout.shards}
+    kinds = {*found.values()}
     undigested = "without digests of their own: change neither in place."
     if kinds == {"hard link"}:
         return f"The weights are links to the source's files, {undigested}"
-    if "symbolic link" in kinds:
+    if "copy" in kinds and len(kinds) > 1:
+        copies = listed([name for name, kind in found.items() if kind == "copy"])
         return (
-            "The weights are symbolic links to the source's files, since hard links to these are not allowed here, "
+            f"The weights are links to the source's files but for some, {undigested} "
+            f"Not links to the source's files: {copies}."
+        )
+    if "symbolic link" in kinds:
+        some = "" if len(kinds) == 1 else "some of them symbolic ones, "
+        return (
+            f"The weights are {'' if some else 'symbolic '}links to the source's files, {some}"
             f"{undigested} Nothing loads if the source moves."
         )
-    return "The weights are copies, without digests of their own: no links to the source's files can be made here."
+    return "The weights are copies, without digests of their own: they are no links to the source's files."
 
 
 def _check_choices(to: str, sizes: ParallelSizes, multipliers: str, spec: str, link: bool) -> None:

@@ -190,8 +190,12 @@ def _print_inspection(inspection: "Inspection") -> None:
     for damage in inspection.damages or []:
         console.print(Text.assemble(("damaged", "bold red"), printable(f" {damage}.")))
     if inspection.damages == []:
-        console.print("Every tensor has its digest.")
-        if inspection.checked_files:
-            console.print(
-                f"So has all else in its {inspection.checked_files} files, and no other file would be loaded."
-            )
+        others = "the others were not looked at" if inspection.alone else "no other file would be loaded"
+        files = f"{inspection.checked_files} file{'s' * (inspection.checked_files != 1)}, and {others}."
+        if not inspection.checked_tensors:
+            console.print("The record has no digests of tensors: of these, types, places and samples were compared.")
+            console.print(f"They are what it says, and so is all else in its {files}")
+        else:
+            console.print("Every tensor has its digest.")
+            if inspection.checked_files:
+                console.print(f"So has all else in its {files}")

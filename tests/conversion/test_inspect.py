@@ -215,6 +215,7 @@ def without_digests(folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder)
     torch.save({"w": torch.ones(3)}, tmp_path / "pytorch_model.bin")
     convert_checkpoint(tmp_path, folder, options=WriteOptions(digest=False))
+    edit_manifest(files=None)(folder, tmp_path)  # as of 0.1.0, which listed no files
 
 
 def edit_manifest(**changes):
@@ -312,3 +313,17 @@ def test_a_model_type_that_is_no_text(said, tmp_path):
 def test_an_error_is_one_line_whatever_it_names():
     assert str(CheckpointError("a\nb\x1b[31m\u2028\udc80 is 层")) == "a\\nb\\x1b[31m\\u2028\\udc80 is 层"
     assert len(str(CheckpointError("x" * 10**6))) == 2000
+
+
+def test_one_shard_is_checked_alone(folder, tmp_path):
+    file = folder / "model-00001-of-00004.safetensors"
+    (folder / "vocab.txt").write_text("of another")
+    result = run_teleflm("inspect", file, "--check", folder=tmp_path)
+    assert result.returncode == 0, result.stdout
+    assert "problem" not in result.stdout
+    assert "no other file" not in result.stdout
+    flip_a_bit(folder, next(iter(read_safetensors(file))))
+    result = run_teleflm("inspect", file, "--check", folder=tmp_path)
+    assert (result.returncode, result.stdout.count("damaged ")) == (3, 1)
+    (folder / "model-00002-of-00004.safetensors").unlink()
+    assert len(inspect_checkpoint(file, check=True).damages) == 1

@@ -789,3 +789,210 @@ def test_folders_are_synced_around_the_file_that_makes_them_load(source, tmp_pat
     assert max(small) < calls.index("fsync out") < at < len(calls) - 1 - calls[::-1].index("fsync out")
     assert "fsync ." in calls[:at], "the folder itself is an entry of another"
     assert FOLDER not in contents(tmp_path / "out")
+
+
+# What an outsider tried.
+
+
+EDITS = {
+    "emptied": ({"tensors": {}, "files": {}, "sources": {}, "digest": None}, "it has no digest of "),
+    "lineage": ({"lineage": {"operation": "HAND EDITED"}}, "its lineage."),
+    "sources": ({"sources": {}}, "its sources"),
+    "tensors": ({"tensors": {}}, "it has no digest of "),
+    "files": ({"files": {}}, "its files"),
+    "another field": ({"note": 1}, "its note is 1, expected None"),
+    "no promise of digests": ({"job": {"settings": {}}}, "its "),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_record_is_not_already_done(edit, source, tmp_path):
+    changes, said = EDITS[edit]
+    out = tmp_path / "out"
+    convert_checkpoint(source, out)
+    whole = contents(out)
+    record = json.loads((out / MANIFEST).read_bytes())
+    if "job" in changes:
+        changes = {"job": {**record["job"], **changes["job"]}}
+    (out / MANIFEST).write_text(json.dumps({**record, **changes}))
+    text = refused(convert_checkpoint, source, out)
+    assert text.startswith(f"{out}/{MANIFEST}: is not the record that was written there: ")
+    assert said in text
+    convert_checkpoint(source, out, options=WriteOptions(overwrite=True))
+    assert contents(out) == whole
+
+
+@pytest.fixture
+def templated(tmp_path) -> Path:
+    folder = stock_folder(tmp_path / "templated", 1)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/foo.jinja").write_text("{{2}}")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["link", "link that holds it", "file"])
+@pytest.mark.parametrize("finished", [False, True])
+def test_nothing_is_written_through_a_link(kind, finished, templated, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    if kind == "link that holds it":
+        (other / "foo.jinja").write_text("{{2}}")
+    before = contents(other)
+    convert_checkpoint(templated, tmp_path / "fresh")
+    if finished:
+        convert_checkpoint(templated, out)
+        shutil.rmtree(out / "additional_chat_templates")
+    out.mkdir(exist_ok=True)
+    if kind == "file":
+        (out / "additional_chat_templates").write_text("theirs")
+    else:
+        (out / "additional_chat_templates").symlink_to(other)
+    assert "additional_chat_templates" in refused(convert_checkpoint, templated, out)
+    dry = convert_checkpoint(templated, out, options=WriteOptions(overwrite=True), dry_run=True)
+    assert f"It would be removed from {out}: additional_chat_templates." in dry.notes
+    convert_checkpoint(templated, out, options=WriteOptions(overwrite=True))
+    assert contents(out) == contents(tmp_path / "fresh")
+    assert contents(other) == before
+
+
+@pytest.mark.parametrize("name", ["additional_chat_templates", "custom_generate"])
+def test_a_linked_folder_that_would_be_loaded_is_named(name, source, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    (other / "generate.py").write_text("evil")
+    convert_checkpoint(source, out)
+    (out / name).symlink_to(other)
+    assert refused(convert_checkpoint, source, out).startswith(f"{out}/{name}: is not of this checkpoint")
+    assert damaged(out, tmp_path) == [f"{name} is not in the record, and would be loaded."]
+
+
+def test_two_faults_are_mended_at_once(source, tmp_path):
+    out = tmp_path / "out"
+    convert_checkpoint(source, out)
+    whole = contents(out)
+    (out / "generation_config.json").write_text("{}")
+    (out / "vocab.txt").write_text("")
+    text = refused(convert_checkpoint, source, out)
+    assert "generation_config.json: is not what was written" in text
+    assert "to remove vocab.txt" in text
+    result = convert_checkpoint(source, out, options=WriteOptions(overwrite=True))
+    assert "generation_config.json had been changed and was written again." in result.notes
+    assert contents(out) == whole
+
+
+@pytest.mark.parametrize("name", ["README.md", "vocab.txt", MANIFEST])
+def test_a_file_that_comes_while_it_is_written_is_not_replaced(name, source, tmp_path):
+    out = tmp_path / "out"
+
+    def put(nbytes: int, total: int) -> None:
+        (out / name).write_text("theirs")
+
+    with pytest.raises(CheckpointError, match=name):
+        convert_checkpoint(source, out, options=WriteOptions(progress=put))
+    assert (out / name).read_text() == "theirs"
+    (out / name).unlink()
+    convert_checkpoint(source, out)
+    convert_checkpoint(source, tmp_path / "fresh")
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_what_others_keep_is_left(source, tmp_path):
+    out = tmp_path / "out"
+    theirs = {
+        ".teleflm/notes": b"1",
+        "pytorch_model.bin.partial": b"2",
+        "model-00001-of-00009.safetensors.partial": b"3",
+    }
+    for name, data in theirs.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(data)
+    for _ in range(2):
+        convert_checkpoint(source, out)
+        assert contents(out).items() >= theirs.items()
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "model.safetensors.partial"])
+def test_a_dangling_link_is_somebody_elses(name, source, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(tmp_path / "gone")
+    assert f"{name}: is there already" in refused(convert_checkpoint, source, tmp_path / "out")
+
+
+def test_a_size_alone_makes_no_file_ours(source, tmp_path):
+    out = tmp_path / "out"
+    convert_checkpoint(source, out)
+    (out / "notes.txt").write_bytes(b"12345")
+    record = json.loads((out / MANIFEST).read_bytes())
+    record["files"] |= {"notes.txt": {"bytes": 5}, "a" * 300: {"bytes": 5}}
+    (out / MANIFEST).write_text(json.dumps(record))
+    assert {line.split(" ")[0] for line in damaged(out, tmp_path)} == {"notes.txt", "'" + "a" * 79}
+    convert_checkpoint(source, out, dtype="bfloat16", options=WriteOptions(overwrite=True))
+    assert (out / "notes.txt").read_bytes() == b"12345"
+
+
+@pytest.mark.parametrize("place", ["model.safetensors.partial", ".teleflm", "file"])
+def test_what_cannot_be_written_there_is_said_first(place, source, tmp_path):
+    out = tmp_path / "out"
+    if place == ".teleflm":
+        out.mkdir()
+        (out / place).write_text("theirs")
+    elif place == "file":
+        (tmp_path / "file").write_text("theirs")
+        out = tmp_path / "file/out"
+    else:
+        (out / place).mkdir(parents=True)
+    assert "folder" in refused(convert_checkpoint, source, out)
+    with pytest.raises(CheckpointError, match="folder"):
+        convert_checkpoint(source, out, options=WriteOptions(overwrite=True))
+
+
+def test_an_export_by_links_is_checked(source, tmp_path):
+    out = tmp_path / "out"
+    export_checkpoint(source, out, to="granite", link=True)
+    found = run_teleflm("inspect", out, "--check", folder=tmp_path)
+    assert (found.returncode, "The record has no digests of tensors" in found.stdout) == (0, True)
+    (out / "vocab.txt").write_text("x")
+    (out / "README.md").write_text("x")
+    assert len(damaged(out, tmp_path)) == 2
+    weights = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").unlink()
+    (out / "model.safetensors").write_bytes(weights[:-5000] + bytes(5000))
+    assert "model.safetensors is not what was written there." in damaged(out, tmp_path)
+
+
+def test_what_an_interruption_wrote_is_counted_by_its_journal(source, tmp_path):
+    """A file has its full size on the disk before its first block is in it."""
+    out = tmp_path / "out"
+
+    def stop(nbytes: int, total: int) -> None:
+        if nbytes:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(source, out, options=WriteOptions(workers=1, progress=stop))
+    foreseen = convert_checkpoint(source, out, dry_run=True).foreseen
+    size = (source / "model.safetensors").stat().st_size
+    assert foreseen.need == 0
+    assert size // 2 < foreseen.left < size
+
+
+def test_each_link_that_is_none_is_named(source, tmp_path):
+    convert_checkpoint(source, tmp_path / "source-2", options=WriteOptions("100KB"))
+    out = tmp_path / "out"
+    export_checkpoint(tmp_path / "source-2", out, to="granite", link=True)
+    file = min(out.glob("*.safetensors"))
+    data = file.read_bytes()
+    file.unlink()
+    file.write_bytes(data)
+    other = sorted(out.glob("*.safetensors"))[1]
+    shutil.copy(other, tmp_path / "elsewhere")
+    other.unlink()
+    other.symlink_to(tmp_path / "elsewhere")
+    (*_, note) = export_checkpoint(tmp_path / "source-2", out, to="granite", link=True).notes
+    assert f"Not links to the source's files: {file.name}, {other.name}." in note
+
+
+def test_an_edited_tracker_is_a_damage(source, tmp_path):
+    export_checkpoint(source, tmp_path / "out", to="megatron")
+    (tmp_path / "out/latest_checkpointed_iteration.txt").write_text("nothing")
+    assert damaged(tmp_path / "out", tmp_path) == ["latest_checkpointed_iteration.txt does not have its digest."]
