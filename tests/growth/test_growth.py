@@ -549,7 +549,7 @@ DEEPER = {"num_hidden_layers": 4}
         ({"tie_word_embeddings": True}, DEEPER, "tie_word_embeddings is true and the multipliers change"),
         ({}, "tele-flm-53b", "no preset 'tele-flm-53b'; known presets: .*tele-flm-1t"),
         ({}, "tele-flm-52b", "head_dim would change from 8 to 128"),
-        ({}, "missing.json", r"missing\.json cannot be read: No such file"),
+        ({}, "missing.json", r"missing\.json: no such file"),
     ],
 )
 def test_targets_that_are_refused(fields, target, message, make_source, tmp_path):
