@@ -113,7 +113,7 @@ def test_dry_run_of_the_whole_family_writes_nothing(source_52b, tmp_path):
         (("{source}", "{out}", "--set", "hidden_size=16"), 2, "hidden_size would shrink from 32 to 16"),
         (("{source}", "{source}", *WIDER), 2, "is the source too"),
         (("{source}", "{out}", *WIDER, "--workers", "0"), 2, "--workers"),
-        (("{source}", "{file}/out", *WIDER), 1, "Not a directory"),
+        (("{source}", "{file}/out", *WIDER), 2, "is no folder, and"),
     ],
 )
 def test_errors_are_one_line(arguments, status, message, source, tmp_path):
