@@ -100,7 +100,7 @@ def make_manifest(
     lineage: Mapping[str, Any],
     tensors: Mapping[str, Mapping[str, Any]],
     digests: bool,
-    statistics: Mapping[str, float] | None = None,
+    statistics: Mapping[str, float | str] | None = None,
     **more: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The record of a finished checkpoint, see above.

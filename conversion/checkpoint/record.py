@@ -9,6 +9,7 @@ record that says anything else was edited, and what it says of the rest is worth
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,12 @@ def job_record(job: Job, finished: Sequence[Finished]) -> dict[str, Any]:
         finished: the record of each shard that was written, in order.
     """
     digests = {name: digest for record in finished for name, digest in record.digests.items()}
-    statistics = {symbol: value for record in finished for symbol, value in record.statistics.items()}
+    # A NaN, which --allow-nonfinite lets through, is no number of JSON.
+    statistics = {
+        symbol: value if math.isfinite(value) else repr(value)
+        for record in finished
+        for symbol, value in record.statistics.items()
+    }
     written = iter(finished)
     samples = {
         shard.filename: sample_digest(Path(shard.twin)) if shard.twin else next(written).samples
@@ -71,7 +77,7 @@ def _record(
     job: Job,
     digests: Mapping[str, str],
     samples: Mapping[str, str],
-    statistics: Mapping[str, float],
+    statistics: Mapping[str, float | str],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     identity = job.identity

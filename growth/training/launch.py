@@ -12,6 +12,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import nn
@@ -169,6 +170,16 @@ def check_wrapped(wrapped: Mapping[str, int], distributed_type: DistributedType,
         )
 
 
+def leave_processes() -> None:
+    """End what the processes of a finished run share, all at the same time; every one of them has to call it.
+
+    One that ends with it open may be aborted by what the others do to theirs.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 __all__ = [
     "DistributedName",
     "WrappingGuard",
@@ -176,4 +187,5 @@ __all__ = [
     "check_spread",
     "check_wrapped",
     "count_wrapped",
+    "leave_processes",
 ]

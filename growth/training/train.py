@@ -41,7 +41,7 @@ from ..moments import read_grown_state
 from .errors import RunError
 from .grown_adam import AdamStart, GrownAdamCallback, find_grown_state, on_every_process
 from .kernels import check_kernels, check_kernels_are_used
-from .launch import DistributedName, WrappingGuard, check_launch, check_spread
+from .launch import DistributedName, WrappingGuard, check_launch, check_spread, leave_processes
 from .masks import MaskCallback, TeleFLMMaskedForCausalLM
 from .mup import MupMixin
 from .optimizer_layout import parameter_shapes
@@ -272,6 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metrics = train(growth, args)
     except (CheckpointError, RunError) as error:
         return _refuse(error)
+    leave_processes()
     if os.environ.get("RANK", "0") == "0":
         print(f"{args.output_dir}: mean loss {metrics['train_loss']:.4f} in {metrics['train_runtime']:.0f} s")
     return 0

@@ -41,7 +41,7 @@ import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto
 from conversion.checkpoint.sources import open_checkpoint
 from growth.training.errors import RunError
 from growth.training.kernels import check_kernels, check_kernels_are_used
-from growth.training.launch import WrappingGuard, check_launch, check_spread
+from growth.training.launch import WrappingGuard, check_launch, check_spread, leave_processes
 from sft import SFTError
 from sft import tokenizer as tokenizers
 from sft.data.dataset import prepare_dataset
@@ -389,6 +389,7 @@ def run(config: str, overrides: Sequence[str], *, as_json: bool = False, debug: 
     except KeyboardInterrupt:
         print("interrupted; --resume_from_checkpoint true continues from the last checkpoint.", file=sys.stderr)
         return 130
+    leave_processes()
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(dataclasses.asdict(result)) if as_json else _summary(result))
     return 0
