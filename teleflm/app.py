@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
-from teleflm.commands.convert import convert, inspect
+from teleflm.commands.convert import convert
 from teleflm.commands.export import export
-from teleflm.commands.grow import fold, grow
+from teleflm.commands.fold import fold
+from teleflm.commands.grow import grow
+from teleflm.commands.inspect import inspect
 from teleflm.commands.publish import publish
 from teleflm.commands.sft import app as sft_app
 from teleflm.commands.train import train

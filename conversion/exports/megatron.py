@@ -17,7 +17,7 @@ import re
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -25,13 +25,17 @@ from ..architecture import Architecture
 from ..checkpoint.containers import Layout
 from ..checkpoint.dtypes import DType
 from ..checkpoint.errors import CheckpointError
-from ..checkpoint.plan import TensorPlan, View
+from ..checkpoint.plan import CheckpointPlan, TensorPlan, View
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.torch_file import read_torch_file
 from ..checkpoint.torch_zip import planned_tensors, torch_shard
+from ..hub.contents import hub_config
+from ..hub.small_files import check_read_files, left_behind, small_files
 from ..mapping import EMBED_TOKENS, LM_HEAD
 from ..native.find import RELEASE, TRACKER
 from ..native.table import MEGATRON, NativeWeight, RowOrder, join, native_tensors
+from .model import ExportedModel
+from .multipliers import fold_multipliers, folding_notes
 
 Spec: TypeAlias = Literal["te", "local"]
 """Whose layers the trainer builds: Transformer Engine's, which hold the norm before them, or megatron-core's own."""
@@ -305,3 +309,43 @@ def _local_name(name: str) -> str:
     for te, local in _LOCAL_NAMES.items():
         name = name.replace(te, local)
     return name
+
+
+# The whole export.
+
+
+def plan_megatron_export(
+    model: ExportedModel, sizes: ParallelSizes, fold: bool, spec: Any, cast: DType | None
+) -> tuple[CheckpointPlan, Layout, list[str]]:
+    """The plan of a folder that Megatron-LM trains on, its files, and notes.
+
+    Args:
+        model: what is exported.
+        sizes: ranks, stages and chunks.
+        fold: whether the multipliers are folded into the weights.
+        spec: the layers that Megatron-LM builds.
+        cast: of the output; the source's dtype unless given.
+    """
+    source, dtype = model.architecture, model.dtype(cast)
+    target, scales = fold_multipliers(source) if fold else (source, {})
+    config = {key: value for key, value in hub_config(model.config, target, dtype.name).items() if key != "auto_map"}
+    tensors, layout = plan_megatron(model.parts(target), scales, target, config, sizes, spec, dtype)
+    details = {"parallel": asdict(sizes), "multipliers": "fold" if fold else "keep", "spec": spec}
+    lineage = model.lineage("megatron", cast, **details)
+    check_read_files(model.folder)
+    # The card says how transformers loads the model, which is not how this folder is loaded.
+    sidecars = {name: path for name, path in small_files(model.folder, {}).items() if name != "README.md"}
+    notes = left_behind(model.folder, sidecars) + folding_notes(source, target, scales, dtype)
+    if not fold and (source.embedding_scale, source.logit_scale) != (1.0, 1.0):
+        notes.append(
+            f"The multipliers {source.embedding_scale:g} on the embeddings and {source.logit_scale:g} on the logits "
+            "are in the arguments only; a stock Megatron-LM ignores them and computes another function."
+        )
+    padded = padded_vocab_size(target.vocab_size, sizes.tensor)
+    if padded != target.vocab_size:
+        notes.append(f"{padded - target.vocab_size} rows of zeros follow the {target.vocab_size} of the vocabulary.")
+    notes.append(
+        "Megatron-LM: --load OUT --use-checkpoint-args --use-mp-args-from-checkpoint-args --ckpt-format torch "
+        f"--norm-epsilon {target.rms_norm_eps:g}."
+    )
+    return CheckpointPlan(tensors, config, sidecars, lineage), layout, notes

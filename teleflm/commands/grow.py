@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The commands `teleflm grow` and `teleflm fold`."""
+"""The command `teleflm grow`."""
 
 import json
 from dataclasses import asdict
@@ -48,7 +48,6 @@ Noise = Annotated[
 ]
 MaskSteps = Annotated[int | None, typer.Option(help="mask: steps over which the masks rise; else 5000.", min=1)]
 Optimizer = Annotated[Path | None, typer.Option(metavar="DIR", help="Trainer checkpoint whose optimizer.pt grows too.")]
-Alpha = Annotated[float | None, typer.Option(help="Volume of what is new, 0 to 1; the checkpoint's own unless given.")]
 Layers = Annotated[str, typer.Option(help="Layers to copy: interleave, stack, top, distance, or a list like 3,7,11.")]
 Calibration = Annotated[Path | None, typer.Option(metavar="TEXTFILE", help="distance: the text to measure on.")]
 Multipliers = Annotated[str, typer.Option(help="preserve the logit factor, or take the target's and rescale lm_head.")]
@@ -123,47 +122,6 @@ def grow(
         allow_nonfinite=allow_nonfinite,
         describe=describe,
         show=print_growth,
-    )
-
-
-def fold(
-    source: Source,
-    out: Out,
-    alpha: Alpha = None,
-    dtype: Dtype = None,
-    allow_nonfinite: AllowNonfinite = False,
-    workers: Workers = DEFAULT_WORKERS,
-    memory: Memory = DEFAULT_MEMORY,
-    max_shard_size: MaxShardSize = "5GB",
-    rank: Rank = None,
-    world_size: WorldSize = None,
-    overwrite: Overwrite = False,
-    no_digest: NoDigest = False,
-    verify_source: VerifySource = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Write the plain checkpoint that computes what a masked one computes."""
-    from growth.fold import fold_masks
-    from teleflm.plan_report import run_and_report
-
-    run_and_report(
-        "folding",
-        out,
-        lambda options: fold_masks(source, out, alpha=alpha, dtype=dtype, options=options, dry_run=dry_run),
-        workers=workers,
-        memory=memory,
-        max_shard_size=max_shard_size,
-        rank=rank,
-        world_size=world_size,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        no_digest=no_digest,
-        verify_source=verify_source,
-        as_json=as_json,
-        debug=debug,
-        allow_nonfinite=allow_nonfinite,
     )
 
 

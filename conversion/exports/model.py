@@ -1,0 +1,94 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The Tele-FLM that is exported, and what every folder for stock transformers has."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from ..architecture import Architecture
+from ..checkpoint.dtypes import DType
+from ..checkpoint.errors import CheckpointError
+from ..checkpoint.manifest import parent_record
+from ..checkpoint.sharded import ShardedTensor
+from ..checkpoint.sources import Source, open_checkpoint
+from ..hub.card import lineage_steps, model_card
+from ..hub.contents import TOKENIZER_CODE, hub_config, hub_sidecars
+from ..mapping import EMBED_TOKENS, LM_HEAD, check_tensors, weights
+from ..quantisation import refuse_quantised
+from .multipliers import NEUTRAL
+
+Target: TypeAlias = Literal["granite", "llama", "megatron"]
+
+_STOCK_CLASSES = {"granite": "GraniteForCausalLM", "llama": "LlamaForCausalLM"}
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A Tele-FLM that is open for planning."""
+
+    checkpoint: Source
+    config: dict[str, Any]
+    architecture: Architecture
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return Path(self.checkpoint.folder)
+
+    def dtype(self, cast: DType | None) -> DType:
+        """Of the output."""
+        return cast or self.checkpoint.tensors[EMBED_TOKENS.name].dtype
+
+    def parts(self, target: Architecture) -> dict[str, ShardedTensor]:
+        """The tensors of a model of the target's weights, which may have untied its head."""
+        tensors = self.checkpoint.tensors
+        is_tied = self.architecture.tie_word_embeddings
+        sources = {
+            name: EMBED_TOKENS.name if is_tied and name == LM_HEAD.name else name for name, *_ in weights(target)
+        }
+        return {name: ShardedTensor.of(tensors[source]) for name, source in sources.items()}
+
+    def lineage(self, to: Target, cast: DType | None, **details: Any) -> dict[str, Any]:
+        """The record of its export, on top of its own."""
+        return {
+            "operation": "export",
+            "to": to,
+            "dtype": cast.name if cast else None,
+            **details,
+            "parent": parent_record(self.folder),
+        }
+
+
+def open_model(source: str | Path) -> ExportedModel:
+    """Open a Tele-FLM in Hub format for export.
+
+    Raises:
+        CheckpointError: it is none, or quantised.
+    """
+    checkpoint = open_checkpoint(source)
+    config = checkpoint.config
+    if config is None:
+        raise CheckpointError(f"{checkpoint.folder}/config.json: no such file; only a Tele-FLM can be exported.")
+    refuse_quantised(checkpoint, "export")
+    architecture = Architecture.from_config(config, f"{checkpoint.folder}/config.json", with_biases=True)
+    check_tensors(checkpoint.tensors, architecture, checkpoint.folder)
+    return ExportedModel(checkpoint, config, architecture)
+
+
+def stock_config(model: ExportedModel, architecture: Architecture, model_type: str, dtype: DType) -> dict[str, Any]:
+    """A config.json for a class of transformers' own."""
+    config = hub_config(model.config, architecture, dtype.name)
+    kept = {key: value for key, value in config.items() if key not in ("auto_map", *NEUTRAL)}
+    return {**kept, "model_type": model_type, "architectures": [_STOCK_CLASSES[model_type]]}
+
+
+def stock_sidecars(
+    model: ExportedModel, architecture: Architecture, lineage: Mapping[str, Any], dtype: DType
+) -> dict[str, str | bytes]:
+    """Its small files: our tokenizer's code, and a card that needs none of our model's."""
+    card = model_card(architecture, dtype.name, lineage_steps(lineage), own_code=False)
+    return hub_sidecars(model.folder, card, code=(TOKENIZER_CODE,))

@@ -1,0 +1,111 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The command `teleflm inspect`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from conversion.checkpoint.limits import DEFAULT_MEMORY
+from conversion.checkpoint.sizes import format_bytes
+from teleflm.terminal import (
+    DEFAULT_WORKERS,
+    EXIT_NO,
+    Debug,
+    Json,
+    Memory,
+    Workers,
+    byte_progress,
+    exit_codes,
+    make_console,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from conversion.inspect import Inspection
+
+Path_ = Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a checkpoint, or one weight file.")]
+Check = Annotated[
+    bool,
+    typer.Option("--check", help="Read all of it and compare it with its record."),
+]
+
+
+def inspect(
+    path: Path_,
+    check: Check = False,
+    workers: Workers = DEFAULT_WORKERS,
+    memory: Memory = DEFAULT_MEMORY,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a checkpoint is: architecture, parameters, files, record, problems."""
+    from conversion.inspect import inspect_checkpoint
+
+    with exit_codes(debug=debug):
+        with byte_progress("checking") as progress:
+            inspection = inspect_checkpoint(path, check=check, workers=workers, memory=memory, progress=progress)
+        if as_json:
+            print_json(_describe(inspection))
+        else:
+            _print_inspection(inspection)
+    if inspection.damages:
+        raise typer.Exit(EXIT_NO)
+
+
+def _describe(inspection: "Inspection") -> dict[str, Any]:
+    """The inspection as one JSON object, with the numbers that follow from the architecture."""
+    architecture = inspection.architecture
+    derived = {"logit_scale": architecture.logit_scale} if architecture else {}
+    return {**asdict(inspection), **derived}
+
+
+def _print_inspection(inspection: "Inspection") -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from conversion.checkpoint.errors import printable
+
+    console = make_console()
+    table = Table(show_header=False, title=inspection.folder, title_justify="left")
+    table.add_row("model type", inspection.model_type or "unknown: no configuration")
+    if inspection.parallel is not None:
+        step = f", iteration {inspection.iteration}" if inspection.iteration is not None else ""
+        table.add_row("training run", f"{inspection.format}, {inspection.parallel}{step}")
+    table.add_row("parameters", f"{inspection.parameters:,}")
+    table.add_row("dtypes", ", ".join(f"{name} ({count} tensors)" for name, count in inspection.dtypes.items()))
+    sizes = inspection.files.values()
+    table.add_row(
+        "weights", f"{format_bytes(sum(sizes))} in {len(sizes)} {inspection.format} file{'s' * (len(sizes) != 1)}"
+    )
+    if inspection.architecture:
+        a = inspection.architecture
+        table.add_row("layers", f"{a.num_hidden_layers}")
+        table.add_row("hidden size", f"{a.hidden_size:,}, feed-forward {a.intermediate_size:,}")
+        table.add_row("heads", f"{a.num_attention_heads} of {a.head_dim}, {a.num_key_value_heads} key/value")
+        table.add_row("multipliers", f"embeddings x {a.embedding_scale:g}, logits x {a.logit_scale:g}")
+        pieces = f", {inspection.pieces:,} pieces" if inspection.pieces else ", no tokenizer"
+        padding = f", {inspection.padding_rows:,} rows of padding" if inspection.padding_rows else ""
+        padding = ", padding included" if inspection.parallel is not None else padding
+        table.add_row("vocabulary", f"{a.vocab_size:,} rows{pieces}{padding}")
+    console.print(table, soft_wrap=False)
+    for step in inspection.lineage:
+        console.print(f"- {printable(step)}")
+    for problem in inspection.problems:
+        console.print(Text.assemble(("problem", "bold red"), f" {problem}"))
+    for damage in inspection.damages or []:
+        console.print(Text.assemble(("damaged", "bold red"), printable(f" {damage}.")))
+    if inspection.damages == []:
+        others = "the others were not looked at" if inspection.alone else "no other file would be loaded"
+        files = f"{inspection.checked_files} file{'s' * (inspection.checked_files != 1)}, and {others}."
+        if not inspection.checked_tensors:
+            console.print("The record has no digests of tensors: of these, types, places and samples were compared.")
+            console.print(f"They are what it says, and so is all else in its {files}")
+        else:
+            console.print("Every tensor has its digest.")
+            if inspection.checked_files:
+                console.print(f"So has all else in its {files}")
