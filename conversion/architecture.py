@@ -5,10 +5,13 @@
 """The few numbers of a Tele-FLM configuration that checkpoints depend on, read from config.json without torch."""
 
 import ast
+import copy
 import importlib.util
 import math
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +151,9 @@ def package_folder() -> Path:
     return Path(spec.origin).parent
 
 
+_PARSING = threading.Lock()
+
+
 def model_code_constant(file: str, name: str) -> Any:
     """A constant of our model code, read from its text: importing it would import torch.
 
@@ -155,11 +161,17 @@ def model_code_constant(file: str, name: str) -> Any:
         file: of `modeling_teleflm`, for example `modeling_teleflm.py`.
         name: of the constant, which is a literal.
     """
-    for node in ast.parse((package_folder() / file).read_text(encoding="utf-8")).body:
+    with _PARSING:  # in Python 3.11, two threads that build syntax trees at once can both fail, with a SystemError
+        return copy.deepcopy(_literal(package_folder() / file, name))
+
+
+@cache
+def _literal(path: Path, name: str) -> Any:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
         match node:
             case ast.Assign(targets=[ast.Name(id=found)], value=value) if found == name:
                 return ast.literal_eval(value)
-    raise LookupError(f"{file} has no constant {name}")
+    raise LookupError(f"{path.name} has no constant {name}")
 
 
 def preset_names() -> list[str]:

@@ -4,9 +4,12 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The files around the weights: what a fresh process needs to load the folder, and nothing that does not belong."""
 
+import gc
 import json
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from safetensors.torch import load_file
 
 import modeling_teleflm.masked_teleflm as masked
 import modeling_teleflm.modeling_teleflm as modeling
-from conversion import WriteOptions, convert_checkpoint, inspect_checkpoint
+from conversion import WriteOptions, architecture, convert_checkpoint, inspect_checkpoint
 from conversion.architecture import Architecture, load_preset, model_code_constant, preset_names
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.manifest import MANIFEST
@@ -107,6 +110,34 @@ def test_what_is_read_from_the_text_of_the_model_code_is_what_it_says():
     assert {field.name for field in fields(MaskState)} == set(masked._GROWTH_STATE)
     with pytest.raises(LookupError):
         model_code_constant("masked_teleflm.py", "NOTHING")
+
+
+@pytest.fixture
+def switching_in_collections():
+    """Lets other threads run whenever garbage is collected, also in the midst of what Python does in one go else."""
+    thresholds = gc.get_threshold()
+
+    def switch(*_: object) -> None:
+        time.sleep(0)
+
+    gc.callbacks.append(switch)
+    gc.set_threshold(50)
+    yield
+    gc.set_threshold(*thresholds)
+    gc.callbacks.remove(switch)
+
+
+@pytest.mark.usefixtures("switching_in_collections")
+def test_the_text_of_the_model_code_is_read_by_many_threads_at_once():
+    def read(_: int) -> object:
+        architecture._literal.cache_clear()
+        return model_code_constant("modeling_teleflm.py", "AUTO_MAP")
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(read, range(16)))
+    assert all(one == modeling.AUTO_MAP for one in found)
+    found[0].clear()
+    assert found[1] == modeling.AUTO_MAP
 
 
 @pytest.mark.parametrize("name", preset_names())
