@@ -4,10 +4,14 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Checkpoints to checkpoints: the engine, the formats, the Hub. Imports no torch and no transformers."""
 
-from .checkpoint.execute import CheckpointResult, WriteOptions
-from .convert import convert_checkpoint
-from .exports.export import export_checkpoint
-from .inspect import Inspection, inspect_checkpoint
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint.execute import CheckpointResult, WriteOptions
+    from .convert import convert_checkpoint
+    from .exports.export import export_checkpoint
+    from .inspect import Inspection, inspect_checkpoint
 
 __all__ = [
     "CheckpointResult",
@@ -17,3 +21,23 @@ __all__ = [
     "export_checkpoint",
     "inspect_checkpoint",
 ]
+
+# Imported when first asked for: a command that converts needs no exports, and `--help` none of all this.
+_MODULES = {
+    "CheckpointResult": "checkpoint.execute",
+    "WriteOptions": "checkpoint.execute",
+    "convert_checkpoint": "convert",
+    "export_checkpoint": "exports.export",
+    "Inspection": "inspect",
+    "inspect_checkpoint": "inspect",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
