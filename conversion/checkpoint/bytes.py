@@ -96,6 +96,9 @@ class OpenBytes(ABC):
             OSError: reading failed.
         """
 
+    def expect(self, begin: int, end: int) -> None:
+        """Learn that the thread will read these bytes next, in order, and may read them at once."""
+
     @abstractmethod
     def identified(self, *header: tuple[int, bytes]) -> ByteSource:
         """What is open as a value.
@@ -243,7 +246,7 @@ class OpenFile(OpenBytes):
         head, data = xxhash.xxh3_128(), xxhash.xxh3_128()
         for part in header:
             head.update(part)
-        for offset, size in _spread(self.size):
+        for offset, size in spread(self.size):
             data.update(self._upto_end(offset, size))
         return f"{self.size}-{self.mtime_ns}-{head.hexdigest()}-{data.hexdigest()}"
 
@@ -266,8 +269,8 @@ def read_fully(descriptor: int, target: memoryview, offset: int) -> None:
         done += count
 
 
-def _spread(size: int) -> Iterator[tuple[int, int]]:
-    """Small windows, evenly spread over a file of that size; all of it, if that is less."""
+def spread(size: int) -> Iterator[tuple[int, int]]:
+    """Where an identity looks at data: small windows, evenly spread over a file of that size; all of it, if that is less."""
     if size <= _WINDOWS * _WINDOW:
         yield 0, size
         return
@@ -288,6 +291,8 @@ Where: TypeAlias = str | os.PathLike[str] | ByteSource
 
 # By the scheme of a URL: what opens it. A path has none.
 OPENERS: dict[str, Callable[[str], OpenBytes]] = {}
+# By the path of a folder that stands for one elsewhere: what opens a file in it; None for a file that is here.
+MIRRORS: dict[str, Callable[[str], OpenBytes | None]] = {}
 
 
 def full_name(where: Where) -> str:
@@ -310,9 +315,16 @@ def open_bytes(where: Where) -> OpenBytes:
     name = full_name(where)
     opener = OPENERS.get(_scheme(name))
     try:
-        return opener(name) if opener else OpenFile(name)
+        return opener(name) if opener else _open_mirrored(name) or OpenFile(name)
     except ValueError:  # a zero byte in it
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name) from None
+
+
+def _open_mirrored(name: str) -> OpenBytes | None:
+    for root, opener in MIRRORS.items():
+        if name.startswith(root + os.sep):
+            return opener(name)
+    return None
 
 
 def _scheme(name: str) -> str:

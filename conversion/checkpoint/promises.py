@@ -30,6 +30,7 @@ from .bytes import ByteSource, LocalFile, OpenBytes, reading
 from .dtypes import BY_NAME
 from .errors import CheckpointError, CorruptData
 from .manifest import block_digest, read_manifest, tensor_digest
+from .mirror import MirroredFile
 from .plan import CheckpointPlan, View, source_views
 from .reader import FileReader
 from .safetensors_file import read_header
@@ -182,7 +183,11 @@ def _covers(promises: Iterable[Promise], spans: Spans) -> bool:
 
 
 def _of_download(source: ByteSource) -> list[Promise]:
-    sha256 = _blob_name(source.name) or _download_record(Path(source.name)) if isinstance(source, LocalFile) else None
+    if isinstance(source, MirroredFile):
+        sha256 = source.entry.sha256
+    else:
+        is_local = isinstance(source, LocalFile)
+        sha256 = _blob_name(source.name) or _download_record(Path(source.name)) if is_local else None
     return [Promise("download", "", View.contiguous(source, 0, (source.size,), _UINT8), sha256)] if sha256 else []
 
 

@@ -103,6 +103,7 @@ class FileReader:
         Raises:
             CorruptData: the file ends before the window does.
         """
+        self._open(view.file).expect(*view.span)
         yield from _chunks(lambda chunk, offset: self._fill(view.file, chunk, offset), *view.span)
 
     def copy_to(self, view: View, target: int, offset: int) -> None:

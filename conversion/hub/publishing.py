@@ -2,42 +2,31 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""A finished folder to a repository of the Hub: looked over first, weights before what makes them loadable.
+"""A finished folder to a repository of the Hub: looked over first, and visible all at once.
 
-huggingface_hub uploads, skips what the repository has already, and goes on after an interruption.
+    what would be published  ->  may we, there?  ->  is it sound?  ->  does it load?  ->  send weights  ->  one commit
+    (release.py)                 (client.py)        (release.py)      (loading.py)       (uploading.py)
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.errors import CheckpointError
+from ..checkpoint.folder_formats import is_setting, is_weights
 from ..checkpoint.limits import default_workers
-from ..checkpoint.manifest import MANIFEST, OLD_MANIFEST, find_manifest
-from ..checkpoint.preflight import FOLDER, PARTIAL
-from ..checkpoint.strict_json import read_json_object
-from ..inspect import inspect_checkpoint
-from .contents import CODE_FILES
+from ..checkpoint.manifest import MANIFEST, OLD_MANIFEST
+from ..checkpoint.strict_json import parse_json_object
+from .client import Repository, check_repo_id, look_at, one_line, without_tokens
+from .loading import try_loading
+from .release import CARD, Release, check_release, find_release
+from .uploading import Destination, Hashes, Sent, commit, send
 
-_CARD = "README.md"
-_CONFIGS = ("config.json", "adapter_config.json")
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_SMALL_FILES = (
-    *_CONFIGS,
-    _CARD,
-    MANIFEST,
-    "generation_config.json",
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "model.safetensors.index.json",
-    "LICENSE",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    *CODE_FILES,
-)
-_PATH_KEYS = ("_name_or_path", "base_model_name_or_path")
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_MAX_REMOTE = 64 * 2**20  # bytes of a card or a record that are read from the Hub
 
 
 @dataclass(frozen=True)
@@ -49,14 +38,18 @@ class Publication:
         weights: name -> bytes of the weight files.
         small_files: name -> bytes of the others.
         left_out: files and folders that stay here, because no reader of a model needs them.
-        url: of the last commit; None after a dry run.
+        removed: files of the repository that go, as they would be loaded with the new ones, or in their place.
+        notes: what a user should know, one sentence each.
+        url: of the commit, or of the pull request; None after a dry run.
     """
 
     repo_id: str
     weights: dict[str, int]
     small_files: dict[str, int]
     left_out: list[str]
-    url: str | None
+    removed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    url: str | None = None
 
 
 def publish(
@@ -65,147 +58,208 @@ def publish(
     *,
     private: bool = False,
     revision: str | None = None,
+    pull_request: bool = False,
+    tag: str | None = None,
     message: str | None = None,
     check: bool = True,
+    load: bool = True,
     dry_run: bool = False,
     workers: int = default_workers(),
     progress: Callable[[int, int], None] = lambda nbytes, total: None,
+    hash_progress: Callable[[int, int], None] = lambda nbytes, total: None,
 ) -> Publication:
-    """Upload a Hub folder, or an adapter of `sft export`, as a model of the Hub.
+    """Publish a Hub folder, or an adapter of `sft export`, as a model of the Hub.
 
-    Only what a reader of the model needs is uploaded: weights in safetensors, configuration, tokenizer, code of this
-    package, card, record. The weights go first, so that a
-    new repository can be loaded only when all of it is there.
+    Only what a reader of the model needs is uploaded: weights in safetensors, configuration, tokenizer, code, licence,
+    card, record. One commit makes all of it visible, and removes what another version left there; a reader sees the
+    old version or the new one.
 
     Args:
         path: the folder.
         repo_id: `OWNER/NAME`; made if there is none.
-        private: of a repository that is made.
-        revision: branch to upload to; the main one unless given.
-        message: of the commits.
+        private: of a repository that is made; refused where there is a public one.
+        revision: branch; made from the main one if there is none.
+        pull_request: open a pull request instead of committing.
+        tag: to give to the commit.
+        message: of the commit.
         check: read every tensor and compare it with the digests of the record first, if there are any.
-        dry_run: look the folder over and touch nothing, neither here nor there.
+        load: load the folder in a process of its own first, as a stranger would.
+        dry_run: do everything but write, here and there.
         workers: threads of the check.
         progress: called with the bytes the check just read and those in all.
+        hash_progress: likewise with those that were hashed for the upload.
 
     Raises:
-        CheckpointError: the folder is not finished, is damaged, would not load, or names a folder of this machine; or
-            `repo_id` cannot be one.
-        OSError: the Hub cannot be reached or refuses; the same call goes on.
+        CheckpointError: the folder is not finished, is damaged, does not load, names a path of this machine or holds a
+            secret; or the repository cannot be what was asked for.
+        OSError: the Hub cannot be reached or refuses; the repository is what it was, and the same call goes on.
     """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    folder = Path(path)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise CheckpointError(f"{repo_id}: {' '.join(str(error).split())}") from error
-    if repo_id.count("/") != 1:
-        raise CheckpointError(f"{repo_id}: names no owner; write OWNER/NAME.")
-    weights, small_files = _files(folder)
-    _require_sound(folder, weights, check, workers, progress)
-    _refuse_local_paths(folder, small_files)
-    chosen = {*weights, *small_files}
-    left_out = sorted(entry.name for entry in folder.iterdir() if entry.name not in chosen and entry.name != ".cache")
-    url = None if dry_run else _upload(folder, repo_id, private, revision, message, [[*weights], [*small_files]])
-    return Publication(repo_id, weights, small_files, left_out, url)
-
-
-def _files(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes of the weight files and of the small ones.
-
-    Raises:
-        CheckpointError: there is no finished checkpoint in safetensors.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder.")
-    unfinished = sorted(path.name for pattern in (FOLDER, f"*{PARTIAL}") for path in folder.glob(pattern))
-    if unfinished:
-        raise CheckpointError(f"{folder}: holds {unfinished[0]} of an unfinished run; run its command again first.")
-    small = {name: (folder / name).stat().st_size for name in _SMALL_FILES if (folder / name).is_file()}
-    record = find_manifest(folder)
-    if record and record.name == OLD_MANIFEST:
-        small[OLD_MANIFEST] = record.stat().st_size
-    if "adapter_config.json" in small:
-        weights = [_ADAPTER_WEIGHTS] if (folder / _ADAPTER_WEIGHTS).is_file() else []
-    else:
-        weights = sorted(path.name for path in folder.glob("model*.safetensors"))
-    if not weights:
-        raise CheckpointError(f"{folder}: holds no safetensors; teleflm convert makes a folder that can be published.")
-    for name in (_CARD, *(() if any(config in small for config in _CONFIGS) else _CONFIGS[:1])):
-        if name not in small:
-            raise CheckpointError(f"{folder}/{name}: no such file; teleflm convert, grow and sft export write one.")
-    return {name: (folder / name).stat().st_size for name in weights}, small
-
-
-def _require_sound(
-    folder: Path, weights: Mapping[str, int], check: bool, workers: int, progress: Callable[[int, int], None]
-) -> None:
-    """What `teleflm inspect` finds wrong with it is refused."""
-    adapter = _ADAPTER_WEIGHTS in weights
-    digests = check and find_manifest(folder) is not None
-    inspection = inspect_checkpoint(
-        folder / _ADAPTER_WEIGHTS if adapter else folder, check=digests, workers=workers, progress=progress
-    )
-    if inspection.problems and not adapter:  # an adapter alone has no architecture to hold it against
-        raise CheckpointError(inspection.problems[0])
-    # A card may be edited, and a configuration corrected, before they are published: only weights have to be intact.
-    damages = [damage for damage in inspection.damages or [] if damage.tensor or damage.file in weights]
-    if damages:
-        first, more = damages[0], f", and {len(damages) - 1} more" if len(damages) > 1 else ""
-        what = f"{first.tensor} {first.reason}" if first.tensor else first.reason
-        raise CheckpointError(f"{folder}/{first.file}: {what}{more}; make the folder anew.")
-    unknown = sorted(weights.keys() - inspection.files.keys())
-    if unknown and not adapter:
-        raise CheckpointError(f"{folder}/{unknown[0]}: is not in the index; remove it, or make the folder anew.")
-
-
-def _refuse_local_paths(folder: Path, names: Mapping[str, int]) -> None:
-    """A folder of this machine is nobody's business, and an adapter that names one as its base loads nowhere else."""
-    for name in _CONFIGS:
-        config = read_json_object(folder / name) if name in names else {}
-        for key in _PATH_KEYS:
-            value = config.get(key)
-            if isinstance(value, str) and value and (value[0] in "/~." or Path(value).exists()):
-                raise CheckpointError(
-                    f"{folder}/{name}: {key} is {value}, a folder of this machine; give the name on the Hub instead "
-                    "(for an adapter: teleflm sft export --base OWNER/NAME)."
-                )
-
-
-def _upload(
-    folder: Path, repo_id: str, private: bool, revision: str | None, message: str | None, groups: list[list[str]]
-) -> str:
-    """Upload groups of files in order. Returns the address of the last commit."""
     from huggingface_hub import HfApi
 
-    hub = HfApi()
+    folder = Path(path)
+    check_repo_id(repo_id)
+    if pull_request and tag:
+        raise CheckpointError(f"{repo_id}: a pull request has no commit of its own to tag; tag it once it is merged.")
+    release = find_release(folder)
+    to = Destination(HfApi(library_name="teleflm"), repo_id, revision, pull_request)
+    there, notes = _ask(to, private, tag, dry_run)
+    removed = _to_remove(to, there, release) if there else []
+    card = (folder / CARD).read_bytes()
+    check_release(release, check, workers, progress)
+    notes += try_loading(release) if load else []
+    small = {**release.small_files, CARD: len(card)}
+    publication = Publication(repo_id, release.weights, small, release.left_out, removed, notes)
+    if dry_run:
+        return publication
+    there = _make_repository(to, private)
+    removed = _to_remove(to, there, release)
+    hashes = Hashes(folder)
+    large = {name: folder / name for name in release.weights}
+    sent = send(to, large, hashes, hash_progress)
+    contents = {name: card if name == CARD else (folder / name).read_bytes() for name in release.small_files}
+    url = commit(to, there.commit, sent, contents, removed, message or _message(folder))
+    if tag:
+        _tag(to, tag)
+    return Publication(repo_id, release.weights, small, release.left_out, removed, notes, url)
+
+
+# Before anything is read in full: may we?
+
+
+def _ask(to: Destination, private: bool, tag: str | None, dry_run: bool) -> tuple[Repository | None, list[str]]:
+    """What is there, and notes; refuses what could only fail later.
+
+    Raises:
+        CheckpointError, OSError: no token, one that may not write, or a repository that is not what was asked for.
+    """
+    from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+
     try:
-        hub.create_repo(repo_id, private=private, exist_ok=True)
-        if revision:
-            hub.create_branch(repo_id, branch=revision, exist_ok=True)
-        commits = [
-            hub.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                allow_patterns=files,
-                revision=revision,
-                commit_message=message or "Upload with teleflm",
-            )
-            for files in groups
-        ]
-    except Exception as error:
-        if not _is_of_the_network(error):
+        with one_line(to.repo_id):
+            try:
+                _require_write(to, to.hub.whoami())
+            except LocalTokenNotFoundError:
+                raise CheckpointError(f"{to.repo_id}: no token to publish with; run `hf auth login` or set HF_TOKEN.") from None
+            except OfflineModeIsEnabled:
+                raise
+            there = look_at(to.hub, to.repo_id)
+            if there is not None:
+                there = _at_branch(to, there)
+    except (CheckpointError, OSError) as error:
+        if not dry_run:
             raise
-        said = " ".join(str(error).split())
-        raise OSError(None, f"{said[:300]}; the same command goes on from here", repo_id) from error
-    return str(commits[-1].commit_url)
+        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return None, [f"The Hub was not asked: {said.rstrip('.')}."]
+    if there is None:
+        return None, [f"{to.repo_id} is not there yet, and would be made." if dry_run else f"{to.repo_id} was made."]
+    if private and not there.private:
+        raise CheckpointError(
+            f"{to.repo_id}: is public, and --private does not change that; make it private in its settings first, or "
+            "leave --private out."
+        )
+    if tag and tag in (names := _tags(to)):
+        raise CheckpointError(f"{to.repo_id}: has a tag {tag} already, of {names[tag][:12]}; choose another one.")
+    return there, []
 
 
-def _is_of_the_network(error: Exception) -> bool:
-    """The HTTP library beneath huggingface_hub has changed twice, and its errors are not all errors of the system."""
-    return isinstance(error, OSError) or any(kind.__module__.startswith("httpx") for kind in type(error).__mro__)
+def _require_write(to: Destination, who: Mapping[str, Any]) -> None:
+    """Refuse a token that may only read, and a namespace that is not ours."""
+    token = (who.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "read":
+        raise CheckpointError(f"{to.repo_id}: this token may only read; make one that may write, and set HF_TOKEN.")
+    owner = to.repo_id.split("/")[0]
+    known = [str(who.get("name")), *(str(group.get("name")) for group in who.get("orgs") or [])]
+    if not to.pull_request and owner not in known:
+        raise CheckpointError(
+            f"{to.repo_id}: {owner} is neither {known[0]}, whose token this is, nor an organisation of theirs "
+            f"({', '.join(known[1:]) or 'none'}); choose another name, or --pr."
+        )
+
+
+def _at_branch(to: Destination, main: Repository) -> Repository:
+    """The repository at the branch that is written to; at its main one if that branch is not there yet."""
+    if to.revision is None:
+        return main
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    try:
+        to.hub.model_info(to.repo_id, revision=to.revision)
+    except RevisionNotFoundError:
+        return main
+    return look_at(to.hub, to.repo_id, to.revision) or main
+
+
+def _tags(to: Destination) -> dict[str, str]:
+    with one_line(to.repo_id):
+        return {ref.name: ref.target_commit for ref in to.hub.list_repo_refs(to.repo_id).tags}
+
+
+def _make_repository(to: Destination, private: bool) -> Repository:
+    """The repository and its branch, made if they are not there.
+
+    Raises:
+        CheckpointError: it was made by somebody else meanwhile, and is public.
+    """
+    with one_line(to.repo_id):
+        to.hub.create_repo(to.repo_id, private=private or None, exist_ok=True)
+        if to.revision and not to.pull_request:
+            to.hub.create_branch(to.repo_id, branch=to.revision, exist_ok=True)
+    there = look_at(to.hub, to.repo_id, to.revision)
+    if there is None:
+        raise CheckpointError(f"{to.repo_id}: cannot be seen by this token; check what it may read.")
+    if private and not there.private:
+        raise CheckpointError(f"{to.repo_id}: is public although --private was asked for; nothing was sent.")
+    return there
+
+
+def _tag(to: Destination, tag: str) -> None:
+    with one_line(to.repo_id):
+        to.hub.create_tag(to.repo_id, tag=tag, revision=to.revision)
+
+
+# What another version left there.
+
+
+def _to_remove(to: Destination, there: Repository, release: Release) -> list[str]:
+    """Files of a repository that would be loaded with ours or in their place, or that its record says were ours."""
+    recorded = _recorded(to, there)
+    return sorted(
+        name
+        for name in there.files
+        if name not in release.files and (is_weights(name) or is_setting(name) or name in recorded)
+    )
+
+
+def _recorded(to: Destination, there: Repository) -> set[str]:
+    """What the record in a repository lists; it may be anyone's."""
+    for name in (MANIFEST, OLD_MANIFEST):
+        if (content := read_remote(to, there, name)) is None:
+            continue
+        try:
+            record = parse_json_object(content, name)
+        except CheckpointError:
+            continue
+        files = record.get("files")
+        if name == MANIFEST or {"plan", "lineage", "tensors"} <= record.keys():
+            return {name, *(files if isinstance(files, Mapping) else ())} - {CARD}
+    return set()
+
+
+def read_remote(to: Destination, there: Repository, name: str) -> bytes | None:
+    """A small file of a repository, at the commit that was looked at; None if there is none, or a large one."""
+    if name not in there.files or there.files[name].size > _MAX_REMOTE:
+        return None
+    from huggingface_hub import hf_hub_download
+
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder, one_line(to.repo_id):
+        path = hf_hub_download(to.repo_id, name, revision=there.commit, local_dir=folder, token=to.hub.token)
+        return Path(path).read_bytes()
+
+
+def _message(folder: Path) -> str:
+    return "Upload with teleflm"
 
 
 __all__ = ["Publication", "publish"]
