@@ -5,7 +5,6 @@
 """Publishing, by the real client of the Hub over HTTP to a small Hub on this machine."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ from conversion import WriteOptions, convert_checkpoint
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.manifest import MANIFEST
 from conversion.hub.publishing import publish
-from tests.fixtures.hub_server import running_hub
+from tests.fixtures.hub import Fault, running_hub
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 ROOT = Path(teleflm.__file__).parent.parent
@@ -52,15 +51,8 @@ def hub():
 
 def run(hub, *arguments):
     """The command in a process of its own: the client reads where its Hub is when it is imported."""
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_TOKEN": "hf_test",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
     command = [sys.executable, "-m", "teleflm", "publish", *map(str, arguments)]
+    environment = hub.environment(HF_HUB_DISABLE_XET="1")
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -73,33 +65,37 @@ def test_what_a_reader_needs_arrives_and_the_weights_arrive_first(hub, folder):
     result = run(hub, folder, REPO, "--private", "--revision", "step7", "-m", "The seventh", "--json")
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
-    assert hub.repositories == {REPO: True}
-    assert [(name, branch, message) for name, branch, message, _ in hub.commits] == [(REPO, "step7", "The seventh")] * 2
-    first, second = (files for *_, files in hub.commits)
-    assert first.keys() == said["weights"].keys() == shards
-    assert second.keys() == said["small_files"].keys() == CODE | TEXTS | TOKENIZER | {"generation_config.json"}
-    assert all((folder / name).read_bytes() == content for name, content in {**first, **second}.items())
+    repository = hub.repositories[REPO]
+    assert repository.private
+    second, first, initial = repository.history("step7")
+    assert repository.history() == [initial]
+    assert [first.message, second.message] == ["The seventh"] * 2
+    assert first.tree.keys() - initial.tree.keys() == said["weights"].keys() == shards
+    small = CODE | TEXTS | TOKENIZER | {"generation_config.json"}
+    assert second.tree.keys() - first.tree.keys() == said["small_files"].keys() == small
+    assert all((folder / name).read_bytes() == repository.files("step7")[name] for name in shards | small)
     assert said["left_out"] == ["checkpoint-10", "optimizer.pt"]
-    assert said["url"] == f"{hub.url}/{REPO}/commit/2"
+    assert said["url"] == f"{hub.url}/{REPO}/commit/{second.sha}"
 
 
 def test_what_the_hub_refuses_is_one_line_and_the_command_goes_on_later(hub, folder):
-    hub.refuse = 403
+    hub.fault = lambda request: Fault.status(403, "No write access") if "/commit/" in request.path else None
     result = run(hub, folder, REPO)
-    assert (result.returncode, hub.commits) == (1, [])
+    assert result.returncode == 1
+    assert len(hub.repositories[REPO].history()) == 1
     lines = [line for line in result.stderr.splitlines() if line.startswith("teleflm: ")]
     assert len(lines) == 1
     assert re.fullmatch(r"teleflm: owner/model: .*403.*; the same command goes on from here", lines[0])
-    hub.refuse = 0
+    hub.fault = None
     assert run(hub, folder, REPO).returncode == 0
-    assert len(hub.commits) == 2
+    assert len(hub.repositories[REPO].history()) == 3
 
 
 def test_a_dry_run_touches_nothing(hub, folder):
     result = run(hub, folder, REPO, "--dry-run")
     assert result.returncode == 0, result.stderr
     assert re.search(r"would be uploaded to owner/model", result.stdout)
-    assert (hub.repositories, hub.commits) == ({}, [])
+    assert (hub.repositories, hub.requests) == ({}, [])
 
 
 def test_a_hub_that_is_not_there_is_one_line(folder, hub):
