@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint.execute import CheckpointResult, WriteOptions
-    from .convert import convert_checkpoint
+    from .convert import convert_checkpoint, convert_to_hub
     from .exports.export import export_checkpoint
     from .inspect import Inspection, inspect_checkpoint
 
@@ -18,6 +18,7 @@ __all__ = [
     "Inspection",
     "WriteOptions",
     "convert_checkpoint",
+    "convert_to_hub",
     "export_checkpoint",
     "inspect_checkpoint",
 ]
@@ -27,6 +28,7 @@ _MODULES = {
     "CheckpointResult": "checkpoint.execute",
     "WriteOptions": "checkpoint.execute",
     "convert_checkpoint": "convert",
+    "convert_to_hub": "convert",
     "export_checkpoint": "exports.export",
     "Inspection": "inspect",
     "inspect_checkpoint": "inspect",

@@ -5,22 +5,27 @@
 """Rewriting a checkpoint as a Hub folder of safetensors: of a training run, or the Hub's own in another container."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .architecture import MODEL_TYPE, Architecture, load_config, load_preset, preset_names
+from .checkpoint.budget import reading_threads
+from .checkpoint.containers import parse_size
 from .checkpoint.dtypes import DType, parse_dtype
 from .checkpoint.errors import CheckpointError, NotFinite
 from .checkpoint.execute import CheckpointResult, WriteOptions, execute
 from .checkpoint.job import read_json
 from .checkpoint.manifest import parent_record
 from .checkpoint.plan import CheckpointPlan, TensorPlan, View
+from .checkpoint.promises import verify_sources
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .exports.megatron import exported_tensors
 from .hub.card import lineage_steps, model_card
 from .hub.contents import hub_config, hub_sidecars
+from .hub.remote import local_view
 from .hub.small_files import check_read_files, copied_file, left_behind, small_files
+from .hub.streaming import Streamed, stream_to_hub
 from .mapping import check_tensors, weights
 from .native.checkpoint import NativeCheckpoint
 from .native.find import FORMATS as NATIVE_FORMATS
@@ -79,18 +84,100 @@ def convert_checkpoint(
         CorruptData: a value is not finite, or a file was cut short; the output folder is not loadable.
         OSError: the disk failed; the output folder is not loadable, and the same call resumes.
     """
+    how: dict[str, Any] = {
+        "format": format,
+        "iteration": iteration,
+        "config": config,
+        "tokenizer": tokenizer,
+        "mapping": mapping,
+    }
+    how |= {"vocab_size": vocab_size, "multipliers": multipliers, "fp32_master": fp32_master}
+    how |= {"allow_unequal_replicas": allow_unequal_replicas, "allow_nonfinite": allow_nonfinite, "dtype": dtype}
+    planned = _plan(source, options or WriteOptions(), dry_run=dry_run, **how)
+    try:
+        return execute(
+            planned.plan, Path(out), planned.options, planned.notes, dry_run=dry_run, recorded=planned.recorded
+        )
+    except NotFinite as error:
+        raise NotFinite(f"{error} --allow-nonfinite converts the run as it is.") from None
+
+
+def convert_to_hub(
+    source: str | Path,
+    repo_id: str,
+    low_disk: str | int,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    tag: str | None = None,
+    message: str | None = None,
+    work: Path | None = None,
+    options: WriteOptions | None = None,
+    dry_run: bool = False,
+    **how: Any,
+) -> Streamed:
+    """Convert a checkpoint into a repository of the Hub, with at most `low_disk` of it on this disk at any time.
+
+    Args:
+        source: see `convert_checkpoint`.
+        repo_id: `OWNER/NAME`.
+        low_disk: bytes, or text such as `50GB`.
+        private, revision, tag, message, work: see `hub.streaming.stream_to_hub`.
+        options: how to write.
+        dry_run: plan and check everything that headers allow, write nothing.
+        how: what `convert_checkpoint` takes of the source: `format`, `dtype` and so on.
+
+    Raises:
+        CheckpointError, OSError: see `convert_checkpoint` and `stream_to_hub`.
+    """
+    planned = _plan(source, options or WriteOptions(), dry_run=dry_run, **how)
+    notes = planned.notes
+    if planned.options.verify_source and not dry_run:
+        threads = reading_threads(planned.options.workers, parse_size(planned.options.memory))
+        progress = planned.options.verify_progress
+        notes = [*notes, *verify_sources(planned.plan, planned.recorded, threads, progress)]
+    to = {"private": private, "revision": revision, "tag": tag, "message": message, "work": work}
+    return stream_to_hub(planned.plan, repo_id, low_disk, planned.options, notes, dry_run=dry_run, **to)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _Planned:
+    plan: CheckpointPlan
+    notes: list[str]
+    options: WriteOptions
+    recorded: dict[str, View]
+
+
+def _plan(
+    source: str | Path,
+    options: WriteOptions,
+    *,
+    format: str = "auto",
+    iteration: int | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+    tokenizer: str | Path | None = None,
+    vocab_size: int | None = None,
+    multipliers: str | None = None,
+    mapping: str | Path | None = None,
+    fp32_master: bool = False,
+    allow_unequal_replicas: bool = False,
+    allow_nonfinite: bool = False,
+    dtype: str | None = None,
+    dry_run: bool = False,
+) -> _Planned:
+    """The plan of a conversion, and how to write it; see `convert_checkpoint`."""
     if format not in FORMATS:
         raise CheckpointError(f"format is {format!r}, expected one of {', '.join(FORMATS)}.")
-    options = options or WriteOptions()
+    folder = local_view(source)
     options = replace(options, allow_nonfinite=options.allow_nonfinite or allow_nonfinite)
     recorded: dict[str, View] = {}
     cast = parse_dtype(dtype) if dtype else None
-    run = _open_run(Path(source), format, iteration, mapping, fp32_master)
+    run = _open_run(folder, format, iteration, mapping, fp32_master)
     if run is None:
         run_only = {"config": config, "tokenizer": tokenizer, "vocab_size": vocab_size, "iteration": iteration}
         run_only |= {"multipliers": multipliers, "mapping": mapping, "fp32_master": fp32_master or None}
         _refuse_run_options(run_only)
-        plan, notes = plan_conversion(open_checkpoint(source), dtype=cast, alone=Path(source).is_file())
+        plan, notes = plan_conversion(open_checkpoint(folder), dtype=cast, alone=folder.is_file())
     else:
         plan, notes = plan_run(run, _read_config(config), tokenizer, vocab_size, cast, multipliers)
         options = replace(options, finite=not options.allow_nonfinite)
@@ -98,10 +185,7 @@ def convert_checkpoint(
         recorded = exported_tensors(exported) if exported else {}
         if not dry_run:
             notes += compare_replicas(run, plan.config, allow=allow_unequal_replicas)
-    try:
-        return execute(plan, Path(out), options, notes, dry_run=dry_run, recorded=recorded)
-    except NotFinite as error:
-        raise NotFinite(f"{error} --allow-nonfinite converts the run as it is.") from None
+    return _Planned(plan, notes, options, recorded)
 
 
 def _open_run(

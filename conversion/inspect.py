@@ -19,11 +19,13 @@ from .checkpoint.containers import parse_size
 from .checkpoint.errors import CheckpointError, printable
 from .checkpoint.limits import DEFAULT_MEMORY, default_workers
 from .checkpoint.manifest import MANIFEST, read_manifest
+from .checkpoint.mirror import shown
 from .checkpoint.plan import View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .exports.megatron import exported_tensors
 from .hub.card import lineage_steps
 from .hub.contents import count_pieces
+from .hub.remote import local_view
 from .mapping import check_tensors
 from .native.checkpoint import NativeCheckpoint
 from .native.find import RELEASE, exported_folder, open_native
@@ -98,6 +100,7 @@ def inspect_checkpoint(
     Raises:
         CheckpointError: there is no checkpoint, or a file of it is damaged; `check` without digests.
     """
+    path = local_view(path)
     workers = reading_threads(workers or default_workers(), parse_size(memory))
     run = None if _is_hub(Path(path)) else _open_run(Path(path), check)
     if run is not None:
@@ -122,7 +125,7 @@ def inspect_checkpoint(
     if alone and checked:
         checked = _of_file(checked, Path(source.files[0].name).name)
     return Inspection(
-        folder=source.folder,
+        folder=shown(source.folder),
         format=source.format,
         parallel=None,
         iteration=None,
@@ -135,7 +138,7 @@ def inspect_checkpoint(
         pieces=pieces,
         padding_rows=architecture.vocab_size - pieces if architecture and pieces else None,
         lineage=lineage_steps(manifest["lineage"]) if manifest else [],
-        problems=problems,
+        problems=[*map(shown, problems)],
         damages=_check(source.tensors, folder, checked, workers, progress, alone=alone),
         alone=alone,
         checked_files=_count_files(checked),
@@ -212,7 +215,7 @@ def _inspect_run(run: NativeCheckpoint, check: bool, workers: int, progress: Cal
     )
     tensors = run.tensors.values()
     return Inspection(
-        folder=run.folder,
+        folder=shown(run.folder),
         format=run.format,
         parallel=run.parallel,
         iteration=run.iteration,
@@ -225,7 +228,7 @@ def _inspect_run(run: NativeCheckpoint, check: bool, workers: int, progress: Cal
         pieces=None,
         padding_rows=None,
         lineage=lineage_steps(manifest["lineage"]) if manifest else [],
-        problems=problems,
+        problems=[*map(shown, problems)],
         damages=damages,
         checked_files=_count_files(checked),
         checked_tensors=bool(checked and checked.get("digest")),

@@ -26,6 +26,7 @@ from conversion.checkpoint.plan import Box, CheckpointPlan, Copy, Fill, Piece, T
 from conversion.checkpoint.sources import Source, open_checkpoint
 from conversion.hub.card import lineage_steps, model_card
 from conversion.hub.contents import hub_config, hub_sidecars
+from conversion.hub.remote import local_view
 from conversion.hub.small_files import left_behind
 from conversion.mapping import Weight, check_tensors, weights
 from conversion.quantisation import refuse_quantised
@@ -192,7 +193,7 @@ def fold_masks(
         OSError: the disk failed; the output folder is not loadable.
     """
     options = options or WriteOptions()
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(local_view(source))
     plan = plan_fold(checkpoint, alpha=alpha, dtype=parse_dtype(dtype) if dtype else None)
     state = MaskState.from_config(checkpoint.config or {})
     folded = plan.lineage["alpha"]

@@ -20,6 +20,7 @@ from conversion.checkpoint.plan import CheckpointPlan, Copy
 from conversion.checkpoint.sources import Source, open_checkpoint, source_identity
 from conversion.hub.card import lineage_steps, model_card
 from conversion.hub.contents import count_pieces, hub_config, hub_sidecars
+from conversion.hub.remote import local_view
 from conversion.hub.small_files import left_behind
 from conversion.mapping import check_tensors, weights
 from conversion.quantisation import refuse_quantised
@@ -97,7 +98,7 @@ def grow_checkpoint(
         OSError: the disk failed; the output folder is not loadable.
     """
     options = options or WriteOptions()
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(local_view(source))
     refuse_quantised(checkpoint, "growth")
     architecture = source_architecture(checkpoint)
     given, meant = _requested(target), dict(overrides or {})

@@ -9,19 +9,23 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from conversion.checkpoint.errors import printable
 from conversion.checkpoint.execute import CheckpointResult, WriteOptions, free_space, peak_memory
 from conversion.checkpoint.limits import high_water
+from conversion.checkpoint.mirror import shown
 from conversion.checkpoint.plan import TensorPlan
 from conversion.checkpoint.preflight import Done, Resume
 from conversion.checkpoint.ranks import Ranks
 from conversion.checkpoint.sizes import format_bytes
 
 from .terminal import byte_progresses, exit_codes, make_console, print_json, process_rank, terminated_as_interrupted
+
+if TYPE_CHECKING:
+    from conversion.hub.streaming import Streamed
 
 # Parts of names that tell nothing in a table of one model's weights: also the ranks of Megatron's, which are alike.
 _SAID_ANYWAY = r"^model\.|^mp_rank_\w+/model\d*/(decoder\.)?|\.weight$"
@@ -57,7 +61,7 @@ def print_result(result: CheckpointResult, out: Path, options: WriteOptions) -> 
     if result.written is None:
         console.print(_plan_table(result.plan.tensors))
     for note in result.notes:
-        console.print(f"- {printable(note)}")
+        console.print(f"- {printable(shown(note))}")
     size = f"{format_bytes(sum(shard.nbytes for shard in result.shards))} in {_count(len(result.shards), 'file')}"
     if result.written is None:
         console.print(_would_write(result, size, out, options))
@@ -86,6 +90,67 @@ def _disk_need(result: CheckpointResult) -> int:
 
 def _threads(number: int, asked: int) -> str:
     return _count(number, "thread") + (f" of the {asked} asked for" if number < asked else "")
+
+
+def print_stream(
+    doing: str,
+    stream: Callable[[WriteOptions], "Streamed"],
+    *,
+    workers: int,
+    memory: str,
+    max_shard_size: str,
+    overwrite: bool,
+    no_digest: bool,
+    verify_source: bool,
+    as_json: bool,
+    debug: bool,
+    dry_run: bool,
+    allow_nonfinite: bool,
+    rank: int | None,
+    world_size: int | None,
+) -> None:
+    """What a command does that streams a checkpoint to the Hub; see `run_and_report`.
+
+    Args:
+        doing: for the progress.
+        stream: plans, writes and sends.
+        workers, memory, max_shard_size, overwrite, no_digest, verify_source, as_json, debug, dry_run, allow_nonfinite,
+            rank, world_size: the command's options.
+    """
+    with exit_codes(debug=debug):
+        with byte_progresses("verifying", doing) as (verifying, progress), terminated_as_interrupted():
+            here, world = process_rank(rank, world_size)
+            options = WriteOptions(
+                max_shard_size=max_shard_size,
+                workers=workers,
+                digest=not no_digest,
+                overwrite=overwrite,
+                progress=progress,
+                rank=here,
+                world_size=world,
+                memory=memory,
+                allow_nonfinite=allow_nonfinite,
+                verify_source=verify_source,
+                verify_progress=verifying,
+            )
+            streamed = stream(options)
+        size = f"{format_bytes(sum(streamed.files.values()))} in {_count(len(streamed.files), 'file')}"
+        if as_json:
+            described = {name: value for name, value in vars(streamed).items() if name != "plan"}
+            print_json({**described, "dry_run": streamed.url is None})
+            return
+        console = make_console()
+        if streamed.url is None:
+            console.print(_plan_table(streamed.plan.tensors))
+        for note in streamed.notes:
+            console.print(f"- {printable(shown(note))}")
+        if streamed.removed:
+            console.print(f"- Removed there: {printable(', '.join(streamed.removed))}.")
+        disk = f"{format_bytes(streamed.disk)} of this disk at a time"
+        if streamed.url is None:
+            console.print(f"Would send {size} to {streamed.repo_id}, with at most {disk}.")
+        else:
+            console.print(f"Sent {size} to {streamed.url}, with at most {disk}.")
 
 
 def run_and_report(

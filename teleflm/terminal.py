@@ -123,7 +123,9 @@ def prepare_stdout() -> None:
 
 
 def _fail(message: str, status: int) -> None:
-    print(f"teleflm: {message}", file=sys.stderr)
+    from conversion.checkpoint.mirror import shown
+
+    print(f"teleflm: {shown(message)}", file=sys.stderr)
     raise typer.Exit(status)
 
 

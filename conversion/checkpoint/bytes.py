@@ -96,7 +96,7 @@ class OpenBytes(ABC):
             OSError: reading failed.
         """
 
-    def expect(self, begin: int, end: int) -> None:
+    def expect(self, begin: int, end: int) -> None:  # noqa: B027  (of a local file nothing need be done)
         """Learn that the thread will read these bytes next, in order, and may read them at once."""
 
     @abstractmethod
@@ -270,7 +270,7 @@ def read_fully(descriptor: int, target: memoryview, offset: int) -> None:
 
 
 def spread(size: int) -> Iterator[tuple[int, int]]:
-    """Where an identity looks at data: small windows, evenly spread over a file of that size; all of it, if that is less."""
+    """Where an identity looks at data: small windows, evenly spread over a file; all of it, if that is less."""
     if size <= _WINDOWS * _WINDOW:
         yield 0, size
         return

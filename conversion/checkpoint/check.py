@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .bytes import OpenBytes, open_bytes
 from .errors import CheckpointError, CorruptData
 from .folder_formats import is_setting, is_weights, known_files
 from .manifest import between_digest, block_digest, find_manifest, is_plain, sample_digest, tensor_digest
@@ -128,8 +129,8 @@ def _examine_file(
     if path.stat().st_size != size:
         return Damage(None, name, f"has {path.stat().st_size} bytes, expected {size}")
     if "sha256" in entry:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with open_bytes(path) as data:
+            digest = _sha256(data)
         return None if digest == entry["sha256"] else Damage(None, name, "does not have its digest")
     inside = {tensor: view for tensor, view in tensors.items() if _place(view, folder) == name}
     if inside.keys() != {tensor for tensor, file in placed.items() if file == name}:
@@ -144,12 +145,18 @@ def _examine_file(
 def _between(path: Path, size: int, tensors: Iterable[View]) -> Iterator[bytes]:
     """What a file holds beside some tensors, in order."""
     position = 0
-    with path.open("rb") as file:
+    with open_bytes(path) as data:
         for begin, end in [*sorted(view.span for view in tensors if view.numel), (size, size)]:
-            file.seek(position)
             for start in range(position, begin, CHUNK):
-                yield file.read(min(CHUNK, begin - start))
+                yield data.pread(start, min(CHUNK, begin - start))
             position = max(position, end)
+
+
+def _sha256(data: OpenBytes) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, data.size, CHUNK):
+        digest.update(data.pread(start, min(CHUNK, data.size - start)))
+    return digest.hexdigest()
 
 
 def _place(view: View, folder: Path) -> str:

@@ -13,8 +13,9 @@ is complete.
 
 import shutil
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,13 +25,13 @@ import numpy as np
 from .assemble import blocks, copy_runs, is_zero, resolve, stream, zeros
 from .budget import Share, reading_threads, share_out
 from .containers import Layout, Shard, parse_size, safetensors_layout
-from .errors import CheckpointError, NotFinite
+from .errors import CheckpointError, CorruptData, NotFinite
 from .finish import finish, write_missing
-from .job import Job
+from .job import Finished, Job
 from .limits import DEFAULT_MEMORY, default_workers, high_water
 from .manifest import block_digest
 from .plan import CheckpointPlan, TensorPlan, View
-from .preflight import Decision, Done, Refused, Resume, listed, preflight
+from .preflight import PARTIAL, Decision, Done, Refused, Resume, listed, preflight
 from .promises import foresee_verification, verify_sources
 from .ranks import Ranks
 from .reader import FileReader, read_chunks
@@ -47,6 +48,8 @@ from .workspace import (
     naming_errors,
     unwritten_bytes,
 )
+
+_NOTES = (".done", ".journal")  # of a shard, in the working folder
 
 
 @dataclass(frozen=True)
@@ -284,7 +287,7 @@ def run_job(job: Job, out: Path, options: WriteOptions) -> Written:
             options.progress(nbytes, total)
 
         advance(_tensor_bytes(mine) - _tensor_bytes(todo))
-        _write_shards(job.plan, todo, advance, workspace, reader, options, share)
+        write_shards(job.plan, todo, advance, workspace, reader, options, share)
         if options.rank == 0:
             finished = [workspace.wait_for(shard, i % options.world_size) for i, shard in enumerate(shards)]
             ranks.settle(whole - _tensor_bytes(mine))
@@ -292,6 +295,68 @@ def run_job(job: Job, out: Path, options: WriteOptions) -> Written:
             finish(job, finished, workspace)
             workspace.remove()
     return written
+
+
+def write_and_ship(
+    job: Job,
+    work: Path,
+    options: WriteOptions,
+    shipped: Mapping[str, Finished],
+    ship: Callable[[Shard, Path, Finished], None],
+    in_flight: int,
+) -> list[Finished]:
+    """Write a job's shards one after another in a working folder, and ship each from there, so that few lie on disk.
+
+    Args:
+        job: what to write; each of its shards is made, none is a link.
+        work: the working folder. What a killed call left there is gone on with.
+        options: see `WriteOptions`; one process does it all.
+        shipped: records of the shards that earlier calls have shipped.
+        ship: takes a finished shard away: called in another thread with its layout, its file, which is removed
+            afterwards, and its record. It has to be durable.
+        in_flight: how many shards may lie in `work` at once, the one that is written among them.
+
+    Returns:
+        The record of each shard, in order.
+
+    Raises:
+        CheckpointError, CorruptData, OSError: see `run_job`; whatever `ship` raises.
+    """
+    share = options.share(job.plan.tensors)
+    shards, records = list(job.layout.shards), dict(shipped)
+    total, todo = _tensor_bytes(shards), [shard for shard in shards if shard.filename not in records]
+    work.mkdir(parents=True, exist_ok=True)
+    with (
+        Ranks(work, 0, 1, patience=options.patience) as ranks,
+        Workspace(job, work, ranks, options.overwrite) as workspace,
+        FileReader() as reader,
+        ThreadPoolExecutor(in_flight) as shipping,
+    ):
+        workspace.require_space(todo[:in_flight])
+        options.progress(total - _tensor_bytes(todo), total)
+        pending: deque[Future[None]] = deque()
+
+        def take_away(shard: Shard, finished: Finished) -> None:
+            ship(shard, work / (shard.filename + PARTIAL), finished)
+            for path in (work / (shard.filename + PARTIAL), *(workspace.beside(shard, end) for end in _NOTES)):
+                path.unlink(missing_ok=True)
+
+        for shard in todo:
+            while len(pending) >= in_flight or (pending and pending[0].done()):
+                pending.popleft().result()
+            if workspace.finished(shard) is None:
+                write_shards(
+                    job.plan, [shard], lambda nbytes: options.progress(nbytes, total), workspace, reader, options, share
+                )
+            finished = workspace.finished(shard)
+            if finished is None:
+                raise CorruptData(f"{work}: {shard.filename} was changed while this run wrote; start over.")
+            records[shard.filename] = finished
+            pending.append(shipping.submit(take_away, shard, finished))
+        for future in pending:
+            future.result()
+        workspace.check_sources()
+    return [records[shard.filename] for shard in shards]
 
 
 def foresee(job: Job, out: Path, options: WriteOptions) -> Foreseen:
@@ -355,7 +420,7 @@ class _Block:
         return (self.stop - self.start) * self.tensor.dtype.itemsize
 
 
-def _write_shards(
+def write_shards(
     plan: CheckpointPlan,
     shards: Sequence[Shard],
     advance: Callable[[int], None],

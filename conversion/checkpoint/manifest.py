@@ -25,13 +25,14 @@ programs, so one that is not ours is nothing to us.
 import hashlib
 import importlib.metadata
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from .assemble import BLOCK
+from .bytes import open_bytes
 from .errors import CheckpointError
 from .strict_json import read_json_object
 
@@ -72,16 +73,20 @@ def sample_digest(path: Path) -> str:
     Two steps of a run have files of one size and header, and in an image of a container also of one time: this tells
     them apart, as training moves every weight.
     """
-    with path.open("rb", buffering=0) as file:
-        return sample_descriptor(file.fileno())
+    with open_bytes(path) as data:
+        return _samples(data.size, lambda at, size: data.pread(at, min(size, data.size - at)))
 
 
 def sample_descriptor(descriptor: int) -> str:
     """`sample_digest` of an open file."""
+    return _samples(os.fstat(descriptor).st_size, lambda at, size: os.pread(descriptor, size, at))
+
+
+def _samples(size: int, read: Callable[[int, int], bytes]) -> str:
     digest = xxhash.xxh3_128()
-    last = max(os.fstat(descriptor).st_size - _SAMPLE_BYTES, 0)
+    last = max(size - _SAMPLE_BYTES, 0)
     for number in range(_SAMPLES):
-        digest.update(os.pread(descriptor, _SAMPLE_BYTES, last * number // (_SAMPLES - 1)))
+        digest.update(read(last * number // (_SAMPLES - 1), _SAMPLE_BYTES))
     return digest.hexdigest()
 
 

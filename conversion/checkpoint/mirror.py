@@ -9,7 +9,7 @@ placeholder of its size that takes no space, so that whatever looks for names an
 through `bytes.py`, by which alone sources are read, reads the remote file. What opens a placeholder itself finds the
 text of a pointer, which every reader of weights refuses.
 
-    RemoteFolder  --mirror-->  a local path  --open_bytes-->  OpenRemote  (ranges, tried again, a window for each thread)
+    RemoteFolder  --mirror-->  a local path  --open_bytes-->  OpenRemote  (ranges, a window for each thread)
 """
 
 import atexit
@@ -24,7 +24,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import xxhash
 

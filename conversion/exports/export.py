@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias, get_args
 from ..checkpoint.dtypes import parse_dtype
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.execute import CheckpointResult, WriteOptions, execute
+from ..checkpoint.mirror import origin
 from ..hub.small_files import left_behind
 from .granite import link_note, linked_layout, plan_granite
 from .llama import plan_llama
@@ -66,6 +67,8 @@ def export_checkpoint(
     _check_choices(to, ParallelSizes(tp, pp, vpp), multipliers, spec, link)
     options = options or WriteOptions()
     model = open_model(source)
+    if link and origin(model.folder):
+        raise CheckpointError(f"{source}: is not on this machine, and cannot be linked to; leave --link out.")
     cast = parse_dtype(dtype) if dtype else None
     if to == "megatron":
         plan, layout, notes = plan_megatron_export(model, ParallelSizes(tp, pp, vpp), multipliers == "fold", spec, cast)

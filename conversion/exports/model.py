@@ -17,6 +17,7 @@ from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.sources import Source, open_checkpoint
 from ..hub.card import lineage_steps, model_card
 from ..hub.contents import TOKENIZER_CODE, hub_config, hub_sidecars
+from ..hub.remote import local_view
 from ..mapping import EMBED_TOKENS, LM_HEAD, check_tensors, weights
 from ..quantisation import refuse_quantised
 from .multipliers import NEUTRAL
@@ -69,7 +70,7 @@ def open_model(source: str | Path) -> ExportedModel:
     Raises:
         CheckpointError: it is none, or quantised.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(local_view(source))
     config = checkpoint.config
     if config is None:
         raise CheckpointError(f"{checkpoint.folder}/config.json: no such file; only a Tele-FLM can be exported.")

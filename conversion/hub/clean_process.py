@@ -51,10 +51,10 @@ def try_out(folder: str, tensors: dict[str, list[int]], generate: bool, done: li
     done.append("configuration and model code, on the meta device")
     tokenizer = try_tokenizer(folder, done)
     if generate:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         ids = tokenizer(TEXTS[0], return_tensors="pt").input_ids if tokenizer else torch.tensor([[1, 2, 3]])
         before = ids.shape[1]
-        made = model.generate(ids, max_new_tokens=1, do_sample=False)
+        made = loaded.generate(ids, max_new_tokens=1, do_sample=False)
         if made.shape[1] != before + 1:
             raise ValueError(f"generate made {made.shape[1] - before} tokens, expected 1")
         done.append("one token")
@@ -83,7 +83,7 @@ def try_tokenizer(folder: str, done: list[str]) -> Any:
     names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
     if not any(os.path.isfile(os.path.join(folder, name)) for name in names):
         return None
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     for text in TEXTS:
         ids = tokenizer(text, add_special_tokens=False).input_ids
         again = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -102,7 +102,8 @@ def try_tokenizer(folder: str, done: list[str]) -> Any:
 def main() -> None:
     """Answer the request on stdin."""
     sys.meta_path.insert(0, WithoutUs())
-    asked, done = json.load(sys.stdin), []
+    asked: dict[str, Any] = json.load(sys.stdin)
+    done: list[str] = []
     answer: dict[str, Any] = {"done": done, "problem": None}
     try:
         try_out(asked["folder"], asked["tensors"], asked["generate"], done)

@@ -23,6 +23,10 @@ TOKENS = re.compile(r"\b(hf_[A-Za-z0-9]{6,}|api_org_[A-Za-z0-9]{6,})|(?<=Bearer 
 _MOST = 300  # characters of what the Hub says that are worth a line
 
 
+class HubFailed(OSError):
+    """The Hub cannot be reached, fails or refuses. Its message is one line that names the repository's way out."""
+
+
 @dataclass(frozen=True)
 class RemoteFile:
     """A file of a repository.
@@ -83,7 +87,7 @@ def look_at(hub: "HfApi", repo_id: str, revision: str | None = None) -> Reposito
 
     Raises:
         CheckpointError: there is no such revision, the repository is gated, or it is no model's.
-        OSError: the Hub cannot be reached, or refuses.
+        HubFailed: the Hub cannot be reached, or refuses.
     """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -105,10 +109,7 @@ def look_at(hub: "HfApi", repo_id: str, revision: str | None = None) -> Reposito
 
 def _other_kind(hub: "HfApi", repo_id: str) -> str | None:
     """What else than a model has a name."""
-    for kind in ("dataset", "space"):
-        if hub.repo_exists(repo_id, repo_type=kind):
-            return kind
-    return None
+    return "dataset" if hub.repo_exists(repo_id, repo_type="dataset") else None
 
 
 @contextmanager
@@ -121,11 +122,11 @@ def one_line(repo_id: str, revision: str | None = None) -> Iterator[None]:
 
     Raises:
         CheckpointError: what was asked for is not there, or not for this user.
-        OSError: the Hub cannot be reached, or fails; the same call goes on.
+        HubFailed: the Hub cannot be reached, or fails; the same call goes on.
     """
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, HubFailed):
         raise
     except Exception as error:
         if not is_of_the_network(error):
@@ -165,12 +166,12 @@ def _said_plainly(error: BaseException, repo_id: str, revision: str | None) -> E
     if isinstance(error, errors.RevisionNotFoundError):
         return CheckpointError(f"{repo_id}: has no revision {revision or 'of that name'}; list them on its page.")
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return OSError(None, "HF_HUB_OFFLINE is set, so the Hub was not asked; unset it", repo_id)
+        return HubFailed(None, "HF_HUB_OFFLINE is set, so the Hub was not asked; unset it", repo_id)
     if status == 401:
-        return OSError(None, f"the Hub does not know this token ({said}); run `hf auth login` or set HF_TOKEN", repo_id)
+        return HubFailed(None, f"the Hub does not know this token ({said}); `hf auth login`, or set HF_TOKEN", repo_id)
     if status == 403:
-        return OSError(None, f"the Hub refuses: {said}; the same command goes on once that is settled", repo_id)
-    return OSError(None, f"{said or type(error).__name__}; the same command goes on from here", repo_id)
+        return HubFailed(None, f"the Hub refuses: {said}; the same command goes on once that is settled", repo_id)
+    return HubFailed(None, f"{said or type(error).__name__}; the same command goes on from here", repo_id)
 
 
 def _status(error: Any) -> int | None:

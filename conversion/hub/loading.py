@@ -49,7 +49,8 @@ def try_loading(release: Release) -> list[str]:
         "generate": fits,
     }
     with tempfile.TemporaryDirectory() as cache:
-        environment = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HF_MODULES_CACHE")}
+        kept = os.environ.keys() - {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_MODULES_CACHE"}
+        environment = {name: os.environ[name] for name in kept}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": cache, "TRANSFORMERS_VERBOSITY": "error"}
         command = [sys.executable, "-P", str(Path(clean_process.__file__))]
         run = subprocess.run(

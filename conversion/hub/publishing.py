@@ -4,27 +4,25 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """A finished folder to a repository of the Hub: looked over first, and visible all at once.
 
-    what would be published  ->  may we, there?  ->  is it sound?  ->  does it load?  ->  send weights  ->  one commit
-    (release.py)                 (client.py)        (release.py)      (loading.py)       (uploading.py)
+what would be published  ->  may we, there?  ->  is it sound?  ->  does it load?  ->  send weights  ->  one commit
+(release.py)                 (client.py)        (release.py)      (loading.py)       (uploading.py)
 """
 
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.folder_formats import is_setting, is_weights
 from ..checkpoint.limits import default_workers
 from ..checkpoint.manifest import MANIFEST, OLD_MANIFEST
 from ..checkpoint.strict_json import parse_json_object
-from .client import Repository, check_repo_id, look_at, one_line, without_tokens
+from .client import Repository, check_repo_id, look_at, one_line
 from .loading import try_loading
-from .release import CARD, Release, check_release, find_release
-from .uploading import Destination, Hashes, Sent, commit, send
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+from .release import CARD, check_release, find_release
+from .uploading import Destination, Hashes, commit, send
 
 _MAX_REMOTE = 64 * 2**20  # bytes of a card or a record that are read from the Hub
 
@@ -102,8 +100,8 @@ def publish(
         raise CheckpointError(f"{repo_id}: a pull request has no commit of its own to tag; tag it once it is merged.")
     release = find_release(folder)
     to = Destination(HfApi(library_name="teleflm"), repo_id, revision, pull_request)
-    there, notes = _ask(to, private, tag, dry_run)
-    removed = _to_remove(to, there, release) if there else []
+    there, notes = ask(to, private, tag, dry_run)
+    removed = files_to_remove(to, there, release.files.keys()) if there else []
     card = (folder / CARD).read_bytes()
     check_release(release, check, workers, progress)
     notes += try_loading(release) if load else []
@@ -111,37 +109,35 @@ def publish(
     publication = Publication(repo_id, release.weights, small, release.left_out, removed, notes)
     if dry_run:
         return publication
-    there = _make_repository(to, private)
-    removed = _to_remove(to, there, release)
+    there = make_repository(to, private)
+    removed = files_to_remove(to, there, release.files.keys())
     hashes = Hashes(folder)
     large = {name: folder / name for name in release.weights}
     sent = send(to, large, hashes, hash_progress)
     contents = {name: card if name == CARD else (folder / name).read_bytes() for name in release.small_files}
-    url = commit(to, there.commit, sent, contents, removed, message or _message(folder))
+    url = commit(to, there.commit, sent, contents, removed, message or "Upload with teleflm")
     if tag:
-        _tag(to, tag)
+        tag_commit(to, tag)
     return Publication(repo_id, release.weights, small, release.left_out, removed, notes, url)
 
 
 # Before anything is read in full: may we?
 
 
-def _ask(to: Destination, private: bool, tag: str | None, dry_run: bool) -> tuple[Repository | None, list[str]]:
+def ask(to: Destination, private: bool, tag: str | None, dry_run: bool) -> tuple[Repository | None, list[str]]:
     """What is there, and notes; refuses what could only fail later.
 
     Raises:
         CheckpointError, OSError: no token, one that may not write, or a repository that is not what was asked for.
     """
-    from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import LocalTokenNotFoundError
 
     try:
         with one_line(to.repo_id):
             try:
                 _require_write(to, to.hub.whoami())
             except LocalTokenNotFoundError:
-                raise CheckpointError(f"{to.repo_id}: no token to publish with; run `hf auth login` or set HF_TOKEN.") from None
-            except OfflineModeIsEnabled:
-                raise
+                raise CheckpointError(f"{to.repo_id}: no token; run `hf auth login` or set HF_TOKEN.") from None
             there = look_at(to.hub, to.repo_id)
             if there is not None:
                 there = _at_branch(to, there)
@@ -194,7 +190,7 @@ def _tags(to: Destination) -> dict[str, str]:
         return {ref.name: ref.target_commit for ref in to.hub.list_repo_refs(to.repo_id).tags}
 
 
-def _make_repository(to: Destination, private: bool) -> Repository:
+def make_repository(to: Destination, private: bool) -> Repository:
     """The repository and its branch, made if they are not there.
 
     Raises:
@@ -212,7 +208,8 @@ def _make_repository(to: Destination, private: bool) -> Repository:
     return there
 
 
-def _tag(to: Destination, tag: str) -> None:
+def tag_commit(to: Destination, tag: str) -> None:
+    """Give a tag to the branch's head."""
     with one_line(to.repo_id):
         to.hub.create_tag(to.repo_id, tag=tag, revision=to.revision)
 
@@ -220,13 +217,11 @@ def _tag(to: Destination, tag: str) -> None:
 # What another version left there.
 
 
-def _to_remove(to: Destination, there: Repository, release: Release) -> list[str]:
-    """Files of a repository that would be loaded with ours or in their place, or that its record says were ours."""
+def files_to_remove(to: Destination, there: Repository, files: Collection[str]) -> list[str]:
+    """Files of a repository that would be loaded with some new ones or in their place, or that its record lists."""
     recorded = _recorded(to, there)
     return sorted(
-        name
-        for name in there.files
-        if name not in release.files and (is_weights(name) or is_setting(name) or name in recorded)
+        name for name in there.files if name not in files and (is_weights(name) or is_setting(name) or name in recorded)
     )
 
 
@@ -251,15 +246,9 @@ def read_remote(to: Destination, there: Repository, name: str) -> bytes | None:
         return None
     from huggingface_hub import hf_hub_download
 
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder, one_line(to.repo_id):
         path = hf_hub_download(to.repo_id, name, revision=there.commit, local_dir=folder, token=to.hub.token)
         return Path(path).read_bytes()
-
-
-def _message(folder: Path) -> str:
-    return "Upload with teleflm"
 
 
 __all__ = ["Publication", "publish"]

@@ -4,9 +4,9 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Where a source is: a folder or file of this machine, or one elsewhere, for which a local folder then stands.
 
-    hf://OWNER/NAME[@REVISION][/FOLDER]    a model of the Hub, at the commit that the revision is now
-    OWNER/NAME[@REVISION]                  the same, where no such folder is here
-    s3://, gs://, https://, ...            whatever fsspec opens; over http, a folder's files are found by their names
+hf://OWNER/NAME[@REVISION][/FOLDER]    a model of the Hub, at the commit that the revision is now
+OWNER/NAME[@REVISION]                  the same, where no such folder is here
+s3://, gs://, https://, ...            whatever fsspec opens; over http, a folder's files are found by their names
 """
 
 import hashlib
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _HUB = re.compile(r"(?P<repo>[^/@\s]+/[^/@\s]+)(@(?P<revision>[^/\s]+))?(?P<folder>(/[^/\s]+)*)/?")
 _OWNER_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+)?")
-_VERSIONS = ("ETag", "etag", "generation", "VersionId", "Content-MD5", "Last-Modified", "LastModified", "mtime", "created")
+_VERSIONS = ("ETag", "etag", "generation", "VersionId", "Content-MD5")  # what a host calls the state of a file
+_TIMES = ("Last-Modified", "LastModified", "mtime", "created")
 # What a folder may hold that cannot be listed.
 _HTTP_NAMES = (
     *WEIGHT_FILES,
@@ -137,8 +138,9 @@ def _of_a_store(scheme: str, url: str) -> Path:
             if scheme in ("http", "https"):
                 return _over_http(store, url, shown)
             if store.isfile(path):
-                return mirror(_store_folder(store, shown.rsplit("/", 1)[0], {path.rsplit("/", 1)[-1]: path})) / (
-                    path.rsplit("/", 1)[-1]
+                return (
+                    mirror(_store_folder(store, shown.rsplit("/", 1)[0], {path.rsplit("/", 1)[-1]: path}))
+                    / (path.rsplit("/", 1)[-1])
                 )
             found = store.find(path)
     except ImportError as error:
@@ -195,12 +197,12 @@ def _look(store: "AbstractFileSystem", path: str) -> tuple[int, str]:
     store.invalidate_cache()
     info: Mapping[str, Any] = store.info(path)
     if not isinstance(info.get("size"), int):
-        raise CheckpointError(f"its host does not say how large {path.rsplit('/', 1)[-1]} is, and may not read by ranges")
+        raise CheckpointError(f"its host does not say how large {path.rsplit('/', 1)[-1]} is; it cannot read by ranges")
     return info["size"], _version(info)
 
 
 def _version(info: Mapping[str, Any]) -> str:
-    found: Iterable[Any] = (info[name] for name in _VERSIONS if info.get(name) is not None)
+    found: Iterable[Any] = (info[name] for name in (*_VERSIONS, *_TIMES) if info.get(name) is not None)
     return str(next(iter(found), ""))
 
 

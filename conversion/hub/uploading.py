@@ -12,6 +12,7 @@ is refused if another came between.
 """
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,15 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.bytes import identify
 from ..checkpoint.errors import CheckpointError
-from .client import RemoteFile, Repository, has_status, is_of_the_network, look_at, one_line
+from .client import RemoteFile, Repository, has_status, look_at, one_line
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
 _GROUP = 8  # files that are sent together
 _GROUP_BYTES = 50 * 10**9
-_PART = 100  # operations in each commit of a pull request, where the Hub refuses them all in one
 _CHUNK = 1 << 22
+_BATCH = 100  # files in one question to the Hub
 _HASHES = ".cache/teleflm/sha256.json"
 
 
@@ -42,11 +43,13 @@ class Sent:
         size: in bytes.
         sha256: of its content.
         sample: its first bytes, by which the Hub tells text from data.
+        content: all of it, of a small file that the repository wants in its commit.
     """
 
     size: int
     sha256: str
     sample: bytes
+    content: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Destination:
 def send(
     to: Destination,
     files: Mapping[str, Path],
-    hashes: "Hashes",
+    hashes: "Hashes | None" = None,
     progress: Callable[[int, int], None] = lambda nbytes, total: None,
 ) -> dict[str, Sent]:
     """Send weights ahead of their commit; what the Hub has already is not sent.
@@ -77,7 +80,7 @@ def send(
     Args:
         to: the repository, which is there.
         files: path in the repository -> file.
-        hashes: what is known of the files' hashes.
+        hashes: what is known of the files' hashes, and is to be kept.
         progress: called with the bytes just hashed and those in all.
 
     Returns:
@@ -105,8 +108,10 @@ def send(
                 )
             for addition in additions:
                 info = addition.upload_info
-                hashes.keep(groups[number][addition.path_in_repo], info.sha256.hex())
-                sent[addition.path_in_repo] = Sent(info.size, info.sha256.hex(), info.sample)
+                if hashes:
+                    hashes.keep(groups[number][addition.path_in_repo], info.sha256.hex())
+                content = groups[number][addition.path_in_repo].read_bytes() if not addition._is_uploaded else None
+                sent[addition.path_in_repo] = Sent(info.size, info.sha256.hex(), info.sample, content)
     return sent
 
 
@@ -124,20 +129,25 @@ def _groups(files: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
         yield group
 
 
-def _addition(name: str, path: Path, hashes: "Hashes", progress: Callable[[int], None]) -> "CommitOperationAdd":
+def _addition(name: str, path: Path, hashes: "Hashes | None", progress: Callable[[int], None]) -> "CommitOperationAdd":
     """A file to be added, hashed unless the Xet client does that while it cuts the file."""
     from huggingface_hub import CommitOperationAdd
-    from huggingface_hub.utils import is_xet_available
 
     addition = CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
-    known = hashes.get(path)
-    if known is None and not is_xet_available():
+    known = hashes.get(path) if hashes else None
+    if known is None and not _has_xet():
         known = _sha256(path, progress)
     elif known is not None:
         progress(addition.upload_info.size)
     if known is not None:
         addition.upload_info.sha256 = bytes.fromhex(known)
     return addition
+
+
+def _has_xet() -> bool:
+    from huggingface_hub import constants
+
+    return importlib.util.find_spec("hf_xet") is not None and not constants.HF_HUB_DISABLE_XET
 
 
 def _sha256(path: Path, progress: Callable[[int], None]) -> str:
@@ -177,7 +187,10 @@ def commit(
     from huggingface_hub import CommitOperationDelete
 
     title, _, description = message.partition("\n")
-    operations = [
+    removed = list(removed)
+    if not to.pull_request and (url := _url_if_there(to, sent, contents, removed)):
+        return url
+    operations: list[Any] = [
         *(CommitOperationDelete(path_in_repo=name, is_folder=False) for name in removed),
         *(_named(name, file) for name, file in sent.items()),
         *(_small(name, content) for name, content in contents.items()),
@@ -196,10 +209,7 @@ def commit(
                 )
             except Exception as error:
                 if has_status(error, 412):
-                    raise CheckpointError(
-                        f"{to.repo_id}: was {parent[:12]} when it was looked at, and somebody has committed since; "
-                        "run the same command again."
-                    ) from None
+                    raise _moved(to, parent) from None
                 if not has_status(error, 413):
                     raise
                 return _commit_in_parts(to, parent, operations, title)
@@ -213,30 +223,66 @@ def commit(
 
 def _commit_in_parts(to: Destination, parent: str, operations: Sequence[Any], title: str) -> str:
     """Make one commit of what is too much for one request: by a pull request, merged at the end, unseen until then."""
-    first, *rest = (operations[at : at + _PART] for at in range(0, len(operations), _PART))
-    info = to.hub.create_commit(
-        to.repo_id, first, commit_message=title, revision=to.revision, parent_commit=parent, create_pr=True
-    )
-    assert info.pr_num is not None
+    opened: list[Any] = []  # the first commit, which opened it
+
+    def add(part: Sequence[Any]) -> None:
+        where = {"revision": opened[0].pr_revision} if opened else {"revision": to.revision, "create_pr": True}
+        where |= {} if opened else {"parent_commit": parent}
+        try:
+            info = to.hub.create_commit(to.repo_id, part, commit_message=title, **where)
+        except Exception as error:
+            if not has_status(error, 413) or len(part) == 1:
+                raise
+            add(part[: len(part) // 2])
+            add(part[len(part) // 2 :])
+            return
+        opened.append(info)
+
     try:
-        for part in rest:
-            to.hub.create_commit(to.repo_id, part, commit_message=title, revision=info.pr_revision)
+        add(operations[: len(operations) // 2])
+        add(operations[len(operations) // 2 :])
         if to.pull_request:
-            return str(info.pr_url)
+            return str(opened[0].pr_url)
         now = look_at(to.hub, to.repo_id, to.revision)
         if now is None or now.commit != parent:
-            raise CheckpointError(
-                f"{to.repo_id}: was {parent[:12]} when it was looked at, and somebody has committed since; run the "
-                "same command again."
-            )
-        to.hub.merge_pull_request(to.repo_id, info.pr_num, comment=title)
-    except BaseException as error:
-        with suppress(Exception):
-            if isinstance(error, Exception) and is_of_the_network(error):
-                to.hub.change_discussion_status(to.repo_id, info.pr_num, "closed")
+            raise _moved(to, parent)
+        to.hub.merge_pull_request(to.repo_id, opened[0].pr_num, comment=title)
+    except BaseException:
+        if opened:
+            with suppress(Exception):
+                to.hub.change_discussion_status(to.repo_id, opened[0].pr_num, "closed")
         raise
     now = look_at(to.hub, to.repo_id, to.revision)
     return f"{to.hub.endpoint}/{to.repo_id}/commit/{now.commit if now else ''}"
+
+
+def _moved(to: Destination, parent: str) -> CheckpointError:
+    return CheckpointError(
+        f"{to.repo_id}: was {parent[:12]} when it was looked at, and somebody has committed since; run the same "
+        "command again."
+    )
+
+
+def forgotten(to: Destination, sent: Mapping[str, Sent]) -> set[str]:
+    """Which of the files that were sent earlier the Hub has not kept; it need not keep what no commit names."""
+    from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
+
+    files = {file.sha256: name for name, file in sent.items() if file.content is None}
+    infos = [UploadInfo(sent[name].size, sent[name].sample, bytes.fromhex(digest)) for digest, name in files.items()]
+    gone: set[str] = set()
+    for at in range(0, len(infos), _BATCH):
+        with one_line(to.repo_id, to.revision):
+            actions, errors, _ = post_lfs_batch_info(
+                infos[at : at + _BATCH],
+                token=to.hub.token if isinstance(to.hub.token, str) else None,
+                repo_type="model",
+                repo_id=to.repo_id,
+                revision=to.revision,
+                endpoint=to.hub.endpoint,
+            )
+        gone |= {files[action["oid"]] for action in actions if (action.get("actions") or {}).get("upload")}
+        gone |= {files[error["oid"]] for error in errors if error.get("oid") in files}
+    return gone
 
 
 def _named(name: str, file: Sent) -> "CommitOperationAdd":
@@ -244,6 +290,8 @@ def _named(name: str, file: Sent) -> "CommitOperationAdd":
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.lfs import UploadInfo
 
+    if file.content is not None:
+        return _small(name, file.content)
     addition = CommitOperationAdd(path_in_repo=name, path_or_fileobj=b"")
     addition.upload_info = UploadInfo(size=file.size, sample=file.sample, sha256=bytes.fromhex(file.sha256))
     addition._upload_mode = "lfs"
@@ -270,9 +318,11 @@ def _url_if_there(
 
 def holds(there: Repository, sent: Mapping[str, Sent], contents: Mapping[str, bytes]) -> bool:
     """Whether a repository has these very files."""
-    weights = all(name in there.files and there.files[name].sha256 == file.sha256 for name, file in sent.items())
-    return weights and all(
-        name in there.files and is_content(there.files[name], content) for name, content in contents.items()
+    inline = {name: file.content for name, file in sent.items() if file.content is not None}
+    weights = {name: file.sha256 for name, file in sent.items() if file.content is None}
+    small = {**contents, **inline}
+    return all(name in there.files and there.files[name].sha256 == sha256 for name, sha256 in weights.items()) and all(
+        name in there.files and is_content(there.files[name], content) for name, content in small.items()
     )
 
 
@@ -320,4 +370,4 @@ def _is_sha256(text: str) -> bool:
     return len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
-__all__ = ["Destination", "Hashes", "Sent", "commit", "holds", "is_content", "send"]
+__all__ = ["Destination", "Hashes", "Sent", "commit", "forgotten", "holds", "is_content", "send"]

@@ -17,6 +17,7 @@ from conversion.checkpoint.errors import CheckpointError, CorruptData
 from conversion.checkpoint.limits import default_workers
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.sources import Source, open_checkpoint
+from conversion.hub.remote import is_remote, local_view
 from evaluation.text import tokenize
 
 from .certificate import Certificate, certify
@@ -144,6 +145,11 @@ def verify_checkpoints(
         CheckpointError: a checkpoint or the text cannot be used, or B's record does not lead to A.
     """
     _check_arguments(dtype, forward, max_tokens)
+    if is_remote(a) or is_remote(b):
+        if forward == "loaded":
+            raise CheckpointError("--forward loaded needs both models on this machine; streamed reads ranges.")
+        forward = "streamed"
+    a, b = local_view(a), local_view(b)
     manifest = read_manifest(Path(b))
     layers = measured_layers(manifest["lineage"] if manifest else None)
     notes: list[str] = []

@@ -5,10 +5,11 @@
 """The command `teleflm convert`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.limits import DEFAULT_MEMORY
 from teleflm.terminal import (
     DEFAULT_WORKERS,
@@ -25,10 +26,17 @@ from teleflm.terminal import (
     VerifySource,
     Workers,
     WorldSize,
+    exit_codes,
 )
 
-Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Hugging Face checkpoint or of a run.")]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
+Source = Annotated[
+    str, typer.Argument(metavar="SRC", help="Folder of a Hugging Face checkpoint or of a run; or a URL.")
+]
+Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder to write, or hf://OWNER/NAME with --low-disk.")]
+LowDisk = Annotated[str | None, typer.Option(help="Of OUT on the Hub: at most so much of it lies on this disk.")]
+Work = Annotated[Path | None, typer.Option(help="Of --low-disk: where; teleflm-OWNER-NAME here unless given.")]
+Private = Annotated[bool, typer.Option("--private", help="Of OUT on the Hub: only for its owner.")]
+Revision = Annotated[str | None, typer.Option(help="Of OUT on the Hub: branch.")]
 Format = Annotated[str, typer.Option(help="Of SRC: auto, hf, megatron, torch_dist, fsdp_dtensor, dcp or deepspeed.")]
 Iteration = Annotated[int | None, typer.Option(help="Of a run; its latest unless given.", min=0)]
 Config = Annotated[str | None, typer.Option(help="Preset or config.json with what the run itself does not say.")]
@@ -61,6 +69,10 @@ def convert(
     workers: Workers = DEFAULT_WORKERS,
     memory: Memory = DEFAULT_MEMORY,
     max_shard_size: MaxShardSize = "5GB",
+    low_disk: LowDisk = None,
+    work: Work = None,
+    private: Private = False,
+    revision: Revision = None,
     rank: Rank = None,
     world_size: WorldSize = None,
     overwrite: Overwrite = False,
@@ -71,40 +83,51 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Make a Hub folder of safetensors from a training checkpoint, or from .bin files."""
-    from conversion.convert import convert_checkpoint
+    from conversion.convert import convert_checkpoint, convert_to_hub
 
-    from ..plan_report import run_and_report
+    from ..plan_report import print_stream, run_and_report
 
-    run_and_report(
-        "converting",
-        out,
-        lambda options: convert_checkpoint(
-            source,
-            out,
-            format=format,
-            iteration=iteration,
-            config=config,
-            tokenizer=tokenizer,
-            vocab_size=vocab_size,
-            multipliers=multipliers,
-            mapping=mapping,
-            fp32_master=fp32_master,
-            allow_unequal_replicas=allow_unequal_replicas,
-            allow_nonfinite=allow_nonfinite,
-            dtype=dtype,
-            options=options,
-            dry_run=dry_run,
-        ),
-        workers=workers,
-        memory=memory,
-        max_shard_size=max_shard_size,
-        rank=rank,
-        world_size=world_size,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        no_digest=no_digest,
-        verify_source=verify_source,
-        as_json=as_json,
-        debug=debug,
-        allow_nonfinite=allow_nonfinite,
+    how: dict[str, Any] = {"format": format, "iteration": iteration, "config": config, "tokenizer": tokenizer}
+    how |= {"vocab_size": vocab_size, "multipliers": multipliers, "mapping": mapping, "fp32_master": fp32_master}
+    how |= {"allow_unequal_replicas": allow_unequal_replicas, "allow_nonfinite": allow_nonfinite, "dtype": dtype}
+    settings: dict[str, Any] = {"workers": workers, "memory": memory, "max_shard_size": max_shard_size}
+    settings |= {"overwrite": overwrite, "no_digest": no_digest, "verify_source": verify_source, "as_json": as_json}
+    settings |= {"rank": rank, "world_size": world_size, "dry_run": dry_run, "debug": debug}
+    settings |= {"allow_nonfinite": allow_nonfinite}
+    repo_id = hub_target(out)
+    with exit_codes(debug=debug):
+        _check_target(out, repo_id, low_disk, {"--work": work, "--private": private or None, "--revision": revision})
+    if repo_id is None:
+        run_and_report(
+            "converting",
+            Path(out),
+            lambda options: convert_checkpoint(source, out, options=options, dry_run=dry_run, **how),
+            **settings,
+        )
+        return
+    to: dict[str, Any] = {"work": work, "private": private, "revision": revision}
+    print_stream(
+        "converting and sending",
+        lambda options: convert_to_hub(source, repo_id, low_disk or "", options=options, dry_run=dry_run, **to, **how),
+        **settings,
     )
+
+
+def hub_target(out: str) -> str | None:
+    """The repository that an output is, if it is one of the Hub."""
+    return out.removeprefix("hf://").rstrip("/") if out.startswith("hf://") else None
+
+
+def _check_target(out: str, repo_id: str | None, low_disk: str | None, only_there: dict[str, Any]) -> None:
+    if repo_id and not low_disk:
+        raise CheckpointError(
+            f"{out}: is on the Hub; --low-disk 50GB streams to it with so much on this disk, or convert to a folder "
+            "and `teleflm publish` that."
+        )
+    given = {"--low-disk": low_disk, **only_there}
+    name = next((name for name, value in given.items() if value is not None), None)
+    if repo_id is None and name:
+        raise CheckpointError(f"{out}: {name} is for an output on the Hub, hf://OWNER/NAME; leave it out.")
+
+
+__all__ = ["convert"]

@@ -27,7 +27,7 @@ from teleflm.terminal import (
     WorldSize,
 )
 
-Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Tele-FLM in Hub format.")]
+Source = Annotated[str, typer.Argument(metavar="SRC", help="Folder of a Tele-FLM in Hub format; or OWNER/NAME, a URL.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
 To = Annotated[str, typer.Option(help="granite, llama or megatron.")]
 TensorParallel = Annotated[int, typer.Option("--tp", help="For megatron: tensor-parallel ranks.")]

@@ -27,7 +27,7 @@ from teleflm.terminal import (
     WorldSize,
 )
 
-Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Tele-FLM checkpoint.")]
+Source = Annotated[str, typer.Argument(metavar="SRC", help="Folder of a Tele-FLM checkpoint; or OWNER/NAME, a URL.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
 Alpha = Annotated[float | None, typer.Option(help="Volume of what is new, 0 to 1; the checkpoint's own unless given.")]
 

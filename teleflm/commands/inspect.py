@@ -5,7 +5,6 @@
 """The command `teleflm inspect`."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,7 +27,9 @@ from teleflm.terminal import (
 if TYPE_CHECKING:
     from conversion.inspect import Inspection
 
-Path_ = Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a checkpoint, or one weight file.")]
+Path_ = Annotated[
+    str, typer.Argument(metavar="PATH", help="Folder of a checkpoint, or one weight file; or a URL of such.")
+]
 Check = Annotated[
     bool,
     typer.Option("--check", help="Read all of it and compare it with its record."),

@@ -17,7 +17,7 @@ from teleflm.terminal import (
     DryRun,
     Json,
     Workers,
-    byte_progress,
+    byte_progresses,
     exit_codes,
     print_json,
 )
@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 
 Folder = Annotated[Path, typer.Argument(metavar="PATH", help="Hub folder, or an adapter of sft export.")]
 RepoId = Annotated[str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME on the Hub; made if there is none.")]
-Private = Annotated[bool, typer.Option("--private", help="If the repository is made: only for its owner.")]
+Private = Annotated[bool, typer.Option("--private", help="Only for its owner; refused where it is public already.")]
 Revision = Annotated[str | None, typer.Option(help="Branch; the main one unless given.")]
+PullRequest = Annotated[bool, typer.Option("--pr", help="Open a pull request instead of committing.")]
+Tag = Annotated[str | None, typer.Option(help="To give to the commit.")]
 Message = Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")]
+NoLoad = Annotated[bool, typer.Option("--no-load", help="Do not load the folder in a clean process first.")]
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Do not read the weights again before the upload.")]
 
 
@@ -38,28 +41,35 @@ def publish(
     repo_id: RepoId,
     private: Private = False,
     revision: Revision = None,
+    pull_request: PullRequest = False,
+    tag: Tag = None,
     message: Message = None,
     no_check: NoCheck = False,
+    no_load: NoLoad = False,
     workers: Workers = DEFAULT_WORKERS,
     dry_run: DryRun = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Upload a finished folder to the Hub: checked first, the weights before the rest, resumable."""
+    """Publish a finished folder: checked and loaded first, visible in one commit, resumable."""
     from conversion.hub.publishing import publish as upload
 
     with exit_codes(debug=debug):
-        with byte_progress("checking") as progress:
+        with byte_progresses("checking", "hashing") as (progress, hash_progress):
             publication = upload(
                 path,
                 repo_id,
                 private=private,
                 revision=revision,
+                pull_request=pull_request,
+                tag=tag,
                 message=message,
                 check=not no_check,
+                load=not no_load,
                 dry_run=dry_run,
                 workers=workers,
                 progress=progress,
+                hash_progress=hash_progress,
             )
         if as_json:
             print_json(asdict(publication))
@@ -72,6 +82,10 @@ def _print(publication: "Publication") -> None:
         print(f"{name}  {format_bytes(nbytes)}")
     if publication.left_out:
         print(f"left out: {', '.join(publication.left_out)}")
+    if publication.removed:
+        print(f"removed there: {', '.join(publication.removed)}")
+    for note in publication.notes:
+        print(note)
     files = {**publication.weights, **publication.small_files}
     what = f"{len(files)} files, {format_bytes(sum(files.values()))}"
     print(publication.url or f"{what} would be uploaded to {publication.repo_id}")

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from growth.verification.comparison import Numbers
     from growth.verification.verify import Verification
 
-A = Annotated[Path, typer.Argument(metavar="A", help="Folder of the source.")]
-B = Annotated[Path, typer.Argument(metavar="B", help="Folder of what was made from it.")]
+A = Annotated[str, typer.Argument(metavar="A", help="Folder or URL of the source.")]
+B = Annotated[str, typer.Argument(metavar="B", help="Folder or URL of what was made from it.")]
 GrowthFlag = Annotated[
     bool, typer.Option("--growth", help="Insist on a certificate; with --text it is made only if possible.")
 ]
@@ -80,7 +80,7 @@ def verify(
             notify=lambda note: print(note, file=sys.stderr),
         )
         if report:
-            write_report(verification, report, names=(a.resolve().name, b.resolve().name))
+            write_report(verification, report, names=(Path(a).resolve().name, Path(b).resolve().name))
         if as_json:
             print_json(describe(verification))
         else:
