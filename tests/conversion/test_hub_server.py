@@ -9,6 +9,7 @@ import hashlib
 import json
 import random
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -226,6 +227,20 @@ def test_a_malformed_commit_is_refused(hub, repository, body):
     assert len(repository.commits) == 2
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_commit_whose_sender_was_killed_did_not_happen(hub, repository, chunked):
+    lines = [{"key": "header", "value": {"summary": "raw"}}, {"key": "file", "value": {"path": "a", **TEXT}}]
+    body = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    framing = "Transfer-Encoding: chunked" if chunked else "Content-Length: 99999"
+    head = f"POST /api/models/{REPO}/commit/main HTTP/1.1\r\nAuthorization: Bearer hf_test\r\n{framing}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(hub.url.rpartition(":")[2]))) as connection:
+        connection.sendall(head.encode() + (b"%x\r\n%b\r\n" % (len(body), body) if chunked else body))
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(100) == b""
+    assert "a" not in repository.files()
+    assert [(request.status, request.body_bytes) for request in hub.requests] == [(0, len(body))]
+
+
 def test_one_commit_adds_replaces_and_deletes(api, repository):
     operations = [
         CommitOperationDelete("part/", is_folder=True),
@@ -404,6 +419,8 @@ ACCESS = {
     "the owner writes": ("hf_test", "owner/public", "write", None),
     "the owner writes to his own only": ("hf_test", "other/public", "write", (403, HfHubHTTPError)),
     "anybody proposes": ("hf_test", "other/public", "propose", None),
+    "but no objects": ("hf_test", "other/public", "propose an object", (403, HfHubHTTPError)),
+    "the owner proposes objects": ("hf_test", "owner/public", "propose an object", None),
     "anybody who may write somewhere": ("hf_read", "other/public", "propose", (403, HfHubHTTPError)),
     "nobody creates": (None, "owner/new", "create", (401, HfHubHTTPError)),
     "a token that reads creates nothing": ("hf_read", "owner/new", "create", (403, HfHubHTTPError)),
@@ -425,7 +442,8 @@ def test_who_may_do_what(case, hub, tmp_path):
     acts = {
         "read": partial(api.hf_hub_download, repo, "part/model.safetensors", local_dir=tmp_path),
         "write": change,
-        "propose": partial(change, create_pr=True),
+        "propose": partial(change, create_pr=True, path_or_fileobj=b"new", path_in_repo="b.txt"),
+        "propose an object": partial(change, create_pr=True),
         "create": partial(api.create_repo, repo),
     }
     if refused is None:
@@ -438,6 +456,7 @@ def test_who_may_do_what(case, hub, tmp_path):
     assert isinstance(error, refused[1])
     assert error.response.status_code == refused[0]
     assert hub.received == {}
+    assert all(len(repository.commits) == 2 for repository in hub.repositories.values())
 
 
 # Downloads
@@ -545,6 +564,15 @@ def test_what_is_said_of_a_repository(api, repository):
     paths = api.get_paths_info(REPO, ["config.json", "part", "nothing"], expand=True)
     assert [(p.path, type(p).__name__) for p in paths] == [("config.json", "RepoFile"), ("part", "RepoFolder")]
     assert paths[0].blob_id == hashlib.sha1(b"blob 2\0{}").hexdigest()
+
+
+def test_a_dataset_is_no_model(hub, api, download):
+    api.create_repo("owner/data", repo_type="dataset")
+    api.create_commit("owner/data", add({"a.bin": BIG}), commit_message="First", repo_type="dataset")
+    assert Path(download("owner/data", "a.bin", repo_type="dataset")).read_bytes() == BIG
+    assert HfFileSystem(endpoint=hub.url, token="hf_test").exists("datasets/owner/data/a.bin")
+    with pytest.raises(RepositoryNotFoundError):
+        download("owner/data", "a.bin")
 
 
 # Faults
@@ -753,6 +781,31 @@ def test_the_client_gets_through_with_xet_and_without(hub, disabled, tmp_path, m
     by_xet = any(request.path.startswith("/v1/xorbs/") for request in hub.requests)
     by_lfs = any(request.path.startswith("/upload/") for request in hub.requests)
     assert (by_xet, by_lfs) == ((False, True) if disabled else (True, False))
+
+
+UPLOAD = """if True:
+    import sys
+    from huggingface_hub import HfApi
+    HfApi().upload_file(path_or_fileobj=sys.argv[1], path_in_repo="b.bin", repo_id=sys.argv[2])
+"""
+XET_FAULTS = {
+    "no token": ("xet-write-token", Fault.status(500), 1),
+    "lost xorb": ("/v1/xorbs/", Fault.drop(after_effect=True), 2),
+    "cut shard": ("/v1/shards", Fault.cut(3), 1),
+}
+
+
+@pytest.mark.parametrize("case", XET_FAULTS)
+def test_the_client_goes_on_after_a_fault_of_xet(case, hub, tmp_path, monkeypatch):
+    where, fault, times = XET_FAULTS[case]
+    repository = hub.add_repository(REPO)
+    hub.fault = once(where, fault)
+    (tmp_path / "b.bin").write_bytes(BIG)
+    monkeypatch.delenv("HF_HUB_DISABLE_XET", raising=False)
+    command = [sys.executable, "-c", UPLOAD, str(tmp_path / "b.bin"), REPO]
+    subprocess.run(command, cwd=ROOT, env=hub.environment(), capture_output=True, check=True)
+    assert repository.files()["b.bin"] == BIG
+    assert hub.received == {SHA: times * len(BIG)}
 
 
 def test_an_open_file_goes_by_lfs_with_xet_too(hub, api, repository, monkeypatch, tmp_path):
