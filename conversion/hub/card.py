@@ -494,7 +494,8 @@ def _use(facts: CardFacts) -> str:
     if facts.masked_steps is not None:
         parts.append(
             f"What is new in this model is behind masks, which {facts.masked_steps} steps of training raise: a "
-            "checkpoint for training, made known by `import growth.training.masks`; `teleflm fold` writes a plain model."
+            "checkpoint for training, made known by `import growth.training.masks`; `teleflm fold` writes a plain "
+            "model."
         )
     if not facts.has_tokenizer:
         parts.append("There is no tokenizer here: take the one that the model was trained with.")
@@ -586,8 +587,8 @@ def _memory(facts: CardFacts) -> list[str]:
         lines.append(
             f"To serve it, add {format_bytes(1000 * per_token)} for every 1,000 tokens of context of every sequence: 2 "
             f"(keys and values) x {a.num_hidden_layers} layers x {a.num_key_value_heads} key/value heads x "
-            f'{a.head_dim} wide x {size} bytes x 1,000. Activations come on top. `device_map="auto"` spreads the weights over the '
-            "devices there are."
+            f"{a.head_dim} wide x {size} bytes x 1,000. Activations come on top. "
+            '`device_map="auto"` spreads the weights over the devices there are.'
         )
     return lines
 

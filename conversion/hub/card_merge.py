@@ -9,8 +9,8 @@ else is the owner's, letter by letter. Marks that do not pair mark
 nothing, and are the owner's text as well; `card_check.check_card` names them.
 
 A region that the owner took out stays out, but for two: `origin`, because a card that hides what a model was made from
-is worse than none, and `results`, because whoever gives results wants them shown. A card without any of our regions gets
-all of them, at its end, and keeps its own title.
+is worse than none, and `results`, because whoever gives results wants them shown. A card without any of our regions
+gets all of them, at its end, and keeps its own title.
 """
 
 import re
