@@ -98,7 +98,7 @@ def export_model(
         if dtype:
             raise ExportError(f"dtype is {dtype}, but an adapter keeps its own; add --merge.")
         return Exported(_write_adapter(adapter, source, out, base, overwrite=options.overwrite))
-    return _write_merged(adapter, source, out, cast, options)
+    return _write_merged(adapter, source, out, base, cast, options)
 
 
 # --- the adapter and its base -----------------------------------------------------------------------------------------
@@ -241,7 +241,14 @@ def _small_files(adapter: _Adapter, base: Source, facts: CardFacts) -> dict[str,
 # --- merging ----------------------------------------------------------------------------------------------------------
 
 
-def _write_merged(adapter: _Adapter, base: Source, out: Path, dtype: DType | None, options: WriteOptions) -> Exported:
+def _write_merged(
+    adapter: _Adapter,
+    base: Source,
+    out: Path,
+    named: str | Path | None,
+    dtype: DType | None,
+    options: WriteOptions,
+) -> Exported:
     import torch
     from safetensors.torch import save_file
 
@@ -267,9 +274,9 @@ def _write_merged(adapter: _Adapter, base: Source, out: Path, dtype: DType | Non
         plan, _ = plan_conversion(source, dtype=dtype)
         lineage = {**(adapter.lineage or {"operation": "fine-tune", "parent": plan.lineage["parent"]}), "merged": True}
         facts = model_facts(plan.config, plan.tensors[0].dtype.name, lineage)
-        named = adapter.config.get("base_model_name_or_path")
-        if isinstance(named, str) and is_repo_id(named):
-            facts = replace(facts, base_models=(named,), relation="finetune")
+        names = [str(name) for name in (named, adapter.config.get("base_model_name_or_path")) if name]
+        if known := [name for name in names if is_repo_id(name)]:
+            facts = replace(facts, base_models=(known[0],), relation="finetune")
         plan = replace(plan, lineage=lineage, sidecars=_small_files(adapter, base, facts))
         written = write_checkpoint(plan, out, options)
     return Exported(written.folder, len(merged), gap)

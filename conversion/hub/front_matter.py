@@ -10,6 +10,7 @@ import that costs ten times as much as `yaml`. What it and the Hub agree on, whe
 
 import re
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 import yaml
@@ -19,7 +20,8 @@ from ..checkpoint.errors import CheckpointError
 # As the Hub's server has it, and huggingface_hub after it.
 _BLOCK = re.compile(r"\A\s*---(?:\r\n|\r|\n)([\s\S]*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|\Z)")
 _EMPTY = re.compile(r"\A\s*---(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|\Z)")
-_MAX_CHARACTERS = 1_000_000  # the longest card on the Hub has less, model-index included
+_MAX_CHARACTERS = 500_000  # model-index of hundreds of tasks included
+_MAX_DEPTH = 100  # of brackets, whose parsing takes time with the square of it
 
 
 def split_card(text: str) -> tuple[str | None, str]:
@@ -43,6 +45,8 @@ def parse_metadata(block: str | None, where: str = "README.md") -> dict[str, Any
         return {}
     if len(block) > _MAX_CHARACTERS:
         raise CheckpointError(f"{where}: its metadata has {len(block)} characters, expected at most {_MAX_CHARACTERS}.")
+    if _depth(block) > _MAX_DEPTH:
+        raise CheckpointError(f"{where}: its metadata nests too deeply; correct it.")
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(block, Loader=yaml.SafeLoader)):
             raise CheckpointError(f"{where}: its metadata refers to itself (*name); write the value out instead.")
@@ -61,6 +65,12 @@ def parse_metadata(block: str | None, where: str = "README.md") -> dict[str, Any
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: its metadata is a YAML {type(value).__name__}, expected keys with values.")
     return value
+
+
+def _depth(block: str) -> int:
+    """How deep brackets nest at most, those within strings included."""
+    steps = (1 if bracket[0] in "[{" else -1 for bracket in re.finditer(r"[][{}]", block))
+    return max(accumulate(steps, initial=0))
 
 
 def write_metadata(metadata: Mapping[str, Any]) -> str:

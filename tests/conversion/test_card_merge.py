@@ -103,10 +103,11 @@ def test_facts_count_more_than_the_owner():
         ("a: [", "is not YAML"),
         ("- a", "is a YAML list"),
         ("a: &a [x]\nb: *a", "refers to itself"),
-        (f"a: {'[' * 3000}", "nests too deeply|is not YAML"),
+        (f"a: {'[' * 3000}", "nests too deeply"),
+        ("- " * 3000, "nests too deeply"),
         ("a: 2024-99-99", "is not YAML"),
         ("? [a]\n: b", "is not YAML"),
-        ("a: " + "x" * 1_000_001, "has 1000004 characters"),
+        ("a: " + "x" * 500_000, "has 500003 characters"),
     ],
 )
 def test_metadata_that_cannot_be_changed_is_refused_in_a_line(block, message):
