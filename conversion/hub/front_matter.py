@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
-import yaml
-
 from ..checkpoint.errors import CheckpointError
 
 # As the Hub's server has it, and huggingface_hub after it.
@@ -41,6 +39,8 @@ def parse_metadata(block: str | None, where: str = "README.md") -> dict[str, Any
     Raises:
         CheckpointError: it is not YAML, no mapping, or uses anchors, which can make much of little.
     """
+    import yaml
+
     if not block:
         return {}
     if len(block) > _MAX_CHARACTERS:
@@ -75,6 +75,8 @@ def _depth(block: str) -> int:
 
 def write_metadata(metadata: Mapping[str, Any]) -> str:
     """Metadata as the lines between the two `---`."""
+    import yaml
+
     return str(yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=1000)) if metadata else ""
 
 
@@ -105,6 +107,8 @@ def change_metadata(block: str, changes: Mapping[str, Any]) -> str:
 
 def _chunks(block: str) -> list[tuple[str | None, str]] | None:
     """Every top-level key with its lines, comments before it with the key above; None where it is not so simple."""
+    import yaml
+
     node = yaml.compose(block, Loader=yaml.SafeLoader)
     if not isinstance(node, yaml.MappingNode) or node.flow_style:
         return None
