@@ -21,7 +21,7 @@ from .checkpoint.plan import CheckpointPlan, TensorPlan, View
 from .checkpoint.promises import verify_sources
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .exports.megatron import exported_tensors
-from .hub.card import lineage_steps, model_card
+from .hub.card import model_facts
 from .hub.contents import hub_config, hub_sidecars
 from .hub.remote import local_view
 from .hub.small_files import check_read_files, copied_file, left_behind, small_files
@@ -257,7 +257,7 @@ def _plan_teleflm(checkpoint: Source, dtype: DType | None) -> tuple[CheckpointPl
     lineage = _lineage(checkpoint, dtype)
     out_dtype = tensors[0].dtype.name
     config = hub_config(checkpoint.config or {}, architecture, out_dtype)
-    sidecars = hub_sidecars(Path(checkpoint.folder), model_card(architecture, out_dtype, lineage_steps(lineage)))
+    sidecars = hub_sidecars(Path(checkpoint.folder), model_facts(config, out_dtype, lineage))
     notes = [f"{dropped} tensors that every runtime computes itself were left out."] if dropped else []
     notes += left_behind(Path(checkpoint.folder), sidecars)
     return CheckpointPlan(tensors, config, sidecars, lineage), notes

@@ -24,7 +24,7 @@ from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execut
 from conversion.checkpoint.manifest import parent_record
 from conversion.checkpoint.plan import Box, CheckpointPlan, Copy, Fill, Piece, TensorPlan, View
 from conversion.checkpoint.sources import Source, open_checkpoint
-from conversion.hub.card import lineage_steps, model_card
+from conversion.hub.card import model_facts
 from conversion.hub.contents import hub_config, hub_sidecars
 from conversion.hub.remote import local_view
 from conversion.hub.small_files import left_behind
@@ -232,9 +232,9 @@ def plan_fold(checkpoint: Source, *, alpha: float | None = None, dtype: DType | 
     }
     base = {key: value for key, value in (checkpoint.config or {}).items() if key != "growth_state"}
     out_dtype = tensors[0].dtype.name
-    card = model_card(architecture, out_dtype, lineage_steps(lineage))
     config = hub_config(base, architecture, out_dtype)
-    plan = CheckpointPlan(tensors, config, hub_sidecars(Path(checkpoint.folder), card), lineage)
+    sidecars = hub_sidecars(Path(checkpoint.folder), model_facts(config, out_dtype, lineage))
+    plan = CheckpointPlan(tensors, config, sidecars, lineage)
     plan.check()
     return plan
 

@@ -18,7 +18,7 @@ from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execut
 from conversion.checkpoint.manifest import parent_record, read_manifest
 from conversion.checkpoint.plan import CheckpointPlan, Copy
 from conversion.checkpoint.sources import Source, open_checkpoint, source_identity
-from conversion.hub.card import lineage_steps, model_card
+from conversion.hub.card import model_facts
 from conversion.hub.contents import count_pieces, hub_config, hub_sidecars
 from conversion.hub.remote import local_view
 from conversion.hub.small_files import left_behind
@@ -35,11 +35,6 @@ from .spec import OPTIMIZER_FILE, Growth, plan_target
 
 if TYPE_CHECKING:
     from .moments import AdamState
-
-_MASKED_STEP = (
-    "What is new is behind masks, which {} steps of training raise: a checkpoint for training, made known by "
-    "`import growth.training.masks`; `teleflm fold` writes a plain model."
-)
 
 
 @dataclass(frozen=True)
@@ -169,13 +164,10 @@ def plan_growth(
 
     lineage = {**_lineage(checkpoint, growth), "layer_distances": [asdict(distance) for distance in distances]}
     config = hub_config(checkpoint.config or {}, growth.target, tensors[0].dtype.name)
-    steps = lineage_steps(lineage)
-    if isinstance(growth.method, Mask):
-        steps.append(_MASKED_STEP.format(growth.method.steps))
-    card = model_card(growth.target, tensors[0].dtype.name, steps)
-    sidecars = hub_sidecars(Path(checkpoint.folder), card)
     if isinstance(growth.method, Mask):
         config = MaskState.of_growth(growth, growth.method.steps).to_config(config)
+    sidecars = hub_sidecars(Path(checkpoint.folder), model_facts(config, tensors[0].dtype.name, lineage))
+    if isinstance(growth.method, Mask):
         sidecars[MASKED_CODE] = str(package_folder() / MASKED_CODE)
     plan = CheckpointPlan(tuple(tensors), config, sidecars, lineage, seed)
     plan.check()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from conversion.architecture import MODEL_TYPE, Architecture
+from conversion.architecture import MODEL_TYPE
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.execute import WriteOptions, write_checkpoint
 from conversion.checkpoint.manifest import find_manifest, read_manifest
@@ -25,8 +25,9 @@ from conversion.checkpoint.safetensors_file import read_safetensors
 from conversion.checkpoint.sources import Source, open_checkpoint
 from conversion.checkpoint.strict_json import read_json_object
 from conversion.convert import convert_checkpoint, plan_conversion
-from conversion.hub.card import lineage_steps, model_card
+from conversion.hub.card import CARD, CardFacts, adapter_facts, is_repo_id, model_facts
 from conversion.hub.contents import hub_sidecars
+from conversion.hub.small_files import is_text, small_files
 from sft import SFTError
 from sft.training.lineage import ADAPTER_WEIGHTS, base_digest
 
@@ -35,24 +36,6 @@ _GENERATION_CONFIG = "generation_config.json"
 # Of the standard deviation of the logits. Merging in float32 changes 1e-7 to 1e-6 of it; a wrong factor on an adapter
 # that has learned anything, a thousand times as much.
 _TOLERANCE = 1e-5
-
-_ADAPTER_CARD = """---
-library_name: peft
-base_model: {base}
----
-# A LoRA adapter for a Tele-FLM
-
-```python
-import modeling_teleflm
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained(".")
-```
-
-## Made from
-
-{steps}
-"""
 
 
 class ExportError(SFTError):
@@ -115,7 +98,7 @@ def export_model(
         if dtype:
             raise ExportError(f"dtype is {dtype}, but an adapter keeps its own; add --merge.")
         return Exported(_write_adapter(adapter, source, out, base, overwrite=options.overwrite))
-    return _write_merged(adapter, source, out, cast, options)
+    return _write_merged(adapter, source, out, base, cast, options)
 
 
 # --- the adapter and its base -----------------------------------------------------------------------------------------
@@ -207,11 +190,11 @@ def _write_adapter(adapter: _Adapter, source: Source, out: Path, base: str | Pat
     """Copy an adapter with the tokenizer and the settings that generation needs; all of it or nothing appears."""
     named = str(base) if base else adapter.config.get("base_model_name_or_path")
     config = {**adapter.config, "base_model_name_or_path": named}
-    card = _ADAPTER_CARD.format(base=named, steps="\n".join(f"- {step}" for step in lineage_steps(adapter.lineage)))
+    facts = adapter_facts(config, adapter.tensors, adapter.lineage)
     record = find_manifest(adapter.folder)
     copied = (adapter.folder / ADAPTER_WEIGHTS, *([record] if record else []))
     files: dict[str, str | bytes] = {file.name: str(file) for file in copied}
-    files |= {ADAPTER_CONFIG: (json.dumps(config, indent=2) + "\n").encode(), **_small_files(adapter, source, card)}
+    files |= {ADAPTER_CONFIG: (json.dumps(config, indent=2) + "\n").encode(), **_small_files(adapter, source, facts)}
 
     if out.exists():
         _refuse_to_replace(out, files, overwrite=overwrite)
@@ -241,20 +224,31 @@ def _refuse_to_replace(out: Path, files: Collection[str], *, overwrite: bool) ->
         raise ExportError(f"{out} exists; choose another folder, or add --overwrite.")
 
 
-def _small_files(adapter: _Adapter, base: Source, card: str) -> dict[str, str | bytes]:
-    """The tokenizer and template that the adapter was trained with, else the base's; generation settings likewise."""
+def _small_files(adapter: _Adapter, base: Source, facts: CardFacts) -> dict[str, str | bytes]:
+    """The tokenizer and template that the adapter was trained with, else the base's; generation settings likewise.
+
+    Licence and notices are the base's, which decides under what terms anything made of it is passed on.
+    """
+    origin = Path(base.folder)
     has_tokenizer = (adapter.folder / "tokenizer.model").is_file()
-    files = hub_sidecars(adapter.folder if has_tokenizer else Path(base.folder), card)
-    generation = Path(base.folder) / _GENERATION_CONFIG
-    if generation.is_file():
-        files.setdefault(_GENERATION_CONFIG, str(generation))
+    files = hub_sidecars(adapter.folder if has_tokenizer else origin, facts, origin=origin)
+    for name, path in small_files(origin, {}).items():
+        if name == _GENERATION_CONFIG or (is_text(name) and name != CARD):
+            files.setdefault(name, path)
     return files
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------
 
 
-def _write_merged(adapter: _Adapter, base: Source, out: Path, dtype: DType | None, options: WriteOptions) -> Exported:
+def _write_merged(
+    adapter: _Adapter,
+    base: Source,
+    out: Path,
+    named: str | Path | None,
+    dtype: DType | None,
+    options: WriteOptions,
+) -> Exported:
     import torch
     from safetensors.torch import save_file
 
@@ -279,9 +273,11 @@ def _write_merged(adapter: _Adapter, base: Source, out: Path, dtype: DType | Non
         source = replace(base, tensors={**base.tensors, **merged})
         plan, _ = plan_conversion(source, dtype=dtype)
         lineage = {**(adapter.lineage or {"operation": "fine-tune", "parent": plan.lineage["parent"]}), "merged": True}
-        architecture = Architecture.from_config(plan.config, f"{base.folder}/config.json", with_biases=True)
-        card = model_card(architecture, plan.tensors[0].dtype.name, lineage_steps(lineage))
-        plan = replace(plan, lineage=lineage, sidecars=_small_files(adapter, base, card))
+        facts = model_facts(plan.config, plan.tensors[0].dtype.name, lineage)
+        names = [str(name) for name in (named, adapter.config.get("base_model_name_or_path")) if name]
+        if known := [name for name in names if is_repo_id(name)]:
+            facts = replace(facts, base_models=(known[0],), relation="finetune")
+        plan = replace(plan, lineage=lineage, sidecars=_small_files(adapter, base, facts))
         written = write_checkpoint(plan, out, options)
     return Exported(written.folder, len(merged), gap)
 

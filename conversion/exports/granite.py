@@ -32,7 +32,7 @@ def plan_granite(model: ExportedModel, cast: DType | None) -> CheckpointPlan:
     tensors = tuple(TensorPlan.copy_of(name, model.checkpoint.tensors[name], cast) for name, *_ in weights(a))
     config = {**stock_config(model, a, "granite", model.dtype(cast)), **multipliers}
     lineage = model.lineage("granite", cast)
-    return CheckpointPlan(tensors, config, stock_sidecars(model, a, lineage, model.dtype(cast)), lineage)
+    return CheckpointPlan(tensors, config, stock_sidecars(model, config, lineage, model.dtype(cast)), lineage)
 
 
 def linked_layout(checkpoint: Source, plan: CheckpointPlan) -> Layout | None:

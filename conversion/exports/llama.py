@@ -19,5 +19,5 @@ def plan_llama(model: ExportedModel, cast: DType | None) -> tuple[CheckpointPlan
     tensors = tuple(part.plan(name, dtype=cast, scale=scales.get(name, 1.0)) for name, part in parts.items())
     lineage = model.lineage("llama", cast, multipliers="fold")
     config = stock_config(model, target, "llama", dtype)
-    plan = CheckpointPlan(tensors, config, stock_sidecars(model, target, lineage, dtype), lineage)
+    plan = CheckpointPlan(tensors, config, stock_sidecars(model, config, lineage, dtype), lineage)
     return plan, left_behind(model.folder, plan.sidecars) + folding_notes(model.architecture, target, scales, dtype)

@@ -15,7 +15,7 @@ from ..checkpoint.errors import CheckpointError
 from ..checkpoint.manifest import parent_record
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.sources import Source, open_checkpoint
-from ..hub.card import lineage_steps, model_card
+from ..hub.card import model_facts
 from ..hub.contents import TOKENIZER_CODE, hub_config, hub_sidecars
 from ..hub.remote import local_view
 from ..mapping import EMBED_TOKENS, LM_HEAD, check_tensors, weights
@@ -88,8 +88,7 @@ def stock_config(model: ExportedModel, architecture: Architecture, model_type: s
 
 
 def stock_sidecars(
-    model: ExportedModel, architecture: Architecture, lineage: Mapping[str, Any], dtype: DType
+    model: ExportedModel, config: Mapping[str, Any], lineage: Mapping[str, Any], dtype: DType
 ) -> dict[str, str | bytes]:
     """Its small files: our tokenizer's code, and a card that needs none of our model's."""
-    card = model_card(architecture, dtype.name, lineage_steps(lineage), own_code=False)
-    return hub_sidecars(model.folder, card, code=(TOKENIZER_CODE,))
+    return hub_sidecars(model.folder, model_facts(config, dtype.name, lineage), code=(TOKENIZER_CODE,))

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..architecture import Architecture, load_config, model_code_constant, package_folder, rope_parameters
 from ..checkpoint.errors import CheckpointError
+from .card import CARD, CardFacts, render_card, with_files
 from .small_files import check_read_files, copied_file, small_files
 
 TOKENIZER_CODE = "tokenization_teleflm.py"
@@ -44,15 +45,18 @@ def hub_config(base: Mapping[str, Any], architecture: Architecture, dtype: str) 
     return dict(sorted({**architecture.to_config(kept), **own}.items()))
 
 
-def hub_sidecars(source: Path, card: str, code: Sequence[str] = CODE_FILES) -> dict[str, str | bytes]:
+def hub_sidecars(
+    source: Path, facts: CardFacts, code: Sequence[str] = CODE_FILES, *, origin: Path | None = None
+) -> dict[str, str | bytes]:
     """The other files of an output folder: our code, the source's settings and licence, the model card.
 
     The source's code and card are left behind: their place is taken by ours. `small_files.left_behind` says so.
 
     Args:
         source: folder to copy from.
-        card: content of README.md.
+        facts: what its card says, beside what follows from these files and from the source's card.
         code: which of our files the output needs.
+        origin: folder of the model whose card and licence count; `source` unless given.
 
     Raises:
         CheckpointError: one of them is a link that leads out of the folder.
@@ -60,13 +64,13 @@ def hub_sidecars(source: Path, card: str, code: Sequence[str] = CODE_FILES) -> d
     package = package_folder()
     files: dict[str, str | bytes] = {name: str(package / name) for name in code}
     check_read_files(source)
-    files |= {name: path for name, path in small_files(source, {}).items() if name != "README.md"}
+    files |= {name: path for name, path in small_files(source, {}).items() if name != CARD}
     if "tokenizer.model" in files:
         tokenizer = load_config(source / _TOKENIZER_CONFIG) if copied_file(source, _TOKENIZER_CONFIG) else {}
         files[_TOKENIZER_CONFIG] = (json.dumps({**tokenizer, **_TOKENIZER_CLASS}, indent=2) + "\n").encode()
         if "chat_template" not in tokenizer:
             files.setdefault(_CHAT_TEMPLATE, str(package / _CHAT_TEMPLATE))
-    files["README.md"] = card.encode()
+    files[CARD] = render_card(with_files(facts, origin or source, files)).encode()
     return files
 
 

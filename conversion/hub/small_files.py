@@ -60,6 +60,11 @@ def _refuse_outside(path: Path, folder: Path) -> None:
         )
 
 
+def is_text(name: str) -> bool:
+    """Whether a small file is for people to read: card, licence, notice."""
+    return _TEXTS.fullmatch(name) is not None
+
+
 def check_read_files(folder: Path) -> None:
     """Refuse a folder whose configuration, index or record, from which the output's are made, lies elsewhere.
 
@@ -145,8 +150,8 @@ def small_files(folder: Path, configs: Mapping[str, Any]) -> dict[str, str | byt
     has_code = any("auto_map" in config for config in configs.values() if isinstance(config, Mapping))
     copied: dict[str, str | bytes] = {}
     for name in _listed(folder):
-        wanted = HUB.settings is not None and HUB.settings.fullmatch(name)
-        wanted = wanted or _TEXTS.fullmatch(name) or (has_code and _CODE.fullmatch(name))
+        wanted = HUB.settings is not None and HUB.settings.fullmatch(name) is not None
+        wanted = wanted or is_text(name) or (has_code and _CODE.fullmatch(name) is not None)
         path = copied_file(folder, name) if wanted and name not in _NOT_COPIED else None
         if path:
             copied[name] = path

@@ -18,7 +18,7 @@ from ..checkpoint.manifest import parent_record
 from ..checkpoint.plan import CheckpointPlan, Shape, TensorPlan
 from ..checkpoint.reader import FileReader, boxes_of_range
 from ..checkpoint.sharded import ShardedTensor
-from ..hub.card import lineage_steps, model_card
+from ..hub.card import model_facts
 from ..hub.contents import count_pieces, hub_config, hub_sidecars
 from ..hub.small_files import left_behind
 from ..mapping import EMBED_TOKENS, LM_HEAD, Weight, is_derived, weights
@@ -82,8 +82,9 @@ def plan_run(
         "parent": parent_record(exported) if exported else None,
     }
     out_dtype = tensors[0].dtype.name
-    sidecars = hub_sidecars(folder, model_card(architecture, out_dtype, lineage_steps(lineage)))
-    plan = CheckpointPlan(tuple(tensors), hub_config(complete, architecture, out_dtype), sidecars, lineage)
+    hub = hub_config(complete, architecture, out_dtype)
+    sidecars = hub_sidecars(folder, model_facts(hub, out_dtype, lineage))
+    plan = CheckpointPlan(tuple(tensors), hub, sidecars, lineage)
     plan.check()
     if tokenizer or beside:  # what else lies in a run's own folder is the run
         notes += left_behind(folder, sidecars)

@@ -10,12 +10,13 @@ It is published with the weights, so it holds digests and numbers, and no path.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from conversion.architecture import MODEL_TYPE, Architecture
+from conversion.architecture import MODEL_TYPE
 from conversion.checkpoint.assemble import BLOCK
 from conversion.checkpoint.manifest import (
     MANIFEST,
@@ -27,10 +28,9 @@ from conversion.checkpoint.manifest import (
 from conversion.checkpoint.plan import View
 from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.sources import Source, open_checkpoint
-from conversion.hub.card import lineage_steps, model_card
+from conversion.hub.card import CARD, is_repo_id, model_facts, render_card, with_files
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_CARD = "README.md"
 
 
 def base_digest(base: Source) -> str:
@@ -54,13 +54,17 @@ def describe_base(base: Source) -> dict[str, Any]:
     return {"base": base_digest(base), "parent": parent_record(Path(base.folder))}
 
 
-def write_record(folder: Path, lineage: Mapping[str, Any], seed: int) -> None:
+def write_record(
+    folder: Path, lineage: Mapping[str, Any], seed: int, *, origin: Path | None = None, base: str = ""
+) -> None:
     """Write the record, with the digest of every tensor, and the model card of a Tele-FLM into a saved model.
 
     Args:
         folder: holds a whole model, or the weights of an adapter.
         lineage: `operation`, what was done, and [`describe_base`].
         seed: of the run.
+        origin: folder of the model it was made from, whose licence and language it keeps.
+        base: name of that model; the card has it where it is one of the Hub.
     """
     is_adapter = (folder / ADAPTER_WEIGHTS).is_file()
     saved = open_checkpoint(folder / ADAPTER_WEIGHTS if is_adapter else folder)
@@ -79,9 +83,11 @@ def write_record(folder: Path, lineage: Mapping[str, Any], seed: int) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     config = saved.config or {}
     if not is_adapter and config.get("model_type") == MODEL_TYPE:
-        architecture = Architecture.from_config(config, str(folder / "config.json"), with_biases=True)
-        dtype = next(iter(saved.tensors.values())).dtype.name
-        (folder / _CARD).write_text(model_card(architecture, dtype, lineage_steps(lineage)), encoding="utf-8")
+        facts = model_facts(config, next(iter(saved.tensors.values())).dtype.name, lineage)
+        if is_repo_id(base):
+            facts = replace(facts, base_models=(base,), relation="finetune")
+        facts = with_files(facts, origin, [path.name for path in folder.iterdir()])
+        (folder / CARD).write_text(render_card(facts), encoding="utf-8")
 
 
 def _block_digests(view: View, reader: FileReader) -> Iterator[bytes]:

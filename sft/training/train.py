@@ -107,7 +107,10 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), progress
         trainer.save_state()
         if trainer.is_world_process_zero():
             lineage = {"operation": "fine-tune", **_describe_run(recipe, data, output.global_step), **base}
-            write_record(Path(str(recipe.training.output_dir)), lineage, recipe.training.seed)
+            name = str(recipe.model.model_name_or_path)
+            origin = find_model(name, recipe.model.model_revision)
+            folder = Path(str(recipe.training.output_dir))
+            write_record(folder, lineage, recipe.training.seed, origin=origin, base=name)
     return TrainResult(
         output_dir=str(recipe.training.output_dir),
         global_step=output.global_step,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils import set_module_tensor_to_device
+from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -22,14 +23,16 @@ from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import WriteOptions
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.sources import open_checkpoint
+from conversion.hub.card_check import check_card
 from conversion.hub.publishing import publish
-from sft.export import ExportError, export_model
+from sft.export import ExportError, _read_adapter, _write_adapter, export_model
 from sft.training.recipe import Recipe
 from sft.training.train import train
 from teleflm.commands.sft import app
 from tests.fixtures.tiny import tiny_config, tiny_model
 from tests.sft.conftest import STRICT
 
+TERMS = "license: other\nlicense_name: terms\n"
 METHODS = {
     "full": {},
     "lora": {"use_peft": True, "lora_r": 4},
@@ -225,6 +228,28 @@ def test_an_adapter_is_published_with_a_base_that_others_can_find(trained, tmp_p
         "tokenizer.model",
     } <= publication.small_files.keys()
     assert publication.left_out == []
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_the_card_names_a_base_of_the_hub_and_keeps_its_licence(merge, trained, model_dir, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(model_dir, base)
+    (base / "LICENSE").write_text("Do as you like.")
+    (base / "README.md").write_text(f"---\n{TERMS}language: zh\ndatasets: owner/pretraining\n---\n")
+    shutil.copytree(trained("lora"), adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "owner/base"}))
+    out = tmp_path / "out"
+    if merge:
+        export_model(adapter, out, merge=True, base=base)
+    else:  # as of a base that the Hub's client has downloaded
+        _write_adapter(_read_adapter(adapter), open_checkpoint(base), out, None, overwrite=False)
+    said = ModelCard((out / "README.md").read_text()).data.to_dict()
+    assert (said["base_model"], said["base_model_relation"]) == ("owner/base", "finetune" if merge else "adapter")
+    assert (said["license"], said["license_name"], said["language"]) == ("other", "terms", "zh")
+    assert "datasets" not in said, "what the base was trained on"
+    assert (out / "LICENSE").read_text() == "Do as you like."
+    assert check_card((out / "README.md").read_text()) == []
 
 
 def test_an_adapter_replaces_an_exported_adapter_and_nothing_else(trained, model_dir, tmp_path):
