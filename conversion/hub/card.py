@@ -265,14 +265,30 @@ def card_facts(
         facts = adapter_facts(config, open_checkpoint(folder / "adapter_model.safetensors").tensors, lineage)
     else:
         source = open_checkpoint(folder)
-        kinds = Counter(view.dtype.name for view in source.tensors.values())
-        facts = model_facts(source.config or {}, max(kinds, key=lambda name: (kinds[name], name)), lineage)
-        sizes = [(view.numel, view.numel * view.dtype.itemsize) for view in source.tensors.values()]
-        facts = replace(facts, num_parameters=sum(n for n, _ in sizes), num_bytes=sum(n for _, n in sizes))
+        views = [(view.dtype.name, view.numel, view.nbytes) for view in source.tensors.values()]
+        facts = planned_facts(source.config or {}, lineage or {}, views, folder)
     facts = with_files(replace(facts, inherited=_SAME_KEYS), folder, names)
     if base_models:
         facts = replace(facts, base_models=tuple(base_models), relation=relation)
     return replace(facts, repo_id=repo_id, results=tuple(results), has_record=manifest is not None)
+
+
+def planned_facts(
+    config: Mapping[str, Any], lineage: Mapping[str, Any], views: Sequence[tuple[str, int, int]], folder: Path
+) -> CardFacts:
+    """The facts of a folder whose weights are elsewhere.
+
+    Args:
+        config: its configuration.
+        lineage: its lineage.
+        views: dtype, elements and bytes of each tensor.
+        folder: holds its small files.
+    """
+    kinds = Counter(dtype for dtype, _, _ in views)
+    facts = model_facts(config, max(kinds, key=lambda name: (kinds[name], name)), lineage)
+    facts = replace(facts, num_parameters=sum(n for _, n, _ in views), num_bytes=sum(n for _, _, n in views))
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    return with_files(replace(facts, inherited=_SAME_KEYS), folder, names)
 
 
 def inherited_metadata(folder: Path, keys: Collection[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ what would be published  ->  may we, there?  ->  is it sound?  ->  does it load?
 
 import tempfile
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from ..checkpoint.folder_formats import is_setting, is_weights
 from ..checkpoint.limits import default_workers
 from ..checkpoint.manifest import MANIFEST, OLD_MANIFEST
 from ..checkpoint.strict_json import parse_json_object
+from .card import CARD, CardFacts, card_facts
 from .client import Repository, check_repo_id, look_at, one_line
 from .loading import try_loading
-from .release import CARD, check_release, find_release
+from .published_card import CardOptions, card_text, published_card, validate_card
+from .release import check_release, find_release
 from .uploading import Destination, Hashes, commit, send
 
 _MAX_REMOTE = 64 * 2**20  # bytes of a card or a record that are read from the Hub
@@ -59,6 +61,7 @@ def publish(
     pull_request: bool = False,
     tag: str | None = None,
     message: str | None = None,
+    card: CardOptions = CardOptions(),  # noqa: B008  (frozen)
     check: bool = True,
     load: bool = True,
     dry_run: bool = False,
@@ -80,6 +83,7 @@ def publish(
         pull_request: open a pull request instead of committing.
         tag: to give to the commit.
         message: of the commit.
+        card: what is said of the model beside its facts.
         check: read every tensor and compare it with the digests of the record first, if there are any.
         load: load the folder in a process of its own first, as a stranger would.
         dry_run: do everything but write, here and there.
@@ -102,10 +106,11 @@ def publish(
     to = Destination(HfApi(library_name="teleflm"), repo_id, revision, pull_request)
     there, notes = ask(to, private, tag, dry_run)
     removed = files_to_remove(to, there, release.files.keys()) if there else []
-    card = (folder / CARD).read_bytes()
+    facts = replace(card_facts(folder), repo_id=repo_id)
+    text = compose_card(to, there, facts, (folder / CARD).read_bytes(), card, str(folder))
     check_release(release, check, workers, progress)
     notes += try_loading(release) if load else []
-    small = {**release.small_files, CARD: len(card)}
+    small = {**release.small_files, CARD: len(text)}
     publication = Publication(repo_id, release.weights, small, release.left_out, removed, notes)
     if dry_run:
         return publication
@@ -114,7 +119,7 @@ def publish(
     hashes = Hashes(folder)
     large = {name: folder / name for name in release.weights}
     sent = send(to, large, hashes, hash_progress)
-    contents = {name: card if name == CARD else (folder / name).read_bytes() for name in release.small_files}
+    contents = {name: (folder / name).read_bytes() for name in release.small_files} | {CARD: text}
     url = commit(to, there.commit, sent, contents, removed, message or "Upload with teleflm")
     if tag:
         tag_commit(to, tag)
@@ -212,6 +217,18 @@ def tag_commit(to: Destination, tag: str) -> None:
     """Give a tag to the branch's head."""
     with one_line(to.repo_id):
         to.hub.create_tag(to.repo_id, tag=tag, revision=to.revision)
+
+
+def compose_card(
+    to: Destination, there: Repository | None, facts: CardFacts, here: bytes, options: CardOptions, where: str
+) -> bytes:
+    """The card to publish, which the Hub takes; see `published_card`."""
+    found = read_remote(to, there, CARD) if there else None
+    owners = found.decode(errors="replace") if found is not None else None
+    text = published_card(facts, card_text(here, f"{where}/{CARD}"), owners, options, where)
+    if there is not None:
+        validate_card(text, to.repo_id)
+    return text.encode()
 
 
 # What another version left there.

@@ -15,9 +15,9 @@ from ..checkpoint.manifest import MANIFEST, OLD_MANIFEST, find_manifest
 from ..checkpoint.preflight import FOLDER, PARTIAL
 from ..checkpoint.strict_json import read_json_object
 from ..inspect import inspect_checkpoint
+from .card import CARD
 from .small_files import copied_file, small_files
 
-CARD = "README.md"
 _CONFIGS = ("config.json", "adapter_config.json")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _INDEX = "model.safetensors.index.json"
@@ -166,4 +166,4 @@ def _refuse_secrets(release: Release) -> None:
                 )
 
 
-__all__ = ["CARD", "Release", "check_release", "find_release"]
+__all__ = ["Release", "check_release", "find_release"]

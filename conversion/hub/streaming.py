@@ -13,10 +13,11 @@ repository see nothing of it until the commit.
 import base64
 import json
 import os
+import tempfile
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from ..checkpoint.plan import CheckpointPlan
 from ..checkpoint.record import job_record
 from ..checkpoint.sizes import format_bytes
 from ..checkpoint.workspace import forget_run
+from .card import CARD, CardFacts, planned_facts
 from .client import check_repo_id
-from .publishing import ask, files_to_remove, make_repository, tag_commit
+from .published_card import CardOptions
+from .publishing import ask, compose_card, files_to_remove, make_repository, tag_commit
 from .uploading import Destination, Sent, commit, forgotten, send
 
 _STATE = "sent.json"
@@ -73,6 +76,7 @@ def stream_to_hub(
     revision: str | None = None,
     tag: str | None = None,
     message: str | None = None,
+    card: CardOptions = CardOptions(),  # noqa: B008  (frozen)
     dry_run: bool = False,
 ) -> Streamed:
     """Write a plan as a model of the Hub, with little of it on this disk at any time.
@@ -84,7 +88,7 @@ def stream_to_hub(
         options: how to write; shards are as large as `max_shard_size`.
         notes: what a user should know of the plan, one sentence each.
         work: the working folder; `teleflm-OWNER-NAME` here unless given. Removed when all is there.
-        private, revision, tag, message: see `publish`.
+        private, revision, tag, message, card: see `publish`.
         dry_run: ask the Hub, and write nothing, here and there.
 
     Raises:
@@ -102,6 +106,7 @@ def stream_to_hub(
     there, said = ask(to, private, tag, dry_run)
     files = {**job.weights, **{name: len(content) for name, content in job.small_contents.items()}}
     removed = files_to_remove(to, there, {*files, MANIFEST}) if there else []
+    text = compose_card(to, there, _facts(job, repo_id), job.small_contents[CARD], card, repo_id)
     streamed = Streamed(repo_id, plan, files, removed, in_flight, disk, [*notes, *said])
     if dry_run:
         return streamed
@@ -115,7 +120,7 @@ def stream_to_hub(
         state.add(shard.filename, send(to, {shard.filename: path})[shard.filename], finished)
 
     finished = write_and_ship(job, work, options, state.finished, ship, in_flight)
-    contents = {**job.small_contents, MANIFEST: json_bytes(job_record(job, finished))}
+    contents = {**job.small_contents, CARD: text, MANIFEST: json_bytes(job_record(job, finished))}
     url = commit(to, there.commit, state.sent, contents, removed, message or "Upload with teleflm")
     if tag:
         tag_commit(to, tag)
@@ -133,6 +138,15 @@ def _in_flight(job: Job, budget: int, options: WriteOptions) -> tuple[int, int]:
         )
     number = min(budget // largest, len(job.layout.shards))
     return number, number * largest
+
+
+def _facts(job: Job, repo_id: str) -> CardFacts:
+    views = [(tensor.dtype.name, tensor.numel, tensor.nbytes) for tensor in job.plan.tensors]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in job.small_contents.items():
+            if "/" not in name:
+                Path(folder, name).write_bytes(content)
+        return replace(planned_facts(job.plan.config, job.plan.lineage, views, Path(folder)), repo_id=repo_id)
 
 
 class _State:
