@@ -261,10 +261,8 @@ def read_remote(to: Destination, there: Repository, name: str) -> bytes | None:
     """A small file of a repository, at the commit that was looked at; None if there is none, or a large one."""
     if name not in there.files or there.files[name].size > _MAX_REMOTE:
         return None
-    from huggingface_hub import hf_hub_download
-
     with tempfile.TemporaryDirectory() as folder, one_line(to.repo_id):
-        path = hf_hub_download(to.repo_id, name, revision=there.commit, local_dir=folder, token=to.hub.token)
+        path = to.hub.hf_hub_download(to.repo_id, name, revision=there.commit, local_dir=folder)
         return Path(path).read_bytes()
 
 

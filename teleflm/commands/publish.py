@@ -32,6 +32,13 @@ Revision = Annotated[str | None, typer.Option(help="Branch; the main one unless 
 PullRequest = Annotated[bool, typer.Option("--pr", help="Open a pull request instead of committing.")]
 Tag = Annotated[str | None, typer.Option(help="To give to the commit.")]
 Message = Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")]
+License = Annotated[str | None, typer.Option(help="The Hub's identifier; that of the card or LICENSE unless given.")]
+Language = Annotated[list[str] | None, typer.Option(help="Code of a language, such as zh; may be repeated.")]
+BaseModel = Annotated[list[str] | None, typer.Option(help="OWNER/NAME of what it was made from; may be repeated.")]
+Relation = Annotated[str | None, typer.Option(help="To --base-model: finetune, adapter, merge or quantized.")]
+Dataset = Annotated[list[str] | None, typer.Option(help="OWNER/NAME of data it was trained on; may be repeated.")]
+Results = Annotated[Path | None, typer.Option(help="JSON of lm-evaluation-harness, for the card.")]
+Card = Annotated[str | None, typer.Option(help="Whose words count where both cards have some: here or there.")]
 NoLoad = Annotated[bool, typer.Option("--no-load", help="Do not load the folder in a clean process first.")]
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Do not read the weights again before the upload.")]
 
@@ -44,6 +51,13 @@ def publish(
     pull_request: PullRequest = False,
     tag: Tag = None,
     message: Message = None,
+    license: License = None,
+    language: Language = None,
+    base_model: BaseModel = None,
+    relation: Relation = None,
+    dataset: Dataset = None,
+    results: Results = None,
+    card: Card = None,
     no_check: NoCheck = False,
     no_load: NoLoad = False,
     workers: Workers = DEFAULT_WORKERS,
@@ -52,9 +66,20 @@ def publish(
     debug: Debug = False,
 ) -> None:
     """Publish a finished folder: checked and loaded first, visible in one commit, resumable."""
+    from conversion.hub.published_card import CardOptions
     from conversion.hub.publishing import publish as upload
+    from conversion.hub.results import read_results
 
     with exit_codes(debug=debug):
+        said = CardOptions(
+            license=license,
+            languages=language or (),
+            base_models=base_model or (),
+            relation=relation,
+            datasets=dataset or (),
+            results=read_results(results) if results else (),
+            words=card,  # type: ignore[arg-type]  # checked there, with a line of its own
+        )
         with byte_progresses("checking", "hashing") as (progress, hash_progress):
             publication = upload(
                 path,
@@ -64,6 +89,7 @@ def publish(
                 pull_request=pull_request,
                 tag=tag,
                 message=message,
+                card=said,
                 check=not no_check,
                 load=not no_load,
                 dry_run=dry_run,
