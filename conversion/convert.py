@@ -18,8 +18,9 @@ from .checkpoint.manifest import parent_record
 from .checkpoint.plan import CheckpointPlan, TensorPlan, View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .exports.megatron import exported_tensors
-from .hub.card import lineage_steps, model_card
+from .hub.card import model_card
 from .hub.contents import hub_config, hub_sidecars
+from .hub.lineage import lineage_steps
 from .hub.small_files import check_read_files, copied_file, left_behind, small_files
 from .mapping import check_tensors, weights
 from .native.checkpoint import NativeCheckpoint

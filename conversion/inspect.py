@@ -22,8 +22,8 @@ from .checkpoint.manifest import MANIFEST, read_manifest
 from .checkpoint.plan import View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .exports.megatron import exported_tensors
-from .hub.card import lineage_steps
 from .hub.contents import count_pieces
+from .hub.lineage import lineage_steps
 from .mapping import check_tensors
 from .native.checkpoint import NativeCheckpoint
 from .native.find import RELEASE, exported_folder, open_native

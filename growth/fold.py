@@ -24,8 +24,9 @@ from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execut
 from conversion.checkpoint.manifest import parent_record
 from conversion.checkpoint.plan import Box, CheckpointPlan, Copy, Fill, Piece, TensorPlan, View
 from conversion.checkpoint.sources import Source, open_checkpoint
-from conversion.hub.card import lineage_steps, model_card
+from conversion.hub.card import model_card
 from conversion.hub.contents import hub_config, hub_sidecars
+from conversion.hub.lineage import lineage_steps
 from conversion.hub.small_files import left_behind
 from conversion.mapping import Weight, check_tensors, weights
 from conversion.quantisation import refuse_quantised

@@ -18,8 +18,9 @@ from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execut
 from conversion.checkpoint.manifest import parent_record, read_manifest
 from conversion.checkpoint.plan import CheckpointPlan, Copy
 from conversion.checkpoint.sources import Source, open_checkpoint, source_identity
-from conversion.hub.card import lineage_steps, model_card
+from conversion.hub.card import model_card
 from conversion.hub.contents import count_pieces, hub_config, hub_sidecars
+from conversion.hub.lineage import lineage_steps
 from conversion.hub.small_files import left_behind
 from conversion.mapping import check_tensors, weights
 from conversion.quantisation import refuse_quantised

@@ -25,8 +25,9 @@ from conversion.checkpoint.safetensors_file import read_safetensors
 from conversion.checkpoint.sources import Source, open_checkpoint
 from conversion.checkpoint.strict_json import read_json_object
 from conversion.convert import convert_checkpoint, plan_conversion
-from conversion.hub.card import lineage_steps, model_card
+from conversion.hub.card import model_card
 from conversion.hub.contents import hub_sidecars
+from conversion.hub.lineage import lineage_steps
 from sft import SFTError
 from sft.training.lineage import ADAPTER_WEIGHTS, base_digest
 

@@ -15,8 +15,9 @@ from ..checkpoint.errors import CheckpointError
 from ..checkpoint.manifest import parent_record
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.sources import Source, open_checkpoint
-from ..hub.card import lineage_steps, model_card
+from ..hub.card import model_card
 from ..hub.contents import TOKENIZER_CODE, hub_config, hub_sidecars
+from ..hub.lineage import lineage_steps
 from ..mapping import EMBED_TOKENS, LM_HEAD, check_tensors, weights
 from ..quantisation import refuse_quantised
 from .multipliers import NEUTRAL

@@ -18,8 +18,9 @@ from ..checkpoint.manifest import parent_record
 from ..checkpoint.plan import CheckpointPlan, Shape, TensorPlan
 from ..checkpoint.reader import FileReader, boxes_of_range
 from ..checkpoint.sharded import ShardedTensor
-from ..hub.card import lineage_steps, model_card
+from ..hub.card import model_card
 from ..hub.contents import count_pieces, hub_config, hub_sidecars
+from ..hub.lineage import lineage_steps
 from ..hub.small_files import left_behind
 from ..mapping import EMBED_TOKENS, LM_HEAD, Weight, is_derived, weights
 from .checkpoint import NativeCheckpoint, Replica

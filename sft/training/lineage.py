@@ -27,7 +27,8 @@ from conversion.checkpoint.manifest import (
 from conversion.checkpoint.plan import View
 from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.sources import Source, open_checkpoint
-from conversion.hub.card import lineage_steps, model_card
+from conversion.hub.card import model_card
+from conversion.hub.lineage import lineage_steps
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _CARD = "README.md"
