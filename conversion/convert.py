@@ -14,7 +14,7 @@ from .checkpoint.dtypes import DType, parse_dtype
 from .checkpoint.errors import CheckpointError, NotFinite
 from .checkpoint.execute import CheckpointResult, WriteOptions, execute
 from .checkpoint.job import read_json
-from .checkpoint.manifest import parent_record
+from .checkpoint.parent import parent_of
 from .checkpoint.plan import CheckpointPlan, TensorPlan, View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .exports.megatron import exported_tensors
@@ -214,5 +214,5 @@ def _lineage(checkpoint: Source, dtype: DType | None) -> dict[str, Any]:
         "operation": "convert",
         "from": checkpoint.format,
         "dtype": dtype.name if dtype else None,
-        "parent": parent_record(Path(checkpoint.folder)),
+        "parent": parent_of(checkpoint),
     }

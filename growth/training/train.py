@@ -45,6 +45,7 @@ from .launch import DistributedName, WrappingGuard, check_launch, check_spread, 
 from .masks import MaskCallback, TeleFLMMaskedForCausalLM
 from .mup import MupMixin
 from .optimizer_layout import parameter_shapes
+from .record import RecordCallback, count_tokens, describe_training, digest_examples, find_parent
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class GrowthTrainer(MupMixin, Trainer):
 def train(
     growth: GrowthArguments, args: TrainingArguments, callbacks: Sequence[TrainerCallback] = ()
 ) -> dict[str, float]:
-    """Train a grown model and save it, with its tokenizer, to `args.output_dir`.
+    """Train a grown model and save it, with its tokenizer, to `args.output_dir`; a record says what was done.
 
     A masked model stays one until `teleflm fold` is run on it.
 
@@ -126,10 +127,19 @@ def train(
     """
     checkpoint = find_checkpoint(args)
     trainer = build_trainer(growth, args, callbacks)
+    record = on_every_process(partial(_make_record, trainer, Path(growth.model_name_or_path), checkpoint))
+    trainer.add_callback(record)
     output = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.save_state()
+    record.save_model()
     return output.metrics
+
+
+def _make_record(trainer: Trainer, folder: Path, checkpoint: str | None) -> RecordCallback:
+    """What writes the records of a run; what they say of its data and its parent is found out before it begins."""
+    if not trainer.is_world_process_zero():
+        return RecordCallback(trainer, lambda state: {})
+    made_from = {**digest_examples(trainer.train_dataset), **find_parent(folder, checkpoint)}
+    return RecordCallback(trainer, lambda state: describe_training(trainer, state, made_from))
 
 
 def build_trainer(
@@ -148,6 +158,7 @@ def build_trainer(
         distributed_type=growth.distributed_type,
     )
     check_kernels(args, growth.use_kernels)
+    count_tokens(args)
     set_seed(args.seed)
     folder = Path(growth.model_name_or_path)
     if not (folder / "config.json").is_file():
