@@ -145,8 +145,12 @@ def is_edited(record: Mapping[str, Any]) -> bool:
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
-    as_read = json.loads(json.dumps(content))  # where tuples are lists, and every name is a text
-    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for name, value in sorted(content.items()):
+        # As it is read again, where every name is a text; those of tensors and files, which may be many, are.
+        as_read = value if name in ("tensors", "files") else json.loads(json.dumps(value))
+        digest.update(json.dumps([name, as_read], sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def find_manifest(folder: Path) -> Path | None:
