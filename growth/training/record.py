@@ -39,7 +39,7 @@ from conversion.checkpoint.sources import WEIGHT_FILES, open_checkpoint
 from conversion.hub.saved_model import ADAPTER_WEIGHTS, has_saved_weights, record_saved_model
 
 from ..fold import MASKED_MODEL_TYPE
-from .grown_adam import AdamStart
+from .grown_adam import AdamStart, on_every_process
 from .masks import MaskCallback, find_masked_model
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,32 @@ def _written(folder: Path) -> dict[str, tuple[int, int]]:
     """What tells whether the weights of a folder were written again: of a run before, older ones may lie there."""
     paths = (folder / name for name in (*WEIGHT_FILES, ADAPTER_WEIGHTS))
     return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in paths if path.is_file()}
+
+
+def start_record(trainer: Trainer, folder: Path, checkpoint: str | None = None) -> RecordCallback:
+    """Give a Trainer of text what writes its records; every process of a run has to call it, before its first step.
+
+    What the records say of the data and of the parent is found out now, so that nothing can fail afterwards, and a
+    model that is changed meanwhile is recorded as it was read.
+
+    Args:
+        trainer: has its data.
+        folder: of the model that it trains.
+        checkpoint: the one that is resumed.
+
+    Raises:
+        CheckpointError: see [`find_parent`]. Raised on every process if on one.
+    """
+
+    def look() -> dict[str, Any]:
+        if not trainer.is_world_process_zero():
+            return {}
+        return {**digest_examples(trainer.train_dataset), **find_parent(folder, checkpoint)}
+
+    made_from = on_every_process(look)
+    record = RecordCallback(trainer, lambda state: describe_training(trainer, state, made_from))
+    trainer.add_callback(record)
+    return record
 
 
 def find_parent(folder: Path, checkpoint: str | None = None) -> dict[str, Any]:
@@ -221,4 +247,4 @@ def count_tokens(args: TrainingArguments) -> None:
         args.include_num_input_tokens_seen = "all"
 
 
-__all__ = ["RecordCallback", "count_tokens", "describe_training", "digest_examples", "find_parent"]
+__all__ = ["RecordCallback", "count_tokens", "describe_training", "digest_examples", "find_parent", "start_record"]

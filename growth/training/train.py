@@ -45,7 +45,7 @@ from .launch import DistributedName, WrappingGuard, check_launch, check_spread, 
 from .masks import MaskCallback, TeleFLMMaskedForCausalLM
 from .mup import MupMixin
 from .optimizer_layout import parameter_shapes
-from .record import RecordCallback, count_tokens, describe_training, digest_examples, find_parent
+from .record import count_tokens, start_record
 
 logger = logging.getLogger(__name__)
 
@@ -127,19 +127,10 @@ def train(
     """
     checkpoint = find_checkpoint(args)
     trainer = build_trainer(growth, args, callbacks)
-    record = on_every_process(partial(_make_record, trainer, Path(growth.model_name_or_path), checkpoint))
-    trainer.add_callback(record)
+    record = start_record(trainer, Path(growth.model_name_or_path), checkpoint)
     output = trainer.train(resume_from_checkpoint=checkpoint)
     record.save_model()
     return output.metrics
-
-
-def _make_record(trainer: Trainer, folder: Path, checkpoint: str | None) -> RecordCallback:
-    """What writes the records of a run; what they say of its data and its parent is found out before it begins."""
-    if not trainer.is_world_process_zero():
-        return RecordCallback(trainer, lambda state: {})
-    made_from = {**digest_examples(trainer.train_dataset), **find_parent(folder, checkpoint)}
-    return RecordCallback(trainer, lambda state: describe_training(trainer, state, made_from))
 
 
 def build_trainer(
