@@ -103,12 +103,15 @@ def test_the_chain_leads_from_the_last_folder_to_the_first(life):
         "record": None,
         "problems": ["no record"],
         "details": {},
+        "verification": None,
     }
     made = ["converted", "grown", "trained", "tuned", "merged", "exported"]
     assert [link["record"] for link in links[1:]] == [digest(life[name]) for name in made]
     assert [link["operation"] for link in links[1:]] == ["convert", "grow", "train", "fine-tune", "merge", "export"]
     assert [link["problems"] for link in links[1:]] == [[]] * 6
     assert "Certified against its source: every condition on its bytes holds." in links[2]["step"]
+    verdict = json.loads((life["grown"] / MANIFEST).read_text())["verification"]
+    assert [link["verification"] for link in links] == [None, None, verdict, None, None, None, None]
     printed = teleflm("inspect", life["exported"])
     for number, link in enumerate(links[1:], 2):
         assert f"{number}. {link['step']} [record {link['record'][:12]}]" in printed
@@ -301,6 +304,15 @@ def test_a_record_of_fine_tuning_as_it_was_before_is_checked_by_its_tensors(brok
     save_file({name: weight.bfloat16() for name, weight in weights.items()}, folder / "model.safetensors")
     said = teleflm("convert", folder, tmp_path / "out")
     assert re.search(r"not those of its record: [\w.]+ is bfloat16 \[[\d, ]+\], expected 'float32' \[", said)
+
+
+def test_a_record_that_cannot_be_written_costs_no_run(life, text, tmp_path, caplog):
+    """The model is saved by then; what stands in the place of the record is left as it is."""
+    (tmp_path / "out" / MANIFEST).mkdir(parents=True)
+    train(life["grown"], tmp_path / "out", text)
+    assert (tmp_path / "out/model.safetensors").is_file()
+    assert "is saved, but there is no record of it" in caplog.text
+    assert [path for path in (tmp_path / "out").iterdir() if path.name.startswith(f".{MANIFEST}")] == []
 
 
 # The verdict.

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .errors import printable
 from .job import shortened
 from .manifest import find_manifest, is_edited, is_plain, read_manifest, sample_digest
 from .plan import View
@@ -29,7 +30,7 @@ from .strict_json import MAX_JSON_DEPTH
 # A step takes two levels of the JSON, and what it says a few more.
 MAX_STEPS = 40
 _MAX_DEPTH = MAX_JSON_DEPTH - 10
-_MAX_VERDICT = 4000  # characters
+_MAX_VERDICT, _MAX_REASON = 4000, 300  # characters
 _CONFIG = "config.json"
 
 
@@ -82,6 +83,11 @@ def record_mismatch(folder: Path, record: Mapping[str, Any], tensors: Mapping[st
         record: its content; it may come from anyone.
         tensors: those that are there, by the names of the record.
     """
+    found = _mismatch(folder, record, tensors)
+    return printable(found)[:_MAX_REASON] if found else None
+
+
+def _mismatch(folder: Path, record: Mapping[str, Any], tensors: Mapping[str, View] | None) -> str | None:
     listed = record.get("files")
     files = listed if isinstance(listed, dict) else {}
     for name, entry in files.items():

@@ -4,16 +4,14 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """A verdict in the record of a checkpoint that is there already: the one thing that is ever added to one."""
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .atomic_file import write_atomically
 from .errors import CheckpointError
 from .job import json_bytes
 from .manifest import MANIFEST, is_edited, read_own_manifest, seal
-from .workspace import sync_folder
 
 
 def add_verification(folder: Path, verification: Mapping[str, Any]) -> None:
@@ -38,22 +36,6 @@ def add_verification(folder: Path, verification: Mapping[str, Any]) -> None:
     if path.is_symlink():
         raise CheckpointError(f"{path}: is a link to {path.resolve()}; put a copy of the file in its place.")
     try:
-        _replace(path, json_bytes(seal({**record, "verification": dict(verification)})))
+        write_atomically(path, json_bytes(seal({**record, "verification": dict(verification)})))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror}; nothing was recorded.") from None
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that it is the old or the new one at any moment, and after any interruption."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, path.stat().st_mode & 0o777)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)

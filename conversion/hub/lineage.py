@@ -42,6 +42,7 @@ class Link:
         record: sha256 of the record that the step left; None if there is none, or it is not named.
         problems: where the chain is broken at this link, a sentence each.
         details: all that the step's lineage says, without what was before it.
+        verification: the verdict in that record, if it holds one.
     """
 
     step: str
@@ -49,6 +50,7 @@ class Link:
     record: str | None
     problems: tuple[str, ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
+    verification: dict[str, Any] | None = None
 
 
 class _Step(NamedTuple):
@@ -91,6 +93,7 @@ def lineage_chain(record: Mapping[str, Any], digest: str | None, problems: Seque
         links.append(Link(before, None, named, (why,)))
     for number, step in enumerate(steps):
         found = list(problems) if number == len(steps) - 1 else list(_problems(step.link))
+        verdict = step.link.get("verification")
         operation, details = step.lineage.get("operation"), {k: v for k, v in step.lineage.items() if k != "parent"}
         links.append(
             Link(
@@ -99,6 +102,7 @@ def lineage_chain(record: Mapping[str, Any], digest: str | None, problems: Seque
                 _digest(step.link.get("record")),
                 tuple(found),
                 details,
+                dict(verdict) if isinstance(verdict, Mapping) else None,
             )
         )
     return tuple(links) or (Link(_NO_RECORD, None, None, ("no record",)),)

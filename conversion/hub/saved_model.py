@@ -15,9 +15,11 @@ from typing import Any
 
 from ..architecture import MODEL_TYPE, Architecture
 from ..checkpoint.assemble import BLOCK
+from ..checkpoint.atomic_file import write_atomically
 from ..checkpoint.check import outside_tensors
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.folder_formats import is_setting, is_weights, known_files
+from ..checkpoint.job import json_bytes
 from ..checkpoint.manifest import MANIFEST, between_digest, block_digest, make_manifest, sample_digest, tensor_digest
 from ..checkpoint.plan import View
 from ..checkpoint.reader import FileReader
@@ -77,12 +79,12 @@ def _record(
         plain = {**config, "model_type": MODEL_TYPE}
         architecture = Architecture.from_config(plain, str(folder / "config.json"), with_biases=True)
         dtype = next(iter(saved.tensors.values())).dtype.name
-        (folder / _CARD).write_text(model_card(architecture, dtype, lineage_steps(lineage)), encoding="utf-8")
+        write_atomically(folder / _CARD, model_card(architecture, dtype, lineage_steps(lineage)).encode())
     tensors = _tensors(saved, digests=digests)
     plan = hashlib.sha256(json.dumps([lineage, seed, tensors], sort_keys=True).encode()).hexdigest()
     files = _files(folder, saved)
     manifest = make_manifest(plan=plan, seed=seed, lineage=lineage, files=files, tensors=tensors, digests=digests)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    write_atomically(folder / MANIFEST, json_bytes(manifest))
 
 
 def _tensors(saved: Source, *, digests: bool) -> dict[str, dict[str, Any]]:

@@ -33,6 +33,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import SchedulerType
 
 from conversion.architecture import MODEL_TYPE
+from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.parent import parent_notes, parent_of, parent_record
 from conversion.checkpoint.sources import WEIGHT_FILES, open_checkpoint
@@ -97,7 +98,10 @@ class RecordCallback(TrainerCallback):
         lineage, seed = dict(self.describe(state)), self.trainer.args.seed
         if "tokens" in lineage and not self.counts_all:
             lineage["tokens"] = None
-        record_saved_model(folder, lineage, seed, digests=digests, model_types=(MODEL_TYPE, MASKED_MODEL_TYPE))
+        try:
+            record_saved_model(folder, lineage, seed, digests=digests, model_types=(MODEL_TYPE, MASKED_MODEL_TYPE))
+        except CheckpointError as error:  # the model is saved, and the other processes go on
+            logger.warning("%s is saved, but there is no record of it: %s", folder, error)
 
 
 def _written(folder: Path) -> dict[str, tuple[int, int]]:
