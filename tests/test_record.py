@@ -300,6 +300,9 @@ def test_a_record_of_fine_tuning_as_it_was_before_is_checked_by_its_tensors(brok
     old = {name: value for name, value in record.items() if name not in ("files", "checksum")}
     (folder / MANIFEST).write_text(json.dumps(old))
     assert chain(folder)[-1]["problems"] == []
+    teleflm("convert", folder, tmp_path / "unseen")
+    unknown = "it is not known whether its weights were still those of its record: it has no samples of them"
+    assert chain(tmp_path / "unseen")[-2]["problems"] == [unknown]
     weights = load_file(folder / "model.safetensors")
     save_file({name: weight.bfloat16() for name, weight in weights.items()}, folder / "model.safetensors")
     said = teleflm("convert", folder, tmp_path / "out")

@@ -61,7 +61,7 @@ def parent_record(folder: Path, tensors: Mapping[str, View] | None = None) -> di
         "plan": record["plan"],
         "lineage": _shortened(record["lineage"]),
         "record": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "matches": mismatch is None,
+        "matches": False if mismatch else True if _has_samples(record) else None,
         **({"mismatch": mismatch} if mismatch else {}),
         **({"edited": True} if is_edited(record) else {}),
         **_verdict(record),
@@ -130,6 +130,12 @@ def _tensor_difference(tensors: Mapping[str, View], expected: Mapping[str, Any])
             return f"{name} is {found[0]} {found[1]}, expected {shortened(recorded[0])} {shortened(recorded[1])}"
     missing = next((name for name in expected if name not in tensors), None)
     return f"{missing} is missing" if missing is not None else None
+
+
+def _has_samples(record: Mapping[str, Any]) -> bool:
+    files = record.get("files")
+    entries = files.values() if isinstance(files, dict) else ()
+    return any(isinstance(entry, dict) and "samples" in entry for entry in entries)
 
 
 def _verdict(record: Mapping[str, Any]) -> dict[str, Any]:

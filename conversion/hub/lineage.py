@@ -115,6 +115,8 @@ def _problems(link: Mapping[str, Any]) -> Iterator[str]:
     if link.get("matches") is False:
         reason = f": {_show(link['mismatch'])}" if isinstance(link.get("mismatch"), str) else ""
         yield f"its weights were not those of its record any more when the next step read them{reason}"
+    elif link.get("matches") is not True:
+        yield "it is not known whether its weights were still those of its record: it has no samples of them"
     if link.get("edited") is True:
         yield "its record had been edited when the next step read it"
 
