@@ -6,8 +6,8 @@
 
 plan, lineage     of the parent's record; of a lineage of more than `MAX_STEPS` steps the oldest are left out
 record            sha256 of the file of its record: the link to it
-matches           whether its weights were what its record says when the step read them, as far as
-                  `record_mismatch` can see
+matches           whether its weights were what its record says when the step read them, as far as `record_mismatch`
+                  can see; null if it saw no difference, and the record has no samples to see one by
 mismatch          if not: what differs
 edited            true if the record itself was not as it was written
 verification      the verdict in its record, if it holds one
