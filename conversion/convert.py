@@ -16,7 +16,7 @@ from .checkpoint.dtypes import DType, parse_dtype
 from .checkpoint.errors import CheckpointError, NotFinite
 from .checkpoint.execute import CheckpointResult, WriteOptions, execute
 from .checkpoint.job import read_json
-from .checkpoint.manifest import parent_record
+from .checkpoint.parent import parent_of
 from .checkpoint.plan import CheckpointPlan, TensorPlan, View
 from .checkpoint.promises import verify_sources
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
@@ -297,5 +297,5 @@ def _lineage(checkpoint: Source, dtype: DType | None) -> dict[str, Any]:
         "operation": "convert",
         "from": checkpoint.format,
         "dtype": dtype.name if dtype else None,
-        "parent": parent_record(Path(checkpoint.folder)),
+        "parent": parent_of(checkpoint),
     }

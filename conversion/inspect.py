@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """What is in this folder? A checkpoint's architecture, files, record and faults, from headers alone."""
 
+import hashlib
 import os
 import re
 from collections import Counter
@@ -18,13 +19,14 @@ from .checkpoint.check import Damage, check_digests, check_files
 from .checkpoint.containers import parse_size
 from .checkpoint.errors import CheckpointError, printable
 from .checkpoint.limits import DEFAULT_MEMORY, default_workers
-from .checkpoint.manifest import MANIFEST, read_manifest
+from .checkpoint.manifest import MANIFEST, find_manifest, is_edited, read_manifest
 from .checkpoint.mirror import shown
+from .checkpoint.parent import record_mismatch
 from .checkpoint.plan import View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .exports.megatron import exported_tensors
-from .hub.card import lineage_steps
 from .hub.contents import count_pieces
+from .hub.lineage import Link, lineage_chain, lineage_steps
 from .hub.remote import local_view
 from .mapping import check_tensors
 from .native.checkpoint import NativeCheckpoint
@@ -52,6 +54,7 @@ class Inspection:
         pieces: pieces of its tokenizer, None without one.
         padding_rows: vocabulary rows without a piece, None if unknown.
         lineage: what it was made from, a sentence a step, oldest first.
+        chain: the same as links from record to record, with what is wrong with each.
         problems: what is wrong with it, a sentence each.
         damages: tensors and files that differ from the record; None if that was not checked.
         checked_files: how many files, beside their tensors, were held against the record.
@@ -77,6 +80,7 @@ class Inspection:
     checked_files: int = 0
     checked_tensors: bool = False
     alone: bool = False
+    chain: tuple[Link, ...] = ()
 
 
 def inspect_checkpoint(
@@ -137,13 +141,32 @@ def inspect_checkpoint(
         files={Path(file.name).name: file.size for file in source.files},
         pieces=pieces,
         padding_rows=architecture.vocab_size - pieces if architecture and pieces else None,
-        lineage=lineage_steps(manifest["lineage"]) if manifest else [],
+        lineage=_sentences(manifest),
         problems=[*map(shown, problems)],
         damages=_check(source.tensors, folder, checked, workers, progress, alone=alone),
         alone=alone,
         checked_files=_count_files(checked),
         checked_tensors=bool(checked and checked.get("digest")),
+        chain=_chain(folder, manifest, None if alone else source.tensors),
     )
+
+
+def _sentences(manifest: Mapping[str, Any] | None) -> list[str]:
+    verdict = (manifest or {}).get("verification")
+    return lineage_steps((manifest or {}).get("lineage"), verdict if isinstance(verdict, dict) else None)
+
+
+def _chain(folder: Path, manifest: Mapping[str, Any] | None, tensors: Mapping[str, View] | None) -> tuple[Link, ...]:
+    """The chain of records that led to a folder; of one without a record, one link that says so."""
+    path = find_manifest(folder)
+    if manifest is None or path is None:
+        return lineage_chain({}, None)
+    problems = []
+    if mismatch := record_mismatch(folder, manifest, tensors):
+        problems.append(f"its weights are not those of its record: {mismatch}")
+    if is_edited(manifest):
+        problems.append("its record was edited: its checksum is not that of the rest")
+    return lineage_chain(manifest, hashlib.sha256(path.read_bytes()).hexdigest(), problems)
 
 
 def _check(
@@ -227,11 +250,12 @@ def _inspect_run(run: NativeCheckpoint, check: bool, workers: int, progress: Cal
         files={os.path.relpath(file.name, run.folder): file.size for file in files},
         pieces=None,
         padding_rows=None,
-        lineage=lineage_steps(manifest["lineage"]) if manifest else [],
+        lineage=_sentences(manifest),
         problems=[*map(shown, problems)],
         damages=damages,
         checked_files=_count_files(checked),
         checked_tensors=bool(checked and checked.get("digest")),
+        chain=_chain(exported, manifest, None) if exported else (),
     )
 
 

@@ -28,9 +28,12 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel, logging, set_seed
 
 from conversion import WriteOptions, convert_checkpoint
+from conversion.hub.saved_model import record_saved_model
 from evaluation.logit_comparison import LogitComparison
 from evaluation.logits import compare_logits
 from growth import grow_checkpoint
+from growth.verification.recorded import check_recordable, record_verification
+from growth.verification.verify import verify_checkpoints
 from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM, TeleFLMTokenizer
 from sft.training.recipe import Recipe
 from sft.training.train import train as fine_tune
@@ -38,7 +41,7 @@ from sft.training.train import train as fine_tune
 from .corpus import Corpus, Messages, collect
 from .published import SHARDS, save_as_published
 from .report import Phase, Report, plot_losses
-from .training import BATCH_SIZE, BLOCK_LENGTH, QUIET, BarCallback, Block, Log, pack, stack, train_on_text
+from .training import BATCH_SIZE, BLOCK_LENGTH, QUIET, BarCallback, Block, Lineage, Log, pack, stack, train_on_text
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,8 @@ class Text:
 # Files and folders of the output. A run removes these, and nothing else, before it starts.
 MARKER = ".teleflm-demo"
 MADE = (
-    *("conversations.jsonl", "heldout.jsonl", "tokenizer", "published", "grown-float64", "grown", "continued", "sft"),
-    *("hub", "loss.png", "summary.json"),
+    *("conversations.jsonl", "heldout.jsonl", "tokenizer", "published", "converted", "grown-float64", "grown"),
+    *("continued", "sft", "hub", "loss.png", "summary.json"),
 )
 
 # What is said to the finished model: chats of one or more turns. The last name is held out.
@@ -125,8 +128,8 @@ def main() -> None:
     corpus = collect_corpus(run)
     tokenizer = train_tokenizer(run, corpus)
     text = Text(pack(corpus.texts, tokenizer), pack(corpus.heldout_texts, tokenizer)[: 4 * BATCH_SIZE])
-    model, pretraining = pretrain(run, text)
-    source = publish_and_load(run, model, tokenizer)
+    model, pretraining, lineage = pretrain(run, text)
+    source = publish_and_load(run, model, tokenizer, lineage)
     grown, growth = grow(run, source, text)
     continued, start = train_grown(run, source, grown, tokenizer, text)
     sft = fine_tune_on_conversations(run)
@@ -220,11 +223,11 @@ def train_tokenizer(run: Run, corpus: Corpus) -> TeleFLMTokenizer:
     return tokenizer
 
 
-def pretrain(run: Run, text: Text) -> tuple[TeleFLMForCausalLM, Log]:
-    """Train a new model on the text."""
+def pretrain(run: Run, text: Text) -> tuple[TeleFLMForCausalLM, Log, Lineage]:
+    """Train a new model on the text; returns it, the log, and what its record says of that."""
     with run.report.step("Pretraining") as step:
         model = TeleFLMForCausalLM(run.size.config())
-        log = train_on_text(
+        log, lineage = train_on_text(
             model,
             text.training,
             text.heldout,
@@ -239,21 +242,25 @@ def pretrain(run: Run, text: Text) -> tuple[TeleFLMForCausalLM, Log]:
         step.result(
             f"{model.num_parameters() / 1e6:.1f} M parameters learn: held-out loss falls", f"{first:.2f} → {last:.2f}"
         )
-    return model, log
+    return model, log, lineage
 
 
-def publish_and_load(run: Run, model: TeleFLMForCausalLM, tokenizer: TeleFLMTokenizer) -> PreTrainedModel:
-    """Save as Tele-FLM is published, and load that as anybody would.
+def publish_and_load(
+    run: Run, model: TeleFLMForCausalLM, tokenizer: TeleFLMTokenizer, lineage: Lineage
+) -> PreTrainedModel:
+    """Save as Tele-FLM is published, load that as anybody would, and convert it to safetensors.
 
     Published weights are bfloat16. What was rounded away is gone: every comparison from here on is with what loads.
     """
     with run.report.step("Published layout") as step:
         save_as_published(model, run.out / "published")
         tokenizer.save_pretrained(run.out / "published")
+        record_saved_model(run.out / "published", lineage, run.seed)
         source = AutoModelForCausalLM.from_pretrained(run.out / "published", dtype=torch.float32)
         weights = zip(model.parameters(), source.parameters(), strict=True)
         if not all(torch.equal(saved.bfloat16().float(), loaded) for saved, loaded in weights):
             raise AssertionError(f"{run.out / 'published'}: the weights that load are not those that were saved")
+        convert_checkpoint(run.out / "published", run.out / "converted")
         step.result("AutoModelForCausalLM loads .bin shards and a 4.40 config", f"{SHARDS} shards, bfloat16")
     return source
 
@@ -262,18 +269,20 @@ def grow(run: Run, source: PreTrainedModel, text: Text) -> tuple[PreTrainedModel
     """Grow on every axis, and compare source and result.
 
     Growth multiplies norm weights by sqrt(d / D), an irrational number, so the proof is of weights stored in float64.
-    Training goes on from the same growth stored in float32, which differs by the rounding of that factor.
+    Training goes on from the same growth stored in float32, which differs by the rounding of that factor; its
+    bytes are certified to be those of a growth, and its record says so.
     """
     with run.report.step("Growth") as step:
         step.start(total=3)
         options = WriteOptions(progress=lambda nbytes, total: step.advance(nbytes / total))
         target = grown_sizes(source.config)
         grow_checkpoint(
-            run.out / "published", run.out / "grown-float64", overrides=target, dtype="float64", options=options
+            run.out / "converted", run.out / "grown-float64", overrides=target, dtype="float64", options=options
         )
-        grow_checkpoint(run.out / "published", run.out / "grown", overrides=target, dtype="float32", options=options)
+        grow_checkpoint(run.out / "converted", run.out / "grown", overrides=target, dtype="float32", options=options)
 
         step.note("comparing")
+        verdict = certify_growth(run.out / "converted", run.out / "grown")
         ids = stack(text.heldout[:4])
         exact = AutoModelForCausalLM.from_pretrained(run.out / "grown-float64")
         grown = AutoModelForCausalLM.from_pretrained(run.out / "grown")
@@ -293,7 +302,16 @@ def grow(run: Run, source: PreTrainedModel, text: Text) -> tuple[PreTrainedModel
         "relative_difference_float32": stored.relative,
         "tokens_compared": proof.tokens,
         "same_generated_tokens": same_text,
+        "verdict": verdict,
     }
+
+
+def certify_growth(source: Path, grown: Path) -> str:
+    """Have somebody else than the grower look at all bytes, and put what was found into the record of the result."""
+    expected = check_recordable(grown)
+    verification = verify_checkpoints(source, grown)
+    record_verification(source, grown, verification, expected)
+    return verification.verdict
 
 
 def grown_sizes(config: Any) -> dict[str, float]:
@@ -328,7 +346,7 @@ def train_grown(
     """
     with run.report.step("Training what was grown") as step:
         source_loss = heldout_loss(source, text.heldout)
-        log = train_on_text(
+        log, lineage = train_on_text(
             grown,
             text.training,
             text.heldout,
@@ -338,9 +356,11 @@ def train_grown(
             learning_rate=5e-4,
             warmup_steps=5,
             seed=run.seed + 1,
+            source=run.out / "grown",
         )
         grown.save_pretrained(run.out / "continued")
         tokenizer.save_pretrained(run.out / "continued")
+        record_saved_model(run.out / "continued", lineage, run.seed + 1)
         first, *_, last = losses(log, "eval_loss")
         step.result(f"it starts at the source's loss ({source_loss:.5f}) and learns", f"{first:.5f} → {last:.2f}")
     return log, {"source_loss": source_loss, "grown_first_loss": first, "grown_last_loss": last}

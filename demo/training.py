@@ -20,6 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from growth.training.record import describe_training, digest_examples, find_parent
 from modeling_teleflm import TeleFLMTokenizer
 
 from .report import Step
@@ -29,6 +30,7 @@ BATCH_SIZE = 4
 
 Block = dict[str, torch.Tensor]
 Log = list[dict[str, float]]
+Lineage = dict[str, Any]
 
 
 def pack(texts: Iterable[str], tokenizer: TeleFLMTokenizer) -> list[Block]:
@@ -54,12 +56,15 @@ def train_on_text(
     learning_rate: float,
     warmup_steps: int,
     seed: int,
-) -> Log:
+    source: Path | None = None,
+) -> tuple[Log, Lineage]:
     """Train with a fresh AdamW, the rate rising linearly and then falling as a cosine to a tenth.
 
     Returns:
-        the trainer's log: `step` and `loss` of a batch, or `step` and `eval_loss` of the held-out blocks, from step 0.
+        the trainer's log: `step` and `loss` of a batch, or `step` and `eval_loss` of the held-out blocks, from step 0;
+        and what the record of the model has to say of it. `source` is the folder it was loaded from; None: it is new.
     """
+    origin = find_parent(source) if source else {"initial_weights": "random", "parent": None}
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         max_steps=steps,
@@ -73,13 +78,14 @@ def train_on_text(
         eval_strategy="steps",
         eval_steps=max(1, steps // 8),
         eval_on_start=True,
+        include_num_input_tokens_seen="all",
         seed=seed,
         **QUIET,
     )
     trainer = Trainer(model, arguments, train_dataset=blocks, eval_dataset=heldout, callbacks=[BarCallback(step)])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return trainer.state.log_history
+    return trainer.state.log_history, describe_training(trainer, trainer.state, {**digest_examples(blocks), **origin})
 
 
 # What every trainer of the demo is told: stay on the CPU, log each step, write nothing, draw no bar of your own.

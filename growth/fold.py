@@ -21,7 +21,7 @@ from conversion.architecture import MODEL_TYPE, Architecture, model_code_constan
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execute
-from conversion.checkpoint.manifest import parent_record
+from conversion.checkpoint.parent import parent_of
 from conversion.checkpoint.plan import Box, CheckpointPlan, Copy, Fill, Piece, TensorPlan, View
 from conversion.checkpoint.sources import Source, open_checkpoint
 from conversion.hub.card import model_facts
@@ -228,7 +228,7 @@ def plan_fold(checkpoint: Source, *, alpha: float | None = None, dtype: DType | 
         "operation": "fold",
         "alpha": alpha,
         "masks": asdict(state),
-        "parent": parent_record(Path(checkpoint.folder)),
+        "parent": parent_of(checkpoint),
     }
     base = {key: value for key, value in (checkpoint.config or {}).items() if key != "growth_state"}
     out_dtype = tensors[0].dtype.name

@@ -15,7 +15,8 @@ from conversion.architecture import Architecture, load_config, load_preset, pack
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execute
-from conversion.checkpoint.manifest import parent_record, read_manifest
+from conversion.checkpoint.manifest import read_manifest
+from conversion.checkpoint.parent import parent_of
 from conversion.checkpoint.plan import CheckpointPlan, Copy
 from conversion.checkpoint.sources import Source, open_checkpoint, source_identity
 from conversion.hub.card import model_facts
@@ -296,5 +297,5 @@ def _lineage(checkpoint: Source, growth: Growth) -> dict[str, Any]:
         "source": asdict(growth.source),
         "target": asdict(growth.target),
         "layers": [{"source": origin.source, "copy": origin.is_copy} for origin in growth.layers],
-        "parent": parent_record(Path(checkpoint.folder)),
+        "parent": parent_of(checkpoint),
     }

@@ -19,7 +19,8 @@ from typing import Any
 from conversion.architecture import MODEL_TYPE
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.execute import WriteOptions, write_checkpoint
-from conversion.checkpoint.manifest import find_manifest, read_manifest
+from conversion.checkpoint.manifest import MANIFEST, read_manifest
+from conversion.checkpoint.parent import parent_notes, parent_of, parent_record
 from conversion.checkpoint.plan import View
 from conversion.checkpoint.safetensors_file import read_safetensors
 from conversion.checkpoint.sources import Source, open_checkpoint
@@ -27,9 +28,10 @@ from conversion.checkpoint.strict_json import read_json_object
 from conversion.convert import convert_checkpoint, plan_conversion
 from conversion.hub.card import CARD, CardFacts, adapter_facts, is_repo_id, model_facts
 from conversion.hub.contents import hub_sidecars
+from conversion.hub.saved_model import ADAPTER_WEIGHTS, record_saved_model
 from conversion.hub.small_files import is_text, small_files
 from sft import SFTError
-from sft.training.lineage import ADAPTER_WEIGHTS, base_digest
+from sft.training.lineage import base_digest
 
 ADAPTER_CONFIG = "adapter_config.json"
 _GENERATION_CONFIG = "generation_config.json"
@@ -51,11 +53,13 @@ class Exported:
         merged: tensors that an adapter changed; 0 if there was nothing to merge.
         gap: root mean square of what merging changed in the logits, over their standard deviation; None if nothing was
             merged.
+        notes: what a user should know, one sentence each.
     """
 
     folder: Path
     merged: int = 0
     gap: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 def export_model(
@@ -88,8 +92,8 @@ def export_model(
     if not (checkpoint / ADAPTER_CONFIG).is_file():
         if merge or base:
             raise ExportError(f"{checkpoint} holds no {ADAPTER_CONFIG}: there is no adapter to merge.")
-        convert_checkpoint(checkpoint, out, format="hf", dtype=dtype, options=options)
-        return Exported(out)
+        converted = convert_checkpoint(checkpoint, out, format="hf", dtype=dtype, options=options)
+        return Exported(out, notes=tuple(parent_notes(converted.plan.lineage)))
 
     adapter = _read_adapter(checkpoint)
     source = _open_base(adapter, base)
@@ -97,7 +101,8 @@ def export_model(
     if not merge:
         if dtype:
             raise ExportError(f"dtype is {dtype}, but an adapter keeps its own; add --merge.")
-        return Exported(_write_adapter(adapter, source, out, base, overwrite=options.overwrite))
+        _write_adapter(adapter, source, out, base, overwrite=options.overwrite)
+        return Exported(out, notes=tuple(parent_notes({"parent": adapter.record()})))
     return _write_merged(adapter, source, out, base, cast, options)
 
 
@@ -110,6 +115,10 @@ class _Adapter:
     config: dict[str, Any]
     tensors: dict[str, View]
     lineage: dict[str, Any] | None
+
+    def record(self) -> dict[str, Any] | None:
+        """What a lineage keeps of it."""
+        return parent_record(self.folder, self.tensors)
 
 
 def _read_adapter(folder: Path) -> _Adapter:
@@ -163,7 +172,7 @@ def _check_fit(adapter: _Adapter, base: Source) -> None:
                 f"{adapter.folder} is an adapter for another base: {target} of {base.folder} {there}, expected "
                 f"{wanted}. Name the base that it was trained on: --base."
             )
-    recorded = (adapter.lineage or {}).get("base")
+    recorded = (adapter.lineage or {}).get("base")  # which the lineage of an exported adapter keeps
     if recorded and recorded != base_digest(base):
         raise ExportError(
             f"{adapter.folder} is an adapter for another base: {base.folder} has the same shapes and other weights "
@@ -186,18 +195,17 @@ def _place(name: str, shape: tuple[int, ...], tensors: dict[str, View]) -> tuple
 # --- an adapter as it is ----------------------------------------------------------------------------------------------
 
 
-def _write_adapter(adapter: _Adapter, source: Source, out: Path, base: str | Path | None, *, overwrite: bool) -> Path:
+def _write_adapter(adapter: _Adapter, source: Source, out: Path, base: str | Path | None, *, overwrite: bool) -> None:
     """Copy an adapter with the tokenizer and the settings that generation needs; all of it or nothing appears."""
     named = str(base) if base else adapter.config.get("base_model_name_or_path")
     config = {**adapter.config, "base_model_name_or_path": named}
-    facts = adapter_facts(config, adapter.tensors, adapter.lineage)
-    record = find_manifest(adapter.folder)
-    copied = (adapter.folder / ADAPTER_WEIGHTS, *([record] if record else []))
-    files: dict[str, str | bytes] = {file.name: str(file) for file in copied}
+    lineage = {"operation": "export", "to": "peft", "base": base_digest(source), "parent": adapter.record()}
+    facts = adapter_facts(config, adapter.tensors, lineage)
+    files: dict[str, str | bytes] = {ADAPTER_WEIGHTS: str(adapter.folder / ADAPTER_WEIGHTS)}
     files |= {ADAPTER_CONFIG: (json.dumps(config, indent=2) + "\n").encode(), **_small_files(adapter, source, facts)}
 
     if out.exists():
-        _refuse_to_replace(out, files, overwrite=overwrite)
+        _refuse_to_replace(out, (*files, MANIFEST), overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as place:
         folder = Path(place) / out.name
@@ -208,10 +216,10 @@ def _write_adapter(adapter: _Adapter, source: Source, out: Path, base: str | Pat
                 (folder / name).write_bytes(content)
             else:
                 shutil.copyfile(content, folder / name)
+        record_saved_model(folder, lineage, seed=0)
         if out.exists():
             shutil.rmtree(out)
         folder.rename(out)
-    return out
 
 
 def _refuse_to_replace(out: Path, files: Collection[str], *, overwrite: bool) -> None:
@@ -272,14 +280,29 @@ def _write_merged(
             )
         source = replace(base, tensors={**base.tensors, **merged})
         plan, _ = plan_conversion(source, dtype=dtype)
-        lineage = {**(adapter.lineage or {"operation": "fine-tune", "parent": plan.lineage["parent"]}), "merged": True}
+        lineage = _merged_lineage(adapter, base, dtype)
         facts = model_facts(plan.config, plan.tensors[0].dtype.name, lineage)
         names = [str(name) for name in (named, adapter.config.get("base_model_name_or_path")) if name]
         if known := [name for name in names if is_repo_id(name)]:
             facts = replace(facts, base_models=(known[0],), relation="finetune")
         plan = replace(plan, lineage=lineage, sidecars=_small_files(adapter, base, facts))
         written = write_checkpoint(plan, out, options)
-    return Exported(written.folder, len(merged), gap)
+    notes = [*parent_notes(lineage), *(f"The base: {note}" for note in parent_notes({"parent": lineage["base"]}))]
+    return Exported(written.folder, len(merged), gap, tuple(dict.fromkeys(notes)))
+
+
+def _merged_lineage(adapter: _Adapter, base: Source, dtype: DType | None) -> dict[str, Any]:
+    """The adapter's own lineage leads to its base; of one without a record, the base's is all that is known."""
+    own, below = adapter.record(), parent_of(base)
+    told = ("record", "matches", "mismatch", "edited")
+    link = {name: below[name] for name in told if name in below} if below else None
+    return {
+        "operation": "merge",
+        "adapter": "recorded" if own else "unknown",
+        "base": link,
+        "dtype": dtype.name if dtype else None,
+        "parent": own or below,
+    }
 
 
 __all__ = ["ExportError", "Exported", "export_model", "find_model"]

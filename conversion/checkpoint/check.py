@@ -135,15 +135,15 @@ def _examine_file(
     inside = {tensor: view for tensor, view in tensors.items() if _place(view, folder) == name}
     if inside.keys() != {tensor for tensor, file in placed.items() if file == name}:
         return None  # which is said of the tensors
-    if between_digest(_between(path, size, inside.values())) == entry.get("between"):
+    if between_digest(outside_tensors(path, size, inside.values())) == entry.get("between"):
         if has_digests or sample_digest(path) == entry.get("samples"):
             return None  # with digests, it is said which tensors differ
         return Damage(None, name, "is not what was written there")
     return Damage(None, name, "differs outside of its tensors: its header, or what else it holds")
 
 
-def _between(path: Path, size: int, tensors: Iterable[View]) -> Iterator[bytes]:
-    """What a file holds beside some tensors, in order."""
+def outside_tensors(path: Path, size: int, tensors: Iterable[View]) -> Iterator[bytes]:
+    """What a file of some size holds beside some tensors, in order."""
     position = 0
     with open_bytes(path) as data:
         for begin, end in [*sorted(view.span for view in tensors if view.numel), (size, size)]:

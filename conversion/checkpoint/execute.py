@@ -30,6 +30,7 @@ from .finish import finish, write_missing
 from .job import Finished, Job
 from .limits import DEFAULT_MEMORY, default_workers, high_water
 from .manifest import block_digest
+from .parent import parent_notes
 from .plan import CheckpointPlan, TensorPlan, View
 from .preflight import PARTIAL, Decision, Done, Refused, Resume, listed, preflight
 from .promises import foresee_verification, verify_sources
@@ -193,7 +194,7 @@ def execute(
     """
     job = make_job(plan, options, layout)
     shards = [*job.layout.shards]
-    notes = [*notes, *link_notes(source.name for source in plan.sources)]
+    notes = [*notes, *parent_notes(plan.lineage), *link_notes(source.name for source in plan.sources)]
     if dry_run:
         options.share(plan.tensors)
         notes = [*notes, *(foresee_verification(plan, recorded or {}) if options.verify_source else [])]

@@ -9,7 +9,7 @@ It is published with the weights, so it holds no local path, no user and no host
     format            2
     teleflm_version   what wrote it
     plan              fingerprint of the plan
-    seed, lineage     what was made from what; of the checkpoint that it continues: plan, lineage, digest of its record
+    seed, lineage     what was made from what; of the checkpoint that it continues, see `parent.py`
     statistics        symbol of the plan -> the number behind it
     job               its fingerprint, settings, `engine` and `layout`: what tells whether another is the same
     sources           file of the source -> its identity
@@ -17,6 +17,8 @@ It is published with the weights, so it holds no local path, no user and no host
     files             every file of the folder -> bytes, and `sha256`; of weights instead `between`, of all but the
                       tensors, and `samples`, of a few places: what tells cheaply that they are still there
     tensors           name -> file, dtype, shape, digest
+    verification      what `teleflm verify --record` found, if it was run
+    checksum          sha256 of all the rest: it tells of an edit, not of a forgery
 
 Version 0.1.0 wrote a `manifest.json` (format 1), without `job`, `sources` and `files`. That name belongs to many
 programs, so one that is not ours is nothing to us.
@@ -24,6 +26,7 @@ programs, so one that is not ours is nothing to us.
 
 import hashlib
 import importlib.metadata
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -119,17 +122,40 @@ def make_manifest(
         statistics: symbol of the plan -> the number behind it.
         more: `job`, `sources` and `files`, of a checkpoint that the engine wrote.
     """
-    return {
-        "format": FORMAT,
-        "teleflm_version": package_version(),
-        "plan": plan,
-        "seed": seed,
-        "lineage": dict(lineage),
-        "statistics": dict(statistics or {}),
-        **more,
-        "digest": {"algorithm": "xxh3_128", "block_elements": BLOCK} if digests else None,
-        "tensors": dict(tensors),
-    }
+    return seal(
+        {
+            "format": FORMAT,
+            "teleflm_version": package_version(),
+            "plan": plan,
+            "seed": seed,
+            "lineage": dict(lineage),
+            "statistics": dict(statistics or {}),
+            **more,
+            "digest": {"algorithm": "xxh3_128", "block_elements": BLOCK} if digests else None,
+            "tensors": dict(tensors),
+        }
+    )
+
+
+def seal(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with the checksum of what it says now."""
+    content = {name: value for name, value in record.items() if name != "checksum"}
+    return {**content, "checksum": _checksum(content)}
+
+
+def is_edited(record: Mapping[str, Any]) -> bool:
+    """Whether a record is not as it was written; of one without a checksum, as older versions wrote, it is unknown."""
+    content = {name: value for name, value in record.items() if name != "checksum"}
+    return "checksum" in record and record["checksum"] != _checksum(content)
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(content.items()):
+        # As it is read again, where every name is a text; those of tensors and files, which may be many, are.
+        as_read = value if name in ("tensors", "files") else json.loads(json.dumps(value))
+        digest.update(json.dumps([name, as_read], sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def find_manifest(folder: Path) -> Path | None:
@@ -180,21 +206,6 @@ def read_old_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     fits = all(isinstance(manifest.get(field), kind) for field, kind in _OLD_FIELDS.items())
     return manifest if fits and manifest.get("format") == _OLD_FORMAT else None
-
-
-def parent_record(folder: Path) -> dict[str, Any] | None:
-    """What a lineage keeps of the checkpoint it continues: plan and lineage in its record, and the record's digest.
-
-    None if it has no record.
-
-    Raises:
-        CheckpointError: see `read_manifest`.
-    """
-    path, manifest = find_manifest(folder), read_manifest(folder)
-    if path is None or manifest is None:
-        return None
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return {"plan": manifest["plan"], "lineage": manifest["lineage"], "record": digest}
 
 
 def is_plain(name: str) -> bool:

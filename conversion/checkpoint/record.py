@@ -4,8 +4,9 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The record that a job leaves of itself, and whether one that lies in a folder is that.
 
-All of a record but what was measured while it was written (digests, samples and statistics) follows from the job, so a
-record that says anything else was edited, and what it says of the rest is worth nothing either.
+All of a record but what was measured while it was written (digests, samples and statistics) or found out since
+(`verification`) follows from the job, so a record that says anything else was edited, and what it says of the rest is
+worth nothing either.
 """
 
 import json
@@ -17,9 +18,11 @@ from typing import Any
 
 from .containers import Shard
 from .job import Finished, Job, flatten, shortened
-from .manifest import between_digest, make_manifest, sample_digest
+from .manifest import between_digest, is_edited, make_manifest, sample_digest
 
 _MEASURED = re.compile(r"[0-9a-f]{32}")
+# What of a record does not follow from the job and has no other value to be held against.
+_OWN = ("teleflm_version", "verification", "checksum")
 
 
 def job_record(job: Job, finished: Sequence[Finished]) -> dict[str, Any]:
@@ -67,10 +70,10 @@ def first_edit(record: Mapping[str, Any], job: Job) -> str | None:
         return f"it has no digest of {lost}"
     before, after = flatten(record), flatten(json.loads(json.dumps({**expected, "teleflm_version": None})))
     for path in sorted(before.keys() | after.keys()):
-        if path != ("teleflm_version",) and repr(before.get(path)) != repr(after.get(path)):  # NaN is no other than NaN
+        if path[0] not in _OWN and repr(before.get(path)) != repr(after.get(path)):  # NaN is no other than NaN
             values = f"{shortened(before.get(path))}, expected {shortened(after.get(path))}"
             return f"its {'.'.join(path)} is {values}"
-    return None
+    return "its checksum is not that of the rest" if is_edited(record) else None
 
 
 def _record(

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 from ..architecture import Architecture
 from ..checkpoint.dtypes import DType
 from ..checkpoint.errors import CheckpointError
-from ..checkpoint.manifest import parent_record
+from ..checkpoint.parent import parent_of
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.sources import Source, open_checkpoint
 from ..hub.card import model_facts
@@ -60,7 +60,7 @@ class ExportedModel:
             "to": to,
             "dtype": cast.name if cast else None,
             **details,
-            "parent": parent_record(self.folder),
+            "parent": parent_of(self.checkpoint),
         }
 
 

@@ -134,6 +134,11 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
+def is_text_or_code(name: str) -> bool:
+    """Whether a path below a folder is that of a card, a licence or code, which may belong to a model."""
+    return bool(_TEXTS.fullmatch(name) or _CODE.fullmatch(name))
+
+
 def small_files(folder: Path, configs: Mapping[str, Any]) -> dict[str, str | bytes]:
     """The small files of a folder that a copy of the model needs; `left_behind` says which do not go along.
 

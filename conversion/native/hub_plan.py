@@ -14,7 +14,7 @@ import numpy as np
 from ..architecture import MODEL_TYPE, Architecture, load_config
 from ..checkpoint.dtypes import DType
 from ..checkpoint.errors import CheckpointError
-from ..checkpoint.manifest import parent_record
+from ..checkpoint.parent import parent_record
 from ..checkpoint.plan import CheckpointPlan, Shape, TensorPlan
 from ..checkpoint.reader import FileReader, boxes_of_range
 from ..checkpoint.sharded import ShardedTensor

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _BLOCK = 1 << 24  # elements that are read at once
+_TRAINED = ("train", "fine-tune")  # beside a checkpoint of a run lies its own optimizer, which names no parameters
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -58,7 +59,8 @@ def find_grown_state(folder: Path) -> Path | None:
     if not all(seen):
         return None
     record = read_manifest(folder)
-    if record and record["format"] > 1 and not record["lineage"].get("optimizer"):
+    lineage = record["lineage"] if record and record["format"] > 1 else {}
+    if lineage and lineage.get("operation") not in _TRAINED and not lineage.get("optimizer"):
         raise CheckpointError(
             f"{path}: the record of the folder tells of weights without a grown optimizer, so this is another model's; "
             "remove it, or set fresh_optimizer: true and warm up."

@@ -45,6 +45,7 @@ from .launch import DistributedName, WrappingGuard, check_launch, check_spread, 
 from .masks import MaskCallback, TeleFLMMaskedForCausalLM
 from .mup import MupMixin
 from .optimizer_layout import parameter_shapes
+from .record import count_tokens, start_record
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class GrowthTrainer(MupMixin, Trainer):
 def train(
     growth: GrowthArguments, args: TrainingArguments, callbacks: Sequence[TrainerCallback] = ()
 ) -> dict[str, float]:
-    """Train a grown model and save it, with its tokenizer, to `args.output_dir`.
+    """Train a grown model and save it, with its tokenizer, to `args.output_dir`; a record says what was done.
 
     A masked model stays one until `teleflm fold` is run on it.
 
@@ -126,9 +127,9 @@ def train(
     """
     checkpoint = find_checkpoint(args)
     trainer = build_trainer(growth, args, callbacks)
+    record = start_record(trainer, Path(growth.model_name_or_path), checkpoint)
     output = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.save_state()
+    record.save_model()
     return output.metrics
 
 
@@ -148,6 +149,7 @@ def build_trainer(
         distributed_type=growth.distributed_type,
     )
     check_kernels(args, growth.use_kernels)
+    count_tokens(args)
     set_seed(args.seed)
     folder = Path(growth.model_name_or_path)
     if not (folder / "config.json").is_file():

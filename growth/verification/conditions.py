@@ -551,7 +551,7 @@ def growth_steps(a: Architecture, b: Architecture, lineage: Mapping[str, Any] | 
         return (Step(a, b, tuple(LayerSource(i, False) for i in range(b.num_hidden_layers))),)
     steps: list[Step] = []
     record, alpha = lineage, None
-    while record:
+    while isinstance(record, Mapping) and record:
         if record.get("operation") == "fold":
             alpha = _read_alpha(record)
         if record.get("operation") == "grow":

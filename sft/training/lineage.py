@@ -2,35 +2,15 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""What a fine-tuned model was made from: the record beside its weights, as conversion and growth write it.
+"""What the record of a fine-tuned model says of the one that it was made from."""
 
-It is published with the weights, so it holds digests and numbers, and no path.
-"""
-
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from conversion.architecture import MODEL_TYPE
-from conversion.checkpoint.assemble import BLOCK
-from conversion.checkpoint.manifest import (
-    MANIFEST,
-    block_digest,
-    make_manifest,
-    parent_record,
-    tensor_digest,
-)
-from conversion.checkpoint.plan import View
+from conversion.checkpoint.parent import parent_of
 from conversion.checkpoint.reader import FileReader
-from conversion.checkpoint.sources import Source, open_checkpoint
-from conversion.hub.card import CARD, is_repo_id, model_facts, render_card, with_files
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+from conversion.checkpoint.sources import Source
 
 
 def base_digest(base: Source) -> str:
@@ -51,49 +31,7 @@ def base_digest(base: Source) -> str:
 
 def describe_base(base: Source) -> dict[str, Any]:
     """What the lineage of a fine-tuned model says of the one it was made from: its digest, and its own lineage."""
-    return {"base": base_digest(base), "parent": parent_record(Path(base.folder))}
+    return {"base": base_digest(base), "parent": parent_of(base)}
 
 
-def write_record(
-    folder: Path, lineage: Mapping[str, Any], seed: int, *, origin: Path | None = None, base: str = ""
-) -> None:
-    """Write the record, with the digest of every tensor, and the model card of a Tele-FLM into a saved model.
-
-    Args:
-        folder: holds a whole model, or the weights of an adapter.
-        lineage: `operation`, what was done, and [`describe_base`].
-        seed: of the run.
-        origin: folder of the model it was made from, whose licence and language it keeps.
-        base: name of that model; the card has it where it is one of the Hub.
-    """
-    is_adapter = (folder / ADAPTER_WEIGHTS).is_file()
-    saved = open_checkpoint(folder / ADAPTER_WEIGHTS if is_adapter else folder)
-    with FileReader() as reader:
-        tensors = {
-            name: {
-                "file": Path(view.file.name).name,
-                "dtype": view.dtype.name,
-                "shape": list(view.shape),
-                "digest": tensor_digest(_block_digests(view, reader)),
-            }
-            for name, view in saved.tensors.items()
-        }
-    plan = hashlib.sha256(json.dumps([lineage, seed, tensors], sort_keys=True).encode()).hexdigest()
-    manifest = make_manifest(plan=plan, seed=seed, lineage=lineage, tensors=tensors, digests=True)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    config = saved.config or {}
-    if not is_adapter and config.get("model_type") == MODEL_TYPE:
-        facts = model_facts(config, next(iter(saved.tensors.values())).dtype.name, lineage)
-        if is_repo_id(base):
-            facts = replace(facts, base_models=(base,), relation="finetune")
-        facts = with_files(facts, origin, [path.name for path in folder.iterdir()])
-        (folder / CARD).write_text(render_card(facts), encoding="utf-8")
-
-
-def _block_digests(view: View, reader: FileReader) -> Iterator[bytes]:
-    flat = View.contiguous(view.file, view.offset, (view.numel,), view.dtype)
-    for start in range(0, view.numel, BLOCK):
-        yield block_digest(reader.chunks(flat[start : start + BLOCK]))
-
-
-__all__ = ["ADAPTER_WEIGHTS", "base_digest", "describe_base", "write_record"]
+__all__ = ["base_digest", "describe_base"]

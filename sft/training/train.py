@@ -17,8 +17,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,19 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
+    TrainerState,
 )
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
 import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
+from conversion.checkpoint.parent import parent_notes
 from conversion.checkpoint.sources import open_checkpoint
 from growth.training.errors import RunError
 from growth.training.kernels import check_kernels, check_kernels_are_used
 from growth.training.launch import WrappingGuard, check_launch, check_spread, leave_processes
+from growth.training.record import RecordCallback
 from sft import SFTError
 from sft import tokenizer as tokenizers
 from sft.data.dataset import prepare_dataset
@@ -49,7 +53,7 @@ from sft.data.labels import DataReport
 from sft.export import find_model
 from sft.training.dpo import prepare_preferences
 from sft.training.guards import FusedLossGuard, GuardError, check_trained_tokens
-from sft.training.lineage import describe_base, write_record
+from sft.training.lineage import describe_base
 from sft.training.recipe import Recipe, RecipeError, parse_overrides, read_recipe
 from sft.training.trainer import WeightedSFTTrainer, arrange
 
@@ -98,19 +102,16 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), progress
         base = _describe_base(recipe) if trainer.is_world_process_zero() else {}
         guard = WrappingGuard(trainer)
         trainer.add_callback(guard)
+        name = str(recipe.model.model_name_or_path)
+        origin = find_model(name, recipe.model.model_revision)
+        record = RecordCallback(trainer, partial(_describe_run, recipe, data, base), origin=origin, base=name)
+        trainer.add_callback(record)
         if not progress:
             trainer.remove_callback(ProgressCallback)
             trainer.remove_callback(PrinterCallback)
         with _run_errors():
             output = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        trainer.save_state()
-        if trainer.is_world_process_zero():
-            lineage = {"operation": "fine-tune", **_describe_run(recipe, data, output.global_step), **base}
-            name = str(recipe.model.model_name_or_path)
-            origin = find_model(name, recipe.model.model_revision)
-            folder = Path(str(recipe.training.output_dir))
-            write_record(folder, lineage, recipe.training.seed, origin=origin, base=name)
+        record.save_model()
     return TrainResult(
         output_dir=str(recipe.training.output_dir),
         global_step=output.global_step,
@@ -283,22 +284,27 @@ def _describe_base(recipe: Recipe) -> dict[str, Any]:
     path = str(recipe.model.model_name_or_path)
     folder = find_model(path, recipe.model.model_revision)
     with _naming("model_name_or_path", path):
-        return describe_base(open_checkpoint(folder)) if folder else {"base": None, "parent": None}
+        base = describe_base(open_checkpoint(folder)) if folder else {"base": None, "parent": None}
+    for note in parent_notes(base):
+        logger.warning("%s: %s", path, note)
+    return base
 
 
-def _describe_run(recipe: Recipe, data: DataReport, steps: int) -> dict[str, Any]:
-    """What the lineage says of the training."""
+def _describe_run(recipe: Recipe, data: DataReport, base: Mapping[str, Any], state: TrainerState) -> dict[str, Any]:
+    """The lineage of the model as it is after some steps."""
     args, model = recipe.training, recipe.model
     adapter = "dora" if model.use_dora else "lora"
     return {
+        "operation": "fine-tune",
         "trainer": recipe.run.trainer,
         "method": "full" if not model.use_peft else f"q{adapter}" if model.load_in_4bit else adapter,
         "data": {"rows": data.kept, "trained_tokens": data.trained_tokens, "digest": data.digest},
-        "steps": steps,
+        "steps": state.global_step,
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "max_length": args.max_length,
         "learning_rate": args.learning_rate,
         "lr_scheduler": {"type": SchedulerType(args.lr_scheduler_type).value, "settings": args.lr_scheduler_kwargs},
+        **base,
     }
 
 

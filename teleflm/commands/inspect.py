@@ -94,8 +94,11 @@ def _print_inspection(inspection: "Inspection") -> None:
         padding = ", padding included" if inspection.parallel is not None else padding
         table.add_row("vocabulary", f"{a.vocab_size:,} rows{pieces}{padding}")
     console.print(table, soft_wrap=False)
-    for step in inspection.lineage:
-        console.print(f"- {printable(step)}")
+    for number, link in enumerate(inspection.chain, 1):
+        record = f" [record {link.record[:12]}]" if link.record else ""
+        console.print(Text(printable(f"{number}. {link.step}{record}")))
+        for problem in link.problems:
+            console.print(Text.assemble(("   broken", "bold red"), printable(f" here: {problem}.")))
     for problem in inspection.problems:
         console.print(Text.assemble(("problem", "bold red"), f" {problem}"))
     for damage in inspection.damages or []:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from conversion.checkpoint.manifest import MANIFEST
 from teleflm.terminal import (
     DEFAULT_WORKERS,
     EXIT_NO,
@@ -39,6 +40,7 @@ ComputeDtype = Annotated[str, typer.Option(help="What logits are computed in: fl
 ForwardPass = Annotated[str, typer.Option(help="loaded, streamed from the files, or auto: loaded if it fits.")]
 MaxTokens = Annotated[int, typer.Option(help="Tokens of the text, at most.", min=2)]
 ReportFolder = Annotated[Path | None, typer.Option("--report", metavar="DIR", help="Write an HTML page, PNG and JSON.")]
+Record = Annotated[bool, typer.Option("--record", help="Add the verdict to B's record, teleflm_manifest.json.")]
 
 
 def verify(
@@ -50,6 +52,7 @@ def verify(
     forward: ForwardPass = "auto",
     max_tokens: MaxTokens = 512,
     report: ReportFolder = None,
+    record: Record = False,
     workers: Workers = DEFAULT_WORKERS,
     as_json: Json = False,
     debug: Debug = False,
@@ -59,6 +62,7 @@ def verify(
     The last line says what was found, no stronger than it is; --json has it as "verdict": same-bytes, certified,
     indistinguishable (by the logits alone: exit status 0, but no proof), not-certified or different (exit status 3).
     """
+    from growth.verification.recorded import check_recordable, record_verification
     from growth.verification.verify import verify_checkpoints
     from teleflm.reports.page import check_report_folder
 
@@ -67,6 +71,7 @@ def verify(
     with exit_codes(debug=debug):
         if report:
             check_report_folder(report)
+        recorded = check_recordable(b) if record else None
         verification = verify_checkpoints(
             a,
             b,
@@ -81,15 +86,17 @@ def verify(
         )
         if report:
             write_report(verification, report, names=(Path(a).resolve().name, Path(b).resolve().name))
+        if recorded:
+            record_verification(a, b, verification, recorded)
         if as_json:
             print_json(describe(verification))
         else:
-            _print(verification, report)
+            _print(verification, report, Path(b) / MANIFEST if recorded else None)
     if verification.same is False:
         raise typer.Exit(EXIT_NO)
 
 
-def _print(verification: "Verification", report: Path | None) -> None:
+def _print(verification: "Verification", report: Path | None, record: Path | None) -> None:
     """The verdict for people, and what it rests on."""
     console = make_console()
     if verification.certificate:
@@ -100,6 +107,8 @@ def _print(verification: "Verification", report: Path | None) -> None:
         console.print(f"- {note}")
     if report:
         console.print(f"Report: {report}/index.html")
+    if record:
+        console.print(f"Recorded in {record}", soft_wrap=True)
     style = {True: "bold green", False: "bold red", None: "bold"}[verification.same]
     console.print(verification.sentence, style=style)
 

@@ -24,7 +24,7 @@ from conversion.architecture import Architecture, load_preset, model_code_consta
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.manifest import MANIFEST
 from conversion.exports.export import export_checkpoint
-from conversion.hub import card as hub
+from conversion.hub.lineage import lineage_steps
 from growth import grow_checkpoint
 from growth.fold import MaskState
 from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM
@@ -211,7 +211,7 @@ def test_a_manifest_of_somebody_elses(content, message, published, tmp_path):
     [{}, {"operation": "grow"}, {"operation": 3, "parent": "x"}, {"operation": "convert", "parent": {"lineage": 1}}],
 )
 def test_a_lineage_of_somebody_elses_is_told_as_far_as_it_goes(lineage):
-    assert all(isinstance(step, str) for step in hub.lineage_steps(lineage))
+    assert all(isinstance(step, str) for step in lineage_steps(lineage))
 
 
 # What of a source goes along, and what is said of the rest.

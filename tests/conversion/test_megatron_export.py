@@ -20,7 +20,7 @@ from conversion import convert_checkpoint, inspect_checkpoint
 from conversion.checkpoint.manifest import read_manifest
 from conversion.exports.export import export_checkpoint
 from conversion.exports.megatron import ParallelSizes, exported_tensors
-from conversion.hub.card import lineage_steps
+from conversion.hub.lineage import lineage_steps
 from modeling_teleflm import TeleFLMForCausalLM
 from tests.fixtures.checkpoint_runs import contents
 from tests.fixtures.megatron_loader import first_args, load_rank_file

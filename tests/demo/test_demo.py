@@ -4,14 +4,17 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The demo, run as a user runs it, shows what it says it shows; and it touches nothing that is not its own."""
 
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from conversion import inspect_checkpoint
 from demo.corpus import collect
 from sft.data.labels import read_conversations
 
@@ -106,6 +109,32 @@ def test_the_output_is_the_published_layout_and_a_hub_folder(finished):
         ),
         *("configuration_teleflm.py", "modeling_teleflm.py", "tokenization_teleflm.py"),
     }
+
+
+def test_the_card_tells_the_whole_life(finished, summary):
+    """Each sentence by the numbers that the demo was made with, in order, and the links by the records themselves."""
+    out, _ = finished
+    card = (out / "hub" / "README.md").read_text()
+    steps = re.findall(r"^\d+\. (.*)$", card, re.MULTILINE)
+    tokens = {steps: f"{steps * 4 * 256:,}" for steps in (60, 24)}  # batches of 4 blocks of 256
+    expected = [
+        f"Pretrained from random weights in 60 steps on {tokens[60]} tokens: ",
+        "Rewritten as safetensors from torch files.",
+        "Grown without changing the function it computes, rounding aside: hidden_size 48 to 60, intermediate_size 128 "
+        "to 160, num_hidden_layers 4 to 5, num_attention_heads 4 to 5, ",
+        f"Trained in 24 steps on {tokens[24]} tokens: sequences of 256, learning rate 0.0005, fresh moments of Adam.",
+        "Fine-tuned (sft, full) in 40 steps on ",
+        "Rewritten as safetensors from safetensors files, cast to bfloat16.",
+    ]
+    assert len(steps) == len(expected), steps
+    assert [step[: len(start)] for step, start in zip(steps, expected, strict=True)] == expected
+    assert "vocab_size 632 to 640" in steps[2]
+    assert "Certified against its source: every condition on its bytes holds." in steps[2]
+    assert summary["growth"]["verdict"] == "certified"
+    chain = inspect_checkpoint(out / "hub").chain
+    folders = ("published", "converted", "grown", "continued", "sft", "hub")
+    records = [hashlib.sha256((out / name / "teleflm_manifest.json").read_bytes()).hexdigest() for name in folders]
+    assert [(link.record, link.problems) for link in chain] == [(record, ()) for record in records]
 
 
 def test_a_run_starts_clean_and_leaves_what_is_not_its_own(finished):

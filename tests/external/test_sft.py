@@ -92,7 +92,9 @@ def test_qlora_trains_adapters_on_four_bits(keys, make_recipe, tmp_path):  # noq
     assert losses(result)[-1] < losses(result)[0]
     exported = export_model(result.output_dir, tmp_path / "hub", merge=True)
     assert exported.merged == 14
-    method = json.loads((tmp_path / "hub" / "teleflm_manifest.json").read_text())["lineage"]["method"]
+    method = json.loads((tmp_path / "hub" / "teleflm_manifest.json").read_text())["lineage"]["parent"]["lineage"][
+        "method"
+    ]
     assert method == ("qdora" if "use_dora" in keys else "qlora")
 
 

@@ -22,6 +22,7 @@ from conversion.checkpoint.errors import CheckpointError
 from growth.training import grown_adam
 from growth.training.errors import RunError
 from growth.training.launch import count_wrapped
+from growth.training.record import start_record
 from growth.training.train import build_trainer, find_checkpoint, parse_arguments
 
 
@@ -84,12 +85,13 @@ def run(keys: dict, fault: str | None, folder: Path) -> dict:
         trainer = build_trainer(growth, args, [watch])
         if fault in FAULTS:
             load = FAULTS[fault](trainer, Path(growth.model_name_or_path) / "optimizer.pt")
+        record = start_record(trainer, Path(growth.model_name_or_path), checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)
     except (CheckpointError, RunError) as error:
         return {"error": str(error), "steps": watch.steps}
     finally:
         grown_adam.load_adam_state = load
-    trainer.save_model()
+    record.save_model()
     return {
         "kind": trainer.accelerator.distributed_type.value,
         "optimizer": type(trainer.optimizer.optimizer).__name__,

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import growth.training.masks  # noqa: F401  (registers the masked model)
+from conversion import inspect_checkpoint
 from growth import grow_checkpoint
 from growth.method import Mask
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
@@ -180,6 +181,25 @@ def test_what_fsdp2_saves_is_a_model_of_ours(name, own, sharded):
     assert (folder / f"{own}.py").is_file()
 
 
+def check_records(out: Path, runs: dict[str, str], kind: str) -> None:
+    """Each run left the record of what two processes did together; `runs` says with which moments it began."""
+    for name, moments in runs.items():
+        chain = inspect_checkpoint(out / name, check=True).chain
+        details = chain[-1].details
+        assert (details["steps"], details["tokens"]) == (2, details["batch_size"] * details["sequence_length"] * 2)
+        assert (details["world_size"], details["distributed_type"], details["moments"]) == (2, kind, moments)
+        assert [link.operation for link in chain] == [None, "grow", "train"]
+        assert [link.problems for link in chain[1:]] == [(), ()]
+
+
+def test_what_fsdp2_trained_is_recorded(sharded):
+    out, _ = sharded
+    check_records(out, {"run": "grown", "resumed": "grown", "masked": "grown"}, "FSDP")
+    between = inspect_checkpoint(out / "run/checkpoint-1").chain[-1]
+    assert (between.details["steps"], between.problems) == (1, ())
+    assert inspect_checkpoint(out / "masked").chain[-1].details["masks"]["end"] > 0
+
+
 def test_a_resumed_run_goes_on_with_its_checkpoints_moments(sharded):
     out, outcomes = sharded
     assert [process[3]["steps"] for process in outcomes] == [[[STEP + 1]]] * 2
@@ -257,6 +277,12 @@ def test_zero_steps_as_an_unsharded_adam_with_the_same_state(run, name, optimize
         assert outcome["steps"] == [[STEP], [STEP + 1]]
     method = "masked" if name == "masked" else "zero"
     check(out / name, expect(folders, method, torch.float32, masked=name == "masked"), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.external
+def test_what_deepspeed_trained_is_recorded(partitioned):
+    out, _ = partitioned
+    check_records(out, dict.fromkeys(("stage-1", "stage-2", "resumed", "bf16", "stage-3"), "grown"), "DEEPSPEED")
 
 
 @pytest.mark.external

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainingArguments
 
 from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.manifest import MANIFEST
 from growth import grow_checkpoint
 from growth.fold import fold_masks
 from growth.method import Mask
@@ -131,6 +132,12 @@ def test_two_processes_train_as_one(arguments, tmp_path):
     losses = [[entry["loss"] for entry in state["log_history"] if "loss" in entry] for state in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert json.loads((tmp_path / "two/config.json").read_bytes())["growth_state"]["step"] == 3
+    lineages = [json.loads((tmp_path / name / MANIFEST).read_bytes())["lineage"] for name in ("run", "two")]
+    assert [(lineage.pop("world_size"), lineage.pop("distributed_type")) for lineage in lineages] == [
+        *((1, "NO"), (2, "MULTI_CPU")),
+    ]
+    assert lineages[0] == lineages[1], "the same steps, tokens, data and batch"
+    assert lineages[0]["tokens"] == 3 * 4 * 32
     for name, weight in weights(tmp_path / "run").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], weight, rtol=1e-3, atol=1e-4)
 

@@ -51,9 +51,12 @@ def export(
             )
             exported = export_model(checkpoint, out, merge=merge, base=base, dtype=dtype, options=options)
         if as_json:
-            print_json({"folder": str(exported.folder), "merged": exported.merged, "gap": exported.gap})
+            found = {"merged": exported.merged, "gap": exported.gap, "notes": list(exported.notes)}
+            print_json({"folder": str(exported.folder), **found})
             return
         print(exported.folder)
+        for note in exported.notes:
+            print(f"- {note}")
         if exported.gap is not None:
             print(f"{exported.merged} weights merged; the logits moved by {exported.gap:.1e} of their spread")
 
