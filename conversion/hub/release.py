@@ -24,7 +24,7 @@ _INDEX = "model.safetensors.index.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PATH_KEYS = ("_name_or_path", "name_or_path", "base_model_name_or_path", "special_tokens_map_file", "tokenizer_file")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", _INDEX)  # their texts are tokens, and tensors
-_PATH = re.compile(r"(/|~/|\.\.?/|[A-Za-z]:[\\/])[^\s/\\]+([/\\].*)?", re.DOTALL)
+_PATH = re.compile(r"(/|~/|\.\.?/|[A-Za-z]:[\\/]+)[^\s/\\]+([/\\].*)?", re.DOTALL)
 _SECRETS = {
     "a token of the Hub": re.compile(r"\b(hf_|api_org_)[A-Za-z0-9]{30,}"),
     "a token of GitHub": re.compile(r"\b(gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{60,})"),
