@@ -198,6 +198,18 @@ def test_a_report_that_cannot_be_written_is_no_fault_of_the_disk(more, source, t
     assert (tmp_path / "out/model.safetensors").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("--version",), ("sft", "--help"), ("grow", "--help")], ids=" ".join
+)
+def test_help_that_cannot_be_written_is_said_in_one_line(arguments):
+    """Where no command is called."""
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "teleflm", *arguments]
+        result = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (1, "teleflm: stdout: No space left on device\n")
+
+
 def test_without_any_stdout(source, tmp_path):
     command = '"$0" -m teleflm convert "$1" "$2" >&-'
     run = ["sh", "-c", command, sys.executable, source, tmp_path / "out"]
