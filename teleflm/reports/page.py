@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.folder_formats import is_weights, known_files, loadable_files
 from conversion.checkpoint.manifest import MANIFEST, package_version
-from conversion.native import find as _  # makes the names of training runs known
+from conversion.native import find as _runs  # noqa: F401  (makes the names of training runs known)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
