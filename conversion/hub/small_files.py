@@ -20,11 +20,13 @@ from ..checkpoint.errors import CheckpointError
 from ..checkpoint.folder_formats import HUB, is_setting, is_weights, known_files
 from ..checkpoint.manifest import MANIFEST, OLD_MANIFEST, find_manifest, read_manifest
 from ..checkpoint.sources import WEIGHT_FILES, outside_target
+from ..checkpoint.strict_json import read_json_object
 
 _NAMED = 6  # files that a note lists
 _MAX_BYTES = 100_000_000  # the largest tokenizer.json that is published has 35 MB
 _TEXTS = re.compile(r"README\.md|(LICEN[CS]E|NOTICE|Notice|COPYING|USE_POLICY)([-_.][\w.-]+)?")
 _CODE = re.compile(r"\w+\.py")
+_JSON_SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 _TOKENIZER_CONFIG = "tokenizer_config.json"  # goes along, with our class in it
 # Those that are written anew, or are another model's.
 _NOT_COPIED = ("config.json", "adapter_config.json", MANIFEST, OLD_MANIFEST)
@@ -84,6 +86,17 @@ def check_read_files(folder: Path) -> None:
             copied_file(folder, name)
     if record:
         _refuse_outside(record, folder)
+
+
+def check_json_settings(folder: Path) -> None:
+    """Check that the settings of a folder are JSON objects, which transformers takes for granted.
+
+    Raises:
+        CheckpointError: one is not; the message names it.
+    """
+    for name in _JSON_SETTINGS:
+        if os.path.lexists(folder / name):
+            read_json_object(folder / name, infinite=True)
 
 
 def _listed(folder: Path) -> Iterator[str]:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from conversion.architecture import MODEL_TYPE, Architecture
 from conversion.checkpoint.errors import CheckpointError, one_line
 from conversion.checkpoint.sources import open_checkpoint
+from conversion.hub.small_files import check_json_settings
 from conversion.mapping import check_tensors
 
 _VOCABULARIES = ("tokenizer.model", "tokenizer.json")
@@ -29,6 +30,7 @@ def check_model(folder: Path) -> None:
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"model_name_or_path is {str(folder)!r}, which holds no config.json.")
+    check_json_settings(folder)
     checkpoint = open_checkpoint(folder)
     config = checkpoint.config or {}
     if config.get("model_type") == MODEL_TYPE:

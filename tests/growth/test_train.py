@@ -383,7 +383,7 @@ def lose_a_weight(folder: Path) -> None:
     [
         (lose("tokenizer.model"), "has no tokenizer, neither tokenizer.model nor tokenizer.json"),
         (put("tokenizer.model", "junk"), "its tokenizer cannot be loaded"),
-        (put("tokenizer_config.json", "[1]"), "its tokenizer cannot be loaded"),
+        (put("tokenizer_config.json", "[1]"), r"tokenizer_config\.json is a JSON list, expected an object"),
         (put("config.json", "{"), r"config\.json is not valid JSON"),
         (put("config.json", "[]"), r"config\.json is a JSON list"),
         (put("config.json", '{"model_type": "nothing"}'), "nothing"),
