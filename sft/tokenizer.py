@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversion.checkpoint.errors import CheckpointError, one_line
+from conversion.checkpoint.sources import check_utf8
 from conversion.checkpoint.strict_json import read_json_object
 from conversion.hub.small_files import check_json_settings
 from growth.fold import MASKED_MODEL_TYPE
@@ -69,6 +70,7 @@ def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         return
     try:
+        check_utf8(folder)
         check_json_settings(folder)
         model_type = read_json_object(folder / "config.json", infinite=True).get("model_type")
     except CheckpointError as error:

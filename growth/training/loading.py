@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from conversion.architecture import MODEL_TYPE, Architecture
 from conversion.checkpoint.errors import CheckpointError, one_line
-from conversion.checkpoint.sources import open_checkpoint
+from conversion.checkpoint.sources import check_utf8, open_checkpoint
 from conversion.hub.small_files import check_json_settings
 from conversion.mapping import check_tensors
 
@@ -26,10 +26,12 @@ def check_model(folder: Path) -> None:
     """Check what the headers and the configuration of a model tell.
 
     Raises:
-        CheckpointError: it has no configuration or weights, a file is damaged, or of a Tele-FLM a weight is missing.
+        CheckpointError: its path is not UTF-8, it has no configuration or weights, a file is damaged, or of a Tele-FLM
+            a weight is missing.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"model_name_or_path is {str(folder)!r}, which holds no config.json.")
+    check_utf8(folder)
     check_json_settings(folder)
     checkpoint = open_checkpoint(folder)
     config = checkpoint.config or {}
