@@ -176,6 +176,7 @@ def _plan(
     if run is None:
         run_only = {"config": config, "tokenizer": tokenizer, "vocab_size": vocab_size, "iteration": iteration}
         run_only |= {"multipliers": multipliers, "mapping": mapping, "fp32_master": fp32_master or None}
+        run_only |= {"allow_unequal_replicas": allow_unequal_replicas or None}
         _refuse_run_options(run_only)
         plan, notes = plan_conversion(open_checkpoint(folder), dtype=cast, alone=folder.is_file())
     else:

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import logging
 
 from conversion.architecture import Architecture
-from conversion.checkpoint.sources import Source
+from conversion.checkpoint.sources import Source, check_utf8
 
 from .logit_comparison import LogitComparison
 
@@ -66,9 +66,13 @@ def checkpoint_logits(checkpoint: Source, input_ids: np.ndarray, dtype: str) -> 
 
     Returns:
         Logits [T, vocab_size], float64.
+
+    Raises:
+        CheckpointError: its configuration is no Tele-FLM's, or its path is not UTF-8.
     """
     config: dict[str, Any] = checkpoint.config or {}
     architecture = Architecture.from_config(config, f"{checkpoint.folder}/config.json")
+    check_utf8(checkpoint.folder)
     with _no_progress_bar():
         model = LlamaForCausalLM.from_pretrained(
             checkpoint.folder,

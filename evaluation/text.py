@@ -10,6 +10,7 @@ import numpy as np
 
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.sources import Source
+from conversion.hub.contents import open_pieces
 
 
 def tokenize(checkpoint: Source, text: Path, max_tokens: int) -> np.ndarray:
@@ -18,21 +19,19 @@ def tokenize(checkpoint: Source, text: Path, max_tokens: int) -> np.ndarray:
     Raises:
         CheckpointError: the text is missing, empty or not UTF-8, or the checkpoint has no sentencepiece tokenizer.
     """
-    from sentencepiece import SentencePieceProcessor
-
     vocabulary = Path(checkpoint.folder) / "tokenizer.model"
     if not vocabulary.is_file():
         raise CheckpointError(f"{vocabulary}: no such file; the text needs A's tokenizer.")
     try:
         with text.open(encoding="utf-8") as file:
             beginning = file.read(64 * max_tokens)  # no piece of these vocabularies is longer
-        pieces = SentencePieceProcessor(model_file=str(vocabulary))
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{text}: is not UTF-8 at byte {error.start}; convert it.") from None
     except FileNotFoundError:
         raise CheckpointError(f"{text}: no such file.") from None
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{text}: cannot be tokenised with {vocabulary} ({error}).") from None
+    except OSError as error:
+        raise CheckpointError(f"{text}: {error.strerror}.") from None
+    pieces = open_pieces(vocabulary)
     ids = pieces.encode(beginning)
     if not ids:
         raise CheckpointError(f"{text}: is empty; give a text of some hundred words.")

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
 from conversion.checkpoint.plan import View
 from conversion.checkpoint.reader import FileReader
-from conversion.checkpoint.sources import Source
+from conversion.checkpoint.sources import Source, check_utf8
 
 Keep = Callable[[str, torch.Tensor], None]
 
@@ -62,6 +62,8 @@ def merge_weights(adapter: Path, tensors: Mapping[str, View], base: Source, keep
 
 def _skeleton(adapter: Path, base: Source) -> PeftModel:
     """The model with the adapter in it, all parameters on the meta device; float32."""
+    check_utf8(base.folder)
+    check_utf8(adapter)
     config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
     settings = LoraConfig.from_pretrained(str(adapter))
     with init_empty_weights(include_buffers=False):

@@ -10,6 +10,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conversion.checkpoint.errors import CheckpointError, one_line
+from conversion.checkpoint.sources import check_utf8
+from conversion.checkpoint.strict_json import read_json_object
+from conversion.hub.small_files import check_json_settings
+from growth.fold import MASKED_MODEL_TYPE
 from sft import SFTError
 
 if TYPE_CHECKING:
@@ -31,12 +36,14 @@ def load_tokenizer(
         revision: of the model on the Hub.
 
     Raises:
-        TokenizerError: there is no such model or file, no chat template, or nothing that ends generation.
+        TokenizerError: there is no such model or file, a file of it is damaged, it grows by masks, or it has no chat
+            template, or nothing that ends generation.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
 
+    _check_folder(Path(model))
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(model, **source)
@@ -47,8 +54,8 @@ def load_tokenizer(
             generation = GenerationConfig.from_model_config(config)
         if chat_template_path:
             tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{model}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # sentencepiece, tokenizers and transformers have no family of errors between them
+        raise TokenizerError(f"{model}: {one_line(error)}") from error
 
     if not tokenizer.chat_template:
         raise TokenizerError(f"{model} has no chat template; give one as a Jinja file (chat_template_path).")
@@ -56,6 +63,23 @@ def load_tokenizer(
     if stop_ids is None:
         raise TokenizerError(f"{model} has no eos_token_id in generation_config.json or config.json, nor an eos_token.")
     return tokenizer, set(stop_ids) if isinstance(stop_ids, list) else {stop_ids}
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse, before a library does in words of its own, a folder whose settings are damaged or that is half-grown."""
+    if not (folder / "config.json").is_file():
+        return
+    try:
+        check_utf8(folder)
+        check_json_settings(folder)
+        model_type = read_json_object(folder / "config.json", infinite=True).get("model_type")
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from error
+    if model_type == MASKED_MODEL_TYPE:
+        raise TokenizerError(
+            f"{folder}: grows by masks (model_type is {MASKED_MODEL_TYPE}) and cannot be fine-tuned yet: `teleflm "
+            "fold` it first, or go on growing it with `teleflm train`."
+        )
 
 
 def check_stop_token(
@@ -71,14 +95,19 @@ def check_stop_token(
         assistant_only_loss: whether only the template's `{% generation %}` blocks are trained on.
 
     Raises:
-        TokenizerError: nothing is trained on, or the last trained token of a turn is no stop token.
+        TokenizerError: the template cannot be rendered, nothing is trained on, or the last trained token of a turn is
+            no stop token.
     """
     turns = [{"role": role, "content": "text"} for role in ("user", "assistant", "user")]
     # A template may close a turn only when another follows, or only when none does.
     for messages in (turns[:2], turns) if assistant_only_loss else (turns[:2],):
-        encoding: Any = tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=assistant_only_loss
-        )
+        try:
+            encoding: Any = tokenizer.apply_chat_template(
+                messages, return_dict=True, return_assistant_tokens_mask=assistant_only_loss
+            )
+        except Exception as error:  # a template may fail as any program
+            where = f"the chat template of {tokenizer.name_or_path}" if tokenizer.name_or_path else "the chat template"
+            raise TokenizerError(f"{where} cannot be rendered: {one_line(error)}") from error
         mask = encoding["assistant_masks"] if assistant_only_loss else [1] * len(encoding["input_ids"])
         trained = [token for token, marked in zip(encoding["input_ids"], mask, strict=True) if marked]
         while trained and not str(tokenizer.decode(trained[-1:])).strip():

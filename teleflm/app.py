@@ -4,7 +4,8 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The front door: `teleflm`, also `python -m teleflm`. Every command is a call of a documented Python function."""
 
-from typing import Annotated
+import sys
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +18,7 @@ from teleflm.commands.publish import publish
 from teleflm.commands.sft import app as sft_app
 from teleflm.commands.train import train
 from teleflm.commands.verify import verify
-from teleflm.terminal import FORWARDED, prepare_stdout
+from teleflm.terminal import FORWARDED, failures_named, prepare_stdout
 
 app = typer.Typer(
     help="Load, convert, grow, fine-tune and publish Tele-FLM models.",
@@ -56,4 +57,17 @@ def _options(
 def main() -> None:
     """Run the command line."""
     prepare_stdout()
-    app(prog_name="teleflm")
+    try:
+        with failures_named(debug="--debug" in sys.argv):  # in --help and --version too, where no command is called
+            status = _exit_status()
+    except typer.Exit as end:
+        status = end.exit_code
+    sys.exit(status)
+
+
+def _exit_status() -> Any:
+    try:
+        app(prog_name="teleflm")
+    except SystemExit as end:
+        return end.code
+    return 0

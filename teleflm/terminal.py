@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from conversion.checkpoint.errors import CheckpointError, CorruptData
+from conversion.checkpoint.errors import CorruptData
 from conversion.checkpoint.limits import default_workers
 from conversion.checkpoint.sizes import format_bytes
 
@@ -59,17 +59,27 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
     may be run again.
     """
     try:
+        with failures_named(debug=debug):
+            yield
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again.", EXIT_INTERRUPTED)
+    except ValueError as error:
+        if debug:
+            raise
+        _fail(str(error), EXIT_FAILED if isinstance(error, CorruptData) else EXIT_BAD_INPUT)
+
+
+@contextmanager
+def failures_named(*, debug: bool) -> Iterator[None]:
+    """Turn what the system refuses, such as space on a disk, into one line on stderr and exit status 1."""
+    try:
         yield
         if sys.stdout is not None:  # as it is where it was closed by whoever started this
             sys.stdout.flush()  # what cannot be printed is a failure as well
-    except KeyboardInterrupt:
-        _fail("interrupted; run the same command again.", EXIT_INTERRUPTED)
-    except (CheckpointError, OSError, ValueError) as error:
+    except OSError as error:
         if debug:
             raise
-        if isinstance(error, OSError):
-            _fail(f"{error.filename or 'disk'}: {error.strerror or error}", EXIT_FAILED)
-        _fail(str(error), EXIT_FAILED if isinstance(error, CorruptData) else EXIT_BAD_INPUT)
+        _fail(f"{error.filename or 'disk'}: {error.strerror or error}", EXIT_FAILED)
 
 
 @contextmanager

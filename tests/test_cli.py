@@ -7,6 +7,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from conversion import convert_checkpoint
 from conversion.architecture import Architecture, load_preset
 from conversion.checkpoint.containers import safetensors_index, safetensors_shards
 from conversion.checkpoint.dtypes import BFLOAT16
@@ -186,6 +188,52 @@ def test_a_name_that_the_terminal_cannot_show(more, encoding, source, tmp_path):
         assert json.loads(result.stdout.decode(encoding))["out"] == str(out)
 
 
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize(("name", "locale"), [(b"s\xfc", {}), ("s\N{SNOWMAN}".encode(), C_LOCALE)], ids=["bytes", "C"])
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("inspect {m}", 0),
+        ("grow {m} {out} --set num_hidden_layers=4", 0),
+        ("verify {m} {m} --text {text} --forward streamed --report {out}", 0),
+        ("verify {m} {m} --text {text} --forward loaded", 2),
+        ("train --model_name_or_path {m} --train_files {text} --output_dir {out} --use_cpu true", 2),
+        ("sft preview {chats} --model {m}", 2),
+        ("publish {published} owner/name --dry-run", 2),
+    ],
+    ids=lambda value: value.split(" ")[0] if isinstance(value, str) else "",
+)
+def test_a_folder_whose_name_is_no_text_works_or_is_refused_in_one_line(
+    command, status, name, locale, source, tmp_path
+):
+    """Of bytes that are not UTF-8; or of UTF-8 where the locale has none."""
+    m, published = tmp_path / os.fsdecode(name), tmp_path / os.fsdecode(name + b"2")
+    shutil.copytree(source, m)
+    if "{published}" in command:
+        convert_checkpoint(source, published)
+        (published / "LICENSE").write_text("Apache License, Version 2.0")
+        card = (published / "README.md").read_text()
+        (published / "README.md").write_text(card.replace("---\n", "---\nlicense: apache-2.0\n", 1))
+    (tmp_path / "text.txt").write_text("The value of a subscription is the item that the key selects. " * 20)
+    chats = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chats}))
+    places = {"m": m, "published": published, "out": tmp_path / "out"}
+    places |= {"text": tmp_path / "text.txt", "chats": tmp_path / "chats.jsonl"}
+    arguments = [os.fsencode(word.format(**places)) for word in command.split()]
+    result = subprocess.run(
+        [sys.executable, "-m", "teleflm", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **locale},
+        capture_output=True,
+        timeout=120,
+    )
+    assert (result.returncode, b"Traceback" in result.stderr) == (status, False), result.stderr
+    if status:
+        assert b"and the libraries that load it need that; rename it" in result.stderr.splitlines()[-1]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
 @pytest.mark.parametrize("more", [[], ["--json"]], ids=" ".join)
 def test_a_report_that_cannot_be_written_is_no_fault_of_the_disk(more, source, tmp_path):
@@ -196,6 +244,18 @@ def test_a_report_that_cannot_be_written_is_no_fault_of_the_disk(more, source, t
     assert result.stderr.splitlines()[-1] == "teleflm: stdout: No space left on device"
     assert "Exception ignored" not in result.stderr
     assert (tmp_path / "out/model.safetensors").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("--version",), ("sft", "--help"), ("grow", "--help")], ids=" ".join
+)
+def test_help_that_cannot_be_written_is_said_in_one_line(arguments):
+    """Where no command is called."""
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "teleflm", *arguments]
+        result = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (1, "teleflm: stdout: No space left on device\n")
 
 
 def test_without_any_stdout(source, tmp_path):

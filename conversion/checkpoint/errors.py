@@ -5,6 +5,7 @@
 """The errors that readers, planners and the executor raise for bad input."""
 
 _MAX_MESSAGE = 2000
+_MAX_QUOTED = 500  # characters of what a library says
 
 
 def printable(text: str) -> str:
@@ -12,6 +13,17 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's error says, as one line of bounded length; its kind too, where the words alone say too little.
+
+    Args:
+        error: of any kind.
+    """
+    text = " ".join(str(error).split())[:_MAX_QUOTED]
+    is_plain = text and isinstance(error, OSError | ValueError | ImportError)
+    return text if is_plain else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 class CheckpointError(ValueError):

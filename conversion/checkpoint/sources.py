@@ -9,6 +9,7 @@ Opening reads headers only, and every check that headers allow is made here, bef
 
 import os
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,22 @@ def _open(weights: Path) -> Source:
         config=read_json_object(config, infinite=True) if config.exists() else None,
         metadata=metadata,
     )
+
+
+def check_utf8(path: str | os.PathLike[str]) -> None:
+    """Refuse a path that is no text, which Python opens and libraries beneath transformers cannot.
+
+    Raises:
+        CheckpointError: it is not UTF-8, or this locale has no such letters.
+    """
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        encoding = sys.getfilesystemencoding()
+        way_out = "rename it" if encoding == "utf-8" else "rename it, or set LC_ALL=C.UTF-8"
+        raise CheckpointError(
+            f"{path}: its name is not {encoding}, and the libraries that load it need that; {way_out}."
+        ) from None
 
 
 def source_identity(where: Where) -> str:

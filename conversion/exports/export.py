@@ -18,7 +18,7 @@ from ..checkpoint.errors import CheckpointError
 from ..checkpoint.execute import CheckpointResult, WriteOptions, execute
 from ..checkpoint.mirror import origin
 from ..hub.small_files import left_behind
-from .granite import link_note, linked_layout, plan_granite
+from .granite import link_note, linked_layout, plan_granite, uncut_note
 from .llama import plan_llama
 from .megatron import ParallelSizes, Spec, plan_megatron_export
 from .model import Target, open_model
@@ -66,6 +66,10 @@ def export_checkpoint(
     """
     _check_choices(to, ParallelSizes(tp, pp, vpp), multipliers, spec, link)
     options = options or WriteOptions()
+    if to == "megatron" and options.max_shard_size != WriteOptions.max_shard_size:
+        raise CheckpointError(
+            "--max-shard-size: --to megatron writes one file a rank, cut by --tp and --pp; leave it out."
+        )
     model = open_model(source)
     if link and origin(model.folder):
         raise CheckpointError(f"{source}: is not on this machine, and cannot be linked to; leave --link out.")
@@ -84,9 +88,8 @@ def export_checkpoint(
         notes += kept
         return execute(plan, Path(out), options, notes, dry_run=dry_run)
     result = execute(plan, Path(out), replace(options, digest=False), kept, dry_run=dry_run, layout=linked)
-    return replace(
-        result, notes=[*result.notes, link_note(Path(out), linked, written=not dry_run and options.rank == 0)]
-    )
+    notes = [link_note(Path(out), linked, written=not dry_run and options.rank == 0)]
+    return replace(result, notes=[*result.notes, *notes, *uncut_note(linked, options)])
 
 
 def _check_choices(to: str, sizes: ParallelSizes, multipliers: str, spec: str, link: bool) -> None:

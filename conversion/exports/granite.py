@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..checkpoint.containers import Layout, Shard, indexed_layout
 from ..checkpoint.dtypes import DType
+from ..checkpoint.execute import WriteOptions
 from ..checkpoint.finish import link_kind
 from ..checkpoint.plan import CheckpointPlan, TensorPlan
 from ..checkpoint.preflight import listed
@@ -72,3 +73,18 @@ def link_note(out: Path, layout: Layout, *, written: bool) -> str:
             f"{undigested} Nothing loads if the source moves."
         )
     return "The weights are copies, without digests of their own: they are no links to the source's files."
+
+
+def uncut_note(layout: Layout, options: WriteOptions) -> list[str]:
+    """A sentence on the links that are larger than a file was to be; none if no file is, or one tensor makes it so."""
+    larger = [
+        shard.filename
+        for shard in layout.shards
+        if len(shard.tensors) > 1 and sum(tensor.nbytes for tensor, _ in shard.tensors) > options.shard_bytes
+    ]
+    if not larger:
+        return []
+    return [
+        f"Links keep the source's files as they are, so these are larger than --max-shard-size "
+        f"{options.max_shard_size}: {listed(larger)}."
+    ]

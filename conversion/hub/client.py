@@ -141,7 +141,9 @@ def is_of_the_network(error: BaseException) -> bool:
     The HTTP library beneath huggingface_hub has changed twice, and its errors are not all errors of the system; those
     of an upload come wrapped.
     """
-    if isinstance(error, OSError | json.JSONDecodeError) or any(kind.__module__.startswith("httpx") for kind in type(error).__mro__):
+    if isinstance(error, OSError | json.JSONDecodeError) or any(
+        kind.__module__.startswith("httpx") for kind in type(error).__mro__
+    ):
         return True
     if type(error).__module__.split(".")[0] in ("huggingface_hub", "hf_xet"):
         return True

@@ -7,12 +7,15 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..architecture import Architecture, load_config, model_code_constant, package_folder, rope_parameters
-from ..checkpoint.errors import CheckpointError
+from ..checkpoint.errors import CheckpointError, one_line
 from .card import CARD, CardFacts, render_card, with_files
 from .small_files import check_read_files, copied_file, small_files
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 TOKENIZER_CODE = "tokenization_teleflm.py"
 CODE_FILES = ("configuration_teleflm.py", "modeling_teleflm.py", TOKENIZER_CODE)
@@ -81,11 +84,22 @@ def count_pieces(folder: Path) -> int | None:
         CheckpointError: tokenizer.model cannot be read.
     """
     path = folder / "tokenizer.model"
-    if not path.is_file():
-        return None
+    return open_pieces(path).get_piece_size() if path.is_file() else None
+
+
+def open_pieces(path: Path) -> "SentencePieceProcessor":
+    """Open a sentencepiece model, whatever its folder is called.
+
+    Raises:
+        CheckpointError: it cannot be read, or is none.
+    """
     from sentencepiece import SentencePieceProcessor
 
     try:
-        return SentencePieceProcessor(model_file=str(path)).get_piece_size()
-    except (RuntimeError, OSError) as error:
-        raise CheckpointError(f"{path}: not a sentencepiece model ({error}); restore it or remove it.") from None
+        return SentencePieceProcessor(model_proto=path.read_bytes())  # sentencepiece itself opens UTF-8 names alone
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}.") from None
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: not a sentencepiece model ({one_line(error)}); restore it or remove it."
+        ) from None

@@ -19,7 +19,7 @@ from pathlib import Path
 from ..architecture import package_folder
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.kernel_copy import available_memory
-from ..checkpoint.sources import open_checkpoint
+from ..checkpoint.sources import check_utf8, open_checkpoint
 from . import clean_process
 from .release import Release
 
@@ -41,6 +41,7 @@ def try_loading(release: Release) -> list[str]:
         return ["Not loaded: that needs transformers and torch, which are not installed."]
     if foreign := foreign_code(release):
         return [f"Not loaded: {foreign} is not of this version of this package, and is not run."]
+    check_utf8(release.folder.absolute())
     source = open_checkpoint(release.folder)
     fits = sum(release.weights.values()) < available_memory() // 3
     asked = {

@@ -9,6 +9,7 @@ written, and perhaps published; whatever else lies in it (optimizer states, logs
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,14 +17,16 @@ from typing import Any
 
 from ..architecture import package_folder
 from ..checkpoint.errors import CheckpointError
-from ..checkpoint.folder_formats import HUB, is_weights, known_files
+from ..checkpoint.folder_formats import HUB, is_setting, is_weights, known_files
 from ..checkpoint.manifest import MANIFEST, OLD_MANIFEST, find_manifest, read_manifest
 from ..checkpoint.sources import WEIGHT_FILES, outside_target
+from ..checkpoint.strict_json import read_json_object
 
 _NAMED = 6  # files that a note lists
 _MAX_BYTES = 100_000_000  # the largest tokenizer.json that is published has 35 MB
 _TEXTS = re.compile(r"README\.md|(LICEN[CS]E|NOTICE|Notice|COPYING|USE_POLICY)([-_.][\w.-]+)?")
 _CODE = re.compile(r"\w+\.py")
+_JSON_SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 _TOKENIZER_CONFIG = "tokenizer_config.json"  # goes along, with our class in it
 # Those that are written anew, or are another model's.
 _NOT_COPIED = ("config.json", "adapter_config.json", MANIFEST, OLD_MANIFEST)
@@ -39,12 +42,15 @@ def copied_file(folder: Path, name: str) -> str | None:
 
     Raises:
         CheckpointError: it is a link to something outside of the folder (a snapshot of a Hub cache links to its
-            blobs), or too large to be what its name says.
+            blobs), no regular file, or too large to be what its name says.
     """
     path = folder / name
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     _refuse_outside(path, folder)
+    if not path.is_file():
+        what = "a link to nothing" if not path.exists() else "a folder" if path.is_dir() else "a pipe or a device"
+        raise CheckpointError(f"{path}: is {what}, expected a file; put that there, or remove it.")
     if path.stat().st_size > _MAX_BYTES:
         raise CheckpointError(
             f"{path}: has {path.stat().st_size} bytes, expected at most {_MAX_BYTES} of such a file; move it away."
@@ -68,14 +74,29 @@ def is_text(name: str) -> bool:
 def check_read_files(folder: Path) -> None:
     """Refuse a folder whose configuration, index or record, from which the output's are made, lies elsewhere.
 
+    Neither may anything but a file have the name of a setting: an output would have another in its place, or none.
+
     Raises:
         CheckpointError: see `copied_file`.
     """
     record = find_manifest(folder)
-    for name in ("config.json", *(name for name in WEIGHT_FILES if name.endswith(".json"))):
-        copied_file(folder, name)
+    settings = (entry.name for entry in sorted(folder.iterdir()) if is_setting(entry.name) and not entry.is_file())
+    for name in ("config.json", *(name for name in WEIGHT_FILES if name.endswith(".json")), *settings):
+        if name not in HUB.folders:
+            copied_file(folder, name)
     if record:
         _refuse_outside(record, folder)
+
+
+def check_json_settings(folder: Path) -> None:
+    """Check that the settings of a folder are JSON objects, which transformers takes for granted.
+
+    Raises:
+        CheckpointError: one is not; the message names it.
+    """
+    for name in _JSON_SETTINGS:
+        if os.path.lexists(folder / name):
+            read_json_object(folder / name, infinite=True)
 
 
 def _listed(folder: Path) -> Iterator[str]:

@@ -12,6 +12,7 @@ masks rise with the steps, Adam goes on from moments that grew with the weights,
 """
 
 import dataclasses
+import json
 import logging
 import os
 import sys
@@ -19,12 +20,12 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import datasets
+import yaml
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     HfArgumentParser,
     PreTrainedTokenizerBase,
     Trainer,
@@ -33,23 +34,26 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.trainer_utils import get_last_checkpoint
 
-from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.errors import CheckpointError, one_line
 
 from ..moments import read_grown_state
 from .errors import RunError
 from .grown_adam import AdamStart, GrownAdamCallback, find_grown_state, on_every_process
 from .kernels import check_kernels, check_kernels_are_used
 from .launch import DistributedName, WrappingGuard, check_launch, check_spread, leave_processes
+from .loading import check_model, load_model, load_tokenizer
 from .masks import MaskCallback, TeleFLMMaskedForCausalLM
 from .mup import MupMixin
 from .optimizer_layout import parameter_shapes
 from .record import count_tokens, start_record
+from .text import load_documents
 
 logger = logging.getLogger(__name__)
 
-_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".gz": "json", ".parquet": "parquet"}
+_DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
 
 @dataclasses.dataclass
@@ -62,7 +66,8 @@ class GrowthArguments:
         eval_files: likewise, evaluated on when `eval_strategy` says so.
         text_column: where the text of a row is, in files with rows.
         block_size: tokens of a training example; documents are joined and cut to it.
-        dtype: of the weights while they are trained; `bf16: true` computes in bfloat16 on float32 weights.
+        dtype: of the weights while they are trained, `auto` for that of the files; `bf16: true` computes in bfloat16 on
+            float32 weights.
         attn_implementation: as in `from_pretrained`.
         use_kernels: likewise: layers take fused kernels of the Hub, on accelerators, with the package kernels.
         mup_base_width: hidden_size at which learning_rate was tuned, 8192 for one of the 52B: matrices then learn at
@@ -88,13 +93,46 @@ class GrowthArguments:
     distributed_type: DistributedName | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name, least in (("block_size", 2), ("mup_base_width", 1), ("num_processes", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}, expected at least {least}.")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(_DTYPES)}.")
+        attentions = ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
+        named = self.attn_implementation
+        if named is not None and named not in attentions and "/" not in named:  # one of the Hub's has an owner
+            raise ValueError(f"attn_implementation is {named!r}, expected one of {', '.join(attentions)}.")
         known = get_args(DistributedName)
         if self.distributed_type not in (None, *known):
             raise ValueError(f"distributed_type is {self.distributed_type!r}, expected one of {', '.join(known)}.")
+
+    def _check_types(self) -> None:
+        """What a file of keys may hold in place of what is expected; one file may stand for a list of one."""
+        self.train_files = [self.train_files] if isinstance(self.train_files, str) else self.train_files
+        self.eval_files = [self.eval_files] if isinstance(self.eval_files, str) else self.eval_files
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            wanted = [str if get_origin(kind) is Literal else get_origin(kind) or kind for kind in _parts(hint)]
+            fits = type(value) in wanted and (type(value) is not list or all(type(item) is str for item in value))
+            if not fits:
+                expected = " or ".join("nothing" if kind is NoneType else kind.__name__ for kind in wanted)
+                raise ValueError(f"{field.name} is {value!r}, expected {expected.replace('list', 'a list of files')}.")
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """The types that a hint allows."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+# The keys of transformers that hold a number and nothing else; it checks none of them.
+_NUMBERS = {
+    name: _parts(hint)
+    for name, hint in get_type_hints(TrainingArguments).items()
+    if {*_parts(hint)} <= {int, float, NoneType} and {*_parts(hint)} != {NoneType}
+}
 
 
 class GrowthTrainer(MupMixin, Trainer):
@@ -152,19 +190,19 @@ def build_trainer(
     count_tokens(args)
     set_seed(args.seed)
     folder = Path(growth.model_name_or_path)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"model_name_or_path is {str(folder)!r}, which holds no config.json.")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    check_model(folder)
+    tokenizer = load_tokenizer(folder)
     with args.main_process_first(desc="packing"):
         train_dataset = load_blocks(growth.train_files, tokenizer, growth)
         eval_dataset = load_blocks(growth.eval_files, tokenizer, growth) if growth.eval_files else None
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=growth.dtype,
-        attn_implementation=growth.attn_implementation,
-        use_kernels=growth.use_kernels,
-        trust_remote_code=False,
+    model = load_model(
+        folder, dtype=growth.dtype, attn_implementation=growth.attn_implementation, use_kernels=growth.use_kernels
     )
+    if len(tokenizer) > model.config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but vocab_size in config.json is "
+            f"{model.config.vocab_size}; one of the two belongs to another model."
+        )
     if growth.use_kernels:
         check_kernels_are_used(model)
     masks = [MaskCallback()] if isinstance(model, TeleFLMMaskedForCausalLM) else []
@@ -172,17 +210,20 @@ def build_trainer(
     if adam_state and not args.resume_from_checkpoint:
         # Refused now, not when everything is prepared.
         on_every_process(partial(read_grown_state, adam_state, parameter_shapes(model)))
-    trainer = GrowthTrainer(
-        model,
-        args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=default_data_collator,  # blocks need no padding
-        processing_class=tokenizer,
-        callbacks=[*masks, *callbacks],
-        base_width=growth.mup_base_width,
-        adam_state=adam_state,
-    )
+    try:
+        trainer = GrowthTrainer(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=default_data_collator,  # blocks need no padding
+            processing_class=tokenizer,
+            callbacks=[*masks, *callbacks],
+            base_width=growth.mup_base_width,
+            adam_state=adam_state,
+        )
+    except (ValueError, ImportError) as error:  # of a key whose value transformers refuses only now
+        raise RunError(one_line(error)) from error
     check_spread(trainer, launched)
     trainer.add_callback(WrappingGuard(trainer))
     return trainer
@@ -197,21 +238,9 @@ def load_blocks(files: Sequence[str], tokenizer: PreTrainedTokenizerBase, growth
         rows of `input_ids` and `labels`, block_size token ids each.
 
     Raises:
-        CheckpointError: a file is missing, of an unknown kind or without the column, or there is not one block.
+        CheckpointError: see [`load_documents`]; or there is not one block.
     """
-    for file in files:
-        if not Path(file).is_file():
-            raise CheckpointError(f"{file}: no such file.")
-    kinds = {_LOADERS.get(Path(file).suffix) for file in files}
-    kind = next(iter(kinds))
-    if len(kinds) != 1 or kind is None:
-        known = ", ".join(_LOADERS)
-        raise CheckpointError(f"{', '.join(files)}: expected files of one kind, each ending in one of {known}.")
-    whole = {"sample_by": "document"} if kind == "text" else {}
-    documents = datasets.load_dataset(kind, data_files=list(files), split="train", **whole)
-    if growth.text_column not in documents.column_names:
-        found = ", ".join(documents.column_names)
-        raise CheckpointError(f"{files[0]} has no column {growth.text_column}; it has {found}. Set text_column.")
+    documents = load_documents(files, growth.text_column)
 
     def pack(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         texts = tokenizer(batch[growth.text_column])["input_ids"]
@@ -255,24 +284,55 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[GrowthArguments, Training
         ValueError: a key is unknown or a value wrong.
     """
     parser = HfArgumentParser((GrowthArguments, TrainingArguments), prog="teleflm train")  # type: ignore[arg-type]
-    if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml")):
-        growth, args = parser.parse_yaml_file(arguments[0])
-    elif len(arguments) == 1 and arguments[0].endswith(".json"):
-        growth, args = parser.parse_json_file(arguments[0])
+    if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml", ".json")):
+        growth, args = parser.parse_dict(_read_keys(Path(arguments[0])))
     else:
         growth, args = parser.parse_args_into_dataclasses(list(arguments))
     return growth, args
 
 
+def _read_keys(file: Path) -> dict[str, Any]:
+    """The keys of a run that a file holds."""
+    kind = "JSON" if file.suffix == ".json" else "YAML"
+    try:
+        text = file.read_text(encoding="utf-8")
+        keys = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}.") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{file}: is not {kind}: {one_line(error)}") from error
+    if not isinstance(keys, dict) or not all(isinstance(key, str) for key in keys):
+        raise ValueError(f"{file}: holds a {type(keys).__name__}, expected keys and their values.")
+    for field in dataclasses.fields(GrowthArguments):
+        if field.default is dataclasses.MISSING and field.name not in keys:
+            raise ValueError(f"{file}: {field.name} is missing; it has no default.")
+    return {name: _as_number(f"{file}: {name}", value, _NUMBERS.get(name)) for name, value in keys.items()}
+
+
+def _as_number(name: str, value: Any, kinds: Sequence[type] | None) -> Any:
+    """A value of a file of keys; of a number what it says, as YAML takes 1e-4 for a text."""
+    if kinds is None or (value is None and NoneType in kinds):
+        return value
+    number = float if float in kinds else int
+    try:
+        if not isinstance(value, bool | list | dict):
+            return number(value) if isinstance(value, str) else value
+    except ValueError:
+        pass
+    raise ValueError(f"{name} is {value!r}, expected {'a number' if number is float else 'an integer'}.")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 is done, 2 refused before the first step."""
+    """Run the command line; 0 is done, 2 refused before the first step. `log_level: debug` shows tracebacks."""
     try:
         growth, args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    except (ValueError, TypeError, OSError) as error:  # TypeError: of the dataclasses, when a file lacks a key
+    except Exception as error:  # a value of a wrong type meets whatever transformers does with it
         return _refuse(error)
     try:
         metrics = train(growth, args)
     except (CheckpointError, RunError) as error:
+        if args.get_process_log_level() <= logging.DEBUG:
+            raise
         return _refuse(error)
     leave_processes()
     if os.environ.get("RANK", "0") == "0":
@@ -281,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(error: Exception) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     return 2
 
 

@@ -23,6 +23,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conversion.checkpoint.errors import one_line
 from sft.data.checks import Conversation, Reject, check_rows
 from sft.data.formats import DataError, Problem, Progress, Row
 from sft.tokenizer import control_tokens
@@ -181,6 +182,8 @@ def tokenize(
         )
     except TemplateError as error:
         return Problem("template_refuses", f"the chat template refuses it: {error}")
+    except Exception as error:  # a template may fail as any program
+        return Problem("template_refuses", f"the chat template fails on it: {one_line(error)}")
     input_ids = encoding["input_ids"]
     weights = [float(marked) for marked in encoding["assistant_masks"]] if masked else [1.0] * len(input_ids)
     if masked:

@@ -10,6 +10,8 @@ opens it only if the tokenizer, the template and the labelling of the run are th
 """
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversion.checkpoint.manifest import package_version
+from conversion.checkpoint.manifest import package_version, sample_digest
 from sft.data.checks import Reject
 from sft.data.formats import DataError, Problem, Progress
 from sft.data.labels import DataReport, Labelling, Tally, record_batches, require_rows, tokenize_rows
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PREPARED = "prepared.json"
+# What `datasets` writes, and caches of later steps beside it.
+_OURS = re.compile(r"prepared\.json|dataset_info\.json|state\.json|(data-\d+-of-\d+|cache-\w+)\.arrow|tmp\w+")
 
 
 @dataclass(frozen=True)
@@ -63,16 +67,14 @@ def prepare(
         out: the folder to write; it appears when all is in it.
         tokenizer, labelling, num_proc, progress: see [`sft.data.labels.tokenize_rows`].
         allow_rejects: leave invalid rows out instead of raising.
-        overwrite: replace a prepared folder; no other folder is ever replaced.
+        overwrite: replace a prepared folder; no other folder is ever replaced, nor a file of anybody else in it.
 
     Raises:
         DataError: the folder exists; a file cannot be read; there are invalid rows and they are not allowed; no row is
             left.
     """
     out = Path(out)
-    if out.exists() and not (overwrite and is_prepared(out)):
-        way_out = "pass --overwrite to replace it" if is_prepared(out) else "choose another folder"
-        raise DataError(f"{out} already exists; {way_out}.")
+    _refuse_obstacle(out, overwrite=overwrite)
     places = [data] if isinstance(data, str | Path) else list(data)
     tally = Tally()
     with _partial_folder(out) as partial:
@@ -84,11 +86,36 @@ def prepare(
         fingerprint = _fingerprint({"data": report.digest, **made_of})
         _save(partial / "stream.arrow", partial / "dataset", weighted=tally.weighted)
         record = {"teleflm": package_version(), "fingerprint": fingerprint, **made_of, "report": asdict(report)}
+        record |= {"files": {path.name: _identity(path) for path in sorted((partial / "dataset").iterdir())}}
         (partial / "dataset" / PREPARED).write_text(json.dumps(record, indent=1), encoding="utf-8")
         if out.exists():
             shutil.rmtree(out)
         (partial / "dataset").rename(out)
     return Prepared(str(out), fingerprint, report)
+
+
+def _refuse_obstacle(out: Path, *, overwrite: bool) -> None:
+    """Refuse a place that holds what is not ours, or what is and may not be replaced."""
+    if not os.path.lexists(out):
+        return
+    if out.is_symlink() or not is_prepared(out):
+        raise DataError(f"{out} already exists; choose another folder.")
+    if foreign := [path.name for path in sorted(out.iterdir()) if path.is_dir() or not _OURS.fullmatch(path.name)]:
+        raise DataError(f"{out} already exists and holds {foreign[0]}, which is not of it; choose another folder.")
+    try:
+        record = json.loads((out / PREPARED).read_text(encoding="utf-8"))
+        is_ours = isinstance(record, dict) and {"fingerprint", "labelling", "report"} <= record.keys()
+    except (OSError, ValueError, RecursionError):
+        is_ours = False
+    if not is_ours:
+        raise DataError(f"{out} already exists, and its {PREPARED} is none of ours; choose another folder.")
+    if not overwrite:
+        raise DataError(f"{out} already exists; pass --overwrite to replace it.")
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    """What tells cheaply whether a file is still what was written: its size, and a digest of places spread over it."""
+    return {"bytes": path.stat().st_size, "samples": sample_digest(path)}
 
 
 def is_prepared(place: str | Path) -> bool:
@@ -115,10 +142,14 @@ def open_prepared(
     try:
         record = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
         report = _report_from(record["report"])
+        files = record.get("files", {})
+        edited = [name for name, identity in files.items() if _identity(folder / name) != identity]
         made_of = {name: record[name] for name in ("fingerprint", "tokenizer", "chat_template", "labelling")}
         dataset = load_from_disk(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{folder}: a damaged prepared folder ({error!r}); prepare it again.") from error
+    if edited:
+        raise DataError(f"{folder}/{edited[0]}: is not what was prepared there; prepare it again.")
     if len(dataset) != report.kept:
         raise DataError(f"{folder}: has {len(dataset)} rows, {PREPARED} says {report.kept}; prepare it again.")
     _refuse_difference(folder, made_of, _made_of(tokenizer, labelling))

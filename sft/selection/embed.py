@@ -28,6 +28,8 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
+from conversion.checkpoint.errors import one_line
+
 from .rows import conversations, whole_text
 from .stages import Kernel, SelectionError, drop_none
 from .words import hash_words
@@ -175,8 +177,8 @@ class ModelIds:
 
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
-            except (OSError, ValueError, ImportError) as error:
-                raise SelectionError(f"--embedder {self._folder}: {' '.join(str(error).split())}") from error
+            except Exception as error:  # whatever the libraries that read its files raise
+                raise SelectionError(f"--embedder {self._folder}: {one_line(error)}") from error
         return self._tokenizer
 
 

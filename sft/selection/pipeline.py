@@ -5,19 +5,22 @@
 """The selection from end to end: its settings, its stages in order, and what it writes.
 
 OUT/selected.jsonl     the rows as they came, with `id`, `domain` and `score`, in the order of the input
-OUT/selection.json     settings, seed, versions, and what every stage did; written last
+OUT/selection.json     settings, seed, versions, what every stage did, and the digests of the rows and of itself;
+                       written last
 OUT/stages             see [`sft.selection.stages`]
 """
 
 import dataclasses
+import hashlib
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from conversion.checkpoint.manifest import package_version
 from sft.data.formats import DataError
@@ -124,21 +127,28 @@ def select_conversations(
         settings: what to select.
         workers: processes of this machine. A scorer runs in this process alone, with all its threads.
         use_ray: run the tasks with Ray Data instead, on the cluster `ray.init` finds; `out` has to be on a shared disk.
-        overwrite: make anew what `out` holds of another configuration; stages both have in common stay.
+        overwrite: make anew what `out` holds of another configuration, and replace what was edited or is somebody
+            else's; stages both have in common stay.
         notify: told a line for each stage.
 
     Raises:
         SelectionError: the data has too few rows, the settings do not fit it, a model cannot be loaded, or `out` holds
-            another selection.
+            another selection, or a file in the place of one of ours.
         DataError: a file cannot be read.
     """
     settings, out = settings or SelectionSettings(), Path(out)
     files = tuple(map(str, [data] if isinstance(data, str | Path) else data))
-    workspace = Workspace(out / STAGES, make_stages(files, settings, notify), settings.seed, overwrite=overwrite)
+    stages = make_stages(files, settings, notify)
+    _refuse_folders(out)
+    workspace = Workspace(out / STAGES, stages, settings.seed, overwrite=overwrite)
+    obstacle = _obstacle(out, workspace.digests[-1])
+    if obstacle and not overwrite:
+        raise SelectionError(obstacle)
     with open_executor(workers, use_ray=use_ray) as executor:
-        already_done = _has_finished(out, workspace)
+        already_done = not obstacle and _has_finished(out, workspace.digests[-1])
         if not already_done:
-            (out / SUMMARY).unlink(missing_ok=True)
+            for name in (SELECTED, SUMMARY):  # rows without a record would be somebody's
+                (out / name).unlink(missing_ok=True)
         try:
             workspace.run(executor, notify)
         except _TooFew as few:
@@ -146,11 +156,12 @@ def select_conversations(
     if not workspace.results[-1].rows_out:
         emptied = workspace.results[-1].name
         raise SelectionError(f"no row is left after {emptied}. {_describe_losses(workspace.results)}")
-    if not already_done:
-        _write_selected(workspace, out)
     selection = _describe(workspace, out, already_done)
     if not already_done:
-        _write_summary(selection, settings, workspace, out)
+        written = _write_selected(workspace, out)
+        _write_summary(selection, settings, workspace, out, written)
+        for name in (SELECTED, SUMMARY):
+            (out / f"{name}{_PARTIAL}").replace(out / name)
     return selection
 
 
@@ -268,20 +279,85 @@ def _describe_losses(results: Sequence[StageResult]) -> str:
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
-def _has_finished(out: Path, workspace: Workspace) -> bool:
+_PARTIAL = ".partial"
+
+
+def _refuse_folders(out: Path) -> None:
+    for name in (SELECTED, SUMMARY, SELECTED + _PARTIAL, SUMMARY + _PARTIAL):
+        if (out / name).is_dir() and not (out / name).is_symlink():
+            raise SelectionError(
+                f"{out / name}: is a folder, where a file has to be; move it away, or give another OUT."
+            )
+
+
+def _obstacle(out: Path, digest: str) -> str | None:
+    """What in OUT is somebody else's, was edited, or is of another selection; None if nothing is.
+
+    Args:
+        out: the folder.
+        digest: of the selection that is to be there.
+    """
+    not_ours = "is not what a selection wrote there; move it away, give another OUT, or --overwrite, which replaces it."
+    if os.path.lexists(out / SUMMARY) and _read_summary(out / SUMMARY) is None:
+        return f"{out / SUMMARY}: {not_ours}"
+    if not os.path.lexists(out / SELECTED):
+        return None
+    found = _file_digest(out / SELECTED)
+    # One that was killed between its two files has left its summary under the other name.
+    summaries = filter(None, (_read_summary(out / name) for name in (SUMMARY, SUMMARY + _PARTIAL)))
+    summary = next((summary for summary in summaries if summary["sha256"] == found), None)
+    if summary is None:
+        return f"{out / SELECTED}: {not_ours}"
+    if summary["digest"] != digest:
+        return f"{out / SELECTED}: is of another configuration; --overwrite makes it anew, or give another OUT."
+    return None
+
+
+def _has_finished(out: Path, digest: str) -> bool:
+    """Whether a folder in which nothing is in the way holds this selection."""
+    summary = _read_summary(out / SUMMARY)
+    return summary is not None and summary["digest"] == digest and (out / SELECTED).is_file()
+
+
+def _read_summary(file: Path) -> dict[str, Any] | None:
+    """What selection.json says, if a selection wrote it and nobody has changed it since."""
     try:
-        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
-        return summary["digest"] == workspace.digests[-1] and (out / SELECTED).stat().st_size == summary["bytes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        is_ours = (
+            not file.is_symlink() and summary.pop("seal") == _seal(summary) and {"digest", "sha256"} <= set(summary)
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return summary if is_ours else None
+
+
+def _seal(summary: Mapping[str, Any]) -> str:
+    """A digest of all that a summary says, by which an edited one is told."""
+    return hashlib.sha256(json.dumps(summary, sort_keys=True).encode()).hexdigest()
+
+
+def _file_digest(file: Path) -> str | None:
+    """SHA-256 of a file; None of a link, or of what is no file."""
+    if file.is_symlink() or not file.is_file():
+        return None
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _open_partial(file: Path) -> BinaryIO:
+    """Open a file to be written under a name of its own, never through a link."""
+    unfinished = file.with_name(file.name + _PARTIAL)
+    unfinished.unlink(missing_ok=True)
+    return unfinished.open("wb")
 
 
 _SELECTED_COLUMNS = ("row", "id", "domain", "quality")
 
 
-def _write_selected(workspace: Workspace, out: Path) -> None:
-    unfinished = out / f"{SELECTED}.partial"
-    with unfinished.open("wb") as file:
+def _write_selected(workspace: Workspace, out: Path) -> dict[str, Any]:
+    """Write the rows under a name of their own; returns what the summary says of the file."""
+    digest = hashlib.sha256()
+    with _open_partial(out / SELECTED) as file:
         for piece in workspace.pieces(_SELECTED_COLUMNS):
             table = piece.read()
             for row, own_id, domain, quality in zip(
@@ -289,8 +365,10 @@ def _write_selected(workspace: Workspace, out: Path) -> None:
             ):
                 value = json.loads(row)
                 added = {"id": value.get("id", own_id.hex()), "domain": domain, "score": round(quality, 4)}
-                file.write(rows.to_json({**value, **added}) + b"\n")
-    unfinished.replace(out / SELECTED)
+                line = rows.to_json({**value, **added}) + b"\n"
+                digest.update(line)
+                file.write(line)
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
 def _describe(workspace: Workspace, out: Path, already_done: bool) -> Selection:
@@ -306,25 +384,27 @@ def _without_folder(model: str | None) -> str | None:
     return Path(model).name if model is not None and Path(model).exists() else model
 
 
-def _write_summary(selection: Selection, settings: SelectionSettings, workspace: Workspace, out: Path) -> None:
-    """No local paths: the summary may be published with the data."""
+def _write_summary(
+    selection: Selection, settings: SelectionSettings, workspace: Workspace, out: Path, written: Mapping[str, Any]
+) -> None:
+    """Write the summary under a name of its own. No local paths: it may be published with the data."""
     given = {
         "decontaminate": [Path(file).name for file in settings.decontaminate],
         "scorer": _without_folder(settings.scorer),
         "embedder": _without_folder(settings.embedder),
     }
-    described = {
+    described: dict[str, Any] = {
         "count": selection.count,
         "domains": selection.domains,
         "settings": {**dataclasses.asdict(settings), **given},
         "teleflm_version": package_version(),
         "digest": workspace.digests[-1],
-        "bytes": (out / SELECTED).stat().st_size,
+        **written,
         "stages": [dataclasses.asdict(stage) for stage in selection.stages],
     }
-    unfinished = out / f"{SUMMARY}.partial"
-    unfinished.write_text(json.dumps(described, indent=1, ensure_ascii=False), encoding="utf-8")
-    unfinished.replace(out / SUMMARY)
+    described = {**described, "seal": _seal(described)}
+    with _open_partial(out / SUMMARY) as file:
+        file.write(json.dumps(described, indent=1, ensure_ascii=False).encode("utf-8"))
 
 
 __all__ = [

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from conversion.checkpoint.errors import one_line
+
 from .rows import answers, conversations
 from .stages import Kernel, SelectionError, drop_none
 
@@ -151,8 +153,8 @@ def _scorer(name: str) -> _Scorer:
             raise SelectionError(f"--scorer {name}: no such folder.")
         try:
             _loaded[name] = _Scorer(name)
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
-            raise SelectionError(f"--scorer {name} cannot be loaded: {' '.join(str(error).split())}") from error
+        except Exception as error:  # whatever the libraries that read its files raise
+            raise SelectionError(f"--scorer {name} cannot be loaded: {one_line(error)}") from error
     return _loaded[name]
 
 

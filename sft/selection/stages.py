@@ -9,7 +9,7 @@ table of as many rows: the column `drop`, null or the reason why a row goes no f
 Kernels know nothing of files, processes or machines.
 
     OUT/stages/04-near-duplicates/00000-00007.parquet    a part: what the kernel made of piece 7 of file 0
-    OUT/stages/04-near-duplicates/_stage.json            written last: settings, seed, digest, counts, versions
+    OUT/stages/04-near-duplicates/_stage.json            written last: settings, seed, digest, counts, versions, files
 
 A part holds, beside the kernel's columns, the `position` of each row in the part of the same name of the first stage,
 which alone holds the text. Parts depend on the files and the settings alone, so they are the same for any number of
@@ -37,7 +37,7 @@ import pyarrow.parquet as pq
 import xxhash
 from threadpoolctl import threadpool_limits
 
-from conversion.checkpoint.manifest import package_version
+from conversion.checkpoint.manifest import package_version, sample_digest
 from sft import SFTError
 
 _DIGEST = b"teleflm.digest"
@@ -256,6 +256,10 @@ class Workspace(StageFiles):
                 raise SelectionError(f"{part}: of another configuration (digest {found}, not {digest}); {_WAY_OUT}")
         if marker and len(parts) != marker["parts"]:
             raise SelectionError(f"{folder}: has {len(parts)} parts, not {marker['parts']}; remove the folder.")
+        written = marker["files"] if marker else {}
+        for part in parts if marker else ():
+            if written.get(part.name) != _identity(part):
+                raise SelectionError(f"{part}: is not what was written there; {_WAY_OUT}")
 
 
 @dataclass(frozen=True)
@@ -338,6 +342,11 @@ def _part_digest(part: Path) -> str:
         raise SelectionError(f"{part}: not a Parquet file, or a damaged one ({error}); remove it.") from error
 
 
+def _identity(part: Path) -> dict[str, Any]:
+    """What tells cheaply whether a part is still what was written: its size, and a digest of places spread over it."""
+    return {"bytes": part.stat().st_size, "samples": sample_digest(part)}
+
+
 def _count(table: pa.Table) -> Counter[str]:
     counts = table["drop"].combine_chunks().value_counts().to_pylist()
     return Counter({entry["values"] or _KEPT: entry["counts"] for entry in counts})
@@ -353,7 +362,7 @@ def _owners(folders: Sequence[Path], columns: Sequence[str]) -> dict[str, Path]:
     return owners
 
 
-_FIELDS = {"digest", "seed", "settings", *StageResult.__dataclass_fields__}
+_FIELDS = {"digest", "seed", "settings", "files", *StageResult.__dataclass_fields__}
 
 
 # --- markers ----------------------------------------------------------------------------------------------------------
@@ -372,11 +381,11 @@ def _load_marker(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         marker = json.loads(file.read_text(encoding="utf-8"))
-        if marker.keys() >= _FIELDS:
+        if marker.keys() >= _FIELDS and isinstance(marker["files"], dict):
             return marker
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         pass
-    raise SelectionError(f"{file}: damaged; remove its folder.")
+    raise SelectionError(f"{file}: damaged, or of an earlier version; remove its folder.")
 
 
 def _read_marker(folder: Path) -> StageResult | None:
@@ -386,7 +395,9 @@ def _read_marker(folder: Path) -> StageResult | None:
 
 def _write_marker(folder: Path, result: StageResult, stage: Stage, seed: int, digest: str) -> None:
     versions = {"teleflm": package_version(), "numpy": np.__version__, "pyarrow": pa.__version__}
+    files = {part.name: _identity(part) for part in sorted(folder.glob("*.parquet"))}
     marker = {**asdict(result), "digest": digest, "seed": seed, "settings": stage.settings, "versions": versions}
+    marker |= {"files": files}
     unfinished = folder / f"{_MARKER}.partial"
     unfinished.write_text(json.dumps(marker, indent=1, ensure_ascii=False), encoding="utf-8")
     unfinished.replace(folder / _MARKER)

@@ -40,6 +40,7 @@ from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
 import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
+from conversion.checkpoint.errors import one_line
 from conversion.checkpoint.parent import parent_notes
 from conversion.checkpoint.sources import open_checkpoint
 from growth.training.errors import RunError
@@ -201,6 +202,8 @@ def load_model(arguments: ModelConfig, *, use_kernels: bool = False) -> PreTrain
     # A quantized model is made where it will be used.
     placement = {"quantization_config": quantization, "device_map": {"": PartialState().device}} if quantization else {}
     with _naming("model_name_or_path", path):
+        if (Path(path) / "config.json").is_file():
+            open_checkpoint(path)  # names what is damaged
         model = AutoModelForCausalLM.from_pretrained(
             path,
             revision=arguments.model_revision,
@@ -350,11 +353,11 @@ def _run_errors() -> Iterator[None]:
 
 @contextmanager
 def _naming(key: str, value: Any) -> Iterator[None]:
-    """Name the key of the recipe in what a library says about its value."""
+    """Name the key of the recipe in what a library says about its value, or in what a file that it names leads to."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(f"{key} is {value!r}: {' '.join(str(error).split())}") from error
+    except Exception as error:
+        raise RecipeError(f"{key} is {value!r}: {one_line(error)}") from error
 
 
 @contextmanager

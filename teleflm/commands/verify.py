@@ -62,6 +62,7 @@ def verify(
     The last line says what was found, no stronger than it is; --json has it as "verdict": same-bytes, certified,
     indistinguishable (by the logits alone: exit status 0, but no proof), not-certified or different (exit status 3).
     """
+    from conversion.checkpoint.errors import printable
     from growth.verification.recorded import check_recordable, record_verification
     from growth.verification.verify import verify_checkpoints
     from teleflm.reports.page import check_report_folder
@@ -85,7 +86,9 @@ def verify(
             notify=lambda note: print(note, file=sys.stderr),
         )
         if report:
-            write_report(verification, report, names=(Path(a).resolve().name, Path(b).resolve().name))
+            write_report(
+                verification, report, names=(printable(Path(a).resolve().name), printable(Path(b).resolve().name))
+            )
         if recorded:
             record_verification(a, b, verification, recorded)
         if as_json:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversion.checkpoint.errors import CheckpointError
-from conversion.checkpoint.manifest import package_version
+from conversion.checkpoint.folder_formats import is_weights, known_files, loadable_files
+from conversion.checkpoint.manifest import MANIFEST, package_version
+from conversion.native import find as _runs  # noqa: F401  (makes the names of training runs known)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,10 +24,16 @@ def check_report_folder(folder: Path) -> None:
     """Refuse, before hours of work, a report that could not be written after them.
 
     Raises:
-        CheckpointError: the place is no folder.
+        CheckpointError: the place is no folder, or the folder of a checkpoint, which the report would become part of.
     """
-    if folder.exists() and not folder.is_dir():
+    if not folder.exists():
+        return
+    if not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file; give --report a folder.")
+    of_a_checkpoint = (MANIFEST, "config.json", *loadable_files())
+    held = next((name for name in known_files(folder) if name in of_a_checkpoint or is_weights(name)), None)
+    if held:
+        raise CheckpointError(f"{folder}: holds a checkpoint ({held}); give --report a folder of its own.")
 
 
 def render_page(template: Path, /, **values: Any) -> str:

@@ -468,3 +468,22 @@ def test_options_of_the_function_are_those_of_the_command(sound, tmp_path):
     convert_checkpoint(sound, tmp_path / "a", options=WriteOptions("2KB", workers=2))
     assert run_teleflm("convert", sound, tmp_path / "b", "--max-shard-size", "2KB", folder=tmp_path).returncode == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    {
+        "config": "tele-flm-52b",
+        "tokenizer": "nowhere",
+        "vocab_size": 600,
+        "iteration": 1,
+        "multipliers": "none",
+        "mapping": "nowhere",
+        "fp32_master": True,
+        "allow_unequal_replicas": True,
+    }.items(),
+)
+def test_options_of_runs_are_refused_where_they_would_do_nothing(name, value, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "hub")
+    with pytest.raises(CheckpointError, match=f"--{name.replace('_', '-')} is for checkpoints of training runs"):
+        convert_checkpoint(tmp_path / "hub", tmp_path / "out", **{name: value})

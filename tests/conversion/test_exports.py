@@ -173,6 +173,25 @@ def test_granite_by_links(shard_size, tmp_path):
     assert contents(tmp_path / "source") == before
 
 
+def test_links_that_are_larger_than_asked_for_are_named(tmp_path):
+    save(tmp_path / "source")
+    options = WriteOptions(max_shard_size="10KB")
+    for _ in range(2):
+        result = export_checkpoint(tmp_path / "source", tmp_path / "out", to="granite", link=True, options=options)
+        assert result.notes[-1] == (
+            "Links keep the source's files as they are, so these are larger than --max-shard-size 10KB: "
+            "model.safetensors."
+        )
+
+
+def test_a_shard_size_is_refused_where_ranks_decide(tmp_path):
+    save(tmp_path / "source")
+    options = WriteOptions(max_shard_size="10KB")
+    with pytest.raises(CheckpointError, match="--max-shard-size: --to megatron writes one file a rank"):
+        export_checkpoint(tmp_path / "source", tmp_path / "out", to="megatron", options=options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_links_through_a_hub_cache(tmp_path):
     """Where the files are symbolic links already."""
     save(tmp_path / "blobs")

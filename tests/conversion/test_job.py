@@ -661,6 +661,29 @@ def test_a_link_that_leads_out_of_the_source_is_refused(name, make, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("make", [hub_folder, stock_folder])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "README.md"])
+@pytest.mark.parametrize(
+    ("put", "what"),
+    [
+        (os.mkfifo, "a pipe or a device"),
+        (Path.mkdir, "a folder"),
+        (lambda path: path.symlink_to("nothing"), "a link to nothing"),
+    ],
+    ids=["pipe", "folder", "link"],
+)
+def test_what_is_no_file_under_the_name_of_one_is_refused(put, what, name, make, tmp_path):
+    """The output would have another file in its place, and nobody would know."""
+    if (name, what) == ("README.md", "a folder"):
+        pytest.skip("folders are nobody's small files")
+    folder = make(tmp_path / "source", 1)
+    (folder / name).unlink(missing_ok=True)
+    put(folder / name)
+    with pytest.raises(CheckpointError, match=rf"{folder}/{name}: is {what}, expected a file"):
+        convert_checkpoint(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_links_inside_of_a_source_and_of_a_hub_cache_are_followed(tmp_path):
     plain = hub_folder(tmp_path / "plain", 1)
     convert_checkpoint(plain, tmp_path / "expected")

@@ -10,13 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from pydoc_data import topics
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, TrainingArguments
 
 from conversion.checkpoint.errors import CheckpointError
@@ -26,7 +27,7 @@ from growth.fold import fold_masks
 from growth.method import Mask
 from growth.training.train import GrowthArguments, build_trainer, load_blocks, main, parse_arguments, train
 from modeling_teleflm import TeleFLMForCausalLM
-from tests.fixtures.tiny import tiny_model, tiny_tokenizer
+from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
 from tests.growth.test_growth import one_thread  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
@@ -285,6 +286,15 @@ def test_a_run_from_yaml(arguments, tmp_path, capsys):
     assert (tmp_path / "run/model.safetensors").is_file()
 
 
+def test_numbers_that_yaml_takes_for_texts(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        f"model_name_or_path: m\ntrain_files: a.txt\noutput_dir: {tmp_path}\nlearning_rate: 1e-3\nmax_steps: '7'\n"
+    )
+    growth, args = parse_arguments([str(tmp_path / "run.yaml")])
+    assert growth == GrowthArguments("m", ["a.txt"])
+    assert (args.learning_rate, args.max_steps) == (1e-3, 7)
+
+
 def test_keys_and_values_on_the_command_line(tmp_path):
     line = f"--model_name_or_path m --train_files a b --output_dir {tmp_path} --mup_base_width 64 --max_steps 7"
     growth, args = parse_arguments(line.split())
@@ -305,6 +315,16 @@ def test_keys_and_values_on_the_command_line(tmp_path):
         ({"block_size": 10**6}, "less text than one block of 1000000 tokens"),
         ({"model_name_or_path": "nowhere"}, "model_name_or_path is 'nowhere', which holds no config.json"),
         ({"resume_from_checkpoint": "true"}, "holds no checkpoint"),
+        ({"train_files": "nowhere.txt"}, r"nowhere\.txt: no such file"),
+        ({"train_files": [1]}, r"train_files is \[1\], expected a list of files"),
+        ({"train_files": []}, "names no file"),
+        ({"block_size": "many"}, "block_size is 'many', expected int"),
+        ({"model_name_or_path": 5}, "model_name_or_path is 5, expected str"),
+        ({"dtype": "foo"}, "dtype is 'foo', expected one of float32, bfloat16"),
+        ({"attn_implementation": "foo"}, "attn_implementation is 'foo', expected one of eager, "),
+        ({"learning_rate": "much"}, r"run\.yaml: learning_rate is 'much', expected a number"),
+        ({"max_steps": [1]}, r"run\.yaml: max_steps is \[1\], expected an integer"),
+        ({"report_to": "foo"}, "foo is not supported"),
     ],
 )
 def test_errors_are_one_line(keys, message, arguments, tmp_path, capsys):
@@ -314,6 +334,109 @@ def test_errors_are_one_line(keys, message, arguments, tmp_path, capsys):
     assert error.startswith("error: ")
     assert re.search(message, error)
     assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": "a', r"a\.jsonl: row 3 is not JSON \(Unterminated string"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', r"a\.jsonl: row 2 holds null as text, expected text"),
+        ("a.jsonl", b'{"text": null}\n', r"a\.jsonl: row 1 holds null as text, expected text"),
+        ("a.jsonl", b'{"text": "a"}\n{"body": "a"}\n', r"a\.jsonl: row 2 has no text, it has body"),
+        ("a.jsonl", b'{"text": [1]}\n', r"a\.jsonl: row 1 holds a list as text"),
+        ("a.jsonl", b'"a"\n', r"a\.jsonl: row 1 is a str, expected an object with text"),
+        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl: is not UTF-8 at byte 10 of line 1"),
+        ("a.jsonl", b'[{"a":' * 3000, r"a\.jsonl: row 1 is not JSON"),
+        ("a.jsonl", b"", r"a\.jsonl: holds no rows"),
+        ("a.json", b'[{"text": "a"}, {"text": 1}]', r"a\.json: row 2 holds a int as text"),
+        ("a.json", b"[", r"a\.json: row 1 is not JSON"),
+        ("a.jsonl.gz", b"junk", r"a\.jsonl\.gz: is damaged"),
+        ("a.txt", b"\xff\xfe", r"a\.txt: is not UTF-8 at byte 0"),
+        ("a.parquet", b"junk", r"a\.parquet: is damaged, or no \.parquet file"),
+        ("a.parquet", b"", r"a\.parquet: is damaged"),
+    ],
+)
+def test_a_bad_file_of_text_is_named_with_its_row(name, content, message, arguments, tmp_path, capsys):
+    (tmp_path / name).write_bytes(content)
+    test_errors_are_one_line({"train_files": [str(tmp_path / name)]}, message, arguments, tmp_path, capsys)
+
+
+def test_the_second_of_two_files_is_named(text, arguments, tmp_path, capsys):
+    (tmp_path / "b.jsonl").write_text('{"text": null}')
+    files = [str(text), str(tmp_path / "b.jsonl")]
+    test_errors_are_one_line({"train_files": files}, r"b\.jsonl: row 1 holds null", arguments, tmp_path, capsys)
+
+
+def lose(*names: str) -> Callable[[Path], None]:
+    return lambda folder: [(folder / name).unlink() for name in names] and None
+
+
+def put(name: str, content: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(content) and None
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 5000)
+
+
+def lose_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lose("tokenizer.model"), "has no tokenizer, neither tokenizer.model nor tokenizer.json"),
+        (put("tokenizer.model", "junk"), "its tokenizer cannot be loaded"),
+        (put("tokenizer_config.json", "[1]"), r"tokenizer_config\.json is a JSON list, expected an object"),
+        (put("config.json", "{"), r"config\.json is not valid JSON"),
+        (put("config.json", "[]"), r"config\.json is a JSON list"),
+        (put("config.json", '{"model_type": "nothing"}'), "nothing"),
+        (lose("model.safetensors"), r"has no weights: expected one of model\.safetensors"),
+        (truncate, r"model\.safetensors"),
+        (lose_a_weight, r"model\.layers\.1\.mlp\.up_proj\.weight is missing"),
+    ],
+)
+def test_a_bad_model_is_named(damage, message, source, arguments, tmp_path, capsys):
+    folder = shutil.copytree(source, tmp_path / "model")
+    damage(folder)
+    test_errors_are_one_line({"model_name_or_path": str(folder)}, message, arguments, tmp_path, capsys)
+
+
+def test_a_tokenizer_of_another_model_is_refused(arguments, tmp_path, capsys):
+    tiny_model(tiny_config(vocab_size=599)).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(tmp_path / "model").save_pretrained(tmp_path / "model")
+    message = "the tokenizer has 600 tokens, but vocab_size in config.json is 599"
+    test_errors_are_one_line({"model_name_or_path": str(tmp_path / "model")}, message, arguments, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("run.yaml", b"a: [", r"run\.yaml: is not YAML"),
+        ("run.yaml", b"- a", r"run\.yaml: holds a list, expected keys"),
+        ("run.yaml", b"", r"run\.yaml: holds a NoneType"),
+        ("run.yaml", b"1: 2", r"run\.yaml: holds a dict, expected keys"),
+        ("run.yaml", b"\xff\xfe", r"run\.yaml: is not YAML"),
+        ("run.yaml", b"[" * 3000, r"run\.yaml: is not YAML"),
+        ("run.yaml", b"output_dir: r", r"run\.yaml: model_name_or_path is missing"),
+        ("run.json", b"{", r"run\.json: is not JSON"),
+        ("run.json", b"[]", r"run\.json: holds a list"),
+    ],
+)
+def test_a_bad_file_of_keys_is_named(name, content, message, tmp_path, capsys):
+    (tmp_path / name).write_bytes(content)
+    assert main([str(tmp_path / name)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"^error: .*{message}", error)
+
+
+def test_tracebacks_are_there_for_who_asks(arguments, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(arguments(train_files=["nowhere.txt"], log_level="debug")))
+    with pytest.raises(CheckpointError, match="no such file"):
+        main([str(tmp_path / "run.yaml")])
 
 
 def test_a_second_run_does_not_mix_with_the_first(arguments):

@@ -669,9 +669,11 @@ def test_command(grown, text, tmp_path):
         (("{b}", "{a}"), "growth only adds; give the smaller model first"),
         (("{a}", "{b}", "--text", "nowhere.txt"), "nowhere.txt: no such file"),
         (("{a}", "{b}", "--report", "{a}/config.json"), "config.json: is a file"),
+        (("{a}", "{b}", "--report", "{b}"), "holds a checkpoint (config.json); give --report a folder of its own"),
     ],
 )
 def test_command_refuses_in_one_line(arguments, message, grown):
     result = teleflm_verify(*(argument.format(a=grown[0], b=grown[1]) for argument in arguments))
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
     assert message in result.stderr
+    assert not (grown[1] / "index.html").exists()

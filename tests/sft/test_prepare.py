@@ -6,6 +6,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -129,6 +130,51 @@ def test_nothing_is_left_of_what_fails_and_nothing_of_others_is_replaced(tokeniz
     (tmp_path / "out").mkdir()
     with pytest.raises(DataError, match="out already exists; choose another folder"):
         prepare(bad, tmp_path / "out", tokenizer, LABELLING, allow_rejects=True, overwrite=True)
+
+
+def _add_a_note(folder: Path) -> None:
+    (folder / "notes.txt").write_text("mine")
+
+
+def _put_another_record(folder: Path) -> None:
+    (folder / PREPARED).write_text('{"dinner": "prepared"}')
+
+
+def _put_a_folder(folder: Path) -> None:
+    (folder / "cache-mine.arrow").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_add_a_note, r"holds notes\.txt, which is not of it"),
+        (_put_another_record, r"its prepared\.json is none of ours"),
+        (_put_a_folder, r"holds cache-mine\.arrow, which is not of it"),
+    ],
+)
+def test_overwriting_removes_nothing_of_others(change, message, prepared, data_file, tokenizer):
+    change(prepared)
+    before = sorted(prepared.rglob("*"))
+    with pytest.raises(DataError, match=message):
+        prepare(data_file, prepared, tokenizer, LABELLING, overwrite=True)
+    assert sorted(prepared.rglob("*")) == before
+
+
+def test_a_link_is_not_followed(prepared, data_file, tokenizer, tmp_path):
+    (tmp_path / "link").symlink_to(prepared)
+    with pytest.raises(DataError, match="link already exists; choose another folder"):
+        prepare(data_file, tmp_path / "link", tokenizer, LABELLING, overwrite=True)
+
+
+def test_rows_that_were_edited_are_not_trained_on(prepared, data_file, tokenizer):
+    (data,) = prepared.glob("data-*.arrow")
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(DataError, match=r"data-.*arrow: is not what was prepared there; prepare it again"):
+        prepare_dataset(prepared, tokenizer, max_length=64)
+    prepare(data_file, prepared, tokenizer, LABELLING, overwrite=True)
+    prepare_dataset(prepared, tokenizer, max_length=64)
 
 
 def test_the_command(data_file, model_dir, tmp_path):

@@ -93,6 +93,45 @@ def test_errors_name_the_model(model_dir, rust_tokenizer, tmp_path):
         load_tokenizer(tmp_path / "model")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.model", "junk", r"could not parse ModelProto from .*tokenizer\.model"),
+        ("tokenizer_config.json", "[1]", r"tokenizer_config\.json is a JSON list, expected an object"),
+        ("tokenizer_config.json", "{", r"tokenizer_config\.json is not valid JSON"),
+        ("generation_config.json", "[1]", r"generation_config\.json is a JSON list"),
+        ("config.json", "[1]", r"config\.json is a JSON list"),
+        ("special_tokens_map.json", "1", r"special_tokens_map\.json is a JSON int"),
+        ("config.json", '{"model_type": "TeleFLMMasked"}', "grows by masks .* `teleflm fold` it first, or .*train`"),
+    ],
+)
+def test_a_bad_file_of_the_model_is_named(name, content, message, model_dir, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    (folder / name).write_text(content)
+    with pytest.raises(TokenizerError, match=message) as error:
+        load_tokenizer(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("template", ["{% if", "{{ nothing() }}", "{{ 1 // 0 }}", "{{ messages.a.b }}"])
+def test_a_template_that_cannot_be_rendered_is_named(template, model_dir, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer, stop_ids = load_tokenizer(folder)
+    with pytest.raises(TokenizerError, match=r"the chat template of .*model cannot be rendered: ") as error:
+        check_stop_token(tokenizer, stop_ids)
+    assert "\n" not in str(error.value)
+
+
+def test_a_template_that_fails_on_a_row_rejects_it(model_dir, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text("{{ 1 // (messages | length - 2) }}" + template)
+    path = write(tmp_path / "data.jsonl", [chat(ASK, ANSWER)])
+    ((_, reject),) = tokenize_rows(path, load_tokenizer(folder)[0], Labelling(max_length=None))
+    assert "the chat template fails on it: ZeroDivisionError" in reject.problems[0].detail
+
+
 TURNS = (
     "{%% for m in messages %%}<_user>"
     "{%% if m.role == 'user' %%}{{ m.content }}{%% else %%}%s{%% endif %%}"

@@ -3,6 +3,7 @@
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from typer.testing import CliRunner
 
 import sft.training.train
+from growth import grow_checkpoint
+from growth.method import Mask
 from sft.data.labels import Labelling
 from sft.data.prepare import prepare
 from sft.training.recipe import RecipeError
@@ -349,6 +352,20 @@ def test_a_tokenizer_that_cannot_serve_the_model_is_refused_before_the_model_is_
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", chat_template=template).save_pretrained(folder)
     with pytest.raises(RecipeError, match=r"the tokenizer has neither a pad_token nor an unk_token"):
         train(make_recipe(model_name_or_path=str(folder)))
+
+
+def test_a_model_whose_weights_are_cut_short_is_named(make_recipe, model_dir, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    os.truncate(folder / "model.safetensors", 5000)
+    with pytest.raises(RecipeError, match=r"model_name_or_path is .*model\.safetensors is truncated: 5000 bytes"):
+        train(make_recipe(model_name_or_path=str(folder)))
+
+
+def test_a_model_that_grows_by_masks_is_to_be_folded(make_recipe, model_dir, tmp_path):
+    grow_checkpoint(model_dir, tmp_path / "masked", {"intermediate_size": 110}, method=Mask(20))
+    with pytest.raises(RecipeError, match=r"grows by masks .*`teleflm fold` it first, or .*`teleflm train`") as error:
+        train(make_recipe(model_name_or_path=str(tmp_path / "masked")))
+    assert "trust_remote_code" not in str(error.value)
 
 
 def test_no_code_of_a_checkpoint_is_executed(make_recipe, tmp_path):

@@ -80,6 +80,10 @@ def select(
         )
         if report is not None:
             check_report_folder(report)
+            if report.resolve() == Path(out).resolve():
+                raise ValueError(
+                    f"{report}: is OUT, which has a selection.json of its own; give --report another folder."
+                )
         selection = select_conversations(
             data,
             out,

@@ -208,12 +208,119 @@ def test_overwrite_keeps_what_both_have_in_common(out, corpus_file, tmp_path):
     assert selected(tmp_path / "out") == selected(tmp_path / "fresh")
 
 
+# --- what is in the way -----------------------------------------------------------------------------------------------
+
+
+def _edit_a_row(out: Path) -> None:
+    text = (out / "selected.jsonl").read_text()
+    (out / "selected.jsonl").write_text(text.replace("a", "A", 1))  # as long as before
+
+
+def _add_a_row(out: Path) -> None:
+    with (out / "selected.jsonl").open("a") as file:
+        file.write("my own note\n")
+
+
+def _edit_the_summary(out: Path) -> None:
+    summary = json.loads((out / "selection.json").read_text())
+    (out / "selection.json").write_text(json.dumps({**summary, "count": 121}))
+
+
+def _lose_the_summary(out: Path) -> None:
+    (out / "selection.json").unlink()
+
+
+def _put_another_summary(out: Path) -> None:
+    (out / "selection.json").write_text('{"digest": "mine"}')
+
+
+def _put_deep_json(out: Path) -> None:
+    (out / "selection.json").write_text('{"a":' * 5000)
+
+
+def _link_to_the_rows(out: Path) -> None:
+    (out / "selected.jsonl").rename(out.parent / "mine.jsonl")
+    (out / "selected.jsonl").symlink_to("../mine.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (_edit_a_row, "selected.jsonl"),
+        (_add_a_row, "selected.jsonl"),
+        (_edit_the_summary, "selection.json"),
+        (_lose_the_summary, "selected.jsonl"),
+        (_put_another_summary, "selection.json"),
+        (_put_deep_json, "selection.json"),
+        (_link_to_the_rows, "selected.jsonl"),
+    ],
+)
+def test_what_a_selection_did_not_write_is_in_the_way(change, name, out, corpus_file, tmp_path):
+    here = tmp_path / "out"
+    shutil.copytree(out, here)
+    change(here)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SelectionError, match=rf"{here}/{name}: is not what a selection wrote there; .*--overwrite"):
+        select_conversations(corpus_file, here, SETTINGS)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert select_conversations(corpus_file, here, SETTINGS, overwrite=True).already_done is False
+    assert (here / "selected.jsonl").read_bytes() == (out / "selected.jsonl").read_bytes()
+    assert not (here / "selected.jsonl").is_symlink()
+    assert select_conversations(corpus_file, here, SETTINGS).already_done is True
+    if change is _link_to_the_rows:
+        assert (tmp_path / "mine.jsonl").exists()
+
+
+def test_a_file_of_the_user_is_seen_before_any_work(corpus_file, tmp_path):
+    (tmp_path / "selected.jsonl").write_text("mine\n")
+    with pytest.raises(SelectionError, match=r"selected\.jsonl: is not what a selection wrote there"):
+        select_conversations(corpus_file, tmp_path, SETTINGS)
+    assert [path.name for path in tmp_path.iterdir()] == ["selected.jsonl"]
+
+
+def test_rows_that_are_lost_are_written_again(out, corpus_file, tmp_path):
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out/selected.jsonl").unlink()
+    assert select_conversations(corpus_file, tmp_path / "out", SETTINGS).already_done is False
+    assert (tmp_path / "out/selected.jsonl").read_bytes() == (out / "selected.jsonl").read_bytes()
+
+
+def test_rows_of_another_configuration_are_in_the_way_without_their_stages_too(out, corpus_file, tmp_path):
+    shutil.copytree(out, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/stages")
+    fewer = SelectionSettings(count=50, quota=QUOTA)
+    with pytest.raises(SelectionError, match=r"selected\.jsonl: is of another configuration; --overwrite"):
+        select_conversations(corpus_file, tmp_path / "out", fewer)
+
+
+def test_a_kill_between_the_two_files_is_no_obstacle(out, corpus_file, tmp_path):
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out/selection.json").rename(tmp_path / "out/selection.json.partial")
+    select_conversations(corpus_file, tmp_path / "out", SETTINGS)
+    assert (tmp_path / "out/selection.json").read_bytes() == (out / "selection.json").read_bytes()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["selected.jsonl", "selection.json", "stages"]
+
+
+@pytest.mark.parametrize("name", ["selected.jsonl", "selection.json", "selected.jsonl.partial"])
+def test_a_folder_in_the_place_of_a_file_is_named(name, corpus_file, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(SelectionError, match=rf"{name}: is a folder, where a file has to be"):
+        select_conversations(corpus_file, tmp_path, SETTINGS, overwrite=True)
+
+
 def _foreign_part(stages: Path) -> None:
     shutil.copy(stages / "05-domains/00000-00000.parquet", stages / "03-sketches/00000-00000.parquet")
 
 
 def _additional_part(stages: Path) -> None:
     shutil.copy(stages / "03-sketches/00000-00000.parquet", stages / "03-sketches/00009-00000.parquet")
+
+
+def _edited_part(stages: Path) -> None:
+    part = stages / "05-domains/00000-00000.parquet"
+    table = pq.read_table(part)
+    edited = table.set_column(table.schema.get_field_index("domain"), "domain", [["math"] * len(table)])
+    pq.write_table(edited.replace_schema_metadata(table.schema.metadata), part)
 
 
 def _lost_part(stages: Path) -> None:
@@ -233,6 +340,7 @@ def _damaged_marker(stages: Path) -> None:
     [
         (_foreign_part, r"03-sketches/00000-00000.parquet: of another configuration \(digest \w+, not \w+\)"),
         (_additional_part, r"03-sketches: has 5 parts, not 4"),
+        (_edited_part, r"05-domains/00000-00000.parquet: is not what was written there; --overwrite"),
         (_lost_part, r"03-sketches: has 3 parts, not 4"),
         (_damaged_part, r"03-sketches/00000-00000.parquet: not a Parquet file"),
         (_damaged_marker, r"03-sketches/_stage.json: damaged"),
@@ -442,6 +550,7 @@ def test_command(corpus_file, tmp_path):
         (["{data}", "{out}", "--decontaminate", "{out}.jsonl"], "No such file"),
         (["{data}.txt", "{out}"], "not a file of conversations"),
         (["{data}", "{out}", "--report", "{data}"], "is a file; give --report a folder"),
+        (["{data}", "{out}", "--report", "{out}/../out"], "is OUT, which has a selection.json of its own"),
     ],
 )
 def test_command_refuses_in_one_line(arguments, message, lines, tmp_path):
