@@ -15,8 +15,10 @@ from conversion.architecture import Architecture, load_config, load_preset, pack
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execute
+from conversion.checkpoint.job import MadeFile
 from conversion.checkpoint.manifest import parent_record, read_manifest
 from conversion.checkpoint.plan import CheckpointPlan, Copy
+from conversion.checkpoint.preflight import is_placed
 from conversion.checkpoint.sources import Source, open_checkpoint, source_identity
 from conversion.hub.card import model_facts
 from conversion.hub.contents import count_pieces, hub_config, hub_sidecars
@@ -31,7 +33,7 @@ from .method import Mask, Method, Zero
 from .notes import growth_notes
 from .operators import grow_weight
 from .request import check_honoured, check_request
-from .spec import OPTIMIZER_FILE, Growth, plan_target
+from .spec import OPTIMIZER_FILE, Growth, lists_state, plan_target
 
 if TYPE_CHECKING:
     from .moments import AdamState
@@ -121,9 +123,8 @@ def grow_checkpoint(
         _optimizer_note(adam),
         *left_behind(Path(checkpoint.folder), plan.sidecars),
     ]
-    result = execute(plan, Path(out), options, notes, dry_run=dry_run)
-    if result.written and options.rank == 0:
-        _settle_optimizer(adam, growth, Path(out), result.written.already_done)
+    made = {OPTIMIZER_FILE: _optimizer_file(adam, growth)} if adam else {}
+    result = execute(plan, Path(out), options, notes, dry_run=dry_run, made=made)
     outcome = (plan, result.shards, result.notes, result.written)
     return GrowthResult(*outcome, growth, distances, foreseen=result.foreseen)
 
@@ -261,19 +262,17 @@ def _check_optimizer_in_the_way(out: Path, state: "AdamState | None", *, overwri
     if overwrite or not path.exists():
         return
     record = read_manifest(out)
-    if record is None or not record["lineage"].get("optimizer"):
-        use = "be replaced" if state else "be loaded with the grown weights by `teleflm train`"
-        raise CheckpointError(f"{path}: was not written by a growth, and would {use}; move it away or --overwrite.")
+    if not lists_state(record) and not (state and is_placed(out, OPTIMIZER_FILE)):
+        use = "be replaced" if state else "lie beside weights that it is not of"
+        way = "--overwrite" if state else "--overwrite, which leaves it there"
+        raise CheckpointError(f"{path}: was not written by a growth, and would {use}; move it away or {way}.")
 
 
-def _settle_optimizer(state: "AdamState | None", growth: Growth, out: Path, already_done: bool) -> None:
-    """Write the grown state, or see that none of an earlier growth is left."""
-    if state is None:
-        (out / OPTIMIZER_FILE).unlink(missing_ok=True)
-    elif not (already_done and (out / OPTIMIZER_FILE).exists()):
-        from .moments import write_adam_state
+def _optimizer_file(state: "AdamState", growth: Growth) -> MadeFile:
+    """The grown state as a file of the output."""
+    from .moments import state_bytes, write_adam_state
 
-        write_adam_state(state, growth, out)
+    return MadeFile(state_bytes(growth), lambda file: write_adam_state(state, growth, file))
 
 
 def _optimizer_note(state: "AdamState | None") -> str:

@@ -20,6 +20,12 @@ MULTIPLIERS = ("preserve", "target")
 OPTIMIZER_FILE = "optimizer.pt"  # beside the weights: where transformers' Trainer has it, and training looks for it
 
 
+def lists_state(record: Mapping[str, Any] | None) -> bool:
+    """Whether the record of a folder says that a grown optimizer state was written there."""
+    files = (record or {}).get("files")
+    return isinstance(files, Mapping) and OPTIMIZER_FILE in files
+
+
 @dataclass(frozen=True)
 class Growth:
     """A checked growth.

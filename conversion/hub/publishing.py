@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.errors import CheckpointError
-from ..checkpoint.folder_formats import is_setting, is_weights
+from ..checkpoint.folder_formats import is_setting, is_state, is_weights
+from ..checkpoint.job import json_bytes
 from ..checkpoint.limits import default_workers
-from ..checkpoint.manifest import MANIFEST, OLD_MANIFEST
+from ..checkpoint.manifest import MANIFEST, OLD_MANIFEST, read_own_manifest
 from ..checkpoint.strict_json import parse_json_object
 from .card import CARD, CardFacts, card_facts
 from .client import Repository, check_repo_id, look_at, one_line
@@ -111,6 +112,8 @@ def publish(
     check_release(release, check, workers, progress)
     notes += try_loading(release) if load else []
     small = {**release.small_files, CARD: len(text)}
+    if MANIFEST in small:
+        small[MANIFEST] = len(published_record(folder))
     publication = Publication(repo_id, release.weights, small, release.left_out, removed, notes)
     if dry_run:
         return publication
@@ -120,10 +123,21 @@ def publish(
     large = {name: folder / name for name in release.weights}
     sent = send(to, large, hashes, hash_progress)
     contents = {name: (folder / name).read_bytes() for name in release.small_files} | {CARD: text}
+    if MANIFEST in contents:
+        contents[MANIFEST] = published_record(folder)
     url = commit(to, there.commit, sent, contents, removed, message or "Upload with teleflm")
     if tag:
         tag_commit(to, tag)
-    return Publication(repo_id, release.weights, small, release.left_out, removed, notes, url)
+    return replace(publication, removed=removed, url=url)
+
+
+def published_record(folder: Path) -> bytes:
+    """A folder's record as it is published: without what stays here and would be missing there, Adam's moments."""
+    record = read_own_manifest(folder) or {}
+    files = record.get("files")
+    if not isinstance(files, Mapping) or not any(map(is_state, files)):
+        return (folder / MANIFEST).read_bytes()
+    return json_bytes({**record, "files": {name: entry for name, entry in files.items() if not is_state(name)}})
 
 
 # Before anything is read in full: may we?

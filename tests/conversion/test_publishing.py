@@ -19,6 +19,7 @@ from conversion import WriteOptions, convert_checkpoint
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.manifest import MANIFEST
 from conversion.hub.publishing import publish
+from conversion.inspect import inspect_checkpoint
 from tests.fixtures.hub import Fault, running_hub
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
 
@@ -76,6 +77,25 @@ def test_what_a_reader_needs_arrives_and_the_weights_arrive_first(hub, folder):
     assert all((folder / name).read_bytes() == repository.files("step7")[name] for name in shards | small)
     assert said["left_out"] == ["checkpoint-10", "optimizer.pt"]
     assert said["url"] == f"{hub.url}/{REPO}/commit/{second.sha}"
+
+
+def test_moments_stay_here_and_the_published_record_does_not_miss_them(hub, folder, tmp_path):
+    record = json.loads((folder / MANIFEST).read_text())
+    listed = {**record, "files": {**record["files"], "optimizer.pt": {"bytes": 3, "sha256": "0" * 64}}}
+    (folder / MANIFEST).write_text(json.dumps(listed))
+    (folder / "optimizer.pt").write_bytes(b"mom")
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card.replace("---\n", "---\nlicense: apache-2.0\n", 1))
+    result = run(hub, folder, REPO)
+    assert result.returncode == 0, result.stderr
+    files = hub.repositories[REPO].files()
+    assert "optimizer.pt" not in files
+    assert json.loads(files[MANIFEST]) == record
+    for name, content in files.items():
+        (tmp_path / "there").mkdir(exist_ok=True)
+        (tmp_path / "there" / name).write_bytes(content)
+    damages = inspect_checkpoint(tmp_path / "there", check=True).damages
+    assert [damage.file for damage in damages] == ["README.md"]  # which got its licence
 
 
 def test_what_the_hub_refuses_is_one_line_and_the_command_goes_on_later(hub, folder):
