@@ -97,7 +97,13 @@ class Architecture:
                 f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads "
                 f"{values['num_key_value_heads']}."
             )
-        return cls(**values)
+        architecture = cls(**values)
+        if not 0 < architecture.logit_scale < math.inf:
+            raise CheckpointError(
+                f"{where}: output_mult {architecture.output_mult} / mup_scale_factor {architecture.mup_scale_factor} "
+                f"is {architecture.logit_scale}; the factor on the logits must be finite and above 0."
+            )
+        return architecture
 
     def to_config(self, base: Mapping[str, Any]) -> dict[str, Any]:
         """`base` with this architecture's numbers; everything else as it is there."""

@@ -118,7 +118,7 @@ def grow_checkpoint(
     _check_optimizer_in_the_way(Path(out), adam, overwrite=options.overwrite)
     notes = [
         *asked,
-        *growth_notes(growth, plan.tensors[0].dtype),
+        *growth_notes(growth, plan.tensors[0].dtype, is_cast=_is_cast(plan)),
         *_layer_notes(layers, growth, distances),
         _optimizer_note(adam),
         *left_behind(Path(checkpoint.folder), plan.sidecars),
@@ -163,7 +163,8 @@ def plan_growth(
         out_dtype = dtype or view.dtype
         tensors.append(grow_weight(name, weight, source_name, view, growth, is_copy=is_copy, dtype=out_dtype))
 
-    lineage = {**_lineage(checkpoint, growth), "layer_distances": [asdict(distance) for distance in distances]}
+    cast = dtype.name if dtype and any(view.dtype != dtype for view in checkpoint.tensors.values()) else None
+    lineage = {**_lineage(checkpoint, growth, cast), "layer_distances": [asdict(distance) for distance in distances]}
     config = hub_config(checkpoint.config or {}, growth.target, tensors[0].dtype.name)
     if isinstance(growth.method, Mask):
         config = MaskState.of_growth(growth, growth.method.steps).to_config(config)
@@ -188,6 +189,12 @@ def _check_factors(plan: CheckpointPlan) -> None:
                     f"{tensor.name} has to be multiplied by {piece.scale:.9g}, which {tensor.dtype} rounds away: every "
                     "product would be the value it was made from. Choose a dtype with more digits, for example float32."
                 )
+
+
+def _is_cast(plan: CheckpointPlan) -> bool:
+    """Whether some weight is written in a dtype that cannot hold all values of its source's."""
+    copies = ((tensor, piece) for tensor in plan.tensors for piece in tensor.pieces if isinstance(piece, Copy))
+    return not all(tensor.dtype.holds(piece.source.dtype) for tensor, piece in copies)
 
 
 def _layer_distances(
@@ -285,12 +292,13 @@ def _optimizer_note(state: "AdamState | None") -> str:
     )
 
 
-def _lineage(checkpoint: Source, growth: Growth) -> dict[str, Any]:
-    """The record of this growth, on top of the source's own record if it has one."""
+def _lineage(checkpoint: Source, growth: Growth, dtype: str | None) -> dict[str, Any]:
+    """The record of this growth, and of the dtype that it cast to, on top of the source's own record if it has one."""
     return {
         "operation": "grow",
         "method": growth.method.name,
         "noise": growth.noise,
+        **({"dtype": dtype} if dtype else {}),
         "mask_steps": growth.method.steps if isinstance(growth.method, Mask) else 0,
         "source": asdict(growth.source),
         "target": asdict(growth.target),

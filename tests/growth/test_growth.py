@@ -644,18 +644,39 @@ def test_a_factor_that_the_dtype_cannot_express_is_refused(make_source, tmp_path
         (
             WIDER,
             {"dtype": "bfloat16"},
-            "Computed in bfloat16, norm weights x 0.8944 are rounded",
+            "exact arithmetic, but for the rounding of weights. In bfloat16, all weights are rounded to bfloat16",
             None,
         ),
-        (heads(16, 16), {"dtype": "bfloat16"}, "Computed in bfloat16, sums are longer", "are rounded"),
         (WIDER, {}, "`teleflm train --mup_base_width 32`", "exact arithmetic"),
-        (DEEPER, {"dtype": "bfloat16"}, "No optimizer state", "exact arithmetic"),
+        (DEEPER, {"dtype": "float16"}, "but for the rounding of weights. In float16, all weights are rounded", None),
+        (DEEPER, {"dtype": "float64"}, "No optimizer state", "exact arithmetic"),
         ({"num_hidden_layers": 6}, {"layers": "0,0,2"}, "Layers 0 are copied more than once", None),
         (DEEPER, {}, "No optimizer state", "more than once"),
     ],
 )
 def test_notes(target, arguments, expected, unexpected, source, tmp_path):
     notes = "\n".join(grow_checkpoint(source, tmp_path / "out", target, dry_run=True, **arguments).notes)
+    assert expected in notes
+    assert unexpected is None or unexpected not in notes
+
+
+@pytest.mark.parametrize(
+    ("fields", "target", "expected", "unexpected"),
+    [
+        (
+            {"input_mult": 2.0},
+            WIDER,
+            "In bfloat16, norm weights x 0.8944 are rounded to bfloat16",
+            "embed_tokens x 2.5 ",
+        ),
+        ({"input_mult": 2.0}, heads(16, 16), "in exact arithmetic. In bfloat16, sums are longer", "are rounded"),
+        ({}, DEEPER, "In bfloat16, embed_tokens x 2.5 are rounded to bfloat16", None),
+        ({"input_mult": 2.0}, DEEPER, "No optimizer state", "exact arithmetic"),
+    ],
+)
+def test_notes_on_bfloat16(fields, target, expected, unexpected, make_source, tmp_path):
+    source = make_source(torch.bfloat16, **fields)
+    notes = "\n".join(grow_checkpoint(source, tmp_path / "out", target, dry_run=True).notes)
     assert expected in notes
     assert unexpected is None or unexpected not in notes
 
