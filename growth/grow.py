@@ -109,6 +109,7 @@ def grow_checkpoint(
         multipliers=multipliers,
         unused_rows=count_pieces(Path(checkpoint.folder)),
         method=method,
+        keeps_input=meant.get("input_mult") == architecture.embedding_scale,
     )
     asked += check_honoured(growth.source, growth.target, given, meant)
     plan = plan_growth(checkpoint, growth, dtype=parse_dtype(dtype) if dtype else None, seed=seed, distances=distances)

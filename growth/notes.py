@@ -50,10 +50,12 @@ def growth_notes(growth: Growth, dtype: DType, *, is_cast: bool) -> list[str]:
             else "The source has no unused vocabulary rows: old logits are kept exactly, but the new rows take part in "
             "the softmax, so probabilities change slightly."
         )
-    if growth.head_scale != 1.0:
+    if growth.head_scale != 1.0 and not source.tie_word_embeddings:
         notes.append(f"lm_head is multiplied by {growth.head_scale:.6g} to make up for the new logit multiplier.")
     if growth.embedding_scale != 1.0:
-        notes.append(f"input_mult is folded into embed_tokens, multiplied by {growth.embedding_scale:.6g}.")
+        what = "The multipliers change" if source.tie_word_embeddings else "input_mult is folded into embed_tokens"
+        also = ", so embed_tokens, which is the head too, is" if source.tie_word_embeddings else ","
+        notes.append(f"{what}{also} multiplied by {growth.embedding_scale:.6g}.")
     return notes
 
 

@@ -300,7 +300,7 @@ def _function_conditions(
     """Everything beside the sizes that decides what a model computes; `live` features of B's stream are A's."""
     known = {
         "hidden_act": (a.get("hidden_act", "silu"), b.get("hidden_act", "silu")),
-        "rope_parameters": (rope_parameters(a), rope_parameters(b)),
+        "rope_parameters": (rope_parameters(a, "A's config.json"), rope_parameters(b, "B's config.json")),
         "tie_word_embeddings": (source.tie_word_embeddings, target.tie_word_embeddings),
     }
     if any(rope_parameters(config)["rope_type"] != "default" for config in (a, b)):

@@ -424,7 +424,7 @@ def test_a_factor_that_rounding_undid_in_a_wider_source(make_source, tmp_path):
 
 
 def test_tied_beside_untied(make_source):
-    tied, untied = make_source(**growth_tests.TIED), make_source(input_mult=1.0)
+    tied, untied = make_source(**growth_tests.TIED), make_source()
     for a, b in ((tied, untied), (untied, tied)):
         assert verify_checkpoints(a, b).verdict == "not-certified"
 
