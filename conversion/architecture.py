@@ -8,6 +8,7 @@ import ast
 import copy
 import importlib.util
 import math
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,6 +20,7 @@ from .checkpoint.errors import CheckpointError
 from .checkpoint.strict_json import read_json_object
 
 MODEL_TYPE = "TeleFLM"
+_LARGEST = sys.float_info.max  # an integer of JSON may be larger than any float
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,13 @@ class Architecture:
                 f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads "
                 f"{values['num_key_value_heads']}."
             )
-        return cls(**values)
+        architecture = cls(**values)
+        if not 0 < architecture.logit_scale < math.inf:
+            raise CheckpointError(
+                f"{where}: output_mult {architecture.output_mult} / mup_scale_factor {architecture.mup_scale_factor} "
+                f"is {architecture.logit_scale}; the factor on the logits must be finite and above 0."
+            )
+        return architecture
 
     def to_config(self, base: Mapping[str, Any]) -> dict[str, Any]:
         """`base` with this architecture's numbers; everything else as it is there."""
@@ -122,25 +130,54 @@ def _value(values: Mapping[str, Any], name: str, kind: Any, where: str) -> Any:
     value = values[name]
     if kind is bool:
         if not isinstance(value, bool):
-            raise CheckpointError(f"{where}: {name} is {value!r}, expected true or false.")
+            raise CheckpointError(f"{where}: {name} is {_shown(value)}, expected true or false.")
         return value
     accepted = (int,) if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, accepted):
-        raise CheckpointError(f"{where}: {name} is {value!r}, expected {'an integer' if kind is int else 'a number'}.")
-    if not (value > 0 and math.isfinite(value)):
-        raise CheckpointError(f"{where}: {name} is {value!r}; it must be finite and above 0.")
+        expected = "an integer" if kind is int else "a number"
+        raise CheckpointError(f"{where}: {name} is {_shown(value)}, expected {expected}.")
+    if not 0 < value <= _LARGEST:
+        raise CheckpointError(f"{where}: {name} is {_shown(value)}; it must be finite and above 0.")
     return kind(value)
 
 
-def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+def rope_parameters(config: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
     """The rotary embedding of a configuration as transformers reads it, in today's spelling.
 
     Where both spellings are there, the older one counts: transformers has it so.
+
+    Args:
+        config: content of a config.json.
+        where: what to call it in errors.
+
+    Raises:
+        CheckpointError: a field has the wrong type.
     """
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(name), Mapping | None):
+            raise CheckpointError(f"{where}: {name} is {_shown(config[name])}, expected an object or null.")
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     rope.setdefault("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", float(config.get("rope_theta") or 10000.0))
+    if not isinstance(rope["rope_type"], str):
+        raise CheckpointError(f"{where}: rope_type is {_shown(rope['rope_type'])}, expected a name such as 'default'.")
+    for values in (config, rope):
+        if values.get("rope_theta") is not None:
+            _rope_theta(values["rope_theta"], where)
+    theta = config.get("rope_theta")
+    rope.setdefault("rope_theta", 10000.0 if theta is None else float(theta))
     return rope
+
+
+def _rope_theta(value: Any, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CheckpointError(f"{where}: rope_theta is {_shown(value)}, expected a number.")
+    if not 0 < value <= _LARGEST:
+        raise CheckpointError(f"{where}: rope_theta is {_shown(value)}; it must be finite and above 0.")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def package_folder() -> Path:

@@ -15,9 +15,11 @@ from conversion.architecture import Architecture, load_config, load_preset, pack
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execute
+from conversion.checkpoint.job import MadeFile
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.parent import parent_of
 from conversion.checkpoint.plan import CheckpointPlan, Copy
+from conversion.checkpoint.preflight import is_placed
 from conversion.checkpoint.sources import Source, open_checkpoint, source_identity
 from conversion.hub.card import model_facts
 from conversion.hub.contents import count_pieces, hub_config, hub_sidecars
@@ -32,7 +34,7 @@ from .method import Mask, Method, Zero
 from .notes import growth_notes
 from .operators import grow_weight
 from .request import check_honoured, check_request
-from .spec import OPTIMIZER_FILE, Growth, plan_target
+from .spec import OPTIMIZER_FILE, Growth, lists_state, plan_target
 
 if TYPE_CHECKING:
     from .moments import AdamState
@@ -108,6 +110,7 @@ def grow_checkpoint(
         multipliers=multipliers,
         unused_rows=count_pieces(Path(checkpoint.folder)),
         method=method,
+        keeps_input=meant.get("input_mult") == architecture.embedding_scale,
     )
     asked += check_honoured(growth.source, growth.target, given, meant)
     plan = plan_growth(checkpoint, growth, dtype=parse_dtype(dtype) if dtype else None, seed=seed, distances=distances)
@@ -117,14 +120,13 @@ def grow_checkpoint(
     _check_optimizer_in_the_way(Path(out), adam, overwrite=options.overwrite)
     notes = [
         *asked,
-        *growth_notes(growth, plan.tensors[0].dtype),
+        *growth_notes(growth, plan.tensors[0].dtype, is_cast=_is_cast(plan)),
         *_layer_notes(layers, growth, distances),
         _optimizer_note(adam),
         *left_behind(Path(checkpoint.folder), plan.sidecars),
     ]
-    result = execute(plan, Path(out), options, notes, dry_run=dry_run)
-    if result.written and options.rank == 0:
-        _settle_optimizer(adam, growth, Path(out), result.written.already_done)
+    made = {OPTIMIZER_FILE: _optimizer_file(adam, growth)} if adam else {}
+    result = execute(plan, Path(out), options, notes, dry_run=dry_run, made=made)
     outcome = (plan, result.shards, result.notes, result.written)
     return GrowthResult(*outcome, growth, distances, foreseen=result.foreseen)
 
@@ -163,7 +165,8 @@ def plan_growth(
         out_dtype = dtype or view.dtype
         tensors.append(grow_weight(name, weight, source_name, view, growth, is_copy=is_copy, dtype=out_dtype))
 
-    lineage = {**_lineage(checkpoint, growth), "layer_distances": [asdict(distance) for distance in distances]}
+    cast = dtype.name if dtype and any(view.dtype != dtype for view in checkpoint.tensors.values()) else None
+    lineage = {**_lineage(checkpoint, growth, cast), "layer_distances": [asdict(distance) for distance in distances]}
     config = hub_config(checkpoint.config or {}, growth.target, tensors[0].dtype.name)
     if isinstance(growth.method, Mask):
         config = MaskState.of_growth(growth, growth.method.steps).to_config(config)
@@ -188,6 +191,12 @@ def _check_factors(plan: CheckpointPlan) -> None:
                     f"{tensor.name} has to be multiplied by {piece.scale:.9g}, which {tensor.dtype} rounds away: every "
                     "product would be the value it was made from. Choose a dtype with more digits, for example float32."
                 )
+
+
+def _is_cast(plan: CheckpointPlan) -> bool:
+    """Whether some weight is written in a dtype that cannot hold all values of its source's."""
+    copies = ((tensor, piece) for tensor in plan.tensors for piece in tensor.pieces if isinstance(piece, Copy))
+    return not all(tensor.dtype.holds(piece.source.dtype) for tensor, piece in copies)
 
 
 def _layer_distances(
@@ -262,19 +271,17 @@ def _check_optimizer_in_the_way(out: Path, state: "AdamState | None", *, overwri
     if overwrite or not path.exists():
         return
     record = read_manifest(out)
-    if record is None or not record["lineage"].get("optimizer"):
-        use = "be replaced" if state else "be loaded with the grown weights by `teleflm train`"
-        raise CheckpointError(f"{path}: was not written by a growth, and would {use}; move it away or --overwrite.")
+    if not lists_state(record) and not (state and is_placed(out, OPTIMIZER_FILE)):
+        use = "be replaced" if state else "lie beside weights that it is not of"
+        way = "--overwrite" if state else "--overwrite, which leaves it there"
+        raise CheckpointError(f"{path}: was not written by a growth, and would {use}; move it away or {way}.")
 
 
-def _settle_optimizer(state: "AdamState | None", growth: Growth, out: Path, already_done: bool) -> None:
-    """Write the grown state, or see that none of an earlier growth is left."""
-    if state is None:
-        (out / OPTIMIZER_FILE).unlink(missing_ok=True)
-    elif not (already_done and (out / OPTIMIZER_FILE).exists()):
-        from .moments import write_adam_state
+def _optimizer_file(state: "AdamState", growth: Growth) -> MadeFile:
+    """The grown state as a file of the output."""
+    from .moments import state_bytes, write_adam_state
 
-        write_adam_state(state, growth, out)
+    return MadeFile(state_bytes(growth), lambda file: write_adam_state(state, growth, file))
 
 
 def _optimizer_note(state: "AdamState | None") -> str:
@@ -287,12 +294,13 @@ def _optimizer_note(state: "AdamState | None") -> str:
     )
 
 
-def _lineage(checkpoint: Source, growth: Growth) -> dict[str, Any]:
-    """The record of this growth, on top of the source's own record if it has one."""
+def _lineage(checkpoint: Source, growth: Growth, dtype: str | None) -> dict[str, Any]:
+    """The record of this growth, and of the dtype that it cast to, on top of the source's own record if it has one."""
     return {
         "operation": "grow",
         "method": growth.method.name,
         "noise": growth.noise,
+        **({"dtype": dtype} if dtype else {}),
         "mask_steps": growth.method.steps if isinstance(growth.method, Mask) else 0,
         "source": asdict(growth.source),
         "target": asdict(growth.target),

@@ -16,14 +16,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 import torch
 
 from conversion.architecture import Architecture
 from conversion.checkpoint.dtypes import FLOAT32
-from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.errors import CheckpointError, CorruptData
 from conversion.checkpoint.plan import Copy, TensorPlan, View
 from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.torch_file import read_torch_file
@@ -282,21 +282,57 @@ def _place(plan: TensorPlan, factor: float, rest: float, reader: FileReader, *, 
     return torch.from_numpy(out.reshape(plan.shape))
 
 
-def write_adam_state(state: AdamState, growth: Growth, folder: Path) -> Path:
-    """Grow a state and write it as optimizer.pt, whole or not at all; `torch.load(weights_only=True)` reads it.
+def state_bytes(growth: Growth) -> int:
+    """Bytes of the moments of a grown model: two of float32 for each of its parameters."""
+    return 2 * FLOAT32.itemsize * growth.target.num_parameters
+
+
+def write_adam_state(state: AdamState, growth: Growth, file: BinaryIO) -> None:
+    """Grow a state and write it as `torch.load(weights_only=True)` reads it.
+
+    Args:
+        state: of `growth.source`.
+        growth: what grows into what.
+        file: to write to, at its end.
 
     Raises:
         CheckpointError: the source's state cannot be read.
+        CorruptData: it has changed since its header was read.
         OSError: the disk failed.
     """
-    path = folder / OPTIMIZER_FILE
-    partial = path.with_suffix(".pt.partial")
+    grown = grow_adam_state(state, growth)
+    source = next(iter(state.moments.values()))[0].file
+    if source.current_identity() != source.identity:
+        raise CorruptData(f"{state.file}: was changed while it was read; start over with --overwrite.")
+    disk = _Disk(file)
     try:
-        torch.save(grow_adam_state(state, growth), partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+        torch.save(grown, cast(IO[bytes], disk))
+    except Exception:
+        if disk.fault:  # torch makes an error of its own of it, a traceback long
+            raise disk.fault from None
+        raise
 
 
-__all__ = ["AdamState", "grow_adam_state", "read_adam_state", "read_grown_state", "write_adam_state"]
+class _Disk:
+    """A file for torch to write to, which keeps what the system says of a fault."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.fault: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.fault = self.fault or error
+            raise
+
+    def flush(self) -> None:
+        try:
+            self._file.flush()
+        except OSError as error:
+            self.fault = self.fault or error
+            raise
+
+
+__all__ = ["AdamState", "grow_adam_state", "read_adam_state", "read_grown_state", "state_bytes", "write_adam_state"]

@@ -9,21 +9,22 @@ from collections import Counter
 
 from conversion.checkpoint.dtypes import DType
 
-from .method import Mask, Tile, Zero
+from .method import Mask, Tile
 from .spec import Growth
 
 SHORT_MASKS = 2000
 
 
-def growth_notes(growth: Growth, dtype: DType) -> list[str]:
+def growth_notes(growth: Growth, dtype: DType, *, is_cast: bool) -> list[str]:
     """What a user should know about a growth, a sentence or two each.
 
     Args:
         growth: what grows into what.
         dtype: of the grown model's weights.
+        is_cast: whether it cannot hold all values of the source's.
     """
     source, target = growth.source, growth.target
-    notes = [*_exactness(growth, dtype), *_learning_rate(growth), *_repeated_layers(growth)]
+    notes = [*_exactness(growth, dtype, is_cast), *_learning_rate(growth), *_repeated_layers(growth)]
     if isinstance(growth.method, Tile) and target.hidden_size > source.hidden_size and not growth.noise:
         notes.append("Without noise the copies stay equal for ever, and the new capacity is never used.")
     if isinstance(growth.method, Mask):
@@ -49,25 +50,45 @@ def growth_notes(growth: Growth, dtype: DType) -> list[str]:
             else "The source has no unused vocabulary rows: old logits are kept exactly, but the new rows take part in "
             "the softmax, so probabilities change slightly."
         )
-    if growth.head_scale != 1.0:
+    if growth.head_scale != 1.0 and not source.tie_word_embeddings:
         notes.append(f"lm_head is multiplied by {growth.head_scale:.6g} to make up for the new logit multiplier.")
     if growth.embedding_scale != 1.0:
-        notes.append(f"input_mult is folded into embed_tokens, multiplied by {growth.embedding_scale:.6g}.")
+        what = "The multipliers change" if source.tie_word_embeddings else "input_mult is folded into embed_tokens"
+        also = ", so embed_tokens, which is the head too, is" if source.tie_word_embeddings else ","
+        notes.append(f"{what}{also} multiplied by {growth.embedding_scale:.6g}.")
     return notes
 
 
-def _exactness(growth: Growth, dtype: DType) -> list[str]:
+def _exactness(growth: Growth, dtype: DType, is_cast: bool) -> list[str]:
     """What is the same to the last digit, and what only up to rounding."""
-    if dtype.itemsize == 8 or growth.source.hidden_size == growth.target.hidden_size:
+    width = growth.source.hidden_size != growth.target.hidden_size
+    factors = {
+        f"norm weights x {growth.norm_scale:.4g}": growth.norm_scale,
+        f"embed_tokens x {growth.embedding_scale:.4g}": growth.embedding_scale,
+        f"lm_head x {growth.head_scale:.4g}": growth.head_scale,
+    }
+    rounded = [what for what, factor in factors.items() if math.frexp(factor)[0] != 0.5]
+    rounded += ["shares of repeated weights"] if _are_shares_rounded(growth) else []
+    rounded = ["all weights"] if is_cast else rounded
+    if not is_cast and (dtype.itemsize == 8 or not (width or rounded)):
         return []
-    factors = [growth.norm_scale] if isinstance(growth.method, Zero) else []
-    rounded = any(math.frexp(factor)[0] != 0.5 for factor in factors)
-    cause = f"norm weights x {growth.norm_scale:.4g} are rounded to {dtype}" if rounded else "sums are longer"
+    holds = ", but for the rounding of weights" if rounded else ""
+    cause = f"{' and '.join(rounded)} are rounded to {dtype}" if rounded else "sums are longer"
     return [
-        f"The function is the source's in exact arithmetic. Computed in {dtype}, {cause}, so logits may differ as they "
+        f"The function is the source's in exact arithmetic{holds}. In {dtype}, {cause}, so logits may differ as they "
         "do between two roundings of the source, and where two tokens are that close another may come first. "
         "`teleflm verify --text` shows by how much."
     ]
+
+
+def _are_shares_rounded(growth: Growth) -> bool:
+    """Whether a weight is repeated with noise, or by a number that is no power of two, and its copies share it out."""
+    if not isinstance(growth.method, Tile):
+        return False
+    old, new = growth.source, growth.target
+    fields = ("hidden_size", "intermediate_size", "num_attention_heads")
+    times = {getattr(new, field) / getattr(old, field) for field in fields} - {1.0}
+    return any(bool(growth.noise) or math.frexp(count)[0] != 0.5 for count in times)
 
 
 def _learning_rate(growth: Growth) -> list[str]:

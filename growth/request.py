@@ -6,6 +6,7 @@
 
 import difflib
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,6 +56,7 @@ _HARMLESS = (
     "transformers_version",
     "use_cache",
 )
+_DTYPE = ("dtype", "torch_dtype")  # two spellings of one field
 _WHY_NOT = {
     "rms_norm_eps": "it follows from the widths",
     "dtype": "--dtype does",
@@ -93,6 +95,9 @@ def check_request(
             reason = _WHY_NOT.get(key, "change it in the config.json of OUT afterwards")
             raise CheckpointError(f"{key} is no field that growth sets: {reason}; leave it out.")
     requested = {key: value for key, value in {**target, **overrides}.items() if value is not None}
+    epsilon = requested.get("rms_norm_eps", 1.0)
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 < epsilon <= sys.float_info.max:
+        raise CheckpointError(f"rms_norm_eps is {epsilon!r}, expected a number above 0.")
     for key in (*GROWN, "head_dim"):
         value = requested.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int):
@@ -102,13 +107,14 @@ def check_request(
             f"num_hidden_layers is {requested['num_hidden_layers']}, expected at most {_MOST_LAYERS}."
         )
     _check_kept(source, requested)
+    _check_rope(source, target, overrides)
     return requested, _differing(source, target)
 
 
 def check_honoured(
     source: Architecture, target: Architecture, given: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> list[str]:
-    """Check that the multipliers that were asked for are those that came out, and that anything changes at all.
+    """Check that the numbers that were asked for are those that came out, and that anything changes at all.
 
     Args:
         source, target: what grows into what, worked out.
@@ -116,27 +122,45 @@ def check_honoured(
         overrides: see `check_request`.
 
     Returns:
-        Notes on multipliers of `given` that are not taken over.
+        Notes on numbers of `given` that are not taken over.
 
     Raises:
         CheckpointError: an override is not taken over, or nothing grows.
     """
     notes = []
-    for field in MULTIPLIER_FIELDS:
+    for field in (*MULTIPLIER_FIELDS, "rms_norm_eps"):
         asked, found = overrides.get(field, given.get(field)), getattr(target, field)
         if asked is None or _equal(asked, found):
             continue
         if field in overrides:
-            way = "it is folded into embed_tokens" if field == "input_mult" else "use --multipliers target"
-            raise CheckpointError(
-                f"{field} is asked to be {asked}, but has to be {found:g} for logits as before: {way}, or leave it out."
-            )
-        notes.append(f"{field} is {found:g}, not the target's {asked:g}, which keeps what the model computes.")
+            raise CheckpointError(_not_honoured(field, asked, source, target))
+        keeps = "which keeps what the model computes"
+        notes.append(f"{field} is {_text(found)}, not the target's {_text(asked)}, {keeps}.")
     if target == source:
         raise CheckpointError(
             "nothing would grow: every size and multiplier asked for is the source's; `teleflm convert` copies a model."
         )
     return notes
+
+
+def _not_honoured(field: str, asked: Any, source: Architecture, target: Architecture) -> str:
+    found = _text(getattr(target, field))
+    if source.tie_word_embeddings:
+        reason = "embeddings are tied, and one matrix cannot make up for another factor as embedding or as head alone"
+        return f"{field} is asked to be {asked}, but has to be {found}: {reason}; leave it out."
+    if field == "input_mult":
+        return (
+            f"input_mult is asked to be {asked}: growth keeps the source's, {source.embedding_scale:g}, where that is "
+            f"asked for, and else multiplies embed_tokens by it, which leaves {found}; ask for one of these."
+        )
+    return (
+        f"{field} is asked to be {asked}, but has to be {found} while lm_head stays as it is: use --multipliers "
+        "target, or leave it out."
+    )
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
 
 
 def _unknown(key: str) -> str:
@@ -146,21 +170,38 @@ def _unknown(key: str) -> str:
 
 
 def _check_kept(source: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
-    pairs = [(key, source.get(key, default), requested.get(key)) for key, default in _KEPT.items()]
-    if any(key in requested for key in _ROPE):
-        pairs.append(("rope_parameters", rope_parameters(source), rope_parameters(requested)))
-    own = {key for key in source if key not in _KNOWN and not isinstance(source[key], dict | list)}
+    values = {key: default if source.get(key) is None else source[key] for key, default in _KEPT.items()}
+    pairs = [(key, old, requested.get(key)) for key, old in values.items()]
+    own = {key for key in source if key not in _KNOWN}
     pairs += [(key, source[key], requested.get(key)) for key in sorted(own)]
     for key, old, new in pairs:
-        if new is not None and old is not None and old != new:
-            raise CheckpointError(f"{key} would change from {old} to {new}; growth keeps it.")
+        if new is not None and old != new:
+            raise CheckpointError(f"{key} would change from {str(old)[:80]} to {str(new)[:80]}; growth keeps it.")
+
+
+def _check_rope(source: Mapping[str, Any], target: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Each that asks for a rotary embedding has to ask for the source's, as a whole."""
+    for where, given in (("the target", target), ("--set", overrides)):
+        if all(given.get(key) is None for key in _ROPE):
+            continue
+        old, new = rope_parameters(source, "the source's config.json"), rope_parameters(given, where)
+        if old != new:
+            raise CheckpointError(f"rope_parameters would change from {old} to {new}; growth keeps it.")
 
 
 def _differing(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[str]:
-    names = [
-        key for key in _HARMLESS if target.get(key) is not None and key in source and target[key] != source.get(key)
-    ]
+    own = {**source, **{key: _dtype(source) for key in _DTYPE}}
+    names = [key for key in _HARMLESS if target.get(key) is not None and _plain(key, target[key]) != own.get(key)]
     return [f"Not taken from the target, which differs in them: {', '.join(names)}."] if names else []
+
+
+def _dtype(source: Mapping[str, Any]) -> Any:
+    found = next((source[key] for key in _DTYPE if source.get(key) is not None), None)
+    return _plain("dtype", found)
+
+
+def _plain(key: str, value: Any) -> Any:
+    return value.removeprefix("torch.") if key in _DTYPE and isinstance(value, str) else value
 
 
 def _equal(asked: Any, found: Any) -> bool:

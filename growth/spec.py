@@ -20,6 +20,12 @@ MULTIPLIERS = ("preserve", "target")
 OPTIMIZER_FILE = "optimizer.pt"  # beside the weights: where transformers' Trainer has it, and training looks for it
 
 
+def lists_state(record: Mapping[str, Any] | None) -> bool:
+    """Whether the record of a folder says that a grown optimizer state was written there."""
+    files = (record or {}).get("files")
+    return isinstance(files, Mapping) and OPTIMIZER_FILE in files
+
+
 @dataclass(frozen=True)
 class Growth:
     """A checked growth.
@@ -74,6 +80,7 @@ def plan_target(
     multipliers: str,
     unused_rows: int | None,
     method: Method,
+    keeps_input: bool = False,
 ) -> Growth:
     """Work out a growth and check that it preserves the function.
 
@@ -84,9 +91,11 @@ def plan_target(
         layers: which layers to copy, see `select_layers`.
         multipliers: `preserve` keeps the weights and sets output_mult so that the logits keep their factor; `target`
             takes the requested multipliers and rescales lm_head. Either way input_mult becomes 1.0, folded into
-            embed_tokens, because not every runtime applies it.
+            embed_tokens, because not every runtime applies it: unless `keeps_input`, or the embeddings are tied, as one
+            matrix cannot take a factor as embedding that it does not have as head.
         unused_rows: see `Growth`.
         method: see `Growth`.
+        keeps_input: whether the source's input_mult stays.
 
     Raises:
         CheckpointError: something shrinks, or the function cannot be preserved; names the field and both values.
@@ -100,7 +109,7 @@ def plan_target(
             raise CheckpointError(f"{name} would shrink from {old} to {new}; growth only adds.")
     _check_head_dim(source, target, is_given=requested.get("head_dim") is not None)
     _check_attention(source, target)
-    target = _with_multipliers(source, target, multipliers)
+    target = _with_multipliers(source, target, multipliers, keeps_input=keeps_input)
     if isinstance(method, Tile) and target.hidden_size % source.hidden_size:
         raise CheckpointError(
             f"hidden_size {target.hidden_size} is not a multiple of the source's {source.hidden_size}: features "
@@ -117,6 +126,9 @@ def plan_target(
         method=method,
     )
     _check_tied(growth)
+    for name, scale in (("embed_tokens", growth.embedding_scale), ("lm_head", growth.head_scale)):
+        if not 0 < scale < math.inf:
+            raise CheckpointError(f"{name} would be multiplied by {scale}; ask for multipliers nearer to the source's.")
     return growth
 
 
@@ -170,13 +182,19 @@ def key_value_copies(source: Architecture, target: Architecture) -> int:
     return -(-source.group_size // target.group_size)
 
 
-def _with_multipliers(source: Architecture, target: Architecture, multipliers: str) -> Architecture:
-    """The target's multipliers: input_mult 1.0, and the logits' factor kept or taken as requested."""
+def _with_multipliers(
+    source: Architecture, target: Architecture, multipliers: str, *, keeps_input: bool
+) -> Architecture:
+    """The target's multipliers: that on embeddings folded or kept, that on the logits kept or taken as requested."""
+    if multipliers == "target" and source.tie_word_embeddings:
+        return target  # what its one matrix has to make up for is checked when all is known
+    folds = not keeps_input and not source.tie_word_embeddings
+    input_mult = 1.0 if folds else source.embedding_scale
     if multipliers == "target":
-        return target.evolve(input_mult=1.0)
+        return target.evolve(input_mult=input_mult)
     if source.use_mup or target.use_mup:
         scale = target.mup_scale_factor
-        return target.evolve(use_mup=True, input_mult=1.0, output_mult=source.logit_scale * scale)
+        return target.evolve(use_mup=True, input_mult=input_mult, output_mult=source.logit_scale * scale)
     return target
 
 
@@ -190,8 +208,11 @@ def _check_tied(growth: Growth) -> None:
             f"{growth.target.hidden_size} by {growth.method.name}: the head would read what the embedding repeats or "
             "draws at random; use the method zero, where the new columns are zero for both."
         )
-    if growth.head_scale != 1.0 or growth.embedding_scale != 1.0:
+    if not math.isclose(growth.head_scale, growth.embedding_scale, rel_tol=1e-15):
+        old, new = growth.source, growth.target
         raise CheckpointError(
-            f"tie_word_embeddings is true and the multipliers change (embeddings x {growth.embedding_scale:.6g}, "
-            f"head x {growth.head_scale:.6g}): one matrix cannot make up for both, so this model cannot grow."
+            f"tie_word_embeddings is true, and embeddings would be multiplied by {new.embedding_scale:.6g} instead of "
+            f"{old.embedding_scale:.6g}, logits by {new.logit_scale:.6g} instead of {old.logit_scale:.6g}: one matrix "
+            f"cannot be {growth.embedding_scale:.6g} and {growth.head_scale:.6g} times what it was; leave "
+            "--multipliers target and the multipliers out, which keeps the source's."
         )

@@ -176,7 +176,9 @@ def test_masks_and_what_is_folded_of_them(life, text, tmp_path):
     assert [link["problems"] for link in links[1:]] == [[]] * 4
     assert links[3]["details"]["masks"] == {"start": 0.0, "end": 0.3, "steps": 10}
     assert "growth masks from alpha 0 to 0.3" in (tmp_path / "trained/README.md").read_text()
-    assert links[4]["step"] == "Growth masks folded into the weights at alpha 0.3."
+    assert links[4]["step"].startswith(
+        "Growth masks folded into the weights at alpha 0.3, where what was added is heard"
+    )
 
 
 # Breaks.
@@ -324,7 +326,7 @@ def test_a_record_that_cannot_be_written_costs_no_run(life, text, tmp_path, capl
 def test_a_verdict_leaves_a_finished_folder_finished(life, tmp_path):
     grow = ("grow", life["converted"], tmp_path / "grown", *WIDER)
     teleflm(*grow)
-    before = json.loads((tmp_path / "grown" / MANIFEST).read_text())
+    before, named = json.loads((tmp_path / "grown" / MANIFEST).read_text()), digest(tmp_path / "grown")
     teleflm("verify", life["converted"], tmp_path / "grown", "--record")
     after = json.loads((tmp_path / "grown" / MANIFEST).read_text())
     verdict = after.pop("verification")
@@ -332,6 +334,7 @@ def test_a_verdict_leaves_a_finished_folder_finished(life, tmp_path):
         "certified",
         {"record": digest(life["converted"]), "matches": True},
     )
+    assert after.pop("earlier") == [named]
     assert {**after, "checksum": before["checksum"]} == before
     assert "already done" in teleflm(*grow)
     teleflm("verify", life["converted"], tmp_path / "grown", "--record")

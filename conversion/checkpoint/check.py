@@ -13,7 +13,7 @@ from typing import Any
 
 from .bytes import OpenBytes, open_bytes
 from .errors import CheckpointError, CorruptData
-from .folder_formats import is_setting, is_weights, known_files
+from .folder_formats import is_setting, is_state, is_weights, known_files
 from .manifest import between_digest, block_digest, find_manifest, is_plain, sample_digest, tensor_digest
 from .plan import View
 from .reader import CHUNK, FileReader
@@ -106,7 +106,8 @@ def check_files(
     placed = {name: entry.get("file") for name, entry in manifest["tensors"].items()}
     has_digests = manifest.get("digest") is not None
     found = [_examine_file(name, entry, folder, tensors, placed, has_digests) for name, entry in listed.items()]
-    loaded = [name for name in ([] if alone else known_files(folder)) if is_weights(name) or is_setting(name)]
+    known = [] if alone else known_files(folder)
+    loaded = [name for name in known if is_weights(name) or is_setting(name) or is_state(name)]
     extra = [Damage(None, name, "is not in the record, and would be loaded") for name in loaded if name not in listed]
     return [damage for damage in found if damage] + extra
 

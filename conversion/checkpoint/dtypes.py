@@ -44,6 +44,12 @@ class DType:
         """The type arithmetic is done in before the one rounding to this type."""
         return np.dtype(np.float32 if self.itemsize <= 2 else np.float64)
 
+    def holds(self, other: "DType") -> bool:
+        """Whether this floating-point type has every value of another one, so that a cast rounds nothing."""
+        wide, narrow = (ml_dtypes.finfo(dtype.numpy) for dtype in (self, other))
+        least = wide.minexp - wide.nmant <= narrow.minexp - narrow.nmant
+        return bool(wide.nmant >= narrow.nmant and wide.maxexp >= narrow.maxexp and least)
+
     def __str__(self) -> str:
         return self.name
 

@@ -10,7 +10,7 @@ makes none.
 
 import errno
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -42,26 +42,31 @@ def finish(job: Job, finished: Sequence[Finished], workspace: Workspace) -> None
         OSError: the disk is full; the folder is not loadable, and the same call resumes.
     """
     workspace.require_ours()
-    write_small_files(job, finished, workspace)
+    made = {name: workspace.made(name) or workspace.make(name) for name in job.made}
+    write_small_files(job, finished, workspace, made)
     make_loadable(job, workspace)
 
 
-def write_small_files(job: Job, finished: Sequence[Finished], workspace: Workspace) -> None:
-    """Write everything but the weights and what makes them loadable."""
+def write_small_files(
+    job: Job, finished: Sequence[Finished], workspace: Workspace, made: Mapping[str, Finished]
+) -> None:
+    """Write everything but the weights and what makes them loadable; the record describes what was `made`."""
     for name, content in job.small_files.items():
         workspace.write(name, content)
-    workspace.write(MANIFEST, json_bytes(job_record(job, finished)))
+    workspace.write(MANIFEST, json_bytes(job_record(job, finished, made)))
 
 
 def make_loadable(job: Job, workspace: Workspace) -> None:
-    """Give the shards their names, and last of all put the file in place that makes the folder load."""
+    """Give what was made and the shards their names, and last of all put the file in place that makes it load."""
     out, layout = workspace.out, job.layout
+    for name in job.made:
+        workspace.place_made(name)
     *first, last = sorted(layout.shards, key=lambda shard: shard.filename == layout.loadable_file)
     for shard in first:
         _name_shard(out, shard)
     if layout.index:
         _name_shard(out, last)
-    sync_folders(out, (*job.weights, *job.small_files))
+    sync_folders(out, (*job.weights, *job.small_files, *job.made))
     with suppress(PermissionError):  # somebody else's, in which we may make entries and not look
         sync_folder(out.absolute().parent)
     workspace.require_ours()

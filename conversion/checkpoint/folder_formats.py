@@ -78,6 +78,8 @@ class FolderFormat:
         folders: glob patterns of the folders in which its files lie beside the folder itself, the deepest first.
         settings: the path of every other file that decides how the folder loads, and of every folder of such, which
             may be a link to a folder that lies elsewhere.
+        states: the path of every file that is loaded with the weights when training goes on. One that no record lists
+            is somebody's own: it is never removed, and named.
         steps: the path, below the folder, of folders whose files belong to the checkpoint that it is: a folder is
             never overwritten by what is made of them.
     """
@@ -87,6 +89,7 @@ class FolderFormat:
     weights: re.Pattern[str]
     folders: tuple[str, ...] = ()
     settings: re.Pattern[str] | None = None
+    states: re.Pattern[str] | None = None
     steps: re.Pattern[str] | None = None
 
 
@@ -100,6 +103,7 @@ HUB = FolderFormat(
     settings=re.compile(
         "|".join(map(re.escape, _HUB_SETTINGS)) + rf"|{_TEMPLATES}(/[^/]+\.jinja)?|{_CODE}(/generate\.py)?"
     ),
+    states=re.compile(r"optimizer\.pt"),
     steps=re.compile(r"\."),
 )
 
@@ -130,6 +134,11 @@ def is_weights(path: str) -> bool:
 def is_setting(path: str) -> bool:
     """Whether a path below a folder is that of a file which decides how the folder loads, beside its weights."""
     return any(format.settings.fullmatch(path) for format in known_formats() if format.settings)
+
+
+def is_state(path: str) -> bool:
+    """Whether a path below a folder is that of what training loads with the weights, as an optimizer's moments."""
+    return any(format.states.fullmatch(path) for format in known_formats() if format.states)
 
 
 def is_step(path: str) -> bool:

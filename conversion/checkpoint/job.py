@@ -11,11 +11,11 @@ against a folder.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .bytes import ByteSource
 from .containers import Layout
@@ -29,6 +29,21 @@ ENGINE = 1
 
 
 @dataclass(frozen=True)
+class MadeFile:
+    """A file of the output that is no weights, and whose content is made when they are written: it may be large.
+
+    What it is made from has to show in the plan's lineage; its bytes need not be the same each time.
+
+    Args:
+        nbytes: room that it takes on the disk, at least.
+        write: writes its content; raises OSError where the disk fails.
+    """
+
+    nbytes: int
+    write: Callable[[BinaryIO], None]
+
+
+@dataclass(frozen=True)
 class Job:
     """A checkpoint to be written.
 
@@ -38,6 +53,7 @@ class Job:
         small_files: name -> content of every other file but the record, read once; config.json among them.
         settings: what was asked of the writing, by name.
         sources: identity of every file that the plan reads, by its path below the folder that they share.
+        made: the files that are made last, by name.
     """
 
     plan: CheckpointPlan
@@ -45,14 +61,18 @@ class Job:
     small_files: Mapping[str, bytes]
     settings: Mapping[str, Any]
     sources: Mapping[str, str]
+    made: Mapping[str, MadeFile] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, plan: CheckpointPlan, layout: Layout, **settings: Any) -> "Job":
+    def of(
+        cls, plan: CheckpointPlan, layout: Layout, made: Mapping[str, MadeFile] | None = None, **settings: Any
+    ) -> "Job":
         """The job of writing a plan as some files.
 
         Args:
             plan: the checkpoint; the files that it names beside the tensors are read here.
             layout: its files.
+            made: the files that are made last.
             settings: `digest`, `finite` and `no_overflow`, which promise something where they are True, and what else a
                 user would want to be told of.
 
@@ -61,7 +81,7 @@ class Job:
         """
         small_files = {name: _content(name, content) for name, content in plan.sidecars.items()}
         small_files["config.json"] = json_bytes(plan.config)
-        return cls(plan, layout, small_files, settings, source_identities(plan.sources))
+        return cls(plan, layout, small_files, settings, source_identities(plan.sources), dict(made or {}))
 
     def check(self) -> None:
         """Check that the pieces tile the tensors, the tensors the files, and that no two files have one name.
@@ -71,7 +91,7 @@ class Job:
         """
         self.plan.check()
         self.layout.check(self.plan.tensors)
-        names = [*self.weights, *self.small_contents, MANIFEST]
+        names = [*self.weights, *self.small_contents, *self.made, MANIFEST]
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise PlanError(f"{twice} is planned twice: as weights and as another file.")
@@ -100,6 +120,7 @@ class Job:
             "layout": self.layout.fingerprint(),
             "small_files": self.small_digests,
             "sources": dict(sorted(self.sources.items())),
+            **({"made": sorted(self.made)} if self.made else {}),
         }
 
     @cached_property
@@ -125,12 +146,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Finished:
-    """The record of a finished shard.
+    """The record of a finished shard, or of a file that was made.
 
     Args:
         size: bytes of the file.
         mtime_ns: its time of change; another one means that somebody touched it.
-        digests: tensor name -> digest; empty if none are taken.
+        digests: tensor name -> digest, empty if none are taken; of a file that was made `sha256`.
         statistics: symbol of the plan -> its value, for the symbols this shard uses.
         samples: `sample_digest` of the file.
     """
@@ -204,6 +225,9 @@ def _describe_difference(path: tuple[str, ...], before: Mapping[Any, Any], after
         return f"{name} {'is no part of it any more' if path in before else 'was no part of it'}"
     if section == "weights":
         return "its files were to be cut otherwise"
+    if section == "made":
+        made = [", ".join(side.get(path) or ()) or "no other file" for side in (before, after)]
+        return f"beside the weights, it was to make {made[0]}, and is to make {made[1]}"
     if section in ("plan", "layout", "engine"):
         return {
             "plan": "its tensors were planned otherwise",

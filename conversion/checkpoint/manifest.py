@@ -18,6 +18,7 @@ It is published with the weights, so it holds no local path, no user and no host
                       tensors, and `samples`, of a few places: what tells cheaply that they are still there
     tensors           name -> file, dtype, shape, digest
     verification      what `teleflm verify --record` found, if it was run
+    earlier           sha256 of this record as it was before a verdict was added, or it was published
     checksum          sha256 of all the rest: it tells of an edit, not of a forgery
 
 Version 0.1.0 wrote a `manifest.json` (format 1), without `job`, `sources` and `files`. That name belongs to many
@@ -44,6 +45,7 @@ OLD_MANIFEST = "manifest.json"
 FORMAT, _OLD_FORMAT = 2, 1
 _FIELDS = {"plan": str, "lineage": dict, "tensors": dict}  # what a record has at least, of either format
 _OLD_FIELDS = {**_FIELDS, "teleflm_version": str, "statistics": dict}
+_MOST_EARLIER = 20  # digests of itself that a record keeps
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 _MAX_NAME, _MAX_PATH = 255, 1000  # of a file, in bytes, as file systems have it; of a path below a folder
 _MAX_MEMORY = 320 * 2**20  # that of 140,000 tensors takes 190 MB
@@ -141,6 +143,19 @@ def seal(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record with the checksum of what it says now."""
     content = {name: value for name, value in record.items() if name != "checksum"}
     return {**content, "checksum": _checksum(content)}
+
+
+def amend(record: Mapping[str, Any], before: bytes, **changes: Any) -> dict[str, Any]:
+    """A record with something else in some of its fields.
+
+    Args:
+        record: as it is.
+        before: its file, whose digest the new one keeps: what was made from the folder until now names that.
+        changes: the fields.
+    """
+    known = record.get("earlier")
+    earlier = [digest for digest in known if isinstance(digest, str)] if isinstance(known, list) else []
+    return seal({**record, **changes, "earlier": [*earlier[-_MOST_EARLIER:], hashlib.sha256(before).hexdigest()]})
 
 
 def is_edited(record: Mapping[str, Any]) -> bool:

@@ -22,15 +22,17 @@ from .manifest import between_digest, is_edited, make_manifest, sample_digest
 
 _MEASURED = re.compile(r"[0-9a-f]{32}")
 # What of a record does not follow from the job and has no other value to be held against.
-_OWN = ("teleflm_version", "verification", "checksum")
+_OWN = ("teleflm_version", "verification", "earlier", "checksum")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def job_record(job: Job, finished: Sequence[Finished]) -> dict[str, Any]:
+def job_record(job: Job, finished: Sequence[Finished], made: Mapping[str, Finished] | None = None) -> dict[str, Any]:
     """What a finished checkpoint says of itself, see `manifest.py`.
 
     Args:
         job: what was written.
         finished: the record of each shard that was written, in order.
+        made: the record of each file that was made.
     """
     digests = {name: digest for record in finished for name, digest in record.digests.items()}
     # A NaN, which --allow-nonfinite lets through, is no number of JSON.
@@ -44,7 +46,11 @@ def job_record(job: Job, finished: Sequence[Finished]) -> dict[str, Any]:
         shard.filename: sample_digest(Path(shard.twin)) if shard.twin else next(written).samples
         for shard in job.layout.shards
     }
-    return _record(job, digests, samples, statistics, job.settings)
+    late = {
+        name: {"bytes": record.size, "samples": record.samples, **record.digests}
+        for name, record in (made or {}).items()
+    }
+    return _record(job, digests, samples, statistics, job.settings, late)
 
 
 def first_edit(record: Mapping[str, Any], job: Job) -> str | None:
@@ -64,7 +70,8 @@ def first_edit(record: Mapping[str, Any], job: Job) -> str | None:
     }
     samples = {name: _measured(files.get(name), "samples") for name in job.weights}
     statistics = _object(record.get("statistics"))
-    expected = _record(job, digests, samples, statistics, settings)
+    late = {name: _made_entry(files.get(name)) for name in job.made}
+    expected = _record(job, digests, samples, statistics, settings, late)
     if settings.get("digest") is True and job.plan.tensors and len(digests) < len(job.plan.tensors):
         lost = next(tensor.name for tensor in job.plan.tensors if tensor.name not in digests)
         return f"it has no digest of {lost}"
@@ -82,6 +89,7 @@ def _record(
     samples: Mapping[str, str],
     statistics: Mapping[str, float | str],
     settings: Mapping[str, Any],
+    late: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     identity = job.identity
     made_by = {"fingerprint": job.fingerprint, "engine": identity["engine"], "layout": identity["layout"]}
@@ -92,13 +100,13 @@ def _record(
         statistics=statistics,
         job={**made_by, "settings": dict(settings)},
         sources=identity["sources"],
-        files=_files(job, samples),
+        files=_files(job, samples, late),
         tensors=_tensors(job, digests),
         digests=bool(digests),
     )
 
 
-def _files(job: Job, samples: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def _files(job: Job, samples: Mapping[str, str], late: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     small = {
         name: {"bytes": len(content), "sha256": job.small_digests[name]} for name, content in job.small_contents.items()
     }
@@ -106,7 +114,7 @@ def _files(job: Job, samples: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         shard.filename: {"bytes": shard.nbytes, "between": _between(shard), "samples": samples[shard.filename]}
         for shard in job.layout.shards
     }
-    return dict(sorted({**small, **weights}.items()))
+    return dict(sorted({**small, **weights, **{name: dict(entry) for name, entry in late.items()}}.items()))
 
 
 def _between(shard: Shard) -> str:
@@ -134,3 +142,14 @@ def _measured(entry: Any, field: str) -> str:
     """A digest in an entry of a record; an empty text where there is none."""
     found = _object(entry).get(field)
     return found if isinstance(found, str) and _MEASURED.fullmatch(found) else ""
+
+
+def _made_entry(entry: Any) -> dict[str, Any]:
+    """What a record says of a file that was made, as far as it can have been measured."""
+    said = _object(entry)
+    size, digest = said.get("bytes"), said.get("sha256")
+    return {
+        "bytes": size if type(size) is int else None,
+        "samples": _measured(said, "samples"),
+        "sha256": digest if isinstance(digest, str) and _SHA256.fullmatch(digest) else "",
+    }

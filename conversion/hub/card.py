@@ -168,7 +168,7 @@ def _inherited_keys(lineage: Mapping[str, Any]) -> tuple[str, ...]:
     match lineage:
         case {"operation": "grow"}:
             return _GROWN_KEYS
-        case {"steps": int()}:
+        case {"steps": int()} | {"operation": "merge"}:
             return _TRAINED_KEYS
     return _SAME_KEYS
 
@@ -330,8 +330,12 @@ def exactness(lineage: Mapping[str, Any] | None) -> list[str]:
             now = _of_growth(old, new)
         case {"operation": "convert"}:
             now = [] if cast else ["Conversion keeps every value of the weights, bit by bit."]
-        case {"operation": "fold"}:
-            now = ["Folding masks computes the masked model's function, rounding aside."]
+        case {"operation": "fold", "alpha": float() | int() as alpha}:
+            now = [f"Folding masks computes the function that the masked model has at alpha {alpha:g}, rounding aside."]
+            if alpha != 0:
+                now.append(
+                    "There, what growth added is heard: the function is no longer that of the model before the growth."
+                )
         case {"operation": "export", "multipliers": "fold"}:
             now = [
                 "Multipliers are folded into embeddings and head: exactly where they are powers of two, otherwise each "
@@ -346,15 +350,16 @@ def exactness(lineage: Mapping[str, Any] | None) -> list[str]:
             now = now if said else ["Training has changed the weights: the function is no longer that of the base."]
         case _:
             now = []
-    if isinstance(cast, str) and cast in BY_NAME and lineage.get("operation") != "grow":
+    if isinstance(cast, str) and cast in BY_NAME:
         now.append(f"Every value that was cast to {cast} was rounded once, to the nearest.")
     return said + [sentence for sentence in now if sentence not in said]
 
 
 def _of_growth(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     said = [
-        "Growing does not change the function: in exact arithmetic the grown model gives its source's logits. In "
-        "float32 and float64 what is left is rounding."
+        "Growing does not change the function, but for rounding: in exact arithmetic the grown model gives its "
+        "source's logits, as far as its weights did not have to be rounded to their dtype. In float32 and float64 what "
+        "is left is rounding."
     ]
     if old.get("hidden_size") != new.get("hidden_size"):
         said.append(

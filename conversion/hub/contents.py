@@ -43,7 +43,7 @@ def hub_config(base: Mapping[str, Any], architecture: Architecture, dtype: str) 
         "architectures": ["TeleFLMForCausalLM"],
         "auto_map": model_code_constant("modeling_teleflm.py", "AUTO_MAP"),
         "dtype": dtype,
-        "rope_parameters": rope_parameters(base),
+        "rope_parameters": rope_parameters(base, "the source's config.json"),
     }
     return dict(sorted({**architecture.to_config(kept), **own}.items()))
 

@@ -180,7 +180,8 @@ def _describe(lineage: Mapping[str, Any], *, refuted: bool) -> str:
         case {"operation": "convert", "from": container}:
             return f"Rewritten as safetensors from {_show(container)} files{_cast(lineage)}."
         case {"operation": "fold", "alpha": float() | int() as alpha}:
-            return f"Growth masks folded into the weights at alpha {_show(alpha)}."
+            other = "" if alpha == 0 else ", where what was added is heard: another function than before the growth"
+            return f"Growth masks folded into the weights at alpha {_show(alpha)}{other}."
         case {"operation": "train"}:
             return _training(lineage)
         case {

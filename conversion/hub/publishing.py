@@ -8,6 +8,7 @@ what would be published  ->  may we, there?  ->  is it sound?  ->  does it load?
 (release.py)                 (client.py)        (release.py)      (loading.py)       (uploading.py)
 """
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.errors import CheckpointError
-from ..checkpoint.folder_formats import is_setting, is_weights
+from ..checkpoint.folder_formats import is_setting, is_state, is_weights
+from ..checkpoint.job import json_bytes
 from ..checkpoint.limits import default_workers
-from ..checkpoint.manifest import MANIFEST, OLD_MANIFEST
+from ..checkpoint.manifest import MANIFEST, OLD_MANIFEST, amend, is_edited, read_own_manifest
 from ..checkpoint.strict_json import parse_json_object
 from .card import CARD, CardFacts, card_facts
 from .client import Repository, check_repo_id, look_at, one_line
@@ -111,6 +113,8 @@ def publish(
     check_release(release, check, workers, progress)
     notes += try_loading(release) if load else []
     small = {**release.small_files, CARD: len(text)}
+    if MANIFEST in small:
+        small[MANIFEST] = len(published_record(folder, text))
     publication = Publication(repo_id, release.weights, small, release.left_out, removed, notes)
     if dry_run:
         return publication
@@ -120,10 +124,27 @@ def publish(
     large = {name: folder / name for name in release.weights}
     sent = send(to, large, hashes, hash_progress)
     contents = {name: (folder / name).read_bytes() for name in release.small_files} | {CARD: text}
+    if MANIFEST in contents:
+        contents[MANIFEST] = published_record(folder, text)
     url = commit(to, there.commit, sent, contents, removed, message or "Upload with teleflm")
     if tag:
         tag_commit(to, tag)
-    return Publication(repo_id, release.weights, small, release.left_out, removed, notes, url)
+    return replace(publication, removed=removed, url=url)
+
+
+def published_record(folder: Path, card: bytes) -> bytes:
+    """A folder's record as it is published: of the card that is, and without Adam's moments, which stay here.
+
+    One that was edited is published as it is, so that it still shows.
+    """
+    before = (folder / MANIFEST).read_bytes()
+    record = read_own_manifest(folder) or {}
+    files = record.get("files")
+    if not isinstance(files, Mapping) or is_edited(record):
+        return before
+    listed = {name: entry for name, entry in files.items() if not is_state(name)}
+    listed[CARD] = {"bytes": len(card), "sha256": hashlib.sha256(card).hexdigest()}
+    return json_bytes(amend(record, before, files=dict(sorted(listed.items()))))
 
 
 # Before anything is read in full: may we?

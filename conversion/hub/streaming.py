@@ -11,6 +11,7 @@ repository see nothing of it until the commit.
 """
 
 import base64
+import hashlib
 import json
 import os
 import tempfile
@@ -25,7 +26,7 @@ from ..checkpoint.containers import Shard, parse_size
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.execute import WriteOptions, make_job, write_and_ship
 from ..checkpoint.job import Finished, Job, json_bytes
-from ..checkpoint.manifest import MANIFEST
+from ..checkpoint.manifest import MANIFEST, seal
 from ..checkpoint.plan import CheckpointPlan
 from ..checkpoint.record import job_record
 from ..checkpoint.sizes import format_bytes
@@ -120,7 +121,10 @@ def stream_to_hub(
         state.add(shard.filename, send(to, {shard.filename: path})[shard.filename], finished)
 
     finished = write_and_ship(job, work, options, state.finished, ship, in_flight)
-    contents = {**job.small_contents, CARD: text, MANIFEST: json_bytes(job_record(job, finished))}
+    record = job_record(job, finished)
+    of_card = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    sealed = seal({**record, "files": {**record["files"], CARD: of_card}})
+    contents = {**job.small_contents, CARD: text, MANIFEST: json_bytes(sealed)}
     url = commit(to, there.commit, state.sent, contents, removed, message or "Upload with teleflm")
     if tag:
         tag_commit(to, tag)

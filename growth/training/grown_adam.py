@@ -32,7 +32,7 @@ from conversion.checkpoint.plan import Box, View
 from conversion.checkpoint.reader import FileReader
 
 from ..moments import AdamState, read_grown_state
-from ..spec import OPTIMIZER_FILE
+from ..spec import OPTIMIZER_FILE, lists_state
 from .optimizer_layout import Layout, Slot, blocks, innermost, lay_out, local, parameter_shapes
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,8 @@ def find_grown_state(folder: Path) -> Path | None:
     """The optimizer.pt in the folder of a model, or None; every process of a run has to call it.
 
     Raises:
-        CheckpointError: some processes see it, and some do not; or the folder's record knows of none.
+        CheckpointError: some processes see it, and some do not; or the folder's record knows of none, or of one that is
+            not there.
     """
     path = folder / OPTIMIZER_FILE
     seen = _gather(path.is_file())
@@ -56,11 +57,16 @@ def find_grown_state(folder: Path) -> Path | None:
             f"{path} is there for {sum(seen)} of the {len(seen)} processes: put it where all of them find the model, "
             "or set fresh_optimizer: true and warm up."
         )
-    if not all(seen):
-        return None
     record = read_manifest(folder)
+    if not all(seen):
+        if lists_state(record):
+            raise CheckpointError(
+                f"{path}: is missing, and the folder's record says that it was grown with the weights; restore it, or "
+                "set fresh_optimizer: true and warm up."
+            )
+        return None
     lineage = record["lineage"] if record and record["format"] > 1 else {}
-    if lineage and lineage.get("operation") not in _TRAINED and not lineage.get("optimizer"):
+    if lineage and lineage.get("operation") not in _TRAINED and not lists_state(record):
         raise CheckpointError(
             f"{path}: the record of the folder tells of weights without a grown optimizer, so this is another model's; "
             "remove it, or set fresh_optimizer: true and warm up."

@@ -9,7 +9,7 @@ did or recorded, except for its method and the map of its layers.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from conversion.architecture import Architecture
-from conversion.checkpoint.dtypes import DType
+from conversion.checkpoint.dtypes import BY_NAME, DType
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.limits import default_workers
 from conversion.checkpoint.manifest import read_manifest
@@ -165,11 +165,15 @@ class Certificate:
         conditions: what had to hold.
         tensors: what was found, in data-flow order; empty if the configurations are not comparable.
         byte_copies: whether every copy was compared byte by byte: no factor, no sum, and A's dtype.
+        asked: the dtype that A's config.json asks loaders for, and B's; None where it asks for none.
+        stored: the dtypes of A's weights, and of B's.
     """
 
     conditions: Conditions
     tensors: tuple[TensorResult, ...]
     byte_copies: bool = False
+    asked: tuple[str | None, str | None] = (None, None)
+    stored: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
     @property
     def holds(self) -> bool:
@@ -183,11 +187,41 @@ class Certificate:
         return self.holds and self.byte_copies and all(block.rule == "copy" for block in blocks)
 
     @property
+    def is_exact(self) -> bool:
+        """Whether no copy and no number was rounded: B computes A's function in exact arithmetic, and not nearly so."""
+        blocks = [block.block for tensor in self.tensors for block in tensor.blocks]
+        return (
+            self.conditions.exact
+            and all(block.rule != "sum" for block in blocks)
+            and all(tensor.worst_ulp == 0 for tensor in self.tensors)
+        )
+
+    @property
+    def loading(self) -> str:
+        """What becomes of stored weights where a loader follows config.json, a sentence; empty if they stay the same.
+
+        Transformers does, unless it is told a dtype.
+        """
+        rounded = [
+            f"{model}'s config.json asks loaders for {asked}, and its weights are {' and '.join(stored)}"
+            for model, asked, stored in zip("AB", self.asked, self.stored, strict=True)
+            if asked is not None and not all(_holds(asked, name) for name in stored)
+        ]
+        if rounded:
+            return f"That is said of weights as they are stored: {'; '.join(rounded)}, which that rounds."
+        first, second = (asked or " and ".join(stored) for asked, stored in zip(self.asked, self.stored, strict=True))
+        if self.is_identity and first != second:
+            return f"Loaders that follow config.json compute A in {first} and B in {second}, which round otherwise."
+        return ""
+
+    @property
     def precision(self) -> str:
         """How near what was copied is to A's, a phrase."""
         if self.byte_copies:
             return "what was copied is A's byte for byte"
         worst = max((tensor.worst_ulp for tensor in self.tensors), default=0.0)
+        if self.is_exact:
+            return "what was copied is A's times its factor, exactly"
         return f"what was copied is A's times its factor to within {worst:.3g} units in the last place"
 
     @property
@@ -250,7 +284,32 @@ def certify(
     steps = growth_steps(source, target, manifest["lineage"] if manifest else None)
     conditions = state_conditions(_config(first), _config(second), steps)
     results = tuple(_check_all(first, second, conditions, workers, progress))
-    return Certificate(conditions, results, bool(results) and all(_is_byte_copy(first, result) for result in results))
+    return Certificate(
+        conditions,
+        results,
+        bool(results) and all(_is_byte_copy(first, result) for result in results),
+        (_asked(_config(first)), _asked(_config(second))),
+        (_stored(first), _stored(second)),
+    )
+
+
+def _asked(config: Mapping[str, object]) -> str | None:
+    """The dtype that a configuration asks loaders for, in either spelling; None if none."""
+    for key in ("dtype", "torch_dtype"):
+        if config.get(key) not in (None, "auto"):
+            return str(config[key])[:40].removeprefix("torch.")
+    return None
+
+
+def _stored(source: Source) -> tuple[str, ...]:
+    return tuple(sorted({view.dtype.name for view in source.tensors.values()}))
+
+
+def _holds(asked: str, stored: str) -> bool:
+    """Whether a floating-point type holds every value of another one."""
+    if not all(name in BY_NAME and BY_NAME[name].is_floating for name in (asked, stored)):
+        return False
+    return BY_NAME[asked].holds(BY_NAME[stored])
 
 
 def _is_byte_copy(a: Source, result: TensorResult) -> bool:
@@ -326,10 +385,11 @@ def check_tensor(
             progress(values.nbytes)
             copied = [block for block in blocks if block.rule in ("copy", "sum")]
             originals = reader.read(a[_source_rows(copied[0], low, high)]) if copied else None
-            found = [
-                before + _check_block(block, low, values, originals, rounding)
-                for before, block in zip(found, blocks, strict=True)
-            ]
+            with np.errstate(all="ignore"):  # what no number can be is named as what it is
+                found = [
+                    before + _check_block(block, low, values, originals, rounding)
+                    for before, block in zip(found, blocks, strict=True)
+                ]
         results += found
     return TensorResult(conditions, b.dtype, shape, tuple(results))
 
@@ -456,13 +516,12 @@ def _check_sum(
     halves as there are copies, of units of the largest.
     """
     total, largest = np.zeros(original.shape), np.zeros(original.shape)
-    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is named as such
-        for copy in copies:
-            wide = copy.astype(np.float64)
-            total += wide
-            np.maximum(largest, np.abs(wide, out=wide), out=largest)
-        distance = np.abs(original.astype(np.float64) * rounding.factor - total)
-        ulps = distance / _last_place(largest, rounding.dtype)
+    for copy in copies:
+        wide = copy.astype(np.float64)
+        total += wide
+        np.maximum(largest, np.abs(wide, out=wide), out=largest)
+    distance = np.abs(original.astype(np.float64) * rounding.factor - total)
+    ulps = distance / _last_place(largest, rounding.dtype)
     broken = ~(ulps <= rounding.allowed_ulps_of_sum(len(copies)))
     # Large copies that cancel would make anything rounding. Noise is less than seven spreads of the weight's own.
     limit = _LARGEST_COPY * float(np.abs(original.astype(np.float64)).max(initial=0.0)) * abs(rounding.factor)
@@ -476,9 +535,8 @@ def _ulps(found: np.ndarray, original: np.ndarray, rounding: _Rounding) -> np.nd
     exact = original.astype(np.float64)
     exact *= rounding.factor
     last_place = _last_place(exact, rounding.dtype)
-    with np.errstate(invalid="ignore"):  # what is not finite is named as such
-        exact -= found.astype(np.float64)
-        return np.divide(np.abs(exact, out=exact), last_place, out=exact)
+    exact -= found.astype(np.float64)
+    return np.divide(np.abs(exact, out=exact), last_place, out=exact)
 
 
 def _last_place(values: np.ndarray, dtype: DType) -> np.ndarray:

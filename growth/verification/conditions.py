@@ -15,6 +15,7 @@ Nothing here imports the operators or the specification of growth: a mistake the
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from functools import reduce
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias, get_args
@@ -191,12 +192,15 @@ class Conditions:
         roundings: how often the weights were written between A and B, rounded each time.
         fields: conditions on config.json, checked: they need no data.
         tensors: conditions on the weights, in data-flow order; none if the configurations are not comparable.
+        exact: whether every number and factor that they ask for is one that binary numbers hold: where they are,
+            weights that equal what is asked for compute A's function in exact arithmetic.
     """
 
     growths: int
     roundings: int
     fields: tuple[FieldCondition, ...]
     tensors: tuple[TensorConditions, ...]
+    exact: bool = False
 
 
 def state_conditions(a: Mapping[str, Any], b: Mapping[str, Any], steps: Sequence[Step]) -> Conditions:
@@ -230,7 +234,8 @@ def state_conditions(a: Mapping[str, Any], b: Mapping[str, Any], steps: Sequence
     differ = any(step.noise for step in steps)
     fields = (*sizes, *_function_conditions(a, b, source, target, _covered(maps["hidden"])))
     tensors = tuple(_weight_conditions(source, target, layers, maps, differ))
-    return Conditions(len(steps), roundings, fields, tensors)
+    exact = _is_exact(source, target, tensors, _covered(maps["hidden"]))
+    return Conditions(len(steps), roundings, fields, tensors, exact)
 
 
 def _check_method(step: Step) -> None:
@@ -295,7 +300,7 @@ def _function_conditions(
     """Everything beside the sizes that decides what a model computes; `live` features of B's stream are A's."""
     known = {
         "hidden_act": (a.get("hidden_act", "silu"), b.get("hidden_act", "silu")),
-        "rope_parameters": (rope_parameters(a), rope_parameters(b)),
+        "rope_parameters": (rope_parameters(a, "A's config.json"), rope_parameters(b, "B's config.json")),
         "tie_word_embeddings": (source.tie_word_embeddings, target.tie_word_embeddings),
     }
     if any(rope_parameters(config)["rope_type"] != "default" for config in (a, b)):
@@ -318,6 +323,40 @@ def _function_conditions(
         holds = math.isclose(found, ratio, rel_tol=_EXACT)
         reason = "tied, one matrix is embedding and head, and can make up for one factor only"
         yield FieldCondition("output_mult", f"to be made up by x {found:g}", f"x {ratio:g}", holds, reason)
+
+
+def _is_exact(source: Architecture, target: Architecture, tensors: Sequence[TensorConditions], live: int) -> bool:
+    """Whether nothing in the conditions was rounded; in fractions, as JSON's decimals are binary numbers once read.
+
+    The factor on a weight is exact if it is a power of two, and so is what the configurations say it makes up for.
+    """
+    width = target.hidden_size
+    if Fraction(target.rms_norm_eps) * width != Fraction(source.rms_norm_eps) * live:
+        return False
+    made_up = [
+        _embedding_fraction(source) / _embedding_fraction(target),
+        _logit_fraction(source) / _logit_fraction(target),
+    ]
+    share = Fraction(live, width)
+    root = Fraction(math.isqrt(share.numerator), math.isqrt(share.denominator))
+    if not all(0 < tensor.factor < math.inf for tensor in tensors):
+        return False
+    factors = [Fraction(tensor.factor) for tensor in tensors]
+    return root**2 == share and all(map(_is_power_of_two, [root, *made_up, *factors]))
+
+
+def _embedding_fraction(architecture: Architecture) -> Fraction:
+    return Fraction(architecture.input_mult) if architecture.use_mup else Fraction(1)
+
+
+def _logit_fraction(architecture: Architecture) -> Fraction:
+    if not architecture.use_mup:
+        return Fraction(1)
+    return Fraction(architecture.output_mult) / Fraction(architecture.mup_scale_factor)
+
+
+def _is_power_of_two(value: Fraction) -> bool:
+    return all(part > 0 and part & (part - 1) == 0 for part in (value.numerator, value.denominator))
 
 
 # Where the old entries of each axis are.

@@ -50,10 +50,10 @@ class Verification:
     def verdict(self) -> Verdict:
         """The strongest statement that everything looked at allows.
 
-        `same-bytes`: B has A's weights byte for byte, and a configuration that means the same. `certified`: every
-        condition on B's bytes holds. `indistinguishable`: no certificate could be stated, and on these tokens rounding
-        explains what differs. `not-certified`: B's bytes break a condition, which the logits, if they were compared,
-        do not show. `different`: the logits differ by more than rounding.
+        `same-bytes`: B has A's weights byte for byte, and a configuration that means the same, but for the dtype it
+        may ask loaders for. `certified`: every condition on B's bytes holds. `indistinguishable`: no certificate could
+        be stated, and on these tokens rounding explains what differs. `not-certified`: B's bytes break a condition,
+        which the logits, if they were compared, do not show. `different`: the logits differ by more than rounding.
         """
         if self.numbers and not self.numbers.within_rounding:
             return "different"
@@ -65,7 +65,10 @@ class Verification:
 
     @property
     def same(self) -> bool | None:
-        """Whether B computes A's function: True if that is proven, False if it is not so, None if it is unknown."""
+        """Whether B computes A's function: True if that is proven, False if it is not so, None if it is unknown.
+
+        Proven is what `sentence` says: of the weights as they are stored, and up to their rounding where it says so.
+        """
         return {"same-bytes": True, "certified": True, "indistinguishable": None}.get(self.verdict, False)
 
     @property
@@ -74,13 +77,11 @@ class Verification:
         certificate, numbers = self.certificate, self.numbers
         match self.verdict:
             case "same-bytes":
-                return "B has A's weights, byte for byte, and a configuration that means the same: the same function."
-            case "certified":
-                return (
-                    "B computes A's function: every condition on its configuration and its weights holds "
-                    f"({certificate.precision if certificate else ''}). That is the function in exact arithmetic; "
-                    "computed in B's dtype, sums may round otherwise than in A."
-                )
+                same = "B has A's weights, byte for byte, and a configuration that means the same"
+                loading = certificate.loading if certificate else ""
+                return f"{same}. {loading}" if loading else f"{same}: the same function."
+            case "certified" if certificate:
+                return " ".join(filter(None, (_certified(certificate), certificate.loading)))
             case "indistinguishable" if numbers:
                 return (
                     f"Indistinguishable at {numbers.rounding} rounding on {numbers.difference.tokens} tokens. "
@@ -96,6 +97,24 @@ class Verification:
                 broken = certificate is not None and not certificate.holds
                 agree = " B's bytes break conditions too." if broken else ""
                 return f"Different: on {tokens} tokens the logits differ by more than rounding explains.{agree}"
+
+
+def _certified(certificate: Certificate) -> str:
+    """What a certificate that holds proves: the function itself, or the function but for the rounding of weights."""
+    proof = f"every condition on its configuration and its weights holds ({certificate.precision})"
+    if certificate.is_exact:
+        return (
+            f"B computes A's function: {proof}. That is the function in exact arithmetic; computed in floating point, "
+            "sums may round otherwise than in A."
+        )
+    dtypes = " and ".join(certificate.stored[1])
+    times = certificate.conditions.roundings
+    often = f", {times} times over," if times > 1 else ""
+    return (
+        f"B computes A's function up to rounding: {proof}. In exact arithmetic the two differ by no more than the "
+        f"rounding of weights to {dtypes}{often} and of the numbers in its configuration; computed in floating point, "
+        "sums may round otherwise too."
+    )
 
 
 def _blind_spot(numbers: Numbers) -> str:

@@ -213,7 +213,7 @@ def test_a_small_file_that_was_changed_is_named(way, steps, tmp_path, monkeypatc
     whole = contents(out)
     (out / "config.json").write_text("{}")
     assert refused(way.write, steps[0], out).startswith(f"{out}/config.json: is not what was written there")
-    monkeypatch.setattr(execute, "_write_shards", None)
+    monkeypatch.setattr(execute, "write_shards", None)
     result = way.write(steps[0], out, options=WriteOptions(overwrite=True))
     assert result.written.restored == ("config.json",)
     assert contents(out) == whole

@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Publishing, by the real client of the Hub over HTTP to a small Hub on this machine."""
 
+import hashlib
 import itertools
 import json
 import re
@@ -21,9 +22,10 @@ from safetensors.numpy import load_file, save_file
 import teleflm.app
 from conversion import WriteOptions, convert_checkpoint
 from conversion.checkpoint.errors import CheckpointError
-from conversion.checkpoint.manifest import MANIFEST
+from conversion.checkpoint.manifest import MANIFEST, is_edited, seal
 from conversion.hub.published_card import CardOptions
 from conversion.hub.publishing import publish
+from conversion.inspect import inspect_checkpoint
 from growth import grow_checkpoint
 from tests.fixtures.hub import Fault, running_hub
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
@@ -116,9 +118,8 @@ def test_one_commit_holds_what_a_reader_needs(hub, folder):
     assert said["small_files"].keys() == CODE | TEXTS | TOKENIZER | {"generation_config.json"}
     files = repository.files("step7")
     assert files.keys() - initial.tree.keys() == said["weights"].keys() | said["small_files"].keys()
-    assert all(
-        (folder / name).read_bytes() == files[name] for name in files.keys() - initial.tree.keys() - {"README.md"}
-    )
+    unchanged = files.keys() - initial.tree.keys() - {"README.md", MANIFEST}
+    assert all((folder / name).read_bytes() == files[name] for name in unchanged)
     assert said["left_out"] == ["checkpoint-10", "optimizer.pt"]
     assert said["url"] == f"{hub.url}/{REPO}/commit/{only.sha}"
     assert "one token" in said["notes"][-1]
@@ -240,6 +241,33 @@ def test_whatever_fails_the_repository_loads_and_the_command_goes_on(kind, here,
 
 
 FAILURES_ORDER = [*FAILURES]
+
+
+def test_what_is_published_fits_its_record_whose_earlier_digest_it_names(here, folder, tmp_path):
+    """Moments stay here and the card gets its name: the published record says so, and is not the folder's."""
+    before = (folder / MANIFEST).read_bytes()
+    record = json.loads(before)
+    moments = {"optimizer.pt": {"bytes": 3, "sha256": "0" * 64}}
+    (folder / MANIFEST).write_text(json.dumps(seal({**record, "files": {**record["files"], **moments}})))
+    (folder / "optimizer.pt").write_bytes(b"mom")
+    of_folder = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    publish(folder, REPO, load=False)
+    (tmp_path / "there").mkdir()
+    for name, content in here.repositories[REPO].files().items():
+        (tmp_path / "there" / name).write_bytes(content)
+    assert not (tmp_path / "there/optimizer.pt").exists()
+    assert inspect_checkpoint(tmp_path / "there", check=True).damages == []
+    published = json.loads((tmp_path / "there" / MANIFEST).read_text())
+    assert published["earlier"] == [of_folder]
+    assert not is_edited(published)
+    assert (folder / "README.md").read_bytes() != (tmp_path / "there/README.md").read_bytes()
+
+
+def test_an_edited_record_is_published_as_it_is(here, folder):
+    record = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**record, "seed": 5}))
+    publish(folder, REPO, load=False, check=False)
+    assert is_edited(json.loads(here.repositories[REPO].files()[MANIFEST]))
 
 
 def test_what_the_hub_refuses_is_one_line_and_the_command_goes_on_later(hub, folder):

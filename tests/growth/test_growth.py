@@ -21,13 +21,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import growth.operators as operators
+from conversion import convert_checkpoint
 from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import WriteOptions
 from conversion.checkpoint.sources import WEIGHT_FILES
 from evaluation.logit_comparison import LogitComparison
 from evaluation.logits import compare_logits
-from growth import grow_checkpoint
+from growth import grow_checkpoint, verify_checkpoints
 from growth.method import Mask, Tile, make_method
 from growth.spec import Growth
 from modeling_teleflm import TeleFLMForCausalLM
@@ -51,7 +52,7 @@ def heads(query: int, key_value: int) -> dict[str, int]:
 
 
 GROUPED = heads(8, 2)
-TIED = {"tie_word_embeddings": True, "input_mult": 1.0}
+TIED = {"tie_word_embeddings": True}  # and input_mult 2.5, which one matrix for embedding and head cannot take
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +112,9 @@ def compare(source: Path, out: Path, dtype: torch.dtype = torch.float64) -> Logi
         pytest.param(heads(6, 2), heads(10, 5), id="GQA 6/2 to 10/5: groups of 3 over groups of 2"),
         pytest.param(TIED, {"vocab_size": 704, "num_hidden_layers": 5, "intermediate_size": 96}, id="tied"),
         pytest.param(TIED, {**ALL_AXES, "mup_scale_factor": 4.0}, id="tied, everything"),
+        pytest.param({**TIED, "input_mult": 1.0}, ALL_AXES, id="tied, everything, input_mult 1"),
+        pytest.param({**TIED, "use_mup": False}, ALL_AXES, id="tied, everything, from a model without muP"),
+        pytest.param({**TIED, **GROUPED}, {**heads(12, 3), "mup_scale_factor": 20.0}, id="tied, GQA 8/2 to 12/3"),
         pytest.param({}, {"hidden_size": 40, "head_dim": 8}, id="hidden without heads"),
         pytest.param({"head_dim": 16}, {"hidden_size": 40, "num_attention_heads": 5}, id="heads wider than hidden"),
     ],
@@ -134,6 +138,48 @@ def test_multipliers(multipliers, source, tmp_path):
     assert config["output_mult"] == (0.3 if multipliers == "target" else 0.5 / 4.0 * 5.0)
     assert config["input_mult"] == 1.0
     assert any("input_mult is folded" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("axis", [axis for axis in ALL_AXES if axis != "mup_scale_factor"])
+def test_a_tied_model_grows_along_every_axis(axis, make_source, tmp_path):
+    """And its multipliers stay: nothing of them can be folded into a matrix that is embedding and head."""
+    source, out = make_source(**TIED), tmp_path / "out"
+    more = {"head_dim": 8} if axis == "hidden_size" else {}
+    more |= heads(5, 5) if axis in ("num_attention_heads", "num_key_value_heads") else {}
+    target = {axis: ALL_AXES[axis], **more}
+    grow_checkpoint(source, out, target, overrides={"input_mult": 2.5})
+    assert compare(source, out).relative < 1e-12
+    config = json.loads((out / "config.json").read_bytes())
+    assert (config["input_mult"], config["output_mult"], config["mup_scale_factor"]) == (2.5, 0.5, 4.0)
+    old, new = (load_file(folder / "model.safetensors")["model.embed_tokens.weight"] for folder in (source, out))
+    assert torch.equal(new[: len(old), : old.shape[1]], old)
+    assert verify_checkpoints(source, out).verdict == "certified"
+    for field in ("input_mult", "output_mult", "mup_scale_factor"):  # each alone is another function
+        edited = {**config, field: config[field] * 1.5}
+        (out / "config.json").write_text(json.dumps(edited))
+        assert compare(source, out).relative > 1e-3
+        assert verify_checkpoints(source, out).verdict == "not-certified"
+
+
+@pytest.mark.parametrize("grows", [{"num_hidden_layers": 5}, ALL_AXES], ids=["depth", "everything"])
+def test_a_tied_model_takes_multipliers_that_one_matrix_makes_up_for(grows, make_source, tmp_path):
+    """Embeddings x 2.5 and logits x 1/8 become x 5 and x 1/4: half the matrix makes up for both."""
+    source, out = make_source(**TIED), tmp_path / "out"
+    asked = {"input_mult": 5.0, "output_mult": 1.0, "mup_scale_factor": 4.0}
+    result = grow_checkpoint(source, out, grows, overrides=asked, multipliers="target")
+    assert compare(source, out).relative < 1e-12
+    assert json.loads((out / "config.json").read_bytes()).items() >= asked.items()
+    assert verify_checkpoints(source, out).verdict == "certified"
+    assert any("embed_tokens, which is the head too, is multiplied by 0.5" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("multipliers", ["preserve", "target"])
+def test_the_sources_input_mult_stays_where_it_is_asked_for(multipliers, source, tmp_path):
+    asked = {**ALL_AXES, "input_mult": 2.5}
+    grow_checkpoint(source, tmp_path / "out", overrides=asked, multipliers=multipliers)
+    assert json.loads((tmp_path / "out/config.json").read_bytes())["input_mult"] == 2.5
+    assert compare(source, tmp_path / "out").relative < 1e-12
+    assert verify_checkpoints(source, tmp_path / "out").verdict == "certified"
 
 
 @pytest.mark.parametrize("layers", ["interleave", "stack", "top", "0,0,2,2"])
@@ -546,7 +592,13 @@ DEEPER = {"num_hidden_layers": 4}
         ({}, {"rope_theta": 500000}, "rope_parameters would change"),
         ({}, {"hidden_act": "gelu"}, "hidden_act would change from silu to gelu"),
         ({}, {"tie_word_embeddings": True}, "tie_word_embeddings would change from False to True"),
-        ({"tie_word_embeddings": True}, DEEPER, "tie_word_embeddings is true and the multipliers change"),
+        ({}, {"rope_theta": "x"}, "the target: rope_theta is 'x', expected a number"),
+        ({}, {"rope_parameters": 3}, "the target: rope_parameters is 3, expected an object or null"),
+        ({}, {"rope_parameters": {"rope_theta": [1]}}, r"the target: rope_theta is \[1\], expected a number"),
+        ({}, {"rope_parameters": {"rope_type": []}}, r"the target: rope_type is \[\], expected a name"),
+        ({}, {"rope_theta": 10**400}, r"rope_theta is 1000\d+\.\.\.; it must be finite and above 0"),
+        ({}, {**WIDER, "rms_norm_eps": "x"}, "rms_norm_eps is 'x', expected a number above 0"),
+        ({}, {**WIDER, "output_mult": 10**400}, r"output_mult is 1000\d+\.\.\.; it must be finite and above 0"),
         ({}, "tele-flm-53b", "no preset 'tele-flm-53b'; known presets: .*tele-flm-1t"),
         ({}, "tele-flm-52b", "head_dim would change from 8 to 128"),
         ({}, "missing.json", r"missing\.json: no such file"),
@@ -575,6 +627,9 @@ def test_targets_that_are_refused(fields, target, message, make_source, tmp_path
         ({"output_mult": 0.3}, r"output_mult is asked to be 0\.3, but has to be .*use --multipliers target"),
         ({"use_mup": False}, "use_mup is asked to be False, but has to be"),
         ({"attention_bias": True}, "attention_bias would change from False to True"),
+        ({"input_mult": 3}, "input_mult is asked to be 3: growth keeps the source's, 1, where that is asked for"),
+        ({"rope_scaling": []}, r"(--set|the target): rope_scaling is \[\], expected an object or null"),
+        ({"rope_theta": 0}, "(--set|the target): rope_theta is 0; it must be finite and above 0"),
         ({"hidden_size": 32}, "nothing would grow: .*`teleflm convert` copies"),
     ],
 )
@@ -584,7 +639,7 @@ def test_what_is_asked_for_is_done_or_refused(overrides, message, make_source, t
         grow_checkpoint(source, tmp_path / "out", overrides=overrides)
     if (
         None not in overrides.values()
-        and not {"rms_norm_eps", "use_cache", "output_mult", "use_mup"} & overrides.keys()
+        and not {"rms_norm_eps", "use_cache", "input_mult", "output_mult", "use_mup"} & overrides.keys()
     ):
         with pytest.raises(CheckpointError, match=message):
             grow_checkpoint(source, tmp_path / "out", overrides)
@@ -596,6 +651,68 @@ def test_what_a_target_has_and_growth_keeps_is_noted(source, tmp_path):
     notes = "\n".join(grow_checkpoint(source, tmp_path / "out", target, dry_run=True).notes)
     assert "Not taken from the target, which differs in them: max_position_embeddings, use_cache." in notes
     assert re.search(r"output_mult is [\d.]+, not the target's 9, which keeps what the model computes", notes)
+
+
+def test_nothing_of_a_target_is_dropped_without_a_word(make_source, tmp_path):
+    """Neither what follows from the widths, nor what the source does not say."""
+    source = make_source()
+    config = json.loads((source / "config.json").read_bytes())
+    for name in ("max_position_embeddings", "attention_dropout", "initializer_range"):
+        config.pop(name, None)
+    own = {"colour": None, "shades": {"of": 2}}
+    (source / "config.json").write_text(json.dumps({**config, **own}))
+    target = {
+        **WIDER,
+        "rms_norm_eps": 0.001,
+        "attention_dropout": 0.1,
+        "max_position_embeddings": 99,
+        "dtype": "float16",
+    }
+    notes = "\n".join(grow_checkpoint(source, tmp_path / "out", target, dry_run=True).notes)
+    assert "differs in them: attention_dropout, dtype, max_position_embeddings." in notes
+    assert "rms_norm_eps is 8e-06, not the target's 0.001, which keeps what the model computes." in notes
+    same = {**WIDER, "rms_norm_eps": 8e-06, "torch_dtype": "torch.float64", "shades": {"of": 2}}
+    notes = "\n".join(grow_checkpoint(source, tmp_path / "out", same, dry_run=True).notes)
+    assert "target" not in notes.replace("the target's", "")
+    for other in ({"colour": "red"}, {"shades": {"of": 3}}):
+        with pytest.raises(CheckpointError, match=f"{next(iter(other))} would change from .*; growth keeps it"):
+            grow_checkpoint(source, tmp_path / "out", {**WIDER, **other}, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_parameters": 3}, "config.json: rope_parameters is 3, expected an object or null"),
+        ({"rope_parameters": None, "rope_theta": [1]}, r"config.json: rope_theta is \[1\], expected a number"),
+        ({"rope_scaling": "x"}, "config.json: rope_scaling is 'x', expected an object or null"),
+        ({"rope_parameters": {"rope_type": 5}}, "config.json: rope_type is 5, expected a name"),
+        ({"rope_theta": False}, "config.json: rope_theta is False, expected a number"),
+        ({"hidden_size": 10**400}, "config.json is not valid JSON: a number has 401 digits"),
+    ],
+)
+def test_a_source_whose_numbers_are_none(fields, message, make_source, tmp_path):
+    source = make_source()
+    config = json.loads((source / "config.json").read_bytes())
+    (source / "config.json").write_text(json.dumps({**config, **fields}))
+    writers = [lambda out: grow_checkpoint(source, out, WIDER), lambda out: convert_checkpoint(source, out)]
+    for number, write in enumerate(writers):
+        with pytest.raises(CheckpointError, match=message):
+            write(tmp_path / f"{number}")
+        assert not (tmp_path / f"{number}").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "multipliers", "message"),
+    [
+        ({"output_mult": 0.3}, "preserve", r"output_mult is asked to be 0\.3, but has to be 0\.5: embeddings are tied"),
+        ({"input_mult": 1.0}, "preserve", r"input_mult is asked to be 1\.0, but has to be 2\.5: embeddings are tied"),
+        ({"input_mult": 1.0}, "target", r"multiplied by 1 instead of 2\.5, .*cannot be 2\.5 and 1 times what it was"),
+        ({"use_mup": False}, "target", r"instead of 2\.5, logits by 1 instead of 0\.125: .*leave --multipliers target"),
+    ],
+)
+def test_multipliers_that_one_matrix_cannot_make_up_for(asked, multipliers, message, make_source, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        grow_checkpoint(make_source(**TIED), tmp_path / "out", DEEPER, overrides=asked, multipliers=multipliers)
 
 
 @pytest.mark.parametrize("missing", ["rope_parameters", "hidden_act"])
@@ -644,18 +761,39 @@ def test_a_factor_that_the_dtype_cannot_express_is_refused(make_source, tmp_path
         (
             WIDER,
             {"dtype": "bfloat16"},
-            "Computed in bfloat16, norm weights x 0.8944 are rounded",
+            "exact arithmetic, but for the rounding of weights. In bfloat16, all weights are rounded to bfloat16",
             None,
         ),
-        (heads(16, 16), {"dtype": "bfloat16"}, "Computed in bfloat16, sums are longer", "are rounded"),
         (WIDER, {}, "`teleflm train --mup_base_width 32`", "exact arithmetic"),
-        (DEEPER, {"dtype": "bfloat16"}, "No optimizer state", "exact arithmetic"),
+        (DEEPER, {"dtype": "float16"}, "but for the rounding of weights. In float16, all weights are rounded", None),
+        (DEEPER, {"dtype": "float64"}, "No optimizer state", "exact arithmetic"),
         ({"num_hidden_layers": 6}, {"layers": "0,0,2"}, "Layers 0 are copied more than once", None),
         (DEEPER, {}, "No optimizer state", "more than once"),
     ],
 )
 def test_notes(target, arguments, expected, unexpected, source, tmp_path):
     notes = "\n".join(grow_checkpoint(source, tmp_path / "out", target, dry_run=True, **arguments).notes)
+    assert expected in notes
+    assert unexpected is None or unexpected not in notes
+
+
+@pytest.mark.parametrize(
+    ("fields", "target", "expected", "unexpected"),
+    [
+        (
+            {"input_mult": 2.0},
+            WIDER,
+            "In bfloat16, norm weights x 0.8944 are rounded to bfloat16",
+            "embed_tokens x 2.5 ",
+        ),
+        ({"input_mult": 2.0}, heads(16, 16), "in exact arithmetic. In bfloat16, sums are longer", "are rounded"),
+        ({}, DEEPER, "In bfloat16, embed_tokens x 2.5 are rounded to bfloat16", None),
+        ({"input_mult": 2.0}, DEEPER, "No optimizer state", "exact arithmetic"),
+    ],
+)
+def test_notes_on_bfloat16(fields, target, expected, unexpected, make_source, tmp_path):
+    source = make_source(torch.bfloat16, **fields)
+    notes = "\n".join(grow_checkpoint(source, tmp_path / "out", target, dry_run=True).notes)
     assert expected in notes
     assert unexpected is None or unexpected not in notes
 

@@ -123,7 +123,10 @@ def test_what_is_written(grouped, masked, tmp_path):
     assert (plain["model_type"], plain["rms_norm_eps"]) == ("TeleFLM", 1e-5)
     assert not (tmp_path / "one/masked_teleflm.py").exists()
     card = (tmp_path / "one/README.md").read_text()
-    assert "Growth masks folded into the weights at alpha 1." in card
+    heard = (
+        "Growth masks folded into the weights at alpha 1, where what was added is heard: another function than before"
+    )
+    assert heard in card
     assert "`import growth.training.masks`" in (masked / "README.md").read_text()
 
 

@@ -8,8 +8,12 @@ The oracle is autograd: with beta1 = beta2 = 0 the moments of torch's AdamW are 
 the grown state must be the gradient of the grown model and its square, wherever an entry of the source went.
 """
 
+import hashlib
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,10 +21,15 @@ import torch
 from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
+import conversion.checkpoint.finish as finishing
 import growth.moments as growing
+from conversion import convert_checkpoint
 from conversion.architecture import Architecture
-from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.errors import CheckpointError, CorruptData
 from conversion.checkpoint.execute import WriteOptions
+from conversion.checkpoint.manifest import MANIFEST, read_manifest
+from conversion.checkpoint.sources import open_checkpoint
+from conversion.inspect import inspect_checkpoint
 from growth import grow_checkpoint
 from growth.method import Tile, Zero
 from growth.moments import read_adam_state
@@ -497,6 +506,181 @@ def test_other_moments_are_another_growth(folder_with_moments, source):  # noqa:
     with pytest.raises(CheckpointError, match=r"lineage\.optimizer"):
         grow_checkpoint(source, out, TARGET, optimizer=moments)
     assert (out / "optimizer.pt").read_bytes() == before
+
+
+def damaged_files(folder: Path) -> list[str]:
+    return [damage.file for damage in inspect_checkpoint(folder, check=True).damages or []]
+
+
+def test_the_record_describes_the_moments(folder_with_moments):
+    out, _ = folder_with_moments
+    content, record = (out / "optimizer.pt").read_bytes(), read_manifest(out)
+    digest = hashlib.sha256(content).hexdigest()
+    assert record["files"]["optimizer.pt"].items() >= {"bytes": len(content), "sha256": digest}.items()
+    assert damaged_files(out) == []
+    assert not (out / ".teleflm").exists()
+
+
+def _junk(path):
+    path.write_bytes(b"junk")
+
+
+def _one_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def _a_byte_of_a_moment(path):  # which no sample sees: only the digest
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 + 1000] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [_junk, _one_byte, _a_byte_of_a_moment, Path.unlink])
+def test_destroyed_moments_are_not_already_done(damage, folder_with_moments, source):  # noqa: F811
+    out, moments = folder_with_moments
+    damage(out / "optimizer.pt")
+    assert damaged_files(out) == ["optimizer.pt"]
+    if damage is not _a_byte_of_a_moment:
+        state = "is missing" if damage is Path.unlink else "is not what was written there"
+        with pytest.raises(CheckpointError, match=rf"out/optimizer\.pt: {state}; .*--overwrite"):
+            grow_checkpoint(source, out, TARGET, optimizer=moments)
+    if damage is Path.unlink:
+        with pytest.raises(CheckpointError, match="is missing, and the folder's record says"):
+            find_grown_state(out)
+    options = WriteOptions(overwrite=True)
+    if damage is not _a_byte_of_a_moment:
+        assert not grow_checkpoint(source, out, TARGET, optimizer=moments, options=options).written.already_done
+        assert damaged_files(out) == []
+        assert by_name(out / "optimizer.pt")
+
+
+@pytest.mark.parametrize("field", ["bytes", "sha256", "samples"])
+def test_an_edited_record_of_moments_is_noticed(field, folder_with_moments, source):  # noqa: F811
+    out, moments = folder_with_moments
+    record = read_manifest(out)
+    record["files"]["optimizer.pt"][field] = "0"
+    (out / MANIFEST).write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt"):
+        grow_checkpoint(source, out, TARGET, optimizer=moments)
+
+
+LIMITED = """
+import resource, sys
+from teleflm.app import app
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+app()
+"""
+
+
+@pytest.mark.parametrize("room", [-0.6, 0.05, 0.999], ids=str)
+def test_a_full_disk_under_the_moments(room, folder_with_moments, source, tmp_path):  # noqa: F811
+    """Torch says it with an error of its own, from other places: while it writes, and while it closes the file."""
+    out = tmp_path / "full"
+    whole, moments = folder_with_moments
+    arguments = ["grow", source, out, "--dtype", "bfloat16", "--optimizer", moments]
+    arguments += [text for key, value in ALL_AXES.items() for text in ("--set", f"{key}={value}")]
+    least, most = (whole / "model.safetensors").stat().st_size // 4, (whole / "optimizer.pt").stat().st_size
+    limit = int(least + (most - least) * room) if room > 0 else int(-room * least)
+    command = [sys.executable, "-c", LIMITED.format(limit=limit), *map(str, arguments)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 1, found.stderr
+    assert "Traceback" not in found.stderr
+    file = "optimizer.pt" if room > 0 else "model.safetensors"
+    assert re.search(rf"teleflm: .*{file}.*: File too large", " ".join(found.stderr.split()))
+    with pytest.raises(CheckpointError):
+        open_checkpoint(out)
+    assert CliRunner().invoke(app, list(map(str, arguments))).exit_code == 0
+    assert damaged_files(out) == []
+
+
+@pytest.mark.parametrize(
+    ("step", "when"),
+    [
+        ("write_small_files", "before"),
+        ("write_small_files", "after"),
+        ("_name_shard", "before"),
+        ("_name_shard", "after"),
+    ],
+)
+def test_a_kill_leaves_no_weights_without_their_moments(step, when, source, tmp_path, monkeypatch):  # noqa: F811
+    """At each step of what makes a folder loadable; and what was made is not made again."""
+    save_state(source, tmp_path / "optimizer.pt")
+    real, out = getattr(finishing, step), tmp_path / "out"
+
+    def killed(*arguments):
+        if when == "after":
+            real(*arguments)
+        raise SystemExit
+
+    monkeypatch.setattr(finishing, step, killed)
+    with pytest.raises(SystemExit):
+        grow_checkpoint(source, out, TARGET, optimizer=tmp_path)
+    loadable = (out / "model.safetensors").exists()
+    assert loadable == ((step, when) == ("_name_shard", "after"))
+    assert (out / "optimizer.pt").exists() == (step == "_name_shard")
+    monkeypatch.undo()
+    monkeypatch.setattr(growing, "grow_adam_state", None)
+    grow_checkpoint(source, out, TARGET, optimizer=tmp_path)
+    assert damaged_files(out) == []
+    assert by_name(out / "optimizer.pt")
+    assert grow_checkpoint(source, out, TARGET, optimizer=tmp_path).written.already_done
+
+
+def test_moments_put_there_while_it_ran_are_not_replaced(source, tmp_path, monkeypatch):  # noqa: F811
+    save_state(source, tmp_path / "optimizer.pt")
+    real = finishing.write_small_files
+
+    def put(*arguments):
+        (tmp_path / "out/optimizer.pt").write_text("mine")
+        real(*arguments)
+
+    monkeypatch.setattr(finishing, "write_small_files", put)
+    with pytest.raises(CheckpointError, match=r"out/optimizer\.pt"):
+        grow_checkpoint(source, tmp_path / "out", TARGET, optimizer=tmp_path)
+    assert (tmp_path / "out/optimizer.pt").read_text() == "mine"
+    assert not (tmp_path / "out/model.safetensors").exists()
+
+
+def test_moments_that_change_while_they_grow(source, tmp_path, monkeypatch):  # noqa: F811
+    save_state(source, tmp_path / "optimizer.pt")
+    real = growing.grow_adam_state
+
+    def grow(*arguments):
+        grown = real(*arguments)
+        save_state(source, tmp_path / "optimizer.pt", betas=(0.5, 0.5))
+        return grown
+
+    monkeypatch.setattr(growing, "grow_adam_state", grow)
+    with pytest.raises(CorruptData, match=r"optimizer\.pt: was changed while it was read"):
+        grow_checkpoint(source, tmp_path / "out", TARGET, optimizer=tmp_path)
+    assert not (tmp_path / "out/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("write", [grow_checkpoint, lambda folder, out, _, **kw: convert_checkpoint(folder, out, **kw)])
+def test_overwriting_leaves_a_users_own_moments(write, source, tmp_path):  # noqa: F811
+    """They are named, the check names them, and training refuses them."""
+    out, options = tmp_path / "out", WriteOptions(overwrite=True)
+    out.mkdir()
+    (out / "optimizer.pt").write_text("mine")
+    for dry_run in (True, False):
+        notes = write(source, out, TARGET, options=options, dry_run=dry_run).notes
+        assert [note for note in notes if re.search(r"out/optimizer\.pt is not of this .* stays", note)]
+        assert (out / "optimizer.pt").read_text() == "mine"
+    assert damaged_files(out) == ["optimizer.pt"]
+    with pytest.raises(CheckpointError, match="this is another model's"):
+        find_grown_state(out)
+
+
+def test_overwriting_keeps_what_a_user_put_in_the_place_of_moments(folder_with_moments, source):  # noqa: F811
+    out, moments = folder_with_moments
+    (out / "optimizer.pt").write_text("mine")
+    result = grow_checkpoint(source, out, {**TARGET, "vocab_size": 700}, options=WriteOptions(overwrite=True))
+    assert (out / "optimizer.pt").read_text() == "mine"
+    assert any("optimizer.pt is not of this" in note for note in result.notes)
+    grow_checkpoint(source, out, TARGET, optimizer=moments, options=WriteOptions(overwrite=True))
+    assert by_name(out / "optimizer.pt")  # written anew, which --overwrite says
 
 
 @pytest.mark.parametrize("with_moments", [False, True])

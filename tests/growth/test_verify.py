@@ -26,6 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 import evaluation.streamed_model as forward
 import growth.verification.comparison as comparison
 import tests.growth.test_growth as growth_tests
+from conversion import convert_checkpoint
 from conversion.architecture import Architecture
 from conversion.checkpoint.dtypes import parse_dtype
 from conversion.checkpoint.errors import CheckpointError
@@ -37,8 +38,9 @@ from evaluation.logit_comparison import LogitComparer
 from evaluation.logits import _logits, checkpoint_logits, compare_logits
 from evaluation.streamed_model import StreamedModel
 from growth import Verification, grow_checkpoint, verify_checkpoints
-from growth.method import Tile
+from growth.method import Tile, Zero
 from growth.verification.comparison import compare_numbers
+from modeling_teleflm import TeleFLMForCausalLM
 from teleflm.reports.verification import describe, write_report
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_sentencepiece
 
@@ -422,7 +424,7 @@ def test_a_factor_that_rounding_undid_in_a_wider_source(make_source, tmp_path):
 
 
 def test_tied_beside_untied(make_source):
-    tied, untied = make_source(**growth_tests.TIED), make_source(input_mult=1.0)
+    tied, untied = make_source(**growth_tests.TIED), make_source()
     for a, b in ((tied, untied), (untied, tied)):
         assert verify_checkpoints(a, b).verdict == "not-certified"
 
@@ -623,6 +625,117 @@ def test_unreadable_layer_distances_are_refused(entry, grown, tmp_path):
         verify_checkpoints(grown[0], out)
 
 
+# What is exact, and what is rounded: from the fractions that the numbers are, not from the code.
+
+EXACT, UP_TO = "B computes A's function: ", "B computes A's function up to rounding: "
+FOUR_TIMES = {"hidden_size": 128, **heads(16, 16)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtypes", "target", "method", "beginning"),
+    [
+        ({}, "float32 float32", {}, None, "B has A's weights, byte for byte"),
+        ({}, "float32 bfloat16", {}, None, UP_TO),
+        ({}, "float32 float16", {}, None, UP_TO),
+        ({}, "bfloat16 float16", {}, None, UP_TO),
+        ({}, "bfloat16 float32", {}, None, EXACT),
+        ({"use_mup": False}, "float32 float32", {"num_hidden_layers": 5}, Zero(), EXACT),
+        ({"use_mup": False}, "float32 float16", {"num_hidden_layers": 5}, Zero(), UP_TO),
+        ({}, "float32 float32", {"num_hidden_layers": 5}, Zero(), UP_TO),  # input_mult 2.5 is folded
+        ({"input_mult": 2.0}, "float32 float32", {"num_hidden_layers": 5}, Zero(), EXACT),
+        ({"input_mult": 2.0}, "bfloat16 bfloat16", FOUR_TIMES, Zero(), EXACT),  # norms x 1/2
+        ({"input_mult": 2.0}, "bfloat16 bfloat16", {"hidden_size": 64, **heads(8, 8)}, Zero(), UP_TO),
+        ({"input_mult": 2.0}, "float64 float64", {"hidden_size": 64, **heads(8, 8)}, Zero(), UP_TO),
+        ({"input_mult": 2.0}, "float32 float32", {"hidden_size": 64, **heads(8, 8)}, Tile(0.0), EXACT),
+        ({"input_mult": 2.0}, "float32 float32", {"hidden_size": 64, **heads(8, 8)}, Tile(0.3), UP_TO),
+    ],
+)
+def test_exact_is_said_of_what_is_exact(fields, dtypes, target, method, beginning, make_source, tmp_path):
+    stored, written = dtypes.split()
+    source, out = make_source(stored, **fields), tmp_path / "out"
+    if method:
+        notes = grow_checkpoint(source, out, target, method=method, dtype=written).notes
+    else:
+        convert_checkpoint(source, out, dtype=written)
+    verification = verify_checkpoints(source, out)
+    assert verification.sentence.startswith(beginning)
+    assert verification.same
+    assert ("In exact arithmetic the two differ by no more than" in verification.sentence) == (beginning == UP_TO)
+    if beginning == UP_TO:
+        assert f"rounding of weights to {written}" in verification.sentence
+    if method and stored != "float64":
+        promised = any("in exact arithmetic." in note for note in notes)
+        assert not (promised and beginning == UP_TO)
+
+
+def edit(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config = {key: value for key, value in {**config, **changes}.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "said"),
+    [
+        ({}, {}, ": the same function."),
+        ({}, {"dtype": "bfloat16"}, "B's config.json asks loaders for bfloat16, and its weights are float32"),
+        ({}, {"dtype": None, "torch_dtype": "torch.float16"}, "B's config.json asks loaders for float16, and its"),
+        ({"dtype": "bfloat16"}, {"dtype": "bfloat16"}, "asks loaders for bfloat16, and its weights are float32; B's"),
+        ({}, {"dtype": None}, ": the same function."),
+        ({"dtype": "auto"}, {}, ": the same function."),
+        ({}, {"dtype": "float64"}, "compute A in float32 and B in float64, which round otherwise"),
+        ({}, {"dtype": ["no", "dtype"]}, "asks loaders for ['no', 'dtype'], and"),
+    ],
+)
+def test_another_dtype_for_loaders_is_said(a, b, said, make_source, tmp_path):
+    """Transformers rounds the weights to what config.json says, unless it is told otherwise."""
+    source, out = make_source("float32"), tmp_path / "out"
+    shutil.copytree(source, out)
+    edit(source, **a)
+    edit(out, **b)
+    verification = verify_checkpoints(source, out)
+    assert verification.verdict == "same-bytes"
+    assert said in verification.sentence
+    assert ("the same function" in verification.sentence) == (said == ": the same function.")
+
+
+def test_that_transformers_follows_the_dtype(make_source, tmp_path):
+    """Which is why it has to be said."""
+    source, out = make_source("float32"), tmp_path / "out"
+    shutil.copytree(source, out)
+    edit(out, dtype="bfloat16")
+    first, second = (
+        TeleFLMForCausalLM.from_pretrained(path)(torch.tensor(IDS[None])).logits.double() for path in (source, out)
+    )
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_a_grown_model_that_asks_for_another_dtype(grown, tmp_path):
+    out = shutil.copytree(grown[1], tmp_path / "out")
+    edit(out, dtype="bfloat16")
+    verification = verify_checkpoints(grown[0], out)
+    assert verification.verdict == "certified"
+    assert verification.sentence.endswith("asks loaders for bfloat16, and its weights are float64, which that rounds.")
+
+
+@pytest.mark.parametrize(
+    ("side", "field", "value"),
+    [(0, "input_mult", 1e308), (1, "input_mult", 1e308), (0, "output_mult", 1.7e308), (0, "mup_scale_factor", 5e-324)],
+)
+def test_absurd_multipliers_are_named_and_nothing_else(side, field, value, grown, tmp_path):
+    folders = [shutil.copytree(path, tmp_path / f"{number}") for number, path in enumerate(grown)]
+    edit(folders[side], **{field: value})
+    found = teleflm_verify(*folders)
+    assert found.returncode in (2, 3)
+    if found.returncode == 2:
+        assert re.fullmatch(r"teleflm: .*config\.json: output_mult .* finite and above 0\.\n", found.stderr)
+    grown = teleflm("grow", folders[side], tmp_path / "grown", "--set", "vocab_size=700")
+    assert grown.returncode in (0, 1, 2)
+    for result in (found, grown):
+        assert "Traceback" not in result.stderr
+        assert "Warning" not in result.stderr
+
+
 def test_report_of_a_failure_names_it(grown, tmp_path):
     out = shutil.copytree(grown[1], tmp_path / "out")
     tensors = load_file(out / "model.safetensors")
@@ -637,14 +750,19 @@ def test_report_of_a_failure_names_it(grown, tmp_path):
 
 
 def teleflm_verify(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "teleflm", "verify", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return teleflm("verify", *arguments)
+
+
+def teleflm(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "teleflm", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_command(grown, text, tmp_path):
     good = teleflm_verify(*grown, "--growth", "--text", text, "--forward", "streamed", "--report", tmp_path / "report")
     assert good.returncode == 0, good.stderr
-    assert "B computes A's function: every condition on its configuration and its weights holds" in good.stdout
+    said = "B computes A's function up to rounding: every condition on its configuration and its weights holds"
+    assert said in good.stdout
     assert re.search(r"tokens in float64, layer by layer: .* to read, about", good.stderr)
     assert (tmp_path / "report/index.html").is_file()
 

@@ -24,6 +24,7 @@ from conversion.checkpoint.execute import WriteOptions
 from conversion.checkpoint.manifest import MANIFEST, read_manifest
 from conversion.checkpoint.sources import open_checkpoint
 from conversion.hub.card_check import check_card
+from conversion.hub.published_card import CardOptions
 from conversion.hub.publishing import publish
 from sft.export import ExportError, _read_adapter, _write_adapter, export_model
 from sft.training.recipe import Recipe
@@ -218,11 +219,12 @@ def test_a_refusal_is_one_line_and_status_2(arguments, message, trained, tmp_pat
 
 def test_an_adapter_is_published_with_a_base_that_others_can_find(trained, tmp_path):
     out = export_model(trained("lora"), tmp_path / "out").folder
-    with pytest.raises(CheckpointError, match=r"base_model_name_or_path is .*, a folder of this machine"):
-        publish(out, "owner/adapter", dry_run=True)
+    said = CardOptions(license="apache-2.0")
+    with pytest.raises(CheckpointError, match=r"base_model_name_or_path is .*, a path of this machine"):
+        publish(out, "owner/adapter", dry_run=True, card=said)
     config = json.loads((out / "adapter_config.json").read_text())
     (out / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "owner/base"}))
-    publication = publish(out, "owner/adapter", dry_run=True)
+    publication = publish(out, "owner/adapter", dry_run=True, card=said)
     assert publication.weights.keys() == {"adapter_model.safetensors"}
     assert {
         "adapter_config.json",
