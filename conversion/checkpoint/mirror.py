@@ -85,7 +85,7 @@ class _Mirror:
     entries: dict[str, RemoteEntry]
 
 
-_mirrors: dict[str, _Mirror] = {}
+_mirrors: dict[str, _Mirror] = {}  # by the URL and the state of every file
 _lock = threading.Lock()
 
 
@@ -95,10 +95,11 @@ def mirror(folder: RemoteFolder) -> Path:
     Raises:
         CheckpointError: a small file cannot be read, or is not what its host says.
     """
+    state = f"{folder.url} {sorted((name, entry.size, entry.version) for name, entry in folder.files.items())}"
     with _lock:
-        if folder.url not in _mirrors:
-            _mirrors[folder.url] = _make(folder)
-        return Path(_mirrors[folder.url].root)
+        if state not in _mirrors:
+            _mirrors[state] = _make(folder)
+        return Path(_mirrors[state].root)
 
 
 def _make(folder: RemoteFolder) -> _Mirror:
@@ -281,6 +282,8 @@ def _persistently(fetch: Callable[[], bytes], size: int, url: str) -> bytes:
             content = fetch()
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
             raise OSError(error.errno, error.strerror or str(error) or type(error).__name__, url) from None
+        except CheckpointError:
+            raise
         except Exception as error:  # of as many kinds as there are file systems
             said = " ".join(str(getattr(error, "strerror", None) or error).split())[:200] or type(error).__name__
             continue

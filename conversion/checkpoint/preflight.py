@@ -80,6 +80,7 @@ class Refused:
 Decision: TypeAlias = New | Resume | Done | Refused
 
 _LOOKED_FOR = ("finite", "no_overflow")
+_LOOKS = 5  # at a folder that changes
 _WAY_OUT = "choose another folder or --overwrite"
 
 
@@ -119,7 +120,7 @@ def _decide(job: Job, out: Path) -> Decision:
 
 
 class _Contents:
-    """What lies in an output folder, looked at once.
+    """What lies in an output folder at one instant.
 
     Args:
         out: the folder.
@@ -127,11 +128,26 @@ class _Contents:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.run = read_json(out / FOLDER / RUN)
-        self.has_record = os.path.lexists(out / MANIFEST)  # asked before it is read: another rank may be writing it
+        self.run, self.has_record, self.names = self._settled()
         self.record, self.record_fault = self._read_record()
         self.old_record = read_old_manifest(out)
-        self.names = list(known_files(out))
+
+    def _settled(self) -> tuple[dict[str, Any] | None, bool, list[str]]:
+        """The run, whether there is a record, and the names, as they were together.
+
+        Another rank may write its run and its first file between two looks: so they are taken again until they stay.
+        """
+        seen = self._look()
+        for _ in range(_LOOKS):
+            again = self._look()
+            if again == seen:
+                break
+            seen = again
+        return seen
+
+    def _look(self) -> tuple[dict[str, Any] | None, bool, list[str]]:
+        run = read_json(self.out / FOLDER / RUN)
+        return run, os.path.lexists(self.out / MANIFEST), list(known_files(self.out))
 
     def _read_record(self) -> tuple[dict[str, Any] | None, str | None]:
         try:

@@ -92,7 +92,7 @@ def look_at(hub: "HfApi", repo_id: str, revision: str | None = None) -> Reposito
     """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    with one_line(repo_id):
+    with one_line(repo_id, revision):
         try:
             info = hub.model_info(repo_id, revision=revision, files_metadata=True)
         except GatedRepoError:

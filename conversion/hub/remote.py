@@ -24,7 +24,7 @@ from ..checkpoint.manifest import MANIFEST, OLD_MANIFEST
 from ..checkpoint.mirror import RemoteEntry, RemoteFolder, mirror, plainly
 from ..checkpoint.sources import WEIGHT_FILES
 from ..checkpoint.strict_json import parse_json_object
-from .client import RemoteFile, check_repo_id, look_at
+from .client import RemoteFile, check_repo_id, look_at, one_line
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -85,13 +85,14 @@ def _of_the_hub(text: str) -> RemoteFolder:
     from fsspec import filesystem
     from huggingface_hub import HfApi
 
-    there = look_at(HfApi(library_name="teleflm"), repo_id, revision)
+    api = HfApi(library_name="teleflm")
+    there = look_at(api, repo_id, revision)
     if there is None:
         raise CheckpointError(
             f"{repo_id}: no such folder here, and no such model on the Hub, or it is private; check the name, and that "
             "HF_TOKEN may see it."
         )
-    hub = filesystem("hf")
+    hub = filesystem("hf", endpoint=api.endpoint)  # by which an instance is known, and kept
     prefix = f"{below}/" if below else ""
     files = {
         name.removeprefix(prefix): _hub_entry(hub, f"{repo_id}@{there.commit}/{name}", file)
@@ -106,7 +107,7 @@ def _of_the_hub(text: str) -> RemoteFolder:
 
 def _hub_entry(hub: "AbstractFileSystem", path: str, file: RemoteFile) -> RemoteEntry:
     def fetch(begin: int, end: int) -> bytes:
-        with hub.open(path, "rb", cache_type="none") as opened:
+        with one_line(path.partition("@")[0]), hub.open(path, "rb", cache_type="none") as opened:
             opened.seek(begin)
             return bytes(opened.read(end - begin))
 

@@ -14,7 +14,6 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import huggingface_hub.utils._http as http
 import pytest
 from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.numpy import load_file, save_file
@@ -27,7 +26,7 @@ from conversion.hub.published_card import CardOptions
 from conversion.hub.publishing import publish
 from conversion.inspect import inspect_checkpoint
 from growth import grow_checkpoint
-from tests.fixtures.hub import Fault, running_hub
+from tests.fixtures.hub import Fault
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 ROOT = Path(teleflm.__file__).parent.parent
@@ -58,25 +57,6 @@ def versions(source, tmp_path_factory):
 @pytest.fixture
 def folder(versions, tmp_path):
     return Path(shutil.copytree(versions[1], tmp_path / "folder"))
-
-
-@pytest.fixture
-def hub():
-    with running_hub() as running:
-        running.lfs_threshold = 20_000
-        yield running
-
-
-@pytest.fixture
-def here(hub, monkeypatch):
-    """The client of this process speaks to the Hub, and does not wait between its tries."""
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", "hf_test")
-    monkeypatch.setattr(http.time, "sleep", lambda seconds: None)
-    return hub
 
 
 def run(hub, *arguments, **environment):

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import pytest
 
+import conversion.checkpoint.preflight as preflight_module
 from conversion.checkpoint import ranks
 from conversion.checkpoint.errors import CheckpointError
-from conversion.checkpoint.execute import WriteOptions, Written, write_checkpoint
+from conversion.checkpoint.execute import WriteOptions, Written, make_job, write_checkpoint
 from conversion.checkpoint.folder_formats import loadable_files
 from conversion.checkpoint.manifest import MANIFEST
-from conversion.checkpoint.preflight import FOLDER, PARTIAL
+from conversion.checkpoint.preflight import FOLDER, PARTIAL, RUN, Resume, preflight
 from conversion.checkpoint.ranks import RankFailed, Ranks
 from conversion.checkpoint.sources import WEIGHT_FILES
 from conversion.checkpoint.workspace import Workspace
@@ -440,3 +441,24 @@ def test_a_rank_outside_of_the_world_is_bad_usage(sources, tmp_path):
     assert result.stderr == "teleflm: RANK is '2' and WORLD_SIZE is '2': that is no rank of a world.\n"
     assert not (tmp_path / "out").exists()
     assert FOLDER not in contents(tmp_path)
+
+
+def test_a_folder_that_another_rank_just_begins_to_write_is_not_somebody_elses(sources, monkeypatch, tmp_path):
+    """Between two looks at OUT, rank 0 writes its run and its first file: that is no file of an unknown origin."""
+    plan, out = mixed_plan(sources), tmp_path / "out"
+    job = make_job(plan, WriteOptions(max_shard_size=SHARD_BYTES))
+    out.mkdir()
+    read_json, done = preflight_module.read_json, []
+
+    def begin_after(path):
+        found = read_json(path)
+        if not done:
+            done.append(path)
+            (out / FOLDER).mkdir()
+            (out / FOLDER / RUN).write_text(json.dumps(job.run))
+            (out / (job.layout.shards[0].filename + PARTIAL)).touch()
+        return found
+
+    monkeypatch.setattr(preflight_module, "read_json", begin_after)
+    assert preflight(job, out) == Resume()
+    assert done
