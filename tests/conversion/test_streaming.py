@@ -124,9 +124,10 @@ def test_stopped_anywhere_it_goes_on_and_sends_nothing_twice(seed, here, source,
         try:
             convert_to_hub(source, REPO, "170KB", work=work, options=OPTIONS)
             break
-        except (CheckpointError, OSError) as error:
+        except (CheckpointError, OSError):
             stops += 1
-            assert stops <= 5, error
+            if stops > 5:  # nothing fails any more
+                raise
             assert weights(here.repositories[REPO].files()) in ({}, expected) if REPO in here.repositories else True
     assert weights(here.repositories[REPO].files()) == expected
     sizes = {digest: len(content) for (_, digest), content in here.objects.items()}
