@@ -87,7 +87,7 @@ def lineage_chain(record: Mapping[str, Any], digest: str | None, problems: Seque
     steps, before = _walk(record.get("lineage"), {"verification": record.get("verification"), "record": digest})
     links = []
     if before:
-        why = "no record" if before == _NO_RECORD else "earlier steps were left out of the record"
+        why = "earlier steps were left out of the record" if before == _OMITTED else "no record"
         first = steps[0].lineage.get("parent") if steps else None
         named = _digest(first.get("record")) if isinstance(first, Mapping) else None
         links.append(Link(before, None, named, (why,)))
@@ -139,6 +139,8 @@ def _walk(lineage: Any, link: Mapping[str, Any]) -> tuple[list[_Step], str | Non
         # Training from nothing has no parent; other programs leave no record of theirs.
         case {"operation": "train", "initial_weights": "random"} | {"operation": "convert", "parallel": _}:
             before = None
+        case {"parent": {"origin": origin}} if place := _place(origin):
+            before = f"{place}, which has no record of its own."
         case _:
             before = _NO_RECORD
     return steps[::-1], before
@@ -153,7 +155,7 @@ def _sentence(step: _Step) -> str:
     source = parent.get("record") if isinstance(parent, Mapping) else None
     judged = _verdict(verdict, source) if isinstance(verdict, Mapping) else ""
     refuted = isinstance(verdict, Mapping) and verdict.get("verdict") in _REFUTED
-    place = _place(parent.get("origin")) if isinstance(parent, Mapping) else ""
+    place = _place(parent.get("origin")) if isinstance(parent, Mapping) and source else ""
     text = f"{_describe(step.lineage, refuted=refuted)}{place and f' Read from {place}.'}{judged}"
     return text if len(text) <= _MOST_SENTENCE else f"{text[: _MOST_SENTENCE - 3]}..."
 

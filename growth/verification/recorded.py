@@ -72,8 +72,8 @@ def record_verification(
 
 def _against(a: str | os.PathLike[str]) -> dict[str, Any]:
     record = parent_of(open_checkpoint(local_view(a)))
-    found = record or {"record": None, "matches": None}
-    return {"record": found["record"], "matches": found["matches"]}
+    found = {name: (record or {}).get(name) for name in ("record", "matches", "origin")}
+    return {name: value for name, value in found.items() if name != "origin" or value}
 
 
 def _describe(verification: Verification, against: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from conversion.checkpoint.errors import CheckpointError, CorruptData
 from conversion.checkpoint.manifest import MANIFEST
 from conversion.hub.remote import is_remote, local_view
 from growth import grow_checkpoint
+from growth.verification.recorded import check_recordable, record_verification
 from growth.verification.verify import verify_checkpoints
 from tests.fixtures.hub import Fault
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
@@ -68,7 +69,7 @@ def test_a_model_of_the_hub_is_read_as_one_that_is_here(layout, here, folders, t
     assert weights(tmp_path / "remote") == weights(tmp_path / "local")
     assert lineage(tmp_path / "remote")["parent"] == {"origin": {"hub": REPO, "commit": commit}}
     card = (tmp_path / "remote/README.md").read_text()
-    assert f"Read from {REPO} on the Hub at {commit[:12]}." in card
+    assert f"1. {REPO} on the Hub at {commit[:12]}, which has no record of its own." in card
     assert f"base_model: {REPO}" in card
     assert (tmp_path / "remote/tokenizer.model").read_bytes() == (folders / layout / "tokenizer.model").read_bytes()
     inspection = inspect_checkpoint(REPO)
@@ -87,6 +88,11 @@ def test_growing_judging_and_exporting_read_it_as_well(here, folders, tmp_path):
     text.write_text("The stream widens, and the function stays. " * 9)
     found = verify_checkpoints(REPO, tmp_path / "remote", text=text, max_tokens=24)
     assert found.verdict == "certified"
+    record_verification(REPO, tmp_path / "remote", found, check_recordable(tmp_path / "remote"))
+    verdict = json.loads((tmp_path / "remote" / MANIFEST).read_text())["verification"]
+    assert (verdict["verdict"], verdict["against"]["origin"]["hub"]) == ("certified", REPO)
+    with pytest.raises(CheckpointError, match=r"is not on this machine, and its record cannot be changed"):
+        check_recordable(REPO)
     with pytest.raises(CheckpointError, match="--forward loaded needs both models on this machine"):
         verify_checkpoints(REPO, tmp_path / "remote", text=text, forward="loaded")
     export_checkpoint(REPO, tmp_path / "granite", to="granite")
