@@ -11,7 +11,7 @@ from . import assemble
 from .assemble import PREPASS_BYTES, Needs
 from .errors import CheckpointError
 from .normal_stream import GRID, TABLE_BYTES
-from .plan import RowMean, Statistic, TensorPlan, piece_number
+from .plan import RowMean, Statistic, TensorPlan, piece_number, source_views
 from .reader import CHUNK
 from .rounding import KEPT_TABLES
 from .sizes import format_bytes
@@ -52,18 +52,19 @@ def share_out(tensors: Iterable[TensorPlan], workers: int, memory: int) -> Share
         CheckpointError: it is too small for one thread.
     """
     tensors = list(tensors)
+    window = max((view.file.window for tensor in tensors for view in source_views(tensor)), default=0)
     needs = {Needs.of(tensor) for tensor in tensors}
     shared = _PROGRAM_BYTES + (2 * KEPT_TABLES * TABLE_BYTES if any(need.looks_up for need in needs) else 0)
     asked = min(workers, max(1, sum(-(-tensor.numel // assemble.BLOCK) for tensor in tensors)))
 
     def each(stretch: int) -> int:
-        return THREAD_BYTES + max((need.nbytes(stretch) for need in needs), default=0)
+        return THREAD_BYTES + window + max((need.nbytes(stretch) for need in needs), default=0)
 
     stretch = GRID
     while asked * each(stretch) > memory - shared and stretch > _SMALLEST_STRETCH:
         stretch //= 2
     samples = sum(map(_samples, tensors))
-    sampling = THREAD_BYTES + PREPASS_BYTES if samples else 0
+    sampling = THREAD_BYTES + window + PREPASS_BYTES if samples else 0
     least = max(shared + each(stretch), _PROGRAM_BYTES + sampling)
     if memory < least:
         raise CheckpointError(_too_small(memory, least))

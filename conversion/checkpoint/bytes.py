@@ -51,6 +51,11 @@ class ByteSource(ABC):
     size: int
     identity: str
 
+    @property
+    def window(self) -> int:
+        """Bytes that a thread which reads it holds, beside those that it asked for."""
+        return 0
+
     @abstractmethod
     def open(self) -> "OpenBytes":
         """Open it for reading its data.

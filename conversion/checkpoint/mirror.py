@@ -181,6 +181,11 @@ class MirroredFile(ByteSource):
     url: str = field(kw_only=True)
     entry: RemoteEntry = field(kw_only=True)
 
+    @property
+    def window(self) -> int:
+        """See `ByteSource.window`."""
+        return WINDOW
+
     def __fspath__(self) -> str:
         return self.name
 
@@ -211,8 +216,21 @@ class MirroredFile(ByteSource):
             )
 
 
+class _Window(threading.local):
+    """What a thread read last, of whatever file, and how far it said that it will go on: one a thread, however many
+    files are open."""
+
+    file: "OpenRemote | None" = None
+    begin: int = 0
+    content: memoryview = memoryview(b"")
+    end: int = 0
+
+
+_window = _Window()
+
+
 class OpenRemote(OpenBytes):
-    """A file of a remote folder that is open. Each thread keeps a window of what it read last.
+    """A file of a remote folder that is open.
 
     Args:
         name: the placeholder's path.
@@ -223,27 +241,34 @@ class OpenRemote(OpenBytes):
     def __init__(self, name: str, url: str, entry: RemoteEntry) -> None:
         self.name, self.url, self.size = name, url, entry.size
         self._entry = entry
-        self._kept = threading.local()
 
     def expect(self, begin: int, end: int) -> None:
         """See `OpenBytes.expect`."""
-        self._kept.end = end
+        if _window.file is not self:
+            self._forget()
+        _window.file, _window.end = self, end
 
     def read_into(self, target: memoryview, offset: int) -> None:
         """See `OpenBytes.read_into`."""
         if offset + len(target) > self.size:
             raise EOFError
-        begin, window = getattr(self._kept, "window", (0, memoryview(b"")))
+        if _window.file is not self:
+            self._forget()
         done = 0
         while done < len(target):
             at = offset + done
-            if not begin <= at < begin + len(window):
-                end = max(offset + len(target), min(getattr(self._kept, "end", 0), at + WINDOW))
-                begin, window = at, memoryview(self._fetch(at, min(end, at + max(WINDOW, len(target)))))
-                self._kept.window = begin, window
-            part = window[at - begin : at - begin + len(target) - done]
+            if not _window.begin <= at < _window.begin + len(_window.content):
+                _window.content = memoryview(b"")  # before the next one is there
+                end = min(max(offset + len(target), _window.end), at + WINDOW)
+                _window.begin, _window.content = at, memoryview(self._fetch(at, end))
+                _window.file = self
+            part = _window.content[at - _window.begin :][: len(target) - done]
             target[done : done + len(part)] = part
             done += len(part)
+
+    @staticmethod
+    def _forget() -> None:
+        _window.file, _window.begin, _window.content, _window.end = None, 0, memoryview(b""), 0
 
     def _fetch(self, begin: int, end: int) -> bytes:
         return _persistently(lambda: self._entry.fetch(begin, end), end - begin, self.url)
@@ -264,7 +289,8 @@ class OpenRemote(OpenBytes):
 
     def close(self) -> None:
         """Let go of it."""
-        self._kept = threading.local()
+        if _window.file is self:
+            self._forget()
 
 
 def _persistently(fetch: Callable[[], bytes], size: int, url: str) -> bytes:

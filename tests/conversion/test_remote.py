@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Sources that are elsewhere: on the Hub by its real client, in other stores by fsspec, over http by ranges."""
 
+import gc
 import json
 import re
 import shutil
@@ -22,6 +23,9 @@ import conversion.checkpoint.mirror as mirror
 from conversion import WriteOptions, convert_checkpoint, export_checkpoint, inspect_checkpoint
 from conversion.checkpoint.errors import CheckpointError, CorruptData
 from conversion.checkpoint.manifest import MANIFEST
+from conversion.checkpoint.reader import FileReader
+from conversion.checkpoint.sources import open_checkpoint
+from conversion.convert import plan_conversion
 from conversion.hub.remote import is_remote, local_view
 from growth import grow_checkpoint
 from growth.verification.recorded import check_recordable, record_verification
@@ -222,6 +226,27 @@ def test_a_folder_that_is_here_is_never_looked_for_elsewhere(here, folders, tmp_
         True,
         *[False] * 5,
     ]
+
+
+def test_a_thread_holds_one_window_whatever_the_number_of_files(folders, store):
+    """And the budget knows of it: --memory is for all threads together."""
+    put(store, "m", folders / "sharded")
+    source = open_checkpoint(local_view("memory://m"))
+    with FileReader() as reader:
+        for view in source.tensors.values():
+            for _ in reader.chunks(view):
+                pass
+            held = [value for value in gc.get_objects() if isinstance(value, mirror.OpenRemote)]
+        assert len(held) > 2
+        assert len(mirror._window.content) <= mirror.WINDOW
+        assert not [file for file in held if any(isinstance(value, memoryview) for value in vars(file).values())]
+    assert mirror._window.file is None
+    plan, _ = plan_conversion(source)
+    local, _ = plan_conversion(open_checkpoint(folders / "sharded"))
+    share, less = (WriteOptions(workers=4, memory="256MB").share(found.tensors) for found in (plan, local))
+    assert share.nbytes - less.nbytes == share.workers * mirror.WINDOW
+    with pytest.raises(CheckpointError, match=r"--memory is 4 MB, less than one thread takes here"):
+        WriteOptions(memory="4MB").share(plan.tensors)
 
 
 # Other stores.
