@@ -27,6 +27,8 @@ _TOKENIZER_CLASS = {
     "tokenizer_class": "TeleFLMTokenizer",
     "auto_map": {"AutoTokenizer": ["tokenization_teleflm.TeleFLMTokenizer", None]},
 }
+_SETTINGS_WITH_PATHS = (_TOKENIZER_CONFIG, "generation_config.json")
+_PLACES = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
 _OLD_SPELLINGS = ("torch_dtype", "rope_theta", "rope_scaling", "transformers_version", "_name_or_path", "auto_map")
 
 
@@ -70,11 +72,19 @@ def hub_sidecars(
     files |= {name: path for name, path in small_files(source, {}).items() if name != CARD}
     if "tokenizer.model" in files:
         tokenizer = load_config(source / _TOKENIZER_CONFIG) if copied_file(source, _TOKENIZER_CONFIG) else {}
-        files[_TOKENIZER_CONFIG] = (json.dumps({**tokenizer, **_TOKENIZER_CLASS}, indent=2) + "\n").encode()
+        files[_TOKENIZER_CONFIG] = (json.dumps({**_public(tokenizer), **_TOKENIZER_CLASS}, indent=2) + "\n").encode()
         if "chat_template" not in tokenizer:
             files.setdefault(_CHAT_TEMPLATE, str(package / _CHAT_TEMPLATE))
+    for name in _SETTINGS_WITH_PATHS:
+        if isinstance(path := files.get(name), str) and (said := load_config(Path(path))) != _public(said):
+            files[name] = (json.dumps(_public(said), indent=2, ensure_ascii=False) + "\n").encode()
     files[CARD] = render_card(with_files(facts, origin or source, files)).encode()
     return files
+
+
+def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without where they lay on the machine of whoever saved them, which tells a reader nothing."""
+    return {name: value for name, value in settings.items() if name not in _PLACES}
 
 
 def count_pieces(folder: Path) -> int | None:

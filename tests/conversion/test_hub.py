@@ -104,6 +104,22 @@ def test_configuration_is_in_todays_spelling(published, tmp_path):
     assert load_file(tmp_path / "out/model.safetensors").keys() == tiny_model().state_dict().keys()
 
 
+def test_where_files_lay_on_somebodys_machine_stays_behind(published, tmp_path):
+    for name, said in {
+        "tokenizer_config.json": {"name_or_path": "/home/me/m", "special_tokens_map_file": "/root/x.json", "add": 1},
+        "generation_config.json": {"_name_or_path": "/home/me/m", "max_length": 7},
+    }.items():
+        (published / name).write_text(json.dumps(said))
+    convert_checkpoint(published, tmp_path / "out")
+    tokenizer, generation = (
+        json.loads((tmp_path / "out" / name).read_text())
+        for name in ("tokenizer_config.json", "generation_config.json")
+    )
+    assert {"name_or_path", "special_tokens_map_file"} & tokenizer.keys() == set()
+    assert tokenizer["add"] == 1
+    assert generation == {"max_length": 7}
+
+
 def test_what_is_read_from_the_text_of_the_model_code_is_what_it_says():
     assert model_code_constant("modeling_teleflm.py", "AUTO_MAP") == modeling.AUTO_MAP
     assert model_code_constant("masked_teleflm.py", "AUTO_MAP") == masked.AUTO_MAP
