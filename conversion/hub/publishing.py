@@ -106,10 +106,12 @@ def publish(
         raise CheckpointError(f"{repo_id}: a pull request has no commit of its own to tag; tag it once it is merged.")
     release = find_release(folder)
     to = Destination(HfApi(library_name="teleflm"), repo_id, revision, pull_request)
-    there, notes = ask(to, private, tag, dry_run)
+    there, notes, reached = ask(to, private, tag, dry_run)
     removed = files_to_remove(to, there, release.files.keys()) if there else []
     facts = replace(card_facts(folder), repo_id=repo_id)
     text = compose_card(to, there, facts, (folder / CARD).read_bytes(), card, str(folder))
+    if reached:
+        validate_card(text.decode(), repo_id)
     check_release(release, check, workers, progress)
     notes += try_loading(release) if load else []
     small = {**release.small_files, CARD: len(text)}
@@ -150,8 +152,8 @@ def published_record(folder: Path, card: bytes) -> bytes:
 # Before anything is read in full: may we?
 
 
-def ask(to: Destination, private: bool, tag: str | None, dry_run: bool) -> tuple[Repository | None, list[str]]:
-    """What is there, and notes; refuses what could only fail later.
+def ask(to: Destination, private: bool, tag: str | None, dry_run: bool) -> tuple[Repository | None, list[str], bool]:
+    """What is there, notes, and whether the Hub was reached; refuses what could only fail later.
 
     Raises:
         CheckpointError, OSError: no token, one that may not write, or a repository that is not what was asked for.
@@ -171,9 +173,9 @@ def ask(to: Destination, private: bool, tag: str | None, dry_run: bool) -> tuple
         if not dry_run:
             raise
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return None, [f"The Hub was not asked: {said.rstrip('.')}."]
+        return None, [f"The Hub was not asked: {said.rstrip('.')}."], False
     if there is None:
-        return None, [f"{to.repo_id} is not there yet, and would be made." if dry_run else f"{to.repo_id} was made."]
+        return None, [f"{to.repo_id} {'is not there yet, and would be' if dry_run else 'was'} made."], True
     if private and not there.private:
         raise CheckpointError(
             f"{to.repo_id}: is public, and --private does not change that; make it private in its settings first, or "
@@ -181,7 +183,7 @@ def ask(to: Destination, private: bool, tag: str | None, dry_run: bool) -> tuple
         )
     if tag and tag in (names := _tags(to)):
         raise CheckpointError(f"{to.repo_id}: has a tag {tag} already, of {names[tag][:12]}; choose another one.")
-    return there, []
+    return there, [], True
 
 
 def _require_write(to: Destination, who: Mapping[str, Any]) -> None:
@@ -246,10 +248,7 @@ def compose_card(
     """The card to publish, which the Hub takes; see `published_card`."""
     found = read_remote(to, there, CARD) if there else None
     owners = found.decode(errors="replace") if found is not None else None
-    text = published_card(facts, card_text(here, f"{where}/{CARD}"), owners, options, where)
-    if there is not None:
-        validate_card(text, to.repo_id)
-    return text.encode()
+    return published_card(facts, card_text(here, f"{where}/{CARD}"), owners, options, where).encode()
 
 
 # What another version left there.

@@ -33,7 +33,7 @@ from ..checkpoint.sizes import format_bytes
 from ..checkpoint.workspace import forget_run
 from .card import CARD, CardFacts, planned_facts
 from .client import check_repo_id
-from .published_card import CardOptions
+from .published_card import CardOptions, validate_card
 from .publishing import ask, compose_card, files_to_remove, make_repository, tag_commit
 from .uploading import Destination, Sent, commit, forgotten, send
 
@@ -104,10 +104,12 @@ def stream_to_hub(
     job = make_job(plan, options)
     in_flight, disk = _in_flight(job, parse_size(low_disk), options)
     to = Destination(HfApi(library_name="teleflm"), repo_id, revision)
-    there, said = ask(to, private, tag, dry_run)
+    there, said, reached = ask(to, private, tag, dry_run)
     files = {**job.weights, **{name: len(content) for name, content in job.small_contents.items()}}
     removed = files_to_remove(to, there, {*files, MANIFEST}) if there else []
     text = compose_card(to, there, _facts(job, repo_id), job.small_contents[CARD], card, repo_id)
+    if reached:
+        validate_card(text.decode(), repo_id)
     streamed = Streamed(repo_id, plan, files, removed, in_flight, disk, [*notes, *said])
     if dry_run:
         return streamed

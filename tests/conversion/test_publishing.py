@@ -451,3 +451,11 @@ def test_a_name_that_is_no_folder_is_let_through(name, folder):
 def test_the_check_can_be_left_out(folder):
     damage_weights(folder)
     assert publish(folder, REPO, check=False, load=False, dry_run=True).url is None
+
+
+def test_a_card_that_the_hub_would_not_take_is_found_before_anything_is_made(here, folder):
+    """By the Hub's own word, which knows more than we do; also of a repository that is not there yet."""
+    here.fault = lambda request: Fault.status(400) if "validate-yaml" in request.path else None
+    with pytest.raises((CheckpointError, OSError), match=r"owner/model: "):
+        publish(folder, REPO, load=False)
+    assert here.repositories == {}
