@@ -541,7 +541,7 @@ def from_the_hub(published: dict[str, Any]) -> str:
         "\nBy name, from a Hub on this machine, the one of the tests: nothing was sent to huggingface.co",
         f"`teleflm publish` brought it to {published['hub']}, which is gone now, as {name}.",
         f'`from_pretrained("{name}", trust_remote_code=True)` loaded it in a fresh process without a token or a cache.',
-        f'"{published["question"]}" "{published["answer"]}"',
+        f'Asked "{published["question"]}" it said "{published["answer"]}"',
         f"`teleflm inspect {name}` read from there how it was made:",
     ]
     return "\n".join([*lines, *steps, ""])

@@ -77,10 +77,10 @@ class Life:
 
 
 def teleflm(*arguments: object) -> str:
-    """Run a command in this process."""
+    """Run a command in this process; what it printed, without its progress."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, (result.output, result.exception)
-    return result.output
+    return result.stdout
 
 
 def options(**keys: object) -> list[str]:
@@ -200,6 +200,15 @@ def test_inspect_by_name_prints_the_chain_of_the_records(life, tmp_path):
     local = [(life.place / name / MANIFEST).read_bytes() for name in ("converted", "grown", "trained", "tuned")]
     records = [hashlib.sha256(record).hexdigest() for record in [*local, life.files[MANIFEST]]]
     assert [link["record"] for link in links] == records
+
+
+def test_what_is_downloaded_is_what_its_record_says(life, tmp_path):
+    code = "import json\nfrom huggingface_hub import snapshot_download\nprint(snapshot_download(json.load(sys.stdin)))"
+    folder = Path(as_stranger(code, life, tmp_path / "home", NAME).splitlines()[-1])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == life.files
+    said = json.loads(teleflm("inspect", folder, "--check", "--json"))  # status 3 where anything differs
+    card = (folder / "README.md").read_text()
+    assert [link["step"] for link in said["chain"]] == re.findall(r"^\d+\. (.*)$", card, re.MULTILINE)
 
 
 def test_the_repository_tells_nothing_of_this_machine(life):

@@ -342,6 +342,8 @@ def exactness(lineage: Mapping[str, Any] | None) -> list[str]:
                 "Multipliers are folded into embeddings and head: exactly where they are powers of two, otherwise each "
                 "of these weights is rounded once."
             ]
+        case {"operation": "train", "initial_weights": "random"}:
+            now = []  # it began with no function that it could have changed
         case {"steps": int()}:
             now = [
                 "Training has changed the weights, and with them the function; what is said above holds for the model "

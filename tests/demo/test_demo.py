@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def run_demo(*arguments: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+def run_demo(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     # Not the one thread that tests are given: what a user runs.
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     return subprocess.run(
