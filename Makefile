@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: help demo test test-external lint format clean
 
 help:
-	@echo "make demo           the whole job on a small model: pretrain, load, grow, fine-tune, publish, chat"
+	@echo "make demo           the whole job on a small model: pretrain, load, grow, fine-tune, chat, publish"
 	@echo "make test           the tests"
 	@echo "make test-external  the tests that need heavy third parties (transformers' own suite, ...)"
 	@echo "make lint           ruff and mypy"

@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""A small Tele-FLM is born, published, grown, fine-tuned and packaged, and answers questions about Python.
+"""A small Tele-FLM is born, grown, fine-tuned and published, and answers questions about Python.
 
 python -m demo [--out out/demo] [--seed 0] [--quick]
 """
@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,10 @@ from growth.verification.verify import verify_checkpoints
 from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM, TeleFLMTokenizer
 from sft.training.recipe import Recipe
 from sft.training.train import train as fine_tune
+from tests.fixtures.hub import running_hub
 
 from .corpus import Corpus, Messages, collect
+from .hub import NAME, publish, read_lineage
 from .published import SHARDS, save_as_published
 from .report import Phase, Report, plot_losses
 from .training import BATCH_SIZE, BLOCK_LENGTH, QUIET, BarCallback, Block, Lineage, Log, pack, stack, train_on_text
@@ -135,6 +137,7 @@ def main() -> None:
     sft = fine_tune_on_conversations(run)
     write_hub_folder(run)
     answers = chat(run)
+    published = publish_to_a_hub(run)
 
     before, after = (count / 1e6 for count in growth["parameters"])
     phases = [
@@ -143,10 +146,11 @@ def main() -> None:
         Phase("SFT, loss of the answers alone", sft),
     ]
     plot_losses(phases, out / "loss.png")
-    summary = summarize(run.report, growth, start, sft, answers)
+    summary = summarize(run.report, growth, start, sft, answers, published)
     (out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     console.print(run.report.table())
     console.print(transcript(answers, corpus))
+    console.print(from_the_hub(published), highlight=False, markup=False)
     for name, what in (("loss.png", "the losses"), ("hub", "the model"), ("summary.json", "all numbers")):
         console.print(f"{out / name}: {what}", highlight=False, soft_wrap=True)
 
@@ -427,7 +431,7 @@ def chat(run: Run) -> list[dict[str, Any]]:
     with run.report.step("Chat") as step:
         step.start(total=sum(map(len, CHATS)))
         answers = []
-        for answer in run_chat(run.out / "hub"):
+        for answer in run_chat(str((run.out / "hub").resolve()), CHATS, {**os.environ, "HF_HUB_OFFLINE": "1"}):
             step.note(answer["question"])
             step.advance()
             answers.append(answer)
@@ -435,16 +439,45 @@ def chat(run: Run) -> list[dict[str, Any]]:
     return answers
 
 
-def run_chat(folder: Path) -> Iterator[dict[str, Any]]:
-    """Run chat.py and yield its answers as they come."""
+def publish_to_a_hub(run: Run) -> dict[str, Any]:
+    """Publish to a Hub on this machine, and be the stranger who reads there: with a name, an empty cache, no token.
+
+    It is the Hub that the tests have, in memory; it is gone when the step ends. Nothing leaves the machine.
+    """
+    with run.report.step("Hub on this machine") as step, running_hub() as hub:
+        step.start(total=3)
+        step.note("publishing")
+        said = publish(run.out / "hub", hub.environment())
+        step.advance()
+        step.note(f"loading {NAME}")
+        reader = hub.environment(token=None)
+        (answer,) = run_chat(NAME, [[CHATS[0][0]]], reader)
+        step.advance()
+        step.note("reading its record")
+        lineage = read_lineage(reader)
+        size = sum(said["weights"].values())
+        step.result(
+            "published to a Hub on this machine (not huggingface.co); a fresh process loads it by name and answers",
+            f"{size / 1e6:.1f} MB, {NAME}",
+        )
+    return {"name": NAME, "hub": hub.url, "weight_bytes": size, **answer, "lineage": lineage}
+
+
+def run_chat(model: str, chats: list[list[str]], environment: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Run chat.py and yield its answers as they come.
+
+    Args:
+        model: folder, or name on the Hub.
+        chats: what the user says in turn, of each chat.
+        environment: of the process; what it keeps is in a folder that is gone afterwards.
+    """
     script = Path(__file__).with_name("chat.py")
-    command = [sys.executable, "-I", str(script), str(folder.resolve())]
+    command = [sys.executable, "-I", str(script), model]
     with tempfile.TemporaryDirectory() as elsewhere, tempfile.TemporaryFile("w+") as errors:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": elsewhere}
         process = subprocess.Popen(
             command,
             cwd=elsewhere,
-            env=environment,
+            env={**environment, "HF_HOME": elsewhere, "HF_MODULES_CACHE": f"{elsewhere}/modules"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -453,7 +486,7 @@ def run_chat(folder: Path) -> Iterator[dict[str, Any]]:
         assert process.stdin is not None
         assert process.stdout is not None
         with process, process.stdin as questions:
-            json.dump(CHATS, questions)
+            json.dump(chats, questions)
             questions.close()
             yield from map(json.loads, process.stdout)
         if process.returncode:
@@ -470,7 +503,12 @@ def losses(log: Log, key: str) -> list[float]:
 
 
 def summarize(
-    report: Report, growth: dict[str, Any], starts: dict[str, float], sft: Log, answers: list[dict[str, Any]]
+    report: Report,
+    growth: dict[str, Any],
+    starts: dict[str, float],
+    sft: Log,
+    answers: list[dict[str, Any]],
+    published: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything that was shown, for a program to read."""
     return {
@@ -481,6 +519,7 @@ def summarize(
         "training": starts,
         "sft": {"heldout_loss": losses(sft, "eval_loss"), "loss": losses(sft, "loss")},
         "chat": answers,
+        "published": published,
     }
 
 
@@ -493,6 +532,19 @@ def transcript(answers: list[dict[str, Any]], corpus: Corpus) -> Table:
         table.add_row(f"{answer['question']}{mark}", escape(answer["answer"]))
     table.caption = "A model this small learns in minutes how answers sound, not whether they are right."
     return table
+
+
+def from_the_hub(published: dict[str, Any]) -> str:
+    """What was done with the Hub, and what it told a stranger, to read."""
+    name, steps = published["name"], [f"  {number}. {step}" for number, step in enumerate(published["lineage"], 1)]
+    lines = [
+        "\nBy name, from a Hub on this machine, the one of the tests: nothing was sent to huggingface.co",
+        f"`teleflm publish` brought it to {published['hub']}, which is gone now, as {name}.",
+        f'`from_pretrained("{name}", trust_remote_code=True)` loaded it in a fresh process without a token or a cache.',
+        f'Asked "{published["question"]}" it said "{published["answer"]}"',
+        f"`teleflm inspect {name}` read from there how it was made:",
+    ]
+    return "\n".join([*lines, *steps, ""])
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Chat with a Hub folder as somebody does who has transformers, and nothing of this project.
+"""Chat with a model of the Hub as somebody does who has transformers, and nothing of this project.
 
-    python -I chat.py FOLDER < chats.json
+    python -I chat.py MODEL < chats.json
+
+MODEL is a folder, or a name on the Hub.
 
 The input is a list of chats, each a list of what the user says in turn. Each answer is one line of JSON on stdout.
 """
@@ -13,18 +15,18 @@ import json
 import sys
 from typing import Any
 
-PROJECT = ("teleflm", "modeling_teleflm", "conversion", "growth", "sft", "demo")
+PROJECT = ("teleflm", "modeling_teleflm", "conversion", "evaluation", "growth", "sft", "demo", "tests")
 
 
-def main(folder: str) -> None:
+def main(name: str) -> None:
     """Answer the chats on stdin."""
     hide_project()
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
     for chat in json.load(sys.stdin):
         messages = []
         for question in chat:

@@ -324,7 +324,8 @@ def exactness(lineage: Mapping[str, Any] | None) -> list[str]:
     parent = lineage.get("parent")
     before = parent.get("lineage") if isinstance(parent, Mapping) else None
     said = exactness(before if isinstance(before, Mapping) else None)
-    cast = lineage.get("dtype")
+    # Of training, it is the type of the parameters, which need not have been cast to it.
+    cast = lineage.get("dtype") if lineage.get("operation") != "train" else None
     match lineage:
         case {"operation": "grow", "source": dict() as old, "target": dict() as new}:
             now = _of_growth(old, new)
@@ -341,6 +342,8 @@ def exactness(lineage: Mapping[str, Any] | None) -> list[str]:
                 "Multipliers are folded into embeddings and head: exactly where they are powers of two, otherwise each "
                 "of these weights is rounded once."
             ]
+        case {"operation": "train", "initial_weights": "random"}:
+            now = []  # it began with no function that it could have changed
         case {"steps": int()}:
             now = [
                 "Training has changed the weights, and with them the function; what is said above holds for the model "

@@ -29,6 +29,14 @@ _VERDICTS = {
     "not-certified": "Not certified{of}: its bytes break a condition",
     "different": "Different{of}: the logits differ by more than rounding explains",
 }
+# Formats of a training checkpoint, by their names in a record, with whose they are.
+_FORMATS = {
+    "megatron": "Megatron-LM, torch",
+    "torch_dist": "megatron-core, torch_dist",
+    "fsdp_dtensor": "Megatron-FSDP, fsdp_dtensor",
+    "dcp": "torch.distributed.checkpoint",
+    "deepspeed": "DeepSpeed",
+}
 _REFUTED = ("not-certified", "different")
 
 
@@ -178,7 +186,9 @@ def _describe(lineage: Mapping[str, Any], *, refuted: bool) -> str:
             return f"Grown{exactly}: {grown or 'nothing changed'}."
         case {"operation": "convert", "from": trainer, "parallel": parallel}:
             at = f" at iteration {_show(lineage['iteration'])}" if lineage.get("iteration") is not None else ""
-            return f"Converted from a training checkpoint{at} ({_show(trainer)}, {_show(parallel)}){_cast(lineage)}."
+            written = _FORMATS.get(trainer) if isinstance(trainer, str) else None
+            made = f"{written or _show(trainer)}, {_show(parallel)}"
+            return f"Converted from a training checkpoint{at} ({made}){_cast(lineage)}."
         case {"operation": "convert", "from": container}:
             return f"Rewritten as safetensors from {_show(container)} files{_cast(lineage)}."
         case {"operation": "fold", "alpha": float() | int() as alpha}:

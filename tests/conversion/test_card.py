@@ -168,6 +168,9 @@ def test_what_is_exact_follows_the_lineage():
     assert exactness(twice) == exactness(trained)
     assert exactness({"operation": "convert"}) == ["Conversion keeps every value of the weights, bit by bit."]
     assert "rounded once" in exactness({"operation": "convert", "dtype": "bfloat16"})[0]
+    assert exactness({"operation": "train", "initial_weights": "random", "steps": 2}) == []
+    kept = {"operation": "train", "steps": 2, "dtype": "float32", "parent": {"lineage": grow}}
+    assert not any("cast" in sentence for sentence in exactness(kept))
     assert exactness(None) == exactness({"operation": 3, "parent": 1}) == []
 
 

@@ -59,14 +59,18 @@ def assert_is_reference(out: Path, made_of: Layout | Variant) -> None:
 @real
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_what_megatron_core_saves(name, checkpoints, tmp_path):
-    convert_checkpoint(checkpoints / name, tmp_path / "out", vocab_size=VOCAB_SIZE)
+    convert_checkpoint(
+        checkpoints / name, tmp_path / "out", vocab_size=reference_config(LAYOUTS[name].model).vocab_size
+    )
     assert_is_reference(tmp_path / "out", LAYOUTS[name])
 
 
 @real
 @pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.has_logits])
 def test_logits_are_those_of_megatron_core(name, checkpoints, tmp_path):
-    convert_checkpoint(checkpoints / name, tmp_path / "out", vocab_size=VOCAB_SIZE)
+    convert_checkpoint(
+        checkpoints / name, tmp_path / "out", vocab_size=reference_config(LAYOUTS[name].model).vocab_size
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(TOKENS).logits

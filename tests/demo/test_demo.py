@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def run_demo(*arguments: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+def run_demo(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     # Not the one thread that tests are given: what a user runs.
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     return subprocess.run(
@@ -78,9 +78,26 @@ def test_a_process_without_the_package_answers(summary):
     assert all(answer["answer"] and answer["code"].startswith("transformers_modules.") for answer in summary["chat"])
 
 
+def test_a_stranger_loads_it_by_name_from_a_hub_and_reads_how_it_was_made(finished, summary):
+    """And nobody is led to think that it was huggingface.co."""
+    out, run = finished
+    published = summary["published"]
+    assert published["name"] == "owner/small-tele-flm"
+    assert published["hub"].startswith("http://127.0.0.1:")
+    assert published["code"].startswith("transformers_modules.")
+    assert published["weight_bytes"] == (out / "hub" / "model.safetensors").stat().st_size
+    assert (published["question"], published["answer"]) == tuple(
+        summary["chat"][0][key] for key in ("question", "answer")
+    )
+    assert published["lineage"] == [link.step for link in inspect_checkpoint(out / "hub").chain]
+    printed = " ".join(run.stdout.split())
+    assert "from a Hub on this machine, the one of the tests: nothing was sent to huggingface.co" in printed
+    assert all(f"{number}. {step}" in printed for number, step in enumerate(published["lineage"], 1))
+
+
 def test_every_step_is_reported(finished, summary):
     out, run = finished
-    assert len(summary["steps"]) == 9
+    assert len(summary["steps"]) == 10
     assert all(step["number"] and step["number"] in run.stdout for step in summary["steps"])
     assert "Warning" not in run.stdout + run.stderr
     assert (out / "loss.png").read_bytes().startswith(PNG)
