@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from conversion.checkpoint.errors import printable
+from conversion.checkpoint.errors import CheckpointError, printable
 from conversion.checkpoint.execute import CheckpointResult, WriteOptions, free_space, peak_memory
 from conversion.checkpoint.limits import high_water
 from conversion.checkpoint.mirror import shown
@@ -186,6 +186,8 @@ def run_and_report(
         show: the result for people.
     """
     with exit_codes(debug=debug):
+        if re.match(r"[A-Za-z][\w+.-]+:/", str(out)) and not out.exists():  # a path has lost one of the slashes
+            raise CheckpointError(f"{str(out).partition(':')[0]}://: an output has to be a folder of this machine.")
         with byte_progresses("verifying", doing) as (verifying, progress):
             here, world = process_rank(rank, world_size)
             options = WriteOptions(

@@ -15,6 +15,7 @@ text of a pointer, which every reader of weights refuses.
 import atexit
 import os
 import random
+import re
 import shutil
 import tempfile
 import threading
@@ -106,11 +107,10 @@ def _make(folder: RemoteFolder) -> _Mirror:
     place = tempfile.mkdtemp(prefix="teleflm-")
     atexit.register(shutil.rmtree, place, ignore_errors=True)
     root = os.path.join(os.path.realpath(place), folder.url.rstrip("/").rsplit("/", 1)[-1].partition("@")[0] or "root")
-    small = {name: entry for name, entry in folder.files.items() if not _is_large(name, entry)}
-    large = {os.path.join(root, name): entry for name, entry in folder.files.items() if name not in small}
-    for name, entry in folder.files.items():
-        if not is_plain(name):  # which would be written elsewhere
-            raise CheckpointError(f"{folder.url}: holds {name!r:.80}, which can be no file below a folder.")
+    files = {name: entry for name, entry in folder.files.items() if is_plain(name)}  # others would lie elsewhere
+    small = {name: entry for name, entry in files.items() if not _is_large(name, entry)}
+    large = {os.path.join(root, name): entry for name, entry in files.items() if name not in small}
+    for name, entry in files.items():
         path = Path(root, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         if name not in small:
@@ -132,7 +132,10 @@ def _download(url: str, root: Path, name: str, entry: RemoteEntry) -> None:
     with plainly(f"{url}/{name}"):
         content = _persistently(lambda: entry.fetch(0, entry.size), entry.size, f"{url}/{name}") if entry.size else b""
         if entry.check:
-            entry.check(content)
+            try:
+                entry.check(content)
+            except CheckpointError as error:
+                raise CheckpointError(f"{url}/{name}: {error}; try again, or tell its owner.") from None
     (root / name).write_bytes(content)
 
 
@@ -145,7 +148,12 @@ def plainly(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         said = " ".join(str(getattr(error, "strerror", None) or error).split())[:200] or type(error).__name__
-        raise CheckpointError(f"{what} cannot be read: {said.rstrip('.')}.") from None
+        raise CheckpointError(f"{what} cannot be read: {without_credentials(said).rstrip('.')}.") from None
+
+
+def without_credentials(text: str) -> str:
+    """A text whose URLs have no user, password or query, where signatures are."""
+    return re.sub(r"(://[^\s?'\"]+)\?[^\s'\"]+", r"\1", re.sub(r"://[^/@\s'\"]+@", "://", text))
 
 
 def _url(made: _Mirror, name: str) -> str:
@@ -165,7 +173,7 @@ def shown(text: str) -> str:
     """A message in which remote folders have their own names, and not those of what stands for them here."""
     for made in list(_mirrors.values()):
         text = text.replace(made.root, made.folder.url)
-    return text
+    return without_credentials(text)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -307,7 +315,8 @@ def _persistently(fetch: Callable[[], bytes], size: int, url: str) -> bytes:
         try:
             content = fetch()
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            raise OSError(error.errno, error.strerror or str(error) or type(error).__name__, url) from None
+            said = without_credentials(error.strerror or str(error)) or type(error).__name__
+            raise OSError(error.errno, said, url) from None
         except CheckpointError:
             raise
         except Exception as error:  # of as many kinds as there are file systems
@@ -316,7 +325,8 @@ def _persistently(fetch: Callable[[], bytes], size: int, url: str) -> bytes:
         if len(content) == size:
             return content
         said = f"it sent {len(content)} bytes, expected {size}"
-    raise OSError(None, f"{said.rstrip('.')}, {_TRIES} times; the same command goes on from here", url)
+    said = without_credentials(said).rstrip(".").removesuffix("; the same command goes on from here")
+    raise OSError(None, f"{said}, {_TRIES} times; the same command goes on from here", url)
 
 
 __all__ = ["MirroredFile", "OpenRemote", "RemoteEntry", "RemoteFolder", "mirror", "origin", "plainly", "shown"]

@@ -15,7 +15,8 @@ from typing import Any
 from ..architecture import MODEL_TYPE, Architecture
 from ..checkpoint.dtypes import BY_NAME
 from ..checkpoint.errors import CheckpointError, printable
-from ..checkpoint.manifest import MANIFEST, read_manifest
+from ..checkpoint.manifest import MANIFEST, is_edited, read_manifest
+from ..checkpoint.parent import record_mismatch
 from ..checkpoint.plan import View
 from ..checkpoint.sizes import format_bytes
 from ..checkpoint.sources import open_checkpoint, outside_target
@@ -221,9 +222,28 @@ def card_facts(
         views = [(view.dtype.name, view.numel, view.nbytes) for view in source.tensors.values()]
         facts = planned_facts(source.config or {}, lineage or {}, views, folder)
     facts = with_files(replace(facts, inherited=_SAME_KEYS), folder, names)
+    if doubt := _doubt(folder, manifest):
+        facts = replace(facts, steps=(*facts.steps, doubt), exact=())
     if base_models:
         facts = replace(facts, base_models=tuple(base_models), relation=relation)
     return replace(facts, repo_id=repo_id, results=tuple(results), has_record=manifest is not None)
+
+
+def _doubt(folder: Path, manifest: Mapping[str, Any] | None) -> str | None:
+    """Why what a record says is not to be relied on; None if nothing speaks against it."""
+    if manifest is None:
+        return None
+    if is_edited(manifest):
+        return (
+            "The record of this folder was edited after it was written: the steps above are what it says now, and "
+            "nothing vouches for them."
+        )
+    mismatch = record_mismatch(folder, manifest)
+    return (
+        f"What lies here is not what its record says ({mismatch}); what was done to it is not known."
+        if mismatch
+        else None
+    )
 
 
 def planned_facts(

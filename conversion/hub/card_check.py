@@ -70,7 +70,7 @@ def _local_paths(text: str) -> list[str]:
 
 def _license(metadata: Mapping[str, Any]) -> list[str]:
     said = metadata.get("license")
-    if said is None:
+    if said is None or said == []:
         return ["license is missing: nobody may use a model whose terms are unknown; name it, or add a LICENSE."]
     names = said if isinstance(said, list) else [said]
     problems = [

@@ -20,7 +20,7 @@ from ..checkpoint.errors import CheckpointError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-TOKENS = re.compile(r"\b(hf_[A-Za-z0-9]{6,}|api_org_[A-Za-z0-9]{6,})|(?<=Bearer )[^\s'\"]+")
+TOKENS = re.compile(r"\b(hf_\w{6,}|api_org_\w{6,})|(?<=Bearer )[^\s'\"]+")
 _MOST = 300  # characters of what the Hub says that are worth a line
 
 

@@ -13,10 +13,12 @@ from .card import CardFacts, render_card
 from .card_check import check_card
 from .card_merge import has_owners_text, merge_cards
 from .client import one_line
+from .front_matter import parse_metadata, split_card
 from .results import Result
 
 Words: TypeAlias = Literal["here", "there"]
 WORDS = get_args(Words)
+_JOINED = ("tags", "model-index")
 
 
 @dataclass(frozen=True)
@@ -66,22 +68,37 @@ def published_card(facts: CardFacts, here: str, there: str | None, options: Card
     facts = replace(facts, metadata={**facts.metadata, **options.metadata}, results=tuple(options.results))
     if options.base_models:
         facts = replace(facts, base_models=tuple(options.base_models), relation=options.relation)
+    facts = replace(facts, base_models=tuple(name for name in facts.base_models if name != facts.repo_id))
     fresh, certain = render_card(facts), (*facts.certain, *options.metadata)
-    kept, other = merge_cards(fresh, here, certain), there and merge_cards(fresh, there, certain)
-    if there is not None and other is not None and has_owners_text(there):
-        if has_owners_text(here) and kept != other and options.words is None:
-            raise CheckpointError(
-                f"{where}/README.md: has words of its own, and so has the README.md of the repository, other ones; "
-                "--card here publishes the folder's, --card there keeps the repository's."
-            )
-        if options.words != "here":
-            kept = other
+    kept = merge_cards(fresh, here, certain)
+    if there is not None and options.words != "here":
+        kept = _with_words_of(fresh, here, there, certain, options.words, where)
     problems = check_card(kept)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         hint = " Or give --license." if "license is missing" in problems[0] else ""
         raise CheckpointError(f"{where}/{problems[0]}{more}{hint}")
     return kept
+
+
+def _with_words_of(fresh: str, here: str, there: str, certain: Sequence[str], words: Words | None, where: str) -> str:
+    """The facts with the words and the metadata of the repository's card, and with those of the folder's if it alone
+    has some."""
+    kept, other = merge_cards(fresh, here, certain), merge_cards(fresh, there, certain)
+    if words == "there" or kept == other:
+        return other
+    said, also = (parse_metadata(split_card(card)[0]) for card in (here, there))
+    differing = [key for key in said if key in also and said[key] != also[key] and key not in (*certain, *_JOINED)]
+    have_words = has_owners_text(here) and has_owners_text(there) and split_card(kept)[1] != split_card(other)[1]
+    if have_words or differing:
+        what = "words of its own" if have_words else f"another {differing[0]}"
+        raise CheckpointError(
+            f"{where}/README.md: has {what}, and the README.md of the repository other ones; --card here publishes the "
+            "folder's, --card there keeps the repository's."
+        )
+    if has_owners_text(here):
+        return f"---\n{(split_card(other)[0] or '').rstrip()}\n---\n{split_card(kept)[1]}"
+    return other
 
 
 def validate_card(card: str, repo_id: str) -> None:

@@ -9,6 +9,7 @@ what would be published  ->  may we, there?  ->  is it sound?  ->  does it load?
 """
 
 import hashlib
+import re
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,9 +26,10 @@ from .card import CARD, CardFacts, card_facts
 from .client import Repository, check_repo_id, look_at, one_line
 from .loading import try_loading
 from .published_card import CardOptions, card_text, published_card, validate_card
-from .release import check_release, find_release
-from .uploading import Destination, Hashes, commit, send
+from .release import Release, check_release, find_release, refuse_secrets
+from .uploading import Destination, Hashes, Sent, commit, holds, send
 
+_MESSAGE = "Upload with teleflm"
 _MAX_REMOTE = 64 * 2**20  # bytes of a card or a record that are read from the Hub
 
 
@@ -109,38 +111,51 @@ def publish(
     there, notes, reached = ask(to, private, tag, dry_run)
     removed = files_to_remove(to, there, release.files.keys()) if there else []
     facts = replace(card_facts(folder), repo_id=repo_id)
-    text = compose_card(to, there, facts, (folder / CARD).read_bytes(), card, str(folder))
+    text = compose_card(to, there, facts, release.contents[CARD], card, str(folder))
+    refuse_secrets(text, f"{folder}/{CARD}")
     if reached:
         validate_card(text.decode(), repo_id)
     check_release(release, check, workers, progress)
     notes += try_loading(release) if load else []
     small = {**release.small_files, CARD: len(text)}
     if MANIFEST in small:
-        small[MANIFEST] = len(published_record(folder, text))
+        small[MANIFEST] = len(published_record(release, text))
     publication = Publication(repo_id, release.weights, small, release.left_out, removed, notes)
     if dry_run:
         return publication
-    there = make_repository(to, private)
-    removed = files_to_remove(to, there, release.files.keys())
+    there, removed = make(to, there, private, release.files)
     hashes = Hashes(folder)
-    large = {name: folder / name for name in release.weights}
-    sent = send(to, large, hashes, hash_progress)
-    contents = {name: (folder / name).read_bytes() for name in release.small_files} | {CARD: text}
+    sent = send(to, {name: folder / name for name in release.weights}, hashes, hash_progress)
+    release.require_unchanged()
+    contents = {**release.contents, CARD: text}
     if MANIFEST in contents:
-        contents[MANIFEST] = published_record(folder, text)
-    url = commit(to, there.commit, sent, contents, removed, message or "Upload with teleflm")
+        contents[MANIFEST] = published_record(release, text)
     if tag:
-        tag_commit(to, tag)
+        require_free(to, tag, there, sent, contents, removed)
+    url = commit(to, there.commit, sent, contents, removed, message or _MESSAGE)
+    if tag:
+        tag_commit(to, tag, url)
     return replace(publication, removed=removed, url=url)
 
 
-def published_record(folder: Path, card: bytes) -> bytes:
+def make(
+    to: Destination, there: Repository | None, private: bool, files: Collection[str]
+) -> tuple[Repository, list[str]]:
+    """The repository as it was first looked at, or made now, and what is to be removed from it."""
+    made = make_repository(to, private)
+    if there is None and made.files.keys() - {".gitattributes"}:
+        raise CheckpointError(f"{to.repo_id}: was made by somebody else meanwhile; run the same command again.")
+    first = there or made  # what is committed replaces this, and is refused if it is not what is there any more
+    return first, files_to_remove(to, first, files)
+
+
+def published_record(release: Release, card: bytes) -> bytes:
     """A folder's record as it is published: of the card that is, and without Adam's moments, which stay here.
 
     One that was edited is published as it is, so that it still shows.
     """
-    before = (folder / MANIFEST).read_bytes()
-    record = read_own_manifest(folder) or {}
+    before = release.contents[MANIFEST]
+    record = read_own_manifest(release.folder) or {}
     files = record.get("files")
     if not isinstance(files, Mapping) or is_edited(record):
         return before
@@ -173,7 +188,8 @@ def ask(to: Destination, private: bool, tag: str | None, dry_run: bool) -> tuple
         if not dry_run:
             raise
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return None, [f"The Hub was not asked: {said.rstrip('.')}."], False
+        what = "The Hub was not asked" if isinstance(error, OSError) else "It would be refused"
+        return None, [f"{what}: {said.rstrip('.')}."], False
     if there is None:
         return None, [f"{to.repo_id} {'is not there yet, and would be' if dry_run else 'was'} made."], True
     if private and not there.private:
@@ -181,7 +197,12 @@ def ask(to: Destination, private: bool, tag: str | None, dry_run: bool) -> tuple
             f"{to.repo_id}: is public, and --private does not change that; make it private in its settings first, or "
             "leave --private out."
         )
-    if tag and tag in (names := _tags(to)):
+    if not (tag or to.revision):
+        return there, [], True
+    names = _tags(to)
+    if to.revision in names or re.fullmatch(r"[0-9a-f]{40}", to.revision or ""):
+        raise CheckpointError(f"{to.repo_id}: {to.revision} is a tag or a commit, and --revision has to be a branch.")
+    if tag in names and names[tag] != there.commit:  # of this very commit, an earlier try has made it
         raise CheckpointError(f"{to.repo_id}: has a tag {tag} already, of {names[tag][:12]}; choose another one.")
     return there, [], True
 
@@ -196,7 +217,7 @@ def _require_write(to: Destination, who: Mapping[str, Any]) -> None:
     if not to.pull_request and owner not in known:
         raise CheckpointError(
             f"{to.repo_id}: {owner} is neither {known[0]}, whose token this is, nor an organisation of theirs "
-            f"({', '.join(known[1:]) or 'none'}); choose another name, or --pr."
+            f"({', '.join(known[1:]) or 'none'}); choose another name."
         )
 
 
@@ -236,10 +257,33 @@ def make_repository(to: Destination, private: bool) -> Repository:
     return there
 
 
-def tag_commit(to: Destination, tag: str) -> None:
-    """Give a tag to the branch's head."""
-    with one_line(to.repo_id):
-        to.hub.create_tag(to.repo_id, tag=tag, revision=to.revision)
+def require_free(
+    to: Destination,
+    tag: str,
+    there: Repository,
+    sent: Mapping[str, Sent],
+    contents: Mapping[str, bytes],
+    removed: Collection[str],
+) -> None:
+    """Refuse a tag that another commit than the one to be made has, before that is made."""
+    known = _tags(to).get(tag)
+    if known and not (known == there.commit and holds(there, sent, contents) and not removed):
+        raise CheckpointError(f"{to.repo_id}: has a tag {tag} already, of {known[:12]}; choose another one.")
+
+
+def tag_commit(to: Destination, tag: str, url: str) -> None:
+    """Give a tag to a commit that was made, or find that it has it.
+
+    Raises:
+        CheckpointError: another commit has it.
+    """
+    made = url.rsplit("/", 1)[-1]
+    known = _tags(to).get(tag)
+    if known not in (None, made):
+        raise CheckpointError(f"{to.repo_id}: has a tag {tag} already, of {known[:12]}; {made[:12]} has none.")
+    if known is None:
+        with one_line(to.repo_id):
+            to.hub.create_tag(to.repo_id, tag=tag, revision=made)
 
 
 def compose_card(
@@ -247,7 +291,7 @@ def compose_card(
 ) -> bytes:
     """The card to publish, which the Hub takes; see `published_card`."""
     found = read_remote(to, there, CARD) if there else None
-    owners = found.decode(errors="replace") if found is not None else None
+    owners = card_text(found, f"{to.repo_id}/{CARD} on the Hub") if found is not None else None
     return published_card(facts, card_text(here, f"{where}/{CARD}"), owners, options, where).encode()
 
 

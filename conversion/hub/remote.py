@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.manifest import MANIFEST, OLD_MANIFEST
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
-_HUB = re.compile(r"(?P<repo>[^/@\s]+/[^/@\s]+)(@(?P<revision>[^/\s]+))?(?P<folder>(/[^/\s]+)*)/?")
+_HUB = re.compile(r"(?P<repo>[^/@\s]+/[^/@\s]+)(@(?P<revision>refs/[^/\s]+/[^/\s]+|[^/\s]+))?(?P<folder>(/[^/\s]+)*)/?")
 _OWNER_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+)?")
 _VERSIONS = ("ETag", "etag", "generation", "VersionId", "Content-MD5")  # what a host calls the state of a file
 _TIMES = ("Last-Modified", "LastModified", "mtime", "created")
@@ -82,6 +82,7 @@ def _of_the_hub(text: str) -> RemoteFolder:
     if match is None:
         raise CheckpointError(f"hf://{text}: expected hf://OWNER/NAME[@REVISION].")
     repo_id, revision, below = check_repo_id(match["repo"]), match["revision"], match["folder"].strip("/")
+    revision = unquote(revision) if revision else None  # feat%2Fx is the branch feat/x
     from fsspec import filesystem
     from huggingface_hub import HfApi
 
@@ -101,7 +102,7 @@ def _of_the_hub(text: str) -> RemoteFolder:
     }
     if not files:
         raise CheckpointError(f"{repo_id}: holds no {below or 'file'} at {there.commit[:12]}.")
-    url = f"hf://{repo_id}@{there.commit[:12]}" + (f"/{below}" if below else "")
+    url = f"hf://{repo_id}@{there.commit}" + (f"/{below}" if below else "")
     return RemoteFolder(url, files, {"hub": repo_id, "commit": there.commit, **({"folder": below} if below else {})})
 
 
@@ -164,7 +165,7 @@ def _over_http(store: "AbstractFileSystem", url: str, shown: str) -> Path:
         return urlunsplit(base._replace(path=f"{base.path.rstrip('/')}/{name}"))
 
     with ThreadPoolExecutor(_PROBES) as pool:
-        there = list(pool.map(lambda name: store.exists(address(name)), _HTTP_NAMES))
+        there = list(pool.map(lambda name: _is_there(store, address(name)), _HTTP_NAMES))
     names = {name for name, found in zip(_HTTP_NAMES, there, strict=True) if found}
     if not names & set(WEIGHT_FILES):
         raise CheckpointError(f"{shown}: has no weights: expected one of {', '.join(WEIGHT_FILES)}.")
@@ -172,6 +173,23 @@ def _over_http(store: "AbstractFileSystem", url: str, shown: str) -> Path:
         placed = parse_json_object(store.cat_file(address(index)), f"{shown}/{index}").get("weight_map")
         names |= {name for name in (placed.values() if isinstance(placed, dict) else ()) if isinstance(name, str)}
     return mirror(_store_folder(store, shown.rstrip("/"), {name: address(name) for name in names}))
+
+
+def _is_there(store: "AbstractFileSystem", url: str) -> bool:
+    """Whether a host has a file: whatever else it answers than that it has none is a failure, and not an answer.
+
+    Raises:
+        OSError: the host cannot be reached, or fails.
+    """
+    try:
+        store.info(url)
+    except FileNotFoundError as error:  # which fsspec makes of every failure
+        cause = error.__cause__
+        status = getattr(cause, "status", None)
+        if cause is None or isinstance(cause, FileNotFoundError) or status in (401, 403, 404, 410):
+            return False
+        raise OSError(None, f"its host failed: {status or type(cause).__name__}", url) from None
+    return True
 
 
 def _store_folder(store: "AbstractFileSystem", shown: str, paths: Mapping[str, str]) -> RemoteFolder:

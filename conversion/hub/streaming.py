@@ -34,7 +34,8 @@ from ..checkpoint.workspace import forget_run
 from .card import CARD, CardFacts, planned_facts
 from .client import check_repo_id
 from .published_card import CardOptions, validate_card
-from .publishing import ask, compose_card, files_to_remove, make_repository, tag_commit
+from .publishing import ask, compose_card, files_to_remove, make, require_free, tag_commit
+from .release import refuse_secrets
 from .uploading import Destination, Sent, commit, forgotten, send
 
 _STATE = "sent.json"
@@ -108,14 +109,14 @@ def stream_to_hub(
     files = {**job.weights, **{name: len(content) for name, content in job.small_contents.items()}}
     removed = files_to_remove(to, there, {*files, MANIFEST}) if there else []
     text = compose_card(to, there, _facts(job, repo_id), job.small_contents[CARD], card, repo_id)
+    refuse_secrets(text, f"{repo_id}/{CARD}")
     if reached:
         validate_card(text.decode(), repo_id)
     streamed = Streamed(repo_id, plan, files, removed, in_flight, disk, [*notes, *said])
     if dry_run:
         return streamed
     work = work or Path("teleflm-" + repo_id.replace("/", "-"))
-    there = make_repository(to, private)
-    removed = files_to_remove(to, there, {*files, MANIFEST})
+    there, removed = make(to, there, private, {*files, MANIFEST})
     state = _State.read(work, job, repo_id, options.overwrite)
     state.forget(forgotten(to, state.sent))
 
@@ -127,9 +128,11 @@ def stream_to_hub(
     of_card = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
     sealed = seal({**record, "files": {**record["files"], CARD: of_card}})
     contents = {**job.small_contents, CARD: text, MANIFEST: json_bytes(sealed)}
+    if tag:
+        require_free(to, tag, there, state.sent, contents, removed)
     url = commit(to, there.commit, state.sent, contents, removed, message or "Upload with teleflm")
     if tag:
-        tag_commit(to, tag)
+        tag_commit(to, tag, url)
     state.remove()
     return Streamed(repo_id, plan, files, removed, in_flight, disk, streamed.notes, url)
 
@@ -162,11 +165,12 @@ class _State:
         work: that folder.
         fingerprint: of the job.
         repo_id: where it was sent.
+        source: where it is read, if that is not on this machine.
     """
 
-    def __init__(self, work: Path, fingerprint: str, repo_id: str) -> None:
+    def __init__(self, work: Path, fingerprint: str, repo_id: str, source: Any) -> None:
         self._work = work
-        self._of = {"job": fingerprint, "repository": repo_id}
+        self._of = {"job": fingerprint, "repository": repo_id, "source": source}
         self._lock = threading.Lock()
         self.sent: dict[str, Sent] = {}
         self.finished: dict[str, Finished] = {}
@@ -178,7 +182,8 @@ class _State:
         Raises:
             CheckpointError: it was another job, or went elsewhere.
         """
-        state = cls(work, job.fingerprint, repo_id)
+        parent = job.plan.lineage.get("parent")
+        state = cls(work, job.fingerprint, repo_id, parent.get("origin") if isinstance(parent, dict) else None)
         found: Any = None
         with suppress(OSError, ValueError, RecursionError):
             found = json.loads((work / _STATE).read_bytes())
@@ -187,7 +192,8 @@ class _State:
         if found.get("of") != state._of:
             if not overwrite:
                 raise CheckpointError(
-                    f"{work}: holds what is left of another upload; repeat that one, remove the folder, or --overwrite."
+                    f"{work}: holds what is left of another upload{_moved(found.get('of'), state._of)}; "
+                    "repeat that one, remove the folder, or --overwrite."
                 )
             return state
         with suppress(KeyError, TypeError, ValueError):
@@ -229,6 +235,15 @@ class _State:
         (self._work / _STATE).unlink(missing_ok=True)
         with suppress(OSError):
             self._work.rmdir()
+
+
+def _moved(before: Any, now: Mapping[str, Any]) -> str:
+    """That a source on the Hub has moved on since, if that is all that is known to differ."""
+    match before, now:
+        case {"source": {"hub": str() as name, "commit": str() as old}}, {"source": {"hub": same, "commit": new}}:
+            if name == same and old != new:
+                return f", of hf://{name}@{old} (it is at {new[:12]} now)"
+    return ""
 
 
 def _text(content: bytes | None) -> str | None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.bytes import identify
 from ..checkpoint.errors import CheckpointError
+from ..checkpoint.folder_formats import is_weights
 from .client import RemoteFile, Repository, has_status, look_at, one_line
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def send(
                 to.hub.preupload_lfs_files(
                     to.repo_id, additions, revision=to.revision, create_pr=to.pull_request, free_memory=True
                 )
+            _refuse_ignored(to, additions)
             for addition in additions:
                 info = addition.upload_info
                 if hashes:
@@ -113,6 +115,16 @@ def send(
                 content = groups[number][addition.path_in_repo].read_bytes() if not addition._is_uploaded else None
                 sent[addition.path_in_repo] = Sent(info.size, info.sha256.hex(), info.sample, content)
     return sent
+
+
+def _refuse_ignored(to: Destination, additions: "Iterable[CommitOperationAdd]") -> None:
+    """The client leaves out, without a word, what the repository's .gitignore names."""
+    for addition in additions:
+        if addition._should_ignore:
+            raise CheckpointError(
+                f"{to.repo_id}: its .gitignore leaves out {addition.path_in_repo}, which the model needs; "
+                "take that line out of it first."
+            )
 
 
 def _groups(files: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
@@ -186,14 +198,20 @@ def commit(
     """
     from huggingface_hub import CommitOperationDelete
 
-    title, _, description = message.partition("\n")
+    title, _, description = message.strip().partition("\n")
     removed = list(removed)
     if not to.pull_request and (url := _url_if_there(to, sent, contents, removed)):
         return url
+    small = [_small(name, content) for name, content in contents.items()]
+    with one_line(to.repo_id, to.revision):
+        to.hub.preupload_lfs_files(
+            to.repo_id, small, revision=to.revision, create_pr=to.pull_request, free_memory=False
+        )
+    _refuse_ignored(to, small)
     operations: list[Any] = [
         *(CommitOperationDelete(path_in_repo=name, is_folder=False) for name in removed),
         *(_named(name, file) for name, file in sent.items()),
-        *(_small(name, content) for name, content in contents.items()),
+        *small,
     ]
     try:
         with one_line(to.repo_id, to.revision):
@@ -212,7 +230,11 @@ def commit(
                     raise _moved(to, parent) from None
                 if not has_status(error, 413):
                     raise
-                return _commit_in_parts(to, parent, operations, title)
+
+                def find() -> str | None:
+                    return _url_if_there(to, sent, contents, removed)
+
+                return _commit_in_parts(to, parent, operations, title, find)
             return str(info.pr_url or info.commit_url)
     except OSError:
         # The answer may have been lost, and the commit made.
@@ -221,7 +243,9 @@ def commit(
         raise
 
 
-def _commit_in_parts(to: Destination, parent: str, operations: Sequence[Any], title: str) -> str:
+def _commit_in_parts(
+    to: Destination, parent: str, operations: Sequence[Any], title: str, find: Callable[[], str | None]
+) -> str:
     """Make one commit of what is too much for one request: by a pull request, merged at the end, unseen until then."""
     opened: list[Any] = []  # the first commit, which opened it
 
@@ -252,8 +276,12 @@ def _commit_in_parts(to: Destination, parent: str, operations: Sequence[Any], ti
             with suppress(Exception):
                 to.hub.change_discussion_status(to.repo_id, opened[0].pr_num, "closed")
         raise
-    now = look_at(to.hub, to.repo_id, to.revision)
-    return f"{to.hub.endpoint}/{to.repo_id}/commit/{now.commit if now else ''}"
+    if url := find():
+        return url
+    raise CheckpointError(
+        f"{to.repo_id}: somebody has committed while the pull request was merged, so it holds something else too; "
+        "look at it, and run the same command again."
+    )
 
 
 def _moved(to: Destination, parent: str) -> CheckpointError:
@@ -311,7 +339,8 @@ def _url_if_there(
     """The address of a repository's commit if that holds these files and not those."""
     with suppress(OSError, CheckpointError):
         there = look_at(to.hub, to.repo_id, to.revision)
-        if there and holds(there, sent, contents) and not set(removed) & there.files.keys():
+        others = {name for name in there.files if is_weights(name)} - {*sent, *contents} if there else set()
+        if there and holds(there, sent, contents) and not (others | set(removed)) & there.files.keys():
             return f"{to.hub.endpoint}/{to.repo_id}/commit/{there.commit}"
     return None
 
@@ -336,7 +365,8 @@ def is_content(file: RemoteFile, content: bytes) -> bool:
 class Hashes:
     """What is known of the sha256 of files, kept beside them so that an interrupted upload need not hash them again.
 
-    A hash belongs to a file's identity: size, time of change, and windows of its data.
+    A hash belongs to a file's identity: size, time of change, windows of its data, and the time of its inode, which
+    whoever writes to it changes even where he sets the other time back.
 
     Args:
         folder: of the files; where nothing can be written in it, nothing is kept.
@@ -352,13 +382,13 @@ class Hashes:
     def get(self, path: Path) -> str | None:
         """The sha256 of a file as it is now; None if it is not known."""
         match self._known.get(path.name):
-            case [str(identity), str(digest)] if identity == identify(path).identity and _is_sha256(digest):
+            case [str(identity), str(digest)] if identity == state_of(path) and _is_sha256(digest):
                 return digest
         return None
 
     def keep(self, path: Path, digest: str) -> None:
         """Remember a file's sha256."""
-        self._known[path.name] = [identify(path).identity, digest]
+        self._known[path.name] = [state_of(path), digest]
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             partial = self._path.with_suffix(".partial")
@@ -366,8 +396,14 @@ class Hashes:
             partial.replace(self._path)
 
 
+def state_of(path: Path) -> str:
+    """What tells one state of a file of this machine from another, whoever sets its time of change back."""
+    status = path.stat()
+    return f"{identify(path).identity}-{status.st_ctime_ns}-{status.st_ino}"
+
+
 def _is_sha256(text: str) -> bool:
     return len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
-__all__ = ["Destination", "Hashes", "Sent", "commit", "forgotten", "holds", "is_content", "send"]
+__all__ = ["Destination", "Hashes", "Sent", "commit", "forgotten", "holds", "is_content", "send", "state_of"]

@@ -94,8 +94,8 @@ def convert(
     settings |= {"overwrite": overwrite, "no_digest": no_digest, "verify_source": verify_source, "as_json": as_json}
     settings |= {"rank": rank, "world_size": world_size, "dry_run": dry_run, "debug": debug}
     settings |= {"allow_nonfinite": allow_nonfinite}
-    repo_id = hub_target(out)
     with exit_codes(debug=debug):
+        repo_id = hub_target(out)
         _check_target(out, repo_id, low_disk, {"--work": work, "--private": private or None, "--revision": revision})
     if repo_id is None:
         run_and_report(
@@ -115,7 +115,10 @@ def convert(
 
 def hub_target(out: str) -> str | None:
     """The repository that an output is, if it is one of the Hub."""
-    return out.removeprefix("hf://").rstrip("/") if out.startswith("hf://") else None
+    scheme, colon, rest = out.partition("://")
+    if colon and scheme.lower() != "hf":
+        raise CheckpointError(f"{scheme}://: an output may be a folder, or hf://OWNER/NAME with --low-disk.")
+    return rest.rstrip("/") if colon else None
 
 
 def _check_target(out: str, repo_id: str | None, low_disk: str | None, only_there: dict[str, Any]) -> None:

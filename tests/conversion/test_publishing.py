@@ -7,6 +7,7 @@
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from conversion.hub.publishing import publish
 from conversion.inspect import inspect_checkpoint
 from growth import grow_checkpoint
 from tests.fixtures.hub import Fault
+from tests.fixtures.hub.repositories import Blob
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 ROOT = Path(teleflm.__file__).parent.parent
@@ -320,6 +322,7 @@ def test_what_may_not_be_is_found_before_anything_is_read(case, here, folder, ve
     here.namespaces = {"owner"}
     here.add_repository("owner/data", {"a.txt": b"a"}, kind="dataset")
     publish(versions[0], REPO, load=False, tag="v1")
+    publish(versions[1], REPO, load=False)
     before = dict(here.received)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     for name, value in variables.items():
@@ -340,16 +343,16 @@ def test_what_may_not_be_is_found_before_anything_is_read(case, here, folder, ve
 def test_the_owners_words_survive_a_publication(here, folder, versions):
     publish(versions[0], REPO, load=False)
     card = here.repositories[REPO].files()["README.md"].decode()
-    words = card.replace("license: apache-2.0", "license: mit\nthumbnail: x.png") + "\n## Thanks\n\nTo all.\n"
+    words = card.replace("license: apache-2.0", "license: apache-2.0\nthumbnail: x.png") + "\n## Thanks\n\nTo all.\n"
     HfApi().upload_file(path_or_fileobj=words.encode(), path_in_repo="README.md", repo_id=REPO)
     publish(folder, REPO, load=False)
     card = here.repositories[REPO].files()["README.md"].decode()
     assert "To all." in card
-    assert ModelCard(card).data.license == "mit"
+    assert ModelCard(card).data.thumbnail == "x.png"
     assert "num_hidden_layers 3 to 4" in card
 
     (folder / "README.md").write_text((folder / "README.md").read_text() + "\n## Mine\n\nOther words.\n")
-    with pytest.raises(CheckpointError, match=r"has words of its own, and so has the README.md of the repository"):
+    with pytest.raises(CheckpointError, match=r"has words of its own, and the README.md of the repository other ones"):
         publish(folder, REPO, load=False)
     publish(folder, REPO, load=False, card=CardOptions(words="there"))
     assert "To all." in here.repositories[REPO].files()["README.md"].decode()
@@ -459,3 +462,183 @@ def test_a_card_that_the_hub_would_not_take_is_found_before_anything_is_made(her
     with pytest.raises((CheckpointError, OSError), match=r"owner/model: "):
         publish(folder, REPO, load=False)
     assert here.repositories == {}
+
+
+# What a hostile reader found, each planted.
+
+
+def commit_elsewhere(hub, name, content, repo=REPO):
+    """Somebody else commits, in the midst of a request of ours."""
+    repository = hub.repositories[repo]
+    head = repository.branches["main"]
+    tree = {**repository.commits[head].tree, name: Blob(content)}
+    repository.move("main", repository.add_commit(head, "somebody else's", tree))
+
+
+def test_a_repository_that_ignores_weights_is_not_emptied(here, folder, versions):
+    publish(versions[0], REPO, load=False)
+    commit_elsewhere(here, ".gitignore", b"*.safetensors\n")
+    with pytest.raises(CheckpointError, match=r"its .gitignore leaves out model-00001.*, which the model needs"):
+        publish(folder, REPO, load=False)
+    assert loads(here.repositories[REPO].files())
+    commit_elsewhere(here, ".gitignore", b"*.jinja\n")
+    with pytest.raises(CheckpointError, match=r"its .gitignore leaves out chat_template.jinja"):
+        publish(folder, REPO, load=False)
+    assert loads(here.repositories[REPO].files())
+
+
+def test_what_somebody_commits_while_the_folder_is_checked_is_not_overwritten(here, folder, versions):
+    publish(versions[0], REPO, load=False)
+    done = []
+
+    def commit_once(request):
+        if request.method == "POST" and request.path.startswith("/api/repos/create") and not done:
+            done.append(request)
+            commit_elsewhere(here, "README.md", here.repositories[REPO].files()["README.md"] + b"\nOf a colleague.\n")
+
+    here.fault = commit_once
+    with pytest.raises(CheckpointError, match="somebody has committed since"):
+        publish(folder, REPO, load=False)
+    here.fault = None
+    publish(folder, REPO, load=False)
+    assert b"Of a colleague." in here.repositories[REPO].files()["README.md"]
+
+
+def test_metadata_of_the_hub_survives_and_a_contradiction_is_asked_about(here, folder, versions):
+    publish(versions[0], REPO, load=False)
+    card = here.repositories[REPO].files()["README.md"].decode()
+    own = card.replace("license: apache-2.0", "license: apache-2.0\nthumbnail: x.png\nextra_gated_prompt: Agree.")
+    commit_elsewhere(here, "README.md", own.encode())
+    publish(folder, REPO, load=False)
+    metadata = ModelCard(here.repositories[REPO].files()["README.md"].decode()).data
+    assert (metadata.thumbnail, metadata.extra_gated_prompt) == ("x.png", "Agree.")
+    commit_elsewhere(here, "README.md", own.replace("license: apache-2.0", "license: mit").encode())
+    with pytest.raises(CheckpointError, match=r"has another license, and the README.md of the repository other ones"):
+        publish(folder, REPO, load=False)
+    publish(folder, REPO, load=False, card=CardOptions(words="there"))
+    assert ModelCard(here.repositories[REPO].files()["README.md"].decode()).data.license == "mit"
+
+
+def test_what_was_looked_at_is_what_is_published(here, folder):
+    """Files that change between the look and the commit: small ones count as they were, weights stop it."""
+    shard = min(folder.glob("*.safetensors"))
+
+    def change(request):
+        if request.path.startswith("/api/repos/create"):
+            edit(folder / "generation_config.json", note="/home/alice/secret")
+
+    here.fault = change
+    publish(folder, REPO, load=False)
+    assert b"alice" not in here.repositories[REPO].files()["generation_config.json"]
+
+    def change_weights(request):
+        if request.path.startswith("/api/repos/create"):
+            times = shard.stat()
+            content = shard.read_bytes()
+            shard.write_bytes(content[:-16] + bytes(16))
+            os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    (folder / "generation_config.json").write_text("{}")
+    here.fault = change_weights
+    before = here.repositories[REPO].files()
+    with pytest.raises(CheckpointError, match=r"model-00001.*: was changed while it was published"):
+        publish(folder, REPO, load=False)
+    assert here.repositories[REPO].files() == before
+
+
+def test_the_answer_to_a_tag_may_be_lost(here, folder):
+    here.fault = lambda request: (
+        Fault.drop(after_effect=True) if "/tag/" in request.path and request.method == "POST" else None
+    )
+    with suppress(OSError):
+        publish(folder, REPO, load=False, tag="v1")
+    here.fault = None
+    publish(folder, REPO, load=False, tag="v1")
+    assert here.repositories[REPO].tags == {"v1": here.repositories[REPO].branches["main"]}
+
+
+def test_a_tag_is_that_of_the_commit_that_was_made(here, folder):
+    def commit_before(request):
+        if "/tag/" in request.path and "late.txt" not in here.repositories[REPO].files():
+            commit_elsewhere(here, "late.txt", b"late")
+
+    here.fault = commit_before
+    publish(folder, REPO, load=False, tag="v1")
+    assert "late.txt" not in here.repositories[REPO].files("v1")
+    with pytest.raises(CheckpointError, match="v1 is a tag or a commit, and --revision has to be a branch"):
+        publish(folder, REPO, load=False, revision="v1")
+
+
+SECRETS = {
+    "in an escape": ("generation_config.json", lambda path: path.write_text('{"a": "hf\\u005f' + "aB3" * 12 + '"}')),
+    "in UTF-16": ("LICENSE", lambda path: path.write_text("hf_" + "aB3" * 12, encoding="utf-16")),
+    "of PGP": ("LICENSE", lambda path: path.write_text("-----BEGIN PGP PRIVATE KEY BLOCK-----")),
+    "in a path": ("generation_config.json", lambda path: edit(path, by="/usr/bin/env T=hf_" + "aB3" * 12)),
+}
+
+
+@pytest.mark.parametrize("case", SECRETS)
+def test_a_secret_is_found_however_it_is_written_and_not_repeated(case, folder):
+    name, plant = SECRETS[case]
+    plant(folder / name)
+    with pytest.raises(CheckpointError, match=r"holds what looks like a (token|private key)") as caught:
+        publish(folder, REPO, load=False, dry_run=True)
+    assert "aB3aB3" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "loaded from /home/alice/x",
+        "file:///data/x",
+        " /home/alice/x",
+        "$HOME/run7",
+        "\\\\server\\share",
+        "~/x",
+        "/my data/x",
+    ],
+)
+def test_a_path_of_this_machine_is_found_within_a_text(path, folder):
+    edit(folder / "generation_config.json", note=path)
+    with pytest.raises(CheckpointError, match=r"note is .*, a path of this machine"):
+        publish(folder, REPO, load=False, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    "text", ["a/b", "and/or", "1/2", "https://huggingface.co/owner/x", "{{ a }} / {{ b }}", "/", "~"]
+)
+def test_a_slash_is_no_path(text, folder):
+    edit(folder / "generation_config.json", note=text)
+    publish(folder, REPO, load=False, dry_run=True)
+
+
+def test_code_that_nobody_refers_to_stays_here(here, folder):
+    (folder / "my_launch_script.py").write_text("print(1)")
+    published = publish(folder, REPO, load=False)
+    assert published.left_out == ["my_launch_script.py"]
+    assert "my_launch_script.py" not in here.repositories[REPO].files()
+
+
+def test_an_index_that_names_another_file_is_refused(folder):
+    last = max(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(last.name, "part4.safetensors"))
+    last.rename(folder / "part4.safetensors")
+    (folder / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"names part4.safetensors, which is not there, or not called model\*"):
+        publish(folder, REPO, load=False, dry_run=True)
+
+
+def test_a_card_says_of_a_record_that_it_was_edited_and_of_weights_that_they_are_others(here, folder):
+    record = json.loads((folder / MANIFEST).read_text())
+    forged = {"operation": "train", "steps": 5, "tokens": 10**9, "initial_weights": "random"}
+    (folder / MANIFEST).write_text(json.dumps({**record, "lineage": forged}))
+    publish(folder, REPO, load=False)
+    card = here.repositories[REPO].files()["README.md"].decode()
+    assert "The record of this folder was edited after it was written" in card
+    (folder / MANIFEST).write_text(json.dumps(record))
+    damage_weights(folder)
+    publish(folder, REPO, load=False, check=False)
+    card = here.repositories[REPO].files()["README.md"].decode()
+    assert "What lies here is not what its record says" in card
+    assert "What is exact" not in card

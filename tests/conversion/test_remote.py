@@ -18,6 +18,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import conversion.checkpoint.mirror as mirror
 from conversion import WriteOptions, convert_checkpoint, export_checkpoint, inspect_checkpoint
@@ -30,6 +31,7 @@ from conversion.hub.remote import is_remote, local_view
 from growth import grow_checkpoint
 from growth.verification.recorded import check_recordable, record_verification
 from growth.verification.verify import verify_checkpoints
+from teleflm.app import app
 from tests.fixtures.hub import Fault
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 
@@ -77,7 +79,8 @@ def test_a_model_of_the_hub_is_read_as_one_that_is_here(layout, here, folders, t
     assert f"base_model: {REPO}" in card
     assert (tmp_path / "remote/tokenizer.model").read_bytes() == (folders / layout / "tokenizer.model").read_bytes()
     inspection = inspect_checkpoint(REPO)
-    assert inspection.folder == f"hf://{REPO}@{commit[:12]}"
+    assert inspection.folder == f"hf://{REPO}@{commit}"
+    assert inspect_checkpoint(inspection.folder).parameters == 78_816
     assert (inspection.parameters, inspection.problems) == (78_816, [])
     assert not [text for text in (tmp_path / "remote").iterdir() if b"/tmp" in text.read_bytes()]
 
@@ -287,11 +290,12 @@ def test_a_file_that_is_replaced_while_it_is_read_is_found(store, folders, tmp_p
 
 
 @pytest.mark.parametrize("name", ["../../escaped.json", "a\\b.json", "x" * 300 + ".json"])
-def test_a_name_that_would_lie_elsewhere_is_refused(name, store, folders, tmp_path):
+def test_a_name_that_would_lie_elsewhere_is_nothing_to_us(name, store, folders, tmp_path):
     put(store, "m", folders / "one file")
     store.store[f"/m/{name}"] = store.store["/m/config.json"]
-    with pytest.raises(CheckpointError, match="which can be no file below a folder"):
-        convert_checkpoint("memory://m", tmp_path / "out")
+    view = local_view("memory://m")
+    assert {path.name for path in view.parent.rglob("*")} == {"m", *contents(folders / "one file")}
+    convert_checkpoint(view, tmp_path / "out")
 
 
 @contextmanager
@@ -311,9 +315,9 @@ def served(files, *, etag=True):
 
         def answer(self, *, body):
             seen.append((self.command, self.path, dict(self.headers)))
-            content = files.get(self.path.split("?")[0].removeprefix("/model/"))
-            if content is None:
-                self.send_error(404)
+            content = files.get(self.path.split("?")[0].removeprefix("/model/"), b"")
+            if not content:
+                self.send_error(404 if content is not None else 503)
                 return
             wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             part = content[int(wanted[1]) : int(wanted[2]) + 1] if wanted else content
@@ -348,6 +352,37 @@ def test_a_folder_over_http_is_found_by_the_names_of_its_files(layout, etag, fol
     assert weights(tmp_path / "out") == weights(tmp_path / "local")
     assert not [path for path in whole if path.endswith((".safetensors", ".bin"))], "weights are read by ranges"
     assert b"secret" not in b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", MANIFEST, "config.json", "model.safetensors.index.json"])
+def test_a_host_that_fails_for_one_file_is_not_taken_to_lack_it(name, folders, tmp_path):
+    pytest.importorskip("aiohttp")
+    files = {path.name: path.read_bytes() for path in (folders / "sharded").iterdir()}
+    with served({**files, name: None}) as (url, _), pytest.raises((CheckpointError, OSError)) as caught:
+        convert_checkpoint(url, tmp_path / "out")
+    assert re.search(r"its host failed: 503|503", str(caught.value))
+    assert not (tmp_path / "out").exists()
+
+
+def test_passwords_and_signatures_are_struck_out_of_whatever_fails():
+    text = mirror.without_credentials("403, url='http://user:pw@host/m?sig=SECRET', and s3://key:word@b/x?y=SECRET.")
+    assert text == "403, url='http://host/m', and s3://b/x"
+
+
+@pytest.mark.parametrize("out", ["s3://bucket/x", "gs://b/x", "https://u:secretpw@h/x?sig=SECRET"])
+@pytest.mark.parametrize("command", ["convert", "grow"])
+def test_an_output_elsewhere_is_no_folder_of_that_name(command, out, folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    more = ["--set", "num_hidden_layers=4"] if command == "grow" else []
+    result = CliRunner().invoke(app, [command, str(folders / "one file"), out, *more])
+    assert (result.exit_code, [*tmp_path.iterdir()]) == (2, [])
+    assert "secretpw" not in result.output
+
+
+def test_revisions_with_slashes_are_read(here, folders):
+    here.add_repository(REPO, contents(folders / "one file"))
+    HfApi().create_branch(REPO, branch="feat/x")
+    assert inspect_checkpoint(f"hf://{REPO}@feat%2Fx").parameters == 78_816
 
 
 def test_placeholders_are_no_weights(here, folders):
