@@ -4,7 +4,8 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The selection from end to end: its settings, its stages in order, and what it writes.
 
-OUT/selected.jsonl     the rows as they came, with `id`, `domain` and `score`, in the order of the input
+OUT/selected.jsonl     the rows as they came, byte for byte, in the order of the input; `teleflm_id`, `teleflm_domain`
+                       and `teleflm_score` are added
 OUT/selection.json     settings, seed, versions, what every stage did, and the digests of the rows and of itself;
                        written last
 OUT/stages             see [`sft.selection.stages`]
@@ -25,9 +26,10 @@ from typing import Any, BinaryIO
 from conversion.checkpoint.manifest import package_version
 from sft.data.formats import DataError
 
-from . import decontaminate, dedup, diversity, domains, embed, heuristics, rows, score
+from . import common, decontaminate, dedup, diversity, domains, embed, heuristics, rows, score
 from .executors import open_executor
-from .stages import SelectionError, Stage, StageResult, Workspace, make_digest
+from .stages import SelectionError, Stage, StageFiles, StageResult, Workspace, make_digest
+from .thresholds import check_thresholds, stage_thresholds
 
 METHODS = ("teleflm", "random", "longest", "ifd-top")
 DEFAULT_QUOTA = {"math": 0.3, "code": 0.3, "multi_turn": 0.2, "general": 0.2}
@@ -48,8 +50,10 @@ class SelectionSettings:
         decontaminate: files of evaluation sets; see [`sft.selection.decontaminate`].
         scorer: a causal language model for the IFD score; see [`sft.selection.score`].
         embedder: see [`sft.selection.embed`].
+        thresholds: by name, other than those of [`sft.selection.thresholds.THRESHOLDS`].
+        unique_ids: give each row the `id` that is otherwise only its `teleflm_id`.
         seed: of everything random.
-        allow_fewer: select what there is if that is less than `count`.
+        allow_fewer: select what there is if that is less than `count`, or than the `quota` of a domain.
 
     Raises:
         SelectionError: a value is none of those possible, or two of them contradict each other.
@@ -62,6 +66,8 @@ class SelectionSettings:
     decontaminate: tuple[str, ...] = ()
     scorer: str | None = None
     embedder: str | None = None
+    thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    unique_ids: bool = False
     seed: int = 0
     allow_fewer: bool = False
 
@@ -74,6 +80,7 @@ class SelectionSettings:
             raise SelectionError("--method ifd-top needs a model that scores: give --scorer.")
         if self.quota is not None:
             self._check_quota(self.quota)
+        check_thresholds(self.thresholds)
 
     def _check_quota(self, quota: Mapping[str, float]) -> None:
         unknown = [name for name in quota if name not in domains.DOMAINS]
@@ -150,7 +157,7 @@ def select_conversations(
             for name in (SELECTED, SUMMARY):  # rows without a record would be somebody's
                 (out / name).unlink(missing_ok=True)
         try:
-            workspace.run(executor, notify)
+            workspace.run(executor, notify, _checks(workspace, settings, notify))
         except _TooFew as few:
             raise SelectionError(f"{few} {_describe_losses(workspace.results)}") from None
     if not workspace.results[-1].rows_out:
@@ -158,7 +165,7 @@ def select_conversations(
         raise SelectionError(f"no row is left after {emptied}. {_describe_losses(workspace.results)}")
     selection = _describe(workspace, out, already_done)
     if not already_done:
-        written = _write_selected(workspace, out)
+        written = _write_selected(workspace, out, settings.unique_ids)
         _write_summary(selection, settings, workspace, out, written)
         for name in (SELECTED, SUMMARY):
             (out / f"{name}{_PARTIAL}").replace(out / name)
@@ -187,25 +194,35 @@ def make_stages(
         Stage("rows", {"files": [_identify(file) for file in files]}, files=tuple(files), tables=read),
         Stage("exact-duplicates", {}, ("id",), dedup.drop_exact_duplicates, whole=True),
     ]
+    limits = partial(stage_thresholds, given=settings.thresholds)
+    own_text: tuple[str, ...] = ("row",)
     if settings.method == "teleflm":
-        near = {"slots": dedup.SLOTS, "bands": dedup.BANDS, "overlap": dedup.OVERLAP, "min_pairs": dedup.MIN_PAIRS}
+        own_text = ("row", "common")
+        shared = limits("common-text")
+        marking = {**shared, "run": common.RUN, "min_rows": common.MIN_ROWS, "sample": common.SAMPLE}
+        sketched = {"slots": dedup.SLOTS, "answer_slots": dedup.ANSWER_SLOTS}
+        near = limits("near-duplicates")
+        compared = ("id", "sketch", "pairs", "answer_sketch", "answer_pairs")
+        remove = partial(dedup.drop_near_duplicates, **near)
         stages += [
-            Stage("sketches", near, ("row",), dedup.sketch),
-            Stage("near-duplicates", near, ("id", "sketch", "pairs"), dedup.drop_near_duplicates, whole=True),
+            Stage("common-text", marking, ("row",), fit=partial(common.fit_marks, **shared), sample=common.SAMPLE),
+            Stage("sketches", sketched, (*own_text, "unread"), dedup.sketch),
+            Stage("near-duplicates", {**near, "bands": dedup.BANDS}, compared, remove, whole=True),
         ]
     if settings.decontaminate:
-        stages.append(_decontamination(settings.decontaminate, notify))
+        stages.append(_decontamination(settings, notify))
     by_column = {"column": settings.domain_column}
-    stages.append(Stage("domains", by_column, ("row",), partial(domains.tag_domains, **by_column)))
+    stages.append(Stage("domains", by_column, own_text, partial(domains.tag_domains, **by_column)))
     if settings.method == "teleflm":
-        limits = {name.lower(): getattr(heuristics, name) for name in heuristics.LIMITS}
-        stages.append(Stage("heuristics", limits, ("row", "domain"), heuristics.drop_broken))
+        broken = limits("heuristics")
+        drop = partial(heuristics.drop_broken, limits=heuristics.Limits(**broken))
+        stages.append(Stage("heuristics", broken, ("row", "domain"), drop))
     if settings.method != "random":
         stages.append(_scoring(settings))
     if settings.method == "teleflm":
         fitted = {"embedder": settings.embedder, "sample": embed.SAMPLE, "dimensions": embed.DIMENSIONS}
         fit = partial(embed.fit_kernel, embedder=settings.embedder, seed=settings.seed)
-        stages.append(Stage("embeddings", fitted, ("row",), fit=fit, sample=embed.SAMPLE))
+        stages.append(Stage("embeddings", fitted, own_text, fit=fit, sample=embed.SAMPLE))
     return [*stages, _choice(settings)]
 
 
@@ -218,13 +235,20 @@ def _identify(file: str) -> dict[str, Any]:
     return {"name": path.name, "bytes": status.st_size, "changed": status.st_mtime_ns}
 
 
-def _decontamination(files: Sequence[str], notify: Callable[[str], None]) -> Stage:
-    index = decontaminate.index_evaluations(files)
+def _decontamination(settings: SelectionSettings, notify: Callable[[str], None]) -> Stage:
+    limits = stage_thresholds("decontamination", settings.thresholds)
+    evaluations = decontaminate.read_evaluations(settings.decontaminate, **limits)
+    index = decontaminate.make_index(evaluations)
+    texts = index.items + index.too_short + index.shared
     if index.too_short:
-        notify(f"decontamination: {index.too_short} of {index.items + index.too_short} texts are too short to look for")
+        notify(f"decontamination: {index.too_short} of {texts} texts are too short to look for")
+    if index.shared:
+        notify(f"decontamination: {index.shared} of {texts} texts say what many do, and are not looked for")
     content = make_digest([sorted(map(str, hashes.tolist())) for hashes in index.hashes.values()])
-    named = {"evaluations": content, "ngram": decontaminate.NGRAM, "min_words": decontaminate.MIN_WORDS}
-    return Stage("decontamination", named, ("row",), partial(decontaminate.drop_contaminated, index=index))
+    shared = stage_thresholds("common-text", settings.thresholds)
+    named = {"evaluations": content, **limits, "common_share": shared["max_share"], "sample": common.SAMPLE}
+    fit = partial(decontaminate.fit_kernel, evaluations=evaluations, **shared)
+    return Stage("decontamination", named, ("row",), fit=fit, sample=common.SAMPLE)
 
 
 def _scoring(settings: SelectionSettings) -> Stage:
@@ -238,11 +262,14 @@ def _scoring(settings: SelectionSettings) -> Stage:
 
 
 def _choice(settings: SelectionSettings) -> Stage:
-    quota = dict(settings.quota) if settings.quota is not None else None
-    if quota is None and settings.method == "teleflm" and settings.domain_column is None:
-        quota = DEFAULT_QUOTA
+    quota = _quota(settings)
     asked: dict[str, Any] = {"count": settings.count, "quota": quota, "seed": settings.seed}
-    named = {"method": settings.method, **asked, "cluster_rows": diversity.CLUSTER_ROWS}
+    named = {
+        "method": settings.method,
+        **asked,
+        "unique_ids": settings.unique_ids,
+        "cluster_rows": diversity.CLUSTER_ROWS,
+    }
     reads: tuple[str, ...] = ("id", "domain")
     choose: Callable[[Any], Any]
     if settings.method == "teleflm":
@@ -251,21 +278,81 @@ def _choice(settings: SelectionSettings) -> Stage:
         choose = partial(diversity.select_top, **asked, by="random")
     else:
         reads, choose = (*reads, "score"), partial(diversity.select_top, **asked, by="score")
-    kernel = partial(_enough, choose=choose, count=settings.count, allow_fewer=settings.allow_fewer)
-    return Stage("selection", named, reads, kernel, whole=True)
+    enough: dict[str, Any] = {"count": settings.count, "allow_fewer": settings.allow_fewer, "quota": settings.quota}
+    return Stage("selection", named, reads, partial(_enough, choose=choose, **enough), whole=True)
+
+
+def _quota(settings: SelectionSettings) -> dict[str, float] | None:
+    if settings.quota is not None:
+        return dict(settings.quota)
+    return DEFAULT_QUOTA if settings.method == "teleflm" and settings.domain_column is None else None
 
 
 class _TooFew(SelectionError):
     """Fewer rows than asked for, before it is said where the others went."""
 
 
-def _enough(table: Any, choose: Callable[[Any], Any], count: int, allow_fewer: bool) -> Any:
+def _enough(
+    table: Any, choose: Callable[[Any], Any], count: int, allow_fewer: bool, quota: Mapping[str, float] | None
+) -> Any:
+    if quota is not None and not allow_fewer and (short := _shortfall(table["domain"].to_pylist(), count, quota)):
+        raise _TooFew(f"{short}; --allow-fewer takes others in their place.")
     chosen = choose(table)
     found = chosen["drop"].null_count
     if found < count and not allow_fewer:
         left = "" if len(table) == found else f" in the domains of --quota ({len(table):,} in all)"
         raise _TooFew(f"only {found:,} rows are left{left}, fewer than -n {count:,}; --allow-fewer takes them.")
     return chosen
+
+
+def _shortfall(tags: Sequence[str], count: int, quota: Mapping[str, float]) -> str:
+    """What a quota asks for and is not there, in words; empty if all of it is."""
+    if quota.keys().isdisjoint(tags):  # all that is chosen then says which domains there are
+        return ""
+    there = Counter(tags)
+    wanted = {domain: math.floor(share * count + 1e-9) for domain, share in quota.items()}
+    short = [f"{domain} {there[domain]:,} of {rows:,}" for domain, rows in wanted.items() if there[domain] < rows]
+    return f"the quota cannot be met: {', '.join(short)} rows" if short else ""
+
+
+def _checks(
+    workspace: Workspace, settings: SelectionSettings, notify: Callable[[str], None]
+) -> dict[str, Callable[[StageFiles], None]]:
+    """What is looked at between stages: what is not read, and, before anything costs much, whether the quota is met."""
+    names = [stage.name for stage in workspace.stages]
+    quota = _quota(settings)
+
+    def tell_unread(stages: StageFiles) -> None:
+        for field, (rows_with, example) in count_unread(stages).items():
+            notify(f"rows: {rows_with:,} have {field}: kept as it is, but neither read nor trained on ({example})")
+
+    def check_quota(stages: StageFiles) -> None:
+        tags = stages.read(("domain",))["domain"].to_pylist()
+        if quota is None or not (short := _shortfall(tags, settings.count, quota)):
+            return
+        if settings.quota is None or settings.allow_fewer:
+            notify(f"selection: {short}; others take their place")
+        else:
+            raise _TooFew(f"{short}; --allow-fewer takes others in their place.")
+
+    return {"rows": tell_unread, "heuristics" if "heuristics" in names else "domains": check_quota}
+
+
+def count_unread(stages: StageFiles) -> dict[str, tuple[int, str]]:
+    """Field that is not read -> valid rows that have it, and the place of the first."""
+    found: dict[str, tuple[int, str]] = {}
+    for piece in stages.pieces(("unread", "source"), after=0):
+        table = piece.read()
+        table = table.filter(table["unread"].is_valid())
+        for names, source in zip(table["unread"].to_pylist(), table["source"].to_pylist(), strict=True):
+            for name in names.split(","):
+                count, example = found.get(name, (0, _without_folders(source)))
+                found[name] = count + 1, example
+    return dict(sorted(found.items()))
+
+
+def _without_folders(source: str) -> str:
+    return Path(source).name
 
 
 def _describe_losses(results: Sequence[StageResult]) -> str:
@@ -354,21 +441,33 @@ def _open_partial(file: Path) -> BinaryIO:
 _SELECTED_COLUMNS = ("row", "id", "domain", "quality")
 
 
-def _write_selected(workspace: Workspace, out: Path) -> dict[str, Any]:
+def _write_selected(workspace: Workspace, out: Path, unique_ids: bool) -> dict[str, Any]:
     """Write the rows under a name of their own; returns what the summary says of the file."""
     digest = hashlib.sha256()
+    taken: set[Any] = set()
     with _open_partial(out / SELECTED) as file:
         for piece in workspace.pieces(_SELECTED_COLUMNS):
             table = piece.read()
             for row, own_id, domain, quality in zip(
                 *(table[name].to_pylist() for name in _SELECTED_COLUMNS), strict=True
             ):
-                value = json.loads(row)
-                added = {"id": value.get("id", own_id.hex()), "domain": domain, "score": round(quality, 4)}
-                line = rows.to_json({**value, **added}) + b"\n"
+                added = {"id": own_id.hex(), "domain": domain, "score": round(quality, 4)}
+                if unique_ids:
+                    row = _with_unique_id(row, own_id.hex(), taken)
+                line = rows.add_columns(row, {f"{rows.OWN}{name}": value for name, value in added.items()}) + b"\n"
                 digest.update(line)
                 file.write(line)
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def _with_unique_id(row: bytes, own_id: str, taken: set[Any]) -> bytes:
+    """A row; if it has no id, or one that is taken, with ours in its place."""
+    value = json.loads(row)
+    found = value.get("id")
+    if isinstance(found, str | int) and found not in taken:
+        taken.add(found)
+        return row
+    return rows.to_json({**value, "id": own_id})
 
 
 def _describe(workspace: Workspace, out: Path, already_done: bool) -> Selection:
@@ -396,6 +495,7 @@ def _write_summary(
     described: dict[str, Any] = {
         "count": selection.count,
         "domains": selection.domains,
+        "unread": {name: {"rows": count, "example": at} for name, (count, at) in count_unread(workspace).items()},
         "settings": {**dataclasses.asdict(settings), **given},
         "teleflm_version": package_version(),
         "digest": workspace.digests[-1],
