@@ -114,7 +114,7 @@ def mark_common(table: pa.Table, common: CommonText) -> pa.Table:
             message = chats[row][index]
             if message["role"] == "assistant" and row in kept:
                 continue
-            own = covered[words.offsets[number] : words.offsets[number + 1]]
+            own = covered[words.offsets[number] : words.offsets[number + 1]].tolist()
             found = [value for span in _spans(message["content"], own) for value in (index, *span)]
             if found:
                 marks[row] = [*(marks[row] or []), *found]
@@ -133,14 +133,14 @@ def _mostly_common_answers(
     return set(np.flatnonzero(2 * shared > total).tolist())
 
 
-def _spans(text: str, covered: np.ndarray) -> Iterator[tuple[int, int]]:
+def _spans(text: str, covered: Sequence[bool]) -> Iterator[tuple[int, int]]:
     """From where to where a text is common, by its words that are."""
-    pieces = [(piece.start(), piece.end(), len(split_words(piece[0]))) for piece in _PIECES.finditer(text)]
+    pieces = [(piece.start(), piece.end(), _count_words(piece[0])) for piece in _PIECES.finditer(text)]
     if sum(count for _, _, count in pieces) != len(covered):  # a character that joins its neighbours when normalised
         return
     at, begin, until = 0, -1, -1
     for start, end, count in pieces:
-        if covered[at : at + count].all() and (count or begin >= 0):
+        if (covered[at] if count == 1 else count == 0 <= begin) or (count > 1 and all(covered[at : at + count])):
             begin, until = (start if begin < 0 else begin), end
         elif begin >= 0:
             yield begin, until
@@ -148,6 +148,10 @@ def _spans(text: str, covered: np.ndarray) -> Iterator[tuple[int, int]]:
         at += count
     if begin >= 0:
         yield begin, until
+
+
+def _count_words(piece: str) -> int:
+    return 1 if piece.isascii() and piece.isalnum() else len(split_words(piece))
 
 
 def own_conversations(table: pa.Table) -> Iterator[list[dict[str, str]]]:

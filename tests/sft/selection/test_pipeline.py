@@ -27,7 +27,7 @@ from teleflm.reports.selection import EXAMPLES, write_report
 from .conftest import chat
 
 QUOTA = {"math": 0.25, "code": 0.25, "multi_turn": 0.25, "general": 0.25}
-SETTINGS = SelectionSettings(count=120, quota=QUOTA)
+SETTINGS = SelectionSettings(count=120, quota=QUOTA, allow_fewer=True)
 
 
 def selected(out: Path) -> list[dict]:
@@ -64,10 +64,10 @@ def test_rows_come_out_as_they_came(out, corpus):
     assert places == sorted(places), "in the order of the input"
     for row in chosen:
         assert json.dumps({name: row[name] for name in corpus[0]}) in keys
-        assert len(row["id"]) == 32
-        assert 0 <= row["score"] <= 1
-    assert len({row["id"] for row in chosen}) == len(chosen)
-    domains = Counter(row["domain"] for row in chosen)
+        assert len(row["teleflm_id"]) == 32
+        assert 0 <= row["teleflm_score"] <= 1
+    assert len({row["teleflm_id"] for row in chosen}) == len(chosen)
+    domains = Counter(row["teleflm_domain"] for row in chosen)
     summary = json.loads((out / "selection.json").read_text())
     assert summary["domains"] == dict(domains)
 
@@ -134,7 +134,7 @@ def test_a_finished_selection_is_not_done_again(out, corpus_file):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-@pytest.mark.parametrize("stage", range(1, 10))
+@pytest.mark.parametrize("stage", range(1, 11))
 def test_an_interrupted_selection_goes_on(stage, out, corpus_file, tmp_path):
     """Killed in the middle of a stage: its first part is there, its marker and all that comes later is not."""
     shutil.copytree(out, tmp_path / "out")
@@ -154,7 +154,7 @@ def test_an_interrupted_selection_goes_on(stage, out, corpus_file, tmp_path):
 
 def test_only_missing_parts_are_made(out, corpus_file, tmp_path):
     shutil.copytree(out, tmp_path / "out")
-    folder = tmp_path / "out/stages/03-sketches"
+    folder = tmp_path / "out/stages/04-sketches"
     (folder / "_stage.json").unlink()
     kept, *lost = sorted(folder.glob("*.parquet"))
     for part in lost:
@@ -177,10 +177,10 @@ def test_nothing_looks_finished_before_it_is(corpus_file, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"count": 100}, r"09-selection: of another configuration: count was 120, is 100; --overwrite"),
+        ({"count": 100}, r"10-selection: of another configuration: count was 120, is 100; --overwrite"),
         ({"seed": 1}, r"01-rows: of another configuration: seed was 0, is 1; --overwrite"),
-        ({"method": "random"}, r"03-sketches: of another configuration, which has here domains; --overwrite"),
-        ({"domain_column": "kind"}, r"05-domains: of another configuration: column was None, is kind; --overwrite"),
+        ({"method": "random"}, r"03-common-text: of another configuration, which has here domains; --overwrite"),
+        ({"domain_column": "kind"}, r"06-domains: of another configuration: column was None, is kind; --overwrite"),
     ],
 )
 def test_another_configuration_is_refused(changes, message, out, corpus_file):
@@ -199,9 +199,9 @@ def test_other_data_is_refused(out, lines):
 
 def test_overwrite_keeps_what_both_have_in_common(out, corpus_file, tmp_path):
     shutil.copytree(out, tmp_path / "out")
-    sketches = tmp_path / "out/stages/03-sketches/00000-00000.parquet"
+    sketches = tmp_path / "out/stages/04-sketches/00000-00000.parquet"
     before = sketches.stat().st_mtime_ns
-    fewer = SelectionSettings(count=50, quota=QUOTA)
+    fewer = SelectionSettings(count=50, quota=QUOTA, allow_fewer=True)
     select_conversations(corpus_file, tmp_path / "out", fewer, overwrite=True)
     assert sketches.stat().st_mtime_ns == before
     select_conversations(corpus_file, tmp_path / "fresh", fewer)
@@ -288,7 +288,7 @@ def test_rows_that_are_lost_are_written_again(out, corpus_file, tmp_path):
 def test_rows_of_another_configuration_are_in_the_way_without_their_stages_too(out, corpus_file, tmp_path):
     shutil.copytree(out, tmp_path / "out")
     shutil.rmtree(tmp_path / "out/stages")
-    fewer = SelectionSettings(count=50, quota=QUOTA)
+    fewer = SelectionSettings(count=50, quota=QUOTA, allow_fewer=True)
     with pytest.raises(SelectionError, match=r"selected\.jsonl: is of another configuration; --overwrite"):
         select_conversations(corpus_file, tmp_path / "out", fewer)
 
@@ -309,41 +309,41 @@ def test_a_folder_in_the_place_of_a_file_is_named(name, corpus_file, tmp_path):
 
 
 def _foreign_part(stages: Path) -> None:
-    shutil.copy(stages / "05-domains/00000-00000.parquet", stages / "03-sketches/00000-00000.parquet")
+    shutil.copy(stages / "06-domains/00000-00000.parquet", stages / "04-sketches/00000-00000.parquet")
 
 
 def _additional_part(stages: Path) -> None:
-    shutil.copy(stages / "03-sketches/00000-00000.parquet", stages / "03-sketches/00009-00000.parquet")
+    shutil.copy(stages / "04-sketches/00000-00000.parquet", stages / "04-sketches/00009-00000.parquet")
 
 
 def _edited_part(stages: Path) -> None:
-    part = stages / "05-domains/00000-00000.parquet"
+    part = stages / "06-domains/00000-00000.parquet"
     table = pq.read_table(part)
     edited = table.set_column(table.schema.get_field_index("domain"), "domain", [["math"] * len(table)])
     pq.write_table(edited.replace_schema_metadata(table.schema.metadata), part)
 
 
 def _lost_part(stages: Path) -> None:
-    (stages / "03-sketches/00000-00000.parquet").unlink()
+    (stages / "04-sketches/00000-00000.parquet").unlink()
 
 
 def _damaged_part(stages: Path) -> None:
-    (stages / "03-sketches/00000-00000.parquet").write_bytes(b"PAR1 no more")
+    (stages / "04-sketches/00000-00000.parquet").write_bytes(b"PAR1 no more")
 
 
 def _damaged_marker(stages: Path) -> None:
-    (stages / "03-sketches/_stage.json").write_text("{")
+    (stages / "04-sketches/_stage.json").write_text("{")
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_foreign_part, r"03-sketches/00000-00000.parquet: of another configuration \(digest \w+, not \w+\)"),
-        (_additional_part, r"03-sketches: has 5 parts, not 4"),
-        (_edited_part, r"05-domains/00000-00000.parquet: is not what was written there; --overwrite"),
-        (_lost_part, r"03-sketches: has 3 parts, not 4"),
-        (_damaged_part, r"03-sketches/00000-00000.parquet: not a Parquet file"),
-        (_damaged_marker, r"03-sketches/_stage.json: damaged"),
+        (_foreign_part, r"04-sketches/00000-00000.parquet: of another configuration \(digest \w+, not \w+\)"),
+        (_additional_part, r"04-sketches: has 5 parts, not 4"),
+        (_edited_part, r"06-domains/00000-00000.parquet: is not what was written there; --overwrite"),
+        (_lost_part, r"04-sketches: has 3 parts, not 4"),
+        (_damaged_part, r"04-sketches/00000-00000.parquet: not a Parquet file"),
+        (_damaged_marker, r"04-sketches/_stage.json: damaged"),
     ],
 )
 def test_stage_files_are_checked(damage, message, out, corpus_file, tmp_path):
@@ -400,14 +400,14 @@ def test_quota_by_a_column(corpus, lines, tmp_path):
 
 def test_a_models_embeddings(corpus, lines, model_dir, tmp_path):
     data = lines(*corpus[:120])
-    settings = SelectionSettings(count=30, embedder=str(model_dir), quota=QUOTA)
+    settings = SelectionSettings(count=30, embedder=str(model_dir), quota=QUOTA, allow_fewer=True)
     assert select_conversations(data, tmp_path / "out", settings).count == 30
     summary = (tmp_path / "out/selection.json").read_text()
     assert json.loads(summary)["settings"]["embedder"] == model_dir.name
     assert str(model_dir.parent) not in summary
     width = AutoConfig.from_pretrained(model_dir).hidden_size
     assert (
-        pq.read_schema(tmp_path / "out/stages/08-embeddings/00000-00000.parquet").field("embedding").type.list_size
+        pq.read_schema(tmp_path / "out/stages/09-embeddings/00000-00000.parquet").field("embedding").type.list_size
         == width
     )
 
@@ -425,7 +425,7 @@ def test_report(lines, corpus, tmp_path):
         for messages in (row["messages"] for row in corpus[:300])
     ]
     data = lines(*rows)
-    settings = SelectionSettings(count=160, quota=QUOTA)
+    settings = SelectionSettings(count=160, quota=QUOTA, allow_fewer=True)
     selection = select_conversations(data, tmp_path / "out", settings)
     write_report(selection, settings, tmp_path / "report")
     page = (tmp_path / "report/index.html").read_text()
@@ -531,10 +531,10 @@ def run(*arguments) -> tuple[int, str]:
 
 def test_command(corpus_file, tmp_path):
     quota = "math=.25, code=.25,multi_turn=.25,general=.25"
-    status, output = run(corpus_file, tmp_path / "out", "-n", 60, "--quota", quota, "--workers", 1)
+    status, output = run(corpus_file, tmp_path / "out", "-n", 60, "--quota", quota, "--allow-fewer", "--workers", 1)
     assert status == 0, output
     assert "selected.jsonl: 60 rows" in output
-    status, output = run(corpus_file, tmp_path / "out", "-n", 60, "--quota", quota, "--workers", 1, "--json")
+    status, output = run(corpus_file, tmp_path / "out", "-n", 60, "--quota", quota, "--allow-fewer", "--workers", 1, "--json")
     summary, _ = json.JSONDecoder().raw_decode(output[output.index("{") :])
     assert (status, summary["count"], summary["already_done"]) == (0, 60, True)
 
