@@ -68,7 +68,7 @@ _FILLER = re.compile(
 _CLOSED = re.compile(
     r"(^|[.!?,;:\n]\s*)(is|are|was|were|am|do|does|did|can|could|will|would|should|shall|has|have|had|may|might|must|"
     r"isn'?t|aren'?t|don'?t|doesn'?t|didn'?t|won'?t|can'?t)\b|\b(or|whether|if|true|false|yes|correct|right|say|reply|answer)\b|"
-    r"[吗么嘛吧]|是否|是不是|有没有|能否|可否|对不对|还是|判断|对错|正确",
+    r"[吗嘛]|是否|是不是|有没有|能否|可否|对不对|还是|判断|对错|正确",
     re.IGNORECASE,
 )
 _INSTRUCTIONS = 20  # words of a question, from which on it is no mere question

@@ -534,7 +534,9 @@ def test_command(corpus_file, tmp_path):
     status, output = run(corpus_file, tmp_path / "out", "-n", 60, "--quota", quota, "--allow-fewer", "--workers", 1)
     assert status == 0, output
     assert "selected.jsonl: 60 rows" in output
-    status, output = run(corpus_file, tmp_path / "out", "-n", 60, "--quota", quota, "--allow-fewer", "--workers", 1, "--json")
+    status, output = run(
+        corpus_file, tmp_path / "out", "-n", 60, "--quota", quota, "--allow-fewer", "--workers", 1, "--json"
+    )
     summary, _ = json.JSONDecoder().raw_decode(output[output.index("{") :])
     assert (status, summary["count"], summary["already_done"]) == (0, 60, True)
 
