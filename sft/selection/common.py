@@ -9,8 +9,8 @@ A word is common if it lies in a run of [`RUN`] words that more than [`MAX_SHARE
 with the smallest ids: memory does not grow with the data, and the outcome is the same for any number of workers.
 
 Near-duplicate removal, domains and embeddings read [`own_conversations`]: without system prompts, and without what is
-common in the rest. Of answers that are common by more than half, all is left: such a row is not a template filled in,
-but the same row many times over, and its duplicates have to be found.
+common in the rest. If more than half of its answers is common, all of a row is left: it is not a template filled in, but
+the same row many times over, and its duplicates have to be found.
 """
 
 import re
@@ -112,7 +112,7 @@ def mark_common(table: pa.Table, common: CommonText) -> pa.Table:
         for number in np.unique(words.owners[covered]).tolist():
             row, index = places[number]
             message = chats[row][index]
-            if message["role"] == "assistant" and row in kept:
+            if row in kept:
                 continue
             own = covered[words.offsets[number] : words.offsets[number + 1]].tolist()
             found = [value for span in _spans(message["content"], own) for value in (index, *span)]

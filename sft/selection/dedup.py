@@ -59,8 +59,8 @@ def sketch(table: pa.Table) -> pa.Table:
         table: with `row`, and perhaps `common` and `unread`.
 
     Returns:
-        `sketch`, [`SLOTS`] bytes; `pairs`, how many distinct word pairs are the conversation's own, 0 for one with media;
-        `answer_sketch` and `answer_pairs`, the same of its answers.
+        `sketch`, [`SLOTS`] bytes; `pairs`, how many distinct word pairs are the conversation's own, 0 for one with
+        media; `answer_sketch` and `answer_pairs`, the same of its answers.
     """
     unread = read_unread(table)
     own = list(own_conversations(table))

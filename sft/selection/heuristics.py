@@ -3,8 +3,8 @@
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Conversations that are broken, by rules that can be read. Each has a reason code ([`REASONS`]); the first that
-applies counts. None looks at more than a row. In doubt a row stays: at most 5 of 1,000 healthy ones may be dropped, which
-the tests count on real and on tricky rows, English and Chinese.
+applies counts. None looks at more than a row. In doubt a row stays: at most 5 of 1,000 healthy ones may be dropped,
+which the tests count on real and on tricky rows, English and Chinese.
 """
 
 import ast
@@ -73,7 +73,7 @@ _CLOSED = re.compile(
 )
 _INSTRUCTIONS = 20  # words of a question, from which on it is no mere question
 
-_CANNOT = r"(can'?t|can’t|cannot|can not|could not|couldn'?t|am unable to|am not able to|are unable to|are not able to|won'?t|unable to|not able to)"
+_CANNOT = r"(can'?t|can’t|cannot|can not|could not|couldn'?t|((am|are) )?(unable|not able) to|won'?t)"
 _REFUSED = (
     r"(assist|comply|fulfil|help (?!but\b|feeling|thinking|wondering|myself|it\b)|help\W*$|help[.!,]|do that|do this|"
     r"(provide|answer|generate|create|write|give|offer|share|discuss|continue|engage|respond|complete|process|perform|support|"
@@ -89,7 +89,8 @@ _REFUSAL = re.compile(
     rf"(i|we) {_CANNOT} ((assist|comply|help) (you )?(with|in)\b|(help|assist|comply)\W*$|do that\W*$|"
     rf"(provide|answer|fulfil|fulfill|generate|do|help|assist|comply with) {_OF_AN_ASSISTANT})|"
     r"as an? (ai|artificial intelligence|(large )?(ai )?language model)"
-    r"( (language )?(model|assistant|chatbot|system|program|bot))?( (created|developed|trained|made) by [\w ]+)?\s*,?\s*(i|i'?m|i’m|my)\b|"
+    r"( (language )?(model|assistant|chatbot|system|program|bot))?( (created|developed|trained|made) by [\w ]+)?"
+    r"\s*,?\s*(i|i'?m|i’m|my)\b|"
     r"(很|非常|十分|真的)?(抱歉|对不起|不好意思|遗憾)[^。！？\n]{0,12}?(无法|不能|没有办法|没办法)[^。！？，\n]{0,6}?"
     r"(回答|提供|帮助|帮|协助|满足|完成|生成|回应|处理|执行|继续|讨论|给出|访问|回复|解答|透露|做到|创作|撰写|编写)|"
     r"作为(一个|一名|一款|一位)?(ai|人工智能|大语言模型|语言模型|大模型)(语言)?(模型|助手|助理|系统|程序|机器人)?[，,、]?\s*我)",
@@ -101,40 +102,40 @@ _WORDING = re.compile(r"translat|rephras|paraphras|rewrite|proofread|翻译|改�
 _FENCE = re.compile(r"^[ \t>]*(?:[-*+][ \t]+|\d+[.)][ \t]+)?(`{3,})([^`\n]*)$")
 _OPENS_LATE = re.compile(r"[^`](`{3,})[\w+-]*[ \t]*$")  # after words on the same line
 _PYTHON = ("python", "py", "python3")
-_SESSION = re.compile(
-    r"^\s*(>>>|In \[|[%!?$]|(pip3?|conda|python3?|cd|git) [\w./-])", re.MULTILINE
-)  # of a shell or a notebook
+# Of a shell or a notebook, which is not Python.
+_SESSION = re.compile(r"^[ \t]*(>>>|In \[|[%!?$]|(pip3?|conda|python3?|cd|git) [\w./-])", re.MULTILINE)
 _CLAUSE = re.compile(r"\s*(else|elif|except|finally|case)\b")  # of a statement that is not shown
 _PYTHON_2 = [
     (re.compile(pattern, re.MULTILINE), by)
     for pattern, by in (
-        (r"^(\s*|.*[:;]\s*)print\s*>>\s*([\w.]+)\s*,?([^;\n]*)", r"\1print(\3)"),
-        (r"^(\s*|.*?[:;]\s*)print(?![\w(=.,])[ \t]*([^;#\n]*?),?[ \t]*(?=[;#\n]|$)", r"\1print((\2))"),
-        (r"^(\s*|.*?[:;]\s*)print[ \t]+\(([^;#\n]*?),?[ \t]*(?=[;#\n]|$)", r"\1print((\2)"),
-        (r"^(\s*|.*?[:;]\s*)print[ \t]*(\(.*\)[ \t]*[%,+].*)$", r"\1print(\2)"),
-        (r"^(\s*)exec[ \t]+(?!\()([^\n]*)", r"\1exec('')"),
-        (r"^(\s*except\s+[\w.() ,]+?)\s*,\s*(\w+)\s*:", r"\1 as \2:"),
-        (r"^(\s*raise\s+[\w.]+)\s*,\s*([^\n]*)", r"\1(\2)"),
+        (r"^([ \t]*|.*[:;][ \t]*)print[ \t]*>>\s*([\w.]+)\s*,?([^;\n]*)", r"\1print(\3)"),
+        (r"^([ \t]*|.*?[:;][ \t]*)print(?![\w(=.,])[ \t]*([^;#\n]*?),?[ \t]*(?=[;#\n]|$)", r"\1print((\2))"),
+        (r"^([ \t]*|.*?[:;][ \t]*)print[ \t]+\(([^;#\n]*?),?[ \t]*(?=[;#\n]|$)", r"\1print((\2)"),
+        (r"^([ \t]*|.*?[:;][ \t]*)print[ \t]*(\(.*\)[ \t]*[%,+].*)$", r"\1print(\2)"),
+        (r"^([ \t]*)exec[ \t]+(?!\()([^\n]*)", r"\1exec('')"),
+        (r"^([ \t]*except[ \t]+[\w.() ,]+?)\s*,\s*(\w+)\s*:", r"\1 as \2:"),
+        (r"^([ \t]*raise[ \t]+[\w.]+)\s*,\s*([^\n]*)", r"\1(\2)"),
         (r"<>", "!="),
         (r"\b0([0-7]+)\b", r"0o\1"),
         (r"\b(\d+|0x[\da-fA-F]+)[lL]\b", r"\1"),
         (r"\b[uU][rR](?=['\"])", "r"),
         (r"`([^`\n]+)`", r"repr(\1)"),
-        (r"^(\s*def\s+\w+\s*\([^)\n]*?)\(([\w, ]+)\)", r"\1_"),
+        (r"^([ \t]*def[ \t]+\w+[ \t]*\([^)\n]*?)\(([\w, ]+)\)", r"\1_"),
         (r"\blambda\s*\(([\w, ]+)\)\s*:", r"lambda _:"),
     )
 ]
 
 _ASKS_RESULT = re.compile(
-    r"=\s*\?|how (many|much|long|far|old|fast|often|likely)|calculat|comput|evaluat|\bsolve|\bfind|\bwhat is\b.*\d|\bsum of|"
-    r"simplif|多少|几[个只天元米人次]|计算|求|等于|解方程",
+    r"=\s*\?|how (many|much|long|far|old|fast|often|likely)|calculat|comput|evaluat|\bsolve|\bfind|\bwhat is\b.*\d|"
+    r"\bsum of|simplif|多少|几[个只天元米人次]|计算|求|等于|解方程",
     re.IGNORECASE,
 )
 _RESULT = re.compile(
     r"\d|\\[a-z]|[零一二两三四五六七八九十百千半]|[=√π∞≤≥≠±]|是的|不是|正确|错误|不存在|无解|"
     r"\b(yes|no|not|true|false|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|thirty|forty|"
     r"fifty|sixty|seventy|eighty|ninety|hundred|thousand|half|third|quarter|once|twice|never|none|infinite|infinity|"
-    r"infinitely|even|odd|prime|impossible|undefined|equal|equals|diverges|converges)\b|^\W*[A-Ea-e]\W*$|\b(option|choice|answer is)\W+[A-E]\b",
+    r"infinitely|even|odd|prime|impossible|undefined|equal|equals|diverges|converges)\b|"
+    r"^[^\w\n]*[A-Ea-e][^\w\n]*$|\b(option|choice|answer is)\W+[A-E]\b",
     re.IGNORECASE | re.MULTILINE,
 )
 
