@@ -9,8 +9,8 @@ A word is common if it lies in a run of [`RUN`] words that more than [`MAX_SHARE
 with the smallest ids: memory does not grow with the data, and the outcome is the same for any number of workers.
 
 Near-duplicate removal, domains and embeddings read [`own_conversations`]: without system prompts, and without what is
-common in the rest. If more than half of its answers is common, all of a row is left: it is not a template filled in, but
-the same row many times over, and its duplicates have to be found.
+common in the rest. If more than half of its answers is common, all of a row is left: it is not a template filled in,
+but the same row many times over, and its duplicates have to be found.
 """
 
 import re
