@@ -9,11 +9,10 @@ the data passes them: `rows`, `dedup`, `decontaminate`, `domains`, `heuristics`,
 `pipeline` puts them together, `stages` and `executors` say how they run, `report` shows what came of it.
 """
 
-from .pipeline import DEFAULT_QUOTA, METHODS, Selection, SelectionSettings, select_conversations
+from .pipeline import METHODS, Selection, SelectionSettings, select_conversations
 from .stages import SelectionError, StageResult
 
 __all__ = [
-    "DEFAULT_QUOTA",
     "METHODS",
     "Selection",
     "SelectionError",

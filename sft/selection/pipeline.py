@@ -4,7 +4,8 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The selection from end to end: its settings, its stages in order, and what it writes.
 
-OUT/selected.jsonl     the rows as they came, with `id`, `domain` and `score`, in the order of the input
+OUT/selected.jsonl     the rows as they came, with `id`, `domain` and, if there is one, `score`, in the order of the
+                       input
 OUT/selection.json     settings, seed, versions, what every stage did, and the digests of the rows and of itself;
                        written last
 OUT/stages             see [`sft.selection.stages`]
@@ -29,8 +30,8 @@ from . import decontaminate, dedup, diversity, domains, embed, heuristics, rows,
 from .executors import open_executor
 from .stages import SelectionError, Stage, StageResult, Workspace, make_digest
 
-METHODS = ("teleflm", "random", "longest", "ifd-top")
-DEFAULT_QUOTA = {"math": 0.3, "code": 0.3, "multi_turn": 0.2, "general": 0.2}
+FILTERED = ("teleflm", diversity.K_CENTER)  # methods that choose among what passed all filters
+METHODS = (*FILTERED, "random", "longest", "ifd-top")
 SELECTED, SUMMARY, STAGES = "selected.jsonl", "selection.json", "stages"
 
 
@@ -40,13 +41,17 @@ class SelectionSettings:
 
     Args:
         count: rows to select.
-        method: `teleflm`, all stages; or a baseline of as many rows, from valid and decontaminated rows without exact
-            duplicates: `random`, `longest` (answers) or `ifd-top`.
-        quota: share of each domain. Without it, `teleflm` takes [`DEFAULT_QUOTA`], or with `domain_column` the shares
-            there are; the baselines do not look at domains.
+        method: `teleflm`, all stages; `k-center`, the same with a choice that seeks outliers, and with them what is
+            damaged (see [`sft.selection.diversity`]); or a baseline of as many rows, from valid and decontaminated rows
+            without exact duplicates: `random`, `longest` (answers) or `ifd-top`.
+        within: how `teleflm` takes rows from a cluster: by `quality`, `medoid` or `random`. By quality if there is a
+            score, else at random, unless given.
+        quota: share of each domain. Without it, `teleflm` and `k-center` take the shares there are; the baselines do
+            not look at domains.
         domain_column: a column of the data that names a row's domain; rules decide where it is absent.
         decontaminate: files of evaluation sets; see [`sft.selection.decontaminate`].
         scorer: a causal language model for the IFD score; see [`sft.selection.score`].
+        score_column: a column of the data with a number for each row, the higher the better, in place of a scorer.
         embedder: see [`sft.selection.embed`].
         seed: of everything random.
         allow_fewer: select what there is if that is less than `count`.
@@ -57,10 +62,12 @@ class SelectionSettings:
 
     count: int = 30_000
     method: str = "teleflm"
+    within: str | None = None
     quota: Mapping[str, float] | None = None
     domain_column: str | None = None
     decontaminate: tuple[str, ...] = ()
     scorer: str | None = None
+    score_column: str | None = None
     embedder: str | None = None
     seed: int = 0
     allow_fewer: bool = False
@@ -72,8 +79,30 @@ class SelectionSettings:
             raise SelectionError(f"--method is {self.method!r}; expected one of {', '.join(METHODS)}.")
         if self.method == "ifd-top" and self.scorer is None:
             raise SelectionError("--method ifd-top needs a model that scores: give --scorer.")
+        self._check_scores()
         if self.quota is not None:
             self._check_quota(self.quota)
+
+    @property
+    def scored(self) -> bool:
+        """Whether rows have a score that a model or a person gave."""
+        return self.scorer is not None or self.score_column is not None
+
+    def _check_scores(self) -> None:
+        if self.scorer is not None and self.score_column is not None:
+            raise SelectionError(
+                f"--scorer {self.scorer} and --score-column {self.score_column} both give a score; give one of them."
+            )
+        if self.score_column is not None and self.method not in FILTERED:
+            raise SelectionError(f"--score-column is for --method {' or '.join(FILTERED)}, not {self.method}.")
+        if self.within is None:
+            return
+        if self.method != "teleflm":
+            raise SelectionError(f"--within is for --method teleflm, not {self.method}.")
+        if self.within not in diversity.WITHIN:
+            raise SelectionError(f"--within is {self.within!r}; expected one of {', '.join(diversity.WITHIN)}.")
+        if self.within == "quality" and not self.scored:
+            raise SelectionError("--within quality needs a score: give --score-column or --scorer.")
 
     def _check_quota(self, quota: Mapping[str, float]) -> None:
         unknown = [name for name in quota if name not in domains.DOMAINS]
@@ -187,7 +216,7 @@ def make_stages(
         Stage("rows", {"files": [_identify(file) for file in files]}, files=tuple(files), tables=read),
         Stage("exact-duplicates", {}, ("id",), dedup.drop_exact_duplicates, whole=True),
     ]
-    if settings.method == "teleflm":
+    if settings.method in FILTERED:
         near = {"slots": dedup.SLOTS, "bands": dedup.BANDS, "overlap": dedup.OVERLAP, "min_pairs": dedup.MIN_PAIRS}
         stages += [
             Stage("sketches", near, ("row",), dedup.sketch),
@@ -197,12 +226,12 @@ def make_stages(
         stages.append(_decontamination(settings.decontaminate, notify))
     by_column = {"column": settings.domain_column}
     stages.append(Stage("domains", by_column, ("row",), partial(domains.tag_domains, **by_column)))
-    if settings.method == "teleflm":
+    if settings.method in FILTERED:
         limits = {name.lower(): getattr(heuristics, name) for name in heuristics.LIMITS}
         stages.append(Stage("heuristics", limits, ("row", "domain"), heuristics.drop_broken))
-    if settings.method != "random":
+    if settings.scored or settings.method == "longest":
         stages.append(_scoring(settings))
-    if settings.method == "teleflm":
+    if settings.method in FILTERED:
         fitted = {"embedder": settings.embedder, "sample": embed.SAMPLE, "dimensions": embed.DIMENSIONS}
         fit = partial(embed.fit_kernel, embedder=settings.embedder, seed=settings.seed)
         stages.append(Stage("embeddings", fitted, ("row",), fit=fit, sample=embed.SAMPLE))
@@ -230,8 +259,10 @@ def _decontamination(files: Sequence[str], notify: Callable[[str], None]) -> Sta
 def _scoring(settings: SelectionSettings) -> Stage:
     if settings.method == "longest":
         return Stage("scores", {"score": "characters of the answers"}, ("row",), score.score_length)
-    if settings.scorer is None:
-        return Stage("scores", {"score": "compressed bytes of the answers"}, ("row",), score.score_information)
+    if settings.score_column is not None:
+        by = {"column": settings.score_column}
+        return Stage("scores", by, ("row",), partial(score.score_column, **by))
+    assert settings.scorer is not None
     named = {"score": "ifd", "scorer": settings.scorer, "max_tokens": score.MAX_TOKENS}
     # One process: a model a worker would not fit, and torch has threads of its own.
     return Stage("scores", named, ("row",), score.make_ifd_kernel(settings.scorer), in_process=True)
@@ -239,14 +270,17 @@ def _scoring(settings: SelectionSettings) -> Stage:
 
 def _choice(settings: SelectionSettings) -> Stage:
     quota = dict(settings.quota) if settings.quota is not None else None
-    if quota is None and settings.method == "teleflm" and settings.domain_column is None:
-        quota = DEFAULT_QUOTA
     asked: dict[str, Any] = {"count": settings.count, "quota": quota, "seed": settings.seed}
-    named = {"method": settings.method, **asked, "cluster_rows": diversity.CLUSTER_ROWS}
+    named = {"method": settings.method, **asked}
     reads: tuple[str, ...] = ("id", "domain")
     choose: Callable[[Any], Any]
-    if settings.method == "teleflm":
-        reads, choose = (*reads, "score", "embedding"), partial(diversity.select_diverse, **asked)
+    if settings.method in FILTERED:
+        given = settings.within or ("quality" if settings.scored else "random")
+        within = diversity.K_CENTER if settings.method == diversity.K_CENTER else given
+        named |= {"within": within, "cluster_rows": diversity.CLUSTER_ROWS}
+        named |= {"neighbours": diversity.NEIGHBOURS, "outliers": diversity.OUTLIERS}
+        reads = (*reads, *(("score",) if settings.scored else ()), "embedding")
+        choose = partial(diversity.select_from_clusters, **asked, within=within)
     elif settings.method == "random":
         choose = partial(diversity.select_top, **asked, by="random")
     else:
@@ -364,7 +398,9 @@ def _write_selected(workspace: Workspace, out: Path) -> dict[str, Any]:
                 *(table[name].to_pylist() for name in _SELECTED_COLUMNS), strict=True
             ):
                 value = json.loads(row)
-                added = {"id": value.get("id", own_id.hex()), "domain": domain, "score": round(quality, 4)}
+                added = {"id": value.get("id", own_id.hex()), "domain": domain}
+                if quality is not None:
+                    added["score"] = round(quality, 4)
                 line = rows.to_json({**value, **added}) + b"\n"
                 digest.update(line)
                 file.write(line)
@@ -408,7 +444,6 @@ def _write_summary(
 
 
 __all__ = [
-    "DEFAULT_QUOTA",
     "METHODS",
     "DataError",
     "Selection",

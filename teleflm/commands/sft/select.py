@@ -20,13 +20,29 @@ DataAndOut = Annotated[
     list[str], typer.Argument(metavar="DATA... OUT", help="Files of conversations; folder to write.")
 ]
 Count = Annotated[int, typer.Option("-n", "--count", help="Rows to select.")]
-Method = Annotated[str, typer.Option(help="teleflm, or a baseline: random, longest or ifd-top.")]
-Quota = Annotated[str | None, typer.Option(help="Shares of domains: math=0.3,code=0.3,multi_turn=0.2,general=0.2.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="teleflm: clusters in proportion, outliers last. k-center: seeks outliers, and with them what is damaged. "
+        "Or a baseline: random, longest or ifd-top."
+    ),
+]
+Within = Annotated[
+    str | None,
+    typer.Option(help="Rows of a cluster by quality, medoid or random; by quality if there is a score, else random."),
+]
+Quota = Annotated[
+    str | None,
+    typer.Option(help="Shares of domains: math=0.3,code=0.3,multi_turn=0.2,general=0.2; those of the data otherwise."),
+]
 DomainColumn = Annotated[str | None, typer.Option(help="A column of the data that names a row's domain.")]
 Decontaminate = Annotated[
     list[str] | None, typer.Option(metavar="FILE", help="Evaluation set to keep out of the selection. Repeatable.")
 ]
 Scorer = Annotated[str | None, typer.Option(metavar="MODEL", help="Causal language model for the IFD score.")]
+ScoreColumn = Annotated[
+    str | None, typer.Option(help="A column of the data with a number for each row, the higher the better.")
+]
 Embedder = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="Hub folder, or sentence-transformers:NAME; words of the data unless given."),
@@ -41,10 +57,12 @@ def select(
     data_and_out: DataAndOut,
     count: Count = 30_000,
     method: Method = "teleflm",
+    within: Within = None,
     quota: Quota = None,
     domain_column: DomainColumn = None,
     decontaminate: Decontaminate = None,
     scorer: Scorer = None,
+    score_column: ScoreColumn = None,
     embedder: Embedder = None,
     allow_fewer: AllowFewer = False,
     report: ReportFolder = None,
@@ -70,10 +88,12 @@ def select(
         settings = SelectionSettings(
             count=count,
             method=method,
+            within=within,
             quota=_parse_quota(quota),
             domain_column=domain_column,
             decontaminate=tuple(decontaminate or ()),
             scorer=scorer,
+            score_column=score_column,
             embedder=embedder,
             seed=seed,
             allow_fewer=allow_fewer,
