@@ -12,6 +12,7 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from transformers import AutoConfig
@@ -65,7 +66,7 @@ def test_rows_come_out_as_they_came(out, corpus):
     for row in chosen:
         assert json.dumps({name: row[name] for name in corpus[0]}) in keys
         assert len(row["id"]) == 32
-        assert 0 <= row["score"] <= 1
+        assert "score" not in row, "without a model there is none"
     assert len({row["id"] for row in chosen}) == len(chosen)
     domains = Counter(row["domain"] for row in chosen)
     summary = json.loads((out / "selection.json").read_text())
@@ -134,7 +135,7 @@ def test_a_finished_selection_is_not_done_again(out, corpus_file):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-@pytest.mark.parametrize("stage", range(1, 10))
+@pytest.mark.parametrize("stage", range(1, 9))
 def test_an_interrupted_selection_goes_on(stage, out, corpus_file, tmp_path):
     """Killed in the middle of a stage: its first part is there, its marker and all that comes later is not."""
     shutil.copytree(out, tmp_path / "out")
@@ -177,7 +178,7 @@ def test_nothing_looks_finished_before_it_is(corpus_file, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"count": 100}, r"09-selection: of another configuration: count was 120, is 100; --overwrite"),
+        ({"count": 100}, r"08-selection: of another configuration: count was 120, is 100; --overwrite"),
         ({"seed": 1}, r"01-rows: of another configuration: seed was 0, is 1; --overwrite"),
         ({"method": "random"}, r"03-sketches: of another configuration, which has here domains; --overwrite"),
         ({"domain_column": "kind"}, r"05-domains: of another configuration: column was None, is kind; --overwrite"),
@@ -398,6 +399,32 @@ def test_quota_by_a_column(corpus, lines, tmp_path):
     assert selection.domains == {"poetry": 30, "prose": 10}
 
 
+def test_quality_by_a_column(corpus, lines, tmp_path):
+    """The best of each cluster, of which there is one here; rows without a number go no further."""
+    rows = [{**row, "points": n * 7 % 100} for n, row in enumerate(r for r in corpus if r["planted"] == "unique")][:100]
+    damaged = [None, "9", True, float("nan"), 10**400, 1e39, [1], float("-inf")]
+    rows += [
+        {"messages": chat(f"Who was at door {n}?", f"Nobody at {n}."), "points": points}
+        for n, points in enumerate(damaged)
+    ]
+    settings = SelectionSettings(count=10, score_column="points", domain_column="planted")
+    selection = select_conversations(lines(*rows), tmp_path / "out", settings)
+    stages = {stage.name: stage for stage in selection.stages}
+    assert stages["scores"].dropped == {"no_score": len(damaged)}
+    chosen = selected(tmp_path / "out")
+    assert all(0 <= row["score"] <= 1 for row in chosen)
+    assert np.mean([row["points"] for row in chosen]) > 85
+
+
+def test_k_center_is_an_option(corpus_file, tmp_path):
+    for method in ("teleflm", "k-center"):
+        settings = SelectionSettings(count=120, method=method)
+        select_conversations(corpus_file, tmp_path / method, settings)
+    ids = [{row["id"] for row in selected(tmp_path / method)} for method in ("teleflm", "k-center")]
+    assert len(ids[0]) == len(ids[1]) == 120
+    assert ids[0] != ids[1]
+
+
 def test_a_models_embeddings(corpus, lines, model_dir, tmp_path):
     data = lines(*corpus[:120])
     settings = SelectionSettings(count=30, embedder=str(model_dir), quota=QUOTA)
@@ -407,7 +434,7 @@ def test_a_models_embeddings(corpus, lines, model_dir, tmp_path):
     assert str(model_dir.parent) not in summary
     width = AutoConfig.from_pretrained(model_dir).hidden_size
     assert (
-        pq.read_schema(tmp_path / "out/stages/08-embeddings/00000-00000.parquet").field("embedding").type.list_size
+        pq.read_schema(tmp_path / "out/stages/07-embeddings/00000-00000.parquet").field("embedding").type.list_size
         == width
     )
 
@@ -461,8 +488,13 @@ def test_report(lines, corpus, tmp_path):
     ("settings", "message"),
     [
         ({"count": 0}, "-n is 0"),
-        ({"method": "best"}, "--method is 'best'; expected one of teleflm, random, longest, ifd-top"),
+        ({"method": "best"}, "--method is 'best'; expected one of teleflm, k-center, random, longest, ifd-top"),
         ({"method": "ifd-top"}, "give --scorer"),
+        ({"within": "best"}, "--within is 'best'; expected one of quality, medoid, random"),
+        ({"within": "quality"}, "--within quality needs a score: give --score-column or --scorer"),
+        ({"within": "medoid", "method": "k-center"}, "--within is for --method teleflm, not k-center"),
+        ({"scorer": "m", "score_column": "c"}, "--scorer m and --score-column c both give a score"),
+        ({"score_column": "c", "method": "longest"}, "--score-column is for --method teleflm or k-center, not longest"),
         ({"quota": {"maths": 1.0}}, "unknown domain 'maths'; known are code, math, multi_turn, general"),
         ({"quota": {"math": 0.5, "code": 0.4}}, r"the shares sum to 0\.9, not to 1"),
         ({"quota": {"math": 1.5, "code": -0.5}}, r"math is 1\.5; a share is from 0 to 1"),
@@ -492,6 +524,7 @@ ANSWER = {"messages": chat("Who was that at the door?", "Nobody in particular, I
         ),
         ([ANSWER], {"quota": {"code": 1.0}}, r"only 0 rows are left in the domains of --quota \(1 in all\), fewer"),
         ([ANSWER], {"scorer": "/nowhere"}, "--scorer /nowhere"),
+        ([ANSWER], {"score_column": "points"}, "no row is left after scores. .* 1 no_score"),
         ([ANSWER], {"embedder": "/nowhere"}, "--embedder /nowhere"),
         ([ANSWER], {"embedder": "sentence-transformers:/nowhere"}, "--embedder sentence-transformers:/nowhere: "),
     ],
