@@ -54,7 +54,8 @@ class SelectionSettings:
         score_column: a column of the data with a number for each row, the higher the better, in place of a scorer.
         embedder: see [`sft.selection.embed`].
         seed: of everything random.
-        allow_fewer: select what there is if that is less than `count`.
+        allow_fewer: select what there is if that is less than `count`, and rows of other domains where one has too few
+            for its quota.
 
     Raises:
         SelectionError: a value is none of those possible, or two of them contradict each other.
@@ -285,7 +286,7 @@ def _choice(settings: SelectionSettings) -> Stage:
         choose = partial(diversity.select_top, **asked, by="random")
     else:
         reads, choose = (*reads, "score"), partial(diversity.select_top, **asked, by="score")
-    kernel = partial(_enough, choose=choose, count=settings.count, allow_fewer=settings.allow_fewer)
+    kernel = partial(_enough, choose=choose, count=settings.count, quota=quota, allow_fewer=settings.allow_fewer)
     return Stage("selection", named, reads, kernel, whole=True)
 
 
@@ -293,12 +294,20 @@ class _TooFew(SelectionError):
     """Fewer rows than asked for, before it is said where the others went."""
 
 
-def _enough(table: Any, choose: Callable[[Any], Any], count: int, allow_fewer: bool) -> Any:
+def _enough(
+    table: Any, choose: Callable[[Any], Any], count: int, quota: Mapping[str, float] | None, allow_fewer: bool
+) -> Any:
     chosen = choose(table)
     found = chosen["drop"].null_count
     if found < count and not allow_fewer:
         left = "" if len(table) == found else f" in the domains of --quota ({len(table):,} in all)"
         raise _TooFew(f"only {found:,} rows are left{left}, fewer than -n {count:,}; --allow-fewer takes them.")
+    if quota and not allow_fewer:
+        there = Counter(table["domain"].to_pylist())
+        wanted = {domain: math.floor(share * count) for domain, share in quota.items()}
+        if short := [f"{there[d]:,} of {rows:,} {d}" for d, rows in wanted.items() if there[d] < rows]:
+            way_out = "--allow-fewer takes rows of the other domains in their place"
+            raise _TooFew(f"--quota cannot be met: {', '.join(short)} rows are left; {way_out}.")
     return chosen
 
 

@@ -47,7 +47,9 @@ Embedder = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="Hub folder, or sentence-transformers:NAME; words of the data unless given."),
 ]
-AllowFewer = Annotated[bool, typer.Option("--allow-fewer", help="Select what there is, if that is less than -n.")]
+AllowFewer = Annotated[
+    bool, typer.Option("--allow-fewer", help="Select what there is, if that is less than -n or --quota ask for.")
+]
 ReportFolder = Annotated[Path | None, typer.Option("--report", metavar="DIR", help="Write an HTML page, PNG and JSON.")]
 Workers = Annotated[int, typer.Option(help="Processes; memory grows with it, the selection stays.", min=1)]
 Ray = Annotated[bool, typer.Option("--ray", help="Run on the Ray cluster that ray.init finds; OUT on a shared disk.")]

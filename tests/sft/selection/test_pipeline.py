@@ -28,7 +28,7 @@ from teleflm.reports.selection import EXAMPLES, write_report
 from .conftest import chat
 
 QUOTA = {"math": 0.25, "code": 0.25, "multi_turn": 0.25, "general": 0.25}
-SETTINGS = SelectionSettings(count=120, quota=QUOTA)
+SETTINGS = SelectionSettings(count=120, quota=QUOTA, allow_fewer=True)  # the corpus may lack a domain
 
 
 def selected(out: Path) -> list[dict]:
@@ -202,7 +202,7 @@ def test_overwrite_keeps_what_both_have_in_common(out, corpus_file, tmp_path):
     shutil.copytree(out, tmp_path / "out")
     sketches = tmp_path / "out/stages/03-sketches/00000-00000.parquet"
     before = sketches.stat().st_mtime_ns
-    fewer = SelectionSettings(count=50, quota=QUOTA)
+    fewer = SelectionSettings(count=50, quota=QUOTA, allow_fewer=True)
     select_conversations(corpus_file, tmp_path / "out", fewer, overwrite=True)
     assert sketches.stat().st_mtime_ns == before
     select_conversations(corpus_file, tmp_path / "fresh", fewer)
@@ -289,7 +289,7 @@ def test_rows_that_are_lost_are_written_again(out, corpus_file, tmp_path):
 def test_rows_of_another_configuration_are_in_the_way_without_their_stages_too(out, corpus_file, tmp_path):
     shutil.copytree(out, tmp_path / "out")
     shutil.rmtree(tmp_path / "out/stages")
-    fewer = SelectionSettings(count=50, quota=QUOTA)
+    fewer = SelectionSettings(count=50, quota=QUOTA, allow_fewer=True)
     with pytest.raises(SelectionError, match=r"selected\.jsonl: is of another configuration; --overwrite"):
         select_conversations(corpus_file, tmp_path / "out", fewer)
 
@@ -427,7 +427,7 @@ def test_k_center_is_an_option(corpus_file, tmp_path):
 
 def test_a_models_embeddings(corpus, lines, model_dir, tmp_path):
     data = lines(*corpus[:120])
-    settings = SelectionSettings(count=30, embedder=str(model_dir), quota=QUOTA)
+    settings = SelectionSettings(count=30, embedder=str(model_dir), quota=QUOTA, allow_fewer=True)
     assert select_conversations(data, tmp_path / "out", settings).count == 30
     summary = (tmp_path / "out/selection.json").read_text()
     assert json.loads(summary)["settings"]["embedder"] == model_dir.name
@@ -452,7 +452,7 @@ def test_report(lines, corpus, tmp_path):
         for messages in (row["messages"] for row in corpus[:300])
     ]
     data = lines(*rows)
-    settings = SelectionSettings(count=160, quota=QUOTA)
+    settings = SelectionSettings(count=160, quota=QUOTA, allow_fewer=True)
     selection = select_conversations(data, tmp_path / "out", settings)
     write_report(selection, settings, tmp_path / "report")
     page = (tmp_path / "report/index.html").read_text()
@@ -549,6 +549,16 @@ def test_a_worker_that_dies():
         list(executor.map(os._exit, [1]))
 
 
+def test_a_quota_that_cannot_be_met_is_refused_with_numbers(lines, tmp_path):
+    rows = [{"messages": chat(f"Who was at door {n}?", f"Nobody at {n}."), "kind": "ab"[n > 7]} for n in range(10)]
+    asked = {"count": 8, "quota": {"a": 0.5, "b": 0.5}, "domain_column": "kind"}
+    with pytest.raises(SelectionError, match=r"--quota cannot be met: 2 of 4 b rows are left; --allow-fewer") as error:
+        select_conversations(lines(*rows), tmp_path / "out", SelectionSettings(**asked))
+    assert "\n" not in str(error.value)
+    settings = SelectionSettings(**asked, allow_fewer=True)
+    assert select_conversations(lines(*rows), tmp_path / "out", settings).domains == {"a": 6, "b": 2}
+
+
 def test_fewer_by_a_flag(lines, tmp_path):
     settings = SelectionSettings(count=5, allow_fewer=True)
     assert select_conversations(lines(ANSWER, ANSWER), tmp_path / "out", settings).count == 1
@@ -564,10 +574,12 @@ def run(*arguments) -> tuple[int, str]:
 
 def test_command(corpus_file, tmp_path):
     quota = "math=.25, code=.25,multi_turn=.25,general=.25"
-    status, output = run(corpus_file, tmp_path / "out", "-n", 60, "--quota", quota, "--workers", 1)
+    status, output = run(corpus_file, tmp_path / "out", "-n", 60, "--quota", quota, "--allow-fewer", "--workers", 1)
     assert status == 0, output
     assert "selected.jsonl: 60 rows" in output
-    status, output = run(corpus_file, tmp_path / "out", "-n", 60, "--quota", quota, "--workers", 1, "--json")
+    status, output = run(
+        corpus_file, tmp_path / "out", "-n", 60, "--quota", quota, "--allow-fewer", "--workers", 1, "--json"
+    )
     summary, _ = json.JSONDecoder().raw_decode(output[output.index("{") :])
     assert (status, summary["count"], summary["already_done"]) == (0, 60, True)
 
