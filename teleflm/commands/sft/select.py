@@ -29,7 +29,10 @@ Method = Annotated[
 ]
 Within = Annotated[
     str | None,
-    typer.Option(help="Rows of a cluster by quality, medoid or random; by quality if there is a score, else random."),
+    typer.Option(
+        help="Rows of a cluster by quality, medoid (nearest to its centre, where mixtures lie) or random; by quality if "
+        "there is a score, else random."
+    ),
 ]
 Quota = Annotated[
     str | None,

@@ -552,11 +552,12 @@ def test_a_worker_that_dies():
 def test_a_quota_that_cannot_be_met_is_refused_with_numbers(lines, tmp_path):
     rows = [{"messages": chat(f"Who was at door {n}?", f"Nobody at {n}."), "kind": "ab"[n > 7]} for n in range(10)]
     asked = {"count": 8, "quota": {"a": 0.5, "b": 0.5}, "domain_column": "kind"}
+    data = lines(*rows)
     with pytest.raises(SelectionError, match=r"--quota cannot be met: 2 of 4 b rows are left; --allow-fewer") as error:
-        select_conversations(lines(*rows), tmp_path / "out", SelectionSettings(**asked))
+        select_conversations(data, tmp_path / "out", SelectionSettings(**asked))
     assert "\n" not in str(error.value)
     settings = SelectionSettings(**asked, allow_fewer=True)
-    assert select_conversations(lines(*rows), tmp_path / "out", settings).domains == {"a": 6, "b": 2}
+    assert select_conversations(data, tmp_path / "out", settings).domains == {"a": 6, "b": 2}
 
 
 def test_fewer_by_a_flag(lines, tmp_path):
