@@ -30,7 +30,7 @@ Method = Annotated[
 Within = Annotated[
     str | None,
     typer.Option(
-        help="Rows of a cluster by quality, medoid (nearest to its centre, where mixtures lie) or random; by quality if "
+        help="Rows of a cluster by quality, medoid (nearest to the centre, where mixtures lie) or random; quality if "
         "there is a score, else random."
     ),
 ]
