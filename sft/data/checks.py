@@ -106,8 +106,8 @@ def check_rows(
         turns, problems = find_turns(row.value)
         if turns:
             problems += _turn_problems(turns, spelled_out)
-        if row.id is not None and not ids.add(row.id):
-            problems.append(Problem("duplicate_id", f"an earlier row of the file has the id {row.id!r}"))
+        if row.unique_id is not None and not ids.add(row.unique_id):
+            problems.append(Problem("duplicate_id", f"an earlier row of the file has the id {row.unique_id!r}"))
         if problems:
             yield row, Reject(row.source, row.id, tuple(problems))
         else:

@@ -17,6 +17,7 @@ no layout names are ignored; one that is null counts as absent. If a row fits se
 Files are read row by row: of `.jsonl` and Parquet no more than a row or a row group is in memory, of `.json` all.
 """
 
+import codecs
 import gzip
 import json
 import re
@@ -63,11 +64,13 @@ class Row:
         source: `file:row`, rows counted from 1, blank lines included.
         value: what JSON or Parquet holds there; the bytes of the line if that is no JSON.
         problem: why `value` is no JSON.
+        text: the line of a `.jsonl` file, without the spaces around it; None in other files.
     """
 
     source: str
     value: Any
     problem: Problem | None = None
+    text: bytes | None = None
 
     @property
     def place(self) -> str:
@@ -77,7 +80,19 @@ class Row:
     @property
     def id(self) -> str | int | None:
         """The row's own name for itself, its column `id`, if it has one."""
-        found = self.value.get("id") if isinstance(self.value, dict) else None
+        return self._name("id")
+
+    @property
+    def unique_id(self) -> str | int | None:
+        """What no other row of the file may have: `id`, or for a selected row the `teleflm_id` that it was given.
+
+        Files that are each numbered from 0 may be selected from together, so that ids of selected rows may repeat.
+        """
+        given = self._name("teleflm_id")
+        return self.id if given is None else given
+
+    def _name(self, column: str) -> str | int | None:
+        found = self.value.get(column) if isinstance(self.value, dict) else None
         return found if isinstance(found, str | int) else None
 
 
@@ -161,7 +176,7 @@ def _read_jsonl(path: Path, file: BinaryIO, progress: Progress | None) -> Iterat
 def _parse(source: str, line: bytes) -> Row:
     try:
         # utf-8-sig, because files from Windows begin with a mark that JSON does not know.
-        return Row(source, json.loads(line.decode("utf-8-sig")))
+        return Row(source, json.loads(line.decode("utf-8-sig")), text=line.removeprefix(codecs.BOM_UTF8).strip())
     except UnicodeDecodeError as error:
         detail = f"byte {error.start + 1} of the line is {line[error.start]:#04x}, which is no UTF-8; convert the file"
         return Row(source, line, Problem("not_utf8", detail))

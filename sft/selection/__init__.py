@@ -5,15 +5,15 @@
 """From many conversations to the few worth fine-tuning on.
 
 In the spirit of the FLM-2 paper, whose own method is not public: this one is ours. The modules in the order in which
-the data passes them: `rows`, `dedup`, `decontaminate`, `domains`, `heuristics`, `score`, `embed`, `diversity`;
-`pipeline` puts them together, `stages` and `executors` say how they run, `report` shows what came of it.
+the data passes them: `rows`, `common`, `dedup`, `decontaminate`, `domains`, `heuristics`, `score`, `embed`,
+`diversity`; `thresholds` names what can be set, `pipeline` puts them together, `stages` and `executors` say how they
+run, `report` shows what came of it.
 """
 
-from .pipeline import DEFAULT_QUOTA, METHODS, Selection, SelectionSettings, select_conversations
+from .pipeline import METHODS, Selection, SelectionSettings, select_conversations
 from .stages import SelectionError, StageResult
 
 __all__ = [
-    "DEFAULT_QUOTA",
     "METHODS",
     "Selection",
     "SelectionError",

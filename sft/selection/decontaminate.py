@@ -9,10 +9,16 @@ least [`MIN_WORDS`], by all of them in a row. Words are those of [`sft.selection
 and the script of digits hide nothing. In an item that is mostly of a script without spaces, such as Chinese, words are
 characters, and twice as many count. Items that are shorter still cannot be told from ordinary talk: they are counted,
 and said to be too short.
+
+An instruction template is no item. Runs that stand in more than [`MAX_SHARE`] of the rows of an evaluation set, and in
+more than [`MAX_ROWS`], do not count; nor do those which, in the conversations, are text that many rows share (see
+[`sft.selection.common`]), unless all of the item is: what leaked into one row of a hundred is found nevertheless. What
+is left of an item is looked for as if it were the item.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,13 +26,36 @@ import pyarrow as pa
 
 from sft.data.formats import find_turns, read_rows
 
+from .common import MAX_SHARE as COMMON_SHARE
+from .common import CommonText, RunCounter, find_common
 from .rows import conversations, whole_text
-from .stages import SelectionError, drop_where
+from .stages import Kernel, SelectionError, drop_where
 from .words import Words, count_unspaced, hash_words, ngrams
 
 NGRAM = 13
 MIN_WORDS = 6
+MAX_SHARE = 0.01
+MAX_ROWS = 20  # one question with ten answers to choose from may be ten rows
 _TABLE_BITS = 22
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """Evaluation sets, as words.
+
+    Args:
+        words: of all texts.
+        groups: the number of the row that each text is from; rows of all files in a row.
+        files: how many rows each file has.
+        whole: how many words in a row give each text away.
+        least: how many words it needs to be looked for.
+    """
+
+    words: Words
+    groups: np.ndarray
+    files: tuple[int, ...]
+    whole: np.ndarray
+    least: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -37,56 +66,145 @@ class EvaluationIndex:
         hashes: number of words -> hashes of runs of so many words, sorted, uint64.
         items: texts looked for.
         too_short: how many are not, for want of words.
+        shared: how many are not, since all their runs stand in many rows of their file, or in many conversations.
     """
 
     hashes: dict[int, np.ndarray]
     items: int
     too_short: int
+    shared: int = 0
 
 
-def index_evaluations(files: Sequence[str]) -> EvaluationIndex:
+def read_evaluations(files: Sequence[str], ngram: int = NGRAM, min_words: int = MIN_WORDS) -> Evaluations:
     """Read evaluation sets.
 
     Args:
         files: see [`sft.data.formats.read_rows`]; also `.txt`, one item a line. The items of a row are the texts of its
             conversation if it is one, without the system's; else all texts it holds, however deep, each on its own.
+        ngram, min_words: see above.
 
     Raises:
         DataError: a file cannot be read.
         SelectionError: a file has no item that is long enough.
     """
     texts: list[str] = []
+    groups: list[int] = []
+    sizes: list[int] = []
     for file in files:
-        before = len(texts)
-        texts += _read_items(file)
+        before, rows = len(texts), 0
+        for rows, items in enumerate(_read_items(file), start=1):
+            texts += items
+            groups += [sum(sizes) + rows - 1] * len(items)
+        sizes.append(rows)
         own = hash_words(texts[before:])
-        if not (own.counts >= _lengths(texts[before:], own)[1]).any():
+        if not (own.counts >= _lengths(texts[before:], own, ngram, min_words)[1]).any():
             raise SelectionError(
-                f"{file}: no text of at least {MIN_WORDS} words among {len(texts) - before}; is it an evaluation set?"
+                f"{file}: no text of at least {min_words} words among {len(texts) - before}; is it an evaluation set?"
             )
     words = hash_words(texts)
-    whole, least = _lengths(texts, words)
+    return Evaluations(words, np.array(groups, int), tuple(sizes), *_lengths(texts, words, ngram, min_words))
+
+
+def make_index(evaluations: Evaluations, common: CommonText | None = None) -> EvaluationIndex:
+    """What to look for.
+
+    Args:
+        evaluations: the sets.
+        common: what the conversations share.
+    """
+    words = evaluations.words
+    own = ~_shared_by_items(evaluations)
+    if common is not None:
+        of_rows = common.covers(words)
+        leaked = np.bincount(words.owners[~of_rows], minlength=len(words.counts)) == 0
+        own &= ~of_rows | leaked[words.owners]
+    parts, item = _own_parts(evaluations, own)
+    whole, least = evaluations.whole[item], evaluations.least[item]
     hashes: dict[int, np.ndarray] = {}
-    for n, runs, starts in ngrams(words, 2 * NGRAM):
-        item = words.owners[starts]
-        wanted = (n == whole[item]) | ((n == words.counts[item]) & (least[item] <= n) & (n < whole[item]))
-        if wanted.any():
-            hashes[n] = np.unique(runs[wanted])
-    too_short = int((words.counts < least).sum())
-    return EvaluationIndex(hashes, len(texts) - too_short, too_short)
+    found = np.zeros(len(words.counts), bool)
+    for n, runs, starts in ngrams(parts, int(max(whole, default=0))):
+        part = parts.owners[starts]
+        wanted = (n == whole[part]) | ((n == parts.counts[part]) & (least[part] <= n) & (n < whole[part]))
+        runs, owner = runs[wanted], item[part[wanted]]
+        kept = ~_in_many_rows(runs, evaluations.groups[owner], evaluations.files)
+        found[owner[kept]] = True
+        if kept.any():
+            hashes[n] = np.unique(runs[kept])
+    long_enough = words.counts >= evaluations.least
+    return EvaluationIndex(hashes, int(found.sum()), int((~long_enough).sum()), int((long_enough & ~found).sum()))
 
 
-def _lengths(texts: Sequence[str], words: Words) -> tuple[np.ndarray, np.ndarray]:
+def _shared_by_items(evaluations: Evaluations) -> np.ndarray:
+    """Which words lie in a run that many rows of their file have: bool."""
+    words, shared = evaluations.words, np.zeros(len(evaluations.words.hashes), bool)
+    first = 0
+    for rows in evaluations.files:
+        texts = np.searchsorted(evaluations.groups, [first, first + rows])
+        begin, end = words.offsets[texts]
+        own = Words(words.hashes[begin:end], words.offsets[texts[0] : texts[1] + 1] - begin)
+        counter = RunCounter()
+        counter.add(own, evaluations.groups[texts[0] : texts[1]])
+        shared[begin:end] = counter.above(max(MAX_ROWS, MAX_SHARE * rows)).covers(own)
+        first += rows
+    return shared
+
+
+def _own_parts(evaluations: Evaluations, own: np.ndarray) -> tuple[Words, np.ndarray]:
+    """The parts of items between what is not their own, and the item of each.
+
+    Of an item that has no part of as many words as give it away, the longest counts.
+    """
+    words = evaluations.words
+    places = np.flatnonzero(own)
+    owners = words.owners[places]
+    begins = np.flatnonzero(np.concatenate([[True], (np.diff(places) != 1) | (np.diff(owners) != 0)])[: len(places)])
+    lengths = np.diff(np.append(begins, len(places)))
+    item = owners[begins]
+    longest = np.zeros(len(words.counts), int)
+    np.maximum.at(longest, item, lengths)
+    kept = (lengths >= evaluations.whole[item]) | (
+        (lengths == longest[item]) & (longest[item] < evaluations.whole[item]) & (lengths >= evaluations.least[item])
+    )
+    hashes = words.hashes[places[np.repeat(kept, lengths)]]
+    return Words(hashes, np.concatenate([[0], np.cumsum(lengths[kept])]).astype(np.int64)), item[kept]
+
+
+def _in_many_rows(runs: np.ndarray, rows: np.ndarray, files: Sequence[int]) -> np.ndarray:
+    """Which runs stand in many rows of the file they are from."""
+    ends = np.cumsum(files)
+    file = np.searchsorted(ends, rows, side="right")
+    _, name = np.unique(runs, return_inverse=True)
+    name = name * max(len(files), 1) + file
+    once = np.unique(np.stack([name, rows]), axis=1)
+    counts = np.bincount(once[0].astype(int), minlength=1)
+    limits = np.maximum(MAX_ROWS, MAX_SHARE * np.array(files))
+    return counts[name] > limits[file] if len(runs) else np.zeros(0, bool)
+
+
+def index_evaluations(files: Sequence[str]) -> EvaluationIndex:
+    """What to look for in conversations that share nothing; see [`read_evaluations`]."""
+    return make_index(read_evaluations(files))
+
+
+def fit_kernel(sample: pa.Table, evaluations: Evaluations, max_share: float = COMMON_SHARE) -> Kernel:
+    """A kernel that drops what contains an item, with a sample of the rows to know their templates by."""
+    return partial(
+        drop_contaminated, index=make_index(evaluations, find_common(list(conversations(sample)), max_share))
+    )
+
+
+def _lengths(texts: Sequence[str], words: Words, ngram: int, min_words: int) -> tuple[np.ndarray, np.ndarray]:
     """For each text how many words in a row give it away, and how many it needs to be looked for at all."""
     factor = np.where(2 * np.array([count_unspaced(text) for text in texts], int) > words.counts, 2, 1)
-    return NGRAM * factor, MIN_WORDS * factor
+    return ngram * factor, min_words * factor
 
 
-def _read_items(file: str) -> Iterator[str]:
+def _read_items(file: str) -> Iterator[list[str]]:
+    """The texts of each row."""
     if file.endswith(".txt"):
         try:
             with open(file, encoding="utf-8") as lines:
-                yield from (line for line in lines if line.strip())
+                yield from ([line] for line in lines if line.strip())
         except UnicodeDecodeError as error:
             raise SelectionError(f"{file}: not UTF-8 at byte {error.start}; convert the file.") from error
         return
@@ -95,9 +213,9 @@ def _read_items(file: str) -> Iterator[str]:
             raise SelectionError(f"{row.source}: {row.problem.detail}; correct the evaluation set.")
         turns, problems = find_turns(row.value)
         if turns and not problems and all(isinstance(turn.content, str) for turn in turns):
-            yield from (turn.content for turn in turns if turn.role != "system")
+            yield [turn.content for turn in turns if turn.role != "system"]
         else:
-            yield from _texts_in(row.value)
+            yield list(_texts_in(row.value))
 
 
 def _texts_in(value: Any) -> Iterator[str]:
@@ -133,4 +251,16 @@ def _contained(hashes: np.ndarray, known: np.ndarray) -> np.ndarray:
     return candidates[known[at] == hashes[candidates]]
 
 
-__all__ = ["MIN_WORDS", "NGRAM", "EvaluationIndex", "drop_contaminated", "index_evaluations"]
+__all__ = [
+    "MAX_ROWS",
+    "MAX_SHARE",
+    "MIN_WORDS",
+    "NGRAM",
+    "EvaluationIndex",
+    "Evaluations",
+    "drop_contaminated",
+    "fit_kernel",
+    "index_evaluations",
+    "make_index",
+    "read_evaluations",
+]

@@ -10,22 +10,31 @@ It is estimated from MinHash sketches (Broder 1997) of 252 slots, of which 8 bit
 Li and Koenig 2010): 252 bytes a conversation. rensa makes the sketches. Pairs are found by locality-sensitive hashing,
 [`BANDS`] bands of [`BAND_SLOTS`] slots, so that pairs of Jaccard similarity 0.7 are missed once in 200 times.
 
+Compared is what is the row's own (see [`sft.selection.common`]): no system prompt and no template. Besides, the answers
+have to agree by [`ANSWER_OVERLAP`], by sketches of 64 slots: ten questions on one passage have ten answers, and are ten
+rows however long the passage is.
+
 Of near duplicates the longest is kept. A conversation is dropped only if it resembles one that is kept: a short one
 that resembles two different long ones does not make duplicates of them.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from .rows import conversations, whole_text
+from .common import own_conversations
+from .rows import MEDIA, answers, read_unread, whole_text
 from .stages import drop_none, drop_where, fixed_bytes
-from .words import Words, hash_words, word_pairs
+from .words import hash_words, word_pairs
 
 OVERLAP = 0.65
+ANSWER_OVERLAP = 0.4
 BANDS, BAND_SLOTS = 42, 6
 SLOTS = BANDS * BAND_SLOTS
+ANSWER_SLOTS = 64
 MIN_PAIRS = 8  # distinct word pairs; below, a single word more or less decides
 _SKETCH_SEED = 1
 _BLOCK = 1 << 16
@@ -44,40 +53,92 @@ def drop_exact_duplicates(table: pa.Table) -> pa.Table:
 
 
 def sketch(table: pa.Table) -> pa.Table:
-    """`sketch`: [`SLOTS`] bytes; `pairs`: how many distinct word pairs the conversation has."""
-    words = hash_words(map(whole_text, conversations(table)))
-    pairs = word_pairs(words)
+    """What [`drop_near_duplicates`] compares.
+
+    Args:
+        table: with `row`, and perhaps `common` and `unread`.
+
+    Returns:
+        `sketch`, [`SLOTS`] bytes; `pairs`, how many distinct word pairs are the conversation's own, 0 for one with
+        media; `answer_sketch` and `answer_pairs`, the same of its answers.
+    """
+    unread = read_unread(table)
+    own = list(own_conversations(table))
+    untrained = ["\n".join(json.dumps(value, ensure_ascii=False) for value in found.values()) for found in unread]
+    replies = [
+        "\n".join([*answers(messages), *filter(None, [more])]) for messages, more in zip(own, untrained, strict=True)
+    ]
+    texts = [
+        "\n".join([whole_text(messages), *filter(None, [more])]) for messages, more in zip(own, untrained, strict=True)
+    ]
+    whole, pairs = _sketch_texts(texts, SLOTS)
+    answer, answer_pairs = _sketch_texts(replies, ANSWER_SLOTS)
+    pairs[[not MEDIA.isdisjoint(found) for found in unread]] = 0  # two pictures may well have one text
     return pa.table(
         {
             "drop": drop_none(len(table)),
-            "sketch": pa.FixedSizeBinaryArray.from_buffers(
-                pa.binary(SLOTS), len(table), [None, pa.py_buffer(_minhash(words, pairs).tobytes())]
-            ),
-            "pairs": pa.array([len(np.unique(of)) for of in words.split(pairs)], pa.int32()),
+            "sketch": _fixed_column(whole),
+            "pairs": pa.array(pairs),
+            "answer_sketch": _fixed_column(answer),
+            "answer_pairs": pa.array(answer_pairs),
         }
     )
 
 
-def _minhash(words: Words, pairs: np.ndarray) -> np.ndarray:
-    """Sketches, uint8 `[texts, SLOTS]`."""
+def _sketch_texts(texts: Sequence[str], slots: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sketches, uint8 `[texts, slots]`, and numbers of distinct word pairs, int32."""
     from rensa import RMinHash
 
+    words = hash_words(texts)
+    pairs = word_pairs(words)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(
-        pairs, words.offsets.astype(np.uint64), num_perm=SLOTS, seed=_SKETCH_SEED
+        pairs, words.offsets.astype(np.uint64), num_perm=slots, seed=_SKETCH_SEED
     )
-    slots = np.array(matrix.to_rows(), np.uint32).reshape(-1, SLOTS)
-    return (slots * np.uint32(0x9E3779B1) >> np.uint32(24)).astype(np.uint8)
+    full = np.array(matrix.to_rows(), np.uint32).reshape(-1, slots)
+    distinct = np.array([len(np.unique(of)) for of in words.split(pairs)], np.int32)
+    return (full * np.uint32(0x9E3779B1) >> np.uint32(24)).astype(np.uint8), distinct
+
+
+def _fixed_column(sketches: np.ndarray) -> pa.Array:
+    rows, slots = sketches.shape
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(slots), rows, [None, pa.py_buffer(sketches.tobytes())])
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
-def drop_near_duplicates(table: pa.Table) -> pa.Table:
-    """Of rows with near `sketch`es, all but the longest are dropped; `duplicate_of` is the id of the kept one."""
+@dataclass(frozen=True)
+class _Sketches:
+    """Sets of word pairs: their sketches, uint8 `[n, slots]`, and their sizes."""
+
+    slots: np.ndarray
+    sizes: np.ndarray
+
+    def __getitem__(self, rows: np.ndarray) -> "_Sketches":
+        return _Sketches(self.slots[rows], self.sizes[rows])
+
+
+def drop_near_duplicates(
+    table: pa.Table, overlap: float = OVERLAP, answer_overlap: float = ANSWER_OVERLAP, min_pairs: int = MIN_PAIRS
+) -> pa.Table:
+    """Of rows with near `sketch`es, all but the longest are dropped; `duplicate_of` is the id of the kept one.
+
+    Args:
+        table: as [`sketch`] makes it, with `id`.
+        overlap, answer_overlap: from which on the whole, and the answers, are near.
+        min_pairs: distinct word pairs that a conversation needs to be compared.
+    """
     pairs, ids = table["pairs"].to_numpy(), fixed_bytes(table["id"])
     order = np.lexsort((ids.view("S16").ravel(), -pairs))
-    order = order[pairs[order] >= MIN_PAIRS]
-    original = _find_originals(fixed_bytes(table["sketch"])[order], pairs[order])
+    order = order[pairs[order] >= min_pairs]
+    compared = [
+        (_Sketches(fixed_bytes(table[slots]), table[sizes].to_numpy())[order], least)
+        for slots, sizes, least in (
+            ("sketch", "pairs", overlap),
+            ("answer_sketch", "answer_pairs", answer_overlap),
+        )
+    ]
+    original = _find_originals(compared)
     duplicate_of = np.full(len(table), -1)
     duplicate_of[order] = np.where(original >= 0, order[original], -1)
     return pa.table(
@@ -90,11 +151,16 @@ def drop_near_duplicates(table: pa.Table) -> pa.Table:
     )
 
 
-def _find_originals(sketches: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """For each sketch, best first, the number of the kept one that it is a duplicate of; -1 for those that are kept."""
-    edges = [_similar(sketches, pairs, left, right) for left, right in _candidates(sketches)]
+def _find_originals(compared: Sequence[tuple[_Sketches, float]]) -> np.ndarray:
+    """For each row, best first, the number of the kept one that it is a duplicate of; -1 for those that are kept.
+
+    Args:
+        compared: sketches, and from which overlap on they are near; candidates are found by the first.
+    """
+    whole = compared[0][0].slots
+    edges = [_similar(compared, left, right) for left, right in _candidates(whole)]
     links = np.unique(np.concatenate([np.stack(edge, axis=1) for edge in edges]), axis=0)
-    original = np.full(len(sketches), -1)
+    original = np.full(len(whole), -1)
     # Links are in order of the better one, whose own fate is therefore settled when it decides another's.
     for better, worse in links.tolist():
         if original[better] < 0 and original[worse] < 0:
@@ -121,28 +187,31 @@ def _candidates(sketches: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]
 
 
 def _similar(
-    sketches: np.ndarray, pairs: np.ndarray, left: np.ndarray, right: np.ndarray
+    compared: Sequence[tuple[_Sketches, float]], left: np.ndarray, right: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Those of some pairs whose estimated overlap is at least [`OVERLAP`]."""
-    overlap = np.empty(len(left))
-    for start in range(0, len(left), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        overlap[block] = estimate_overlap(
-            sketches[left[block]], sketches[right[block]], pairs[left[block]], pairs[right[block]]
-        )
-    near = overlap >= OVERLAP
-    return left[near], right[near]
+    """Those of some pairs that are near in all that is compared."""
+    for sketches, least in compared:
+        near = np.zeros(len(left), bool)
+        for start in range(0, len(left), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            a, b = sketches[left[block]], sketches[right[block]]
+            near[block] = estimate_overlap(a.slots, b.slots, a.sizes, b.sizes) >= least
+        left, right = left[near], right[near]
+    return left, right
 
 
 def estimate_overlap(a: np.ndarray, b: np.ndarray, pairs_a: np.ndarray, pairs_b: np.ndarray) -> np.ndarray:
-    """Overlap coefficients of sets, from their sketches, uint8 `[n, SLOTS]`, and their sizes."""
+    """Overlap coefficients of sets, from their sketches, uint8 `[n, slots]`, and their sizes; 1 of two empty sets."""
     agreeing = (a == b).mean(axis=1)
     jaccard = (agreeing - 1 / 256) / (1 - 1 / 256)  # unequal slots have equal bytes once in 256 times
     common = jaccard / (1 + jaccard) * (pairs_a + pairs_b)
-    return common / np.minimum(pairs_a, pairs_b)
+    smaller = np.minimum(pairs_a, pairs_b)
+    return np.where(pairs_a + pairs_b == 0, 1.0, common / np.maximum(smaller, 1))
 
 
 __all__ = [
+    "ANSWER_OVERLAP",
+    "ANSWER_SLOTS",
     "BANDS",
     "BAND_SLOTS",
     "MIN_PAIRS",

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from .rows import conversations, whole_text
+from .common import own_conversations
+from .rows import whole_text
 from .stages import drop_none
 
 DOMAINS = ("code", "math", "multi_turn", "general")
@@ -36,10 +37,10 @@ def tag_domains(table: pa.Table, column: str | None = None) -> pa.Table:
     """`domain`: by the rules, or what the rows have in a column of theirs; by the rules where that is absent.
 
     Args:
-        table: with `row`.
+        table: with `row`, and perhaps `common`: what many rows share, and the system's prompt, say nothing of one.
         column: of the data.
     """
-    tags = [tag_domain(messages) for messages in conversations(table)]
+    tags = [tag_domain(messages) for messages in own_conversations(table)]
     if column is not None:
         given = (json.loads(row.as_py()).get(column) for row in table["row"])
         tags = [tag if own is None else str(own) for tag, own in zip(tags, given, strict=True)]

@@ -30,7 +30,7 @@ import pyarrow as pa
 
 from conversion.checkpoint.errors import one_line
 
-from .rows import conversations, whole_text
+from .common import own_texts
 from .stages import Kernel, SelectionError, drop_none
 from .words import hash_words
 
@@ -216,14 +216,14 @@ def fit_kernel(sample: pa.Table, embedder: str | None, seed: int) -> Kernel:
     """A kernel that adds `embedding`, fitted to a sample of the rows.
 
     Args:
-        sample: with `row`.
+        sample: with `row`, and perhaps `common`, which is left out.
         embedder: a model's folder, `sentence-transformers:NAME`, or None: the corpus.
         seed: of projections and of the singular value decomposition.
 
     Raises:
         SelectionError: the embedder cannot be loaded.
     """
-    return partial(embed, encode=fit(list(map(whole_text, conversations(sample))), embedder, seed))
+    return partial(embed, encode=fit(list(own_texts(sample)), embedder, seed))
 
 
 def fit(texts: Sequence[str], embedder: str | None, seed: int) -> Callable[[Iterable[str]], np.ndarray]:
@@ -271,7 +271,7 @@ class SentenceEncoder:
 
 def embed(table: pa.Table, encode: Callable[[Iterable[str]], np.ndarray]) -> pa.Table:
     """`embedding`: float16, of fixed size."""
-    vectors = encode(map(whole_text, conversations(table))).astype(np.float16)
+    vectors = encode(own_texts(table)).astype(np.float16)
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel(), pa.float16()), vectors.shape[1])
     return pa.table({"drop": drop_none(len(table)), "embedding": column})
 

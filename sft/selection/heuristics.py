@@ -3,7 +3,8 @@
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Conversations that are broken, by rules that can be read. Each has a reason code ([`REASONS`]); the first that
-applies counts. None looks at more than a row.
+applies counts. None looks at more than a row. In doubt a row stays: at most 5 of 1,000 healthy ones may be dropped,
+which the tests count on real and on tricky rows, English and Chinese.
 """
 
 import ast
@@ -11,7 +12,8 @@ import re
 import textwrap
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -19,44 +21,126 @@ import pyarrow as pa
 from .rows import answers, conversations, whole_text
 from .words import hash_words, ngrams, split_words
 
-MIN_WORDS = 3
+MIN_WORDS = 1
 MAX_WORDS = 16_384
 MAX_REPEATED = 0.5
 MAX_GARBLED = 0.005
-LIMITS = ("MIN_WORDS", "MAX_WORDS", "MAX_REPEATED", "MAX_GARBLED")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Thresholds of the rules.
+
+    Args:
+        min_words: of all answers together.
+        max_words: of the conversation.
+        max_repeated: share of the runs of eight words in the answers that are repeats.
+        max_garbled: share of the characters that are replacement, control or private-use characters.
+    """
+
+    min_words: int = MIN_WORDS
+    max_words: int = MAX_WORDS
+    max_repeated: float = MAX_REPEATED
+    max_garbled: float = MAX_GARBLED
+
+
+DEFAULT_LIMITS = Limits()
 REASONS = {
-    "answer_too_short": f"the assistant says fewer than {MIN_WORDS} words in all",
+    "answer_too_short": "the assistant says no word at all, or only yes, no or okay where that answers nothing",
     "too_long": f"it has more than {MAX_WORDS:,} words, several times what a model reads at once",
     "repetitive": f"more than {MAX_REPEATED:.0%} of the runs of eight words in the answers are repeats",
     "garbled": f"more than {MAX_GARBLED:.1%} of its characters are replacement, control or private-use characters",
     "refusal": "the last answer begins by refusing, or by speaking of itself as a language model",
     "cut_code": "an answer opens a code block and does not close it",
-    "broken_code": "a block marked as Python is no Python",
-    "no_result": "it is tagged as mathematics, and the last answer holds no number and no formula",
+    "broken_code": "a block marked as Python is no Python, neither of 3 nor of 2",
+    "no_result": "it asks for a result of mathematics, and no answer holds a number, a formula or a verdict",
 }
 _RUN = 8  # words; shorter, and the zeros of large numbers would repeat each other
 _MIN_RUNS = 50  # in fewer, a refrain is no fault
 _MAX_CODE = 20_000
 
 _GARBLED = re.compile("[\ufffd\ue000-\uf8ff\x00-\x08\x0b\x0e-\x1f\x7f-\x9f]")
+
+# An answer of these alone says something only to a question that can be answered so, or to a text with instructions.
+_FILLER = re.compile(
+    r"\W*(yes|yeah|yep|no|nope|ok|okay|sure|hmm+|n/a|none|null|nan|是|是的|不是|否|好|好的|嗯|对)\W*", re.IGNORECASE
+)
+_CLOSED = re.compile(
+    r"(^|[.!?,;:\n]\s*)(is|are|was|were|am|do|does|did|can|could|will|would|should|shall|has|have|had|may|might|must|"
+    r"isn'?t|aren'?t|don'?t|doesn'?t|didn'?t|won'?t|can'?t)\b|\b(or|whether|if|true|false|yes|correct|right|say|reply|answer)\b|"
+    r"[吗嘛]|是否|是不是|有没有|能否|可否|对不对|还是|判断|对错|正确",
+    re.IGNORECASE,
+)
+_INSTRUCTIONS = 20  # words of a question, from which on it is no mere question
+
+_CANNOT = r"(can'?t|can’t|cannot|can not|could not|couldn'?t|((am|are) )?(unable|not able) to|won'?t)"
+_REFUSED = (
+    r"(assist|comply|fulfil|help (?!but\b|feeling|thinking|wondering|myself|it\b)|help\W*$|help[.!,]|do that|do this|"
+    r"(provide|answer|generate|create|write|give|offer|share|discuss|continue|engage|respond|complete|process|perform|support|"
+    r"access|browse|produce|participate|fulfill|say|tell|recommend|advise|endorse|speculate|open|view|see)\b)"
+)
+_OF_AN_ASSISTANT = (
+    r"(that|this|these|those|such|any|your (request|question)|you|an? (answer|response|opinion)|information|content|"
+    r"the (information|answer|request)|with|personal|medical|legal)\b"
+)
 _REFUSAL = re.compile(
-    r"\W*((i'?m|i am|we'?re|we are)( very| so)? (sorry|afraid)\b.{0,40}"
-    r"\b(can'?t|cannot|can not|unable|not able|won'?t)\b|"
-    r"(i|we) (can'?t|cannot|can not|am unable to|am not able to) (help|assist|provide|fulfil|comply|answer|do that)|"
-    r"as an? (ai|artificial intelligence|(large )?language model)\b|"
-    r"(很|非常)?(抱歉|对不起|遗憾).{0,12}(无法|不能|没有办法)|作为(一个|一名|一款)?(ai|人工智能|语言模型|大语言模型|大模型))",
+    r"[\s*_#>-]*("
+    rf"(i'?m|i’m|i am|we'?re|we are)( very| so| truly)? (sorry|afraid)\b(?! that\b).{{0,40}}?\b{_CANNOT} {_REFUSED}|"
+    rf"(i|we) {_CANNOT} ((assist|comply|help) (you )?(with|in)\b|(help|assist|comply)\W*$|do that\W*$|"
+    rf"(provide|answer|fulfil|fulfill|generate|do|help|assist|comply with) {_OF_AN_ASSISTANT})|"
+    r"as an? (ai|artificial intelligence|(large )?(ai )?language model)"
+    r"( (language )?(model|assistant|chatbot|system|program|bot))?( (created|developed|trained|made) by [\w ]+)?"
+    r"\s*,?\s*(i|i'?m|i’m|my)\b|"
+    r"(很|非常|十分|真的)?(抱歉|对不起|不好意思|遗憾)[^。！？\n]{0,12}?(无法|不能|没有办法|没办法)[^。！？，\n]{0,6}?"
+    r"(回答|提供|帮助|帮|协助|满足|完成|生成|回应|处理|执行|继续|讨论|给出|访问|回复|解答|透露|做到|创作|撰写|编写)|"
+    r"作为(一个|一名|一款|一位)?(ai|人工智能|大语言模型|语言模型|大模型)(语言)?(模型|助手|助理|系统|程序|机器人)?[，,、]?\s*我)",
     re.IGNORECASE,
 )
-_FENCE = re.compile(r"^[ \t]*```", re.MULTILINE)
-_PYTHON = re.compile(r"^([ \t]*)```(?:python|py)[ \t]*\n(.*?)^[ \t]*```", re.MULTILINE | re.DOTALL | re.IGNORECASE)
-_SESSION = re.compile(r"^\s*(>>>|In \[|[%!?])", re.MULTILINE)  # of a shell or a notebook, which is not Python
+# What is asked for may be a refusal: of an invitation, in another language.
+_WORDING = re.compile(r"translat|rephras|paraphras|rewrite|proofread|翻译|改写|润色|译成|英文怎么说", re.IGNORECASE)
+
+_FENCE = re.compile(r"^[ \t>]*(?:[-*+][ \t]+|\d+[.)][ \t]+)?(`{3,})([^`\n]*)$")
+_OPENS_LATE = re.compile(r"[^`](`{3,})[\w+-]*[ \t]*$")  # after words on the same line
+_PYTHON = ("python", "py", "python3")
+# Of a shell or a notebook, which is not Python.
+_SESSION = re.compile(r"^[ \t]*(>>>|In \[|[%!?$]|(pip3?|conda|python3?|cd|git) [\w./-])", re.MULTILINE)
+_CLAUSE = re.compile(r"\s*(else|elif|except|finally|case)\b")  # of a statement that is not shown
+_PYTHON_2 = [
+    (re.compile(pattern, re.MULTILINE), by)
+    for pattern, by in (
+        (r"^([ \t]*|.*[:;][ \t]*)print[ \t]*>>\s*([\w.]+)\s*,?([^;\n]*)", r"\1print(\3)"),
+        (r"^([ \t]*|.*?[:;][ \t]*)print(?![\w(=.,])[ \t]*([^;#\n]*?),?[ \t]*(?=[;#\n]|$)", r"\1print((\2))"),
+        (r"^([ \t]*|.*?[:;][ \t]*)print[ \t]+\(([^;#\n]*?),?[ \t]*(?=[;#\n]|$)", r"\1print((\2)"),
+        (r"^([ \t]*|.*?[:;][ \t]*)print[ \t]*(\(.*\)[ \t]*[%,+].*)$", r"\1print(\2)"),
+        (r"^([ \t]*)exec[ \t]+(?!\()([^\n]*)", r"\1exec('')"),
+        (r"^([ \t]*except[ \t]+[\w.() ,]+?)\s*,\s*(\w+)\s*:", r"\1 as \2:"),
+        (r"^([ \t]*raise[ \t]+[\w.]+)\s*,\s*([^\n]*)", r"\1(\2)"),
+        (r"<>", "!="),
+        (r"\b0([0-7]+)\b", r"0o\1"),
+        (r"\b(\d+|0x[\da-fA-F]+)[lL]\b", r"\1"),
+        (r"\b[uU][rR](?=['\"])", "r"),
+        (r"`([^`\n]+)`", r"repr(\1)"),
+        (r"^([ \t]*def[ \t]+\w+[ \t]*\([^)\n]*?)\(([\w, ]+)\)", r"\1_"),
+        (r"\blambda\s*\(([\w, ]+)\)\s*:", r"lambda _:"),
+    )
+]
+
+_ASKS_RESULT = re.compile(
+    r"=\s*\?|how (many|much|long|far|old|fast|often|likely)|calculat|comput|evaluat|\bsolve|\bfind|\bwhat is\b.*\d|"
+    r"\bsum of|simplif|多少|几[个只天元米人次]|计算|求|等于|解方程",
+    re.IGNORECASE,
+)
 _RESULT = re.compile(
-    r"\d|\\[a-z]|[零一二三四五六七八九十百千]|\b(yes|no|true|false|zero|one|two|three|never|none|infinite)\b",
-    re.IGNORECASE,
+    r"\d|\\[a-z]|[零一二两三四五六七八九十百千半]|[=√π∞≤≥≠±]|是的|不是|正确|错误|不存在|无解|"
+    r"\b(yes|no|not|true|false|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|thirty|forty|"
+    r"fifty|sixty|seventy|eighty|ninety|hundred|thousand|half|third|quarter|once|twice|never|none|infinite|infinity|"
+    r"infinitely|even|odd|prime|impossible|undefined|equal|equals|diverges|converges)\b|"
+    r"^[^\w\n]*[A-Ea-e][^\w\n]*$|\b(option|choice|answer is)\W+[A-E]\b",
+    re.IGNORECASE | re.MULTILINE,
 )
 
 
-def drop_broken(table: pa.Table) -> pa.Table:
+def drop_broken(table: pa.Table, limits: Limits = DEFAULT_LIMITS) -> pa.Table:
     """Rows that a rule speaks against are dropped; `domain` tells which are mathematics."""
     chats = list(conversations(table))
     replies = ["\n".join(answers(messages)) for messages in chats]
@@ -64,7 +148,7 @@ def drop_broken(table: pa.Table) -> pa.Table:
     suspects = [number for number, text in enumerate(replies) if _shrinks(text)]
     repeated[suspects] = repeated_shares([replies[number] for number in suspects])
     reasons = [
-        find_fault(messages, domain, share)
+        find_fault(messages, domain, share, limits)
         for messages, domain, share in zip(chats, table["domain"].to_pylist(), repeated.tolist(), strict=True)
     ]
     return pa.table({"drop": pa.array(reasons, pa.string())})
@@ -88,56 +172,133 @@ def repeated_shares(texts: Sequence[str]) -> np.ndarray:
     return np.where(total >= _MIN_RUNS, repeats / np.maximum(total, 1), 0.0)
 
 
-def find_fault(messages: Sequence[dict[str, str]], domain: str, repeated: float = 0.0) -> str | None:
+def find_fault(
+    messages: Sequence[dict[str, str]], domain: str, repeated: float = 0.0, limits: Limits = DEFAULT_LIMITS
+) -> str | None:
     """The first reason that speaks against a conversation.
 
     Args:
         messages: with `role` and `content`.
         domain: of [`sft.selection.domains`].
         repeated: the share of repeats among its runs of words.
+        limits: thresholds.
     """
     replies, text = answers(messages), whole_text(messages)
-    if len(split_words(" ".join(replies)[:200])) < MIN_WORDS:
+    questions = [message["content"] for message in messages if message["role"] == "user"]
+    if _says_nothing(questions, replies, limits.min_words):
         return "answer_too_short"
-    if len(text) > MAX_WORDS and len(text.split()) + 2 * sum("\u3400" <= c <= "\u9fff" for c in text) // 3 > MAX_WORDS:
+    if len(text) > limits.max_words and _count_words(text) > limits.max_words:
         return "too_long"
-    if repeated > MAX_REPEATED:
+    if repeated > limits.max_repeated:
         return "repetitive"
-    if len(_GARBLED.findall(text)) > MAX_GARBLED * len(text):
+    if len(_GARBLED.findall(text)) > limits.max_garbled * len(text):
         return "garbled"
-    if _REFUSAL.match(replies[-1][:200]):
+    if _REFUSAL.match(replies[-1][:200]) and not any(_WORDING.search(question) for question in questions[-1:]):
         return "refusal"
     if any("```" in reply for reply in replies):
-        if any(len(_FENCE.findall(reply)) % 2 for reply in replies):
+        blocks = [find_code(reply) for reply in replies]
+        if not all(closed for _, closed in blocks):
             return "cut_code"
-        if not all(is_python(code) for reply in replies for _, code in _PYTHON.findall(reply)):
+        if not all(is_python(code) for found, _ in blocks for language, code in found if language in _PYTHON):
             return "broken_code"
-    if domain == "math" and not _RESULT.search(replies[-1]):
+    if domain == "math" and any(map(_ASKS_RESULT.search, questions)) and not any(map(_RESULT.search, replies)):
         return "no_result"
     return None
 
 
+def _says_nothing(questions: Sequence[str], replies: Sequence[str], min_words: int) -> bool:
+    said = " ".join(replies)
+    if len(said) < 1000 and len(split_words(said)) < min_words:
+        return True
+    if len(said) > 20 or not _FILLER.fullmatch(said):
+        return False
+    asked = " ".join(questions)
+    return not _CLOSED.search(asked) and _count_words(asked) < _INSTRUCTIONS
+
+
+def _count_words(text: str) -> int:
+    """Of Chinese, two words for three characters."""
+    return len(text.split()) + 2 * sum("\u3400" <= c <= "\u9fff" for c in text) // 3
+
+
+def find_code(text: str) -> tuple[list[tuple[str, str]], bool]:
+    """Language and content of each fenced block, and whether all are closed.
+
+    A block ends with as many backticks as it began with, or more, as in CommonMark. A block in a block of as many
+    backticks is nobody's fault: where fences come in pairs, nothing is missing.
+    """
+    blocks: list[tuple[str, str]] = []
+    opened, language, lines, fences = 0, "", list[str](), 0
+    for line in text.split("\n"):
+        line = line.rstrip("\r")
+        fence = _FENCE.match(line)
+        fences += bool(fence)
+        if opened:
+            bare = line.strip()
+            if (fence and len(fence[1]) >= opened and not fence[2].strip()) or (
+                not fence and bare.endswith("`" * opened) and bare.count("`" * opened) == 1
+            ):
+                if not fence:
+                    fences += 1
+                    lines.append(line.rstrip().rstrip("`"))
+                blocks.append((language, "\n".join(lines)))
+                opened = 0
+            else:
+                lines.append(line)
+        elif fence:
+            opened, language, lines = len(fence[1]), (fence[2].strip().lower().split() or [""])[0], []
+        elif (late := _OPENS_LATE.search(line)) and line.count("```") % 2:
+            opened, language, lines = len(late[1]), "", []
+            fences += 1
+    return blocks, not opened or fences % 2 == 0
+
+
 def is_python(code: str) -> bool:
-    """Whether a text parses as Python; it is not run. Shell sessions, notebooks and very long texts pass unseen."""
+    """Whether a text parses as Python, of 3 or 2; it is not run.
+
+    Shell sessions, notebooks and very long texts pass unseen; so do parts of a statement, and what leaves a part out.
+    """
     if len(code) > _MAX_CODE or _SESSION.search(code):
         return True
+    code = textwrap.dedent(code.replace("\t", "        ")).replace("…", "...").rstrip()
+    return any(map(_parses, _readings(code)))
+
+
+def _readings(code: str) -> Iterator[str]:
+    """A text, and what it may stand for."""
+    yield code
+    part = code
+    if _CLAUSE.match(part):
+        head = {"else": "if x:\n    pass\n", "elif": "if x:\n    pass\n", "case": ""}.get(part.split()[0].rstrip(":"))
+        part = ("try:\n    pass\n" if head is None else head) + part
+    if part.endswith(":"):
+        part += f"\n{' ' * (len(part.splitlines()[-1]) - len(part.splitlines()[-1].lstrip()) + 4)}pass"
+    yield part
+    for pattern, by in _PYTHON_2:
+        part = pattern.sub(by, part)
+    yield part
+
+
+def _parses(code: str) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
-            ast.parse(textwrap.dedent(code))
+            ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return True
 
 
 __all__ = [
-    "LIMITS",
+    "DEFAULT_LIMITS",
     "MAX_GARBLED",
     "MAX_REPEATED",
     "MAX_WORDS",
     "MIN_WORDS",
     "REASONS",
+    "Limits",
     "drop_broken",
+    "find_code",
     "find_fault",
     "is_python",
 ]

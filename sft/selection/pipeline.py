@@ -4,7 +4,8 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The selection from end to end: its settings, its stages in order, and what it writes.
 
-OUT/selected.jsonl     the rows as they came, with `id`, `domain` and `score`, in the order of the input
+OUT/selected.jsonl     the rows as they came, byte for byte, in the order of the input; `teleflm_id`, `teleflm_domain`
+                       and, if there is one, `teleflm_score` are added
 OUT/selection.json     settings, seed, versions, what every stage did, and the digests of the rows and of itself;
                        written last
 OUT/stages             see [`sft.selection.stages`]
@@ -25,12 +26,14 @@ from typing import Any, BinaryIO
 from conversion.checkpoint.manifest import package_version
 from sft.data.formats import DataError
 
-from . import decontaminate, dedup, diversity, domains, embed, heuristics, rows, score
+from . import common, decontaminate, dedup, diversity, domains, embed, heuristics, rows, score
 from .executors import open_executor
-from .stages import SelectionError, Stage, StageResult, Workspace, make_digest
+from .stages import SelectionError, Stage, StageFiles, StageResult, Workspace, make_digest
+from .thresholds import check_thresholds, stage_thresholds
 
-METHODS = ("teleflm", "random", "longest", "ifd-top")
-DEFAULT_QUOTA = {"math": 0.3, "code": 0.3, "multi_turn": 0.2, "general": 0.2}
+FILTERED = ("teleflm", diversity.K_CENTER)  # methods that choose among what passed all filters
+METHODS = (*FILTERED, "random", "longest", "ifd-top")
+_OTHERS = "--allow-fewer takes rows of the other domains in their place"
 SELECTED, SUMMARY, STAGES = "selected.jsonl", "selection.json", "stages"
 
 
@@ -40,16 +43,23 @@ class SelectionSettings:
 
     Args:
         count: rows to select.
-        method: `teleflm`, all stages; or a baseline of as many rows, from valid and decontaminated rows without exact
-            duplicates: `random`, `longest` (answers) or `ifd-top`.
-        quota: share of each domain. Without it, `teleflm` takes [`DEFAULT_QUOTA`], or with `domain_column` the shares
-            there are; the baselines do not look at domains.
+        method: `teleflm`, all stages; `k-center`, the same with a choice that seeks outliers, and with them what is
+            damaged (see [`sft.selection.diversity`]); or a baseline of as many rows, from valid and decontaminated rows
+            without exact duplicates: `random`, `longest` (answers) or `ifd-top`.
+        within: how `teleflm` takes rows from a cluster: by `quality`, `medoid` or `random`. By quality if there is a
+            score, else at random, unless given.
+        quota: share of each domain. Without it, `teleflm` and `k-center` take the shares there are; the baselines do
+            not look at domains.
         domain_column: a column of the data that names a row's domain; rules decide where it is absent.
         decontaminate: files of evaluation sets; see [`sft.selection.decontaminate`].
         scorer: a causal language model for the IFD score; see [`sft.selection.score`].
+        score_column: a column of the data with a number for each row, the higher the better, in place of a scorer.
         embedder: see [`sft.selection.embed`].
+        thresholds: by name, other than those of [`sft.selection.thresholds.THRESHOLDS`].
+        unique_ids: give each row the `id` that is otherwise only its `teleflm_id`.
         seed: of everything random.
-        allow_fewer: select what there is if that is less than `count`.
+        allow_fewer: select what there is if that is less than `count`, and rows of other domains where one has too few
+            for its quota.
 
     Raises:
         SelectionError: a value is none of those possible, or two of them contradict each other.
@@ -57,11 +67,15 @@ class SelectionSettings:
 
     count: int = 30_000
     method: str = "teleflm"
+    within: str | None = None
     quota: Mapping[str, float] | None = None
     domain_column: str | None = None
     decontaminate: tuple[str, ...] = ()
     scorer: str | None = None
+    score_column: str | None = None
     embedder: str | None = None
+    thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    unique_ids: bool = False
     seed: int = 0
     allow_fewer: bool = False
 
@@ -72,8 +86,31 @@ class SelectionSettings:
             raise SelectionError(f"--method is {self.method!r}; expected one of {', '.join(METHODS)}.")
         if self.method == "ifd-top" and self.scorer is None:
             raise SelectionError("--method ifd-top needs a model that scores: give --scorer.")
+        self._check_scores()
         if self.quota is not None:
             self._check_quota(self.quota)
+        check_thresholds(self.thresholds)
+
+    @property
+    def scored(self) -> bool:
+        """Whether rows have a score that a model or a person gave."""
+        return self.scorer is not None or self.score_column is not None
+
+    def _check_scores(self) -> None:
+        if self.scorer is not None and self.score_column is not None:
+            raise SelectionError(
+                f"--scorer {self.scorer} and --score-column {self.score_column} both give a score; give one of them."
+            )
+        if self.score_column is not None and self.method not in FILTERED:
+            raise SelectionError(f"--score-column is for --method {' or '.join(FILTERED)}, not {self.method}.")
+        if self.within is None:
+            return
+        if self.method != "teleflm":
+            raise SelectionError(f"--within is for --method teleflm, not {self.method}.")
+        if self.within not in diversity.WITHIN:
+            raise SelectionError(f"--within is {self.within!r}; expected one of {', '.join(diversity.WITHIN)}.")
+        if self.within == "quality" and not self.scored:
+            raise SelectionError("--within quality needs a score: give --score-column or --scorer.")
 
     def _check_quota(self, quota: Mapping[str, float]) -> None:
         unknown = [name for name in quota if name not in domains.DOMAINS]
@@ -150,7 +187,7 @@ def select_conversations(
             for name in (SELECTED, SUMMARY):  # rows without a record would be somebody's
                 (out / name).unlink(missing_ok=True)
         try:
-            workspace.run(executor, notify)
+            workspace.run(executor, notify, _checks(workspace, settings, notify))
         except _TooFew as few:
             raise SelectionError(f"{few} {_describe_losses(workspace.results)}") from None
     if not workspace.results[-1].rows_out:
@@ -158,7 +195,7 @@ def select_conversations(
         raise SelectionError(f"no row is left after {emptied}. {_describe_losses(workspace.results)}")
     selection = _describe(workspace, out, already_done)
     if not already_done:
-        written = _write_selected(workspace, out)
+        written = _write_selected(workspace, out, settings.unique_ids)
         _write_summary(selection, settings, workspace, out, written)
         for name in (SELECTED, SUMMARY):
             (out / f"{name}{_PARTIAL}").replace(out / name)
@@ -187,25 +224,35 @@ def make_stages(
         Stage("rows", {"files": [_identify(file) for file in files]}, files=tuple(files), tables=read),
         Stage("exact-duplicates", {}, ("id",), dedup.drop_exact_duplicates, whole=True),
     ]
-    if settings.method == "teleflm":
-        near = {"slots": dedup.SLOTS, "bands": dedup.BANDS, "overlap": dedup.OVERLAP, "min_pairs": dedup.MIN_PAIRS}
+    limits = partial(stage_thresholds, given=settings.thresholds)
+    own_text: tuple[str, ...] = ("row",)
+    if settings.method in FILTERED:
+        own_text = ("row", "common")
+        shared = limits("common-text")
+        marking = {**shared, "run": common.RUN, "min_rows": common.MIN_ROWS, "sample": common.SAMPLE}
+        sketched = {"slots": dedup.SLOTS, "answer_slots": dedup.ANSWER_SLOTS}
+        near = limits("near-duplicates")
+        compared = ("id", "sketch", "pairs", "answer_sketch", "answer_pairs")
+        remove = partial(dedup.drop_near_duplicates, **near)
         stages += [
-            Stage("sketches", near, ("row",), dedup.sketch),
-            Stage("near-duplicates", near, ("id", "sketch", "pairs"), dedup.drop_near_duplicates, whole=True),
+            Stage("common-text", marking, ("row",), fit=partial(common.fit_marks, **shared), sample=common.SAMPLE),
+            Stage("sketches", sketched, (*own_text, "unread"), dedup.sketch),
+            Stage("near-duplicates", {**near, "bands": dedup.BANDS}, compared, remove, whole=True),
         ]
     if settings.decontaminate:
-        stages.append(_decontamination(settings.decontaminate, notify))
+        stages.append(_decontamination(settings, notify))
     by_column = {"column": settings.domain_column}
-    stages.append(Stage("domains", by_column, ("row",), partial(domains.tag_domains, **by_column)))
-    if settings.method == "teleflm":
-        limits = {name.lower(): getattr(heuristics, name) for name in heuristics.LIMITS}
-        stages.append(Stage("heuristics", limits, ("row", "domain"), heuristics.drop_broken))
-    if settings.method != "random":
+    stages.append(Stage("domains", by_column, own_text, partial(domains.tag_domains, **by_column)))
+    if settings.method in FILTERED:
+        broken = limits("heuristics")
+        drop = partial(heuristics.drop_broken, limits=heuristics.Limits(**broken))
+        stages.append(Stage("heuristics", broken, ("row", "domain"), drop))
+    if settings.scored or settings.method == "longest":
         stages.append(_scoring(settings))
-    if settings.method == "teleflm":
+    if settings.method in FILTERED:
         fitted = {"embedder": settings.embedder, "sample": embed.SAMPLE, "dimensions": embed.DIMENSIONS}
         fit = partial(embed.fit_kernel, embedder=settings.embedder, seed=settings.seed)
-        stages.append(Stage("embeddings", fitted, ("row",), fit=fit, sample=embed.SAMPLE))
+        stages.append(Stage("embeddings", fitted, own_text, fit=fit, sample=embed.SAMPLE))
     return [*stages, _choice(settings)]
 
 
@@ -218,20 +265,29 @@ def _identify(file: str) -> dict[str, Any]:
     return {"name": path.name, "bytes": status.st_size, "changed": status.st_mtime_ns}
 
 
-def _decontamination(files: Sequence[str], notify: Callable[[str], None]) -> Stage:
-    index = decontaminate.index_evaluations(files)
+def _decontamination(settings: SelectionSettings, notify: Callable[[str], None]) -> Stage:
+    limits = stage_thresholds("decontamination", settings.thresholds)
+    evaluations = decontaminate.read_evaluations(settings.decontaminate, **limits)
+    index = decontaminate.make_index(evaluations)
+    texts = index.items + index.too_short + index.shared
     if index.too_short:
-        notify(f"decontamination: {index.too_short} of {index.items + index.too_short} texts are too short to look for")
+        notify(f"decontamination: {index.too_short} of {texts} texts are too short to look for")
+    if index.shared:
+        notify(f"decontamination: {index.shared} of {texts} texts say what many do, and are not looked for")
     content = make_digest([sorted(map(str, hashes.tolist())) for hashes in index.hashes.values()])
-    named = {"evaluations": content, "ngram": decontaminate.NGRAM, "min_words": decontaminate.MIN_WORDS}
-    return Stage("decontamination", named, ("row",), partial(decontaminate.drop_contaminated, index=index))
+    shared = stage_thresholds("common-text", settings.thresholds)
+    named = {"evaluations": content, **limits, "common_share": shared["max_share"], "sample": common.SAMPLE}
+    fit = partial(decontaminate.fit_kernel, evaluations=evaluations, **shared)
+    return Stage("decontamination", named, ("row",), fit=fit, sample=common.SAMPLE)
 
 
 def _scoring(settings: SelectionSettings) -> Stage:
     if settings.method == "longest":
         return Stage("scores", {"score": "characters of the answers"}, ("row",), score.score_length)
-    if settings.scorer is None:
-        return Stage("scores", {"score": "compressed bytes of the answers"}, ("row",), score.score_information)
+    if settings.score_column is not None:
+        by = {"column": settings.score_column}
+        return Stage("scores", by, ("row",), partial(score.score_column, **by))
+    assert settings.scorer is not None
     named = {"score": "ifd", "scorer": settings.scorer, "max_tokens": score.MAX_TOKENS}
     # One process: a model a worker would not fit, and torch has threads of its own.
     return Stage("scores", named, ("row",), score.make_ifd_kernel(settings.scorer), in_process=True)
@@ -239,19 +295,22 @@ def _scoring(settings: SelectionSettings) -> Stage:
 
 def _choice(settings: SelectionSettings) -> Stage:
     quota = dict(settings.quota) if settings.quota is not None else None
-    if quota is None and settings.method == "teleflm" and settings.domain_column is None:
-        quota = DEFAULT_QUOTA
     asked: dict[str, Any] = {"count": settings.count, "quota": quota, "seed": settings.seed}
-    named = {"method": settings.method, **asked, "cluster_rows": diversity.CLUSTER_ROWS}
+    named = {"method": settings.method, **asked, "unique_ids": settings.unique_ids}
     reads: tuple[str, ...] = ("id", "domain")
     choose: Callable[[Any], Any]
-    if settings.method == "teleflm":
-        reads, choose = (*reads, "score", "embedding"), partial(diversity.select_diverse, **asked)
+    if settings.method in FILTERED:
+        given = settings.within or ("quality" if settings.scored else "random")
+        within = diversity.K_CENTER if settings.method == diversity.K_CENTER else given
+        named |= {"within": within, "cluster_rows": diversity.CLUSTER_ROWS}
+        named |= {"neighbours": diversity.NEIGHBOURS, "outliers": diversity.OUTLIERS}
+        reads = (*reads, *(("score",) if settings.scored else ()), "embedding")
+        choose = partial(diversity.select_from_clusters, **asked, within=within)
     elif settings.method == "random":
         choose = partial(diversity.select_top, **asked, by="random")
     else:
         reads, choose = (*reads, "score"), partial(diversity.select_top, **asked, by="score")
-    kernel = partial(_enough, choose=choose, count=settings.count, allow_fewer=settings.allow_fewer)
+    kernel = partial(_enough, choose=choose, count=settings.count, quota=quota, allow_fewer=settings.allow_fewer)
     return Stage("selection", named, reads, kernel, whole=True)
 
 
@@ -259,13 +318,67 @@ class _TooFew(SelectionError):
     """Fewer rows than asked for, before it is said where the others went."""
 
 
-def _enough(table: Any, choose: Callable[[Any], Any], count: int, allow_fewer: bool) -> Any:
+def _enough(
+    table: Any, choose: Callable[[Any], Any], count: int, quota: Mapping[str, float] | None, allow_fewer: bool
+) -> Any:
     chosen = choose(table)
     found = chosen["drop"].null_count
     if found < count and not allow_fewer:
         left = "" if len(table) == found else f" in the domains of --quota ({len(table):,} in all)"
         raise _TooFew(f"only {found:,} rows are left{left}, fewer than -n {count:,}; --allow-fewer takes them.")
+    if quota and not allow_fewer and (short := _shortfall(table["domain"].to_pylist(), count, quota)):
+        raise _TooFew(f"{short}; {_OTHERS}.")
     return chosen
+
+
+def _shortfall(tags: Sequence[str], count: int, quota: Mapping[str, float]) -> str:
+    """What a quota asks for and is not there, in words; empty if all of it is."""
+    if quota.keys().isdisjoint(tags):  # all that is chosen then says which domains there are
+        return ""
+    there = Counter(tags)
+    wanted = {domain: math.floor(share * count + 1e-9) for domain, share in quota.items()}
+    short = [f"{there[domain]:,} of {rows:,} {domain}" for domain, rows in wanted.items() if there[domain] < rows]
+    return f"--quota cannot be met: {', '.join(short)} rows are left" if short else ""
+
+
+def _checks(
+    workspace: Workspace, settings: SelectionSettings, notify: Callable[[str], None]
+) -> dict[str, Callable[[StageFiles], None]]:
+    """What is looked at between stages: what is not read, and, before anything costs much, whether the quota is met."""
+    names = [stage.name for stage in workspace.stages]
+    quota = settings.quota
+
+    def tell_unread(stages: StageFiles) -> None:
+        for field, (rows_with, example) in count_unread(stages).items():
+            notify(f"rows: {rows_with:,} have {field}: kept as it is, but neither read nor trained on ({example})")
+
+    def check_quota(stages: StageFiles) -> None:
+        tags = stages.read(("domain",))["domain"].to_pylist()
+        if quota is None or not (short := _shortfall(tags, settings.count, quota)):
+            return
+        if settings.quota is None or settings.allow_fewer:
+            notify(f"selection: {short}; others take their place")
+        else:
+            raise _TooFew(f"{short}; {_OTHERS}.")
+
+    return {"rows": tell_unread, "heuristics" if "heuristics" in names else "domains": check_quota}
+
+
+def count_unread(stages: StageFiles) -> dict[str, tuple[int, str]]:
+    """Field that is not read -> valid rows that have it, and the place of the first."""
+    found: dict[str, tuple[int, str]] = {}
+    for piece in stages.pieces(("unread", "source"), after=0):
+        table = piece.read()
+        table = table.filter(table["unread"].is_valid())
+        for names, source in zip(table["unread"].to_pylist(), table["source"].to_pylist(), strict=True):
+            for name in names.split(","):
+                count, example = found.get(name, (0, _without_folders(source)))
+                found[name] = count + 1, example
+    return dict(sorted(found.items()))
+
+
+def _without_folders(source: str) -> str:
+    return Path(source).name
 
 
 def _describe_losses(results: Sequence[StageResult]) -> str:
@@ -354,21 +467,35 @@ def _open_partial(file: Path) -> BinaryIO:
 _SELECTED_COLUMNS = ("row", "id", "domain", "quality")
 
 
-def _write_selected(workspace: Workspace, out: Path) -> dict[str, Any]:
+def _write_selected(workspace: Workspace, out: Path, unique_ids: bool) -> dict[str, Any]:
     """Write the rows under a name of their own; returns what the summary says of the file."""
     digest = hashlib.sha256()
+    taken: set[Any] = set()
     with _open_partial(out / SELECTED) as file:
         for piece in workspace.pieces(_SELECTED_COLUMNS):
             table = piece.read()
             for row, own_id, domain, quality in zip(
                 *(table[name].to_pylist() for name in _SELECTED_COLUMNS), strict=True
             ):
-                value = json.loads(row)
-                added = {"id": value.get("id", own_id.hex()), "domain": domain, "score": round(quality, 4)}
-                line = rows.to_json({**value, **added}) + b"\n"
+                added: dict[str, Any] = {"id": own_id.hex(), "domain": domain}
+                if quality is not None:
+                    added["score"] = round(quality, 4)
+                if unique_ids:
+                    row = _with_unique_id(row, own_id.hex(), taken)
+                line = rows.add_columns(row, {f"{rows.OWN}{name}": value for name, value in added.items()}) + b"\n"
                 digest.update(line)
                 file.write(line)
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def _with_unique_id(row: bytes, own_id: str, taken: set[Any]) -> bytes:
+    """A row; if it has no id, or one that is taken, with ours in its place."""
+    value = json.loads(row)
+    found = value.get("id")
+    if isinstance(found, str | int) and found not in taken:
+        taken.add(found)
+        return row
+    return rows.to_json({**value, "id": own_id})
 
 
 def _describe(workspace: Workspace, out: Path, already_done: bool) -> Selection:
@@ -396,6 +523,7 @@ def _write_summary(
     described: dict[str, Any] = {
         "count": selection.count,
         "domains": selection.domains,
+        "unread": {name: {"rows": count, "example": at} for name, (count, at) in count_unread(workspace).items()},
         "settings": {**dataclasses.asdict(settings), **given},
         "teleflm_version": package_version(),
         "digest": workspace.digests[-1],
@@ -408,7 +536,6 @@ def _write_summary(
 
 
 __all__ = [
-    "DEFAULT_QUOTA",
     "METHODS",
     "DataError",
     "Selection",

@@ -6,7 +6,7 @@
 
 import json
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -18,11 +18,17 @@ from sft.tokenizer import family_control_tokens
 
 PIECE_ROWS = 2048
 PIECE_BYTES = 1 << 24
+MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+# What a row or a message may say besides its texts, and neither the selection nor the training reads.
+UNREAD_COLUMNS = (*sorted(MEDIA), "tools", "functions", "tool_calls")
+UNREAD_FIELDS = (*sorted(MEDIA), "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "train")
+OWN = "teleflm_"  # begins the name of every column we add
 _SCHEMA = pa.schema(
     {
         "source": pa.string(),
         "row": pa.large_binary(),
         "id": pa.binary(16),
+        "unread": pa.string(),
         "drop": pa.string(),
         "detail": pa.string(),
     }
@@ -33,8 +39,10 @@ def read_tables(file: str, piece_rows: int = PIECE_ROWS) -> Iterator[pa.Table]:
     """The rows of a file, in pieces of at most `piece_rows` rows and about [`PIECE_BYTES`].
 
     Yields:
-        tables with `source` (`file:row`), `row` (the row as JSON; null if it is invalid), `id` (16 bytes, equal for
-        conversations with equal roles and texts), `drop` (the first of [`sft.data.checks.REASONS`]) and `detail`.
+        tables with `source` (`file:row`), `row` (the row as JSON, of JSON Lines the bytes that stand there; null if it
+        is invalid), `id` (16 bytes, equal for conversations with equal roles, texts and unread fields), `unread` (the
+        names of [`find_unread`], separated by commas; null without), `drop` (the first of
+        [`sft.data.checks.REASONS`]) and `detail`.
 
     Raises:
         DataError: the file cannot be read.
@@ -43,8 +51,10 @@ def read_tables(file: str, piece_rows: int = PIECE_ROWS) -> Iterator[pa.Table]:
     size = 0
     for row, outcome in check_rows(file, family_control_tokens()):
         if isinstance(outcome, Conversation):
-            text = to_json(row.value)
-            piece.append({"source": row.source, "row": text, "id": content_id(outcome.messages)})
+            text = to_json(row.value) if row.text is None else row.text
+            unread = find_unread(row.value)
+            own_id = content_id(outcome.messages, unread)
+            piece.append({"source": row.source, "row": text, "id": own_id, "unread": ",".join(unread) or None})
             size += len(text)
         else:
             detail = outcome.detail.encode("utf-8", "replace").decode()
@@ -56,14 +66,62 @@ def read_tables(file: str, piece_rows: int = PIECE_ROWS) -> Iterator[pa.Table]:
         yield pa.Table.from_pylist(piece, _SCHEMA)
 
 
-def content_id(messages: Sequence[dict[str, str]]) -> bytes:
-    """xxh3-128 of the roles and NFKC-normalised texts of a conversation; spaces at the ends do not count."""
+def find_unread(value: Any) -> dict[str, Any]:
+    """What a row says that neither selection nor training reads: column -> value, field of messages -> values."""
+    found = {name: value[name] for name in UNREAD_COLUMNS if _is_said(value.get(name))}
+    for column in ("messages", "conversations", "prompt", "completion"):
+        messages = value.get(column)
+        for index, message in enumerate(messages if isinstance(messages, list) else []):
+            if isinstance(message, dict):
+                for field in UNREAD_FIELDS:
+                    if _is_said(message.get(field)):
+                        found.setdefault(f"{column}[].{field}", []).append([index, message[field]])
+    return found
+
+
+def _is_said(value: Any) -> bool:
+    return value is False or value == 0 or bool(value)
+
+
+def read_unread(table: pa.Table) -> list[dict[str, Any]]:
+    """[`find_unread`] of valid rows; their columns `unread` and `row`."""
+    if "unread" not in table.column_names:
+        return [{} for _ in range(len(table))]
+    return [
+        find_unread(json.loads(row.as_py())) if names.is_valid else {}
+        for row, names in zip(table["row"], table["unread"], strict=True)
+    ]
+
+
+def content_id(messages: Sequence[dict[str, str]], unread: Mapping[str, Any] | None = None) -> bytes:
+    """xxh3-128 of the roles and NFKC-normalised texts of a conversation; spaces at the ends do not count.
+
+    Args:
+        messages: with `role` and `content`.
+        unread: see [`find_unread`]: pictures of two rows differ even if their texts do not.
+    """
     digest = xxhash.xxh3_128()
     for message in messages:
         content = message["content"].strip()
         text = content if content.isascii() else unicodedata.normalize("NFKC", content)
         digest.update(f"{message['role']}\0{len(text)}\0{text}".encode())
+    if unread:
+        digest.update(b"\0" + to_json(unread))
     return digest.digest()
+
+
+def add_columns(row: bytes, columns: Mapping[str, Any]) -> bytes:
+    """A row with some of our columns at its end; all that stands in it before stays byte for byte.
+
+    Args:
+        row: an object as JSON. Columns of an earlier selection are replaced, for which it is written anew.
+        columns: named [`OWN`] and more.
+    """
+    if OWN.encode() in row:
+        value = json.loads(row)
+        if not columns.keys().isdisjoint(value):
+            row = to_json({name: kept for name, kept in value.items() if name not in columns})
+    return row.rstrip()[:-1] + b", " + to_json(columns)[1:]
 
 
 def to_json(value: object) -> bytes:
@@ -92,12 +150,19 @@ def answers(messages: Sequence[dict[str, str]]) -> list[str]:
 
 
 __all__ = [
+    "MEDIA",
+    "OWN",
     "PIECE_BYTES",
     "PIECE_ROWS",
+    "UNREAD_COLUMNS",
+    "UNREAD_FIELDS",
+    "add_columns",
     "answers",
     "content_id",
     "conversations",
+    "find_unread",
     "read_tables",
+    "read_unread",
     "to_json",
     "whole_text",
 ]

@@ -2,10 +2,11 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""How much there is to learn from a conversation, as a number.
+"""How much there is to learn from a conversation, as a number: from a column of the data, or by a model.
 
-Without a model: the bytes that zlib needs for the answers. It grows with their length, which is hard to beat as a
-criterion (Zhao et al. 2024, arXiv 2402.04833), but not with what they repeat.
+A column holds what somebody else found, such as the judgement of a language or reward model; the higher the better.
+What cannot be told without a model is not told: the length of the answers, which is hard to beat as a criterion (Zhao
+et al. 2024, arXiv 2402.04833), is a baseline.
 
 With a causal language model: the instruction-following difficulty (IFD; Li et al. 2023, arXiv 2308.12032), the mean
 loss of the answers' tokens in the conversation over their mean loss on their own. Near 0, the question gives the answer
@@ -14,7 +15,8 @@ does (Li et al. 2024, arXiv 2402.00530). Answers of all turns count; a conversat
 separated by blank lines, up to [`MAX_TOKENS`] tokens.
 """
 
-import zlib
+import json
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,21 +28,33 @@ import pyarrow as pa
 from conversion.checkpoint.errors import one_line
 
 from .rows import answers, conversations
-from .stages import Kernel, SelectionError, drop_none
+from .stages import Kernel, SelectionError, drop_none, drop_where
 
 if TYPE_CHECKING:
     import torch
 
 MAX_TOKENS = 1024
 BATCH_TOKENS = 8192
-_ZLIB_LEVEL = 1
+_LARGEST = float(np.finfo(np.float32).max)
 _IGNORED = -100
 
 
-def score_information(table: pa.Table) -> pa.Table:
-    """`score`: compressed bytes of the answers."""
-    scores = [len(zlib.compress("\n".join(answers(m)).encode(), _ZLIB_LEVEL)) for m in conversations(table)]
-    return pa.table({"drop": drop_none(len(table)), "score": pa.array(scores, pa.float32())})
+def score_column(table: pa.Table, column: str) -> pa.Table:
+    """`score`: what the rows have in a column of theirs; without a finite number there they are dropped.
+
+    Args:
+        table: with `row`.
+        column: of the data.
+    """
+    scores = np.array([_number(json.loads(row.as_py()).get(column)) for row in table["row"]], np.float32)
+    return pa.table({"drop": drop_where(~np.isfinite(scores), "no_score"), "score": pa.array(scores)})
+
+
+def _number(value: object) -> float:
+    """A number of JSON that float32 can hold; NaN for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+        return math.nan
+    return float(value)
 
 
 def score_length(table: pa.Table) -> pa.Table:
@@ -158,4 +172,4 @@ def _scorer(name: str) -> _Scorer:
     return _loaded[name]
 
 
-__all__ = ["BATCH_TOKENS", "MAX_TOKENS", "make_ifd_kernel", "score_ifd", "score_information", "score_length"]
+__all__ = ["BATCH_TOKENS", "MAX_TOKENS", "make_ifd_kernel", "score_column", "score_ifd", "score_length"]

@@ -192,12 +192,18 @@ class Workspace(StageFiles):
                         shutil.rmtree(found)
                 break
 
-    def run(self, executor: Executor, notify: Callable[[str], None]) -> list[StageResult]:
+    def run(
+        self,
+        executor: Executor,
+        notify: Callable[[str], None],
+        after: Mapping[str, Callable[[StageFiles], None]] | None = None,
+    ) -> list[StageResult]:
         """Run what is not done yet; stop early when no row is left.
 
         Args:
             executor: runs the tasks.
             notify: told a line for each stage.
+            after: name of a stage -> what looks at its outcome before the next one begins, and may refuse it.
         """
         for number, stage in enumerate(self.stages[len(self.results) :], start=len(self.results)):
             result = _read_marker(self.folders[number]) or self._run_stage(number, executor)
@@ -206,6 +212,8 @@ class Workspace(StageFiles):
             notify(f"{stage.name}: {result.rows_out:,} of {result.rows_in:,} rows, {result.seconds:.1f} s{reasons}")
             if not result.rows_out:
                 break
+            if after and stage.name in after:
+                after[stage.name](self)
         return self.results
 
     def _run_stage(self, number: int, executor: Executor) -> StageResult:

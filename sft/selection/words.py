@@ -18,10 +18,11 @@ import numpy as np
 import xxhash
 
 # Han, kana, hangul, and the scripts of South-East Asia that put no spaces between words.
-_UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
-    "\u2e80-\u2fdf\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]"
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+    "\u2e80-\u2fdf\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 )
+_UNSPACED = re.compile(f"[{UNSPACED}]")
 _HAN_DIGITS = "〇零一二三四五六七八九"
 _SPELLED_OUT = (b"zero", b"one", b"two", b"three", b"four", b"five", b"six", b"seven", b"eight", b"nine")
 _DIGITS = {word: b"%d" % value for value, word in enumerate(_SPELLED_OUT)}
@@ -114,6 +115,16 @@ def ngrams(words: Words, longest: int) -> Iterator[tuple[int, np.ndarray, np.nda
         yield n, hashes[within], within
 
 
+def hash_runs(words: Words, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The hashes of all runs of n words within a text, and where each begins; the last that [`ngrams`] yields."""
+    hashes = words.hashes[: max(len(words.hashes) - n + 1, 0)]
+    for next_word in range(1, n):
+        hashes = hashes * _MULTIPLIER + words.hashes[next_word : next_word + len(hashes)]
+    remaining = np.repeat(words.offsets[1:], words.counts)[: len(hashes)] - np.arange(len(hashes))
+    within = np.flatnonzero(remaining >= n)
+    return hashes[within], within
+
+
 def word_pairs(words: Words) -> np.ndarray:
     """Hashes of every word with the next one of its text, or with its end: as many as there are words."""
     following = np.empty_like(words.hashes)
@@ -132,4 +143,4 @@ class _Hashes(dict[bytes, int]):
         return value
 
 
-__all__ = ["Words", "count_unspaced", "hash_words", "ngrams", "split_words", "word_pairs"]
+__all__ = ["UNSPACED", "Words", "count_unspaced", "hash_runs", "hash_words", "ngrams", "split_words", "word_pairs"]

@@ -44,7 +44,8 @@ _REASONS = {
     "contaminated": "it contains an item of an evaluation set",
     "ifd_from_1": "the scorer predicts the answers no better with the questions than without",
     "no_ifd": "the scorer has no token of an answer to predict",
-    "not_selected": "it is valid, but others of its domain were better, or farther from what was selected",
+    "no_score": "it has no number in the column of scores",
+    "not_selected": "it is valid, but others of its domain were taken",
 }
 
 

@@ -14,24 +14,51 @@ import typer
 from teleflm.terminal import DEFAULT_WORKERS, Debug, Json, Overwrite, Seed, exit_codes, make_console, print_json
 
 if TYPE_CHECKING:
-    from sft.selection import Selection
+    from sft.selection import Selection, SelectionSettings
 
 DataAndOut = Annotated[
     list[str], typer.Argument(metavar="DATA... OUT", help="Files of conversations; folder to write.")
 ]
 Count = Annotated[int, typer.Option("-n", "--count", help="Rows to select.")]
-Method = Annotated[str, typer.Option(help="teleflm, or a baseline: random, longest or ifd-top.")]
-Quota = Annotated[str | None, typer.Option(help="Shares of domains: math=0.3,code=0.3,multi_turn=0.2,general=0.2.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="teleflm: clusters in proportion, outliers last. k-center: seeks outliers, and with them what is damaged. "
+        "Or a baseline: random, longest or ifd-top."
+    ),
+]
+Within = Annotated[
+    str | None,
+    typer.Option(
+        help="Rows of a cluster by quality, medoid (nearest to the centre, where mixtures lie) or random; quality if "
+        "there is a score, else random."
+    ),
+]
+Quota = Annotated[
+    str | None,
+    typer.Option(help="Shares of domains: math=0.3,code=0.3,multi_turn=0.2,general=0.2; those of the data otherwise."),
+]
 DomainColumn = Annotated[str | None, typer.Option(help="A column of the data that names a row's domain.")]
 Decontaminate = Annotated[
     list[str] | None, typer.Option(metavar="FILE", help="Evaluation set to keep out of the selection. Repeatable.")
 ]
 Scorer = Annotated[str | None, typer.Option(metavar="MODEL", help="Causal language model for the IFD score.")]
+ScoreColumn = Annotated[
+    str | None, typer.Option(help="A column of the data with a number for each row, the higher the better.")
+]
 Embedder = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="Hub folder, or sentence-transformers:NAME; words of the data unless given."),
 ]
-AllowFewer = Annotated[bool, typer.Option("--allow-fewer", help="Select what there is, if that is less than -n.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="STAGE.NAME=VALUE", help="A threshold; --explain prints them. Repeatable."),
+]
+Explain = Annotated[bool, typer.Option("--explain", help="Print the stages and thresholds, and do nothing.")]
+UniqueIds = Annotated[bool, typer.Option("--unique-ids", help="Replace ids that are missing or repeated.")]
+AllowFewer = Annotated[
+    bool, typer.Option("--allow-fewer", help="Select what there is, if that is less than -n or --quota ask for.")
+]
 ReportFolder = Annotated[Path | None, typer.Option("--report", metavar="DIR", help="Write an HTML page, PNG and JSON.")]
 Workers = Annotated[int, typer.Option(help="Processes; memory grows with it, the selection stays.", min=1)]
 Ray = Annotated[bool, typer.Option("--ray", help="Run on the Ray cluster that ray.init finds; OUT on a shared disk.")]
@@ -41,12 +68,17 @@ def select(
     data_and_out: DataAndOut,
     count: Count = 30_000,
     method: Method = "teleflm",
+    within: Within = None,
     quota: Quota = None,
     domain_column: DomainColumn = None,
     decontaminate: Decontaminate = None,
     scorer: Scorer = None,
+    score_column: ScoreColumn = None,
     embedder: Embedder = None,
+    set_: Set = None,
+    unique_ids: UniqueIds = False,
     allow_fewer: AllowFewer = False,
+    explain: Explain = False,
     report: ReportFolder = None,
     seed: Seed = 0,
     workers: Workers = DEFAULT_WORKERS,
@@ -61,6 +93,7 @@ def select(
     again.
     """
     from sft.selection import SelectionSettings, select_conversations
+    from sft.selection.thresholds import parse_thresholds
     from teleflm.reports.page import check_report_folder
 
     with exit_codes(debug=debug):
@@ -70,14 +103,21 @@ def select(
         settings = SelectionSettings(
             count=count,
             method=method,
+            within=within,
             quota=_parse_quota(quota),
             domain_column=domain_column,
             decontaminate=tuple(decontaminate or ()),
             scorer=scorer,
+            score_column=score_column,
             embedder=embedder,
+            thresholds=parse_thresholds(set_ or ()),
+            unique_ids=unique_ids,
             seed=seed,
             allow_fewer=allow_fewer,
         )
+        if explain:
+            _explain(data, settings, as_json)
+            return
         if report is not None:
             check_report_folder(report)
             if report.resolve() == Path(out).resolve():
@@ -120,6 +160,28 @@ def _parse_quota(text: str | None) -> dict[str, float] | None:
             raise ValueError(f"--quota: {name} is given twice.")
         quota[name] = value
     return quota
+
+
+def _explain(data: list[str], settings: "SelectionSettings", as_json: bool) -> None:
+    """The stages in order, and the thresholds as they are set."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from sft.selection.pipeline import make_stages
+    from sft.selection.thresholds import THRESHOLDS
+
+    stages = [stage.name for stage in make_stages(data, settings, lambda line: print(line, file=sys.stderr))]
+    thresholds = {name: settings.thresholds.get(name, known.default) for name, known in THRESHOLDS.items()}
+    thresholds = {name: value for name, value in thresholds.items() if name.partition(".")[0] in stages}
+    if as_json:
+        print_json({"stages": stages, "thresholds": thresholds})
+        return
+    console = make_console()
+    console.print(f"Stages: {', '.join(stages)}")
+    table = Table("threshold", "value", "default", "what", box=SIMPLE)
+    for name, value in thresholds.items():
+        table.add_row(name, f"{value:g}", f"{THRESHOLDS[name].default:g}", THRESHOLDS[name].meaning)
+    console.print(table)
 
 
 def _print(selection: "Selection", report: Path | None) -> None:

@@ -5,7 +5,6 @@
 """Which rows are taken: scores, embeddings, quotas and diversity, each against a plain computation."""
 
 import pickle
-import zlib
 
 import numpy as np
 import pyarrow as pa
@@ -13,22 +12,30 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import rankdata
+from sklearn.neighbors import NearestNeighbors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft.selection import SelectionError
 from sft.selection.diversity import (
+    CLUSTER_ROWS,
+    K_CENTER,
+    NEIGHBOURS,
+    OUTLIERS,
+    WITHIN,
     allot,
     cluster_rows,
+    find_outliers,
     k_center,
+    neighbour_distances,
     pick_per_cluster,
     ranks,
-    select_diverse,
+    select_from_clusters,
     select_top,
     share_out,
 )
 from sft.selection.embed import MODEL_WIDTH, fit_corpus, fit_model, hashed_ids, read_input_embeddings
 from sft.selection.rows import whole_text
-from sft.selection.score import MAX_TOKENS, make_ifd_kernel, score_ifd, score_information, score_length
+from sft.selection.score import MAX_TOKENS, make_ifd_kernel, score_ifd, score_length
 
 from .conftest import chat, table
 
@@ -85,9 +92,6 @@ def test_a_scorer_that_cannot_be_loaded(scorer, tmp_path):
 def test_scores_without_a_model():
     chats = [chat("Question " * 50, "ab"), chat("Q", "abc " * 100), chat("Q", "x", "Q", "yz")]
     assert score_length(table(chats))["score"].to_pylist() == [2, 400, 3]
-    information = score_information(table(chats))["score"].to_pylist()
-    assert information == [len(zlib.compress(text, 1)) for text in (b"ab", b"abc " * 100, b"x\nyz")]
-    assert information[1] < 40, "repeats say nothing"
 
 
 # --- embeddings -------------------------------------------------------------------------------------------------------
@@ -276,10 +280,48 @@ def test_clusters_give_in_proportion():
     vectors = np.repeat(centers, [3000, 600, 400], axis=0) + 0.05 * draw.standard_normal((4000, 16)).astype(np.float32)
     cluster = cluster_rows(vectors, seed=0)
     assert cluster.max() == 3
-    picked = pick_per_cluster(vectors, draw.random(4000).astype(np.float32), cluster, 400)
-    sizes = np.bincount(cluster)
-    assert len(set(picked.tolist())) == 400
-    np.testing.assert_allclose(np.bincount(cluster[picked]), sizes / 10, atol=1)
+    quality, outlier, sizes = draw.random(4000).astype(np.float32), draw.random(4000) < 0.2, np.bincount(cluster)
+    for within in (*WITHIN, K_CENTER):
+        picked = pick_per_cluster(vectors, quality, outlier, cluster, 400, within)
+        assert len(set(picked.tolist())) == 400
+        np.testing.assert_allclose(np.bincount(cluster[picked]), sizes / 10, atol=1)
+
+
+def test_rows_of_a_cluster_by_their_definition():
+    draw = np.random.default_rng(0)
+    vectors, quality, outlier = unit_vectors(100, 8, 0), draw.random(100).astype(np.float32), draw.random(100) < 0.2
+
+    def picked(within, picks):
+        return pick_per_cluster(vectors, quality, outlier, np.zeros(100, np.int32), picks, within).tolist()
+
+    inliers = np.flatnonzero(~outlier)
+    assert picked("quality", 15) == sorted(inliers, key=lambda row: -quality[row])[:15]
+    centre = vectors.astype(float).mean(axis=0)
+    assert picked("medoid", 15) == sorted(inliers, key=lambda row: -(vectors[row].astype(float) @ centre))[:15]
+    assert picked("random", 15) == inliers[:15].tolist(), "the order is random already"
+    assert set(picked("random", len(inliers) + 3)) > set(inliers), "outliers when nothing else is left"
+
+
+@pytest.mark.parametrize("rows", [2, 5, NEIGHBOURS + 1, 2 * CLUSTER_ROWS + 1])
+def test_neighbour_distances_are_those_of_scikit_learn(rows):
+    vectors = unit_vectors(rows, 8, 0)
+    place = min(NEIGHBOURS, rows - 1)
+    model = NearestNeighbors(n_neighbors=place, metric="cosine").fit(vectors)
+    expected, _ = model.kneighbors()  # without the row itself
+    np.testing.assert_allclose(neighbour_distances(vectors), expected[:, -1], atol=1e-5)
+
+
+def test_neighbours_of_one_row_and_of_rows_without_a_known_word():
+    assert neighbour_distances(unit_vectors(1, 8, 0)).tolist() == [0]
+    assert neighbour_distances(np.zeros((3, 8), np.float32)).tolist() == [1, 1, 1]
+
+
+def test_outliers_are_the_planted_ones():
+    close = unit_vectors(1, 16, 0) + 0.1 * unit_vectors(900, 16, 1)
+    vectors = np.concatenate([close / np.linalg.norm(close, axis=1, keepdims=True), unit_vectors(100, 16, 2)])
+    outlier = find_outliers(vectors)
+    assert outlier.sum() == OUTLIERS * 1000
+    assert outlier[900:].mean() > 0.95
 
 
 @pytest.fixture
@@ -305,12 +347,39 @@ def rows() -> pa.Table:
     ],
 )
 def test_quotas_are_met(rows, quota, expected):
-    made = select_diverse(rows, 18, quota, seed=0)
+    made = select_from_clusters(rows, 18, quota, 0, "random")
     chosen = rows.filter(made["drop"].is_null())
     counts = {
         entry["values"]: entry["counts"] for entry in chosen["domain"].combine_chunks().value_counts().to_pylist()
     }
     assert counts == expected
+
+
+@pytest.mark.parametrize("within", [*WITHIN, K_CENTER])
+def test_the_choice_depends_on_the_seed_and_not_on_the_order(within):
+    many = 3000
+    vectors = unit_vectors(many, 16, 0).astype(np.float16)
+    rows = pa.table(
+        {
+            "id": pa.array([b"%016d" % (number * 7919 % 3001) for number in range(many)], pa.binary(16)),
+            "domain": ["general"] * many,
+            "score": pa.array(np.arange(many) % 13, pa.float32()),
+            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 16),
+        }
+    )
+
+    def chosen(table, seed):
+        made = select_from_clusters(table, 300, None, seed, within)
+        return set(table.filter(made["drop"].is_null())["id"].to_pylist())
+
+    shuffled = rows.take(np.random.default_rng(0).permutation(many))
+    assert chosen(rows, 0) == chosen(shuffled, 0) != chosen(rows, 1)
+
+
+def test_without_a_score_there_is_no_quality(rows):
+    assert select_from_clusters(rows.drop_columns("score"), 18, None, 0, "random")["quality"].null_count == 60
+    assert select_from_clusters(rows, 18, None, 0, "quality")["quality"].null_count == 0
+    assert select_top(rows, 18, None, 0, by="random")["quality"].null_count == 60
 
 
 def test_baselines_take_the_top(rows):

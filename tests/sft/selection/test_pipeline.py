@@ -12,6 +12,7 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from transformers import AutoConfig
@@ -27,7 +28,7 @@ from teleflm.reports.selection import EXAMPLES, write_report
 from .conftest import chat
 
 QUOTA = {"math": 0.25, "code": 0.25, "multi_turn": 0.25, "general": 0.25}
-SETTINGS = SelectionSettings(count=120, quota=QUOTA)
+SETTINGS = SelectionSettings(count=120, quota=QUOTA, allow_fewer=True)  # the corpus may lack a domain
 
 
 def selected(out: Path) -> list[dict]:
@@ -64,10 +65,10 @@ def test_rows_come_out_as_they_came(out, corpus):
     assert places == sorted(places), "in the order of the input"
     for row in chosen:
         assert json.dumps({name: row[name] for name in corpus[0]}) in keys
-        assert len(row["id"]) == 32
-        assert 0 <= row["score"] <= 1
-    assert len({row["id"] for row in chosen}) == len(chosen)
-    domains = Counter(row["domain"] for row in chosen)
+        assert len(row["teleflm_id"]) == 32
+        assert "teleflm_score" not in row, "without a model there is none"
+    assert len({row["teleflm_id"] for row in chosen}) == len(chosen)
+    domains = Counter(row["teleflm_domain"] for row in chosen)
     summary = json.loads((out / "selection.json").read_text())
     assert summary["domains"] == dict(domains)
 
@@ -154,7 +155,7 @@ def test_an_interrupted_selection_goes_on(stage, out, corpus_file, tmp_path):
 
 def test_only_missing_parts_are_made(out, corpus_file, tmp_path):
     shutil.copytree(out, tmp_path / "out")
-    folder = tmp_path / "out/stages/03-sketches"
+    folder = tmp_path / "out/stages/04-sketches"
     (folder / "_stage.json").unlink()
     kept, *lost = sorted(folder.glob("*.parquet"))
     for part in lost:
@@ -179,8 +180,8 @@ def test_nothing_looks_finished_before_it_is(corpus_file, tmp_path, monkeypatch)
     [
         ({"count": 100}, r"09-selection: of another configuration: count was 120, is 100; --overwrite"),
         ({"seed": 1}, r"01-rows: of another configuration: seed was 0, is 1; --overwrite"),
-        ({"method": "random"}, r"03-sketches: of another configuration, which has here domains; --overwrite"),
-        ({"domain_column": "kind"}, r"05-domains: of another configuration: column was None, is kind; --overwrite"),
+        ({"method": "random"}, r"03-common-text: of another configuration, which has here domains; --overwrite"),
+        ({"domain_column": "kind"}, r"06-domains: of another configuration: column was None, is kind; --overwrite"),
     ],
 )
 def test_another_configuration_is_refused(changes, message, out, corpus_file):
@@ -199,9 +200,9 @@ def test_other_data_is_refused(out, lines):
 
 def test_overwrite_keeps_what_both_have_in_common(out, corpus_file, tmp_path):
     shutil.copytree(out, tmp_path / "out")
-    sketches = tmp_path / "out/stages/03-sketches/00000-00000.parquet"
+    sketches = tmp_path / "out/stages/04-sketches/00000-00000.parquet"
     before = sketches.stat().st_mtime_ns
-    fewer = SelectionSettings(count=50, quota=QUOTA)
+    fewer = SelectionSettings(count=50, quota=QUOTA, allow_fewer=True)
     select_conversations(corpus_file, tmp_path / "out", fewer, overwrite=True)
     assert sketches.stat().st_mtime_ns == before
     select_conversations(corpus_file, tmp_path / "fresh", fewer)
@@ -288,7 +289,7 @@ def test_rows_that_are_lost_are_written_again(out, corpus_file, tmp_path):
 def test_rows_of_another_configuration_are_in_the_way_without_their_stages_too(out, corpus_file, tmp_path):
     shutil.copytree(out, tmp_path / "out")
     shutil.rmtree(tmp_path / "out/stages")
-    fewer = SelectionSettings(count=50, quota=QUOTA)
+    fewer = SelectionSettings(count=50, quota=QUOTA, allow_fewer=True)
     with pytest.raises(SelectionError, match=r"selected\.jsonl: is of another configuration; --overwrite"):
         select_conversations(corpus_file, tmp_path / "out", fewer)
 
@@ -309,41 +310,41 @@ def test_a_folder_in_the_place_of_a_file_is_named(name, corpus_file, tmp_path):
 
 
 def _foreign_part(stages: Path) -> None:
-    shutil.copy(stages / "05-domains/00000-00000.parquet", stages / "03-sketches/00000-00000.parquet")
+    shutil.copy(stages / "06-domains/00000-00000.parquet", stages / "04-sketches/00000-00000.parquet")
 
 
 def _additional_part(stages: Path) -> None:
-    shutil.copy(stages / "03-sketches/00000-00000.parquet", stages / "03-sketches/00009-00000.parquet")
+    shutil.copy(stages / "04-sketches/00000-00000.parquet", stages / "04-sketches/00009-00000.parquet")
 
 
 def _edited_part(stages: Path) -> None:
-    part = stages / "05-domains/00000-00000.parquet"
+    part = stages / "06-domains/00000-00000.parquet"
     table = pq.read_table(part)
     edited = table.set_column(table.schema.get_field_index("domain"), "domain", [["math"] * len(table)])
     pq.write_table(edited.replace_schema_metadata(table.schema.metadata), part)
 
 
 def _lost_part(stages: Path) -> None:
-    (stages / "03-sketches/00000-00000.parquet").unlink()
+    (stages / "04-sketches/00000-00000.parquet").unlink()
 
 
 def _damaged_part(stages: Path) -> None:
-    (stages / "03-sketches/00000-00000.parquet").write_bytes(b"PAR1 no more")
+    (stages / "04-sketches/00000-00000.parquet").write_bytes(b"PAR1 no more")
 
 
 def _damaged_marker(stages: Path) -> None:
-    (stages / "03-sketches/_stage.json").write_text("{")
+    (stages / "04-sketches/_stage.json").write_text("{")
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_foreign_part, r"03-sketches/00000-00000.parquet: of another configuration \(digest \w+, not \w+\)"),
-        (_additional_part, r"03-sketches: has 5 parts, not 4"),
-        (_edited_part, r"05-domains/00000-00000.parquet: is not what was written there; --overwrite"),
-        (_lost_part, r"03-sketches: has 3 parts, not 4"),
-        (_damaged_part, r"03-sketches/00000-00000.parquet: not a Parquet file"),
-        (_damaged_marker, r"03-sketches/_stage.json: damaged"),
+        (_foreign_part, r"04-sketches/00000-00000.parquet: of another configuration \(digest \w+, not \w+\)"),
+        (_additional_part, r"04-sketches: has 5 parts, not 4"),
+        (_edited_part, r"06-domains/00000-00000.parquet: is not what was written there; --overwrite"),
+        (_lost_part, r"04-sketches: has 3 parts, not 4"),
+        (_damaged_part, r"04-sketches/00000-00000.parquet: not a Parquet file"),
+        (_damaged_marker, r"04-sketches/_stage.json: damaged"),
     ],
 )
 def test_stage_files_are_checked(damage, message, out, corpus_file, tmp_path):
@@ -398,9 +399,35 @@ def test_quota_by_a_column(corpus, lines, tmp_path):
     assert selection.domains == {"poetry": 30, "prose": 10}
 
 
+def test_quality_by_a_column(corpus, lines, tmp_path):
+    """The best of each cluster, of which there is one here; rows without a number go no further."""
+    rows = [{**row, "points": n * 7 % 100} for n, row in enumerate(r for r in corpus if r["planted"] == "unique")][:100]
+    damaged = [None, "9", True, float("nan"), 10**400, 1e39, [1], float("-inf")]
+    rows += [
+        {"messages": chat(f"Who was at door {n}?", f"Nobody at {n}."), "points": points}
+        for n, points in enumerate(damaged)
+    ]
+    settings = SelectionSettings(count=10, score_column="points", domain_column="planted")
+    selection = select_conversations(lines(*rows), tmp_path / "out", settings)
+    stages = {stage.name: stage for stage in selection.stages}
+    assert stages["scores"].dropped == {"no_score": len(damaged)}
+    chosen = selected(tmp_path / "out")
+    assert all(0 <= row["teleflm_score"] <= 1 for row in chosen)
+    assert np.mean([row["points"] for row in chosen]) > 85
+
+
+def test_k_center_is_an_option(corpus_file, tmp_path):
+    for method in ("teleflm", "k-center"):
+        settings = SelectionSettings(count=120, method=method)
+        select_conversations(corpus_file, tmp_path / method, settings)
+    ids = [{row["teleflm_id"] for row in selected(tmp_path / method)} for method in ("teleflm", "k-center")]
+    assert len(ids[0]) == len(ids[1]) == 120
+    assert ids[0] != ids[1]
+
+
 def test_a_models_embeddings(corpus, lines, model_dir, tmp_path):
     data = lines(*corpus[:120])
-    settings = SelectionSettings(count=30, embedder=str(model_dir), quota=QUOTA)
+    settings = SelectionSettings(count=30, embedder=str(model_dir), quota=QUOTA, allow_fewer=True)
     assert select_conversations(data, tmp_path / "out", settings).count == 30
     summary = (tmp_path / "out/selection.json").read_text()
     assert json.loads(summary)["settings"]["embedder"] == model_dir.name
@@ -425,7 +452,7 @@ def test_report(lines, corpus, tmp_path):
         for messages in (row["messages"] for row in corpus[:300])
     ]
     data = lines(*rows)
-    settings = SelectionSettings(count=160, quota=QUOTA)
+    settings = SelectionSettings(count=160, quota=QUOTA, allow_fewer=True)
     selection = select_conversations(data, tmp_path / "out", settings)
     write_report(selection, settings, tmp_path / "report")
     page = (tmp_path / "report/index.html").read_text()
@@ -461,8 +488,13 @@ def test_report(lines, corpus, tmp_path):
     ("settings", "message"),
     [
         ({"count": 0}, "-n is 0"),
-        ({"method": "best"}, "--method is 'best'; expected one of teleflm, random, longest, ifd-top"),
+        ({"method": "best"}, "--method is 'best'; expected one of teleflm, k-center, random, longest, ifd-top"),
         ({"method": "ifd-top"}, "give --scorer"),
+        ({"within": "best"}, "--within is 'best'; expected one of quality, medoid, random"),
+        ({"within": "quality"}, "--within quality needs a score: give --score-column or --scorer"),
+        ({"within": "medoid", "method": "k-center"}, "--within is for --method teleflm, not k-center"),
+        ({"scorer": "m", "score_column": "c"}, "--scorer m and --score-column c both give a score"),
+        ({"score_column": "c", "method": "longest"}, "--score-column is for --method teleflm or k-center, not longest"),
         ({"quota": {"maths": 1.0}}, "unknown domain 'maths'; known are code, math, multi_turn, general"),
         ({"quota": {"math": 0.5, "code": 0.4}}, r"the shares sum to 0\.9, not to 1"),
         ({"quota": {"math": 1.5, "code": -0.5}}, r"math is 1\.5; a share is from 0 to 1"),
@@ -492,6 +524,7 @@ ANSWER = {"messages": chat("Who was that at the door?", "Nobody in particular, I
         ),
         ([ANSWER], {"quota": {"code": 1.0}}, r"only 0 rows are left in the domains of --quota \(1 in all\), fewer"),
         ([ANSWER], {"scorer": "/nowhere"}, "--scorer /nowhere"),
+        ([ANSWER], {"score_column": "points"}, "no row is left after scores. .* 1 no_score"),
         ([ANSWER], {"embedder": "/nowhere"}, "--embedder /nowhere"),
         ([ANSWER], {"embedder": "sentence-transformers:/nowhere"}, "--embedder sentence-transformers:/nowhere: "),
     ],
@@ -516,6 +549,17 @@ def test_a_worker_that_dies():
         list(executor.map(os._exit, [1]))
 
 
+def test_a_quota_that_cannot_be_met_is_refused_with_numbers(lines, tmp_path):
+    rows = [{"messages": chat(f"Who was at door {n}?", f"Nobody at {n}."), "kind": "ab"[n > 7]} for n in range(10)]
+    asked = {"count": 8, "quota": {"a": 0.5, "b": 0.5}, "domain_column": "kind"}
+    data = lines(*rows)
+    with pytest.raises(SelectionError, match=r"--quota cannot be met: 2 of 4 b rows are left; --allow-fewer") as error:
+        select_conversations(data, tmp_path / "out", SelectionSettings(**asked))
+    assert "\n" not in str(error.value)
+    settings = SelectionSettings(**asked, allow_fewer=True)
+    assert select_conversations(data, tmp_path / "out", settings).domains == {"a": 6, "b": 2}
+
+
 def test_fewer_by_a_flag(lines, tmp_path):
     settings = SelectionSettings(count=5, allow_fewer=True)
     assert select_conversations(lines(ANSWER, ANSWER), tmp_path / "out", settings).count == 1
@@ -531,10 +575,12 @@ def run(*arguments) -> tuple[int, str]:
 
 def test_command(corpus_file, tmp_path):
     quota = "math=.25, code=.25,multi_turn=.25,general=.25"
-    status, output = run(corpus_file, tmp_path / "out", "-n", 60, "--quota", quota, "--workers", 1)
+    status, output = run(corpus_file, tmp_path / "out", "-n", 60, "--quota", quota, "--allow-fewer", "--workers", 1)
     assert status == 0, output
     assert "selected.jsonl: 60 rows" in output
-    status, output = run(corpus_file, tmp_path / "out", "-n", 60, "--quota", quota, "--workers", 1, "--json")
+    status, output = run(
+        corpus_file, tmp_path / "out", "-n", 60, "--quota", quota, "--allow-fewer", "--workers", 1, "--json"
+    )
     summary, _ = json.JSONDecoder().raw_decode(output[output.index("{") :])
     assert (status, summary["count"], summary["already_done"]) == (0, 60, True)
 

@@ -1,0 +1,166 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Healthy rows stay: real ones where there are some, and rows made to look like faults, English and Chinese."""
+
+import gzip
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from sft.selection.domains import tag_domain
+from sft.selection.heuristics import Limits, find_code, find_fault, is_python, repeated_shares
+
+from .conftest import chat
+
+REAL = Path(__file__).parents[3] / "shared/data/conversations.jsonl.gz"
+TICKS = "```"
+DROPPED = 0.005
+
+
+def fault(messages) -> str | None:
+    return find_fault(messages, tag_domain(messages))
+
+
+TRICKY = [
+    # No refusals.
+    ("什么是深度学习？", "作为人工智能领域的重要分支，深度学习让机器从数据中学习。"),
+    ("介绍一下语言模型。", "作为语言模型的代表，GPT 由 Transformer 构成。"),
+    ("大模型有什么用？", "作为大模型的用户，企业可以用它写代码。"),
+    ("Decline an invitation.", "I am sorry that I cannot attend your wedding. I wish you both all the best."),
+    ("Write an apology to a customer.", "I'm sorry that we could not deliver on time."),
+    ("Write a note to a friend.", "I'm sorry, I can't make it tonight. Shall we meet on Friday?"),
+    ("替我写一封婉拒信。", "非常抱歉，我不能参加您的婚礼，祝你们百年好合。"),
+    ("替我写一张请假条。", "很抱歉，我明天无法到校上课，请予批准。"),
+    ("Tell me a story's first line.", "\"I'm sorry, but I can't help you,\" said the old man."),
+    ("What did you think of it?", "I can't help but admire the author's patience."),
+    ("Introduce yourself as a scholar.", "As an AI researcher, I have worked on planning since 1999."),
+    ("What is GPT-4?", "As a large language model trained on text, GPT-4 predicts the next token."),
+    ("Translate into English: 抱歉，我无法回答这个问题。", "I'm sorry, but I can't answer that question."),
+    ("My cat died.", "I'm so sorry to hear that. I cannot imagine how you feel."),
+    # Short, and all there is to say.
+    ("中国的首都是哪里？", "北京"),
+    ("What is the capital of France?", "Paris"),
+    ("What is 6 times 7?", "42"),
+    ("Is water wet?", "Yes."),
+    ("Does a whale lay eggs?", "No"),
+    ("地球是圆的吗？", "是的。"),
+    ("判断对错：太阳从西边升起。", "错"),
+    ("True or false: 7 is prime.", "True"),
+    ("Answer with yes or no: 7 is prime.", "yes"),
+    ("Sentiment: what a lovely day!", "positive"),
+    ("Which option? A: red B: blue", "B"),
+    ("“水”用英语怎么说？", "water"),
+    ("Ist das gut?", "Ja."),
+    # Code.
+    ("Print it in Python 2.", f'{TICKS}python\nprint "hello"\n{TICKS}'),
+    ("In Python 2?", f'{TICKS}python\nfor i in range(3):\n    print i, "of", 3\n{TICKS}'),
+    (
+        "In Python 2?",
+        f"{TICKS}python\ntry:\n    f()\nexcept ValueError, e:\n    print >>sys.stderr, e\n    raise\n{TICKS}",
+    ),
+    ("In Python 2?", f'{TICKS}python\nprint "%s is %d" % (name, 10L)\nif a <> b:\n    raise ValueError, "no"\n{TICKS}'),
+    ("In Python 2?", f"{TICKS}python\nimport os\nos.chmod(f, 0644)\nexec code in ns\n{TICKS}"),
+    ("Show fences.", f"{TICKS}`markdown\nText\n{TICKS}python\nx = 1\n{TICKS}\n{TICKS}`"),
+    ("Show one fence.", f"{TICKS}`text\n{TICKS}python\nopens here\n{TICKS}`\nThat is all."),
+    ("In a list.", f"- {TICKS}python\n  x = 1\n  {TICKS}\n- Done."),
+    ("Inline?", f"Write {TICKS}x = 1{TICKS} there."),
+    ("After a word.", f"Here: {TICKS}python\nx = 1\n{TICKS}"),
+    ("The last branch?", f"{TICKS}python\nelse:\n    x = 2\n{TICKS}"),
+    ("The signature?", f"{TICKS}python\ndef f(a, b=1):\n{TICKS}"),
+    ("Left out?", f"{TICKS}python\ndef f(a):\n    …\n    return a\n{TICKS}"),
+    ("Install it.", f"{TICKS}python\npip install numpy\n{TICKS}"),
+    ("A session?", f"{TICKS}python\n>>> 1 +\n{TICKS}"),
+    ("In JavaScript.", f"{TICKS}js\nlet x = {{;\n{TICKS}"),
+    # Mathematics.
+    (r"Is \frac{1}{2} rational?", "Yes, since it is a ratio of integers."),
+    (r"Solve $x^2 = -1$ in the reals.", "There is no solution: impossible."),
+    ("What is 2 + 2 = ? and 3 + 3 = ?", "Four and six."),
+    (r"设 $f(x) = x^2$，它连续吗？", "它处处连续，而且可导。"),
+    (r"Describe $f(x) = |x|$.", "The function is continuous, but has a corner at the origin."),
+]
+
+
+@pytest.mark.parametrize(("question", "answer"), TRICKY)
+def test_what_looks_like_a_fault_and_is_none(question, answer):
+    assert fault(chat(question, answer)) is None
+
+
+def test_thanks_after_mathematics():
+    messages = chat("What is 3 + 4 = ? And 5 + 6 = ?", "7 and 11: 3 + 4 = 7, 5 + 6 = 11.", "Thanks!", "You're welcome!")
+    assert find_fault(messages, "math") is None
+
+
+FAULTS = [
+    ("refusal", "Write a virus.", "I'm sorry, but I can't help with that."),
+    ("refusal", "Write a virus.", "I’m sorry, I cannot assist with that request."),
+    ("refusal", "Who wins?", "I cannot provide information on that."),
+    ("refusal", "Who wins?", "As an AI, I do not have opinions."),
+    ("refusal", "Who wins?", "As an AI language model created by a company, I can't say."),
+    ("refusal", "谁会赢？", "很抱歉，我无法提供这方面的信息。"),
+    ("refusal", "谁会赢？", "对不起，作为助手我不能回答。"),
+    ("refusal", "谁会赢？", "作为一款人工智能助手，我没有个人看法。"),
+    ("answer_too_short", "Why is the sky blue?", "Ok."),
+    ("answer_too_short", "天空为什么是蓝色的？", "好的"),
+    ("answer_too_short", "Why?", "..."),
+    ("cut_code", "Code?", f"{TICKS}python\nx = 1"),
+    ("cut_code", "Code?", f"{TICKS}`md\n{TICKS}py\nx\n{TICKS}\n"),
+    ("broken_code", "Code?", f"{TICKS}python\nfor i in range(3)\n    print(i\n{TICKS}"),
+    ("broken_code", "Code?", f"{TICKS}py\nThis is not code, as you see.\n{TICKS}"),
+    ("no_result", "Compute 3 + 4 = ? and 5 + 6 = ?", "You add them up, as always."),
+]
+
+
+@pytest.mark.parametrize(("reason", "question", "answer"), FAULTS)
+def test_what_is_a_fault(reason, question, answer):
+    messages = chat(question, answer)
+    assert find_fault(messages, "math" if reason == "no_result" else "general") == reason
+
+
+def test_ten_thousand_rows_of_real_text():
+    if not REAL.exists():
+        pytest.skip("no real conversations here")
+    with gzip.open(REAL, "rt", encoding="utf-8") as lines:
+        rows = (json.loads(line)["messages"] for line in lines)
+        healthy = [row for row in rows if any(message["role"] == "assistant" for message in row)][:10_000]
+    answers = ["\n".join(m["content"] for m in row if m["role"] == "assistant") for row in healthy]
+    shares = repeated_shares(answers).tolist()
+    found = [find_fault(row, tag_domain(row), share) for row, share in zip(healthy, shares, strict=True)]
+    assert len(healthy) == 10_000
+    assert sum(map(bool, found)) <= DROPPED * len(healthy)
+
+
+def test_two_thousand_short_answers():
+    """Questions and answers put together from lists, in two languages."""
+    cities = ["Paris", "Rome", "Oslo", "Kyoto", "Lima", "Cairo", "Quito", "Bern", "Riga", "Hanoi"]
+    places = ["北京", "东京", "伦敦", "罗马", "柏林", "马德里", "开罗", "河内", "曼谷", "首尔"]
+    asked = ["Where is {}?", "Name a city like {}.", "Which city is older than {}?", "Where do I change for {}?", "{}?"]
+    wanted = ["{}在哪个国家？", "说出一个像{}的城市。", "哪座城市比{}更大？", "去{}在哪里转车？", "{}？"]
+    forms = ["{}", "{}.", "In {}", "**{}**"], ["{}", "{}。", "在{}", "《{}》"]
+    rows = [
+        chat(question.format(a), form.format(b))
+        for names, questions, shapes in ((cities, asked, forms[0]), (places, wanted, forms[1]))
+        for question, a, b, form in itertools.product(questions, names, names, shapes)
+    ]
+    assert len(rows) == 4000
+    assert sum(fault(row) is not None for row in rows) <= DROPPED * len(rows)
+
+
+def test_limits_are_settings():
+    assert find_fault(chat("Where?", "In Paris"), "general", limits=Limits(min_words=3)) == "answer_too_short"
+    assert find_fault(chat("Where?", "word " * 20), "general", limits=Limits(max_words=10)) == "too_long"
+    assert find_fault(chat("Where?", "word " * 20), "general", 0.3, limits=Limits(max_repeated=0.2)) == "repetitive"
+    assert find_fault(chat("Where?", "\ufffd" + "word " * 200), "general", limits=Limits(max_garbled=0)) == "garbled"
+
+
+def test_blocks_end_with_as_many_backticks():
+    text = f"{TICKS}`md\n{TICKS}py\nx\n{TICKS}\n{TICKS}`\n{TICKS}python\ny\n{TICKS}"
+    assert find_code(text) == ([("md", f"{TICKS}py\nx\n{TICKS}"), ("python", "y")], True)
+
+
+@pytest.mark.parametrize("code", ["", "print 'a', b,", "print", "x = 1\nprint x; y = 2", "`x`", "a = 0L"])
+def test_python_2_is_python(code):
+    assert is_python(code)
