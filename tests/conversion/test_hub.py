@@ -106,7 +106,7 @@ def test_configuration_is_in_todays_spelling(published, tmp_path):
 
 def test_where_files_lay_on_somebodys_machine_stays_behind(published, tmp_path):
     for name, said in {
-        "tokenizer_config.json": {"name_or_path": "/home/me/m", "special_tokens_map_file": "/root/x.json", "add": 1},
+        "tokenizer_config.json": {"name_or_path": "/home/me/m", "special_tokens_map_file": "/home/me/x.json", "add": 1},
         "generation_config.json": {"_name_or_path": "/home/me/m", "max_length": 7},
     }.items():
         (published / name).write_text(json.dumps(said))
