@@ -23,6 +23,7 @@ from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .exports.megatron import exported_tensors
 from .hub.card import model_facts
 from .hub.contents import hub_config, hub_sidecars
+from .hub.published_card import CardOptions
 from .hub.remote import local_view
 from .hub.small_files import check_read_files, copied_file, left_behind, small_files
 from .hub.streaming import Streamed, stream_to_hub
@@ -111,6 +112,7 @@ def convert_to_hub(
     revision: str | None = None,
     tag: str | None = None,
     message: str | None = None,
+    card: CardOptions = CardOptions(),  # noqa: B008  (frozen)
     work: Path | None = None,
     options: WriteOptions | None = None,
     dry_run: bool = False,
@@ -122,7 +124,7 @@ def convert_to_hub(
         source: see `convert_checkpoint`.
         repo_id: `OWNER/NAME`.
         low_disk: bytes, or text such as `50GB`.
-        private, revision, tag, message, work: see `hub.streaming.stream_to_hub`.
+        private, revision, tag, message, card, work: see `hub.streaming.stream_to_hub`.
         options: how to write.
         dry_run: plan and check everything that headers allow, write nothing.
         how: what `convert_checkpoint` takes of the source: `format`, `dtype` and so on.
@@ -136,7 +138,7 @@ def convert_to_hub(
         threads = reading_threads(planned.options.workers, parse_size(planned.options.memory))
         progress = planned.options.verify_progress
         notes = [*notes, *verify_sources(planned.plan, planned.recorded, threads, progress)]
-    to = {"private": private, "revision": revision, "tag": tag, "message": message, "work": work}
+    to = {"private": private, "revision": revision, "tag": tag, "message": message, "work": work, "card": card}
     return stream_to_hub(planned.plan, repo_id, low_disk, planned.options, notes, dry_run=dry_run, **to)  # type: ignore[arg-type]
 
 

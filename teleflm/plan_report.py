@@ -92,9 +92,9 @@ def _threads(number: int, asked: int) -> str:
     return _count(number, "thread") + (f" of the {asked} asked for" if number < asked else "")
 
 
-def print_stream(
-    doing: str,
-    stream: Callable[[WriteOptions], "Streamed"],
+def _write_options(
+    progress: Callable[[int, int], None],
+    verifying: Callable[[int, int], None],
     *,
     workers: int,
     memory: str,
@@ -102,37 +102,46 @@ def print_stream(
     overwrite: bool,
     no_digest: bool,
     verify_source: bool,
-    as_json: bool,
-    debug: bool,
-    dry_run: bool,
     allow_nonfinite: bool,
     rank: int | None,
     world_size: int | None,
+) -> WriteOptions:
+    """How to write, by the options of a command and what its launcher says."""
+    here, world = process_rank(rank, world_size)
+    return WriteOptions(
+        max_shard_size=max_shard_size,
+        workers=workers,
+        digest=not no_digest,
+        overwrite=overwrite,
+        progress=progress,
+        rank=here,
+        world_size=world,
+        memory=memory,
+        allow_nonfinite=allow_nonfinite,
+        verify_source=verify_source,
+        verify_progress=verifying,
+    )
+
+
+def print_stream(
+    doing: str,
+    stream: Callable[[WriteOptions], "Streamed"],
+    *,
+    as_json: bool,
+    debug: bool,
+    **settings: Any,
 ) -> None:
     """What a command does that streams a checkpoint to the Hub; see `run_and_report`.
 
     Args:
         doing: for the progress.
         stream: plans, writes and sends.
-        workers, memory, max_shard_size, overwrite, no_digest, verify_source, as_json, debug, dry_run, allow_nonfinite,
-            rank, world_size: the command's options.
+        as_json, debug: the command's options.
+        settings: likewise, see `_write_options`.
     """
     with exit_codes(debug=debug):
         with byte_progresses("verifying", doing) as (verifying, progress), terminated_as_interrupted():
-            here, world = process_rank(rank, world_size)
-            options = WriteOptions(
-                max_shard_size=max_shard_size,
-                workers=workers,
-                digest=not no_digest,
-                overwrite=overwrite,
-                progress=progress,
-                rank=here,
-                world_size=world,
-                memory=memory,
-                allow_nonfinite=allow_nonfinite,
-                verify_source=verify_source,
-                verify_progress=verifying,
-            )
+            options = _write_options(progress, verifying, **settings)
             streamed = stream(options)
         size = f"{format_bytes(sum(streamed.files.values()))} in {_count(len(streamed.files), 'file')}"
         if as_json:
@@ -189,20 +198,20 @@ def run_and_report(
         if re.match(r"[A-Za-z][\w+.-]+:/", str(out)) and not out.exists():  # a path has lost one of the slashes
             raise CheckpointError(f"{str(out).partition(':')[0]}://: an output has to be a folder of this machine.")
         with byte_progresses("verifying", doing) as (verifying, progress):
-            here, world = process_rank(rank, world_size)
-            options = WriteOptions(
-                max_shard_size=max_shard_size,
+            options = _write_options(
+                progress,
+                verifying,
                 workers=workers,
-                digest=not no_digest,
-                overwrite=overwrite,
-                progress=progress,
-                rank=here,
-                world_size=world,
                 memory=memory,
-                allow_nonfinite=allow_nonfinite,
+                max_shard_size=max_shard_size,
+                overwrite=overwrite,
+                no_digest=no_digest,
                 verify_source=verify_source,
-                verify_progress=verifying,
+                allow_nonfinite=allow_nonfinite,
+                rank=rank,
+                world_size=world_size,
             )
+            here, world = options.rank, options.world_size
             if dry_run and here > 0:
                 print(f"rank {here} of {world}: rank 0 shows the plan.", file=sys.stderr)
                 return

@@ -54,16 +54,21 @@ def try_loading(release: Release) -> list[str]:
         environment = {name: os.environ[name] for name in kept}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": cache, "TRANSFORMERS_VERBOSITY": "error"}
         command = [sys.executable, "-P", str(Path(clean_process.__file__))]
-        run = subprocess.run(
-            command,
-            input=json.dumps(asked),
-            env=environment,
-            cwd=cache,
-            capture_output=True,
-            text=True,
-            timeout=_PATIENCE,
-            check=False,
-        )
+        try:
+            run = subprocess.run(
+                command,
+                input=json.dumps(asked),
+                env=environment,
+                cwd=cache,
+                capture_output=True,
+                text=True,
+                timeout=_PATIENCE,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise CheckpointError(
+                f"{release.folder}: did not load in a process of its own in {_PATIENCE} s; --no-load leaves that out."
+            ) from None
     lines = run.stdout.strip().splitlines()
     if run.returncode or not lines:
         last = (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]

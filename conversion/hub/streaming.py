@@ -109,7 +109,9 @@ def stream_to_hub(
     files = {**job.weights, **{name: len(content) for name, content in job.small_contents.items()}}
     removed = files_to_remove(to, there, {*files, MANIFEST}) if there else []
     text = compose_card(to, there, _facts(job, repo_id), job.small_contents[CARD], card, repo_id)
-    refuse_secrets(text, f"{repo_id}/{CARD}")
+    for name, content in {**job.small_contents, CARD: text}.items():
+        if not name.endswith(".model"):
+            refuse_secrets(content, f"{repo_id}/{name}")
     if reached:
         validate_card(text.decode(), repo_id)
     streamed = Streamed(repo_id, plan, files, removed, in_flight, disk, [*notes, *said])

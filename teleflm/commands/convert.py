@@ -36,6 +36,8 @@ Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder to write, or hf:
 LowDisk = Annotated[str | None, typer.Option(help="Of OUT on the Hub: at most so much of it lies on this disk.")]
 Work = Annotated[Path | None, typer.Option(help="Of --low-disk: where; teleflm-OWNER-NAME here unless given.")]
 Private = Annotated[bool, typer.Option("--private", help="Of OUT on the Hub: only for its owner.")]
+License = Annotated[str | None, typer.Option(help="Of OUT on the Hub: its identifier; that of SRC unless given.")]
+Card = Annotated[str | None, typer.Option(help="Of OUT on the Hub: whose words count, here (SRC's) or there.")]
 Revision = Annotated[str | None, typer.Option(help="Of OUT on the Hub: branch.")]
 Format = Annotated[str, typer.Option(help="Of SRC: auto, hf, megatron, torch_dist, fsdp_dtensor, dcp or deepspeed.")]
 Iteration = Annotated[int | None, typer.Option(help="Of a run; its latest unless given.", min=0)]
@@ -73,6 +75,8 @@ def convert(
     work: Work = None,
     private: Private = False,
     revision: Revision = None,
+    license: License = None,
+    card: Card = None,
     rank: Rank = None,
     world_size: WorldSize = None,
     overwrite: Overwrite = False,
@@ -92,20 +96,25 @@ def convert(
     how |= {"allow_unequal_replicas": allow_unequal_replicas, "allow_nonfinite": allow_nonfinite, "dtype": dtype}
     settings: dict[str, Any] = {"workers": workers, "memory": memory, "max_shard_size": max_shard_size}
     settings |= {"overwrite": overwrite, "no_digest": no_digest, "verify_source": verify_source, "as_json": as_json}
-    settings |= {"rank": rank, "world_size": world_size, "dry_run": dry_run, "debug": debug}
+    settings |= {"rank": rank, "world_size": world_size, "debug": debug}
     settings |= {"allow_nonfinite": allow_nonfinite}
     with exit_codes(debug=debug):
         repo_id = hub_target(out)
-        _check_target(out, repo_id, low_disk, {"--work": work, "--private": private or None, "--revision": revision})
+        there: dict[str, Any] = {"--work": work, "--private": private or None, "--revision": revision}
+        _check_target(out, repo_id, low_disk, {**there, "--license": license, "--card": card})
     if repo_id is None:
         run_and_report(
             "converting",
             Path(out),
             lambda options: convert_checkpoint(source, out, options=options, dry_run=dry_run, **how),
+            dry_run=dry_run,
             **settings,
         )
         return
-    to: dict[str, Any] = {"work": work, "private": private, "revision": revision}
+    from conversion.hub.published_card import CardOptions
+
+    said = CardOptions(license=license, words=card)  # type: ignore[arg-type]  # checked there, with a line of its own
+    to: dict[str, Any] = {"work": work, "private": private, "revision": revision, "card": said}
     print_stream(
         "converting and sending",
         lambda options: convert_to_hub(source, repo_id, low_disk or "", options=options, dry_run=dry_run, **to, **how),

@@ -23,6 +23,7 @@ import teleflm.app
 from conversion import WriteOptions, convert_checkpoint
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.manifest import MANIFEST, is_edited, seal
+from conversion.hub import loading
 from conversion.hub.published_card import CardOptions
 from conversion.hub.publishing import publish
 from conversion.inspect import inspect_checkpoint
@@ -404,8 +405,8 @@ FAULTS = {
         "_name_or_path is /home/me/m, a path of this machine",
     ),
     "local path of a tokenizer": (
-        lambda folder: edit(folder / "tokenizer_config.json", special_tokens_map_file="/root/.cache/x.json"),
-        "tokenizer_config.json: special_tokens_map_file is /root/.cache/x.json, a path of this machine",
+        lambda folder: edit(folder / "tokenizer_config.json", special_tokens_map_file="/home/me/.cache/x.json"),
+        "tokenizer_config.json: special_tokens_map_file is /home/me/.cache/x.json, a path of this machine",
     ),
     "local path somewhere": (
         lambda folder: edit(folder / "generation_config.json", made={"by": [{"on": "C:\\\\Users\\\\me"}]}),
@@ -634,3 +635,9 @@ def test_a_card_says_of_a_record_that_it_was_edited_and_of_weights_that_they_are
     card = here.repositories[REPO].files()["README.md"].decode()
     assert "What lies here is not what its record says" in card
     assert "What is exact" not in card
+
+
+def test_a_load_that_does_not_end_is_one_line(folder, monkeypatch):
+    monkeypatch.setattr(loading, "_PATIENCE", 0.01)
+    with pytest.raises(CheckpointError, match=r"did not load in a process of its own in 0.01 s; --no-load"):
+        publish(folder, REPO, dry_run=True)

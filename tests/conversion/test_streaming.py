@@ -7,6 +7,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import teleflm.app
 from conversion import WriteOptions, convert_checkpoint, convert_to_hub, inspect_checkpoint
@@ -235,3 +237,22 @@ def test_options_that_do_not_go_together_are_refused(case, source, tmp_path):
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (result.returncode, [*tmp_path.iterdir()]) == (2, [])
     assert message in result.stderr
+
+
+def test_what_the_errors_of_the_card_advise_can_be_done_here_too(here, source, work, tmp_path):
+    bare = Path(shutil.copytree(source, tmp_path / "bare"))
+    (bare / "README.md").unlink()
+    with pytest.raises(CheckpointError, match=r"license is missing.* Or give --license"):
+        convert_to_hub(bare, REPO, "170KB", work=work, options=OPTIONS)
+    command = ["convert", str(bare), f"hf://{REPO}", "--low-disk", "170KB", "--max-shard-size", SHARD]
+    result = CliRunner().invoke(teleflm.app.app, [*command, "--work", str(work), "--license", "apache-2.0"])
+    assert result.exit_code == 0, result.output
+    assert b"license: apache-2.0" in here.repositories[REPO].files()["README.md"]
+
+
+def test_a_secret_in_a_setting_is_not_streamed_either(here, source, work, tmp_path):
+    told = Path(shutil.copytree(source, tmp_path / "told"))
+    (told / "generation_config.json").write_text(json.dumps({"note": "hf_" + "aB3" * 12}))
+    with pytest.raises(CheckpointError, match=r"generation_config.json: line \d+ holds what looks like a token"):
+        convert_to_hub(told, REPO, "170KB", work=work, options=OPTIONS)
+    assert here.repositories == {}
