@@ -641,3 +641,19 @@ def test_a_load_that_does_not_end_is_one_line(folder, monkeypatch):
     monkeypatch.setattr(loading, "_PATIENCE", 0.01)
     with pytest.raises(CheckpointError, match=r"did not load in a process of its own in 0.01 s; --no-load"):
         publish(folder, REPO, dry_run=True)
+
+
+def test_a_commit_right_before_the_merge_of_a_pull_request_is_named(here, folder, versions):
+    publish(versions[0], REPO, load=False)
+    here.max_operations = 8
+
+    def commit_before(request):
+        if "/merge" in request.path and "pytorch_model.bin" not in here.repositories[REPO].files():
+            commit_elsewhere(here, "pytorch_model.bin", b"theirs")
+
+    here.fault = commit_before
+    with pytest.raises(CheckpointError, match="somebody has committed while the pull request was merged"):
+        publish(folder, REPO, load=False)
+    publish(folder, REPO, load=False)
+    assert loads(here.repositories[REPO].files())
+    assert "pytorch_model.bin" not in here.repositories[REPO].files()
