@@ -324,20 +324,22 @@ def _as_number(name: str, value: Any, kinds: Sequence[type] | None) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0 is done, 2 refused before the first step. `log_level: debug` shows tracebacks."""
+    status = 0
     try:
         growth, args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     except Exception as error:  # a value of a wrong type meets whatever transformers does with it
-        return _refuse(error)
-    try:
-        metrics = train(growth, args)
-    except (CheckpointError, RunError) as error:
-        if args.get_process_log_level() <= logging.DEBUG:
-            raise
-        return _refuse(error)
-    leave_processes()
-    if os.environ.get("RANK", "0") == "0":
+        status = _refuse(error)
+    else:
+        try:
+            metrics = train(growth, args)
+        except (CheckpointError, RunError) as error:
+            if args.get_process_log_level() <= logging.DEBUG:
+                raise
+            status = _refuse(error)
+    leave_processes(together=status == 0)
+    if status == 0 and os.environ.get("RANK", "0") == "0":
         print(f"{args.output_dir}: mean loss {metrics['train_loss']:.4f} in {metrics['train_runtime']:.0f} s")
-    return 0
+    return status
 
 
 def _refuse(error: Exception) -> int:

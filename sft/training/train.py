@@ -390,6 +390,7 @@ def run(config: str, overrides: Sequence[str], *, as_json: bool = False, debug: 
     Returns:
         the exit status: 0 done, 2 refused before the first step with nothing saved, 130 interrupted.
     """
+    status = 0
     try:
         with redirect_stdout(sys.stderr):
             result = train(read_recipe(config, parse_overrides(overrides)))
@@ -397,14 +398,14 @@ def run(config: str, overrides: Sequence[str], *, as_json: bool = False, debug: 
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        status = 2
     except KeyboardInterrupt:
         print("interrupted; --resume_from_checkpoint true continues from the last checkpoint.", file=sys.stderr)
-        return 130
-    leave_processes()
-    if os.environ.get("RANK", "0") == "0":
+        status = 130
+    leave_processes(together=status == 0)
+    if status == 0 and os.environ.get("RANK", "0") == "0":
         print(json.dumps(dataclasses.asdict(result)) if as_json else _summary(result))
-    return 0
+    return status
 
 
 def _summary(result: TrainResult) -> str:

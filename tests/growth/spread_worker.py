@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from conversion.checkpoint.errors import CheckpointError
 from growth.training import grown_adam
 from growth.training.errors import RunError
-from growth.training.launch import count_wrapped
+from growth.training.launch import count_wrapped, leave_processes
 from growth.training.record import start_record
 from growth.training.train import build_trainer, find_checkpoint, parse_arguments
 
@@ -116,10 +116,9 @@ def main(runs: str, out: str) -> None:
     dist.all_gather_object(together, outcomes)
     if dist.get_rank() == 0:
         (Path(out) / "outcomes.json").write_text(json.dumps(together))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(*sys.argv[1:])
+    leave_processes()

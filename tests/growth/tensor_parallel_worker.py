@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import growth.training.masks  # noqa: F401  (registers the masked model)
+from growth.training.launch import leave_processes
 
 
 def _is_sharded(value: torch.Tensor) -> bool:
@@ -37,10 +38,9 @@ def main(folders: list[str]) -> None:
             }
         if dist.get_rank() == 0:
             torch.save(found, Path(folder) / "found.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(sys.argv[1:])
+    leave_processes()

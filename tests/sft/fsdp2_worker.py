@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from growth.training.launch import count_wrapped
+from growth.training.launch import count_wrapped, leave_processes
 from sft.training.guards import fused_loss_gap
 from sft.training.recipe import read_recipe
 from sft.training.train import build_trainer
@@ -57,8 +57,8 @@ def main(recipe: str, out: str, steps: int) -> None:
         torch.save(weights, Path(out) / "weights.pt")
         found = {"wrapped": wrapped, "dtensors": sharded, "gap": gap, "losses": losses}
         (Path(out) / "result.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    leave_processes()
