@@ -48,7 +48,8 @@ from .loading import check_model, load_model, load_tokenizer
 from .masks import MaskCallback, TeleFLMMaskedForCausalLM
 from .mup import MupMixin
 from .optimizer_layout import parameter_shapes
-from .record import count_tokens, start_record
+from .record import count_tokens, digest_examples, start_record
+from .same_run import describe_run, hold_to_run
 from .text import load_documents
 
 logger = logging.getLogger(__name__)
@@ -165,6 +166,11 @@ def train(
     """
     checkpoint = find_checkpoint(args)
     trainer = build_trainer(growth, args, callbacks)
+    hold_to_run(
+        trainer,
+        lambda: describe_run(args, dataclasses.asdict(growth), digest_examples(trainer.train_dataset)),
+        checkpoint,
+    )
     record = start_record(trainer, Path(growth.model_name_or_path), checkpoint)
     output = trainer.train(resume_from_checkpoint=checkpoint)
     record.save_model()

@@ -40,13 +40,14 @@ from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
 import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
-from conversion.checkpoint.errors import one_line
+from conversion.checkpoint.errors import CheckpointError, one_line
 from conversion.checkpoint.parent import parent_notes
 from conversion.checkpoint.sources import open_checkpoint
 from growth.training.errors import RunError
 from growth.training.kernels import check_kernels, check_kernels_are_used
 from growth.training.launch import WrappingGuard, check_launch, check_spread, leave_processes
-from growth.training.record import RecordCallback
+from growth.training.record import RecordCallback, digest_examples
+from growth.training.same_run import describe_run, hold_to_run
 from sft import SFTError
 from sft import tokenizer as tokenizers
 from sft.data.dataset import prepare_dataset
@@ -101,11 +102,18 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), progress
     with _progress_bars(progress):
         trainer, data, eval_data = build_trainer(recipe, callbacks)
         base = _describe_base(recipe) if trainer.is_world_process_zero() else {}
+        with _run_errors():
+            same = hold_to_run(trainer, lambda: _identify_run(recipe, trainer, data, base), checkpoint)
         guard = WrappingGuard(trainer)
         trainer.add_callback(guard)
         name = str(recipe.model.model_name_or_path)
         origin = find_model(name, recipe.model.model_revision)
-        record = RecordCallback(trainer, partial(_describe_run, recipe, data, base), origin=origin, base=name)
+        record = RecordCallback(
+            trainer,
+            partial(_describe_run, recipe, data, {**base, **_resumed(checkpoint, same)}),
+            origin=origin,
+            base=name,
+        )
         trainer.add_callback(record)
         if not progress:
             trainer.remove_callback(ProgressCallback)
@@ -311,6 +319,33 @@ def _describe_run(recipe: Recipe, data: DataReport, base: Mapping[str, Any], sta
     }
 
 
+def _identify_run(
+    recipe: Recipe, trainer: WeightedSFTTrainer | DPOTrainer, data: DataReport, base: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What has to be the same when a checkpoint of this run is resumed."""
+    ours = {
+        key: value
+        for part in (recipe.run, recipe.data, recipe.model)
+        for key, value in dataclasses.asdict(part).items()
+        if key != "model_init_kwargs"
+    }
+    made_from: dict[str, Any] = {"base": base.get("base"), "conversations": data.digest}
+    if recipe.run.trainer == "sft":
+        made_from |= {"token_ids": digest_examples(trainer.train_dataset)["data"]["digest"]}
+    else:  # which TRL tokenizes, in columns of its own
+        tokenizer: Any = trainer.processing_class
+        made_from |= {"tokenizer": tokenizers.tokenizer_digest(tokenizer), "chat_template": tokenizer.chat_template}
+    return describe_run(recipe.training, ours, made_from)
+
+
+def _resumed(checkpoint: str | None, same: bool | None) -> dict[str, Any]:
+    """What the lineage says of a run that went on from a checkpoint: the step, and whether it was compared with it."""
+    if checkpoint is None:
+        return {"resumed": None}
+    step = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    return {"resumed": {"step": step, "same_run": same}}
+
+
 def _checkpoint(recipe: Recipe) -> str | None:
     """The checkpoint to resume from, or None."""
     wanted = recipe.run.resume_from_checkpoint
@@ -347,7 +382,7 @@ def _run_errors() -> Iterator[None]:
     """What the checks shared with growth find is an error of this package."""
     try:
         yield
-    except RunError as error:
+    except (RunError, CheckpointError) as error:
         raise GuardError(str(error)) from error
 
 

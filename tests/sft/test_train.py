@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from typer.testing import CliRunner
 
 import sft.training.train
+from conversion import inspect_checkpoint
 from growth import grow_checkpoint
 from growth.method import Mask
 from sft.data.labels import Labelling
@@ -283,6 +284,45 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(keys, make_recipe, tm
     name = "adapter_model.safetensors" if "use_peft" in keys else "model.safetensors"
     for key, weight in weights(straight.output_dir, name).items():
         assert torch.equal(weights(resumed.output_dir, name)[key], weight), key
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"data_files": "other"}, "conversations was .*; token_ids was "),
+        ({"max_length": 48}, "max_length was 1024, is 48"),
+        ({"learning_rate": 0.1}, "learning_rate was 2e-05, is 0.1"),
+        ({"model_name_or_path": "other"}, 'base was "'),
+        ({"last_turn_only": True}, "last_turn_only was false, is true"),
+        ({"per_device_train_batch_size": 2}, "batch_size was 8, is 2"),
+    ],
+)
+def test_another_run_is_not_resumed(keys, message, make_recipe, model_dir, data_file, tmp_path):
+    first = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    train(make_recipe(**first), progress=False)
+    if "data_files" in keys:  # the same rows but for a word
+        keys = {"data_files": str(tmp_path / "other.jsonl")}
+        (tmp_path / "other.jsonl").write_text(data_file.read_text().replace("What is", "What was"))
+        assert (tmp_path / "other.jsonl").read_text() != data_file.read_text()
+    if "model_name_or_path" in keys:
+        keys = {"model_name_or_path": str(tmp_path / "out/checkpoint-1")}
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    with pytest.raises(sft.SFTError, match=rf"checkpoint-2 is of another run: .*{message}") as error:
+        train(make_recipe(**{**first, "max_steps": 3, "resume_from_checkpoint": True, **keys}), progress=False)
+    assert "\n" not in str(error.value)
+    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+
+
+def test_a_record_says_whether_a_resumed_run_was_compared(make_recipe, tmp_path):
+    keys = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    train(make_recipe(**keys), progress=False)
+    resume = {**keys, "max_steps": 3, "resume_from_checkpoint": str(tmp_path / "out/checkpoint-1")}
+    for name, same in {"again": True, "unknown": None}.items():
+        if same is None:
+            (tmp_path / "out/checkpoint-1/run.json").unlink()
+        result = train(make_recipe(**resume, output_dir=str(tmp_path / name)), progress=False)
+        details = inspect_checkpoint(result.output_dir).chain[-1].details
+        assert details["resumed"] == {"step": 1, "same_run": same}
 
 
 def test_an_output_folder_holds_one_run(make_recipe):

@@ -1,0 +1,176 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""That a resumed run is the run that its checkpoint is of.
+
+A Trainer resumes any checkpoint with any settings: with other data it skips as many batches of these as the checkpoint
+has seen of the others, and the record would credit all steps to the new ones. So every checkpoint holds `run.json`, all
+that decides what the steps compute, and a run that is resumed is compared with it, before its first step. Three kinds:
+
+- what may change, as no step computes anything else for it ([`MAY_CHANGE`]): how often is saved, logged and evaluated,
+  how long the run is (the schedule is then laid out for the new length, which is said), how it is spread and how its
+  memory is saved, as long as a step has as many examples;
+- where things lie: files, folders and models are told by digests of what they hold;
+- all else, which has to be the same.
+
+A key that only one of the two versions of transformers knows is not compared.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from conversion.checkpoint.atomic_file import write_atomically
+
+from .errors import RunError
+from .grown_adam import on_every_process
+
+logger = logging.getLogger(__name__)
+
+RUN = "run.json"
+# Regular expressions of keys; each matches a whole name.
+LENGTH = "max_steps|num_train_epochs"
+MAY_CHANGE = "|".join(
+    (
+        LENGTH,
+        "output_dir|resume_from_checkpoint|overwrite_output_dir|restore_callback_states_from_checkpoint",
+        "(logging|log|save|eval|hub|trackio|ddp|dataloader_(num|pin|persistent|prefetch|multiprocessing))_.*",
+        "report_to|run_name|project|disable_tqdm|debug|skip_memory_metrics|include_.*|enable_jit_checkpoint|push_to_hub",
+        "load_best_model_at_end|metric_for_best_model|greater_is_better|(bf16|fp16)_full_eval|per_device_eval_batch_size",
+        "prediction_loss_only|batch_eval_metrics",
+        # how it is spread; the examples of a step are compared in their place
+        "per_device_train_batch_size|gradient_accumulation_steps|num_processes|distributed_type|fsdp|fsdp_config|deepspeed",
+        "accelerator_config|parallelism_config|local_rank|use_cpu|auto_find_batch_size",
+        # how memory and time are saved
+        "(activation|gradient)_checkpointing(_kwargs)?|activation_offloading|torch_empty_cache_steps|torch_compile.*",
+        "attn_implementation|use_kernels|dataset_num_proc|use_cache|allow_rejects",
+        # where things lie
+        "model_name_or_path|model_revision|data_files|eval_data_files|train_files|eval_files|chat_template_path",
+        "fresh_optimizer",  # a checkpoint has its own
+    )
+)
+
+
+def describe_run(args: TrainingArguments, others: Mapping[str, Any], made_from: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides what the steps of a run compute, as JSON.
+
+    Args:
+        args: of the Trainer. Tokens of the Hub are not in what comes out.
+        others: keys of the run that are ours.
+        made_from: digests of what it is made from, such as `data` and `base`.
+    """
+    keys = {**json.loads(args.to_json_string()), **json.loads(json.dumps(dict(others), default=str))}
+    secret = re.compile(r"<\w+_TOKEN>")
+    return {
+        "made_from": json.loads(json.dumps(dict(made_from))),
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "keys": {
+            key: value
+            for key, value in sorted(keys.items())
+            if not (isinstance(value, str) and secret.fullmatch(value)) and not _is_free(key, without=LENGTH)
+        },
+    }
+
+
+def _is_free(key: str, without: str = "(?!)") -> bool:
+    return re.fullmatch(MAY_CHANGE, key) is not None and re.fullmatch(without, key) is None
+
+
+def check_same_run(checkpoint: str | Path, run: Mapping[str, Any]) -> bool | None:
+    """Compare a run with the one that a checkpoint is of. Says, as a warning, what may change and did.
+
+    Args:
+        checkpoint: folder that is resumed.
+        run: from [`describe_run`].
+
+    Returns:
+        whether they are the same but for what may change; None if the checkpoint does not say what it is of.
+
+    Raises:
+        RunError: they differ, with all keys and both values; or the file cannot be read.
+    """
+    path = Path(checkpoint) / RUN
+    if not path.is_file():
+        logger.warning("%s has no %s: nothing tells whether this is the run that it is of", checkpoint, RUN)
+        return None
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        was = {"batch_size": before["batch_size"], **before["made_from"], **before["keys"]}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read ({error!r}); remove it to resume without comparing.") from None
+    now = {"batch_size": run["batch_size"], **run["made_from"], **run["keys"]}
+    differing = {key: (was[key], now[key]) for key in now if key in was and was[key] != now[key]}
+    free = {key: differing.pop(key) for key in list(differing) if _is_free(key)}
+    if differing:
+        what = "; ".join(f"{key} was {_short(old)}, is {_short(new)}" for key, (old, new) in differing.items())
+        raise RunError(
+            f"{checkpoint} is of another run: {what}. Resume it as it was, or begin a new run: delete "
+            "resume_from_checkpoint and give another output_dir."
+        )
+    for key, (old, new) in free.items():
+        logger.warning(
+            "%s: %s was %s, is %s: the learning rates of the steps to come follow the new length",
+            checkpoint,
+            key,
+            old,
+            new,
+        )
+    return True
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+class SameRunCallback(TrainerCallback):
+    """Writes `run.json` into every checkpoint; process 0 does.
+
+    Args:
+        run: from [`describe_run`].
+    """
+
+    def __init__(self, run: Mapping[str, Any]) -> None:
+        self.run = run
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write it beside what was saved."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            write_atomically(folder / RUN, json.dumps(self.run, indent=1, ensure_ascii=False).encode())
+
+
+def hold_to_run(trainer: Trainer, describe: Callable[[], Mapping[str, Any]], checkpoint: str | None) -> bool | None:
+    """Compare a run with the checkpoint that it resumes, and have it say in its own what it is.
+
+    Every process of a run has to call it; process 0 alone looks.
+
+    Args:
+        trainer: of the run.
+        describe: calls [`describe_run`].
+        checkpoint: that is resumed, if one is.
+
+    Returns:
+        on process 0: see [`check_same_run`]; None also where nothing is resumed.
+
+    Raises:
+        RunError: they differ. On the other processes a CheckpointError says so.
+    """
+
+    def look() -> bool | None:
+        if not trainer.is_world_process_zero():
+            return None
+        run = describe()
+        trainer.add_callback(SameRunCallback(run))
+        return check_same_run(checkpoint, run) if checkpoint else None
+
+    return on_every_process(look)
+
+
+__all__ = ["MAY_CHANGE", "RUN", "SameRunCallback", "check_same_run", "describe_run", "hold_to_run"]
