@@ -23,7 +23,7 @@ from conversion.checkpoint.manifest import MANIFEST, read_manifest
 from conversion.checkpoint.parent import parent_notes, parent_of, parent_record
 from conversion.checkpoint.plan import View
 from conversion.checkpoint.safetensors_file import read_safetensors
-from conversion.checkpoint.sources import Source, open_checkpoint
+from conversion.checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from conversion.checkpoint.strict_json import read_json_object
 from conversion.convert import convert_checkpoint, plan_conversion
 from conversion.hub.card import CARD, CardFacts, adapter_facts, is_repo_id, model_facts
@@ -34,6 +34,7 @@ from sft import SFTError
 from sft.training.lineage import base_digest
 
 ADAPTER_CONFIG = "adapter_config.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer.model"
 _GENERATION_CONFIG = "generation_config.json"
 # Of the standard deviation of the logits. Merging in float32 changes 1e-7 to 1e-6 of it; a wrong factor on an adapter
 # that has learned anything, a thousand times as much.
@@ -74,7 +75,7 @@ def export_model(
     """Write a Hub folder from what `sft train` saved.
 
     Args:
-        checkpoint: `output_dir` of a run: a whole model, or an adapter.
+        checkpoint: `output_dir` of a run, or one of its checkpoints: a whole model, one in parts, or an adapter.
         out: the folder to write.
         merge: merge the adapter into its base. Without it an adapter stays one, and its folder names the base.
         base: what the adapter was trained on, if it is not where it was then: a folder, or the name of a model on the
@@ -92,7 +93,13 @@ def export_model(
     if not (checkpoint / ADAPTER_CONFIG).is_file():
         if merge or base:
             raise ExportError(f"{checkpoint} holds no {ADAPTER_CONFIG}: there is no adapter to merge.")
-        converted = convert_checkpoint(checkpoint, out, format="hf", dtype=dtype, options=options)
+        where: dict[str, Any] = {"format": "hf"}
+        if not any((checkpoint / name).is_file() for name in WEIGHT_FILES) and (checkpoint / CONFIG).is_file():
+            # One that FSDP or DeepSpeed saved in parts, with what else makes a model beside them.
+            where = {"config": checkpoint / CONFIG}
+            if (checkpoint / TOKENIZER).is_file():
+                where["tokenizer"] = checkpoint
+        converted = convert_checkpoint(checkpoint, out, **where, dtype=dtype, options=options)
         return Exported(out, notes=tuple(parent_notes(converted.plan.lineage)))
 
     adapter = _read_adapter(checkpoint)
@@ -238,7 +245,7 @@ def _small_files(adapter: _Adapter, base: Source, facts: CardFacts) -> dict[str,
     Licence and notices are the base's, which decides under what terms anything made of it is passed on.
     """
     origin = Path(base.folder)
-    has_tokenizer = (adapter.folder / "tokenizer.model").is_file()
+    has_tokenizer = (adapter.folder / TOKENIZER).is_file()
     files = hub_sidecars(adapter.folder if has_tokenizer else origin, facts, origin=origin)
     for name, path in small_files(origin, {}).items():
         if name == _GENERATION_CONFIG or (is_text(name) and name != CARD):

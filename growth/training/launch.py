@@ -10,7 +10,7 @@
 """
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, Literal, TypeAlias
 
 import torch.distributed as dist
@@ -91,6 +91,37 @@ def check_launch(
     if distributed_type not in (None, found.value):
         raise RunError(f"distributed_type is {distributed_type} in the settings, but this run is {found.value}.")
     return found
+
+
+def settle_checkpointing(
+    args: TrainingArguments, environment: MutableMapping[str, str], *, adapters: bool = False
+) -> Literal["FSDP", "the model"] | None:
+    """Where FSDP and the model are both told to checkpoint activations, let one of them do it.
+
+    A Trainer refuses the two, after it has loaded the model. FSDP does it better: it gathers a layer once. But it
+    renames modules, and PEFT, which looks for adapters by these names, then saves none, in no kind of checkpoint.
+
+    Args:
+        args: of the run; its `activation_checkpointing` is switched off if FSDP does it.
+        environment: the variables with which a launcher says what it was told; FSDP's is changed if the model does it.
+        adapters: whether adapters are trained.
+
+    Returns:
+        who checkpoints them, if anything was changed.
+    """
+    configured: Any = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
+    by_launcher = _is_set(environment, "ACCELERATE_USE_FSDP") and _is_set(environment, "FSDP_ACTIVATION_CHECKPOINTING")
+    if not by_launcher and not configured.get("activation_checkpointing"):
+        return None
+    if adapters:
+        environment["FSDP_ACTIVATION_CHECKPOINTING"] = "false"
+        configured.pop("activation_checkpointing", None)
+        args.activation_checkpointing = args.gradient_checkpointing = True
+        return "the model"
+    if not args.activation_checkpointing:
+        return None
+    args.activation_checkpointing = args.gradient_checkpointing = False
+    return "FSDP"
 
 
 def _is_set(environment: Mapping[str, str], name: str) -> bool:
@@ -197,4 +228,5 @@ __all__ = [
     "check_wrapped",
     "count_wrapped",
     "leave_processes",
+    "settle_checkpointing",
 ]

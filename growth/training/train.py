@@ -43,13 +43,14 @@ from ..moments import read_grown_state
 from .errors import RunError
 from .grown_adam import AdamStart, GrownAdamCallback, find_grown_state, on_every_process
 from .kernels import check_kernels, check_kernels_are_used
-from .launch import DistributedName, WrappingGuard, check_launch, check_spread, leave_processes
+from .launch import DistributedName, WrappingGuard, check_launch, check_spread, leave_processes, settle_checkpointing
 from .loading import check_model, load_model, load_tokenizer
 from .masks import MaskCallback, TeleFLMMaskedForCausalLM
 from .mup import MupMixin
 from .optimizer_layout import parameter_shapes
 from .record import count_tokens, digest_examples, start_record
 from .same_run import describe_run, hold_to_run
+from .sharded import ShardedSaveMixin
 from .text import load_documents
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ _NUMBERS = {
 }
 
 
-class GrowthTrainer(MupMixin, Trainer):
+class GrowthTrainer(ShardedSaveMixin, MupMixin, Trainer):
     """A Trainer that starts from a grown state of Adam, and follows muP if it has a `base_width`.
 
     Args:
@@ -193,6 +194,7 @@ def build_trainer(
         distributed_type=growth.distributed_type,
     )
     check_kernels(args, growth.use_kernels)
+    settle_checkpointing(args, os.environ)
     count_tokens(args)
     set_seed(args.seed)
     folder = Path(growth.model_name_or_path)

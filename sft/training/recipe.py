@@ -33,6 +33,7 @@ from trl import DPOConfig, ModelConfig, SFTConfig
 from growth.training.kernels import WHY_NOT_LIGER
 from growth.training.launch import DistributedName
 from sft import SFTError
+from sft.shipped import find_shipped
 
 
 class RecipeError(SFTError):
@@ -145,16 +146,19 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """Read a recipe file.
 
     Args:
-        path: a YAML file, one mapping. Scalars are read by the rules of YAML 1.2: `1e-9` is a number and `no` a string.
+        path: a YAML file, one mapping, or the name of a shipped recipe (see [`sft.shipped`]). Scalars are read by the
+            rules of YAML 1.2: `1e-9` is a number and `no` a string.
         overrides: keys that win over the file's; see [`parse_overrides`].
 
     Raises:
         RecipeError: the file is missing or no mapping, or as [`Recipe.from_dict`] says.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = _find_recipe(path).read_text(encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.reason} at byte {error.start}.") from error
     values = _load_yaml(text, origin=str(path))
     if not isinstance(values, dict):
         raise RecipeError(
@@ -165,6 +169,16 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     for key, value in overrides.items():
         _check(key, value, _KEYS["dpo" if trainer == "dpo" else "sft"], origin="the command line")
     return Recipe.from_dict({**values, **overrides}, origin=str(path))
+
+
+def _find_recipe(path: str | Path) -> Path:
+    """A file as it is named; a bare name without one is that of a shipped recipe."""
+    if Path(path).exists() or Path(path).name != str(path) or Path(path).suffix:
+        return Path(path)
+    try:
+        return find_shipped(str(path), "recipe")
+    except LookupError as error:
+        raise RecipeError(f"there is no file {path}, and {error.args[0]}") from None
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:

@@ -45,7 +45,13 @@ from conversion.checkpoint.parent import parent_notes
 from conversion.checkpoint.sources import open_checkpoint
 from growth.training.errors import RunError
 from growth.training.kernels import check_kernels, check_kernels_are_used
-from growth.training.launch import WrappingGuard, check_launch, check_spread, leave_processes
+from growth.training.launch import (
+    WrappingGuard,
+    check_launch,
+    check_spread,
+    leave_processes,
+    settle_checkpointing,
+)
 from growth.training.record import RecordCallback, digest_examples
 from growth.training.same_run import describe_run, hold_to_run
 from sft import SFTError
@@ -57,7 +63,7 @@ from sft.training.dpo import prepare_preferences
 from sft.training.guards import FusedLossGuard, GuardError, check_trained_tokens
 from sft.training.lineage import describe_base
 from sft.training.recipe import Recipe, RecipeError, parse_overrides, read_recipe
-from sft.training.trainer import WeightedSFTTrainer, arrange
+from sft.training.trainer import PreferenceTrainer, WeightedSFTTrainer, arrange
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +126,8 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), progress
             trainer.remove_callback(PrinterCallback)
         with _run_errors():
             output = trainer.train(resume_from_checkpoint=checkpoint)
-        record.save_model()
+        with _run_errors():
+            record.save_model()
     return TrainResult(
         output_dir=str(recipe.training.output_dir),
         global_step=output.global_step,
@@ -154,6 +161,8 @@ def build_trainer(
             distributed_type=recipe.run.distributed_type,
         )
         check_kernels(args, recipe.run.use_kernels)
+        if who := settle_checkpointing(args, os.environ, adapters=recipe.model.use_peft):
+            logger.info("%s checkpoints the activations, of FSDP and the model, which were both told to", who)
     _refuse_used_output(recipe)
     tokenizer, stop_ids = load_tokenizer(recipe)
     # Preferences are tokenized by TRL, which needs no marks of what the assistant says.
@@ -176,7 +185,7 @@ def build_trainer(
     trainer: WeightedSFTTrainer | DPOTrainer
     try:
         if isinstance(args, DPOConfig):
-            trainer = DPOTrainer(
+            trainer = PreferenceTrainer(
                 load_model(recipe.model, use_kernels=recipe.run.use_kernels), _reference_model(recipe, args), **common
             )
         else:
@@ -455,7 +464,7 @@ def _summary(result: TrainResult) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line of this module; see [`run`] for the exit status."""
     parser = argparse.ArgumentParser(prog="teleflm sft train", description="Fine-tune a Tele-FLM.", allow_abbrev=False)
-    parser.add_argument("--config", required=True, metavar="RECIPE.yaml", help="a recipe; see sft/recipes")
+    parser.add_argument("--config", required=True, metavar="RECIPE", help="a recipe, by path or by name")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options, overrides = parser.parse_known_args(arguments)

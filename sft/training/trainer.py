@@ -25,17 +25,18 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl import DPOTrainer, SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
 from growth.training.mup import MupMixin
+from growth.training.sharded import ShardedSaveMixin
 from sft.training.recipe import RecipeError
 
 WEIGHTS = "weights"
 
 
-class WeightedSFTTrainer(MupMixin, SFTTrainer):
+class WeightedSFTTrainer(ShardedSaveMixin, MupMixin, SFTTrainer):
     """An SFTTrainer that honours a column `weights` and, given a `base_width`, trains under muP.
 
     Args:
@@ -66,6 +67,10 @@ class WeightedSFTTrainer(MupMixin, SFTTrainer):
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
         self._signature_columns: Any = list(dict.fromkeys([*columns, WEIGHTS]))
+
+
+class PreferenceTrainer(ShardedSaveMixin, DPOTrainer):
+    """A DPOTrainer that saves whole models where they are sharded."""
 
 
 def arrange(dataset: Dataset, args: SFTConfig, *, packing: bool) -> Dataset:
@@ -122,4 +127,4 @@ def weigh_log_probs(model: nn.Module) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-__all__ = ["WEIGHTS", "WeightCollator", "WeightedSFTTrainer", "arrange", "weigh_log_probs"]
+__all__ = ["WEIGHTS", "PreferenceTrainer", "WeightCollator", "WeightedSFTTrainer", "arrange", "weigh_log_probs"]

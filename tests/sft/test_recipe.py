@@ -2,17 +2,24 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+import json
 import re
+import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from trl import DPOConfig
+from typer.testing import CliRunner
 
 import sft
+from sft.shipped import find_shipped
 from sft.training.recipe import Recipe, RecipeError, parse_overrides, read_recipe
+from teleflm.commands.sft import app
 from tests.fixtures.tiny import tiny_model
 
 FOLDER = Path(sft.__file__).parent
@@ -202,10 +209,58 @@ def test_shipped_recipes_are_valid_and_decay_linearly_to_the_published_floor(pat
     assert recipe.training.lr_scheduler_kwargs == {"lr_end": 1e-9, "power": 1.0}
     if path.stem == "flm-2-52b-full":
         assert (recipe.training.learning_rate, recipe.training.max_length) == (2.7e-5, 2048)
-    # What its header says to launch it with is shipped too.
-    named = re.findall(r"sft/((?:accelerate_configs|recipes)/\S+\.yaml)", path.read_text())
-    assert named
-    assert all((FOLDER / name).is_file() for name in named)
+
+
+def header_commands(path) -> list[list[str]]:
+    """The commands in the comment that a file begins with, as a shell splits them."""
+    lines = [line.removeprefix("#   ") for line in path.read_text().splitlines() if line.startswith("#   ")]
+    return [shlex.split(command) for command in " ".join(lines).replace("\\ ", "").split("teleflm sft export")[:1]]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_command_of_a_recipe_is_complete_and_starts_as_many_processes_as_it_wants(path):
+    (command,) = header_commands(path)
+    recipe = read_recipe(path, {**MINIMAL, "bf16": False})
+    options = dict(pairwise(command))
+    assert options["--config"] == path.stem
+    assert {"--model_name_or_path", "--data_files", "--output_dir"} <= options.keys()
+    if command[0] == "teleflm":
+        assert recipe.run.num_processes in (None, 1)
+        return
+    (name,) = re.findall(r"teleflm sft recipes (\S+) --path", options["--config_file"])
+    shipped = load_config_from_file(str(find_shipped(name, "accelerate")))
+    assert int(options.get("--num_processes", shipped.num_processes)) == (recipe.run.num_processes or 1)
+    raw = yaml.safe_load(path.read_text())
+    assert raw.get("bf16", False) == (shipped.mixed_precision == "bf16")
+    assert recipe.training.activation_checkpointing or name in ("multi-gpu", "cpu")
+
+
+def test_a_recipe_is_found_by_its_name_and_a_file_by_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe("flm-2-52b-lora", {**MINIMAL, "bf16": False}).model.use_peft
+    Path("tiny-cpu").write_text("seed: 3\n")
+    assert read_recipe("tiny-cpu", MINIMAL).training.seed == 3, "a file here comes first"
+    with pytest.raises(
+        RecipeError, match=r"no file flm-2-52b-ful, and no recipe is called .*did you mean flm-2-52b-full"
+    ):
+        read_recipe("flm-2-52b-ful", MINIMAL)
+    with pytest.raises(RecipeError, match=r"no recipe is called fsdp2"):
+        read_recipe("fsdp2", MINIMAL)
+    with pytest.raises(RecipeError, match=r"cannot read the recipe nowhere/tiny-cpu"):
+        read_recipe("nowhere/tiny-cpu", MINIMAL)
+
+
+def test_recipes_are_listed_and_printed():
+    runner = CliRunner()
+    listed = json.loads(runner.invoke(app, ["recipes", "--json"]).stdout)
+    assert {file["name"] for file in listed} == {path.stem for path in (*RECIPES, *ACCELERATE_CONFIGS)}
+    assert all(file["is"] and Path(file["path"]).is_file() for file in listed)
+    for file in listed:
+        assert runner.invoke(app, ["recipes", file["name"]]).stdout == Path(file["path"]).read_text()
+        assert runner.invoke(app, ["recipes", file["name"], "--path"]).stdout == file["path"] + "\n"
+    refused = runner.invoke(app, ["recipes", "fdsp2"])
+    assert refused.exit_code == 2
+    assert "did you mean fsdp2?" in refused.stderr
 
 
 def test_the_shipped_recipes_are_for_every_way_to_train():

@@ -12,6 +12,7 @@ from .export import export
 from .plan import plan
 from .prepare import prepare
 from .preview import preview
+from .recipes import recipes
 from .select import select
 from .train import train
 from .validate import validate
@@ -21,6 +22,7 @@ app.command()(validate)
 app.command()(select)
 app.command()(prepare)
 app.command()(preview)
+app.command()(recipes)
 app.command()(plan)
 app.command(context_settings=FORWARDED)(train)
 app.command()(export)

@@ -10,7 +10,7 @@ import typer
 
 from teleflm.terminal import Debug, Json
 
-Config = Annotated[str, typer.Option(metavar="RECIPE.yaml", help="A recipe; sft/recipes has some to start from.")]
+Config = Annotated[str, typer.Option(metavar="RECIPE", help="A YAML file, or a name of `teleflm sft recipes`.")]
 
 
 def train(context: typer.Context, config: Config, as_json: Json = False, debug: Debug = False) -> None:

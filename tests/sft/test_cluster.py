@@ -1,0 +1,176 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The shipped recipes with the shipped accelerate files, on two processes: model and data replaced, and what is theirs.
+
+`accelerate launch` turns its file into environment variables; these are what its own parser makes of the shipped file.
+The oracle of what is saved in parts is what transformers gathers and saves whole.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from transformers import AutoModelForCausalLM
+
+import sft
+from conversion import inspect_checkpoint
+from conversion.checkpoint.errors import CheckpointError
+from growth.training.sharded import find_adapter
+from sft.export import export_model
+from tests.fixtures.tiny import tiny_model
+
+FOLDER = Path(sft.__file__).parent
+ROOT = FOLDER.parent
+SMALL = {
+    "use_cpu": True,
+    "bf16": False,
+    "num_processes": 2,
+    "gradient_accumulation_steps": 1,
+    "max_length": 128,
+    "num_train_epochs": 1,
+    "learning_rate": 1e-2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "max_steps": 3,
+    "report_to": "none",
+}
+
+
+def environment_of(name: str) -> dict[str, str]:
+    """What `accelerate launch --config_file` sets for a shipped file."""
+    options = ["--config_file", str(FOLDER / f"accelerate_configs/{name}.yaml"), "--num_processes", "2"]
+    parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args([*options, "script.py"]))
+    found = prepare_multi_gpu_env(parsed)
+    return {key: value for key, value in found.items() if key.startswith(("FSDP_", "ACCELERATE_"))}
+
+
+def launch(name: str, runs: list[tuple[str, dict, dict]], folder: Path) -> list[dict]:
+    """What came of some runs, each a recipe, keys that replace its own, and variables that replace the file's."""
+    described = []
+    for recipe, keys, changes in runs:
+        words = [word for key, value in keys.items() for word in (f"--{key}", json.dumps(value).strip('"'))]
+        arguments = ["--config", str(FOLDER / f"recipes/{recipe}.yaml"), "--json", *words]
+        described.append((arguments, {**environment_of(name), **changes}))
+    (folder / "runs.json").write_text(json.dumps(described))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run(
+        [*torchrun, "-m", "tests.sft.cluster_worker", folder / "runs.json"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-5000:]
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def runs(model_dir, data_file, tmp_path_factory):
+    """A full fine-tuning, saved in parts as shipped; resumed from its checkpoint; saved whole by transformers; LoRA."""
+    out = tmp_path_factory.mktemp("cluster")
+    keys = {**SMALL, "model_name_or_path": str(model_dir), "data_files": str(data_file)}
+    resume = {"resume_from_checkpoint": str(out / "parts/checkpoint-2")}
+    parts, whole = ({"FSDP_STATE_DICT_TYPE": f"{kind}_STATE_DICT"} for kind in ("SHARDED", "FULL"))
+    assert environment_of("fsdp2").items() >= parts.items(), "as shipped"
+    plans = {
+        "parts": ("flm-2-52b-full", {}, parts),
+        "resumed": ("flm-2-52b-full", resume, parts),
+        "whole": ("flm-2-52b-full", {}, whole),
+        "adapter": ("flm-2-52b-lora", {"save_steps": 1}, parts),
+        "adapter resumed": (
+            "flm-2-52b-lora",
+            {"save_steps": 1, "resume_from_checkpoint": str(out / "adapter/checkpoint-2")},
+            parts,
+        ),
+    }
+    runs = [
+        (recipe, {**keys, **more, "output_dir": str(out / name)}, changes)
+        for name, (recipe, more, changes) in plans.items()
+    ]
+    return out, dict(zip(plans, launch("fsdp2", runs, out), strict=True))
+
+
+def test_the_shipped_files_shard_every_layer_and_train(runs):
+    _, results = runs
+    for found in results.values():
+        assert (found["distributed_type"], found["num_processes"]) == ("FSDP", 2)
+        assert found["wrapped"]["sharded_layers"] == 2
+        assert [entry["step"] for entry in found["log_history"] if "loss" in entry] == [1, 2, 3]
+    losses = [entry["loss"] for entry in results["parts"]["log_history"] if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_what_is_saved_in_parts_is_what_transformers_gathers(runs):
+    out, _ = runs
+    parts, whole = (load_file(out / name / "model.safetensors") for name in ("parts", "whole"))
+    assert parts.keys() == whole.keys()
+    for name, weight in whole.items():
+        assert torch.equal(parts[name], weight), name
+    names = {path.name for path in (out / "whole").iterdir()}
+    assert {path.name for path in (out / "parts").iterdir()} == names
+    model = AutoModelForCausalLM.from_pretrained(out / "parts")
+    assert model(torch.arange(9)[None]).logits.isfinite().all()
+
+
+def test_a_run_resumed_from_parts_is_the_uninterrupted_one(runs):
+    out, _ = runs
+    parts, resumed = (load_file(out / name / "model.safetensors") for name in ("parts", "resumed"))
+    assert all(torch.equal(parts[name], resumed[name]) for name in parts)
+
+
+def test_a_sharded_run_has_a_record_and_is_exported(runs, tmp_path):
+    out, _ = runs
+    found = inspect_checkpoint(out / "parts", check=True)
+    assert found.chain[-1].details["steps"] == 3
+    assert found.chain[-1].problems == ()
+    export_model(out / "parts", tmp_path / "hub", dtype="bfloat16")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hub").dtype == torch.bfloat16
+
+
+def test_a_checkpoint_in_parts_is_a_model_too(runs, tmp_path):
+    out, _ = runs
+    export_model(out / "parts/checkpoint-2", tmp_path / "hub")
+    before = load_file(out / "whole/checkpoint-2/model.safetensors")
+    after = load_file(tmp_path / "hub/model.safetensors")
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert {"tokenizer.model", "tokenizer_config.json", "chat_template.jinja"} <= {
+        p.name for p in (tmp_path / "hub").iterdir()
+    }
+
+
+def test_adapters_are_saved_whole(runs, tmp_path):
+    out, _ = runs
+    for folder in (out / "adapter", out / "adapter/checkpoint-2"):
+        adapter = load_file(folder / "adapter_model.safetensors")
+        assert any(weight.abs().max() > 0 for name, weight in adapter.items() if "lora_B" in name)
+    # What each process saved of it for a resume, joined by torch, is what the file holds.
+    dcp_to_torch_save(out / "adapter/checkpoint-2/pytorch_model_fsdp_0", tmp_path / "joined.pt")
+    joined = torch.load(tmp_path / "joined.pt")["model"]
+    assert joined.keys() == adapter.keys()
+    assert all(torch.equal(adapter[name], weight) for name, weight in joined.items())
+    ended, resumed = (load_file(out / name / "adapter_model.safetensors") for name in ("adapter", "adapter resumed"))
+    assert all(torch.equal(resumed[name], weight) for name, weight in ended.items())
+    assert not all(torch.equal(ended[name], weight) for name, weight in adapter.items())
+    export_model(out / "adapter", tmp_path / "hub", merge=True)
+    assert (tmp_path / "hub/model.safetensors").is_file()
+
+
+def test_an_adapter_that_would_be_saved_in_part_is_refused():
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
+    whole = {name: weight for name, weight in model.state_dict().items() if "lora_" in name}
+    assert len(find_adapter(model, whole)) == len(whole)
+    whole.pop(next(iter(whole)))
+    with pytest.raises(CheckpointError, match="of 6 trained tensors of the adapter 5 can be saved"):
+        find_adapter(model, whole)
