@@ -13,9 +13,10 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from transformers import TrainingArguments
 
 from growth.training.errors import RunError
-from growth.training.launch import check_launch, check_wrapped, count_wrapped
+from growth.training.launch import check_launch, check_wrapped, count_wrapped, settle_checkpointing
 from tests.fixtures.tiny import tiny_model
 
 FSDP, DEEPSPEED = {"ACCELERATE_USE_FSDP": "true"}, {"ACCELERATE_USE_DEEPSPEED": "true"}
@@ -119,3 +120,22 @@ def test_fsdp_that_does_not_shard_every_layer_is_noticed(layers):
             check_wrapped(found, DistributedType.FSDP, layers=3, zero_stage=0)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("both", "adapters", "who", "left"),
+    [
+        (("true", True), False, "FSDP", ("true", False)),
+        (("true", True), True, "the model", ("false", True)),
+        (("true", False), True, "the model", ("false", True)),
+        (("true", False), False, None, ("true", False)),
+        (("false", True), True, None, ("false", True)),
+    ],
+)
+def test_activations_are_checkpointed_by_one(both, adapters, who, left, tmp_path):
+    by_fsdp, by_model = both
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, activation_checkpointing=by_model)
+    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_ACTIVATION_CHECKPOINTING": by_fsdp}
+    assert settle_checkpointing(args, environment, adapters=adapters) == who
+    assert (environment["FSDP_ACTIVATION_CHECKPOINTING"], args.activation_checkpointing) == left
+    assert args.gradient_checkpointing == args.activation_checkpointing
