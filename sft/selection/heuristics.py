@@ -64,7 +64,7 @@ DEFAULT_LIMITS = Limits()
 REASONS = {
     "answer_too_short": "the assistant says no word at all, or only yes, no or okay where that answers nothing",
     "too_long": f"it has more than {MAX_WORDS:,} words, several times what a model reads at once",
-    "repetitive": f"{MAX_REPEATED:.0%} of the runs of words in the answers, or {MAX_LOOPING:.0%} of characters, are repeats",
+    "repetitive": f"of the answers' runs of words {MAX_REPEATED:.0%}, or of characters {MAX_LOOPING:.0%}, are repeats",
     "garbled": f"more than {MAX_GARBLED:.1%} of its characters are replacement, control or private-use characters",
     "misread": f"more than {MAX_MISREAD:.1%} of its characters are text that was read in another encoding, as in cafÃ©",
     "refusal": "the last answer begins by refusing, or by speaking of itself as a language model",
