@@ -17,10 +17,11 @@ from sft.selection.rejects import EXAMPLES, read_rejects, sample_rejects
 from sft.selection.stages import StageFiles
 from teleflm.reports.selection import write_report
 
-from .conftest import chat
+from .conftest import chat, write_rows
 from .test_pipeline import run, selected
 
-SETTINGS = SelectionSettings(count=120)
+SETTINGS = SelectionSettings(count=60)
+ROWS = 400
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,9 +30,21 @@ def small_pieces():
     from sft.selection import rows
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(rows, "PIECE_ROWS", 300)
+    patch.setattr(rows, "PIECE_ROWS", 150)
     yield
     patch.undo()
+
+
+@pytest.fixture(scope="module")
+def corpus_file(corpus, tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "corpus.jsonl", corpus[:ROWS])
+
+
+@pytest.fixture
+def stages_only(out, tmp_path) -> Path:
+    """All stages are done, and no file is written."""
+    shutil.copytree(out / "stages", tmp_path / "out/stages")
+    return tmp_path / "out"
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +121,8 @@ def times(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.is_file()}
 
 
-def test_they_can_be_asked_for_later(out, corpus_file, tmp_path):
-    here = tmp_path / "out"
+def test_they_can_be_asked_for_later(out, stages_only, corpus_file):
+    here = stages_only
     select_conversations(corpus_file, here, SETTINGS)
     before = times(here)
     assert not (here / "rejects.jsonl").exists()
@@ -156,45 +169,41 @@ def test_what_a_selection_did_not_write_is_in_the_way(change, asked, out, corpus
     assert select_conversations(corpus_file, here, SETTINGS, rejects=asked).already_done is True
 
 
-def test_a_file_of_the_user_is_left_alone_unless_they_are_asked_for(corpus_file, tmp_path):
-    (tmp_path / "rejects.jsonl").write_text("mine\n")
-    select_conversations(corpus_file, tmp_path, SETTINGS)
-    assert (tmp_path / "rejects.jsonl").read_text() == "mine\n"
+def test_a_file_of_the_user_is_left_alone_unless_they_are_asked_for(stages_only, corpus_file):
+    (stages_only / "rejects.jsonl").write_text("mine\n")
+    select_conversations(corpus_file, stages_only, SETTINGS)
+    assert (stages_only / "rejects.jsonl").read_text() == "mine\n"
     with pytest.raises(SelectionError, match=r"rejects\.jsonl: is not what a selection wrote there"):
-        select_conversations(corpus_file, tmp_path, SETTINGS, rejects=True)
-    assert (tmp_path / "rejects.jsonl").read_text() == "mine\n"
+        select_conversations(corpus_file, stages_only, SETTINGS, rejects=True)
+    assert (stages_only / "rejects.jsonl").read_text() == "mine\n"
 
 
 @pytest.mark.parametrize("killed_after", [0, 1, 2])
-def test_a_kill_between_the_files_is_no_obstacle(killed_after, out, corpus_file, tmp_path, monkeypatch):
+def test_a_kill_between_the_files_is_no_obstacle(killed_after, out, stages_only, corpus_file, monkeypatch):
     """The files are put in place one after another; the one that is killed before the first left nothing."""
-    here, done = tmp_path / "out", []
-    replace = Path.replace
+    replace, done = Path.replace, []
 
     def stop(path: Path, target: Path) -> Path:
-        if path.name in ("selected.jsonl.partial", "rejects.jsonl.partial", "selection.json.partial"):
-            if len(done) == killed_after:
-                raise KeyboardInterrupt
-            done.append(path.name)
+        if len(done) == killed_after:
+            raise KeyboardInterrupt
+        done.append(path.name)
         return replace(path, target)
 
-    monkeypatch.setattr(Path, "replace", stop)
-    with pytest.raises(KeyboardInterrupt):
-        select_conversations(corpus_file, here, SETTINGS, rejects=True)
-    monkeypatch.undo()
-    from sft.selection import rows
-
-    monkeypatch.setattr(rows, "PIECE_ROWS", 300)
-    select_conversations(corpus_file, here, SETTINGS, rejects=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            select_conversations(corpus_file, stages_only, SETTINGS, rejects=True)
+    assert done == ["selected.jsonl.partial", "rejects.jsonl.partial"][:killed_after]
+    select_conversations(corpus_file, stages_only, SETTINGS, rejects=True)
     for name in ("selected.jsonl", "rejects.jsonl"):
-        assert (here / name).read_bytes() == (out / name).read_bytes()
-    assert not list(here.glob("*.partial"))
+        assert (stages_only / name).read_bytes() == (out / name).read_bytes()
+    assert not list(stages_only.glob("*.partial"))
 
 
 def test_another_selection_takes_their_place(out, corpus_file, tmp_path):
     here = tmp_path / "out"
     shutil.copytree(out, here)
-    select_conversations(corpus_file, here, SelectionSettings(count=50), overwrite=True)
+    select_conversations(corpus_file, here, SelectionSettings(count=30), overwrite=True)
     assert not (here / "rejects.jsonl").exists(), "of the selection before"
     assert "rejects" not in json.loads((here / "selection.json").read_text())
 
