@@ -102,7 +102,7 @@ def write_report(selection: "Selection", settings: "SelectionSettings", folder: 
         folder,
         _TEMPLATE,
         figures,
-        ("selection.json", {**asdict(selection), "file": Path(selection.file).name, "shares": shares}),
+        ("selection.json", {**asdict(selection), **_without_folders(selection), "shares": shares}),
         declared=_describe(declared),
         selection=selection,
         reasons=reasons,
@@ -111,6 +111,12 @@ def write_report(selection: "Selection", settings: "SelectionSettings", folder: 
         rejects=_rejects(stages, declared),
         samples=(len(before.keys), len(after.keys)),
     )
+
+
+def _without_folders(selection: "Selection") -> dict[str, str | None]:
+    """The files of a selection by their names."""
+    rejects = Path(selection.rejects).name if selection.rejects else None
+    return {"file": Path(selection.file).name, "rejects": rejects}
 
 
 def _describe(declared: "Declaration") -> dict[str, Any]:

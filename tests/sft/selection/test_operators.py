@@ -59,6 +59,14 @@ def test_all_methods_are_shipped():
     assert setup["options.package_data"]["sft.selection"] == "pipelines/*.yaml"
 
 
+def test_the_example_of_the_documentation_runs(corpus_file, tmp_path):
+    text = (ROOT / "docs/selection.md").read_text()
+    (tmp_path / "mine.yaml").write_text(text[text.index("```yaml") + 7 :].partition("```")[0])
+    told = SelectionSettings(pipeline=tmp_path / "mine.yaml", allow_fewer=True)
+    assert told.declaration.value("heuristics", "max_looping") == 0.9
+    assert 0 < select_conversations(corpus_file, tmp_path / "out", told).count < 1000
+
+
 def test_the_registry_is_consistent():
     made = set(FIRST)
     for name, operator in OPERATORS.items():

@@ -223,7 +223,9 @@ def test_a_few_of_each_reason_are_shown(out, corpus_file, tmp_path):
         assert f"{operator}: <code>{reason}</code>" in page
         for row in found:
             assert row.source.rpartition("/")[2] in page
-    assert str(corpus_file.parent) not in page
+    for text in (page, (tmp_path / "report/selection.json").read_text()):
+        assert str(corpus_file.parent) not in text
+        assert str(out) not in text
 
 
 def test_the_command(lines, tmp_path):
