@@ -19,9 +19,12 @@ import numpy as np
 import pyarrow as pa
 
 from sft.data.checks import REASONS as INVALID
+from sft.data.formats import find_turns
 from sft.selection import embed, heuristics
 from sft.selection.domains import tag_domain
+from sft.selection.operators import SCORES
 from sft.selection.pipeline import STAGES
+from sft.selection.rejects import read_rejects, sample_rejects
 from sft.selection.rows import conversations, whole_text
 from sft.selection.stages import StageFiles
 from teleflm.reports.page import legend_above, new_figure, write_report_files
@@ -29,11 +32,14 @@ from teleflm.reports.page import legend_above, new_figure, write_report_files
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from sft.selection.pipeline import Selection, SelectionSettings
+    from sft.selection.declaration import Declaration
+    from sft.selection.pipeline import Selection
+    from sft.selection.settings import SelectionSettings
 
 SAMPLE = 5000
 EXAMPLES = 20  # a domain
 SHOWN_CHARACTERS = 1200  # of a message
+SHOWN_REJECT = 400  # of a row that was dropped
 _TEMPLATE = Path(__file__).with_name("selection.html.jinja")
 _BLUE, _GREY, _RED = "#2563eb", "#94a3b8", "#f97316"
 _REASONS = {
@@ -71,9 +77,11 @@ def write_report(selection: "Selection", settings: "SelectionSettings", folder: 
         selection, settings: what came of it, and what was asked for.
         folder: made if absent; files of an earlier report are replaced.
     """
+    declared = settings.declaration
     stages = StageFiles.open(Path(selection.file).parent / STAGES)
-    before = _read_sample(stages, settings.domain_column, after=0)
-    after = _read_sample(stages, settings.domain_column)
+    domain_column = declared.value("domains", "column")
+    before = _read_sample(stages, domain_column, after=0)
+    after = _read_sample(stages, domain_column)
     fates = _fates(stages, before.keys)
     shares = {
         domain: (Counter(before.domains)[domain] / len(before.keys), selection.domains.get(domain, 0) / selection.count)
@@ -83,7 +91,7 @@ def write_report(selection: "Selection", settings: "SelectionSettings", folder: 
         "funnel": _funnel_figure(selection),
         "domains": _domain_figure(shares),
         "lengths": _length_figure(before.texts, after.texts),
-        "map": _map_figure(_project(before.texts, settings), fates),
+        "map": _map_figure(_project(before.texts, declared), fates),
     }
     reasons = [
         (stage.name, reason, _REASONS.get(reason, ""), count)
@@ -94,14 +102,38 @@ def write_report(selection: "Selection", settings: "SelectionSettings", folder: 
         folder,
         _TEMPLATE,
         figures,
-        ("selection.json", {**asdict(selection), "file": Path(selection.file).name, "shares": shares}),
-        settings=settings,
+        ("selection.json", {**asdict(selection), **_without_folders(selection), "shares": shares}),
+        declared=_describe(declared),
         selection=selection,
         reasons=reasons,
         shares=shares,
         examples=_examples(stages),
+        rejects=_rejects(stages, declared),
         samples=(len(before.keys), len(after.keys)),
     )
+
+
+def _without_folders(selection: "Selection") -> dict[str, str | None]:
+    """The files of a selection by their names."""
+    rejects = Path(selection.rejects).name if selection.rejects else None
+    return {"file": Path(selection.file).name, "rejects": rejects}
+
+
+def _describe(declared: "Declaration") -> dict[str, Any]:
+    """What the head of the page says of how it was done. No paths: the page may be published."""
+    told = {entry["operator"]: entry for entry in declared.to_dict(without_folders=True)["operators"]}
+    scored = [
+        entry.name if not entry.operator.switch else f"{entry.name} {told[entry.name][entry.operator.switch]}"
+        for entry in declared.active
+        if entry.operator.does == SCORES
+    ]
+    return {
+        "pipeline": Path(declared.name).name,
+        "operators": [entry.name for entry in declared.active],
+        "seed": declared.seed,
+        "score": ", ".join(scored) or "none",
+        "embedder": told.get("embeddings", {}).get("embedder"),
+    }
 
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
@@ -131,9 +163,9 @@ def _keys(table: pa.Table) -> set[tuple[str, int]]:
     return set(zip(table["part"].to_pylist(), table["position"].to_pylist(), strict=True))
 
 
-def _project(texts: Sequence[str], settings: "SelectionSettings") -> np.ndarray:
+def _project(texts: Sequence[str], declared: "Declaration") -> np.ndarray:
     """The two principal components of the texts' embeddings, `[texts, 2]`."""
-    vectors = embed.fit(texts, settings.embedder, settings.seed)(texts).astype(np.float64)
+    vectors = embed.fit(texts, declared.value("embeddings", "embedder"), declared.seed)(texts).astype(np.float64)
     centered = vectors - vectors.mean(axis=0)
     _, directions = np.linalg.eigh(centered.T @ centered)
     return centered @ directions[:, : -min(2, directions.shape[1]) - 1 : -1]
@@ -159,6 +191,29 @@ def _examples(stages: StageFiles) -> dict[str, list[dict[str, Any]]]:
             # The name of the file will do: where it lay is nobody's business.
             shown[domain].append({"messages": cut, "quality": quality, "source": Path(source).name})
     return dict(sorted(shown.items()))
+
+
+def _rejects(stages: StageFiles, declared: "Declaration") -> list[dict[str, Any]]:
+    """Of each operator and reason a few rows, cut to what fits a page."""
+    return [
+        {
+            "operator": operator,
+            "reason": reason,
+            "rows": [{"source": Path(row.source).name, "detail": row.detail, **_cut(row.row)} for row in rejects],
+        }
+        for (operator, reason), rejects in sample_rejects(read_rejects(stages, declared.stage_operators)).items()
+    ]
+
+
+def _cut(row: bytes) -> dict[str, Any]:
+    text = row.decode("utf-8", "backslashreplace")
+    try:
+        turns, _ = find_turns(json.loads(row))
+        told = [f"{turn.role}: {turn.content}" for turn in turns if isinstance(turn.content, str)]
+    except (ValueError, RecursionError):
+        told = []
+    text = "\n".join(told) or text
+    return {"text": text[:SHOWN_REJECT], "more": len(text) > SHOWN_REJECT}
 
 
 # --- the plots --------------------------------------------------------------------------------------------------------

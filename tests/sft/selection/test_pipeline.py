@@ -430,7 +430,8 @@ def test_a_models_embeddings(corpus, lines, model_dir, tmp_path):
     settings = SelectionSettings(count=30, embedder=str(model_dir), quota=QUOTA, allow_fewer=True)
     assert select_conversations(data, tmp_path / "out", settings).count == 30
     summary = (tmp_path / "out/selection.json").read_text()
-    assert json.loads(summary)["settings"]["embedder"] == model_dir.name
+    told = {entry["operator"]: entry for entry in json.loads(summary)["pipeline"]["operators"]}
+    assert told["embeddings"]["embedder"] == model_dir.name
     assert str(model_dir.parent) not in summary
     width = AutoConfig.from_pretrained(model_dir).hidden_size
     assert (
@@ -459,7 +460,8 @@ def test_report(lines, corpus, tmp_path):
     assert "<script" not in page
     assert "<img src=x" not in page
     assert "&lt;script&gt;1" in page
-    assert page.count("<details") == sum(min(EXAMPLES, count) for count in selection.domains.values())
+    shown = sum(min(EXAMPLES, count) for count in selection.domains.values())
+    assert page.count("<details") == shown + sum(len(stage.dropped) for stage in selection.stages)
     assert not re.findall(r"(?:src|href)=\"(?!data:image/png)", page), "nothing is loaded"
     assert page.count("data:image/png;base64,") == 4
     assert {path.name for path in (tmp_path / "report").iterdir()} == {
