@@ -1,0 +1,231 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Rows nearest to targets: the choice against one that compares all with all, noise, and what is no target."""
+
+import math
+import random
+import tracemalloc
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from scipy.stats import binom
+
+from sft.selection import SelectionError, embed, target
+from sft.selection.domains import tag_domains
+from sft.selection.rows import content_id
+from sft.selection.target import cosines_to, read_targets, select_nearest, take_in_turns
+
+from .conftest import chat, table
+from .pools import NOISE, chinese_pool, english_pool, plant, real_pool
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+def column(vectors: np.ndarray, rows: int = 37) -> pa.ChunkedArray:
+    """Embeddings as the stages hand them on, in chunks of so many rows."""
+    parts = [vectors[start : start + rows] for start in range(0, len(vectors), rows)]
+    width = vectors.shape[1]
+    chunks = [pa.FixedSizeListArray.from_arrays(pa.array(part.ravel(), pa.float16()), width) for part in parts]
+    return pa.chunked_array(chunks, pa.list_(pa.float16(), width))
+
+
+def directions(draw: np.random.Generator, rows: int, width: int) -> np.ndarray:
+    vectors = draw.standard_normal((rows, width))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+
+
+def brute_force(vectors, targets, ids, domains, limits) -> list[tuple[int, int, float]]:
+    """Row, target and cosine of each turn, from all cosines, summed exactly by `math.fsum`."""
+
+    def cosine(one, other):
+        dot, *squares = (math.fsum(a * b) for a, b in ((one, other), (one, one), (other, other)))
+        return dot / math.sqrt(squares[0]) / math.sqrt(squares[1]) if squares[0] else -2.0
+
+    vectors, targets = vectors.astype(float), targets.astype(float)
+    cosines = [[cosine(row, one) for row in vectors] for one in targets]
+    left, free, taken = list(limits), set(range(len(vectors))), []
+    while sum(left):
+        turn = len(taken) % len(targets)
+        open_rows = [row for row in free if left[domains[row]]]
+        best = min(open_rows, key=lambda row: (-cosines[turn][row], ids[row].tobytes()))
+        free.remove(best)
+        left[domains[best]] -= 1
+        taken.append((best, turn, cosines[turn][best]))
+    return taken
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_choice_is_that_of_comparing_all_with_all(seed, monkeypatch):
+    """With copies among rows and targets, rows without a direction, quotas, and so few candidates that they run out."""
+    draw = np.random.default_rng(seed)
+    rows, width, count = (int(draw.integers(*ends)) for ends in ((5, 200), (2, 9), (1, 12)))
+    vectors = directions(draw, rows, width)[draw.integers(0, rows, rows)]
+    vectors[draw.random(rows) < 0.05] = 0
+    targets = directions(draw, count, width)[draw.integers(0, count, count)]
+    ids = draw.integers(0, 256, (rows, 16), np.uint8)
+    domains = draw.integers(0, 3, rows)
+    limits = np.array([draw.integers(0, size + 1) for size in np.bincount(domains, minlength=3)])
+    monkeypatch.setattr(target, "MARGIN", 1)
+    monkeypatch.setattr(target, "CANDIDATES", int(draw.integers(1, 200)))
+    monkeypatch.setattr(target, "_BLOCK", int(draw.integers(1, 400)))
+    taken = take_in_turns(column(vectors), targets, ids, domains, limits)
+    expected = brute_force(vectors, targets, ids, domains, limits)
+    assert list(zip(taken.rows.tolist(), taken.targets.tolist(), strict=True)) == [turn[:2] for turn in expected]
+    np.testing.assert_allclose(taken.cosines, [turn[2] for turn in expected], rtol=1e-14)
+
+
+def test_equal_rows_are_settled_by_id_whatever_their_order():
+    draw = np.random.default_rng(0)
+    vectors = np.repeat(directions(draw, 40, 64), 50, axis=0)
+    ids = draw.integers(0, 256, (len(vectors), 16), np.uint8)
+    ids[:, :15] = 0  # trailing bytes decide, zero bytes among them
+    ids[:, 14] = np.arange(len(ids)) // 256
+    ids[:, 15] = np.arange(len(ids)) % 256
+    targets = directions(draw, 7, 64)
+
+    def choose(order):
+        made = {"id": pa.array([row.tobytes() for row in ids[order]], pa.binary(16))}
+        made |= {"domain": ["text"] * len(order), "embedding": column(vectors[order])}
+        chosen = select_nearest(pa.table(made), 333, None, targets)
+        found = dict(zip(map(bytes, ids[order]), chosen["target"].to_pylist(), strict=True))
+        return {key: value for key, value in found.items() if value is not None}
+
+    first = choose(np.arange(len(vectors)))
+    assert len(first) == 333
+    assert choose(draw.permutation(len(vectors))) == first
+    of_a_copy = [sorted(i for i in range(50 * n, 50 * n + 50) if bytes(ids[i]) in first) for n in range(40)]
+    assert all(places == list(range(50 * n, 50 * n + len(places))) for n, places in enumerate(of_a_copy))
+
+
+def test_what_is_recorded():
+    vectors = np.array([[1, 0], [0.6, 0.8], [0, 1], [0, 0]], np.float16)
+    ids = pa.array([bytes([n]) * 16 for n in range(4)], pa.binary(16))
+    rows = pa.table({"id": ids, "domain": ["text"] * 4, "embedding": column(vectors)})
+    targets = np.array([[0, 1], [1, 0]], np.float16)
+    chosen = select_nearest(rows, 3, None, targets)
+    assert chosen["drop"].to_pylist() == [None, None, None, "not_selected"]
+    assert chosen["target"].to_pylist() == [2, 1, 1, None]
+    assert chosen["similarity"].to_pylist() == pytest.approx([1, 0.8, 1, None], abs=1e-3)
+    last = select_nearest(rows, 9, None, targets)
+    assert last["target"].to_pylist() == [2, 1, 1, 2], "all there are; what has no direction comes last"
+    assert last["similarity"].to_pylist()[3] is None
+
+
+def test_a_quota_holds():
+    draw = np.random.default_rng(0)
+    rows = 300
+    made = {
+        "id": pa.array([draw.bytes(16) for _ in range(rows)], pa.binary(16)),
+        "domain": draw.choice(["code", "math", "text"], rows).tolist(),
+        "embedding": column(directions(draw, rows, 8)),
+    }
+    chosen = select_nearest(pa.table(made), 60, {"code": 0.75, "math": 0.25}, directions(draw, 5, 8))
+    taken = Counter(d for d, drop in zip(made["domain"], chosen["drop"].to_pylist(), strict=True) if drop is None)
+    assert taken == {"code": 45, "math": 15}
+    with pytest.raises(SelectionError, match="no row has the domain poetry; the data has code, math, text"):
+        select_nearest(pa.table(made), 60, {"poetry": 1.0}, directions(draw, 5, 8))
+
+
+def test_a_matrix_of_all_cosines_is_never_held(monkeypatch):
+    draw = np.random.default_rng(0)
+    rows, targets = 40_000, directions(draw, 200, 16)
+    vectors, ids = column(directions(draw, rows, 16), 2048), draw.integers(0, 256, (rows, 16), np.uint8)
+    monkeypatch.setattr(target, "_BLOCK", 1 << 17)
+    tracemalloc.start()
+    try:
+        take_in_turns(vectors, targets, ids, np.zeros(rows, int), np.array([4000]))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < rows * len(targets) * 4 / 2, "half of what they take as float32"
+
+
+def test_cosines_by_their_definition():
+    draw = np.random.default_rng(0)
+    vectors, targets = directions(draw, 50, 32), directions(draw, 9, 32)
+    exact = [v.astype(float) for v in (vectors, targets)]
+    expected = exact[1] @ exact[0].T
+    expected /= np.outer(*(np.linalg.norm(v, axis=1) for v in reversed(exact)))
+    np.testing.assert_allclose(cosines_to(vectors, targets), expected, rtol=1e-12)
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [real_pool, english_pool, chinese_pool])
+def test_noise_is_taken_at_most_as_often_as_by_chance(make):
+    """Of healthy targets; no filter has run. With what is damaged for targets, the bound does not hold."""
+    pool = make(4000)
+    if pool is None:
+        pytest.skip("the real conversations are absent")
+    pool = random.Random(0).sample(pool, 2600)
+    held, pool = pool[:100], pool[100:]
+    present, taken, sought = Counter[str](), Counter[str](), Counter[str]()
+    for seed in range(2):
+        rows, kinds = plant(pool, seed)
+        places = sorted({content_id(messages): place for place, messages in enumerate(rows)}.values())
+        chats, kinds = [rows[place] for place in places], [kinds[place] for place in places]
+        text = table(chats, id=pa.array(map(content_id, chats), pa.binary(16)))
+        encode = embed.fit_kernel(text.slice(0, embed.SAMPLE), None, seed)
+        embedding = encode(text)["embedding"]
+        made = pa.table({"id": text["id"], "domain": tag_domains(text)["domain"], "embedding": embedding})
+        present.update(kinds)
+        damaged = [messages for messages, kind in zip(chats, kinds, strict=True) if kind == "word salad"]
+        for targets, found in ((held, taken), (damaged, sought)):
+            encoded = encode(table(targets))["embedding"].combine_chunks()
+            vectors = encoded.flatten().to_numpy().reshape(len(targets), -1)
+            drop = select_nearest(made, len(rows) // 10, None, vectors)["drop"].to_pylist()
+            found.update(kind for kind, reason in zip(kinds, drop, strict=True) if reason is None)
+    print({kind: f"{taken[kind]} of {present[kind]}" for kind in present})
+    bounds = {kind: binom.ppf(0.999, present[kind], 0.1) for kind in NOISE}
+    assert {kind: taken[kind] for kind in NOISE if taken[kind] > bounds[kind]} == {}
+    assert sum(taken[kind] for kind in NOISE) < 0.1 * sum(present[kind] for kind in NOISE)
+    assert sought["word salad"] > bounds["word salad"]
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+def test_targets_are_read_with_their_places(lines):
+    rows = [{"messages": chat("Q", "A")}, {"prompt": "P", "completion": "C"}]
+    found = read_targets(str(lines(*rows, name="dev.jsonl")))
+    assert [source.rpartition("/")[2] for source in found.table["source"].to_pylist()] == ["dev.jsonl:1", "dev.jsonl:2"]
+    assert b'"content": "C"' in found.table["row"][1].as_py()
+
+
+def test_the_digest_is_of_what_the_targets_say(lines, tmp_path):
+    one = {"messages": chat("Q", "A")}
+    digest = read_targets(str(lines(one, name="a.jsonl"))).digest
+    assert read_targets(str(lines({**one, "id": 7}, name="b.jsonl"))).digest == digest
+    assert read_targets(str(lines({"messages": chat("Q", "B")}, name="a.jsonl"))).digest != digest
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "dev.jsonl: has no rows; "),
+        ([{"messages": chat("Q", "A")}, {"messages": chat("Q")}], "dev.jsonl:2: none of its 1 messages is an assis"),
+        ([{"text": "no conversation"}], "dev.jsonl:1: "),
+    ],
+)
+def test_what_is_no_target(rows, words, lines):
+    with pytest.raises(SelectionError) as error:
+        read_targets(str(lines(*rows, name="dev.jsonl")))
+    assert str(error.value).startswith("--target ")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_data_is_no_target(lines, tmp_path):
+    data = lines({"messages": chat("Q", "A")})
+    (tmp_path / "link.jsonl").symlink_to(data)
+    (tmp_path / "copy.jsonl").write_bytes(data.read_bytes())
+    (tmp_path / "other.jsonl").write_bytes(data.read_bytes().replace(b"A", b"B"))
+    for name in ("data.jsonl", "link.jsonl", "copy.jsonl"):
+        with pytest.raises(SelectionError, match=r"is the data .*data\.jsonl; targets are rows held out"):
+            read_targets(str(tmp_path / name), [str(data)])
+    assert len(read_targets(str(tmp_path / "other.jsonl"), [str(data)]).table) == 1
