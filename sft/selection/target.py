@@ -4,6 +4,11 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The rows nearest to examples of what should get better, the targets.
 
+Rows that contain a target are dropped first, as those that contain an item of an evaluation set are: what gets better
+is to be told by the targets, and cannot be told by what was trained on. A target is two items, all that is said in it
+and all that is asked. Its turns on their own are none: "Is there anything else I can help you with?" gives nothing
+away.
+
 The targets take turns, in the order of their file: each takes the row with the largest cosine to it that none has taken
 yet, until there are enough. That is the round robin of RDS+ (Ivison et al. 2025, arXiv 2503.01807). No average over
 the targets is taken, so a target unlike all others gets as many rows as each of them. Equal cosines are settled by the
@@ -17,8 +22,9 @@ A row without a known word has no direction: it comes last, and has no cosine.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +33,17 @@ import pyarrow as pa
 from sft.data.checks import Conversation, check_rows
 from sft.tokenizer import family_control_tokens
 
+from .decontaminate import Evaluations, make_evaluations
 from .diversity import allot
-from .rows import content_id, to_json
-from .stages import SelectionError, drop_where, fixed_bytes, make_digest
+from .rows import content_id, conversations, to_json, whole_text
+from .stages import Kernel, SelectionError, drop_where, fixed_bytes, make_digest
 
 MARGIN = 4  # candidates kept, as a multiple of what a target takes if all take equally many
 CANDIDATES = 1 << 22  # kept at once, for all targets together: 16 bytes each, three times over while they are sorted
 _BLOCK = 1 << 21  # cosines computed at once
 _NOWHERE = -2.0  # less than any cosine
+_COMPARED = 32  # rows of which it is seen whether the embedder is still the same
+_APART = 0.1  # of two vectors of length 1; rounding is far below
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
@@ -92,6 +101,33 @@ def _same_content(file: str, other: str) -> bool:
         return hashlib.file_digest(left, "sha256").digest() == hashlib.file_digest(right, "sha256").digest()
 
 
+# --- copies of them ---------------------------------------------------------------------------------------------------
+
+
+def target_items(targets: Targets, ngram: int, min_words: int) -> Evaluations:
+    """What to look for in rows, so that none of them contains a target."""
+    items = []
+    for messages in conversations(targets.table):
+        said = [message for message in messages if message["role"] != "system"]
+        items.append([whole_text(said), whole_text([message for message in said if message["role"] == "user"])])
+    return make_evaluations(items, ngram, min_words)
+
+
+def fit_copies(sample: pa.Table, find: Callable[[pa.Table], Kernel]) -> Kernel:
+    """A kernel that drops rows that contain a target.
+
+    Args:
+        sample: with `row`.
+        find: makes of it the kernel that drops what contains one of [`target_items`].
+    """
+    return partial(drop_copies, find=find(sample))
+
+
+def drop_copies(table: pa.Table, find: Kernel) -> pa.Table:
+    """Rows that contain a target are dropped; `find` says which these are."""
+    return pa.table({"drop": drop_where(find(table)["drop"].is_valid().to_numpy(), "contains_target")})
+
+
 # --- the choice -------------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +161,54 @@ def select_nearest(table: pa.Table, count: int, quota: Mapping[str, float] | Non
             "similarity": pa.array(similarity, mask=similarity == _NOWHERE),
         }
     )
+
+
+def fit_choice(
+    sample: pa.Table,
+    targets: Targets,
+    fit: Callable[[pa.Table], Kernel],
+    mark: Callable[[pa.Table], Kernel] | None,
+    choose: Callable[..., pa.Table],
+) -> Kernel:
+    """A kernel that chooses, with the targets embedded as the rows were: fitted to rows alone, never to targets.
+
+    Args:
+        sample: rows that the embedder was fitted to, with what it reads, and with their `embedding`.
+        targets: to embed.
+        fit: makes the kernel that adds `embedding`.
+        mark: makes the kernel that adds `common`, if the embedder leaves common text out. Common in targets is what is
+            common in rows.
+        choose: given the table and `targets`, their embeddings.
+
+    Raises:
+        SelectionError: a target's embedding is 0, or the embedder is not the one that embedded the rows.
+    """
+    kernel = fit(sample)
+    _check_embedder(kernel, sample)
+    table = targets.table
+    if mark is not None:
+        table = table.append_column("common", mark(sample)(table)["common"])
+    vectors = np.concatenate(list(_blocks(kernel(table)["embedding"], len(table))))
+    empty = np.flatnonzero(np.abs(vectors).max(axis=1) == 0)
+    if len(empty):
+        source = table["source"][empty[0]].as_py()
+        raise SelectionError(
+            f"--target {source}: none of its words is known to the embedder, so no row is near to it; remove it."
+        )
+    return partial(choose, targets=vectors)
+
+
+def _check_embedder(kernel: Kernel, sample: pa.Table) -> None:
+    """The rows may have been embedded in an earlier run, before somebody changed the model."""
+    some = sample.slice(0, _COMPARED)
+    there, here = (
+        np.concatenate(list(_blocks(table["embedding"], _COMPARED))).astype(np.float32)
+        for table in (some, kernel(some))
+    )
+    if there.shape != here.shape or (np.linalg.norm(there - here, axis=1) > _APART).any():
+        raise SelectionError(
+            "the rows were embedded by another model than --embedder is now; give another OUT, or remove its stages."
+        )
 
 
 @dataclass(frozen=True)
@@ -254,8 +338,12 @@ __all__ = [
     "Taken",
     "Targets",
     "cosines_to",
+    "drop_copies",
     "find_nearest",
+    "fit_choice",
+    "fit_copies",
     "read_targets",
     "select_nearest",
     "take_in_turns",
+    "target_items",
 ]

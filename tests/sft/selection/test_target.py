@@ -8,16 +8,25 @@ import math
 import random
 import tracemalloc
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from scipy.stats import binom
 
-from sft.selection import SelectionError, embed, target
+from sft.selection import SelectionError, common, decontaminate, embed, target
 from sft.selection.domains import tag_domains
 from sft.selection.rows import content_id
-from sft.selection.target import cosines_to, read_targets, select_nearest, take_in_turns
+from sft.selection.target import (
+    cosines_to,
+    fit_choice,
+    fit_copies,
+    read_targets,
+    select_nearest,
+    take_in_turns,
+    target_items,
+)
 
 from .conftest import chat, table
 from .pools import NOISE, chinese_pool, english_pool, plant, real_pool
@@ -229,3 +238,110 @@ def test_the_data_is_no_target(lines, tmp_path):
         with pytest.raises(SelectionError, match=r"is the data .*data\.jsonl; targets are rows held out"):
             read_targets(str(tmp_path / name), [str(data)])
     assert len(read_targets(str(tmp_path / "other.jsonl"), [str(data)]).table) == 1
+
+
+# --- their copies -----------------------------------------------------------------------------------------------------
+
+QUESTION = "How many of the forty apples does Nora keep if she gives a quarter of them away?"
+ANSWER = "A quarter of forty is ten, so she gives ten apples away, and keeps thirty of them for herself in the end."
+
+
+def copies(targets: list, rows: list) -> list[bool]:
+    """Which rows contain a target."""
+    read = target.Targets(table(targets, source=[f"dev.jsonl:{n + 1}" for n in range(len(targets))]), "")
+    find = partial(decontaminate.fit_kernel, evaluations=target_items(read, 13, 6))
+    text = table(rows)
+    return fit_copies(text, find)(text)["drop"].is_valid().to_pylist()
+
+
+def test_rows_that_contain_a_target():
+    one = chat(QUESTION, ANSWER)
+    rows = {
+        "itself": one,
+        "in a longer one": chat("Hello there, my friend.", "Good day.", QUESTION.upper(), ANSWER),
+        "its question, answered otherwise": chat(QUESTION, "Thirty."),
+        "its answer to another question": chat("And now?", ANSWER),
+        "on the same subject": chat("How many apples are left of forty?", "That depends on how many are given away."),
+    }
+    assert dict(zip(rows, copies([one], list(rows.values())), strict=True)) == {
+        name: name != "on the same subject" for name in rows
+    }
+
+
+def test_turns_of_a_target_that_many_say_are_no_copies():
+    one = chat(
+        "Please book a table for six at Luigi's tonight.",
+        "Is there anything else I can help you with?",
+        QUESTION,
+        ANSWER,
+    )
+    row = chat("Find me a bus to Fresno.", "Is there anything else I can help you with?", "No.", "Goodbye.")
+    assert copies([one], [row]) == [False]
+
+
+# --- their embeddings -------------------------------------------------------------------------------------------------
+
+
+def embedded(chats: list) -> tuple[pa.Table, partial]:
+    """Rows with the embeddings that the stages give them, and what fits the embedder."""
+    text = table(chats, id=pa.array(map(content_id, chats), pa.binary(16)))
+    text = text.append_column("common", common.fit_marks(text)(text)["common"])
+    fit = partial(embed.fit_kernel, embedder=None, seed=0)
+    columns = text.append_column("domain", pa.array(["text"] * len(text)))
+    return columns.append_column("embedding", fit(text)(text)["embedding"]), fit
+
+
+def test_a_target_is_nearest_to_itself(corpus):
+    """As in the rows, system prompts and what rows have in common are left out of targets."""
+    template = "You are given one passage and have to answer in one short sentence what it says of its subject: "
+    chats = [
+        [{**m, "content": template + m["content"]} if not i else m for i, m in enumerate(row["messages"])]
+        for row in corpus
+    ]
+    chats = list({content_id(messages): messages for messages in chats}.values())
+    rows, fit = embedded(chats)
+    own = [
+        [{"role": "system", "content": "Be brief, and do not say what you do not know."}, *chats[n]] for n in (3, 5, 8)
+    ]
+    read = target.Targets(table(own, source=["a", "b", "c"]), "")
+    choose = partial(select_nearest, count=3, quota=None)
+    chosen = fit_choice(rows, read, fit, common.fit_marks, choose)(rows)
+    assert [chosen["target"][n].as_py() for n in (3, 5, 8)] == [1, 2, 3]
+    assert [chosen["similarity"][n].as_py() for n in (3, 5, 8)] == pytest.approx([1, 1, 1], abs=1e-3)
+
+
+def test_the_embedder_is_not_fitted_to_targets(corpus):
+    rows, fit = embedded([row["messages"] for row in corpus[:200]])
+    samples = []
+
+    def noting(sample):
+        samples.append(sample)
+        return fit(sample)
+
+    read = target.Targets(table([corpus[300]["messages"]], source=["a"]), "")
+    fit_choice(rows, read, noting, common.fit_marks, partial(select_nearest, count=3, quota=None))
+    assert samples == [rows]
+
+
+def test_a_target_of_unknown_words(corpus):
+    rows, fit = embedded([row["messages"] for row in corpus[:200]])
+    read = target.Targets(
+        table([corpus[0]["messages"], chat("Ghrxzzq", "Wvkkpt")], source=["d.jsonl:1", "d.jsonl:2"]), ""
+    )
+    with pytest.raises(SelectionError, match=r"^--target d\.jsonl:2: none of its words is known to the embedder"):
+        fit_choice(rows, read, fit, common.fit_marks, partial(select_nearest, count=3, quota=None))
+
+
+@pytest.mark.parametrize("other", ["seed", "width"])
+def test_another_embedder_than_that_of_the_rows(other, corpus, model_dir):
+    rows, _ = embedded([row["messages"] for row in corpus[:200]])
+    model = {"seed": None, "width": str(model_dir)}[other]
+    fit = partial(embed.fit_kernel, embedder=model, seed=1)
+    if other == "seed":  # as a model that was trained on
+        fit = partial(embed.fit_kernel, embedder=None, seed=0)
+        rows = rows.set_column(
+            rows.column_names.index("embedding"), "embedding", rows["embedding"].take(list(range(199, -1, -1)))
+        )
+    read = target.Targets(table([corpus[0]["messages"]], source=["a"]), "")
+    with pytest.raises(SelectionError, match="embedded by another model than --embedder is now"):
+        fit_choice(rows, read, fit, None, partial(select_nearest, count=3, quota=None))
