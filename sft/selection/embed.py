@@ -30,7 +30,7 @@ import pyarrow as pa
 
 from conversion.checkpoint.errors import one_line
 
-from .common import own_texts
+from .common import OWN_TEXT, Reading
 from .stages import Kernel, SelectionError, drop_none
 from .words import hash_words
 
@@ -212,18 +212,19 @@ def read_input_embeddings(folder: str, seed: int) -> np.ndarray:
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def fit_kernel(sample: pa.Table, embedder: str | None, seed: int) -> Kernel:
+def fit_kernel(sample: pa.Table, embedder: str | None, seed: int, reading: Reading = OWN_TEXT) -> Kernel:
     """A kernel that adds `embedding`, fitted to a sample of the rows.
 
     Args:
         sample: with `row`, and perhaps `common`, which is left out.
         embedder: a model's folder, `sentence-transformers:NAME`, or None: the corpus.
         seed: of projections and of the singular value decomposition.
+        reading: what of a conversation is embedded.
 
     Raises:
         SelectionError: the embedder cannot be loaded.
     """
-    return partial(embed, encode=fit(list(own_texts(sample)), embedder, seed))
+    return partial(embed, encode=fit(list(reading.texts(sample)), embedder, seed), reading=reading)
 
 
 def fit(texts: Sequence[str], embedder: str | None, seed: int) -> Callable[[Iterable[str]], np.ndarray]:
@@ -269,9 +270,9 @@ class SentenceEncoder:
         return self._model
 
 
-def embed(table: pa.Table, encode: Callable[[Iterable[str]], np.ndarray]) -> pa.Table:
+def embed(table: pa.Table, encode: Callable[[Iterable[str]], np.ndarray], reading: Reading = OWN_TEXT) -> pa.Table:
     """`embedding`: float16, of fixed size."""
-    vectors = encode(own_texts(table)).astype(np.float16)
+    vectors = encode(reading.texts(table)).astype(np.float16)
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel(), pa.float16()), vectors.shape[1])
     return pa.table({"drop": drop_none(len(table)), "embedding": column})
 

@@ -27,7 +27,8 @@ import pyarrow as pa
 
 from conversion.checkpoint.errors import one_line
 
-from .rows import answers, conversations
+from .common import Reading
+from .rows import conversations
 from .stages import Kernel, SelectionError, drop_none, drop_where
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ MAX_TOKENS = 1024
 BATCH_TOKENS = 8192
 _LARGEST = float(np.finfo(np.float32).max)
 _IGNORED = -100
+ANSWERS = Reading("answer", own=False)
 
 
 def score_column(table: pa.Table, column: str) -> pa.Table:
@@ -57,9 +59,9 @@ def _number(value: object) -> float:
     return float(value)
 
 
-def score_length(table: pa.Table) -> pa.Table:
-    """`score`: characters of the answers."""
-    scores = [sum(map(len, answers(messages))) for messages in conversations(table)]
+def score_length(table: pa.Table, reading: Reading = ANSWERS) -> pa.Table:
+    """`score`: characters of what is read, which are those of the answers unless told otherwise."""
+    scores = [sum(len(message["content"]) for message in messages) for messages in reading.conversations(table)]
     return pa.table({"drop": drop_none(len(table)), "score": pa.array(scores, pa.float32())})
 
 
@@ -172,4 +174,4 @@ def _scorer(name: str) -> _Scorer:
     return _loaded[name]
 
 
-__all__ = ["BATCH_TOKENS", "MAX_TOKENS", "make_ifd_kernel", "score_column", "score_ifd", "score_length"]
+__all__ = ["ANSWERS", "BATCH_TOKENS", "MAX_TOKENS", "make_ifd_kernel", "score_column", "score_ifd", "score_length"]
