@@ -4,18 +4,30 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Rows nearest to targets: the choice against one that compares all with all, noise, and what is no target."""
 
+import json
 import math
+import os
 import random
 import tracemalloc
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from scipy.stats import binom
 
-from sft.selection import SelectionError, common, decontaminate, embed, target
+from sft.selection import (
+    SelectionError,
+    SelectionSettings,
+    common,
+    decontaminate,
+    embed,
+    rds,
+    select_conversations,
+    target,
+)
 from sft.selection.domains import tag_domains
 from sft.selection.rows import content_id
 from sft.selection.target import (
@@ -28,8 +40,10 @@ from sft.selection.target import (
     target_items,
 )
 
-from .conftest import chat, table
+from .conftest import chat, table, write_rows
 from .pools import NOISE, chinese_pool, english_pool, plant, real_pool
+from .test_operators import declare
+from .test_pipeline import run, selected
 
 # --- the choice -------------------------------------------------------------------------------------------------------
 
@@ -345,3 +359,136 @@ def test_another_embedder_than_that_of_the_rows(other, corpus, model_dir):
     read = target.Targets(table([corpus[0]["messages"]], source=["a"]), "")
     with pytest.raises(SelectionError, match="embedded by another model than --embedder is now"):
         fit_choice(rows, read, fit, None, partial(select_nearest, count=3, quota=None))
+
+
+# --- from end to end --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def held(corpus, tmp_path_factory) -> tuple[Path, Path]:
+    """Rows to select from, ten of which contain a target each; and the targets."""
+    folder = tmp_path_factory.mktemp("held")
+    data, seen = corpus[:300], {row["group"] for row in corpus[:300]}
+    others = {row["group"]: row["messages"] for row in corpus[300:] if row["group"] not in seen}
+    dev = [others[group] for group in sorted(others)[:10]]
+    copied = [chat("Hello! Are you there?", "Good day.", *(message["content"] for message in own)) for own in dev]
+    return tuple(
+        write_rows(folder / name, [{"messages": messages} for messages in chats])
+        for name, chats in (("data.jsonl", [*(row["messages"] for row in data), *copied]), ("dev.jsonl", dev))
+    )
+
+
+def stages(out: Path) -> dict[str, dict]:
+    return {stage["name"]: stage for stage in json.loads((out / "selection.json").read_text())["stages"]}
+
+
+def test_rows_are_selected_by_targets(held, tmp_path):
+    data, dev = held
+    told: list[str] = []
+    settings = SelectionSettings(count=30, target=str(dev))
+    select_conversations(data, tmp_path / "out", settings, notify=told.append)
+    assert told[0] == "target-copies: drops what contains one of the 10 targets; --keep-target-copies keeps it"
+    assert stages(tmp_path / "out")["target-copies"]["dropped"] == {"contains_target": 10}
+    rows = selected(tmp_path / "out")
+    assert sorted(row["teleflm_target"] for row in rows) == sorted([*range(1, 11)] * 3), "each takes as many"
+    assert all(-1 <= row["teleflm_similarity"] < 0.99 for row in rows)
+    assert not any("teleflm_score" in row for row in rows)
+    assert str(dev.parent) not in (tmp_path / "out/selection.json").read_text()
+
+
+def test_copies_are_kept_where_asked_for(held, tmp_path):
+    data, dev = held
+    kept = SelectionSettings(count=30, target=str(dev), keep_target_copies=True)
+    select_conversations(data, tmp_path / "out", kept)
+    assert "target-copies" not in stages(tmp_path / "out")
+    copied = [row for row in selected(tmp_path / "out") if row["messages"][0]["content"] == "Hello! Are you there?"]
+    assert {row["teleflm_target"] for row in copied} == set(range(1, 11))
+    assert min(row["teleflm_similarity"] for row in copied) > 0.9
+
+
+def test_workers_change_nothing(held, tmp_path):
+    data, dev = held
+    settings = SelectionSettings(count=30, target=str(dev))
+    for workers in (1, 2):
+        select_conversations(data, tmp_path / f"{workers}", settings, workers=workers)
+    one, two = (tmp_path / f"{workers}/selected.jsonl" for workers in (1, 2))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_other_targets_are_another_selection(held, tmp_path):
+    data, dev = held
+    mine = tmp_path / "dev.jsonl"
+    mine.write_text(dev.read_text())
+    asked = (data, tmp_path / "out", "-n", 30, "--workers", 1, "--target")
+    assert run(*asked, dev)[0] == 0
+    assert "already done" in run(*asked, mine)[1], "the same targets, elsewhere"
+    before = mine.stat()
+    mine.write_text(
+        dev.read_text().replace('"assistant", "content": "', '"assistant", "content": "x', 1).replace(" ", "", 1)
+    )
+    os.utime(mine, ns=(before.st_atime_ns, before.st_mtime_ns))
+    status, output = run(*asked, mine)
+    assert (status, mine.stat().st_size) == (2, before.st_size)
+    assert "06-target-copies: of another configuration: targets was " in output
+    kept = (*asked, mine, "--keep-target-copies")
+    assert "of another configuration" in run(*kept)[1]
+
+
+def test_what_is_dropped_between_the_embeddings_and_the_choice(held, tmp_path):
+    """The embedder is fitted anew for the targets, to the rows that it was fitted to before."""
+    data, dev = held
+    operators = [
+        {"operator": "domains", "own": False},
+        {"operator": "embeddings", "own": False},
+        {"operator": "heuristics", "max_words": 250},
+        {"operator": "nearest", "count": 30, "targets": str(dev)},
+    ]
+    settings = SelectionSettings(pipeline=declare(tmp_path / "mine.yaml", operators))
+    select_conversations(data, tmp_path / "out", settings)
+    assert stages(tmp_path / "out")["heuristics"]["dropped"]["too_long"] > 20
+    assert len(selected(tmp_path / "out")) == 30
+
+
+def test_a_causal_model_embeds_rows_and_targets(held, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(rds, "MAX_TOKENS", 50)
+    data, dev = held
+    settings = SelectionSettings(count=30, target=str(dev), embedder=f"rds:{model_dir}")
+    select_conversations(data, tmp_path / "out", settings)
+    encode = rds.HiddenStateEncoder(str(model_dir))
+    targets = encode("\n".join(m["content"] for m in json.loads(line)["messages"]) for line in dev.open())
+    for row in selected(tmp_path / "out")[:8]:
+        vector = encode(["\n".join(m["content"] for m in row["messages"] if m["role"] != "system")])[0]
+        assert row["teleflm_similarity"] == pytest.approx(vector @ targets[row["teleflm_target"] - 1], abs=0.02)
+    assert str(model_dir) not in (tmp_path / "out/selection.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "target"], "--method target: nearest needs examples to go by: give --target."),
+        (["--method", "random", "--target", "{dev}"], "--target is for --method target, not random."),
+        (["--target", "{dev}", "--within", "medoid"], "--within is for --method teleflm, not target."),
+        (
+            ["--target", "{dev}", "--score-column", "x"],
+            "--score-column is for --method teleflm or k-center, not target.",
+        ),
+        (["--keep-target-copies"], "--keep-target-copies: nothing drops rows that contain a target; leave it out."),
+        (["--target", "{data}"], "is the data"),
+        (["--target", "{data}x"], "data.jsonlx"),
+        (
+            ["--target", "{dev}", "-n", 500],
+            "rows are left, fewer than -n 500; --allow-fewer takes them. Of 310 rows we",
+        ),
+        (["--target", "{dev}", "--quota", "code=1", "-n", 200], "--quota cannot be met: "),
+        (["--target", "{dev}", "--embedder", "rds:/nowhere"], "--embedder rds:/nowhere: no such folder."),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_what_does_not_go_together_is_refused_in_one_line(arguments, message, held, tmp_path):
+    data, dev = held
+    given = [str(argument).format(data=data, dev=dev) for argument in arguments]
+    status, output = run(data, tmp_path / "out", "--workers", 1, *([] if "-n" in given else ["-n", 30]), *given)
+    assert status != 0
+    last = output.strip().splitlines()[-1]
+    assert message in last
+    assert "Traceback" not in output
