@@ -141,8 +141,8 @@ def select_nearest(table: pa.Table, count: int, quota: Mapping[str, float] | Non
         targets: float16 `[targets, d]`, of the same embedder; none of them 0.
 
     Returns:
-        `drop`; `target`, the number from 1 of the target that took the row, and `similarity`, their cosine (float32):
-        null for rows that are dropped, the cosine also for rows without a known word.
+        `drop`; `quality`, null; `target`, the number from 1 of the target that took the row, and `similarity`, their
+        cosine (float32): null for rows that are dropped, the cosine also for rows without a known word.
 
     Raises:
         SelectionError: the quota names an unknown domain.
@@ -157,6 +157,7 @@ def select_nearest(table: pa.Table, count: int, quota: Mapping[str, float] | Non
     return pa.table(
         {
             "drop": drop_where(target == 0, "not_selected"),
+            "quality": pa.nulls(len(table), pa.float32()),
             "target": pa.array(target, mask=target == 0),
             "similarity": pa.array(similarity, mask=similarity == _NOWHERE),
         }

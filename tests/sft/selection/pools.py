@@ -10,7 +10,6 @@ Chinese ones, composed of phrases about a dozen subjects, since no installed pac
 
 import ast
 import base64
-import functools
 import gzip
 import importlib.util
 import json
@@ -39,7 +38,6 @@ def real_pool(rows: int) -> list[Messages] | None:
     return random.Random(0).sample(found, rows)
 
 
-@functools.cache
 def english_pool(rows: int) -> list[Messages]:
     """What installed packages say of their functions and classes."""
     found: dict[str, Messages] = {}
