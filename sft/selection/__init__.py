@@ -5,10 +5,10 @@
 """From many conversations to the few worth fine-tuning on.
 
 In the spirit of the FLM-2 paper, whose own method is not public: this one is ours. The modules in the order in which
-the data passes them: `rows`, `common`, `dedup`, `decontaminate`, `domains`, `heuristics`, `score`, `embed`,
-`diversity`. `operators` is the registry of what they offer and `options` what that can be told; `declaration` reads the
-files that list operators (`pipelines/` has ours), `settings` lays the command line over one, `pipeline` runs it,
-`stages` and `executors` say how.
+the data passes them: `rows`, `common`, `dedup`, `decontaminate`, `domains`, `heuristics`, `score`, `embed` (and `rds`),
+`diversity` or `target`. `operators` is the registry of what they offer and `options` what that can be told;
+`declaration` reads the files that list operators (`pipelines/` has ours), `settings` lays the command line over one,
+`pipeline` runs it, `stages` and `executors` say how.
 """
 
 from .declaration import METHODS

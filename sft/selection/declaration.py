@@ -39,7 +39,7 @@ from .options import Name, Names, Number, name_nearest
 from .stages import SelectionError
 
 FOLDER = Path(__file__).with_name("pipelines")
-METHODS = ("teleflm", "k-center", "random", "longest", "ifd-top")
+METHODS = ("teleflm", "k-center", "target", "random", "longest", "ifd-top")
 _KEYS = ("seed", "unique_ids", "allow_fewer", "operators")
 SEED = Number(0, 0, 2**32 - 1, "of everything random")
 
@@ -144,8 +144,16 @@ def _entry_to_dict(entry: Entry, without_folders: bool = False) -> dict[str, Any
         if without_folders and isinstance(option, Names):
             values[name] = [Path(item).name for item in values[name]]
         elif without_folders and isinstance(option, Name) and option.is_path and values[name]:
-            values[name] = Path(values[name]).name if Path(values[name]).exists() else values[name]
+            values[name] = _without_folder(values[name])
     return {"operator": entry.name, **read, **values}
+
+
+def _without_folder(name: str) -> str:
+    """A model or a file by its last part, if it is of this machine; a prefix such as `rds:` stays."""
+    prefix, colon, path = name.partition(":")
+    if colon and not Path(name).exists() and Path(path).exists():
+        return prefix + colon + Path(path).name
+    return Path(name).name if Path(name).exists() else name
 
 
 def _to_yaml(value: Any) -> str:
@@ -308,6 +316,8 @@ def _say(entry: Entry, flags: Mapping[str, str]) -> str:
 
 def _check_choice(declaration: Declaration, where: str, columns: set[str]) -> None:
     values = declaration.choice.values
+    if "targets" in values and values["targets"] is None:
+        raise SelectionError(f"{where}{declaration.choice.name} needs examples to go by: give --target.")
     if values.get("within") == "quality" and "score" not in columns:
         raise SelectionError(f"{where}--within quality needs a score: give --score-column or --scorer.")
     unknown = [name for name in values["quota"] or () if name not in domains.DOMAINS]

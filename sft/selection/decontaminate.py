@@ -105,6 +105,14 @@ def read_evaluations(files: Sequence[str], ngram: int = NGRAM, min_words: int = 
     return Evaluations(words, np.array(groups, int), tuple(sizes), *_lengths(texts, words, ngram, min_words))
 
 
+def make_evaluations(rows: Sequence[Sequence[str]], ngram: int = NGRAM, min_words: int = MIN_WORDS) -> Evaluations:
+    """An evaluation set of rows that are at hand, each with some items; see [`read_evaluations`]."""
+    texts = [text for items in rows for text in items]
+    words = hash_words(texts)
+    groups = np.repeat(np.arange(len(rows)), [len(items) for items in rows])
+    return Evaluations(words, groups, (len(rows),), *_lengths(texts, words, ngram, min_words))
+
+
 def make_index(evaluations: Evaluations, common: CommonText | None = None) -> EvaluationIndex:
     """What to look for.
 
@@ -268,6 +276,7 @@ __all__ = [
     "drop_contaminated",
     "fit_kernel",
     "index_evaluations",
+    "make_evaluations",
     "make_index",
     "read_evaluations",
 ]

@@ -15,7 +15,8 @@ frequency weights a / (a + p(word)), a = 1e-3, less its component along the comm
   their vectors the rows of its input embeddings, of which no other weight is read. Rows wider than [`MODEL_WIDTH`] are
   projected by a seeded Gaussian matrix, which keeps angles.
 
-A folder or Hub name of sentence-transformers, `--embedder sentence-transformers:NAME`, replaces all of this.
+A folder or Hub name of sentence-transformers, `--embedder sentence-transformers:NAME`, replaces all of this; so
+does a causal language model, `--embedder rds:NAME` (see [`sft.selection.rds`]).
 
 The share p of each word, the vectors and the common direction come from the sample and are the same for every part.
 """
@@ -30,6 +31,7 @@ import pyarrow as pa
 
 from conversion.checkpoint.errors import one_line
 
+from . import rds
 from .common import OWN_TEXT, Reading
 from .stages import Kernel, SelectionError, drop_none
 from .words import hash_words
@@ -217,7 +219,7 @@ def fit_kernel(sample: pa.Table, embedder: str | None, seed: int, reading: Readi
 
     Args:
         sample: with `row`, and perhaps `common`, which is left out.
-        embedder: a model's folder, `sentence-transformers:NAME`, or None: the corpus.
+        embedder: a model's folder, `sentence-transformers:NAME`, `rds:NAME`, or None: the corpus.
         seed: of projections and of the singular value decomposition.
         reading: what of a conversation is embedded.
 
@@ -233,6 +235,8 @@ def fit(texts: Sequence[str], embedder: str | None, seed: int) -> Callable[[Iter
         return fit_corpus(texts, seed).embed
     if embedder.startswith(SENTENCE_TRANSFORMERS):
         return SentenceEncoder(embedder.removeprefix(SENTENCE_TRANSFORMERS))
+    if embedder.startswith(rds.PREFIX):
+        return rds.HiddenStateEncoder(embedder.removeprefix(rds.PREFIX))
     return fit_model(texts, embedder, seed).embed
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from . import common, decontaminate, dedup, diversity, domains, embed, heuristics, score
+from . import common, decontaminate, dedup, diversity, domains, embed, heuristics, rds, score, target
 from .choice import choose_enough
 from .common import OWN_TEXT, WHOLE, Reading
 from .options import Name, Names, Number, OneOf, Option, Shares
@@ -34,12 +34,16 @@ class Run:
     Args:
         seed: of everything random.
         columns: that the rows have, by the operators before.
+        before: name of each of these -> all its options, and what it reads.
+        files: the data.
         allow_fewer, unique_ids: see [`sft.selection.settings.SelectionSettings`].
         notify: told a line of what the user should know.
     """
 
     seed: int
     columns: frozenset[str]
+    before: Mapping[str, tuple[Mapping[str, Any], Reading | None]] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
     allow_fewer: bool = False
     unique_ids: bool = False
     notify: Callable[[str], None] = lambda line: None
@@ -154,6 +158,37 @@ def _decontamination(values: dict[str, Any], reading: Reading | None, run: Run) 
     )
 
 
+def _target_copies(values: dict[str, Any], reading: Reading | None, run: Run) -> Stage:
+    targets = target.read_targets(values.pop("targets"), run.files)
+    items = target.target_items(targets, values["ngram"], values["min_words"])
+    # Of the two items of each, the one that has all that is said.
+    count, short = len(targets.table), int((items.words.counts < items.least)[::2].sum())
+    run.notify(f"target-copies: drops what contains one of the {count:,} targets; --keep-target-copies keeps it")
+    if short:
+        run.notify(f"target-copies: {short:,} of {count:,} targets are too short to look for")
+    told = {"targets": targets.digest, **_describe("target-copies", values, reading), "sample": common.SAMPLE}
+    shared = values["common_share"]
+    find = partial(decontaminate.fit_kernel, evaluations=items, max_share=shared, reading=reading or WHOLE)
+    reads = columns_of(OPERATORS["target-copies"], reading)
+    return Stage("target-copies", told, reads, fit=partial(target.fit_copies, find=find), sample=common.SAMPLE)
+
+
+def _embeddings(values: dict[str, Any], reading: Reading | None, run: Run) -> Stage:
+    told = {**_describe("embeddings", values, reading), "sample": embed.SAMPLE, "dimensions": embed.DIMENSIONS}
+    by_model = (values["embedder"] or "").startswith(rds.PREFIX)
+    if by_model:
+        told["max_tokens"] = rds.MAX_TOKENS
+    # One process for a causal model, as for IFD.
+    return Stage(
+        "embeddings",
+        told,
+        columns_of(OPERATORS["embeddings"], reading),
+        fit=partial(embed.fit_kernel, **values, reading=reading or OWN_TEXT, seed=run.seed),
+        sample=embed.SAMPLE,
+        in_process=by_model,
+    )
+
+
 def _ifd(values: dict[str, Any], reading: Reading | None, run: Run) -> Stage:
     told = {**_describe("ifd", values, reading), "max_tokens": score.MAX_TOKENS}
     # One process: a model a worker would not fit, and torch has threads of its own.
@@ -199,6 +234,31 @@ def _top(values: dict[str, Any], reading: Reading | None, run: Run) -> Stage:
 def _random(values: dict[str, Any], reading: Reading | None, run: Run) -> Stage:
     choose = partial(diversity.select_top, **values, seed=run.seed, by="random")
     return _choice("random", ("id", "domain"), choose, values, run)
+
+
+def _nearest(values: dict[str, Any], reading: Reading | None, run: Run) -> Stage:
+    targets = target.read_targets(values.pop("targets"), run.files)
+    embedded, read = run.before["embeddings"]
+    read = read or OWN_TEXT
+    fit = partial(embed.fit_kernel, **embedded, reading=read, seed=run.seed)
+    mark = partial(common.fit_marks, **run.before["common-text"][0]) if read.own else None
+    choose = partial(_choose_nearest, **values, allow_fewer=run.allow_fewer)
+    told = {"targets": targets.digest, **_describe("nearest", values, None), "unique_ids": run.unique_ids}
+    return Stage(
+        "selection",
+        told,
+        ("id", "domain", "embedding"),
+        whole=True,
+        fit=partial(target.fit_choice, targets=targets, fit=fit, mark=mark, choose=choose),
+        sample=embed.SAMPLE,
+        sample_reads=(*columns_of(OPERATORS["embeddings"], read), "embedding"),
+        sample_after="embeddings",
+    )
+
+
+def _choose_nearest(table: pa.Table, count: int, quota: Any, allow_fewer: bool, targets: Any) -> pa.Table:
+    choose = partial(target.select_nearest, count=count, quota=quota, targets=targets)
+    return choose_enough(table, choose, count, quota, allow_fewer)
 
 
 # --- the registry -----------------------------------------------------------------------------------------------------
@@ -283,6 +343,22 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
                 ),
             },
         ),
+        "target-copies": Operator(
+            DROPS,
+            "rows that contain a target",
+            build=_target_copies,
+            reading=WHOLE,
+            texts=_ANY,
+            switch="targets",
+            options={
+                "targets": Name("examples of what should get better", setting="target", is_path=True),
+                "ngram": Number(decontaminate.NGRAM, 1, 100, "words in a row that give a target away"),
+                "min_words": Number(decontaminate.MIN_WORDS, 1, 100, "words; shorter targets are not looked for"),
+                "common_share": Number(
+                    common.MAX_SHARE, 0, 1, "of the rows; what more of them have in common is not looked for"
+                ),
+            },
+        ),
         "domains": Operator(
             MARKS,
             "what a row is about, by rules or a column",
@@ -332,20 +408,17 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
             MARKS,
             "where rows lie in relation to each other",
             makes=("embedding",),
-            fit=embed.fit_kernel,
-            sample=embed.SAMPLE,
+            build=_embeddings,
             reading=OWN_TEXT,
             texts=_ANY,
-            seeded=True,
             costly=True,
             options={
                 "embedder": Name(
-                    "a Hub folder, or sentence-transformers:NAME; null: by the words of the data",
+                    "a Hub folder, sentence-transformers:NAME or rds:NAME; null: by the words of the data",
                     setting="embedder",
                     is_path=True,
                 )
             },
-            fixed={"sample": embed.SAMPLE, "dimensions": embed.DIMENSIONS},
         ),
         "clusters": Operator(
             CHOOSES,
@@ -369,6 +442,19 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
             stage="selection",
             costly=True,
             options=_CHOICE,
+        ),
+        "nearest": Operator(
+            CHOOSES,
+            "those nearest to targets, which take turns",
+            needs=("id", "domain", "embedding"),
+            makes=("target", "similarity"),
+            build=_nearest,
+            stage="selection",
+            costly=True,
+            options={
+                **_CHOICE,
+                "targets": Name("examples of what should get better", setting="target", is_path=True),
+            },
         ),
         "top": Operator(
             CHOOSES,

@@ -5,7 +5,8 @@
 """The selection from end to end: the stages that a declaration comes to, and what is written.
 
 OUT/selected.jsonl     the rows as they came, byte for byte, in the order of the input; `teleflm_id`, `teleflm_domain`
-                       and, if there is one, `teleflm_score` are added
+                       and, if there is one, `teleflm_score`, or `teleflm_target` and `teleflm_similarity`, are
+                       added
 OUT/rejects.jsonl      if asked for, all other rows, and why; see [`sft.selection.rejects`]
 OUT/selection.json     the declaration, versions, what every stage did, and the digests of the rows and of itself;
                        written last
@@ -22,6 +23,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import pyarrow as pa
 
 from conversion.checkpoint.manifest import package_version
 from sft.data.formats import DataError
@@ -150,9 +153,11 @@ def make_stages(
     read = partial(rows.read_tables, piece_rows=rows.PIECE_ROWS)
     stages = [Stage("rows", {"files": [_identify(file) for file in files]}, files=tuple(files), tables=read)]
     columns = frozenset(FIRST)
+    before: dict[str, Any] = {}
     for entry in declared.active:
-        run = Run(declared.seed, columns, declared.allow_fewer, declared.unique_ids, notify)
+        run = Run(declared.seed, columns, dict(before), tuple(files), declared.allow_fewer, declared.unique_ids, notify)
         stages.append(build_stage(entry.name, entry.values, entry.reading, run))
+        before[entry.name] = entry.values, entry.reading
         columns |= set(entry.operator.makes)
     return stages
 
@@ -304,7 +309,7 @@ def _open_partial(file: Path) -> BinaryIO:
 
 
 _WRITTEN = ("bytes", "sha256")  # what a summary says of the selected rows
-_SELECTED_COLUMNS = ("row", "id", "domain", "quality")
+_SELECTED_COLUMNS = ("row", "id", "domain", "quality", "target", "similarity")
 
 
 def _write_selected(workspace: Workspace, out: Path, unique_ids: bool) -> dict[str, Any]:
@@ -314,18 +319,24 @@ def _write_selected(workspace: Workspace, out: Path, unique_ids: bool) -> dict[s
     with _open_partial(out / SELECTED) as file:
         for piece in workspace.pieces(_SELECTED_COLUMNS):
             table = piece.read()
-            for row, own_id, domain, quality in zip(
-                *(table[name].to_pylist() for name in _SELECTED_COLUMNS), strict=True
+            for row, own_id, domain, quality, target, similarity in zip(
+                *(_read_column(table, name) for name in _SELECTED_COLUMNS), strict=True
             ):
                 added: dict[str, Any] = {"id": own_id.hex(), "domain": domain}
                 if quality is not None:
                     added["score"] = round(quality, 4)
+                if target is not None:
+                    added |= {"target": target, "similarity": None if similarity is None else round(similarity, 4)}
                 if unique_ids:
                     row = _with_unique_id(row, own_id.hex(), taken)
                 line = rows.add_columns(row, {f"{rows.OWN}{name}": value for name, value in added.items()}) + b"\n"
                 digest.update(line)
                 file.write(line)
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def _read_column(table: pa.Table, name: str) -> list[Any]:
+    return table[name].to_pylist() if name in table.column_names else [None] * len(table)
 
 
 def _write_rejects(workspace: Workspace, out: Path, declared: Declaration) -> dict[str, Any]:

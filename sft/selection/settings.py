@@ -25,7 +25,8 @@ class SelectionSettings:
     Args:
         count: rows to select; 30,000 in the methods.
         method: the declaration of this package to go by: `teleflm`, unless given; `k-center`, the same with a choice
-            that seeks outliers, and with them what is damaged (see [`sft.selection.diversity`]); or a baseline of as
+            that seeks outliers, and with them what is damaged (see [`sft.selection.diversity`]); `target`, what is
+            nearest to examples; or a baseline of as
             many rows, from valid and decontaminated rows without exact duplicates: `random`, `longest` (answers) or
             `ifd-top`.
         pipeline: a file with a declaration in its place; see [`sft.selection.declaration`].
@@ -35,6 +36,9 @@ class SelectionSettings:
             not look at domains.
         domain_column: a column of the data that names a row's domain; rules decide where it is absent.
         decontaminate: files of evaluation sets, beside those declared; see [`sft.selection.decontaminate`].
+        target: a file of examples of what should get better; rows are chosen by their nearness to them, as `method` is
+            `target` then. See [`sft.selection.target`].
+        keep_target_copies: keep rows that contain one of them.
         scorer: a causal language model for the IFD score; see [`sft.selection.score`].
         score_column: a column of the data with a number for each row, the higher the better, in place of a scorer.
         embedder: see [`sft.selection.embed`].
@@ -56,6 +60,8 @@ class SelectionSettings:
     quota: Mapping[str, float] | None = None
     domain_column: str | None = None
     decontaminate: tuple[str, ...] = ()
+    target: str | None = None
+    keep_target_copies: bool = False
     scorer: str | None = None
     score_column: str | None = None
     embedder: str | None = None
@@ -76,11 +82,13 @@ class SelectionSettings:
             )
         if self.method is not None and self.method not in METHODS:
             raise SelectionError(f"--method is {self.method!r}; expected one of {', '.join(METHODS)}.")
-        declared = read_method(self.method or _DEFAULT) if self.pipeline is None else read_file(self.pipeline)
+        declared = read_method(self._method) if self.pipeline is None else read_file(self.pipeline)
         where = next((f"{said}: " for said in (self.pipeline, self.method and f"--method {self.method}") if said), "")
         for setting in FLAGS:
             if (value := getattr(self, setting)) not in (None, ()):
                 declared = self._lay_over(declared, setting, value)
+        if self.keep_target_copies:
+            declared = self._keep_copies(declared)
         declared = dataclasses.replace(
             declared,
             seed=declared.seed if self.seed is None else SEED.read(self.seed, "--seed"),
@@ -94,19 +102,29 @@ class SelectionSettings:
         """A declaration with one setting in its place."""
         flag = FLAGS[setting]
         found = _find(declared, setting)
-        if found is None:
+        if not found:
             raise SelectionError(f"{flag} is for {self._say_what_for(setting)}.")
-        name, option = found
-        value = OPERATORS[name].options[option].read(value, flag)
-        if isinstance(value, tuple):
-            value = tuple(dict.fromkeys((*declared.value(name, option), *value)))
-        return replace_value(declared, name, option, value)
+        for name, option in found:
+            read = OPERATORS[name].options[option].read(value, flag)
+            if isinstance(read, tuple):
+                read = tuple(dict.fromkeys((*declared.value(name, option), *read)))
+            declared = replace_value(declared, name, option, read)
+        return declared
+
+    def _keep_copies(self, declared: Declaration) -> Declaration:
+        if declared.value("target-copies", "targets") is None:
+            raise SelectionError("--keep-target-copies: nothing drops rows that contain a target; leave it out.")
+        return replace_value(declared, "target-copies", "targets", None)
+
+    @property
+    def _method(self) -> str:
+        return self.method or (_DEFAULT if self.target is None else "target")
 
     def _say_what_for(self, setting: str) -> str:
         if self.pipeline is None:
             methods = [method for method in METHODS if _find(read_method(method), setting)]
             said = " or ".join(filter(None, (", ".join(methods[:-1]), methods[-1])))
-            return f"--method {said}, not {self.method or _DEFAULT}"
+            return f"--method {said}, not {self._method}"
         operators = [
             name
             for name, operator in OPERATORS.items()
@@ -130,17 +148,14 @@ class SelectionSettings:
         return declared
 
 
-def _find(declared: Declaration, setting: str) -> tuple[str, str] | None:
-    """The operator and the option that a setting is for."""
-    return next(
-        (
-            (entry.name, name)
-            for entry in declared.entries
-            for name, option in entry.operator.options.items()
-            if option.setting == setting
-        ),
-        None,
-    )
+def _find(declared: Declaration, setting: str) -> list[tuple[str, str]]:
+    """The operators and the options that a setting is for."""
+    return [
+        (entry.name, name)
+        for entry in declared.entries
+        for name, option in entry.operator.options.items()
+        if option.setting == setting
+    ]
 
 
 # Setting -> option of the command line, of all that an operator can be told so.

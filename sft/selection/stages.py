@@ -70,6 +70,8 @@ class Stage:
         whole: the kernel sees all rows in one table instead of one part at a time.
         in_process: the kernel runs part by part in this process, not in workers.
         fit: makes the kernel, from the `sample` rows with the smallest ids.
+        sample_reads: columns that the sample has, if others than the kernel's input.
+        sample_after: name of the stage that left the rows of which the sample is taken; the one before unless given.
         files, tables: of the first stage, which has no kernel: what it reads, and what yields the rows of a file in
             pieces, each a table with `drop`, `id`, `row` and perhaps more.
     """
@@ -82,6 +84,8 @@ class Stage:
     in_process: bool = False
     fit: Callable[[pa.Table], Kernel] | None = None
     sample: int = 0
+    sample_reads: tuple[str, ...] = ()
+    sample_after: str = ""
     files: tuple[str, ...] = ()
     tables: Callable[[str], Iterator[pa.Table]] | None = None
 
@@ -236,13 +240,18 @@ class Workspace(StageFiles):
         place: dict[str, Any] = {"folder": self.folders[number], "digest": self.digests[number]}
         if stage.tables:
             return executor.map(partial(_read_file, tables=stage.tables, **place), enumerate(stage.files))
-        kernel = stage.fit(self.read_sample(stage.reads, stage.sample)) if stage.fit else stage.kernel
+        kernel = stage.fit(self._read_sample_of(stage)) if stage.fit else stage.kernel
         assert kernel is not None
         pieces = self.pieces(stage.reads)
         if stage.whole:
             return _run_whole(pieces, kernel=kernel, **place)
         run = map if stage.in_process else executor.map
         return run(partial(_run_part, kernel=kernel, **place), pieces)
+
+    def _read_sample_of(self, stage: Stage) -> pa.Table:
+        names = [each.name for each in self.stages]
+        after = names.index(stage.sample_after) if stage.sample_after else None
+        return self.read_sample(stage.sample_reads or stage.reads, stage.sample, after)
 
     def _check_stage(self, number: int) -> None:
         """Refuse what another configuration made; one that was interrupted made parts, and no marker."""

@@ -48,6 +48,7 @@ _REASONS = {
     "exact_duplicate": "an earlier row has the same roles and texts",
     "near_duplicate": "a longer row, which is kept, holds most of its word pairs",
     "contaminated": "it contains an item of an evaluation set",
+    "contains_target": "it contains a target, an example of what should get better",
     "ifd_from_1": "the scorer predicts the answers no better with the questions than without",
     "no_ifd": "the scorer has no token of an answer to predict",
     "no_score": "it has no number in the column of scores",
@@ -173,12 +174,16 @@ def _project(texts: Sequence[str], declared: "Declaration") -> np.ndarray:
 
 def _examples(stages: StageFiles) -> dict[str, list[dict[str, Any]]]:
     """Selected rows of each domain, with messages cut to what fits a page."""
-    table = stages.read_sample(("domain", "quality", "source", "row"), SAMPLE)
+    table = stages.read_sample(("domain", "quality", "similarity", "source", "row"), SAMPLE)
+    if "similarity" not in table.column_names:  # of a choice without targets
+        table = table.append_column("similarity", pa.nulls(len(table), pa.float32()))
     shown: dict[str, list[dict[str, Any]]] = {}
     rows = zip(
-        *(table[name].to_pylist() for name in ("domain", "quality", "source")), conversations(table), strict=True
+        *(table[name].to_pylist() for name in ("domain", "quality", "similarity", "source")),
+        conversations(table),
+        strict=True,
     )
-    for domain, quality, source, messages in rows:
+    for domain, quality, similarity, source, messages in rows:
         if len(shown.setdefault(domain, [])) < EXAMPLES:
             cut = [
                 {
@@ -189,7 +194,8 @@ def _examples(stages: StageFiles) -> dict[str, list[dict[str, Any]]]:
                 for m in messages
             ]
             # The name of the file will do: where it lay is nobody's business.
-            shown[domain].append({"messages": cut, "quality": quality, "source": Path(source).name})
+            numbers = {"quality": quality, "similarity": similarity}
+            shown[domain].append({"messages": cut, **numbers, "source": Path(source).name})
     return dict(sorted(shown.items()))
 
 

@@ -24,7 +24,7 @@ Method = Annotated[
     str | None,
     typer.Option(
         help="teleflm: clusters in proportion, outliers last. k-center: seeks outliers, and with them what is damaged. "
-        "Or a baseline: random, longest or ifd-top. teleflm unless given."
+        "target: nearest to examples. Or a baseline: random, longest or ifd-top. teleflm, or with --target target."
     ),
 ]
 Pipeline = Annotated[
@@ -46,13 +46,20 @@ DomainColumn = Annotated[str | None, typer.Option(help="A column of the data tha
 Decontaminate = Annotated[
     list[str] | None, typer.Option(metavar="FILE", help="Evaluation set to keep out of the selection. Repeatable.")
 ]
+Target = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Examples of what should get better; what is nearest to them is selected."),
+]
+KeepTargetCopies = Annotated[
+    bool, typer.Option("--keep-target-copies", help="Keep rows that contain an example of --target.")
+]
 Scorer = Annotated[str | None, typer.Option(metavar="MODEL", help="Causal language model for the IFD score.")]
 ScoreColumn = Annotated[
     str | None, typer.Option(help="A column of the data with a number for each row, the higher the better.")
 ]
 Embedder = Annotated[
     str | None,
-    typer.Option(metavar="MODEL", help="Hub folder, or sentence-transformers:NAME; words of the data unless given."),
+    typer.Option(metavar="MODEL", help="Hub folder, sentence-transformers:NAME or rds:NAME; else the data's words."),
 ]
 Set = Annotated[
     list[str] | None,
@@ -84,6 +91,8 @@ def select(
     quota: Quota = None,
     domain_column: DomainColumn = None,
     decontaminate: Decontaminate = None,
+    target: Target = None,
+    keep_target_copies: KeepTargetCopies = False,
     scorer: Scorer = None,
     score_column: ScoreColumn = None,
     embedder: Embedder = None,
@@ -118,6 +127,8 @@ def select(
             quota=_parse_quota(quota),
             domain_column=domain_column,
             decontaminate=tuple(decontaminate or ()),
+            target=target,
+            keep_target_copies=keep_target_copies,
             scorer=scorer,
             score_column=score_column,
             embedder=embedder,

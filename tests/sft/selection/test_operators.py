@@ -85,13 +85,17 @@ def test_the_registry_is_consistent():
         ["--method", "longest", "--allow-fewer", "--unique-ids"],
         ["--quota", "math=0.5,code=0.5", "--allow-fewer", "--decontaminate", "{evaluation}", "--embedder", "{model}"],
         ["--method", "k-center", "--seed", 3, "--set", "near-duplicates.overlap=0.7", "--score-column", "group"],
+        ["--target", "{target}", "--embedder", "{model}", "--set", "target-copies.ngram=20"],
     ],
     ids=lambda options: " ".join(map(str, options)),
 )
 def test_what_explain_prints_selects_the_same(options, corpus, lines, model_dir, tmp_path):
     data = lines(*corpus[:120])
     evaluation = lines({"text": corpus[7]["messages"][0]["content"] * 3}, name="it's: #1 \u2028\U0001f600 no.jsonl")
-    options = [str(option).format(evaluation=evaluation, model=model_dir) for option in ("-n", 40, *options)]
+    target = lines(*({"messages": row["messages"]} for row in corpus[200:205]), name="dev.jsonl")
+    options = [
+        str(option).format(evaluation=evaluation, model=model_dir, target=target) for option in ("-n", 40, *options)
+    ]
     status, printed = run(*options, "--explain")
     assert status == 0, printed
     (tmp_path / "mine.yaml").write_text(printed)
@@ -198,7 +202,7 @@ DOMAINS = "operators: [{operator: domains, own: false},"
         ("- operator: random", "mine.yaml: expected a mapping with a list"),
         ("operators: {operator: random}", "mine.yaml: expected a mapping with a list"),
         ("operators: [random]", "mine.yaml: entry 1: expected a mapping with `operator`"),
-        ("operators: []", "mine.yaml: no operator chooses; end with one of clusters, k-center, top, random"),
+        ("operators: []", "mine.yaml: no operator chooses; end with one of clusters, k-center, nearest, top, random"),
         ("sed: 1\noperators: []", "mine.yaml: unknown key 'sed'; did you mean seed?"),
         ("seed: yes\noperators: []", "mine.yaml: seed is 'yes'; expected a number"),
         ("seed: -1\noperators: []", "mine.yaml: seed is -1; it is from 0"),
@@ -242,6 +246,10 @@ DOMAINS = "operators: [{operator: domains, own: false},"
         (
             "operators: [{operator: random}, {operator: domains, own: false}]",
             "entry 1 (random): chooses, so it is the last",
+        ),
+        (
+            "operators: [{operator: domains, own: false}, {operator: embeddings, own: false}, {operator: nearest}]",
+            "nearest needs examples to go by: give --target.",
         ),
         ("operators: [{operator: random}]", "entry 1 (random): needs `domain`, which domains makes; put it before"),
         (

@@ -490,7 +490,7 @@ def test_report(lines, corpus, tmp_path):
     ("settings", "message"),
     [
         ({"count": 0}, "-n is 0"),
-        ({"method": "best"}, "--method is 'best'; expected one of teleflm, k-center, random, longest, ifd-top"),
+        ({"method": "best"}, "--method is 'best'; expected one of teleflm, k-center, target, random, longest, ifd-top"),
         ({"method": "ifd-top"}, "give --scorer"),
         ({"within": "best"}, "--within is 'best'; expected one of quality, medoid, random"),
         ({"within": "quality"}, "--within quality needs a score: give --score-column or --scorer"),
