@@ -288,7 +288,7 @@ def _scoring(settings: SelectionSettings) -> Stage:
         by = {"column": settings.score_column}
         return Stage("scores", by, ("row",), partial(score.score_column, **by))
     assert settings.scorer is not None
-    named = {"score": "ifd", "scorer": settings.scorer, "max_tokens": score.MAX_TOKENS}
+    named = {"score": "ifd", "scorer": settings.scorer, "max_tokens": score.CAUSAL_TOKENS}
     # One process: a model a worker would not fit, and torch has threads of its own.
     return Stage("scores", named, ("row",), score.make_ifd_kernel(settings.scorer), in_process=True)
 

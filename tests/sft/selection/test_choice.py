@@ -35,58 +35,11 @@ from sft.selection.diversity import (
 )
 from sft.selection.embed import MODEL_WIDTH, fit_corpus, fit_model, hashed_ids, read_input_embeddings
 from sft.selection.rows import whole_text
-from sft.selection.score import MAX_TOKENS, make_ifd_kernel, score_ifd, score_length
+from sft.selection.score import score_length
 
 from .conftest import chat, table
 
 # --- scores -----------------------------------------------------------------------------------------------------------
-
-
-def plain_loss(model, ids, labelled) -> tuple[float, int]:
-    """Sum over labelled tokens of -log p, one sequence, no padding."""
-    ids, labelled = ids[:MAX_TOKENS], labelled[:MAX_TOKENS]
-    with torch.no_grad():
-        log_probs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-    losses = [-log_probs[i - 1, ids[i]].item() for i in range(1, len(ids)) if labelled[i]]
-    return sum(losses), len(losses)
-
-
-def test_ifd_by_its_definition(model_dir):
-    chats = [
-        chat("What is a cat?", "An animal."),
-        chat("Hi", "Hello!", "And?", "Nothing else, I am afraid; that was all."),
-        [{"role": "system", "content": "Be brief."}, *chat("Why?", "Because.")],
-        chat("long " * 800, "cut"),
-        chat("a", "b " * 1500),
-    ]
-    kernel = make_ifd_kernel(str(model_dir))
-    found = kernel(table(chats))
-    tokenizer, model = AutoTokenizer.from_pretrained(model_dir), AutoModelForCausalLM.from_pretrained(model_dir).eval()
-    for messages, score, drop in zip(chats, found["score"].to_pylist(), found["drop"].to_pylist(), strict=True):
-        ids, labelled, alone = [1], [False], (0.0, 0)
-        for message in messages:
-            piece = tokenizer(message["content"] + "\n\n", add_special_tokens=False)["input_ids"]
-            ids, labelled = ids + piece, labelled + [message["role"] == "assistant"] * len(piece)
-            if message["role"] == "assistant":
-                loss, count = plain_loss(model, [1, *piece], [False] + [True] * len(piece))
-                alone = (alone[0] + loss, alone[1] + count)
-        loss, count = plain_loss(model, ids, labelled)
-        if count == 0:
-            assert (np.isnan(score), drop) == (True, "no_ifd")
-        else:
-            ifd = loss / count / (alone[0] / alone[1])
-            assert score == pytest.approx(ifd, rel=1e-5)
-            assert drop == (None if ifd < 1 else "ifd_from_1")
-    assert found["drop"].to_pylist().count("no_ifd") == 1
-
-
-@pytest.mark.parametrize("scorer", ["/nowhere/at/all", "{empty}"])
-def test_a_scorer_that_cannot_be_loaded(scorer, tmp_path):
-    name = scorer.format(empty=tmp_path)
-    with pytest.raises(SelectionError, match=r"^--scorer .*: .*") as error:
-        make_ifd_kernel(name)
-    assert "\n" not in str(error.value)
-    assert name in str(error.value)
 
 
 def test_scores_without_a_model():
@@ -397,8 +350,3 @@ def test_random_depends_on_the_seed_and_not_on_the_order(rows):
     assert chosen(rows, 0) == chosen(shuffled, 0) != chosen(rows, 1)
     often = [sum(id_ in chosen(rows, seed) for seed in range(100)) for id_ in rows["id"].to_pylist()]
     assert 15 < min(often) < max(often) < 55, "every row has the same chance, a third"
-
-
-def test_ifd_kernel_survives_a_trip_to_another_process(model_dir):
-    kernel = pickle.loads(pickle.dumps(make_ifd_kernel(str(model_dir))))
-    assert kernel.func is score_ifd
