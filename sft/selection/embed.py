@@ -8,9 +8,10 @@ By default nothing is downloaded. The vector of a conversation is the mean of it
 frequency weights a / (a + p(word)), a = 1e-3, less its component along the common direction (SIF; Arora, Liang and Ma
 2017), and of length 1. The words' vectors come from one of two places:
 
-- the data itself: words are hashed to 2^16 ids. A sample of [`SAMPLE`] conversations makes a matrix of 1 + log(count)
-  times the SIF weights, and the words' vectors are its first [`DIMENSIONS`] right singular vectors (latent semantic
-  analysis). A word of fewer than two conversations has no vector;
+- the data itself: words, and pairs of characters where a script has no spaces, are hashed to 2^16 ids. A sample of
+  [`SAMPLE`] conversations makes a matrix of 1 + log(count) times the SIF weights, and the words' vectors are its first
+  [`DIMENSIONS`] right singular vectors (latent semantic analysis). A word of fewer than two conversations has no
+  vector;
 - a model, `--embedder FOLDER`: words are the ids that its tokenizer makes of the first [`MODEL_CHARACTERS`] characters,
   their vectors the rows of its input embeddings, of which no other weight is read. Rows wider than [`MODEL_WIDTH`] are
   projected by a seeded Gaussian matrix, which keeps angles.
@@ -32,7 +33,7 @@ from conversion.checkpoint.errors import one_line
 
 from .common import own_texts
 from .stages import Kernel, SelectionError, drop_none
-from .words import hash_words
+from .words import hash_words, pair_characters
 
 SAMPLE = 5000
 DIMENSIONS = 64
@@ -137,8 +138,8 @@ def _means(counts: Any, vectors: np.ndarray) -> np.ndarray:
 
 
 def hashed_ids(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Words as their hashes modulo 2^16."""
-    words = hash_words(texts)
+    """Words, or pairs of characters (see [`pair_characters`]), as their hashes modulo 2^16."""
+    words = pair_characters(hash_words(texts))
     return (words.hashes % np.uint64(_BUCKETS)).astype(np.int64), words.offsets
 
 

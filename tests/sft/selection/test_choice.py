@@ -138,6 +138,46 @@ def test_hashed_ids_are_of_words():
     assert ids.tolist() == [ids[0], ids[1], ids[1], ids[0]]
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("学习惯", ["学习", "习惯"]),
+        ("我 use 机器学习 daily", ["我", "use", "机器", "器学", "学习", "daily"]),
+        ("好。吗", ["好吗"]),  # punctuation does not count
+        ("one two", ["one", "two"]),
+        ("二", ["2"]),  # a digit, of whatever script
+        ("かな 한글", ["かな", "な한", "한글"]),
+        ("", []),
+    ],
+)
+def test_characters_without_spaces_between_words_count_in_pairs(text, expected):
+    """A pair is told by its two characters alone, wherever it stands; those of neighbouring texts make none."""
+    around = ["学", text, "习 end", text]
+    ids, offsets = hashed_ids(around)
+    alone, ends = hashed_ids(expected)
+    assert ends.tolist() == list(range(len(expected) + 1)), "each of the expected ones is one id"
+    for place in (1, 3):
+        assert ids[offsets[place] : offsets[place + 1]].tolist() == alone.tolist()
+    assert offsets[1] == 1
+    assert len(set(alone.tolist())) == len(expected)
+
+
+def test_embeddings_find_the_other_half_of_chinese_text():
+    """Of each text made of clauses with words of their own; of single characters, one in nine is found."""
+    draw = np.random.default_rng(0)
+    characters = [chr(0x4E00 + 7 * place) for place in range(60)]  # words share theirs, as those of Chinese do
+    words = ["".join(draw.choice(characters, 2)) for _ in range(1000)]
+    halves: tuple[list[str], list[str]] = ([], [])
+    for _ in range(400):
+        own = draw.choice(words, 6, replace=False)
+        for half in halves:
+            half.append("，".join(draw.permutation([*own, *draw.choice(words[:200], 20)])))
+    model = fit_corpus(["。".join(pair) for pair in zip(*halves, strict=True)], seed=0)
+    first, second = map(model.embed, halves)
+    found = (first @ second.T).argmax(axis=1) == np.arange(400)
+    assert found.mean() > 0.9
+
+
 # --- how many of what -------------------------------------------------------------------------------------------------
 
 
