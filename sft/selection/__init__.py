@@ -6,11 +6,14 @@
 
 In the spirit of the FLM-2 paper, whose own method is not public: this one is ours. The modules in the order in which
 the data passes them: `rows`, `common`, `dedup`, `decontaminate`, `domains`, `heuristics`, `score`, `embed`,
-`diversity`; `thresholds` names what can be set, `pipeline` puts them together, `stages` and `executors` say how they
-run, `report` shows what came of it.
+`diversity`. `operators` is the registry of what they offer and `options` what that can be told; `declaration` reads the
+files that list operators (`pipelines/` has ours), `settings` lays the command line over one, `pipeline` runs it,
+`stages` and `executors` say how.
 """
 
-from .pipeline import METHODS, Selection, SelectionSettings, select_conversations
+from .declaration import METHODS
+from .pipeline import Selection, select_conversations
+from .settings import SelectionSettings
 from .stages import SelectionError, StageResult
 
 __all__ = [

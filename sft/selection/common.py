@@ -166,21 +166,56 @@ def own_conversations(table: pa.Table) -> Iterator[list[dict[str, str]]]:
         yield [message for message in messages if message["role"] != "system"]
 
 
-def own_texts(table: pa.Table) -> Iterator[str]:
-    """All that is said in each conversation and is its own; see [`own_conversations`]."""
-    return map(whole_text, own_conversations(table))
+@dataclass(frozen=True)
+class Reading:
+    """Which part of conversations an operator reads.
+
+    Args:
+        text: one of [`TEXTS`]: `whole`, all messages; `turns`, all but system prompts; `question`, `answer` or
+            `system`, those of one role.
+        own: without what `common` marks; only of `turns`, `question` and `answer`, since system prompts are not marked.
+    """
+
+    text: str = "turns"
+    own: bool = True
+
+    def conversations(self, table: pa.Table) -> Iterator[list[dict[str, str]]]:
+        """The messages of valid rows that are read.
+
+        Args:
+            table: with `row`; if `own`, perhaps with `common`.
+        """
+        role = {"system": "system", "question": "user", "answer": "assistant"}.get(self.text)
+        for messages in own_conversations(table) if self.own else conversations(table):
+            yield [
+                message
+                for message in messages
+                if self.text == "whole" or message["role"] == role or (role is None and message["role"] != "system")
+            ]
+
+    def texts(self, table: pa.Table) -> Iterator[str]:
+        """All that is read of each row, in one text."""
+        return map(whole_text, self.conversations(table))
+
+
+TEXTS = ("whole", "turns", "system", "question", "answer")
+OWN_TEXT = Reading()
+WHOLE = Reading("whole", own=False)
 
 
 __all__ = [
     "MAX_SHARE",
     "MIN_ROWS",
+    "OWN_TEXT",
     "RUN",
     "SAMPLE",
+    "TEXTS",
+    "WHOLE",
     "CommonText",
+    "Reading",
     "RunCounter",
     "find_common",
     "fit_marks",
     "mark_common",
     "own_conversations",
-    "own_texts",
 ]

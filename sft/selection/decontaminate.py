@@ -27,8 +27,8 @@ import pyarrow as pa
 from sft.data.formats import find_turns, read_rows
 
 from .common import MAX_SHARE as COMMON_SHARE
-from .common import CommonText, RunCounter, find_common
-from .rows import conversations, whole_text
+from .common import WHOLE, CommonText, Reading, RunCounter, find_common
+from .rows import conversations
 from .stages import Kernel, SelectionError, drop_where
 from .words import Words, count_unspaced, hash_words, ngrams
 
@@ -186,11 +186,12 @@ def index_evaluations(files: Sequence[str]) -> EvaluationIndex:
     return make_index(read_evaluations(files))
 
 
-def fit_kernel(sample: pa.Table, evaluations: Evaluations, max_share: float = COMMON_SHARE) -> Kernel:
+def fit_kernel(
+    sample: pa.Table, evaluations: Evaluations, max_share: float = COMMON_SHARE, reading: Reading = WHOLE
+) -> Kernel:
     """A kernel that drops what contains an item, with a sample of the rows to know their templates by."""
-    return partial(
-        drop_contaminated, index=make_index(evaluations, find_common(list(conversations(sample)), max_share))
-    )
+    index = make_index(evaluations, find_common(list(conversations(sample)), max_share))
+    return partial(drop_contaminated, index=index, reading=reading)
 
 
 def _lengths(texts: Sequence[str], words: Words, ngram: int, min_words: int) -> tuple[np.ndarray, np.ndarray]:
@@ -230,9 +231,15 @@ def _texts_in(value: Any) -> Iterator[str]:
                 yield from _texts_in(inner)
 
 
-def drop_contaminated(table: pa.Table, index: EvaluationIndex) -> pa.Table:
-    """Rows that contain an item are dropped."""
-    words = hash_words(map(whole_text, conversations(table)))
+def drop_contaminated(table: pa.Table, index: EvaluationIndex, reading: Reading = WHOLE) -> pa.Table:
+    """Rows that contain an item are dropped.
+
+    Args:
+        table: with `row`.
+        index: what to look for.
+        reading: where in a conversation.
+    """
+    words = hash_words(reading.texts(table))
     owners = words.owners
     contaminated = np.zeros(len(table), bool)
     for n, hashes, starts in ngrams(words, max(index.hashes, default=0)):

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from .common import own_conversations
+from .common import OWN_TEXT, Reading
 from .rows import MEDIA, answers, read_unread, whole_text
 from .stages import drop_none, drop_where, fixed_bytes
 from .words import hash_words, word_pairs
@@ -52,18 +52,19 @@ def drop_exact_duplicates(table: pa.Table) -> pa.Table:
 # --- sketches ---------------------------------------------------------------------------------------------------------
 
 
-def sketch(table: pa.Table) -> pa.Table:
+def sketch(table: pa.Table, reading: Reading = OWN_TEXT) -> pa.Table:
     """What [`drop_near_duplicates`] compares.
 
     Args:
         table: with `row`, and perhaps `common` and `unread`.
+        reading: what of a conversation is compared. Answers that are not among it do not tell rows apart.
 
     Returns:
         `sketch`, [`SLOTS`] bytes; `pairs`, how many distinct word pairs are the conversation's own, 0 for one with
         media; `answer_sketch` and `answer_pairs`, the same of its answers.
     """
     unread = read_unread(table)
-    own = list(own_conversations(table))
+    own = list(reading.conversations(table))
     untrained = ["\n".join(json.dumps(value, ensure_ascii=False) for value in found.values()) for found in unread]
     replies = [
         "\n".join([*answers(messages), *filter(None, [more])]) for messages, more in zip(own, untrained, strict=True)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from .common import own_conversations
+from .common import OWN_TEXT, Reading
 from .rows import whole_text
 from .stages import drop_none
 
@@ -33,14 +33,15 @@ _CALCULATION = re.compile(r"\d\s*[%)\]]?\s*[-+*/×÷^]\s*[$(\[]?\s*\d[\d.,)\]]*[
 MIN_CALCULATIONS = 2
 
 
-def tag_domains(table: pa.Table, column: str | None = None) -> pa.Table:
+def tag_domains(table: pa.Table, column: str | None = None, reading: Reading = OWN_TEXT) -> pa.Table:
     """`domain`: by the rules, or what the rows have in a column of theirs; by the rules where that is absent.
 
     Args:
         table: with `row`, and perhaps `common`: what many rows share, and the system's prompt, say nothing of one.
         column: of the data.
+        reading: what the rules look at.
     """
-    tags = [tag_domain(messages) for messages in own_conversations(table)]
+    tags = [tag_domain(messages) for messages in reading.conversations(table)]
     if column is not None:
         given = (json.loads(row.as_py()).get(column) for row in table["row"])
         tags = [tag if own is None else str(own) for tag, own in zip(tags, given, strict=True)]

@@ -16,14 +16,18 @@ frequency weights a / (a + p(word)), a = 1e-3, less its component along the comm
   their vectors the rows of its input embeddings, of which no other weight is read. Rows wider than [`MODEL_WIDTH`] are
   projected by a seeded Gaussian matrix, which keeps angles.
 
-A folder or Hub name of sentence-transformers, `--embedder sentence-transformers:NAME`, replaces all of this.
+A sentence encoder replaces all of this: a folder that is one (see [`is_encoder`]), or a name on the Hub as
+`--embedder sentence-transformers:NAME`. It reads the beginning of a conversation, as far as its window goes, and runs
+in one process, on a GPU if there is one.
 
 The share p of each word, the vectors and the common direction come from the sample and are the same for every part.
 """
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,7 +35,7 @@ import pyarrow as pa
 
 from conversion.checkpoint.errors import one_line
 
-from .common import own_texts
+from .common import OWN_TEXT, Reading
 from .stages import Kernel, SelectionError, drop_none
 from .words import hash_words, pair_characters
 
@@ -41,6 +45,7 @@ MODEL_CHARACTERS = 1000
 MODEL_WIDTH = 256
 SIF_A = 1e-3
 SENTENCE_TRANSFORMERS = "sentence-transformers:"
+_MODULES = "modules.json"
 _BUCKETS = 1 << 16
 _MIN_TEXTS = 2  # of the sample; a word of one text says nothing about others
 _POWER_ITERATIONS = 2
@@ -213,31 +218,32 @@ def read_input_embeddings(folder: str, seed: int) -> np.ndarray:
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def fit_kernel(sample: pa.Table, embedder: str | None, seed: int) -> Kernel:
+def fit_kernel(sample: pa.Table, embedder: str | None, seed: int, reading: Reading = OWN_TEXT) -> Kernel:
     """A kernel that adds `embedding`, fitted to a sample of the rows.
 
     Args:
         sample: with `row`, and perhaps `common`, which is left out.
         embedder: a model's folder, `sentence-transformers:NAME`, or None: the corpus.
         seed: of projections and of the singular value decomposition.
+        reading: what of a conversation is embedded.
 
     Raises:
         SelectionError: the embedder cannot be loaded.
     """
-    return partial(embed, encode=fit(list(own_texts(sample)), embedder, seed))
+    return partial(embed, encode=fit(list(reading.texts(sample)), embedder, seed), reading=reading)
 
 
 def fit(texts: Sequence[str], embedder: str | None, seed: int) -> Callable[[Iterable[str]], np.ndarray]:
     """Texts to vectors of length 1, float32; see [`fit_kernel`]."""
     if embedder is None:
         return fit_corpus(texts, seed).embed
-    if embedder.startswith(SENTENCE_TRANSFORMERS):
-        return SentenceEncoder(embedder.removeprefix(SENTENCE_TRANSFORMERS))
+    if is_encoder(embedder):
+        return load_encoder(embedder)
     return fit_model(texts, embedder, seed).embed
 
 
 class SentenceEncoder:
-    """A model of sentence-transformers. It is loaded once in each process.
+    """A model of sentence-transformers. It is loaded once in each process, and executes nothing of its folder.
 
     Args:
         name: a folder, or a name on the Hub.
@@ -250,29 +256,86 @@ class SentenceEncoder:
 
     def __call__(self, texts: Iterable[str]) -> np.ndarray:
         """Vectors of length 1, float32."""
-        return self._load().encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
+        vectors: np.ndarray = self._load().encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
+        return vectors.astype(np.float32)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_name": self._name, "_model": None}
 
     def _load(self) -> Any:
         if self._model is None:
+            _check_modules(self._name)
             try:
                 from sentence_transformers import SentenceTransformer
-
-                self._model = SentenceTransformer(self._name, trust_remote_code=False)
             except ImportError as error:
-                way_out = "pip install sentence-transformers, or leave --embedder out"
-                raise SelectionError(f"--embedder {SENTENCE_TRANSFORMERS}{self._name}: {error}; {way_out}.") from error
-            except (OSError, ValueError) as error:
-                why = " ".join(str(error).split())
-                raise SelectionError(f"--embedder {SENTENCE_TRANSFORMERS}{self._name}: {why}") from error
+                way_out = 'pip install "teleflm[sentence]", or leave --embedder out'
+                raise SelectionError(
+                    f"--embedder {self._name}: a sentence encoder needs sentence-transformers ({one_line(error)}); "
+                    f"{way_out}."
+                ) from error
+            try:
+                self._model = SentenceTransformer(self._name, trust_remote_code=False)
+            except Exception as error:  # whatever the libraries that read its files raise
+                raise SelectionError(f"--embedder {self._name}: {one_line(error)}") from error
         return self._model
 
 
-def embed(table: pa.Table, encode: Callable[[Iterable[str]], np.ndarray]) -> pa.Table:
+def load_encoder(embedder: str) -> SentenceEncoder:
+    """The sentence encoder of that name; loaded once.
+
+    Raises:
+        SelectionError: it cannot be loaded, or sentence-transformers is not installed.
+    """
+    if embedder not in _encoders:
+        _encoders[embedder] = SentenceEncoder(embedder.removeprefix(SENTENCE_TRANSFORMERS))
+    return _encoders[embedder]
+
+
+_encoders: dict[str, SentenceEncoder] = {}
+
+
+def is_encoder(embedder: str | None) -> bool:
+    """Whether an embedder is a sentence encoder: by its prefix, `modules.json`, or a masked language model's family.
+
+    Args:
+        embedder: see [`fit_kernel`]. Names on the Hub are sentence encoders after `sentence-transformers:` only.
+    """
+    if embedder is None:
+        return False
+    if embedder.startswith(SENTENCE_TRANSFORMERS) or (Path(embedder) / _MODULES).is_file():
+        return True
+    try:
+        config = json.loads((Path(embedder) / "config.json").read_text(encoding="utf-8"))
+        family, architectures = config["model_type"], config.get("architectures") or []
+        if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+            return False
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return False  # what is wrong with it, its reader says
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return family in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def _check_modules(folder: str) -> None:
+    """Refuse a folder whose `modules.json` names classes that are not sentence-transformers' own: they would be run."""
+    try:
+        modules = json.loads((Path(folder) / _MODULES).read_text(encoding="utf-8"))
+        types = [str(module["type"]) for module in modules]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise SelectionError(f"--embedder {folder}: {_MODULES}: {one_line(error)}") from error
+    for name in types:
+        if not name.startswith("sentence_transformers."):
+            raise SelectionError(
+                f"--embedder {folder}: {_MODULES} names {name}, which is not of sentence_transformers; code of "
+                "others is not run."
+            )
+
+
+def embed(table: pa.Table, encode: Callable[[Iterable[str]], np.ndarray], reading: Reading = OWN_TEXT) -> pa.Table:
     """`embedding`: float16, of fixed size."""
-    vectors = encode(own_texts(table)).astype(np.float16)
+    vectors = encode(reading.texts(table)).astype(np.float16)
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel(), pa.float16()), vectors.shape[1])
     return pa.table({"drop": drop_none(len(table)), "embedding": column})
 
@@ -287,6 +350,8 @@ __all__ = [
     "fit_kernel",
     "fit_model",
     "hashed_ids",
+    "is_encoder",
+    "load_encoder",
     "read_input_embeddings",
     "sif_weights",
 ]

@@ -2,11 +2,11 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The selection from end to end: its settings, its stages in order, and what it writes.
+"""The selection from end to end: the stages that a declaration comes to, and what is written.
 
 OUT/selected.jsonl     the rows as they came, byte for byte, in the order of the input; `teleflm_id`, `teleflm_domain`
                        and, if there is one, `teleflm_score` are added
-OUT/selection.json     settings, seed, versions, what every stage did, and the digests of the rows and of itself;
+OUT/selection.json     the declaration, versions, what every stage did, and the digests of the rows and of itself;
                        written last
 OUT/stages             see [`sft.selection.stages`]
 """
@@ -14,7 +14,6 @@ OUT/stages             see [`sft.selection.stages`]
 import dataclasses
 import hashlib
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,102 +25,15 @@ from typing import Any, BinaryIO
 from conversion.checkpoint.manifest import package_version
 from sft.data.formats import DataError
 
-from . import common, decontaminate, dedup, diversity, domains, embed, heuristics, rows, score
+from . import rows, score
+from .choice import OTHERS, TooFewError, find_shortfall
+from .declaration import Declaration
 from .executors import open_executor
-from .stages import SelectionError, Stage, StageFiles, StageResult, Workspace, make_digest
-from .thresholds import check_thresholds, stage_thresholds
+from .operators import FIRST, Run, build_stage
+from .settings import SelectionSettings
+from .stages import SelectionError, Stage, StageFiles, StageResult, Workspace
 
-FILTERED = ("teleflm", diversity.K_CENTER)  # methods that choose among what passed all filters
-METHODS = (*FILTERED, "random", "longest", "ifd-top")
-_OTHERS = "--allow-fewer takes rows of the other domains in their place"
 SELECTED, SUMMARY, STAGES = "selected.jsonl", "selection.json", "stages"
-
-
-@dataclass(frozen=True)
-class SelectionSettings:
-    """What to select.
-
-    Args:
-        count: rows to select.
-        method: `teleflm`, all stages; `k-center`, the same with a choice that seeks outliers, and with them what is
-            damaged (see [`sft.selection.diversity`]); or a baseline of as many rows, from valid and decontaminated rows
-            without exact duplicates: `random`, `longest` (answers) or `ifd-top`.
-        within: how `teleflm` takes rows from a cluster: by `quality`, `medoid` or `random`. By quality if there is a
-            score, else at random, unless given.
-        quota: share of each domain. Without it, `teleflm` and `k-center` take the shares there are; the baselines do
-            not look at domains.
-        domain_column: a column of the data that names a row's domain; rules decide where it is absent.
-        decontaminate: files of evaluation sets; see [`sft.selection.decontaminate`].
-        scorer: a causal language model for the IFD score; see [`sft.selection.score`].
-        score_column: a column of the data with a number for each row, the higher the better, in place of a scorer.
-        embedder: see [`sft.selection.embed`].
-        thresholds: by name, other than those of [`sft.selection.thresholds.THRESHOLDS`].
-        unique_ids: give each row the `id` that is otherwise only its `teleflm_id`.
-        seed: of everything random.
-        allow_fewer: select what there is if that is less than `count`, and rows of other domains where one has too few
-            for its quota.
-
-    Raises:
-        SelectionError: a value is none of those possible, or two of them contradict each other.
-    """
-
-    count: int = 30_000
-    method: str = "teleflm"
-    within: str | None = None
-    quota: Mapping[str, float] | None = None
-    domain_column: str | None = None
-    decontaminate: tuple[str, ...] = ()
-    scorer: str | None = None
-    score_column: str | None = None
-    embedder: str | None = None
-    thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    unique_ids: bool = False
-    seed: int = 0
-    allow_fewer: bool = False
-
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise SelectionError(f"-n is {self.count}; it has to be at least 1.")
-        if self.method not in METHODS:
-            raise SelectionError(f"--method is {self.method!r}; expected one of {', '.join(METHODS)}.")
-        if self.method == "ifd-top" and self.scorer is None:
-            raise SelectionError("--method ifd-top needs a model that scores: give --scorer.")
-        self._check_scores()
-        if self.quota is not None:
-            self._check_quota(self.quota)
-        check_thresholds(self.thresholds)
-
-    @property
-    def scored(self) -> bool:
-        """Whether rows have a score that a model or a person gave."""
-        return self.scorer is not None or self.score_column is not None
-
-    def _check_scores(self) -> None:
-        if self.scorer is not None and self.score_column is not None:
-            raise SelectionError(
-                f"--scorer {self.scorer} and --score-column {self.score_column} both give a score; give one of them."
-            )
-        if self.score_column is not None and self.method not in FILTERED:
-            raise SelectionError(f"--score-column is for --method {' or '.join(FILTERED)}, not {self.method}.")
-        if self.within is None:
-            return
-        if self.method != "teleflm":
-            raise SelectionError(f"--within is for --method teleflm, not {self.method}.")
-        if self.within not in diversity.WITHIN:
-            raise SelectionError(f"--within is {self.within!r}; expected one of {', '.join(diversity.WITHIN)}.")
-        if self.within == "quality" and not self.scored:
-            raise SelectionError("--within quality needs a score: give --score-column or --scorer.")
-
-    def _check_quota(self, quota: Mapping[str, float]) -> None:
-        unknown = [name for name in quota if name not in domains.DOMAINS]
-        if unknown and self.domain_column is None:
-            known = ", ".join(domains.DOMAINS)
-            raise SelectionError(f"--quota: unknown domain {unknown[0]!r}; known are {known}, or give --domain-column.")
-        if wrong := [name for name, share in quota.items() if not 0 <= share <= 1]:
-            raise SelectionError(f"--quota: {wrong[0]} is {quota[wrong[0]]}; a share is from 0 to 1.")
-        total = math.fsum(quota.values())
-        if not math.isclose(total, 1, abs_tol=1e-6):
-            raise SelectionError(f"--quota: the shares sum to {total:g}, not to 1.")
 
 
 @dataclass(frozen=True)
@@ -174,10 +86,11 @@ def select_conversations(
         DataError: a file cannot be read.
     """
     settings, out = settings or SelectionSettings(), Path(out)
+    declared = settings.declaration
     files = tuple(map(str, [data] if isinstance(data, str | Path) else data))
-    stages = make_stages(files, settings, notify)
+    stages = make_stages(files, declared, notify)
     _refuse_folders(out)
-    workspace = Workspace(out / STAGES, stages, settings.seed, overwrite=overwrite)
+    workspace = Workspace(out / STAGES, stages, declared.seed, overwrite=overwrite)
     obstacle = _obstacle(out, workspace.digests[-1])
     if obstacle and not overwrite:
         raise SelectionError(obstacle)
@@ -187,16 +100,16 @@ def select_conversations(
             for name in (SELECTED, SUMMARY):  # rows without a record would be somebody's
                 (out / name).unlink(missing_ok=True)
         try:
-            workspace.run(executor, notify, _checks(workspace, settings, notify))
-        except _TooFew as few:
+            workspace.run(executor, notify, _checks(workspace, declared, notify))
+        except TooFewError as few:
             raise SelectionError(f"{few} {_describe_losses(workspace.results)}") from None
     if not workspace.results[-1].rows_out:
         emptied = workspace.results[-1].name
         raise SelectionError(f"no row is left after {emptied}. {_describe_losses(workspace.results)}")
     selection = _describe(workspace, out, already_done)
     if not already_done:
-        written = _write_selected(workspace, out, settings.unique_ids)
-        _write_summary(selection, settings, workspace, out, written)
+        written = _write_selected(workspace, out, declared.unique_ids)
+        _write_summary(selection, declared, workspace, out, written)
         for name in (SELECTED, SUMMARY):
             (out / f"{name}{_PARTIAL}").replace(out / name)
     return selection
@@ -206,13 +119,13 @@ def select_conversations(
 
 
 def make_stages(
-    files: Sequence[str], settings: SelectionSettings, notify: Callable[[str], None] = lambda line: None
+    files: Sequence[str], declared: Declaration, notify: Callable[[str], None] = lambda line: None
 ) -> list[Stage]:
-    """The stages of a selection, in order.
+    """The stages of a selection, in order: the files, and then what the operators do.
 
     Args:
         files: the data.
-        settings: what to select.
+        declared: what to select.
         notify: told of items of evaluation sets that are too short to look for.
 
     Raises:
@@ -220,40 +133,13 @@ def make_stages(
         DataError: a file cannot be read.
     """
     read = partial(rows.read_tables, piece_rows=rows.PIECE_ROWS)
-    stages = [
-        Stage("rows", {"files": [_identify(file) for file in files]}, files=tuple(files), tables=read),
-        Stage("exact-duplicates", {}, ("id",), dedup.drop_exact_duplicates, whole=True),
-    ]
-    limits = partial(stage_thresholds, given=settings.thresholds)
-    own_text: tuple[str, ...] = ("row",)
-    if settings.method in FILTERED:
-        own_text = ("row", "common")
-        shared = limits("common-text")
-        marking = {**shared, "run": common.RUN, "min_rows": common.MIN_ROWS, "sample": common.SAMPLE}
-        sketched = {"slots": dedup.SLOTS, "answer_slots": dedup.ANSWER_SLOTS}
-        near = limits("near-duplicates")
-        compared = ("id", "sketch", "pairs", "answer_sketch", "answer_pairs")
-        remove = partial(dedup.drop_near_duplicates, **near)
-        stages += [
-            Stage("common-text", marking, ("row",), fit=partial(common.fit_marks, **shared), sample=common.SAMPLE),
-            Stage("sketches", sketched, (*own_text, "unread"), dedup.sketch),
-            Stage("near-duplicates", {**near, "bands": dedup.BANDS}, compared, remove, whole=True),
-        ]
-    if settings.decontaminate:
-        stages.append(_decontamination(settings, notify))
-    by_column = {"column": settings.domain_column}
-    stages.append(Stage("domains", by_column, own_text, partial(domains.tag_domains, **by_column)))
-    if settings.method in FILTERED:
-        broken = limits("heuristics")
-        drop = partial(heuristics.drop_broken, limits=heuristics.Limits(**broken))
-        stages.append(Stage("heuristics", broken, ("row", "domain"), drop))
-    if settings.scored or settings.method == "longest":
-        stages.append(_scoring(settings))
-    if settings.method in FILTERED:
-        fitted = {"embedder": settings.embedder, "sample": embed.SAMPLE, "dimensions": embed.DIMENSIONS}
-        fit = partial(embed.fit_kernel, embedder=settings.embedder, seed=settings.seed)
-        stages.append(Stage("embeddings", fitted, own_text, fit=fit, sample=embed.SAMPLE))
-    return [*stages, _choice(settings)]
+    stages = [Stage("rows", {"files": [_identify(file) for file in files]}, files=tuple(files), tables=read)]
+    columns = frozenset(FIRST)
+    for entry in declared.active:
+        run = Run(declared.seed, columns, declared.allow_fewer, declared.unique_ids, notify)
+        stages.append(build_stage(entry.name, entry.values, entry.reading, run))
+        columns |= set(entry.operator.makes)
+    return stages
 
 
 def _identify(file: str) -> dict[str, Any]:
@@ -265,88 +151,11 @@ def _identify(file: str) -> dict[str, Any]:
     return {"name": path.name, "bytes": status.st_size, "changed": status.st_mtime_ns}
 
 
-def _decontamination(settings: SelectionSettings, notify: Callable[[str], None]) -> Stage:
-    limits = stage_thresholds("decontamination", settings.thresholds)
-    evaluations = decontaminate.read_evaluations(settings.decontaminate, **limits)
-    index = decontaminate.make_index(evaluations)
-    texts = index.items + index.too_short + index.shared
-    if index.too_short:
-        notify(f"decontamination: {index.too_short} of {texts} texts are too short to look for")
-    if index.shared:
-        notify(f"decontamination: {index.shared} of {texts} texts say what many do, and are not looked for")
-    content = make_digest([sorted(map(str, hashes.tolist())) for hashes in index.hashes.values()])
-    shared = stage_thresholds("common-text", settings.thresholds)
-    named = {"evaluations": content, **limits, "common_share": shared["max_share"], "sample": common.SAMPLE}
-    fit = partial(decontaminate.fit_kernel, evaluations=evaluations, **shared)
-    return Stage("decontamination", named, ("row",), fit=fit, sample=common.SAMPLE)
-
-
-def _scoring(settings: SelectionSettings) -> Stage:
-    if settings.method == "longest":
-        return Stage("scores", {"score": "characters of the answers"}, ("row",), score.score_length)
-    if settings.score_column is not None:
-        by = {"column": settings.score_column}
-        return Stage("scores", by, ("row",), partial(score.score_column, **by))
-    assert settings.scorer is not None
-    named = {"score": "ifd", "scorer": settings.scorer, "max_tokens": score.CAUSAL_TOKENS}
-    # One process: a model a worker would not fit, and torch has threads of its own.
-    return Stage("scores", named, ("row",), score.make_ifd_kernel(settings.scorer), in_process=True)
-
-
-def _choice(settings: SelectionSettings) -> Stage:
-    quota = dict(settings.quota) if settings.quota is not None else None
-    asked: dict[str, Any] = {"count": settings.count, "quota": quota, "seed": settings.seed}
-    named = {"method": settings.method, **asked, "unique_ids": settings.unique_ids}
-    reads: tuple[str, ...] = ("id", "domain")
-    choose: Callable[[Any], Any]
-    if settings.method in FILTERED:
-        given = settings.within or ("quality" if settings.scored else "random")
-        within = diversity.K_CENTER if settings.method == diversity.K_CENTER else given
-        named |= {"within": within, "cluster_rows": diversity.CLUSTER_ROWS}
-        named |= {"neighbours": diversity.NEIGHBOURS, "outliers": diversity.OUTLIERS}
-        reads = (*reads, *(("score",) if settings.scored else ()), "embedding")
-        choose = partial(diversity.select_from_clusters, **asked, within=within)
-    elif settings.method == "random":
-        choose = partial(diversity.select_top, **asked, by="random")
-    else:
-        reads, choose = (*reads, "score"), partial(diversity.select_top, **asked, by="score")
-    kernel = partial(_enough, choose=choose, count=settings.count, quota=quota, allow_fewer=settings.allow_fewer)
-    return Stage("selection", named, reads, kernel, whole=True)
-
-
-class _TooFew(SelectionError):
-    """Fewer rows than asked for, before it is said where the others went."""
-
-
-def _enough(
-    table: Any, choose: Callable[[Any], Any], count: int, quota: Mapping[str, float] | None, allow_fewer: bool
-) -> Any:
-    chosen = choose(table)
-    found = chosen["drop"].null_count
-    if found < count and not allow_fewer:
-        left = "" if len(table) == found else f" in the domains of --quota ({len(table):,} in all)"
-        raise _TooFew(f"only {found:,} rows are left{left}, fewer than -n {count:,}; --allow-fewer takes them.")
-    if quota and not allow_fewer and (short := _shortfall(table["domain"].to_pylist(), count, quota)):
-        raise _TooFew(f"{short}; {_OTHERS}.")
-    return chosen
-
-
-def _shortfall(tags: Sequence[str], count: int, quota: Mapping[str, float]) -> str:
-    """What a quota asks for and is not there, in words; empty if all of it is."""
-    if quota.keys().isdisjoint(tags):  # all that is chosen then says which domains there are
-        return ""
-    there = Counter(tags)
-    wanted = {domain: math.floor(share * count + 1e-9) for domain, share in quota.items()}
-    short = [f"{there[domain]:,} of {rows:,} {domain}" for domain, rows in wanted.items() if there[domain] < rows]
-    return f"--quota cannot be met: {', '.join(short)} rows are left" if short else ""
-
-
 def _checks(
-    workspace: Workspace, settings: SelectionSettings, notify: Callable[[str], None]
+    workspace: Workspace, declared: Declaration, notify: Callable[[str], None]
 ) -> dict[str, Callable[[StageFiles], None]]:
     """What is looked at between stages: what is not read, and, before anything costs much, whether the quota is met."""
-    names = [stage.name for stage in workspace.stages]
-    quota = settings.quota
+    count, quota = declared.choice.values["count"], declared.choice.values["quota"]
 
     def tell_unread(stages: StageFiles) -> None:
         for field, (rows_with, example) in count_unread(stages).items():
@@ -354,14 +163,34 @@ def _checks(
 
     def check_quota(stages: StageFiles) -> None:
         tags = stages.read(("domain",))["domain"].to_pylist()
-        if quota is None or not (short := _shortfall(tags, settings.count, quota)):
+        if not quota or not (short := find_shortfall(tags, count, quota)):
             return
-        if settings.quota is None or settings.allow_fewer:
+        if declared.allow_fewer:
             notify(f"selection: {short}; others take their place")
         else:
-            raise _TooFew(f"{short}; {_OTHERS}.")
+            raise TooFewError(f"{short}; {OTHERS}.")
 
-    return {"rows": tell_unread, "heuristics" if "heuristics" in names else "domains": check_quota}
+    entries = declared.active
+    tagged = next(place for place, entry in enumerate(entries) if "domain" in entry.operator.makes)
+    costly = next(place for place, entry in enumerate(entries) if place > tagged and entry.operator.costly)
+    looks = [("rows", tell_unread), (workspace.stages[costly].name, check_quota)]  # stage 0 is that of the files
+    for entry in entries:
+        cut = {score.SCORE_CUT, score.PERPLEXITY_CUT} & {*entry.operator.makes}
+        looks += [(entry.stage, partial(_tell_cut, column=column, notify=notify)) for column in cut]
+    return {name: partial(_call_all, [look for at, look in looks if at == name]) for name, _ in looks}
+
+
+def _call_all(functions: Sequence[Callable[[StageFiles], None]], stages: StageFiles) -> None:
+    for function in functions:
+        function(stages)
+
+
+def _tell_cut(stages: StageFiles, column: str, notify: Callable[[str], None]) -> None:
+    """Say of how many rows a model has not seen all."""
+    cut = stages.read((column,))[column].to_pylist()
+    if any(cut):
+        name = stages.results[-1].name
+        notify(f"{name}: {sum(cut):,} of {len(cut):,} rows are longer than the model's window; the rest is not read")
 
 
 def count_unread(stages: StageFiles) -> dict[str, tuple[int, str]]:
@@ -506,25 +335,15 @@ def _describe(workspace: Workspace, out: Path, already_done: bool) -> Selection:
     )
 
 
-def _without_folder(model: str | None) -> str | None:
-    """A model by the name of its folder; one of the Hub by its own."""
-    return Path(model).name if model is not None and Path(model).exists() else model
-
-
 def _write_summary(
-    selection: Selection, settings: SelectionSettings, workspace: Workspace, out: Path, written: Mapping[str, Any]
+    selection: Selection, declared: Declaration, workspace: Workspace, out: Path, written: Mapping[str, Any]
 ) -> None:
     """Write the summary under a name of its own. No local paths: it may be published with the data."""
-    given = {
-        "decontaminate": [Path(file).name for file in settings.decontaminate],
-        "scorer": _without_folder(settings.scorer),
-        "embedder": _without_folder(settings.embedder),
-    }
     described: dict[str, Any] = {
         "count": selection.count,
         "domains": selection.domains,
         "unread": {name: {"rows": count, "example": at} for name, (count, at) in count_unread(workspace).items()},
-        "settings": {**dataclasses.asdict(settings), **given},
+        "pipeline": {"name": Path(declared.name).name, **declared.to_dict(without_folders=True)},
         "teleflm_version": package_version(),
         "digest": workspace.digests[-1],
         **written,
@@ -536,7 +355,6 @@ def _write_summary(
 
 
 __all__ = [
-    "METHODS",
     "DataError",
     "Selection",
     "SelectionSettings",

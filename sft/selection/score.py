@@ -13,8 +13,8 @@ loss of the answers' tokens in the conversation over the mean loss of the same t
 own. Near 0, the question gives the answer away; from 1 on, the answer has nothing to do with it, and such rows are
 dropped. A small model ranks much as a large one does (Li et al. 2024, arXiv 2402.00530). Answers of all turns count; a
 conversation is read as plain text, its texts separated by blank lines, up to [`CAUSAL_TOKENS`] tokens or the model's
-own window: what lies beyond counts in neither mean. From the first of the losses comes the perplexity of the answers
-given what was said before, by which rows that a model finds too easy or cannot make sense of may be dropped.
+own window: what lies beyond counts in neither mean. The first of the losses alone makes the perplexity of the answers
+given what was said before, by which rows that a model knows by heart, or makes no sense of, may be dropped.
 
 With a model of sequence classification, such as a reward model: its output for the conversation, written with the chat
 template of its own tokenizer. Of a conversation that is longer than its window, the end is read.
@@ -29,13 +29,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .rows import answers, conversations
-from .scorers import CAUSAL, CAUSAL_TOKENS, CLASSIFIER, PLAIN, CausalScorer, ClassifierScorer, model_kind
+from .common import Reading
+from .rows import conversations
+from .scorers import CAUSAL, CAUSAL_TOKENS, PLAIN, SCORER, CausalScorer, ClassifierScorer, model_kind
 from .stages import Kernel, SelectionError, drop_none, drop_where
 
+ANSWERS = Reading("answer", own=False)
 IFD_MIN, IFD_MAX = 0.0, 1.0
 PERPLEXITY_MIN, PERPLEXITY_MAX = 0.0, 1e9  # none is outside
-PERPLEXITY_MIN_SHARE, PERPLEXITY_MAX_SHARE = 0.0, 0.0
+SCORE_CUT, PERPLEXITY_CUT = "score_cut", "perplexity_cut"  # columns: whether a row did not fit
+LOW_SHARE, HIGH_SHARE = 0.05, 0.05
+SAMPLE = 2000
+PERPLEXITY = "--perplexity"
 _LARGEST = float(np.finfo(np.float32).max)
 _IGNORED = -100
 
@@ -58,9 +63,9 @@ def _number(value: object) -> float:
     return float(value)
 
 
-def score_length(table: pa.Table) -> pa.Table:
-    """`score`: characters of the answers."""
-    scores = [sum(map(len, answers(messages))) for messages in conversations(table)]
+def score_length(table: pa.Table, reading: Reading = ANSWERS) -> pa.Table:
+    """`score`: characters of what is read, which are those of the answers unless told otherwise."""
+    scores = [sum(len(message["content"]) for message in messages) for messages in reading.conversations(table)]
     return pa.table({"drop": drop_none(len(table)), "score": pa.array(scores, pa.float32())})
 
 
@@ -70,10 +75,6 @@ def score_length(table: pa.Table) -> pa.Table:
 def make_ifd_kernel(model: str, ifd_min: float = IFD_MIN, ifd_max: float = IFD_MAX) -> Kernel:
     """A kernel that adds `score`, the IFD, by some causal language model; see [`score_ifd`].
 
-    Args:
-        model: a Hub folder or the name of a model on the Hub.
-        ifd_min, ifd_max: see [`score_ifd`].
-
     Raises:
         SelectionError: the model cannot be loaded.
     """
@@ -82,48 +83,108 @@ def make_ifd_kernel(model: str, ifd_min: float = IFD_MIN, ifd_max: float = IFD_M
 
 
 def score_ifd(table: pa.Table, model: str, ifd_min: float = IFD_MIN, ifd_max: float = IFD_MAX) -> pa.Table:
-    """`score`, the IFD; `perplexity`; and `cut`, whether a row was longer than the window.
+    """`score`, the IFD, and `score_cut`, whether a row was longer than the window.
 
     Args:
         table: with `row`.
-        model: see [`make_ifd_kernel`].
+        model: a Hub folder or the name of a model on the Hub.
         ifd_min, ifd_max: rows below the one, or not below the other, are dropped, and rows without a token of an answer
             in the window.
     """
-    ifd, perplexity, cut = measure_ifd(_causal(model), conversations(table))
-    outside = (~np.isfinite(ifd), ifd < ifd_min, ifd >= ifd_max)
-    reasons = np.select(outside, ("no_score", "ifd_low", "ifd_high"), "")
-    return pa.table(
-        {
-            "drop": pa.array([reason or None for reason in reasons.tolist()], pa.string()),
-            "score": pa.array(ifd.astype(np.float32)),
-            "perplexity": pa.array(perplexity.astype(np.float32)),
-            "cut": pa.array(cut),
-        }
-    )
+    ifd, cut = measure_ifd(_causal(model), conversations(table))
+    drop = _name_reasons(("no_score", ~np.isfinite(ifd)), ("ifd_low", ifd < ifd_min), ("ifd_high", ifd >= ifd_max))
+    return pa.table({"drop": drop, "score": pa.array(ifd.astype(np.float32)), SCORE_CUT: pa.array(cut)})
 
 
-def measure_ifd(
-    scorer: CausalScorer, chats: Iterable[Sequence[dict[str, str]]]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The IFD and the perplexity of the answers of each conversation, and whether it is longer than the window.
+def measure_ifd(scorer: CausalScorer, chats: Iterable[Sequence[dict[str, str]]]) -> tuple[np.ndarray, np.ndarray]:
+    """The IFD of each conversation, and whether it is longer than the window.
 
     Returns:
-        float64, float64 and bool, `[chats]`; NaN where no token of an answer is in the window.
+        float64 and bool, `[chats]`; NaN where no token of an answer is in the window.
     """
+    inside, cut = _read_window(scorer, chats)
+    together = scorer.losses([_sequence(pieces, scorer.start) for pieces in inside])[:, 0]
+    # Every answer on its own, without what the conversation has no room for: as many tokens.
+    single = [[piece] for pieces in inside for piece in pieces if piece[1]]
+    alone = scorer.losses([_sequence(pieces, scorer.start) for pieces in single])[:, 0]
+    owners = np.repeat(np.arange(len(inside)), [sum(is_answer for _, is_answer in pieces) for pieces in inside])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return together / np.bincount(owners, weights=alone, minlength=len(inside)), cut
+
+
+def check_perplexity_model(model: str) -> None:
+    """Load it, before anything else takes long.
+
+    Raises:
+        SelectionError: it cannot be loaded, or is no causal language model.
+    """
+    if not is_causal(model, PERPLEXITY):
+        raise SelectionError(f"{PERPLEXITY} {model}: is a classifier, and perplexity is of causal language models.")
+    _causal(model, PERPLEXITY)
+
+
+def fit_perplexity(sample: pa.Table, model: str, min: float, max: float, low_share: float, high_share: float) -> Kernel:
+    """A kernel that drops rows by the perplexity of their answers; see [`drop_by_perplexity`].
+
+    Args:
+        sample: of the rows.
+        model: see [`score_ifd`].
+        min, max: see [`drop_by_perplexity`].
+        low_share, high_share: of the sample, that has a perplexity below, or above, those that stay.
+
+    Raises:
+        SelectionError: the model cannot be loaded.
+    """
+    if low_share or high_share:
+        found, _ = measure_perplexity(_causal(model), conversations(sample))
+        if len(found := found[np.isfinite(found)]):
+            low, high = np.quantile(found, [low_share, 1 - high_share]).tolist()
+            min, max = (low if low > min and low_share else min), (high if high < max and high_share else max)
+    return partial(drop_by_perplexity, model=model, min=min, max=max)
+
+
+def drop_by_perplexity(table: pa.Table, model: str, min: float, max: float) -> pa.Table:
+    """Drop rows by the perplexity of their answers, given what was said before; adds `perplexity` and `perplexity_cut`.
+
+    Args:
+        table: with `row`.
+        model: see [`score_ifd`].
+        min, max: of those that stay. Rows without a token of an answer in the window are dropped too.
+    """
+    found, cut = measure_perplexity(_causal(model), conversations(table))
+    drop = _name_reasons(
+        ("no_perplexity", ~np.isfinite(found)), ("perplexity_low", found < min), ("perplexity_high", found > max)
+    )
+    return pa.table({"drop": drop, "perplexity": pa.array(found.astype(np.float32)), PERPLEXITY_CUT: pa.array(cut)})
+
+
+def measure_perplexity(
+    scorer: CausalScorer, chats: Iterable[Sequence[dict[str, str]]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """exp of the mean loss of the answers' tokens in each conversation, and whether it is longer than the window.
+
+    Returns:
+        as [`measure_ifd`].
+    """
+    inside, cut = _read_window(scorer, chats)
+    losses, counts = scorer.losses([_sequence(pieces, scorer.start) for pieces in inside]).T
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return np.exp(losses / counts), cut
+
+
+def _name_reasons(*reasons: tuple[str, np.ndarray]) -> pa.Array:
+    """The column `drop`: the first reason there is."""
+    names, conditions = zip(*reasons, strict=True)
+    return pa.array([name or None for name in np.select(conditions, names, "").tolist()], pa.string())
+
+
+def _read_window(
+    scorer: CausalScorer, chats: Iterable[Sequence[dict[str, str]]]
+) -> tuple[list[list[tuple[list[int], bool]]], np.ndarray]:
+    """The pieces of each conversation that the model's window has room for, and whether that is not all: bool."""
     whole = [_pieces(messages, scorer.tokenizer) for messages in chats]
     inside = [_cut(pieces, scorer.window - 1) for pieces in whole]
-    together = scorer.losses([_sequence(pieces, scorer.start) for pieces in inside])
-    # Every answer on its own, without what the conversation has no room for.
-    single = [[piece] for pieces in inside for piece in pieces if piece[1]]
-    alone = scorer.losses([_sequence(pieces, scorer.start) for pieces in single])
-    owners = np.repeat(np.arange(len(inside)), [sum(is_answer for _, is_answer in pieces) for pieces in inside])
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        # Both sums are of the same tokens, so their ratio is that of the means.
-        ifd = together[:, 0] / np.bincount(owners, weights=alone[:, 0], minlength=len(inside))
-        perplexity = np.exp(together[:, 0] / together[:, 1])
-    cut = [_length(kept) < _length(pieces) for kept, pieces in zip(inside, whole, strict=True)]
-    return ifd, perplexity, np.array(cut, bool)
+    return inside, np.array([_length(own) < _length(all_) for own, all_ in zip(inside, whole, strict=True)], bool)
 
 
 def _pieces(messages: Sequence[dict[str, str]], tokenizer: Any) -> list[tuple[list[int], bool]]:
@@ -156,100 +217,91 @@ def _sequence(pieces: Sequence[tuple[list[int], bool]], start: int) -> tuple[lis
     return ids, labels
 
 
-def drop_by_perplexity(
-    table: pa.Table,
-    min: float = PERPLEXITY_MIN,
-    max: float = PERPLEXITY_MAX,
-    min_share: float = PERPLEXITY_MIN_SHARE,
-    max_share: float = PERPLEXITY_MAX_SHARE,
-) -> pa.Table:
-    """Drop rows whose answers have a perplexity outside a band; it is all there is unless something is given.
-
-    Args:
-        table: with `perplexity`, of all rows.
-        min, max: of those that stay.
-        min_share, max_share: of all rows, that are dropped because theirs are the lowest, or the highest. Of equal ones
-            none is dropped that a share would not drop all of.
-    """
-    values = table["perplexity"].to_numpy().astype(np.float64)
-    ordered = np.sort(values)
-    low, high = (np.searchsorted(ordered, values, side) for side in ("right", "left"))
-    too_low = (values < min) | (low <= min_share * len(values) + 1e-9)
-    too_high = (values > max) | (len(values) - high <= max_share * len(values) + 1e-9)
-    reasons = np.select((too_low, too_high), ("perplexity_low", "perplexity_high"), "")
-    return pa.table({"drop": pa.array([reason or None for reason in reasons.tolist()], pa.string())})
-
-
 # --- by a classifier --------------------------------------------------------------------------------------------------
 
 
-def make_classifier_kernel(model: str, label: str | None = None) -> Kernel:
-    """A kernel that adds `score` by some model of sequence classification; see [`score_by_classifier`].
-
-    Args:
-        model: a Hub folder or the name of a model on the Hub; after `plain:` if it has no chat template and reads the
-            texts of a conversation, separated by blank lines.
-        label: whose probability is the score, if the model has several.
-
-    Raises:
-        SelectionError: the model cannot be loaded, has no chat template, or several labels and none of that name.
-    """
-    _classifier(model, label)
-    return partial(score_by_classifier, model=model, label=label)
-
-
-def score_by_classifier(table: pa.Table, model: str, label: str | None = None) -> pa.Table:
-    """`score`, what the model says of a conversation, and `cut`, whether its beginning did not fit.
+def score_by_classifier(table: pa.Table, model: str, label: str | None = None, format: str | None = None) -> pa.Table:
+    """`score`, what a model of sequence classification says of a row; `score_cut`, whether its end alone fitted.
 
     A row without a finite score is dropped, such as one whose roles the chat template refuses.
+
+    Args:
+        table: with `row`.
+        model: a Hub folder or the name of a model on the Hub.
+        label: whose probability is the score, if the model has several.
+        format: `plain`, if the model has no chat template and reads texts separated by blank lines.
     """
-    scores, cut = _classifier(model, label).scores(conversations(table))
+    scores, cut = _classifier(model, label, format).scores(conversations(table))
     drop = drop_where(~np.isfinite(scores), "no_score")
-    return pa.table({"drop": drop, "score": pa.array(scores), "cut": pa.array(cut)})
+    return pa.table({"drop": drop, "score": pa.array(scores), SCORE_CUT: pa.array(cut)})
 
 
-def make_model_kernel(model: str, label: str | None, ifd_min: float, ifd_max: float) -> tuple[str, Kernel]:
-    """The kernel for what a model is, and which: see [`make_ifd_kernel`] and [`make_classifier_kernel`].
+def is_causal(model: str, flag: str = SCORER) -> bool:
+    """Whether it is a causal language model, and not a classifier; `flag` begins the message.
 
     Raises:
-        SelectionError: the model is neither of the two, or cannot be used.
+        SelectionError: it is neither.
     """
-    name = model.removeprefix(PLAIN)
-    if model_kind(name) == CLASSIFIER:
-        return CLASSIFIER, make_classifier_kernel(model, label)
-    if name != model:
-        raise SelectionError(f"--scorer {model}: is a causal language model, which reads plain text anyway; no {PLAIN}")
-    if label is not None:
-        raise SelectionError(f"--scorer-label {label}: --scorer {model} is a causal language model, without labels.")
-    return CAUSAL, make_ifd_kernel(model, ifd_min, ifd_max)
+    return model_kind(model, flag) == CAUSAL
+
+
+def make_scorer_kernel(
+    model: str,
+    label: str | None = None,
+    format: str | None = None,
+    ifd_min: float = IFD_MIN,
+    ifd_max: float = IFD_MAX,
+) -> Kernel:
+    """The kernel for what a model is: [`score_by_classifier`], or [`score_ifd`] of a causal language model.
+
+    Raises:
+        SelectionError: the model is neither of the two, cannot be used, or was told something that is for the other.
+    """
+    if is_causal(model):
+        for flag, value in (("--scorer-label", label), ("--scorer-format", format)):
+            if value is not None:
+                raise SelectionError(
+                    f"{flag} {value}: is for reward models and other classifiers; --scorer {model} is a causal "
+                    "language model, whose score is the IFD."
+                )
+        return make_ifd_kernel(model, ifd_min, ifd_max)
+    if (ifd_min, ifd_max) != (IFD_MIN, IFD_MAX):
+        raise SelectionError(
+            f"--set scorer.ifd_min, scorer.ifd_max: are for causal language models; --scorer {model} is a classifier."
+        )
+    _classifier(model, label, format)
+    return partial(score_by_classifier, model=model, label=label, format=format)
 
 
 # --- models, one a process; loading takes longer than a part ----------------------------------------------------------
 
 _causal_models: dict[str, CausalScorer] = {}
-_classifiers: dict[tuple[str, str | None], ClassifierScorer] = {}
+_classifiers: dict[tuple[str, str | None, str | None], ClassifierScorer] = {}
 
 
-def _causal(name: str) -> CausalScorer:
+def _causal(name: str, flag: str = SCORER) -> CausalScorer:
     if name not in _causal_models:
-        _causal_models[name] = CausalScorer.load(name)
+        _causal_models[name] = CausalScorer.load(name, flag)
     return _causal_models[name]
 
 
-def _classifier(name: str, label: str | None) -> ClassifierScorer:
-    if (name, label) not in _classifiers:
-        own = name.removeprefix(PLAIN)
-        _classifiers[name, label] = ClassifierScorer.load(own, label, plain=own != name)
-    return _classifiers[name, label]
+def _classifier(name: str, label: str | None, format: str | None) -> ClassifierScorer:
+    if (key := (name, label, format)) not in _classifiers:
+        _classifiers[key] = ClassifierScorer.load(name, label, plain=format == PLAIN)
+    return _classifiers[key]
 
 
 __all__ = [
+    "ANSWERS",
     "CAUSAL_TOKENS",
+    "check_perplexity_model",
     "drop_by_perplexity",
-    "make_classifier_kernel",
+    "fit_perplexity",
+    "is_causal",
     "make_ifd_kernel",
-    "make_model_kernel",
+    "make_scorer_kernel",
     "measure_ifd",
+    "measure_perplexity",
     "score_by_classifier",
     "score_column",
     "score_ifd",

@@ -35,17 +35,19 @@ BATCH_TOKENS = 8192
 HEAD_BYTES = 1 << 26
 _CAUSAL_NAMES = ("ForCausalLM", "LMHeadModel")
 _CLASSIFIER_NAMES = ("ForSequenceClassification",)
-PLAIN = "plain:"
+FORMATS = TEMPLATE, PLAIN = ("template", "plain")
+SCORER = "--scorer"
 _IGNORED = -100
 _PROBE_TOKENS = 8
 _NO_WINDOW = 1 << 30
 
 
-def model_kind(name: str) -> str:
+def model_kind(name: str, flag: str = SCORER) -> str:
     """[`CAUSAL`] or [`CLASSIFIER`], by the architecture in config.json.
 
     Args:
         name: a Hub folder or the name of a model on the Hub.
+        flag: begins the messages.
 
     Raises:
         SelectionError: there is no such model, or it is neither.
@@ -54,14 +56,14 @@ def model_kind(name: str) -> str:
 
     import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
 
-    with _refused(name):
+    with _refused(name, flag):
         architectures = AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or []
     for kind, endings in ((CLASSIFIER, _CLASSIFIER_NAMES), (CAUSAL, _CAUSAL_NAMES)):
         if any(architecture.endswith(endings) for architecture in architectures):
             return kind
     found = ", ".join(architectures) or "no architecture"
     expected = "a causal language model (...ForCausalLM) or a reward model (...ForSequenceClassification)"
-    raise SelectionError(f"--scorer {name}: its config.json names {found}, expected {expected}.")
+    raise SelectionError(f"{flag} {name}: its config.json names {found}, expected {expected}.")
 
 
 # --- causal language models -------------------------------------------------------------------------------------------
@@ -87,11 +89,11 @@ class CausalScorer:
         self._decoder = _find_decoder(model)
 
     @classmethod
-    def load(cls, name: str) -> "CausalScorer":
-        """Raises: SelectionError, if the model cannot be loaded."""
+    def load(cls, name: str, flag: str = SCORER) -> "CausalScorer":
+        """Raises: SelectionError, if the model cannot be loaded; `flag` begins the message."""
         from transformers import AutoModelForCausalLM
 
-        return cls(*_load(name, AutoModelForCausalLM))
+        return cls(*_load(name, AutoModelForCausalLM, flag))
 
     def losses(self, sequences: Sequence[tuple[list[int], list[int]]]) -> np.ndarray:
         """Sum of the losses, in nats, of the labelled tokens of each sequence, and their number.
@@ -202,7 +204,7 @@ class ClassifierScorer:
         model: in evaluation mode.
         tokenizer: its own.
         label: whose probability is the score, if the model has several; with a single one its output is the score.
-        plain: read texts separated by blank lines, if the tokenizer has no chat template.
+        plain: read texts separated by blank lines, not by the tokenizer's chat template.
         name: of the model, in messages.
 
     Attributes:
@@ -218,11 +220,11 @@ class ClassifierScorer:
         self.model, self.tokenizer = model, tokenizer
         self.window = min(CLASSIFIER_TOKENS, model_window(model), tokenizer.model_max_length)
         self._output = _find_label(model.config, label, name)
-        self._plain = plain and tokenizer.chat_template is None
+        self._plain = plain
         if tokenizer.chat_template is None and not plain:
             raise SelectionError(
                 f"--scorer {name}: its tokenizer has no chat template, so how it expects a conversation is not known; "
-                f"give --scorer {PLAIN}{name} if it reads plain text."
+                f"if it reads plain text, give --scorer-format {PLAIN}."
             )
 
     @classmethod
@@ -327,7 +329,7 @@ def _pad(rows: Sequence[Sequence[int]], value: int) -> "torch.Tensor":
     return padded
 
 
-def _load(name: str, model_class: Any) -> tuple[Any, Any]:
+def _load(name: str, model_class: Any, flag: str = SCORER) -> tuple[Any, Any]:
     """A model, in evaluation mode, and its tokenizer."""
     import torch
     from transformers import AutoTokenizer
@@ -336,26 +338,26 @@ def _load(name: str, model_class: Any) -> tuple[Any, Any]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    with _refused(name):
+    with _refused(name, flag):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, loading = model_class.from_pretrained(
             name, dtype=dtype, trust_remote_code=False, weights_only=True, output_loading_info=True
         )
     if missing := sorted(loading["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise SelectionError(f"--scorer {name}: has no weights for {missing[0]}{more}, so its scores would be random.")
+        raise SelectionError(f"{flag} {name}: has no weights for {missing[0]}{more}, so its scores would be random.")
     return model.eval().to(device), tokenizer
 
 
 @contextmanager
-def _refused(name: str) -> Iterator[None]:
+def _refused(name: str, flag: str) -> Iterator[None]:
     """Whatever the libraries that read its files raise, in one line."""
     if not Path(name).exists() and name.startswith((".", "/")):
-        raise SelectionError(f"--scorer {name}: no such folder.")
+        raise SelectionError(f"{flag} {name}: no such folder.")
     try:
         yield
     except Exception as error:
-        raise SelectionError(f"--scorer {name} cannot be loaded: {one_line(error)}") from error
+        raise SelectionError(f"{flag} {name} cannot be loaded: {one_line(error)}") from error
 
 
 __all__ = [
@@ -364,8 +366,11 @@ __all__ = [
     "CAUSAL_TOKENS",
     "CLASSIFIER",
     "CLASSIFIER_TOKENS",
+    "FORMATS",
     "HEAD_BYTES",
     "PLAIN",
+    "SCORER",
+    "TEMPLATE",
     "CausalScorer",
     "ClassifierScorer",
     "apply_head",

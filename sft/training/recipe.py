@@ -21,7 +21,7 @@ import functools
 import re
 import types
 import typing
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ from trl import DPOConfig, ModelConfig, SFTConfig
 from growth.training.kernels import WHY_NOT_LIGER
 from growth.training.launch import DistributedName
 from sft import SFTError
+from sft.yaml_text import load_yaml
 
 
 class RecipeError(SFTError):
@@ -441,31 +442,10 @@ def _spell(hint: Any) -> str:
 
 # --- YAML -------------------------------------------------------------------------------------------------------------
 
-_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML 1.2 scalars, no key twice. PyYAML is 1.1: it reads `1e-9` as a string, `save_strategy: no` as False."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL or first in "tTfF"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key_node, deep=True) for key_node, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_RecipeLoader.add_implicit_resolver(_FLOAT, re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
-
 
 def _load_yaml(text: str, origin: str) -> Any:
     try:
-        return yaml.load(text, Loader=_RecipeLoader)
+        return load_yaml(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
 

@@ -21,6 +21,7 @@ import pyarrow as pa
 from sft.data.checks import REASONS as INVALID
 from sft.selection import embed, heuristics
 from sft.selection.domains import tag_domain
+from sft.selection.operators import SCORES
 from sft.selection.pipeline import STAGES
 from sft.selection.rows import conversations, whole_text
 from sft.selection.stages import StageFiles
@@ -29,7 +30,9 @@ from teleflm.reports.page import legend_above, new_figure, write_report_files
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from sft.selection.pipeline import Selection, SelectionSettings
+    from sft.selection.declaration import Declaration
+    from sft.selection.pipeline import Selection
+    from sft.selection.settings import SelectionSettings
 
 SAMPLE = 5000
 EXAMPLES = 20  # a domain
@@ -73,9 +76,11 @@ def write_report(selection: "Selection", settings: "SelectionSettings", folder: 
         selection, settings: what came of it, and what was asked for.
         folder: made if absent; files of an earlier report are replaced.
     """
+    declared = settings.declaration
     stages = StageFiles.open(Path(selection.file).parent / STAGES)
-    before = _read_sample(stages, settings.domain_column, after=0)
-    after = _read_sample(stages, settings.domain_column)
+    domain_column = declared.value("domains", "column")
+    before = _read_sample(stages, domain_column, after=0)
+    after = _read_sample(stages, domain_column)
     fates = _fates(stages, before.keys)
     shares = {
         domain: (Counter(before.domains)[domain] / len(before.keys), selection.domains.get(domain, 0) / selection.count)
@@ -85,7 +90,7 @@ def write_report(selection: "Selection", settings: "SelectionSettings", folder: 
         "funnel": _funnel_figure(selection),
         "domains": _domain_figure(shares),
         "lengths": _length_figure(before.texts, after.texts),
-        "map": _map_figure(_project(before.texts, settings), fates),
+        "map": _map_figure(_project(before.texts, declared), fates),
     }
     reasons = [
         (stage.name, reason, _REASONS.get(reason, ""), count)
@@ -97,13 +102,30 @@ def write_report(selection: "Selection", settings: "SelectionSettings", folder: 
         _TEMPLATE,
         figures,
         ("selection.json", {**asdict(selection), "file": Path(selection.file).name, "shares": shares}),
-        settings=settings,
+        declared=_describe(declared),
         selection=selection,
         reasons=reasons,
         shares=shares,
         examples=_examples(stages),
         samples=(len(before.keys), len(after.keys)),
     )
+
+
+def _describe(declared: "Declaration") -> dict[str, Any]:
+    """What the head of the page says of how it was done. No paths: the page may be published."""
+    told = {entry["operator"]: entry for entry in declared.to_dict(without_folders=True)["operators"]}
+    scored = [
+        entry.name if not entry.operator.switch else f"{entry.name} {told[entry.name][entry.operator.switch]}"
+        for entry in declared.active
+        if entry.operator.does == SCORES
+    ]
+    return {
+        "pipeline": Path(declared.name).name,
+        "operators": [entry.name for entry in declared.active],
+        "seed": declared.seed,
+        "score": ", ".join(scored) or "none",
+        "embedder": told.get("embeddings", {}).get("embedder"),
+    }
 
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
@@ -133,9 +155,9 @@ def _keys(table: pa.Table) -> set[tuple[str, int]]:
     return set(zip(table["part"].to_pylist(), table["position"].to_pylist(), strict=True))
 
 
-def _project(texts: Sequence[str], settings: "SelectionSettings") -> np.ndarray:
+def _project(texts: Sequence[str], declared: "Declaration") -> np.ndarray:
     """The two principal components of the texts' embeddings, `[texts, 2]`."""
-    vectors = embed.fit(texts, settings.embedder, settings.seed)(texts).astype(np.float64)
+    vectors = embed.fit(texts, declared.value("embeddings", "embedder"), declared.seed)(texts).astype(np.float64)
     centered = vectors - vectors.mean(axis=0)
     _, directions = np.linalg.eigh(centered.T @ centered)
     return centered @ directions[:, : -min(2, directions.shape[1]) - 1 : -1]

@@ -11,21 +11,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from teleflm.terminal import DEFAULT_WORKERS, Debug, Json, Overwrite, Seed, exit_codes, make_console, print_json
+from teleflm.terminal import DEFAULT_WORKERS, Debug, Json, Overwrite, exit_codes, make_console, print_json
 
 if TYPE_CHECKING:
     from sft.selection import Selection, SelectionSettings
 
 DataAndOut = Annotated[
-    list[str], typer.Argument(metavar="DATA... OUT", help="Files of conversations; folder to write.")
+    list[str] | None, typer.Argument(metavar="DATA... OUT", help="Files of conversations; folder to write.")
 ]
-Count = Annotated[int, typer.Option("-n", "--count", help="Rows to select.")]
+Count = Annotated[int | None, typer.Option("-n", "--count", help="Rows to select; 30000 unless declared.")]
 Method = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="teleflm: clusters in proportion, outliers last. k-center: seeks outliers, and with them what is damaged. "
-        "Or a baseline: random, longest or ifd-top."
+        "Or a baseline: random, longest or ifd-top. teleflm unless given."
     ),
+]
+Pipeline = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Operators in YAML, in place of --method; --explain prints one to start from."),
 ]
 Within = Annotated[
     str | None,
@@ -42,37 +46,67 @@ DomainColumn = Annotated[str | None, typer.Option(help="A column of the data tha
 Decontaminate = Annotated[
     list[str] | None, typer.Option(metavar="FILE", help="Evaluation set to keep out of the selection. Repeatable.")
 ]
-Scorer = Annotated[str | None, typer.Option(metavar="MODEL", help="Causal language model for the IFD score.")]
+Scorer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL", help="Causal language model, for the IFD score, or a reward model; its config.json says which."
+    ),
+]
+ScorerLabel = Annotated[
+    str | None, typer.Option(help="Of a --scorer with several labels: the one whose probability is the score.")
+]
+ScorerFormat = Annotated[
+    str | None,
+    typer.Option(help="plain: the --scorer reads plain text. template, its chat template, unless given."),
+]
+Perplexity = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL", help="Causal language model; rows whose answers surprise it least or most are dropped."
+    ),
+]
 ScoreColumn = Annotated[
     str | None, typer.Option(help="A column of the data with a number for each row, the higher the better.")
 ]
 Embedder = Annotated[
     str | None,
-    typer.Option(metavar="MODEL", help="Hub folder, or sentence-transformers:NAME; words of the data unless given."),
+    typer.Option(
+        metavar="MODEL",
+        help="Sentence encoder, a folder or sentence-transformers:NAME, or a model whose input embeddings are taken; "
+        "words of the data unless given.",
+    ),
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="STAGE.NAME=VALUE", help="A threshold; --explain prints them. Repeatable."),
+    typer.Option("--set", metavar="OPERATOR.NAME=VALUE", help="A threshold; --explain prints them. Repeatable."),
 ]
-Explain = Annotated[bool, typer.Option("--explain", help="Print the stages and thresholds, and do nothing.")]
+Explain = Annotated[
+    bool,
+    typer.Option("--explain", help="Print the operators as YAML for --pipeline, and do nothing."),
+]
 UniqueIds = Annotated[bool, typer.Option("--unique-ids", help="Replace ids that are missing or repeated.")]
 AllowFewer = Annotated[
     bool, typer.Option("--allow-fewer", help="Select what there is, if that is less than -n or --quota ask for.")
 ]
 ReportFolder = Annotated[Path | None, typer.Option("--report", metavar="DIR", help="Write an HTML page, PNG and JSON.")]
+SelectionSeed = Annotated[int | None, typer.Option("--seed", help="Of everything random; 0 unless declared.", min=0)]
 Workers = Annotated[int, typer.Option(help="Processes; memory grows with it, the selection stays.", min=1)]
 Ray = Annotated[bool, typer.Option("--ray", help="Run on the Ray cluster that ray.init finds; OUT on a shared disk.")]
 
 
 def select(
-    data_and_out: DataAndOut,
-    count: Count = 30_000,
-    method: Method = "teleflm",
+    data_and_out: DataAndOut = None,
+    count: Count = None,
+    method: Method = None,
+    pipeline: Pipeline = None,
     within: Within = None,
     quota: Quota = None,
     domain_column: DomainColumn = None,
     decontaminate: Decontaminate = None,
     scorer: Scorer = None,
+    scorer_label: ScorerLabel = None,
+    scorer_format: ScorerFormat = None,
+    perplexity: Perplexity = None,
     score_column: ScoreColumn = None,
     embedder: Embedder = None,
     set_: Set = None,
@@ -80,7 +114,7 @@ def select(
     allow_fewer: AllowFewer = False,
     explain: Explain = False,
     report: ReportFolder = None,
-    seed: Seed = 0,
+    seed: SelectionSeed = None,
     workers: Workers = DEFAULT_WORKERS,
     ray: Ray = False,
     overwrite: Overwrite = False,
@@ -93,21 +127,22 @@ def select(
     again.
     """
     from sft.selection import SelectionSettings, select_conversations
-    from sft.selection.thresholds import parse_thresholds
+    from sft.selection.options import parse_thresholds
     from teleflm.reports.page import check_report_folder
 
     with exit_codes(debug=debug):
-        *data, out = data_and_out
-        if not data:
-            raise ValueError(f"DATA is missing: {out} is OUT, the folder to write.")
         settings = SelectionSettings(
             count=count,
             method=method,
+            pipeline=pipeline,
             within=within,
             quota=_parse_quota(quota),
             domain_column=domain_column,
             decontaminate=tuple(decontaminate or ()),
             scorer=scorer,
+            scorer_label=scorer_label,
+            scorer_format=scorer_format,
+            perplexity=perplexity,
             score_column=score_column,
             embedder=embedder,
             thresholds=parse_thresholds(set_ or ()),
@@ -116,8 +151,13 @@ def select(
             allow_fewer=allow_fewer,
         )
         if explain:
-            _explain(data, settings, as_json)
+            _explain(settings, as_json)
             return
+        *data, out = data_and_out or [""]
+        if not data:
+            raise ValueError(
+                f"DATA is missing: {out} is OUT, the folder to write." if out else "DATA... OUT are missing."
+            )
         if report is not None:
             check_report_folder(report)
             if report.resolve() == Path(out).resolve():
@@ -162,26 +202,22 @@ def _parse_quota(text: str | None) -> dict[str, float] | None:
     return quota
 
 
-def _explain(data: list[str], settings: "SelectionSettings", as_json: bool) -> None:
-    """The stages in order, and the thresholds as they are set."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    from sft.selection.pipeline import make_stages
-    from sft.selection.thresholds import THRESHOLDS
-
-    stages = [stage.name for stage in make_stages(data, settings, lambda line: print(line, file=sys.stderr))]
-    thresholds = {name: settings.thresholds.get(name, known.default) for name, known in THRESHOLDS.items()}
-    thresholds = {name: value for name, value in thresholds.items() if name.partition(".")[0] in stages}
-    if as_json:
-        print_json({"stages": stages, "thresholds": thresholds})
+def _explain(settings: "SelectionSettings", as_json: bool) -> None:
+    """All that is asked for, as a file that asks for it; as JSON besides what it comes to."""
+    declared = settings.declaration
+    if not as_json:
+        print(declared.to_yaml(), end="")
         return
-    console = make_console()
-    console.print(f"Stages: {', '.join(stages)}")
-    table = Table("threshold", "value", "default", "what", box=SIMPLE)
-    for name, value in thresholds.items():
-        table.add_row(name, f"{value:g}", f"{THRESHOLDS[name].default:g}", THRESHOLDS[name].meaning)
-    console.print(table)
+    from sft.selection.operators import THRESHOLDS
+
+    thresholds = {
+        f"{entry.name}.{name}": value
+        for entry in declared.active
+        for name, value in entry.values.items()
+        if f"{entry.name}.{name}" in THRESHOLDS
+    }
+    stages = ["rows", *(entry.stage for entry in declared.active)]
+    print_json({"stages": stages, "thresholds": thresholds, "pipeline": declared.to_dict()})
 
 
 def _print(selection: "Selection", report: Path | None) -> None:

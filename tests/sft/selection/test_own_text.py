@@ -14,7 +14,8 @@ import pytest
 from sft.data.checks import Conversation, check_rows
 from sft.selection import SelectionError, SelectionSettings, select_conversations
 from sft.selection.common import CommonText, find_common, fit_marks, mark_common, own_conversations
-from sft.selection.thresholds import THRESHOLDS, parse_thresholds
+from sft.selection.operators import THRESHOLDS
+from sft.selection.options import parse_thresholds
 
 from .conftest import chat, table
 from .test_pipeline import run, selected
@@ -217,11 +218,11 @@ def test_what_is_not_read_is_named_and_kept(lines, tmp_path):
     [
         (
             "heuristics.min_word=3",
-            r"unknown threshold 'heuristics.min_word'; known are common-text.max_share, near-dup",
+            r"unknown threshold 'heuristics.min_word'; did you mean heuristics.min_words\?",
         ),
-        ("heuristics.min_words", "'heuristics.min_words' is not STAGE.NAME=NUMBER"),
-        ("heuristics.min_words=many", "is not STAGE.NAME=NUMBER"),
-        ("heuristics.min_words=nan", "is not STAGE.NAME=NUMBER"),
+        ("heuristics.min_words", "'heuristics.min_words' is not OPERATOR.NAME=NUMBER"),
+        ("heuristics.min_words=many", "is not OPERATOR.NAME=NUMBER"),
+        ("heuristics.min_words=nan", "is not OPERATOR.NAME=NUMBER"),
         ("heuristics.min_words=2.5", r"is 2\.5; it is a whole number"),
         ("near-duplicates.overlap=1.5", r"overlap is 1\.5; it is from 0 to 1"),
     ],
@@ -249,7 +250,7 @@ def test_explain_prints_the_thresholds_and_does_nothing(lines, tmp_path):
     assert set(explained["thresholds"]) == {name for name in THRESHOLDS if not name.startswith("decontamination")}
     assert explained["stages"][:3] == ["rows", "exact-duplicates", "common-text"]
     assert not (tmp_path / "out").exists()
-    assert "near-duplicates.overlap" in run(data, tmp_path / "out", "--explain")[1]
+    assert "operator: near-duplicates\n    overlap: 0.65" in run("--explain")[1]
 
 
 def test_a_quota_that_cannot_be_met(lines, tmp_path):

@@ -430,7 +430,8 @@ def test_a_models_embeddings(corpus, lines, model_dir, tmp_path):
     settings = SelectionSettings(count=30, embedder=str(model_dir), quota=QUOTA, allow_fewer=True)
     assert select_conversations(data, tmp_path / "out", settings).count == 30
     summary = (tmp_path / "out/selection.json").read_text()
-    assert json.loads(summary)["settings"]["embedder"] == model_dir.name
+    told = {entry["operator"]: entry for entry in json.loads(summary)["pipeline"]["operators"]}
+    assert told["embeddings"]["embedder"] == model_dir.name
     assert str(model_dir.parent) not in summary
     width = AutoConfig.from_pretrained(model_dir).hidden_size
     assert (

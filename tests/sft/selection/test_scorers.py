@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,10 +24,18 @@ from transformers import (
 )
 
 from sft.selection import SelectionError, score, scorers
-from sft.selection.score import drop_by_perplexity, make_ifd_kernel, make_model_kernel, measure_ifd, score_ifd
+from sft.selection.score import (
+    fit_perplexity,
+    make_ifd_kernel,
+    make_scorer_kernel,
+    measure_ifd,
+    measure_perplexity,
+    score_ifd,
+)
 from sft.selection.scorers import CausalScorer, ClassifierScorer, length_batches, model_kind, model_window
 
 from .conftest import chat, table
+from .test_pipeline import run
 
 SIZES = {
     "vocab_size": 600,
@@ -107,7 +114,9 @@ def test_ifd_is_of_the_same_tokens_in_both_means(window, tokenizer):
     scorer = CausalScorer(model, tokenizer)
     chats = CHATS if window == 48 else [*CHATS[:3], chat("x " * 300, "y z " * 300), chat("x " * 1500, "gone")]
     assert scorer.window == min(window, 1024)
-    ifd, perplexity, cut = measure_ifd(scorer, chats)
+    ifd, cut = measure_ifd(scorer, chats)
+    perplexity, also_cut = measure_perplexity(scorer, chats)
+    assert cut.tolist() == also_cut.tolist()
     expected = np.array([plain_ifd(model, tokenizer, messages, scorer.window) for messages in chats])
     np.testing.assert_allclose(ifd, expected[:, 0], rtol=1e-10)
     np.testing.assert_allclose(perplexity, expected[:, 1], rtol=1e-10)
@@ -200,25 +209,31 @@ def test_ifd_kernel_survives_a_trip_to_another_process(model_dir):
 
 
 @pytest.mark.parametrize(
-    ("limits", "expected"),
+    ("limits", "low", "high"),
     [
-        ({}, []),
-        ({"min": 3.0}, [0, 1]),
-        ({"max": 5.0}, [5, 6, 7, 8, 9]),
-        ({"min": 2.0, "max": 8.0}, [0, 8, 9]),
-        ({"min_share": 0.2}, [0, 1]),
-        ({"max_share": 0.3}, [7, 8, 9]),
-        ({"min_share": 0.3, "max": 9.0}, [0, 1, 9]),  # the third is as low as the fourth
+        ({"low_share": 0.0, "high_share": 0.0}, None, None),
+        ({"low_share": 0.2, "high_share": 0.1}, 0.2, 0.9),
+        ({"low_share": 0.0, "high_share": 0.25}, None, 0.75),
+        ({"min": 0.3, "max": 0.6, "low_share": 0.2, "high_share": 0.0}, 0.3, 0.6),
+        ({"max": 0.95, "low_share": 0.1, "high_share": 0.3}, 0.1, 0.7),
     ],
 )
-def test_perplexity_bands(limits, expected):
-    values = [1.0, 2.0, 3.0, 3.0, 4.0, 6.0, 7.0, 8.0, 9.0, 1000.0]
-    order = np.random.default_rng(0).permutation(10)
-    dropped = drop_by_perplexity(pa.table({"perplexity": pa.array([values[i] for i in order], pa.float32())}), **limits)
-    reasons = dict(zip(order.tolist(), dropped["drop"].to_pylist(), strict=True))
-    assert sorted(place for place, reason in reasons.items() if reason) == expected
-    for place, reason in reasons.items():
-        assert reason in (None, "perplexity_low" if place < 5 else "perplexity_high") or limits == {"max": 5.0}
+def test_perplexity_drops_outside_a_band(limits, low, high, tokenizer, tmp_path_factory):
+    """Of bounds that are given as numbers and as shares of a sample, the narrower ones count."""
+    folder = tmp_path_factory.mktemp("model")
+    model = tiny(AutoModelForCausalLM, "llama")
+    chats = [chat(f"What is {n}?", f"It is {n * n} or {n}.") for n in range(60)]
+    values = np.array([plain_ifd(model, tokenizer, messages, 48)[1] for messages in chats])
+    bounds = {name: np.quantile(values, limits[name]) for name in ("min", "max") if name in limits}
+    given = {"min": 0.0, "max": 1e9, **limits, **bounds}
+    rows = table([*chats, CHATS[3]])
+    found = fit_perplexity(rows, save(model, tokenizer, folder), **given)(rows)
+    below = values < (0 if low is None else np.quantile(values, low) * (1 - 1e-6))
+    above = values > (np.inf if high is None else np.quantile(values, high) * (1 + 1e-6))
+    expected = ["perplexity_low" if b else "perplexity_high" if a else None for b, a in zip(below, above, strict=True)]
+    assert found["drop"].to_pylist() == [*expected, "no_perplexity"]
+    np.testing.assert_allclose(found["perplexity"].to_numpy()[:-1], values, rtol=1e-5)
+    assert found["perplexity_cut"].to_pylist() == [False] * 60 + [True]
 
 
 # --- classifiers ------------------------------------------------------------------------------------------------------
@@ -236,15 +251,14 @@ def test_a_reward_is_the_models_own_output_row_by_row(pad, tokenizer, tmp_path):
         AutoModelForSequenceClassification, "llama", num_labels=1, pad_token_id=pad, max_position_embeddings=512
     )
     name = save(model, tokenizer, tmp_path)
-    kind, kernel = make_model_kernel(name, None, 0.0, 1.0)
-    assert kind == "classifier"
-    found = kernel(table(CHATS))
+    assert model_kind(name) == "classifier"
+    found = make_scorer_kernel(name)(table(CHATS))
     ids = [tokenizer.apply_chat_template(messages, return_dict=False) for messages in CHATS]
     assert len({len(row) for row in ids}) > 3, "batches have padding"
     expected = plain_outputs(model.float(), ids)[:, 0]
     np.testing.assert_allclose(found["score"].to_numpy(), expected, rtol=1e-4, atol=1e-5)
     assert np.ptp(expected) > 0.1, "these rows would not tell"
-    assert not any(found["cut"].to_pylist())
+    assert not any(found["score_cut"].to_pylist())
     assert found["drop"].null_count == len(CHATS)
 
 
@@ -270,9 +284,9 @@ def test_an_encoder_reads_plain_text_if_it_is_asked_to(family, tokenizer, tmp_pa
     tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     tokenizer.chat_template = None
     name = save(model, tokenizer, tmp_path)
-    with pytest.raises(SelectionError, match=r"no chat template.*--scorer plain:"):
-        make_model_kernel(name, None, 0.0, 1.0)
-    _, kernel = make_model_kernel(f"plain:{name}", None, 0.0, 1.0)
+    with pytest.raises(SelectionError, match=r"no chat template.*--scorer-format plain"):
+        make_scorer_kernel(name)
+    kernel = make_scorer_kernel(name, format="plain")
     found = kernel(table(CHATS))
     window = 48 if family == "roberta" else 50  # two of its places are for padding
     assert model_window(model) == window
@@ -280,7 +294,7 @@ def test_an_encoder_reads_plain_text_if_it_is_asked_to(family, tokenizer, tmp_pa
     head = int(rows[0][0] in tokenizer.all_special_ids)
     kept = [row if len(row) <= window else row[:head] + row[len(row) - window + head :] for row in rows]
     np.testing.assert_allclose(found["score"].to_numpy(), plain_outputs(model, kept)[:, 0], rtol=1e-4, atol=1e-5)
-    assert sum(found["cut"].to_pylist()) == sum(len(row) > window for row in rows) > 0
+    assert sum(found["score_cut"].to_pylist()) == sum(len(row) > window for row in rows) > 0
 
 
 @pytest.mark.parametrize("problem", [None, "multi_label_classification"])
@@ -292,10 +306,10 @@ def test_of_several_labels_one_is_named(problem, tokenizer, tmp_path):
     model.config.problem_type = problem
     name = save(model, tokenizer, tmp_path)
     with pytest.raises(SelectionError, match=r"which label is the score\? it has bad, fair, good; give --scorer-label"):
-        make_model_kernel(name, None, 0.0, 1.0)
+        make_scorer_kernel(name)
     with pytest.raises(SelectionError, match=r"--scorer-label great: is no label of .*; it has bad, fair, good"):
-        make_model_kernel(name, "great", 0.0, 1.0)
-    _, kernel = make_model_kernel(name, "good", 0.0, 1.0)
+        make_scorer_kernel(name, "great")
+    kernel = make_scorer_kernel(name, "good")
     rows = [tokenizer.apply_chat_template(messages, return_dict=False) for messages in CHATS]
     logits = torch.tensor(plain_outputs(model.float(), rows))
     expected = (logits.sigmoid() if problem else logits.softmax(-1))[:, 2]
@@ -315,16 +329,16 @@ def test_a_row_without_a_number_is_dropped(tokenizer, tmp_path):
     with torch.no_grad():
         model.get_input_embeddings().weight[next(iter(ids[3] - ids[0] - ids[1] - ids[2]))] = math.nan
     name = save(model, tokenizer, tmp_path)
-    found = make_model_kernel(name, None, 0.0, 1.0)[1](table(chats))
+    found = make_scorer_kernel(name)(table(chats))
     assert found["drop"].to_pylist() == [None, None, "no_score", "no_score"]
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def refused(name: str, label: str | None = None) -> str:
+def refused(name: str, **told) -> str:
     with pytest.raises(SelectionError) as error:
-        make_model_kernel(name, label, 0.0, 1.0)
+        make_scorer_kernel(name, **told)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -338,8 +352,8 @@ def test_a_scorer_that_cannot_be_loaded(scorer, tmp_path):
 def test_the_kind_is_told_from_the_configuration(tokenizer, tmp_path):
     name = save(tiny(AutoModelForCausalLM, "llama"), tokenizer, tmp_path)
     assert model_kind(name) == "causal"
-    assert "reads plain text anyway" in refused(f"plain:{name}")
-    assert "without labels" in refused(name, "good")
+    assert refused(name, label="good").startswith("--scorer-label good: is for reward models")
+    assert refused(name, format="plain").startswith("--scorer-format plain: is for reward models")
     config = json.loads((tmp_path / "config.json").read_text())
     for found in (["LlamaModel"], ["LlamaForTokenClassification"], None):
         (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": found}))
@@ -399,3 +413,69 @@ def test_batches_hold_each_row_once_and_are_bounded():
 def test_models_are_loaded_once(model_dir):
     make_ifd_kernel(str(model_dir))
     assert score._causal(str(model_dir)) is score._causal(str(model_dir))
+
+
+# --- in a selection ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reward_dir(model_dir, tmp_path_factory) -> str:
+    """A reward model of 100 tokens."""
+    settings = {"num_labels": 1, "pad_token_id": 0, "max_position_embeddings": 100}
+    model = tiny(AutoModelForSequenceClassification, "llama", **settings)
+    return save(model, AutoTokenizer.from_pretrained(model_dir), tmp_path_factory.mktemp("reward"))
+
+
+def test_a_selection_by_a_reward_model(reward_dir, model_dir, lines, tmp_path):
+    rows = [
+        {"messages": chat(f"What is number {n}?", f"It is {n * n} or so, {n}." + " more" * (n // 5))} for n in range(60)
+    ]
+    data, names = lines(*rows), ["--scorer", reward_dir, "--perplexity", model_dir, "--set", "perplexity.low_share=0.1"]
+    status, output = run(data, tmp_path / "out", "-n", 10, *names, "--set", "perplexity.high_share=0", "--workers", 2)
+    assert status == 0, output
+    summary = json.loads((tmp_path / "out/selection.json").read_text())
+    stages = {stage["name"]: stage for stage in summary["stages"]}
+    assert stages["perplexity"]["dropped"] == {"perplexity_low": 6}
+    scores = pq.read_table(tmp_path / "out/stages/08-scores")
+    cut = sum(scores["score_cut"].to_pylist())
+    assert 0 < cut < len(scores) == 54
+    assert f"scores: {cut} of 54 rows are longer than the model's window; the rest is not read" in output
+    positions = scores["position"].to_pylist()
+    tokenizer = AutoTokenizer.from_pretrained(reward_dir)
+    model = AutoModelForSequenceClassification.from_pretrained(reward_dir)
+    ids = [tokenizer.apply_chat_template(rows[place]["messages"], return_dict=False) for place in positions]
+    expected = plain_outputs(model, [row if len(row) <= 100 else [row[0], *row[-99:]] for row in ids])[:, 0]
+    np.testing.assert_allclose(scores["score"].to_numpy(), expected, rtol=1e-4, atol=1e-5)
+    best = {positions[place] for place in np.argsort(-expected)[:10]}
+    kept = [json.loads(line)["messages"] for line in (tmp_path / "out/selected.jsonl").read_text().splitlines()]
+    assert len(best & {place for place, row in enumerate(rows) if row["messages"] in kept}) >= 7, "outliers come last"
+    assert str(tmp_path) not in json.dumps(summary["pipeline"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scorer-label", "good"], "--scorer-label: scorer is off; give --scorer."),
+        (["--scorer-format", "plain"], "--scorer-format: scorer is off; give --scorer."),
+        (
+            ["--scorer-format", "prose", "--scorer", "{reward}"],
+            "--scorer-format is 'prose'; expected one of template, plain",
+        ),
+        (["--scorer-label", "good", "--scorer", "{reward}"], "--scorer-label good: is no label of"),
+        (["--scorer", "{reward}", "--set", "scorer.ifd_max=0.9"], "are for causal language models"),
+        (["--scorer", "{reward}", "--method", "ifd-top"], "is a classifier, and the IFD is of causal language models"),
+        (["--perplexity", "{reward}"], "is a classifier, and perplexity is of causal language models"),
+        (["--perplexity", "/nowhere"], "--perplexity /nowhere: no such folder"),
+        (
+            ["--perplexity", "{model}", "--method", "random"],
+            "--perplexity is for --method teleflm or k-center, not random",
+        ),
+        (["--set", "perplexity.max=5"], "--set perplexity.max: perplexity is off; give --perplexity."),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_read(options, message, reward_dir, model_dir, lines, tmp_path):
+    given = [option.format(reward=reward_dir, model=model_dir) for option in options]
+    status, output = run(lines({"messages": CHATS[0]}), tmp_path / "out", "-n", 1, *given)
+    assert status == 2
+    assert message in " ".join(output.split())
+    assert not (tmp_path / "out").exists()
