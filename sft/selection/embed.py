@@ -323,8 +323,12 @@ def _check_modules(folder: str) -> None:
         types = [str(module["type"]) for module in modules]
     except FileNotFoundError:
         return
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SelectionError(f"--embedder {folder}: {_MODULES}: {one_line(error)}") from error
+    except (LookupError, TypeError) as error:
+        raise SelectionError(
+            f"--embedder {folder}: {_MODULES}: expected a list of modules, each with a type."
+        ) from error
     for name in types:
         if not name.startswith("sentence_transformers."):
             raise SelectionError(

@@ -239,7 +239,7 @@ DOMAINS = "operators: [{operator: domains, own: false},"
         ),
         (
             f"{DOMAINS} {{operator: top}}]",
-            "needs `score`, which one of score-column, scorer, ifd, length makes; put it before",
+            "needs `score`, which one of score-column, scorer, ifd, length makes; put",
         ),
         (
             f"{DOMAINS} {{operator: ifd}}, {{operator: top}}]",

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -427,16 +428,15 @@ def reward_dir(model_dir, tmp_path_factory) -> str:
 
 
 def test_a_selection_by_a_reward_model(reward_dir, model_dir, lines, tmp_path):
-    rows = [
-        {"messages": chat(f"What is number {n}?", f"It is {n * n} or so, {n}." + " more" * (n // 5))} for n in range(60)
-    ]
+    answers = [f"It is {n * n}: " + " ".join(str(n * k) for k in range(5, n)) for n in range(60)]
+    rows = [{"messages": chat(f"What is number {n}?", answer)} for n, answer in enumerate(answers)]
     data, names = lines(*rows), ["--scorer", reward_dir, "--perplexity", model_dir, "--set", "perplexity.low_share=0.1"]
     status, output = run(data, tmp_path / "out", "-n", 10, *names, "--set", "perplexity.high_share=0", "--workers", 2)
     assert status == 0, output
     summary = json.loads((tmp_path / "out/selection.json").read_text())
     stages = {stage["name"]: stage for stage in summary["stages"]}
     assert stages["perplexity"]["dropped"] == {"perplexity_low": 6}
-    scores = pq.read_table(tmp_path / "out/stages/08-scores")
+    scores = pq.read_table(next((tmp_path / "out/stages").glob("*-scores")))
     cut = sum(scores["score_cut"].to_pylist())
     assert 0 < cut < len(scores) == 54
     assert f"scores: {cut} of 54 rows are longer than the model's window; the rest is not read" in output
@@ -459,7 +459,7 @@ def test_a_selection_by_a_reward_model(reward_dir, model_dir, lines, tmp_path):
         (["--scorer-format", "plain"], "--scorer-format: scorer is off; give --scorer."),
         (
             ["--scorer-format", "prose", "--scorer", "{reward}"],
-            "--scorer-format is 'prose'; expected one of template, plain",
+            "is 'prose'; expected one of template, plain",
         ),
         (["--scorer-label", "good", "--scorer", "{reward}"], "--scorer-label good: is no label of"),
         (["--scorer", "{reward}", "--set", "scorer.ifd_max=0.9"], "are for causal language models"),
@@ -468,7 +468,7 @@ def test_a_selection_by_a_reward_model(reward_dir, model_dir, lines, tmp_path):
         (["--perplexity", "/nowhere"], "--perplexity /nowhere: no such folder"),
         (
             ["--perplexity", "{model}", "--method", "random"],
-            "--perplexity is for --method teleflm or k-center, not random",
+            "--perplexity is for --method teleflm or k-center, not",
         ),
         (["--set", "perplexity.max=5"], "--set perplexity.max: perplexity is off; give --perplexity."),
     ],
