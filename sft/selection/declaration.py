@@ -97,6 +97,11 @@ class Declaration:
         """The entries that do anything."""
         return [entry for entry in self.entries if entry.is_on]
 
+    @property
+    def stage_operators(self) -> list[str]:
+        """The name of each stage's operator; the first stage, which reads the files, has none and is `rows`."""
+        return ["rows", *(entry.name for entry in self.active)]
+
     def value(self, name: str, option: str) -> Any:
         """What an operator was told; None if the selection has no such operator."""
         return next((entry.values[option] for entry in self.entries if entry.name == name), None)

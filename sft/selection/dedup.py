@@ -41,12 +41,15 @@ _BLOCK = 1 << 16
 
 
 def drop_exact_duplicates(table: pa.Table) -> pa.Table:
-    """Of the rows with equal `id`, all but the first are dropped."""
+    """Of the rows with equal `id`, all but the first are dropped; `duplicate_of` is that id."""
     ids = fixed_bytes(table["id"]).view("S16").ravel()
     order = np.argsort(ids, kind="stable")
     repeated = np.zeros(len(ids), bool)
     repeated[order[1:]] = ids[order[1:]] == ids[order[:-1]]
-    return pa.table({"drop": drop_where(repeated, "exact_duplicate")})
+    originals = pa.array(
+        [row.tobytes() if again else None for row, again in zip(ids, repeated, strict=True)], pa.binary(16)
+    )
+    return pa.table({"drop": drop_where(repeated, "exact_duplicate"), "duplicate_of": originals})
 
 
 # --- sketches ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,16 @@
 """Conversations that are broken, by rules that can be read. Each has a reason code ([`REASONS`]); the first that
 applies counts. None looks at more than a row. In doubt a row stays: at most 5 of 1,000 healthy ones may be dropped,
 which the tests count on real and on tricky rows, English and Chinese.
+
+What others publish is made for web pages, and as it stands drops healthy conversations by the hundred: Gopher's shares
+of repeated lines and of repeated and most frequent runs of words (Rae et al. 2021, arXiv 2112.11446, table A1; the
+defaults of datatrove's `GopherRepetitionFilter`), its lengths, symbols and stop words (`GopherQualityFilter`), and
+data-juicer's share of special characters, at most 0.25. docs/selection.md has the numbers. Runs of ten characters are
+data-juicer's (`character_repetition_filter`), whose default drops none; but it counts the sqrt(d) most frequent of d
+different runs, and a loop of five characters has 2 of 5, which is less than its 0.5. Here all repeats count.
+
+The rule for misread text follows the idea of ftfy's detector of UTF-8: it is known which characters the bytes of UTF-8
+become when they are read as another encoding.
 """
 
 import ast
@@ -24,7 +34,9 @@ from .words import hash_words, ngrams, split_words
 MIN_WORDS = 1
 MAX_WORDS = 16_384
 MAX_REPEATED = 0.5
+MAX_LOOPING = 0.8
 MAX_GARBLED = 0.005
+MAX_MISREAD = 0.005
 
 
 @dataclass(frozen=True)
@@ -35,21 +47,26 @@ class Limits:
         min_words: of all answers together.
         max_words: of the conversation.
         max_repeated: share of the runs of eight words in the answers that are repeats.
+        max_looping: share of the runs of ten characters in the answers that are repeats.
         max_garbled: share of the characters that are replacement, control or private-use characters.
+        max_misread: share of the characters that are bytes of text in another encoding.
     """
 
     min_words: int = MIN_WORDS
     max_words: int = MAX_WORDS
     max_repeated: float = MAX_REPEATED
+    max_looping: float = MAX_LOOPING
     max_garbled: float = MAX_GARBLED
+    max_misread: float = MAX_MISREAD
 
 
 DEFAULT_LIMITS = Limits()
 REASONS = {
     "answer_too_short": "the assistant says no word at all, or only yes, no or okay where that answers nothing",
     "too_long": f"it has more than {MAX_WORDS:,} words, several times what a model reads at once",
-    "repetitive": f"more than {MAX_REPEATED:.0%} of the runs of eight words in the answers are repeats",
+    "repetitive": f"of the answers' runs of words {MAX_REPEATED:.0%}, or of characters {MAX_LOOPING:.0%}, are repeats",
     "garbled": f"more than {MAX_GARBLED:.1%} of its characters are replacement, control or private-use characters",
+    "misread": f"more than {MAX_MISREAD:.1%} of its characters are text that was read in another encoding, as in cafÃ©",
     "refusal": "the last answer begins by refusing, or by speaking of itself as a language model",
     "cut_code": "an answer opens a code block and does not close it",
     "broken_code": "a block marked as Python is no Python, neither of 3 nor of 2",
@@ -57,9 +74,25 @@ REASONS = {
 }
 _RUN = 8  # words; shorter, and the zeros of large numbers would repeat each other
 _MIN_RUNS = 50  # in fewer, a refrain is no fault
+_LOOP_RUN = 10  # characters
+_MIN_LOOP = 60  # characters; a shorter answer may be a line of stars, or laughter
 _MAX_CODE = 20_000
 
 _GARBLED = re.compile("[\ufffd\ue000-\uf8ff\x00-\x08\x0b\x0e-\x1f\x7f-\x9f]")
+
+
+def _misreadings(first: int, last: int) -> str:
+    """What the bytes from `first` to `last` become, read as Latin-1 or as Windows-1252: a class of characters."""
+    data = bytes(range(first, last + 1))
+    return re.escape("".join(sorted({*data.decode("latin-1"), *data.decode("cp1252", "ignore")})))
+
+
+_MORE = f"[{_misreadings(0x80, 0xBF)}]"  # every byte of a character in UTF-8 but the first
+_LEADS = re.compile("[\xc2-\xf4]")
+_UTF8 = re.compile(f"[\xc2-\xdf]{_MORE}|[\xe0-\xef]{_MORE}{{2}}|[\xf0-\xf4]{_MORE}{{3}}")
+_MIN_MISREAD = 2  # characters that were one each; a single one may be meant
+_MIN_SWAPPED = 20
+_NON_ASCII = re.compile("[^\x00-\x7f]")
 
 # An answer of these alone says something only to a question that can be answered so, or to a text with instructions.
 _FILLER = re.compile(
@@ -147,9 +180,12 @@ def drop_broken(table: pa.Table, limits: Limits = DEFAULT_LIMITS) -> pa.Table:
     repeated = np.zeros(len(chats))
     suspects = [number for number, text in enumerate(replies) if _shrinks(text)]
     repeated[suspects] = repeated_shares([replies[number] for number in suspects])
+    looping = {number: looping_share(replies[number]) for number in suspects}
     reasons = [
-        find_fault(messages, domain, share, limits)
-        for messages, domain, share in zip(chats, table["domain"].to_pylist(), repeated.tolist(), strict=True)
+        find_fault(messages, domain, share, limits, looping.get(number, 0.0))
+        for number, (messages, domain, share) in enumerate(
+            zip(chats, table["domain"].to_pylist(), repeated.tolist(), strict=True)
+        )
     ]
     return pa.table({"drop": pa.array(reasons, pa.string())})
 
@@ -172,8 +208,38 @@ def repeated_shares(texts: Sequence[str]) -> np.ndarray:
     return np.where(total >= _MIN_RUNS, repeats / np.maximum(total, 1), 0.0)
 
 
+def looping_share(text: str) -> float:
+    """The share of a text's runs of ten characters that stood before in it; 0 for a short text."""
+    runs = len(text) - _LOOP_RUN + 1
+    if len(text) < _MIN_LOOP:
+        return 0.0
+    return 1 - len({text[start : start + _LOOP_RUN] for start in range(runs)}) / runs
+
+
+def is_misread(text: str, most: float = MAX_MISREAD) -> bool:
+    """Whether a text was in another encoding than it was read in.
+
+    Either it is UTF-8 that was read as Latin-1 or Windows-1252: more than `most` of its characters belong to sequences
+    that UTF-8 makes of one character each, and most of the accented letters begin one, as they do in no language. Or it
+    is UTF-16 in the other byte order: what was ASCII then is the characters whose code ends in 00, which are one in 256
+    of all others.
+    """
+    if text.isascii():
+        return False
+    found = _UTF8.findall(text)
+    if len(found) >= _MIN_MISREAD and sum(map(len, found)) > most * len(text):
+        return 2 * len(found) > len(_LEADS.findall(text))
+    others = _NON_ASCII.findall(text)
+    swapped = sum(ord(character) & 0xFF == 0 for character in others)
+    return swapped >= _MIN_SWAPPED and 2 * swapped > len(others) and swapped > most * len(text)
+
+
 def find_fault(
-    messages: Sequence[dict[str, str]], domain: str, repeated: float = 0.0, limits: Limits = DEFAULT_LIMITS
+    messages: Sequence[dict[str, str]],
+    domain: str,
+    repeated: float = 0.0,
+    limits: Limits = DEFAULT_LIMITS,
+    looping: float = 0.0,
 ) -> str | None:
     """The first reason that speaks against a conversation.
 
@@ -182,6 +248,7 @@ def find_fault(
         domain: of [`sft.selection.domains`].
         repeated: the share of repeats among its runs of words.
         limits: thresholds.
+        looping: the share of its runs of characters that are repeats.
     """
     replies, text = answers(messages), whole_text(messages)
     questions = [message["content"] for message in messages if message["role"] == "user"]
@@ -189,10 +256,12 @@ def find_fault(
         return "answer_too_short"
     if len(text) > limits.max_words and _count_words(text) > limits.max_words:
         return "too_long"
-    if repeated > limits.max_repeated:
+    if repeated > limits.max_repeated or looping > limits.max_looping:
         return "repetitive"
     if len(_GARBLED.findall(text)) > limits.max_garbled * len(text):
         return "garbled"
+    if is_misread(text, limits.max_misread):
+        return "misread"
     if _REFUSAL.match(replies[-1][:200]) and not any(_WORDING.search(question) for question in questions[-1:]):
         return "refusal"
     if any("```" in reply for reply in replies):
@@ -292,6 +361,8 @@ def _parses(code: str) -> bool:
 __all__ = [
     "DEFAULT_LIMITS",
     "MAX_GARBLED",
+    "MAX_LOOPING",
+    "MAX_MISREAD",
     "MAX_REPEATED",
     "MAX_WORDS",
     "MIN_WORDS",
@@ -300,5 +371,7 @@ __all__ = [
     "drop_broken",
     "find_code",
     "find_fault",
+    "is_misread",
     "is_python",
+    "looping_share",
 ]

@@ -244,7 +244,11 @@ _LIMITS = {
     "max_repeated": Number(
         heuristics.MAX_REPEATED, 0, 1, "of the runs of eight words in the answers, which are repeats"
     ),
+    "max_looping": Number(
+        heuristics.MAX_LOOPING, 0, 1, "of the runs of ten characters in the answers, which are repeats"
+    ),
     "max_garbled": Number(heuristics.MAX_GARBLED, 0, 1, "of the characters, which are no text"),
+    "max_misread": Number(heuristics.MAX_MISREAD, 0, 1, "of the characters, which were in another encoding"),
 }
 
 _IFD_BAND = {

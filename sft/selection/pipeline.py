@@ -6,6 +6,7 @@
 
 OUT/selected.jsonl     the rows as they came, byte for byte, in the order of the input; `teleflm_id`, `teleflm_domain`
                        and, if there is one, `teleflm_score` are added
+OUT/rejects.jsonl      if asked for, all other rows, and why; see [`sft.selection.rejects`]
 OUT/selection.json     the declaration, versions, what every stage did, and the digests of the rows and of itself;
                        written last
 OUT/stages             see [`sft.selection.stages`]
@@ -30,10 +31,11 @@ from .choice import OTHERS, TooFewError, find_shortfall
 from .declaration import Declaration
 from .executors import open_executor
 from .operators import FIRST, Run, build_stage
+from .rejects import read_rejects
 from .settings import SelectionSettings
 from .stages import SelectionError, Stage, StageFiles, StageResult, Workspace
 
-SELECTED, SUMMARY, STAGES = "selected.jsonl", "selection.json", "stages"
+SELECTED, REJECTS, SUMMARY, STAGES = "selected.jsonl", "rejects.jsonl", "selection.json", "stages"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Selection:
         domains: rows selected of each domain.
         stages: what each stage did.
         already_done: whether an earlier run had done it all.
+        rejects: the other rows, JSON Lines; None if they were not asked for.
     """
 
     file: str
@@ -53,6 +56,7 @@ class Selection:
     domains: dict[str, int]
     stages: list[StageResult]
     already_done: bool
+    rejects: str | None = None
 
 
 def select_conversations(
@@ -63,6 +67,7 @@ def select_conversations(
     workers: int = 1,
     use_ray: bool = False,
     overwrite: bool = False,
+    rejects: bool = False,
     notify: Callable[[str], None] = lambda line: None,
 ) -> Selection:
     """Select the conversations to fine-tune on.
@@ -78,6 +83,7 @@ def select_conversations(
         use_ray: run the tasks with Ray Data instead, on the cluster `ray.init` finds; `out` has to be on a shared disk.
         overwrite: make anew what `out` holds of another configuration, and replace what was edited or is somebody
             else's; stages both have in common stay.
+        rejects: write the rows that were not taken too, and why; of a finished selection as well.
         notify: told a line for each stage.
 
     Raises:
@@ -89,16 +95,21 @@ def select_conversations(
     declared = settings.declaration
     files = tuple(map(str, [data] if isinstance(data, str | Path) else data))
     stages = make_stages(files, declared, notify)
-    _refuse_folders(out)
+    _refuse_folders(out, rejects)
     workspace = Workspace(out / STAGES, stages, declared.seed, overwrite=overwrite)
-    obstacle = _obstacle(out, workspace.digests[-1])
+    digest = workspace.digests[-1]
+    obstacle = _obstacle(out, digest, rejects)
     if obstacle and not overwrite:
         raise SelectionError(obstacle)
+    before = _read_summary(out / SUMMARY)
+    recorded = before is not None and "rejects" in before
+    rejects = rejects or (recorded and before is not None and before["digest"] == digest)
+    kept = before if not obstacle and _has_finished(out, digest) else None
+    already_done = kept is not None and (not rejects or _has_rejects(out, kept))
     with open_executor(workers, use_ray=use_ray) as executor:
-        already_done = not obstacle and _has_finished(out, workspace.digests[-1])
-        if not already_done:
-            for name in (SELECTED, SUMMARY):  # rows without a record would be somebody's
-                (out / name).unlink(missing_ok=True)
+        if kept is None:
+            for name in (SELECTED, *((REJECTS,) if rejects or recorded else ()), SUMMARY):
+                (out / name).unlink(missing_ok=True)  # rows without a record would be somebody's
         try:
             workspace.run(executor, notify, _checks(workspace, declared, notify))
         except TooFewError as few:
@@ -106,11 +117,15 @@ def select_conversations(
     if not workspace.results[-1].rows_out:
         emptied = workspace.results[-1].name
         raise SelectionError(f"no row is left after {emptied}. {_describe_losses(workspace.results)}")
-    selection = _describe(workspace, out, already_done)
+    selection = _describe(workspace, out, already_done, rejects)
     if not already_done:
-        written = _write_selected(workspace, out, declared.unique_ids)
+        written = (
+            {name: kept[name] for name in _WRITTEN} if kept else _write_selected(workspace, out, declared.unique_ids)
+        )
+        if rejects:
+            written["rejects"] = _write_rejects(workspace, out, declared)
         _write_summary(selection, declared, workspace, out, written)
-        for name in (SELECTED, SUMMARY):
+        for name in (*(() if kept else (SELECTED,)), *((REJECTS,) if rejects else ()), SUMMARY):
             (out / f"{name}{_PARTIAL}").replace(out / name)
     return selection
 
@@ -224,29 +239,36 @@ def _describe_losses(results: Sequence[StageResult]) -> str:
 _PARTIAL = ".partial"
 
 
-def _refuse_folders(out: Path) -> None:
-    for name in (SELECTED, SUMMARY, SELECTED + _PARTIAL, SUMMARY + _PARTIAL):
+def _refuse_folders(out: Path, rejects: bool) -> None:
+    files = (SELECTED, SUMMARY, *((REJECTS,) if rejects else ()))
+    for name in (*files, *(file + _PARTIAL for file in files)):
         if (out / name).is_dir() and not (out / name).is_symlink():
             raise SelectionError(
                 f"{out / name}: is a folder, where a file has to be; move it away, or give another OUT."
             )
 
 
-def _obstacle(out: Path, digest: str) -> str | None:
+def _obstacle(out: Path, digest: str, rejects: bool) -> str | None:
     """What in OUT is somebody else's, was edited, or is of another selection; None if nothing is.
 
     Args:
         out: the folder.
         digest: of the selection that is to be there.
+        rejects: whether rejects are to be there too. A file of that name that no selection wrote is else left alone.
     """
     not_ours = "is not what a selection wrote there; move it away, give another OUT, or --overwrite, which replaces it."
-    if os.path.lexists(out / SUMMARY) and _read_summary(out / SUMMARY) is None:
+    recorded = _read_summary(out / SUMMARY)
+    if os.path.lexists(out / SUMMARY) and recorded is None:
         return f"{out / SUMMARY}: {not_ours}"
+    # One that was killed between its files has left its summary under the other name.
+    summaries = [summary for summary in (recorded, _read_summary(out / (SUMMARY + _PARTIAL))) if summary]
+    if os.path.lexists(out / REJECTS) and (rejects or (recorded and "rejects" in recorded)):
+        found = _file_digest(out / REJECTS)
+        if not any(found == summary.get("rejects", {}).get("sha256", "") for summary in summaries):
+            return f"{out / REJECTS}: {not_ours}"
     if not os.path.lexists(out / SELECTED):
         return None
     found = _file_digest(out / SELECTED)
-    # One that was killed between its two files has left its summary under the other name.
-    summaries = filter(None, (_read_summary(out / name) for name in (SUMMARY, SUMMARY + _PARTIAL)))
     summary = next((summary for summary in summaries if summary["sha256"] == found), None)
     if summary is None:
         return f"{out / SELECTED}: {not_ours}"
@@ -259,6 +281,11 @@ def _has_finished(out: Path, digest: str) -> bool:
     """Whether a folder in which nothing is in the way holds this selection."""
     summary = _read_summary(out / SUMMARY)
     return summary is not None and summary["digest"] == digest and (out / SELECTED).is_file()
+
+
+def _has_rejects(out: Path, summary: Mapping[str, Any]) -> bool:
+    """Whether the rejects that a summary speaks of are there."""
+    return "rejects" in summary and (out / REJECTS).is_file()
 
 
 def _read_summary(file: Path) -> dict[str, Any] | None:
@@ -293,6 +320,7 @@ def _open_partial(file: Path) -> BinaryIO:
     return unfinished.open("wb")
 
 
+_WRITTEN = ("bytes", "sha256")  # what a summary says of the selected rows
 _SELECTED_COLUMNS = ("row", "id", "domain", "quality")
 
 
@@ -317,6 +345,18 @@ def _write_selected(workspace: Workspace, out: Path, unique_ids: bool) -> dict[s
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
+def _write_rejects(workspace: Workspace, out: Path, declared: Declaration) -> dict[str, Any]:
+    """As `_write_selected`, of the rows that were not taken."""
+    digest, count = hashlib.sha256(), 0
+    with _open_partial(out / REJECTS) as file:
+        for reject in read_rejects(workspace, declared.stage_operators):
+            line = reject.to_json() + b"\n"
+            digest.update(line)
+            file.write(line)
+            count += 1
+        return {"rows": count, "bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
 def _with_unique_id(row: bytes, own_id: str, taken: set[Any]) -> bytes:
     """A row; if it has no id, or one that is taken, with ours in its place."""
     value = json.loads(row)
@@ -327,11 +367,16 @@ def _with_unique_id(row: bytes, own_id: str, taken: set[Any]) -> bytes:
     return rows.to_json({**value, "id": own_id})
 
 
-def _describe(workspace: Workspace, out: Path, already_done: bool) -> Selection:
+def _describe(workspace: Workspace, out: Path, already_done: bool, rejects: bool) -> Selection:
     chosen = workspace.read(("domain",))
     counts = Counter(chosen["domain"].to_pylist())
     return Selection(
-        str(out / SELECTED), len(chosen), dict(counts.most_common()), list(workspace.results), already_done
+        str(out / SELECTED),
+        len(chosen),
+        dict(counts.most_common()),
+        list(workspace.results),
+        already_done,
+        str(out / REJECTS) if rejects else None,
     )
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import xxhash
 
 from sft.data.checks import Conversation, check_rows
-from sft.data.formats import find_turns
+from sft.data.formats import Row, find_turns
 from sft.tokenizer import family_control_tokens
 
 PIECE_ROWS = 2048
@@ -39,10 +39,10 @@ def read_tables(file: str, piece_rows: int = PIECE_ROWS) -> Iterator[pa.Table]:
     """The rows of a file, in pieces of at most `piece_rows` rows and about [`PIECE_BYTES`].
 
     Yields:
-        tables with `source` (`file:row`), `row` (the row as JSON, of JSON Lines the bytes that stand there; null if it
-        is invalid), `id` (16 bytes, equal for conversations with equal roles, texts and unread fields), `unread` (the
-        names of [`find_unread`], separated by commas; null without), `drop` (the first of
-        [`sft.data.checks.REASONS`]) and `detail`.
+        tables with `source` (`file:row`), `row` (the row as JSON, of JSON Lines the bytes that stand there; what is no
+        JSON as it came), `id` (16 bytes, equal for conversations with equal roles, texts and unread fields; zeros if
+        the row is invalid), `unread` (the names of [`find_unread`], separated by commas; null without), `drop` (the
+        first of [`sft.data.checks.REASONS`]) and `detail`.
 
     Raises:
         DataError: the file cannot be read.
@@ -58,12 +58,21 @@ def read_tables(file: str, piece_rows: int = PIECE_ROWS) -> Iterator[pa.Table]:
             size += len(text)
         else:
             detail = outcome.detail.encode("utf-8", "replace").decode()
-            piece.append({"source": row.source, "id": bytes(16), "drop": outcome.reason, "detail": detail})
+            text = _as_it_came(row)
+            piece.append({"source": row.source, "row": text, "id": bytes(16), "drop": outcome.reason, "detail": detail})
+            size += len(text)
         if len(piece) == piece_rows or size > PIECE_BYTES:
             yield pa.Table.from_pylist(piece, _SCHEMA)
             piece, size = [], 0
     if piece:
         yield pa.Table.from_pylist(piece, _SCHEMA)
+
+
+def _as_it_came(row: Row) -> bytes:
+    """The bytes of a row that may be no JSON."""
+    if row.text is not None:
+        return row.text
+    return row.value.rstrip(b"\r\n") if isinstance(row.value, bytes) else to_json(row.value)
 
 
 def find_unread(value: Any) -> dict[str, Any]:

@@ -19,10 +19,12 @@ import numpy as np
 import pyarrow as pa
 
 from sft.data.checks import REASONS as INVALID
+from sft.data.formats import find_turns
 from sft.selection import embed, heuristics
 from sft.selection.domains import tag_domain
 from sft.selection.operators import SCORES
 from sft.selection.pipeline import STAGES
+from sft.selection.rejects import read_rejects, sample_rejects
 from sft.selection.rows import conversations, whole_text
 from sft.selection.stages import StageFiles
 from teleflm.reports.page import legend_above, new_figure, write_report_files
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 SAMPLE = 5000
 EXAMPLES = 20  # a domain
 SHOWN_CHARACTERS = 1200  # of a message
+SHOWN_REJECT = 400  # of a row that was dropped
 _TEMPLATE = Path(__file__).with_name("selection.html.jinja")
 _BLUE, _GREY, _RED = "#2563eb", "#94a3b8", "#f97316"
 _REASONS = {
@@ -101,14 +104,21 @@ def write_report(selection: "Selection", settings: "SelectionSettings", folder: 
         folder,
         _TEMPLATE,
         figures,
-        ("selection.json", {**asdict(selection), "file": Path(selection.file).name, "shares": shares}),
+        ("selection.json", {**asdict(selection), **_without_folders(selection), "shares": shares}),
         declared=_describe(declared),
         selection=selection,
         reasons=reasons,
         shares=shares,
         examples=_examples(stages),
+        rejects=_rejects(stages, declared),
         samples=(len(before.keys), len(after.keys)),
     )
+
+
+def _without_folders(selection: "Selection") -> dict[str, str | None]:
+    """The files of a selection by their names."""
+    rejects = Path(selection.rejects).name if selection.rejects else None
+    return {"file": Path(selection.file).name, "rejects": rejects}
 
 
 def _describe(declared: "Declaration") -> dict[str, Any]:
@@ -183,6 +193,29 @@ def _examples(stages: StageFiles) -> dict[str, list[dict[str, Any]]]:
             # The name of the file will do: where it lay is nobody's business.
             shown[domain].append({"messages": cut, "quality": quality, "source": Path(source).name})
     return dict(sorted(shown.items()))
+
+
+def _rejects(stages: StageFiles, declared: "Declaration") -> list[dict[str, Any]]:
+    """Of each operator and reason a few rows, cut to what fits a page."""
+    return [
+        {
+            "operator": operator,
+            "reason": reason,
+            "rows": [{"source": Path(row.source).name, "detail": row.detail, **_cut(row.row)} for row in rejects],
+        }
+        for (operator, reason), rejects in sample_rejects(read_rejects(stages, declared.stage_operators)).items()
+    ]
+
+
+def _cut(row: bytes) -> dict[str, Any]:
+    text = row.decode("utf-8", "backslashreplace")
+    try:
+        turns, _ = find_turns(json.loads(row))
+        told = [f"{turn.role}: {turn.content}" for turn in turns if isinstance(turn.content, str)]
+    except (ValueError, RecursionError):
+        told = []
+    text = "\n".join(told) or text
+    return {"text": text[:SHOWN_REJECT], "more": len(text) > SHOWN_REJECT}
 
 
 # --- the plots --------------------------------------------------------------------------------------------------------

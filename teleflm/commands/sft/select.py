@@ -88,6 +88,9 @@ UniqueIds = Annotated[bool, typer.Option("--unique-ids", help="Replace ids that 
 AllowFewer = Annotated[
     bool, typer.Option("--allow-fewer", help="Select what there is, if that is less than -n or --quota ask for.")
 ]
+Rejects = Annotated[
+    bool, typer.Option("--rejects", help="Write OUT/rejects.jsonl: every other row, what dropped it and why.")
+]
 ReportFolder = Annotated[Path | None, typer.Option("--report", metavar="DIR", help="Write an HTML page, PNG and JSON.")]
 SelectionSeed = Annotated[int | None, typer.Option("--seed", help="Of everything random; 0 unless declared.", min=0)]
 Workers = Annotated[int, typer.Option(help="Processes; memory grows with it, the selection stays.", min=1)]
@@ -113,6 +116,7 @@ def select(
     unique_ids: UniqueIds = False,
     allow_fewer: AllowFewer = False,
     explain: Explain = False,
+    rejects: Rejects = False,
     report: ReportFolder = None,
     seed: SelectionSeed = None,
     workers: Workers = DEFAULT_WORKERS,
@@ -171,6 +175,7 @@ def select(
             workers=workers,
             use_ray=ray,
             overwrite=overwrite,
+            rejects=rejects,
             notify=lambda line: print(line, file=sys.stderr),
         )
         if report is not None:
@@ -234,6 +239,8 @@ def _print(selection: "Selection", report: Path | None) -> None:
     domains = ", ".join(f"{count:,} {name}" for name, count in selection.domains.items())
     done = "already done: " if selection.already_done else ""
     console.print(f"{selection.file}: {done}{selection.count:,} rows ({domains})")
+    if selection.rejects:
+        console.print(f"Rejects: {selection.rejects}")
     if report:
         console.print(f"Report: {report}/index.html")
 

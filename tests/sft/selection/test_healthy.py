@@ -12,9 +12,18 @@ from pathlib import Path
 import pytest
 
 from sft.selection.domains import tag_domain
-from sft.selection.heuristics import Limits, find_code, find_fault, is_python, repeated_shares
+from sft.selection.heuristics import (
+    Limits,
+    drop_broken,
+    find_code,
+    find_fault,
+    is_misread,
+    is_python,
+    looping_share,
+    repeated_shares,
+)
 
-from .conftest import chat
+from .conftest import chat, table
 
 REAL = Path(__file__).parents[3] / "shared/data/conversations.jsonl.gz"
 TICKS = "```"
@@ -22,7 +31,8 @@ DROPPED = 0.005
 
 
 def fault(messages) -> str | None:
-    return find_fault(messages, tag_domain(messages))
+    looping = looping_share("\n".join(message["content"] for message in messages if message["role"] == "assistant"))
+    return find_fault(messages, tag_domain(messages), looping=looping)
 
 
 TRICKY = [
@@ -75,6 +85,19 @@ TRICKY = [
     ("Install it.", f"{TICKS}python\npip install numpy\n{TICKS}"),
     ("A session?", f"{TICKS}python\n>>> 1 +\n{TICKS}"),
     ("In JavaScript.", f"{TICKS}js\nlet x = {{;\n{TICKS}"),
+    # Accents, and what looks like text in another encoding.
+    ("Écris en majuscules.", "L'ÉTÉ À LA MER… « CAFÉ » À PARIS, ÇA VA ? OÙ ÊTES-VOUS ? À L'HÔTEL « RÊVE »."),
+    ("Em português?", "A AÇÃO É NOSSA: CORAÇÃO, IRMÃ, MAÇÃ… “NÃO”, DISSE A ANCIÃ."),
+    (
+        "What is â€™ in my text?",
+        "An apostrophe, ’, in UTF-8 that was read as Windows-1252. Save the file as UTF-8, and say so.",
+    ),
+    ("Was heißt das?", "Größe, Übung, Äpfel, Öl, süß: fünf Wörter mit Umlauten oder ß."),
+    ("Viết bằng tiếng Việt.", "Tôi yêu tiếng nước tôi từ khi mới ra đời, người ơi."),
+    ("По-русски?", "Съешь же ещё этих мягких французских булок, да выпей чаю."),
+    ("一、二、三？", "一切中国人都在说中文，上一个世纪如此，下一个世纪也如此。最后渀、漀、焀是少见的字。"),
+    ("Draw a line of stars.", "Here: " + "*" * 50),
+    ("Say ha fifty times... or half of it.", "ha" * 25),
     # Mathematics.
     (r"Is \frac{1}{2} rational?", "Yes, since it is a ratio of integers."),
     (r"Solve $x^2 = -1$ in the reals.", "There is no solution: impossible."),
@@ -120,6 +143,40 @@ def test_what_is_a_fault(reason, question, answer):
     assert find_fault(messages, "math" if reason == "no_result" else "general") == reason
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Ein süßer Käse für Größere, später übrigens auch für Ältere.",
+        "今天天气很好，我们去公园散步吧。",
+        "Ça va? «Très bien», dit-il à l’hôtel.",
+    ],
+)
+def test_text_that_was_read_in_another_encoding(text, encoding):
+    """Python's own codecs make it; Windows-1252 leaves a few bytes undefined."""
+    misread = text.encode().decode(encoding, "replace")
+    assert is_misread(misread)
+    assert not is_misread(text)
+    assert find_fault(chat("What does it say?", misread), "general") in ("misread", "garbled")
+    assert not is_misread(misread, most=1)
+
+
+def test_utf_16_in_the_other_byte_order():
+    text = "The quick brown fox jumps over the lazy dog, and that is all."
+    assert is_misread(text.encode("utf-16-le").decode("utf-16-be"))
+    assert is_misread("\u4e2d\u6587" * 10 + text.encode("utf-16-be").decode("utf-16-le"))
+    assert not is_misread("".join(chr(code) for code in range(0x4E00, 0x9F00)))
+
+
+@pytest.mark.parametrize("loop", ["abc ", "na na na, ", "好", "I am a loop, I am. "])
+def test_short_loops_are_found(loop):
+    answer = (loop * 200)[:200]
+    assert looping_share(answer) > 0.8 > 0.5 > looping_share("".join(sorted(map(str, range(100)))))
+    rows = table([chat("Why?", answer), chat("Why?", "It is as it is.")], domain=["general"] * 2)
+    assert drop_broken(rows)["drop"].to_pylist() == ["repetitive", None]
+    assert drop_broken(rows, Limits(max_repeated=1, max_looping=1))["drop"].to_pylist() == [None, None]
+
+
 def test_ten_thousand_rows_of_real_text():
     if not REAL.exists():
         pytest.skip("no real conversations here")
@@ -128,7 +185,10 @@ def test_ten_thousand_rows_of_real_text():
         healthy = [row for row in rows if any(message["role"] == "assistant" for message in row)][:10_000]
     answers = ["\n".join(m["content"] for m in row if m["role"] == "assistant") for row in healthy]
     shares = repeated_shares(answers).tolist()
-    found = [find_fault(row, tag_domain(row), share) for row, share in zip(healthy, shares, strict=True)]
+    found = [
+        find_fault(row, tag_domain(row), share, looping=looping_share(answer))
+        for row, share, answer in zip(healthy, shares, answers, strict=True)
+    ]
     assert len(healthy) == 10_000
     assert sum(map(bool, found)) <= DROPPED * len(healthy)
 

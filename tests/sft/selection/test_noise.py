@@ -111,6 +111,7 @@ def test_the_whole_selection_takes_noise_at_most_as_often_as_by_chance(pool, tmp
     show(fates)
     assert {kind: fate for kind, fate in fates.items() if fate.selected > fate.bound} == {}
     assert fates["repeated token"].filtered > fates["repeated token"].present / 5
+    assert fates["mojibake"].filtered == fates["mojibake"].present
 
 
 def show(fates: dict[str, Fate]) -> None:

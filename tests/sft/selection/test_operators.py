@@ -8,16 +8,20 @@ import configparser
 import json
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft.selection import METHODS, SelectionError, SelectionSettings, select_conversations
+from sft.selection import METHODS, SelectionError, SelectionSettings, declaration, operators, select_conversations
 from sft.selection.common import Reading
 from sft.selection.declaration import FOLDER, parse, read_file, read_method
-from sft.selection.operators import DOES, FIRST, OPERATORS
+from sft.selection.operators import DOES, FIRST, OPERATORS, Operator
+from sft.selection.options import Number
+from sft.selection.stages import drop_where
 from sft.yaml_text import load_yaml
 
 from .conftest import chat, table
@@ -27,9 +31,9 @@ ROOT = Path(__file__).parents[3]
 SHORT = ["exact-duplicates", {"operator": "domains", "own": False}, {"operator": "random", "count": 40}]
 
 
-def declare(path: Path, operators, **more) -> Path:
-    entries = [{"operator": entry} if isinstance(entry, str) else entry for entry in operators]
-    path.write_text(yaml.safe_dump({"operators": entries, **more}))
+def declare(path: Path, entries, **more) -> Path:
+    told = [{"operator": entry} if isinstance(entry, str) else entry for entry in entries]
+    path.write_text(yaml.safe_dump({"operators": told, **more}))
     return path
 
 
@@ -55,6 +59,14 @@ def test_all_methods_are_shipped():
     assert setup["options.package_data"]["sft.selection"] == "pipelines/*.yaml"
 
 
+def test_the_example_of_the_documentation_runs(corpus_file, tmp_path):
+    text = (ROOT / "docs/selection.md").read_text()
+    (tmp_path / "mine.yaml").write_text(text[text.index("```yaml") + 7 :].partition("```")[0])
+    told = SelectionSettings(pipeline=tmp_path / "mine.yaml", allow_fewer=True)
+    assert told.declaration.value("heuristics", "max_looping") == 0.9
+    assert 0 < select_conversations(corpus_file, tmp_path / "out", told).count < 1000
+
+
 def test_the_registry_is_consistent():
     made = set(FIRST)
     for name, operator in OPERATORS.items():
@@ -69,17 +81,15 @@ def test_the_registry_is_consistent():
 @pytest.mark.parametrize(
     "options",
     [
-        [],
-        ["--method", "k-center", "--seed", 3],
+        ["--within", "medoid", "--domain-column", "planted"],
         ["--method", "longest", "--allow-fewer", "--unique-ids"],
-        ["--within", "medoid", "--set", "near-duplicates.overlap=0.7", "--domain-column", "planted"],
-        ["--quota", "math=0.5,code=0.5", "--allow-fewer", "--decontaminate", "{evaluation}"],
-        ["--score-column", "group", "--embedder", "{model}"],
+        ["--quota", "math=0.5,code=0.5", "--allow-fewer", "--decontaminate", "{evaluation}", "--embedder", "{model}"],
+        ["--method", "k-center", "--seed", 3, "--set", "near-duplicates.overlap=0.7", "--score-column", "group"],
     ],
-    ids=lambda options: " ".join(map(str, options)) or "default",
+    ids=lambda options: " ".join(map(str, options)),
 )
 def test_what_explain_prints_selects_the_same(options, corpus, lines, model_dir, tmp_path):
-    data = lines(*corpus[:200])
+    data = lines(*corpus[:120])
     evaluation = lines({"text": corpus[7]["messages"][0]["content"] * 3}, name="it's: #1 \u2028\U0001f600 no.jsonl")
     options = [str(option).format(evaluation=evaluation, model=model_dir) for option in ("-n", 40, *options)]
     status, printed = run(*options, "--explain")
@@ -94,15 +104,16 @@ def test_what_explain_prints_selects_the_same(options, corpus, lines, model_dir,
     assert run(data, tmp_path / "one", "--pipeline", tmp_path / "mine.yaml", "--json")[1].count('"already_done": true')
 
 
+@settings(max_examples=50)
 @given(st.text(st.characters(codec="utf-8"), min_size=1), st.floats(0, 1), st.integers(0, 2**32 - 1))
 def test_any_value_comes_back_from_yaml(text, share, seed):
-    operators = [
+    entries = [
         {"operator": "common-text", "max_share": share},
         {"operator": "decontamination", "files": [text]},
         {"operator": "domains", "column": text},
         {"operator": "random", "quota": {text: share, text + "x": 1 - share}},
     ]
-    declared = parse({"operators": operators, "seed": seed}, "mine")
+    declared = parse({"operators": entries, "seed": seed}, "mine")
     assert parse(load_yaml(declared.to_yaml()), "mine") == declared
 
 
@@ -164,11 +175,11 @@ def test_evaluation_sets_add_up(lines, tmp_path):
     questions = [f"Number {n} of the questions that somebody asked me, {n * 7} words long" for n in range(20)]
     data = lines(*({"messages": chat(question, f"It is {n}, I believe.")} for n, question in enumerate(questions)))
     one, two = (lines({"text": questions[n]}, name=f"{n}.jsonl") for n in (3, 4))
-    operators = [{"operator": "decontamination", "files": [str(one)]}, *SHORT[1:]]
-    settings = SelectionSettings(
-        pipeline=declare(tmp_path / "p.yaml", operators), count=20, allow_fewer=True, decontaminate=(str(one), str(two))
+    entries = [{"operator": "decontamination", "files": [str(one)]}, *SHORT[1:]]
+    told = SelectionSettings(
+        pipeline=declare(tmp_path / "p.yaml", entries), count=20, allow_fewer=True, decontaminate=(str(one), str(two))
     )
-    selection = select_conversations(data, tmp_path / "out", settings)
+    selection = select_conversations(data, tmp_path / "out", told)
     assert selection.stages[1].dropped == {"contaminated": 2}
     summary = json.loads((tmp_path / "out/selection.json").read_text())
     assert summary["pipeline"]["operators"][0]["files"] == ["3.jsonl", "4.jsonl"]
@@ -259,7 +270,7 @@ DOMAINS = "operators: [{operator: domains, own: false},"
             "not valid YAML: could not determine a constructor for the tag",
         ),
         ("operators: [", "not valid YAML"),
-        ("{" * 3000, "not valid YAML: it is nested too deep"),
+        ("{" * 1000, "not valid YAML: it is nested too deep"),
     ],
 )
 def test_a_file_that_cannot_run_is_refused_in_one_line(text, message, tmp_path, monkeypatch):
@@ -322,3 +333,47 @@ def test_the_command_line_lies_over_the_file(tmp_path):
 
 def test_the_command_without_data():
     assert run()[1].splitlines()[-1].endswith("DATA... OUT are missing.")
+
+
+# --- one more ---------------------------------------------------------------------------------------------------------
+
+
+def _drop_shouting(rows: pa.Table, reading: Reading, most: float) -> pa.Table:
+    shares = [sum(map(str.isupper, text)) / max(len(text), 1) for text in reading.texts(rows)]
+    return pa.table({"drop": drop_where(np.array(shares) > most, "shouting")})
+
+
+def test_an_operator_is_a_function_and_an_entry(lines, tmp_path, monkeypatch):
+    shouting = Operator(
+        "drops",
+        "rows in capital letters",
+        kernel=_drop_shouting,
+        reading=Reading("answer", own=False),
+        texts=("answer", "question"),
+        options={"most": Number(0.5, 0, 1, "of the characters")},
+    )
+    for module in (operators, declaration):
+        monkeypatch.setattr(module, "OPERATORS", {**OPERATORS, "shouting": shouting})
+    data = lines(*({"messages": chat("WHO WAS IT?", answer)} for answer in ("IT WAS NOBODY", "It was Nobody", "ME")))
+    for asked, left in (({}, ["It was Nobody"]), ({"most": 1}, 3), ({"text": "question"}, 0)):
+        file = declare(tmp_path / "p.yaml", [{"operator": "shouting", **asked}, *SHORT[1:]], allow_fewer=True)
+        out, told = tmp_path / str(asked), SelectionSettings(pipeline=file)
+        if left == 0:
+            with pytest.raises(SelectionError, match=r"no row is left after shouting\. .* 3 shouting"):
+                select_conversations(data, out, told)
+            continue
+        select_conversations(data, out, told, rejects=True)
+        found = [row["messages"][1]["content"] for row in selected(out)]
+        assert found == left or len(found) == left
+        dropped = [json.loads(line)["teleflm_operator"] for line in (out / "rejects.jsonl").read_text().splitlines()]
+        assert dropped == ["shouting"] * (3 - len(found))
+    assert (
+        "most: 0.5  # of the characters"
+        in SelectionSettings(pipeline=declare(tmp_path / "p.yaml", ["shouting", *SHORT[1:]])).declaration.to_yaml()
+    )
+
+
+def test_explain_loads_and_reads_nothing():
+    status, printed = run("--explain", "--scorer", "/nowhere/model", "--decontaminate", "/nowhere/set.jsonl")
+    assert status == 0
+    assert "/nowhere/model" in printed

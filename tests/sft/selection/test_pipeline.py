@@ -460,7 +460,8 @@ def test_report(lines, corpus, tmp_path):
     assert "<script" not in page
     assert "<img src=x" not in page
     assert "&lt;script&gt;1" in page
-    assert page.count("<details") == sum(min(EXAMPLES, count) for count in selection.domains.values())
+    shown = sum(min(EXAMPLES, count) for count in selection.domains.values())
+    assert page.count("<details") == shown + sum(len(stage.dropped) for stage in selection.stages)
     assert not re.findall(r"(?:src|href)=\"(?!data:image/png)", page), "nothing is loaded"
     assert page.count("data:image/png;base64,") == 4
     assert {path.name for path in (tmp_path / "report").iterdir()} == {

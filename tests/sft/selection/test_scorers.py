@@ -246,6 +246,12 @@ def plain_outputs(model, rows: list[list[int]]) -> np.ndarray:
         return np.stack([model(input_ids=torch.tensor([row])).logits[0].numpy() for row in rows])
 
 
+def keep_end(row: list[int], window: int, tokenizer) -> list[int]:
+    """The end of a row, after the special token that it begins with, if it does."""
+    first = [row[0]] if row[0] in tokenizer.all_special_ids else []
+    return row if len(row) <= window else first + row[-(window - len(first)) :]
+
+
 @pytest.mark.parametrize("pad", [0, None])
 def test_a_reward_is_the_models_own_output_row_by_row(pad, tokenizer, tmp_path):
     model = tiny(
@@ -270,10 +276,7 @@ def test_of_a_long_conversation_the_end_is_read(tokenizer):
     rows = [tokenizer.apply_chat_template(messages, return_dict=False) for messages in CHATS]
     assert cut.tolist() == [len(row) > 48 for row in rows]
     assert 1 < cut.sum() < len(rows)
-    kept = []
-    for row in rows:
-        first = [row[0]] if row[0] in tokenizer.all_special_ids else []
-        kept.append(row if len(row) <= 48 else first + row[-(48 - len(first)) :])
+    kept = [keep_end(row, 48, tokenizer) for row in rows]
     np.testing.assert_allclose(found, plain_outputs(model, kept)[:, 0], rtol=1e-5)
     others = [*CHATS[3][:1], {"role": "assistant", "content": "not at all what it was"}]
     assert scorer.scores([others])[0] != pytest.approx(found[3]), "the answer is read"
@@ -292,8 +295,7 @@ def test_an_encoder_reads_plain_text_if_it_is_asked_to(family, tokenizer, tmp_pa
     window = 48 if family == "roberta" else 50  # two of its places are for padding
     assert model_window(model) == window
     rows = [tokenizer("\n\n".join(m["content"] for m in messages))["input_ids"] for messages in CHATS]
-    head = int(rows[0][0] in tokenizer.all_special_ids)
-    kept = [row if len(row) <= window else row[:head] + row[len(row) - window + head :] for row in rows]
+    kept = [keep_end(row, window, tokenizer) for row in rows]
     np.testing.assert_allclose(found["score"].to_numpy(), plain_outputs(model, kept)[:, 0], rtol=1e-4, atol=1e-5)
     assert sum(found["score_cut"].to_pylist()) == sum(len(row) > window for row in rows) > 0
 
@@ -444,7 +446,7 @@ def test_a_selection_by_a_reward_model(reward_dir, model_dir, lines, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(reward_dir)
     model = AutoModelForSequenceClassification.from_pretrained(reward_dir)
     ids = [tokenizer.apply_chat_template(rows[place]["messages"], return_dict=False) for place in positions]
-    expected = plain_outputs(model, [row if len(row) <= 100 else [row[0], *row[-99:]] for row in ids])[:, 0]
+    expected = plain_outputs(model, [keep_end(row, 100, tokenizer) for row in ids])[:, 0]
     np.testing.assert_allclose(scores["score"].to_numpy(), expected, rtol=1e-4, atol=1e-5)
     best = {positions[place] for place in np.argsort(-expected)[:10]}
     kept = [json.loads(line)["messages"] for line in (tmp_path / "out/selected.jsonl").read_text().splitlines()]
