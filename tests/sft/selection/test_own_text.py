@@ -247,7 +247,8 @@ def test_explain_prints_the_thresholds_and_does_nothing(lines, tmp_path):
     status, output = run(data, tmp_path / "out", "--explain", "--json", "--set", "heuristics.min_words=3")
     explained = json.loads(output)
     assert (status, explained["thresholds"]["heuristics.min_words"]) == (0, 3)
-    assert set(explained["thresholds"]) == {name for name in THRESHOLDS if not name.startswith("decontamination")}
+    off = ("decontamination", "perplexity", "scorer", "ifd")
+    assert set(explained["thresholds"]) == {name for name in THRESHOLDS if not name.startswith(off)}
     assert explained["stages"][:3] == ["rows", "exact-duplicates", "common-text"]
     assert not (tmp_path / "out").exists()
     assert "operator: near-duplicates\n    overlap: 0.65" in run("--explain")[1]
