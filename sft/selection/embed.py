@@ -246,7 +246,7 @@ class SentenceEncoder:
     """A model of sentence-transformers. It is loaded once in each process, and executes nothing of its folder.
 
     Args:
-        name: a folder, or a name on the Hub.
+        name: a folder, or `sentence-transformers:` and a folder or a name on the Hub.
     """
 
     def __init__(self, name: str) -> None:
@@ -264,7 +264,8 @@ class SentenceEncoder:
 
     def _load(self) -> Any:
         if self._model is None:
-            _check_modules(self._name)
+            own = self._name.removeprefix(SENTENCE_TRANSFORMERS)
+            _check_modules(own)
             try:
                 from sentence_transformers import SentenceTransformer
             except ImportError as error:
@@ -274,7 +275,7 @@ class SentenceEncoder:
                     f"{way_out}."
                 ) from error
             try:
-                self._model = SentenceTransformer(self._name, trust_remote_code=False)
+                self._model = SentenceTransformer(own, trust_remote_code=False)
             except Exception as error:  # whatever the libraries that read its files raise
                 raise SelectionError(f"--embedder {self._name}: {one_line(error)}") from error
         return self._model
@@ -287,7 +288,7 @@ def load_encoder(embedder: str) -> SentenceEncoder:
         SelectionError: it cannot be loaded, or sentence-transformers is not installed.
     """
     if embedder not in _encoders:
-        _encoders[embedder] = SentenceEncoder(embedder.removeprefix(SENTENCE_TRANSFORMERS))
+        _encoders[embedder] = SentenceEncoder(embedder)
     return _encoders[embedder]
 
 
