@@ -8,22 +8,27 @@ By default nothing is downloaded. The vector of a conversation is the mean of it
 frequency weights a / (a + p(word)), a = 1e-3, less its component along the common direction (SIF; Arora, Liang and Ma
 2017), and of length 1. The words' vectors come from one of two places:
 
-- the data itself: words are hashed to 2^16 ids. A sample of [`SAMPLE`] conversations makes a matrix of 1 + log(count)
-  times the SIF weights, and the words' vectors are its first [`DIMENSIONS`] right singular vectors (latent semantic
-  analysis). A word of fewer than two conversations has no vector;
+- the data itself: words, and pairs of characters where a script has no spaces, are hashed to 2^16 ids. A sample of
+  [`SAMPLE`] conversations makes a matrix of 1 + log(count) times the SIF weights, and the words' vectors are its first
+  [`DIMENSIONS`] right singular vectors (latent semantic analysis). A word of fewer than two conversations has no
+  vector;
 - a model, `--embedder FOLDER`: words are the ids that its tokenizer makes of the first [`MODEL_CHARACTERS`] characters,
   their vectors the rows of its input embeddings, of which no other weight is read. Rows wider than [`MODEL_WIDTH`] are
   projected by a seeded Gaussian matrix, which keeps angles.
 
-A folder or Hub name of sentence-transformers, `--embedder sentence-transformers:NAME`, replaces all of this; so
-does a causal language model, `--embedder rds:NAME` (see [`sft.selection.rds`]).
+A sentence encoder replaces all of this: a folder that is one (see [`is_encoder`]), or a name on the Hub as
+`--embedder sentence-transformers:NAME`. It reads the beginning of a conversation, as far as its window goes, and runs
+in one process, on a GPU if there is one. So does a causal language model, `--embedder rds:NAME` (see
+[`sft.selection.rds`]).
 
 The share p of each word, the vectors and the common direction come from the sample and are the same for every part.
 """
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,7 +39,7 @@ from conversion.checkpoint.errors import one_line
 from . import rds
 from .common import OWN_TEXT, Reading
 from .stages import Kernel, SelectionError, drop_none
-from .words import hash_words
+from .words import hash_words, pair_characters
 
 SAMPLE = 5000
 DIMENSIONS = 64
@@ -42,6 +47,7 @@ MODEL_CHARACTERS = 1000
 MODEL_WIDTH = 256
 SIF_A = 1e-3
 SENTENCE_TRANSFORMERS = "sentence-transformers:"
+_MODULES = "modules.json"
 _BUCKETS = 1 << 16
 _MIN_TEXTS = 2  # of the sample; a word of one text says nothing about others
 _POWER_ITERATIONS = 2
@@ -139,8 +145,8 @@ def _means(counts: Any, vectors: np.ndarray) -> np.ndarray:
 
 
 def hashed_ids(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Words as their hashes modulo 2^16."""
-    words = hash_words(texts)
+    """Words, or pairs of characters (see [`pair_characters`]), as their hashes modulo 2^16."""
+    words = pair_characters(hash_words(texts))
     return (words.hashes % np.uint64(_BUCKETS)).astype(np.int64), words.offsets
 
 
@@ -233,18 +239,18 @@ def fit(texts: Sequence[str], embedder: str | None, seed: int) -> Callable[[Iter
     """Texts to vectors of length 1, float32; see [`fit_kernel`]."""
     if embedder is None:
         return fit_corpus(texts, seed).embed
-    if embedder.startswith(SENTENCE_TRANSFORMERS):
-        return SentenceEncoder(embedder.removeprefix(SENTENCE_TRANSFORMERS))
     if embedder.startswith(rds.PREFIX):
         return rds.HiddenStateEncoder(embedder.removeprefix(rds.PREFIX))
+    if is_encoder(embedder):
+        return load_encoder(embedder)
     return fit_model(texts, embedder, seed).embed
 
 
 class SentenceEncoder:
-    """A model of sentence-transformers. It is loaded once in each process.
+    """A model of sentence-transformers. It is loaded once in each process, and executes nothing of its folder.
 
     Args:
-        name: a folder, or a name on the Hub.
+        name: a folder, or `sentence-transformers:` and a folder or a name on the Hub.
     """
 
     def __init__(self, name: str) -> None:
@@ -254,24 +260,86 @@ class SentenceEncoder:
 
     def __call__(self, texts: Iterable[str]) -> np.ndarray:
         """Vectors of length 1, float32."""
-        return self._load().encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
+        vectors: np.ndarray = self._load().encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
+        return vectors.astype(np.float32)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_name": self._name, "_model": None}
 
     def _load(self) -> Any:
         if self._model is None:
+            own = self._name.removeprefix(SENTENCE_TRANSFORMERS)
+            _check_modules(own)
             try:
                 from sentence_transformers import SentenceTransformer
-
-                self._model = SentenceTransformer(self._name, trust_remote_code=False)
             except ImportError as error:
-                way_out = "pip install sentence-transformers, or leave --embedder out"
-                raise SelectionError(f"--embedder {SENTENCE_TRANSFORMERS}{self._name}: {error}; {way_out}.") from error
-            except (OSError, ValueError) as error:
-                why = " ".join(str(error).split())
-                raise SelectionError(f"--embedder {SENTENCE_TRANSFORMERS}{self._name}: {why}") from error
+                way_out = 'pip install "teleflm[sentence]", or leave --embedder out'
+                raise SelectionError(
+                    f"--embedder {self._name}: a sentence encoder needs sentence-transformers ({one_line(error)}); "
+                    f"{way_out}."
+                ) from error
+            try:
+                self._model = SentenceTransformer(own, trust_remote_code=False)
+            except Exception as error:  # whatever the libraries that read its files raise
+                raise SelectionError(f"--embedder {self._name}: {one_line(error)}") from error
         return self._model
+
+
+def load_encoder(embedder: str) -> SentenceEncoder:
+    """The sentence encoder of that name; loaded once.
+
+    Raises:
+        SelectionError: it cannot be loaded, or sentence-transformers is not installed.
+    """
+    if embedder not in _encoders:
+        _encoders[embedder] = SentenceEncoder(embedder)
+    return _encoders[embedder]
+
+
+_encoders: dict[str, SentenceEncoder] = {}
+
+
+def is_encoder(embedder: str | None) -> bool:
+    """Whether an embedder is a sentence encoder: by its prefix, `modules.json`, or a masked language model's family.
+
+    Args:
+        embedder: see [`fit_kernel`]. Names on the Hub are sentence encoders after `sentence-transformers:` only.
+    """
+    if embedder is None:
+        return False
+    if embedder.startswith(SENTENCE_TRANSFORMERS) or (Path(embedder) / _MODULES).is_file():
+        return True
+    try:
+        config = json.loads((Path(embedder) / "config.json").read_text(encoding="utf-8"))
+        family, architectures = config["model_type"], config.get("architectures") or []
+        if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+            return False
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return False  # what is wrong with it, its reader says
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return family in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def _check_modules(folder: str) -> None:
+    """Refuse a folder whose `modules.json` names classes that are not sentence-transformers' own: they would be run."""
+    try:
+        modules = json.loads((Path(folder) / _MODULES).read_text(encoding="utf-8"))
+        types = [str(module["type"]) for module in modules]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, RecursionError) as error:
+        raise SelectionError(f"--embedder {folder}: {_MODULES}: {one_line(error)}") from error
+    except (LookupError, TypeError) as error:
+        raise SelectionError(
+            f"--embedder {folder}: {_MODULES}: expected a list of modules, each with a type."
+        ) from error
+    for name in types:
+        if not name.startswith("sentence_transformers."):
+            raise SelectionError(
+                f"--embedder {folder}: {_MODULES} names {name}, which is not of sentence_transformers; code of "
+                "others is not run."
+            )
 
 
 def embed(table: pa.Table, encode: Callable[[Iterable[str]], np.ndarray], reading: Reading = OWN_TEXT) -> pa.Table:
@@ -291,6 +359,8 @@ __all__ = [
     "fit_kernel",
     "fit_model",
     "hashed_ids",
+    "is_encoder",
+    "load_encoder",
     "read_input_embeddings",
     "sif_weights",
 ]

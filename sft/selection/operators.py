@@ -17,11 +17,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from . import common, decontaminate, dedup, diversity, domains, embed, heuristics, rds, score, target
+from . import common, decontaminate, dedup, diversity, domains, embed, heuristics, rds, score, scorers, target
 from .choice import choose_enough
 from .common import OWN_TEXT, WHOLE, Reading
 from .options import Name, Names, Number, OneOf, Option, Shares
-from .stages import Kernel, Stage, make_digest
+from .stages import Kernel, SelectionError, Stage, make_digest
 
 MARKS, DROPS, SCORES, CHOOSES = DOES = ("marks", "drops", "scores", "chooses")
 FIRST = ("source", "row", "id", "unread")  # columns of the first stage, which reads the files
@@ -175,24 +175,41 @@ def _target_copies(values: dict[str, Any], reading: Reading | None, run: Run) ->
 
 def _embeddings(values: dict[str, Any], reading: Reading | None, run: Run) -> Stage:
     told = {**_describe("embeddings", values, reading), "sample": embed.SAMPLE, "dimensions": embed.DIMENSIONS}
-    by_model = (values["embedder"] or "").startswith(rds.PREFIX)
-    if by_model:
+    fit = partial(embed.fit_kernel, **values, seed=run.seed, reading=reading or OWN_TEXT)
+    by_hidden_states = (values["embedder"] or "").startswith(rds.PREFIX)
+    is_encoder = not by_hidden_states and embed.is_encoder(values["embedder"])
+    if by_hidden_states:
         told["max_tokens"] = rds.MAX_TOKENS
-    # One process for a causal model, as for IFD.
-    return Stage(
-        "embeddings",
-        told,
-        columns_of(OPERATORS["embeddings"], reading),
-        fit=partial(embed.fit_kernel, **values, reading=reading or OWN_TEXT, seed=run.seed),
-        sample=embed.SAMPLE,
-        in_process=by_model,
-    )
+    if is_encoder:  # before anything else takes long
+        embed.load_encoder(values["embedder"])
+    reads, in_process = columns_of(OPERATORS["embeddings"], reading), by_hidden_states or is_encoder
+    return Stage("embeddings", told, reads, fit=fit, sample=embed.SAMPLE, in_process=in_process)
+
+
+def _perplexity(values: dict[str, Any], reading: Reading | None, run: Run) -> Stage:
+    score.check_perplexity_model(values["model"])
+    told = {**_describe("perplexity", values, None), "max_tokens": scorers.CAUSAL_TOKENS, "sample": score.SAMPLE}
+    fit = partial(score.fit_perplexity, **values)
+    return Stage("perplexity", told, ("row",), fit=fit, sample=score.SAMPLE, in_process=True)
 
 
 def _ifd(values: dict[str, Any], reading: Reading | None, run: Run) -> Stage:
-    told = {**_describe("ifd", values, reading), "max_tokens": score.MAX_TOKENS}
+    if not score.is_causal(values["model"]):
+        raise SelectionError(
+            f"--scorer {values['model']}: is a classifier, and the IFD is of causal language models; --method teleflm "
+            "or the operator scorer takes it."
+        )
+    return _scoring("ifd", score.make_ifd_kernel(**values), values)
+
+
+def _scorer(values: dict[str, Any], reading: Reading | None, run: Run) -> Stage:
+    return _scoring("scorer", score.make_scorer_kernel(**values), values)
+
+
+def _scoring(name: str, kernel: Kernel, values: dict[str, Any]) -> Stage:
+    told = {**_describe(name, values, None), "max_tokens": [scorers.CAUSAL_TOKENS, scorers.CLASSIFIER_TOKENS]}
     # One process: a model a worker would not fit, and torch has threads of its own.
-    return Stage("scores", told, ("row",), score.make_ifd_kernel(values["model"]), in_process=True)
+    return Stage("scores", told, ("row",), kernel, in_process=True)
 
 
 def _choice(
@@ -279,6 +296,11 @@ _LIMITS = {
     ),
     "max_garbled": Number(heuristics.MAX_GARBLED, 0, 1, "of the characters, which are no text"),
     "max_misread": Number(heuristics.MAX_MISREAD, 0, 1, "of the characters, which were in another encoding"),
+}
+
+_IFD_BAND = {
+    "ifd_min": Number(score.IFD_MIN, 0, 1e9, "rows with a lower IFD are dropped: the question gives the answer away"),
+    "ifd_max": Number(score.IFD_MAX, 0, 1e9, "rows from there on are dropped: the question does not help"),
 }
 
 OPERATORS: Mapping[str, Operator] = MappingProxyType(
@@ -385,15 +407,49 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
             costly=True,
             options={"column": Name("with a number for each row, the higher the better", setting="score_column")},
         ),
+        "perplexity": Operator(
+            DROPS,
+            "rows whose answers a causal language model finds hardly or very surprising",
+            makes=("perplexity", score.PERPLEXITY_CUT),
+            build=_perplexity,
+            switch="model",
+            costly=True,
+            options={
+                "model": Name("a causal language model", setting="perplexity", is_path=True),
+                "min": Number(score.PERPLEXITY_MIN, 0, 1e9, "of those that stay"),
+                "max": Number(score.PERPLEXITY_MAX, 0, 1e9, "of those that stay"),
+                "low_share": Number(score.LOW_SHARE, 0, 1, "of a sample of the rows, whose perplexity is too low"),
+                "high_share": Number(score.HIGH_SHARE, 0, 1, "of a sample of the rows, whose perplexity is too high"),
+            },
+        ),
+        "scorer": Operator(
+            SCORES,
+            "by a model: a causal language model as ifd does, a reward model or other classifier by its output",
+            makes=("score", score.SCORE_CUT),
+            build=_scorer,
+            switch="model",
+            stage="scores",
+            costly=True,
+            options={
+                "model": Name("of either kind, which its config.json tells", setting="scorer", is_path=True),
+                "label": Name("of a classifier with several, whose probability is the score", setting="scorer_label"),
+                "format": OneOf(
+                    scorers.FORMATS,
+                    "what a classifier reads: its chat template, or plain text; null: the template",
+                    setting="scorer_format",
+                ),
+                **_IFD_BAND,
+            },
+        ),
         "ifd": Operator(
             SCORES,
-            "by how much the question helps a model to predict the answers; from 1 on, rows are dropped",
-            makes=("score",),
+            "by how much the question helps a causal language model to predict the answers",
+            makes=("score", score.SCORE_CUT),
             build=_ifd,
             switch="model",
             stage="scores",
             costly=True,
-            options={"model": Name("a causal language model", setting="scorer", is_path=True)},
+            options={"model": Name("a causal language model", setting="scorer", is_path=True), **_IFD_BAND},
         ),
         "length": Operator(
             SCORES,
@@ -414,7 +470,7 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
             costly=True,
             options={
                 "embedder": Name(
-                    "a Hub folder, sentence-transformers:NAME or rds:NAME; null: by the words of the data",
+                    "a sentence encoder, rds:NAME, or a model whose input embeddings are taken; null: the data's words",
                     setting="embedder",
                     is_path=True,
                 )

@@ -29,7 +29,7 @@ import pyarrow as pa
 from conversion.checkpoint.manifest import package_version
 from sft.data.formats import DataError
 
-from . import rows
+from . import rows, score
 from .choice import OTHERS, TooFewError, find_shortfall
 from .declaration import Declaration
 from .executors import open_executor
@@ -193,7 +193,24 @@ def _checks(
     entries = declared.active
     tagged = next(place for place, entry in enumerate(entries) if "domain" in entry.operator.makes)
     costly = next(place for place, entry in enumerate(entries) if place > tagged and entry.operator.costly)
-    return {"rows": tell_unread, workspace.stages[costly].name: check_quota}  # stage 0 is that of the files
+    looks = [("rows", tell_unread), (workspace.stages[costly].name, check_quota)]  # stage 0 is that of the files
+    for entry in entries:
+        cut = {score.SCORE_CUT, score.PERPLEXITY_CUT} & {*entry.operator.makes}
+        looks += [(entry.stage, partial(_tell_cut, column=column, notify=notify)) for column in cut]
+    return {name: partial(_call_all, [look for at, look in looks if at == name]) for name, _ in looks}
+
+
+def _call_all(functions: Sequence[Callable[[StageFiles], None]], stages: StageFiles) -> None:
+    for function in functions:
+        function(stages)
+
+
+def _tell_cut(stages: StageFiles, column: str, notify: Callable[[str], None]) -> None:
+    """Say of how many rows a model has not seen all."""
+    cut = stages.read((column,))[column].to_pylist()
+    if any(cut):
+        name = stages.results[-1].name
+        notify(f"{name}: {sum(cut):,} of {len(cut):,} rows are longer than the model's window; the rest is not read")
 
 
 def count_unread(stages: StageFiles) -> dict[str, tuple[int, str]]:

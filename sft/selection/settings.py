@@ -39,7 +39,11 @@ class SelectionSettings:
         target: a file of examples of what should get better; rows are chosen by their nearness to them, as `method` is
             `target` then. See [`sft.selection.target`].
         keep_target_copies: keep rows that contain one of them.
-        scorer: a causal language model for the IFD score; see [`sft.selection.score`].
+        scorer: a model that scores; see [`sft.selection.score`]: a causal language model by the IFD, a reward model or
+            another classifier by its output.
+        scorer_label: of a classifier with several, whose probability is the score.
+        scorer_format: `plain` for a classifier that reads plain text, and has no chat template.
+        perplexity: a causal language model; rows whose answers it finds hardly or very surprising are dropped.
         score_column: a column of the data with a number for each row, the higher the better, in place of a scorer.
         embedder: see [`sft.selection.embed`].
         thresholds: by name, other than as declared; see [`sft.selection.operators.THRESHOLDS`].
@@ -63,6 +67,9 @@ class SelectionSettings:
     target: str | None = None
     keep_target_copies: bool = False
     scorer: str | None = None
+    scorer_label: str | None = None
+    scorer_format: str | None = None
+    perplexity: str | None = None
     score_column: str | None = None
     embedder: str | None = None
     thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -89,6 +96,7 @@ class SelectionSettings:
                 declared = self._lay_over(declared, setting, value)
         if self.keep_target_copies:
             declared = self._keep_copies(declared)
+        self._check_switches(declared)
         declared = dataclasses.replace(
             declared,
             seed=declared.seed if self.seed is None else SEED.read(self.seed, "--seed"),
@@ -119,6 +127,17 @@ class SelectionSettings:
     @property
     def _method(self) -> str:
         return self.method or (_DEFAULT if self.target is None else "target")
+
+    def _check_switches(self, declared: Declaration) -> None:
+        """Refuse what is said of an operator that is off."""
+        for setting, flag in FLAGS.items():
+            if getattr(self, setting) in (None, ()) or not (found := [name for name, _ in _find(declared, setting)]):
+                continue
+            entries = [entry for entry in declared.entries if entry.name in found]
+            if not any(entry.is_on for entry in entries):
+                entry = entries[0]
+                switch = FLAGS.get(entry.operator.options[entry.operator.switch].setting, entry.operator.switch)
+                raise SelectionError(f"{flag}: {entry.name} is off; give {switch}.")
 
     def _say_what_for(self, setting: str) -> str:
         if self.pipeline is None:

@@ -49,9 +49,12 @@ _REASONS = {
     "near_duplicate": "a longer row, which is kept, holds most of its word pairs",
     "contaminated": "it contains an item of an evaluation set",
     "contains_target": "it contains a target, an example of what should get better",
-    "ifd_from_1": "the scorer predicts the answers no better with the questions than without",
-    "no_ifd": "the scorer has no token of an answer to predict",
-    "no_score": "it has no number in the column of scores",
+    "ifd_high": "the questions do not help the scorer predict the answers, or less than asked for",
+    "ifd_low": "the questions give the answers away to the scorer, more than asked for",
+    "perplexity_high": "the model of --perplexity finds the answers more surprising than asked for",
+    "perplexity_low": "the model of --perplexity finds the answers less surprising than asked for",
+    "no_perplexity": "the model's window has room for no token of an answer",
+    "no_score": "it has no number in the column of scores, or the scorer gives it none",
     "not_selected": "it is valid, but others of its domain were taken",
 }
 

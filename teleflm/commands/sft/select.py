@@ -53,13 +53,35 @@ Target = Annotated[
 KeepTargetCopies = Annotated[
     bool, typer.Option("--keep-target-copies", help="Keep rows that contain an example of --target.")
 ]
-Scorer = Annotated[str | None, typer.Option(metavar="MODEL", help="Causal language model for the IFD score.")]
+Scorer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL", help="Causal language model, for the IFD score, or a reward model; its config.json says which."
+    ),
+]
+ScorerLabel = Annotated[
+    str | None, typer.Option(help="Of a --scorer with several labels: the one whose probability is the score.")
+]
+ScorerFormat = Annotated[
+    str | None,
+    typer.Option(help="plain: the --scorer reads plain text. template, its chat template, unless given."),
+]
+Perplexity = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL", help="Causal language model; rows whose answers surprise it least or most are dropped."
+    ),
+]
 ScoreColumn = Annotated[
     str | None, typer.Option(help="A column of the data with a number for each row, the higher the better.")
 ]
 Embedder = Annotated[
     str | None,
-    typer.Option(metavar="MODEL", help="Hub folder, sentence-transformers:NAME or rds:NAME; else the data's words."),
+    typer.Option(
+        metavar="MODEL",
+        help="Sentence encoder, a folder or sentence-transformers:NAME; rds:NAME; or a model whose input embeddings "
+        "are taken; words of the data unless given.",
+    ),
 ]
 Set = Annotated[
     list[str] | None,
@@ -94,6 +116,9 @@ def select(
     target: Target = None,
     keep_target_copies: KeepTargetCopies = False,
     scorer: Scorer = None,
+    scorer_label: ScorerLabel = None,
+    scorer_format: ScorerFormat = None,
+    perplexity: Perplexity = None,
     score_column: ScoreColumn = None,
     embedder: Embedder = None,
     set_: Set = None,
@@ -130,6 +155,9 @@ def select(
             target=target,
             keep_target_copies=keep_target_copies,
             scorer=scorer,
+            scorer_label=scorer_label,
+            scorer_format=scorer_format,
+            perplexity=perplexity,
             score_column=score_column,
             embedder=embedder,
             thresholds=parse_thresholds(set_ or ()),

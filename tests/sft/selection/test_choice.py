@@ -35,58 +35,11 @@ from sft.selection.diversity import (
 )
 from sft.selection.embed import MODEL_WIDTH, fit_corpus, fit_model, hashed_ids, read_input_embeddings
 from sft.selection.rows import whole_text
-from sft.selection.score import MAX_TOKENS, make_ifd_kernel, score_ifd, score_length
+from sft.selection.score import score_length
 
 from .conftest import chat, table
 
 # --- scores -----------------------------------------------------------------------------------------------------------
-
-
-def plain_loss(model, ids, labelled) -> tuple[float, int]:
-    """Sum over labelled tokens of -log p, one sequence, no padding."""
-    ids, labelled = ids[:MAX_TOKENS], labelled[:MAX_TOKENS]
-    with torch.no_grad():
-        log_probs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-    losses = [-log_probs[i - 1, ids[i]].item() for i in range(1, len(ids)) if labelled[i]]
-    return sum(losses), len(losses)
-
-
-def test_ifd_by_its_definition(model_dir):
-    chats = [
-        chat("What is a cat?", "An animal."),
-        chat("Hi", "Hello!", "And?", "Nothing else, I am afraid; that was all."),
-        [{"role": "system", "content": "Be brief."}, *chat("Why?", "Because.")],
-        chat("long " * 800, "cut"),
-        chat("a", "b " * 1500),
-    ]
-    kernel = make_ifd_kernel(str(model_dir))
-    found = kernel(table(chats))
-    tokenizer, model = AutoTokenizer.from_pretrained(model_dir), AutoModelForCausalLM.from_pretrained(model_dir).eval()
-    for messages, score, drop in zip(chats, found["score"].to_pylist(), found["drop"].to_pylist(), strict=True):
-        ids, labelled, alone = [1], [False], (0.0, 0)
-        for message in messages:
-            piece = tokenizer(message["content"] + "\n\n", add_special_tokens=False)["input_ids"]
-            ids, labelled = ids + piece, labelled + [message["role"] == "assistant"] * len(piece)
-            if message["role"] == "assistant":
-                loss, count = plain_loss(model, [1, *piece], [False] + [True] * len(piece))
-                alone = (alone[0] + loss, alone[1] + count)
-        loss, count = plain_loss(model, ids, labelled)
-        if count == 0:
-            assert (np.isnan(score), drop) == (True, "no_ifd")
-        else:
-            ifd = loss / count / (alone[0] / alone[1])
-            assert score == pytest.approx(ifd, rel=1e-5)
-            assert drop == (None if ifd < 1 else "ifd_from_1")
-    assert found["drop"].to_pylist().count("no_ifd") == 1
-
-
-@pytest.mark.parametrize("scorer", ["/nowhere/at/all", "{empty}"])
-def test_a_scorer_that_cannot_be_loaded(scorer, tmp_path):
-    name = scorer.format(empty=tmp_path)
-    with pytest.raises(SelectionError, match=r"^--scorer .*: .*") as error:
-        make_ifd_kernel(name)
-    assert "\n" not in str(error.value)
-    assert name in str(error.value)
 
 
 def test_scores_without_a_model():
@@ -183,6 +136,46 @@ def test_hashed_ids_are_of_words():
     ids, offsets = hashed_ids(["One two", "", "2 one"])
     assert offsets.tolist() == [0, 2, 2, 4]
     assert ids.tolist() == [ids[0], ids[1], ids[1], ids[0]]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("学习惯", ["学习", "习惯"]),
+        ("我 use 机器学习 daily", ["我", "use", "机器", "器学", "学习", "daily"]),
+        ("好。吗", ["好吗"]),  # punctuation does not count
+        ("one two", ["one", "two"]),
+        ("二", ["2"]),  # a digit, of whatever script
+        ("かな 한글", ["かな", "な한", "한글"]),
+        ("", []),
+    ],
+)
+def test_characters_without_spaces_between_words_count_in_pairs(text, expected):
+    """A pair is told by its two characters alone, wherever it stands; those of neighbouring texts make none."""
+    around = ["学", text, "习 end", text]
+    ids, offsets = hashed_ids(around)
+    alone, ends = hashed_ids(expected)
+    assert ends.tolist() == list(range(len(expected) + 1)), "each of the expected ones is one id"
+    for place in (1, 3):
+        assert ids[offsets[place] : offsets[place + 1]].tolist() == alone.tolist()
+    assert offsets[1] == 1
+    assert len(set(alone.tolist())) == len(expected)
+
+
+def test_embeddings_find_the_other_half_of_chinese_text():
+    """Of each text made of clauses with words of their own; of single characters, one in nine is found."""
+    draw = np.random.default_rng(0)
+    characters = [chr(0x4E00 + 7 * place) for place in range(60)]  # words share theirs, as those of Chinese do
+    words = ["".join(draw.choice(characters, 2)) for _ in range(1000)]
+    halves: tuple[list[str], list[str]] = ([], [])
+    for _ in range(400):
+        own = draw.choice(words, 6, replace=False)
+        for half in halves:
+            half.append("，".join(draw.permutation([*own, *draw.choice(words[:200], 20)])))
+    model = fit_corpus(["。".join(pair) for pair in zip(*halves, strict=True)], seed=0)
+    first, second = map(model.embed, halves)
+    found = (first @ second.T).argmax(axis=1) == np.arange(400)
+    assert found.mean() > 0.9
 
 
 # --- how many of what -------------------------------------------------------------------------------------------------
@@ -397,8 +390,3 @@ def test_random_depends_on_the_seed_and_not_on_the_order(rows):
     assert chosen(rows, 0) == chosen(shuffled, 0) != chosen(rows, 1)
     often = [sum(id_ in chosen(rows, seed) for seed in range(100)) for id_ in rows["id"].to_pylist()]
     assert 15 < min(often) < max(often) < 55, "every row has the same chance, a third"
-
-
-def test_ifd_kernel_survives_a_trip_to_another_process(model_dir):
-    kernel = pickle.loads(pickle.dumps(make_ifd_kernel(str(model_dir))))
-    assert kernel.func is score_ifd

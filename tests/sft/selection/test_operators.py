@@ -256,7 +256,10 @@ DOMAINS = "operators: [{operator: domains, own: false},"
             f"{DOMAINS} {{operator: near-duplicates}}, {{operator: random}}]",
             "entry 2 (near-duplicates): needs `sketch`, whi",
         ),
-        (f"{DOMAINS} {{operator: top}}]", "needs `score`, which one of score-column, ifd, length makes; put it before"),
+        (
+            f"{DOMAINS} {{operator: top}}]",
+            "needs `score`, which one of score-column, scorer, ifd, length makes; put",
+        ),
         (
             f"{DOMAINS} {{operator: ifd}}, {{operator: top}}]",
             "needs `score`; ifd, which makes it, is off: give --scorer",

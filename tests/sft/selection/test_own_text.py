@@ -247,7 +247,7 @@ def test_explain_prints_the_thresholds_and_does_nothing(lines, tmp_path):
     status, output = run(data, tmp_path / "out", "--explain", "--json", "--set", "heuristics.min_words=3")
     explained = json.loads(output)
     assert (status, explained["thresholds"]["heuristics.min_words"]) == (0, 3)
-    off = ("decontamination", "target-copies")
+    off = ("decontamination", "target-copies", "perplexity", "scorer", "ifd")
     assert set(explained["thresholds"]) == {name for name in THRESHOLDS if not name.startswith(off)}
     assert explained["stages"][:3] == ["rows", "exact-duplicates", "common-text"]
     assert not (tmp_path / "out").exists()
