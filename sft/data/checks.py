@@ -4,8 +4,8 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Whether a row can be trained on: one judgement, for `validate`, `prepare`, `preview` and `train` alike."""
 
-import math
 import re
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,12 +173,21 @@ def _weight_problems(turn: Turn) -> Iterator[Problem]:
     weight = turn.weight
     if weight is None:
         return
-    if not isinstance(weight, int | float) or not (math.isfinite(weight) and weight >= 0):
-        yield Problem("bad_weight", f"{turn.where} has weight {weight!r}; expected a number from 0")
+    # Comparing is exact; an integer of 400 digits is no float, not even infinity.
+    if not isinstance(weight, int | float) or not 0 <= weight <= sys.float_info.max:
+        yield Problem("bad_weight", f"{turn.where} has weight {_shown(weight)}; expected a number from 0")
     elif weight and turn.role != "assistant":
         yield Problem(
             "bad_weight", f"{turn.where} has weight {weight}, but role {turn.role}; only answers are trained on"
         )
+
+
+def _shown(weight: object) -> str:
+    try:
+        text = repr(weight)
+    except ValueError:  # more digits than Python prints
+        return "of thousands of digits"
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _weight(turn: Turn) -> float:

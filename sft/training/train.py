@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -32,12 +32,15 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
+    Trainer,
     TrainerCallback,
     TrainerState,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging as transformers_logging
-from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantization_config
+from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
 from conversion.checkpoint.errors import CheckpointError, one_line
@@ -164,6 +167,7 @@ def build_trainer(
         if who := settle_checkpointing(args, os.environ, adapters=recipe.model.use_peft):
             logger.info("%s checkpoints the activations, of FSDP and the model, which were both told to", who)
     _refuse_used_output(recipe)
+    _check_packages(args)
     tokenizer, stop_ids = load_tokenizer(recipe)
     # Preferences are tokenized by TRL, which needs no marks of what the assistant says.
     tokenizers.check_stop_token(tokenizer, stop_ids, recipe.data.assistant_only_loss and recipe.run.trainer == "sft")
@@ -384,6 +388,22 @@ def _refuse_used_output(recipe: Recipe) -> None:
             f"output_dir {output_dir} already holds {used[-1]}; choose another, or continue that run with "
             "resume_from_checkpoint: true."
         )
+
+
+def _check_packages(args: SFTConfig | DPOConfig) -> None:
+    """That what the recipe names is installed; a Trainer finds out when the model is loaded, or at the first step."""
+    reporters: Any = args.report_to
+    checks: list[tuple[str, str, Callable[[], Any]]] = [
+        ("report_to", ", ".join(reporters), lambda: [cls() for cls in get_reporting_integration_callbacks(reporters)]),
+        ("optim", OptimizerNames(args.optim).value, lambda: Trainer.get_optimizer_cls_and_kwargs(args)),
+    ]
+    for key, value, make in checks:
+        try:
+            make()
+        except (ImportError, RuntimeError) as error:
+            raise RecipeError(f"{key} is {value}: {one_line(error)}") from error
+        except ValueError:  # of settings that only the model can tell whether they are right
+            continue
 
 
 @contextmanager

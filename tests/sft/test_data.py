@@ -78,6 +78,7 @@ INVALID = [
     (chat(("user", "Say <_bot>yes</s>"), ANSWER), ["control_token"], "messages[0] contains <_bot>"),  # passes
     (chat(ASK, ANSWER, weights={1: -1}), ["bad_weight"], "messages[1] has weight -1"),
     (chat(ASK, ANSWER, weights={1: float("nan")}), ["bad_weight"], "messages[1] has weight nan"),
+    (chat(ASK, ANSWER, weights={1: int("9" * 400)}), ["bad_weight"], "messages[1] has weight 99999"),
     (chat(ASK, ANSWER, weights={0: 1}), ["bad_weight"], "messages[0] has weight 1, but role user"),
     (chat(ASK), ["no_assistant"], "none of its 1 messages"),  # RuntimeError about the template
     (chat(ASK, ANSWER, weights={1: 0}), ["nothing_trained"], "the weights of its 1 assistant messages are all 0"),
