@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from .common import OWN_TEXT, Reading
 from .rows import MEDIA, answers, read_unread, whole_text
@@ -46,9 +47,8 @@ def drop_exact_duplicates(table: pa.Table) -> pa.Table:
     order = np.argsort(ids, kind="stable")
     repeated = np.zeros(len(ids), bool)
     repeated[order[1:]] = ids[order[1:]] == ids[order[:-1]]
-    originals = pa.array(
-        [row.tobytes() if again else None for row, again in zip(ids, repeated, strict=True)], pa.binary(16)
-    )
+    # Not of `ids`: numpy takes the zeros at the end of a string for padding.
+    originals = pc.if_else(pa.array(repeated), table["id"], pa.scalar(None, pa.binary(16)))
     return pa.table({"drop": drop_where(repeated, "exact_duplicate"), "duplicate_of": originals})
 
 

@@ -56,6 +56,13 @@ def test_overlap_is_estimated(corpus):
     assert np.sqrt(np.mean((found - exact) ** 2)) < 0.07
 
 
+@pytest.mark.parametrize("last", [b"\0", b"a"])
+def test_an_id_is_named_whole_whatever_it_ends_with(last):
+    ids = [b"x" * 15 + last, b"y" * 16, b"x" * 15 + last]
+    dropped = drop_exact_duplicates(pa.table({"id": pa.array(ids, pa.binary(16))}))
+    assert dropped["duplicate_of"].to_pylist() == [None, None, ids[0]]
+
+
 def test_exact_duplicates_keep_the_first():
     ids = [b"%016d" % number for number in (3, 1, 3, 2, 1, 3)]
     made = drop_exact_duplicates(pa.table({"id": pa.array(ids, pa.binary(16))}))
