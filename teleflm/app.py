@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from teleflm.commands.convert import convert
+from teleflm.commands.eval import evaluate
 from teleflm.commands.export import export
 from teleflm.commands.fold import fold
 from teleflm.commands.grow import grow
@@ -33,6 +34,7 @@ app.command()(grow)
 app.command()(fold)
 app.command()(verify)
 app.command(context_settings=FORWARDED)(train)
+app.command("eval")(evaluate)
 app.command()(publish)
 app.add_typer(sft_app, name="sft")
 
