@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from teleflm.commands.chat import chat
 from teleflm.commands.convert import convert
 from teleflm.commands.eval import evaluate
 from teleflm.commands.export import export
@@ -35,6 +36,7 @@ app.command()(fold)
 app.command()(verify)
 app.command(context_settings=FORWARDED)(train)
 app.command("eval")(evaluate)
+app.command()(chat)
 app.command()(publish)
 app.add_typer(sft_app, name="sft")
 
