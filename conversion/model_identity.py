@@ -21,6 +21,7 @@ from .checkpoint.reader import FileReader
 from .checkpoint.sources import Source
 
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+_WORDS = {"weights": "other weights", "config": "another config.json", "tokenizer": "another tokenizer"}
 # Of a config.json that is not a Tele-FLM's, what decides nothing of what is computed.
 _NAMES = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache")
 
@@ -40,9 +41,9 @@ class ModelIdentity:
     tokenizer: str | None
 
     def difference(self, other: "ModelIdentity") -> str | None:
-        """What of another model is not as it is here: `weights`, `config` or `tokenizer`; None if all is."""
+        """What of another model is not as it is here, in words; None if nothing is."""
         mine, others = asdict(self), asdict(other)
-        return next((name for name in mine if mine[name] != others[name]), None)
+        return next((_WORDS[name] for name in mine if mine[name] != others[name]), None)
 
 
 def model_identity(

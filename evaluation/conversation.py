@@ -271,7 +271,6 @@ def open_conversation(
         CheckpointError: torch or peft is not installed, the model or adapter cannot be loaded, or it has no chat
             template.
     """
-    require_torch()
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise CheckpointError(f"--dtype is {dtype}, expected auto, float32, bfloat16 or float16.")
     if completion and system:
@@ -279,12 +278,11 @@ def open_conversation(
     _check_model(model)
     if adapter is not None:
         _check_adapter(Path(adapter))
+    require_torch()
     has_own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
     tokenizer = _load_tokenizer(str(adapter) if has_own else model, completion)
     from transformers import set_seed
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()  # what it says would stand between answers
     network: Any = load_model(model, dtype)
     if adapter is not None:
         network = _with_adapter(network, Path(adapter))

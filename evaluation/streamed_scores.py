@@ -78,7 +78,8 @@ def score_streamed(
     sizes = [row * sum(len(passages[number].inputs) for number in group) for group in groups]
     score_sizes = [8 * sum(passages[number].scored for number in group) for group in groups]
     layers = architecture.num_hidden_layers
-    check_space(folder, (min(layers - 1, 2)) * sum(sizes) + sum(score_sizes))
+    disk = min(layers - 1, 2) * sum(sizes) + sum(score_sizes)
+    check_space(folder, disk)
     with (
         FileReader() as reader,
         ThreadPoolExecutor(workers) as pool,
@@ -92,7 +93,7 @@ def score_streamed(
         times = f"{len(groups)} group{'s' * (len(groups) > 1)}"
         notify(
             f"{tokens:,} tokens in {dtype}, layer by layer of {layers}{goes_on}: {format_bytes(total - done)} to read "
-            f"in {times}, {format_bytes(need)} of memory, {format_bytes(2 * sum(sizes))} of disk in {folder}."
+            f"in {times}, {format_bytes(need)} of memory, {format_bytes(disk)} of disk in {folder}."
         )
         with progress("computing") as advance:
             model.progress = lambda nbytes: advance(nbytes, total - done)
@@ -132,17 +133,21 @@ def group_tokens(architecture: Architecture, longest: int, dtype: str, memory: i
 
 
 def _costs(architecture: Architecture, longest: int, dtype: str) -> tuple[int, int]:
-    """Bytes that it takes whatever is computed, and for each token that is computed at a time."""
+    """Bytes that it takes whatever is computed, and for each token that is computed at a time.
+
+    The largest that is there at one moment, counted in the code of `streamed_model.py` and measured.
+    """
     number = 8 if dtype == "float64" else 4
-    rounding = 2 if dtype == "bfloat16" else 1  # copies, rounded and back
-    blocks = 3 * BLOCK * (number * rounding + 4)  # one is used, two are read; a row may be longer than a block
-    largest_row = max(architecture.hidden_size, architecture.intermediate_size) * (number + 4) * 3
-    attention = 5 * longest**2 * number * rounding
-    head = 4 * 8 * BLOCK
+    rounded = 3 if dtype == "bfloat16" else 2  # halves: what is rounded is there twice for a moment
+    row = max(architecture.hidden_size, architecture.intermediate_size)
+    blocks = 3 * max(BLOCK, row) * (number + 4)  # one is used, two are read
+    attention = 2 * rounded * longest**2 * number + longest**2
+    head = 3 * 8 * BLOCK
     query = architecture.num_attention_heads * architecture.head_dim
     key = architecture.num_key_value_heads * architecture.head_dim
-    widest = max(6 * architecture.intermediate_size, 6 * query + 4 * key)
-    return blocks + largest_row + attention + head, number * rounding * (4 * architecture.hidden_size + widest)
+    hidden, inner = architecture.hidden_size, architecture.intermediate_size
+    token = max(4 * hidden + 4 * inner, 2 * hidden + 6 * query + 2 * key) * number * rounded // 2
+    return blocks + max(attention, head), token
 
 
 def default_work(job: dict[str, Any]) -> Path:

@@ -118,7 +118,7 @@ def claimed_results(
     for result in given:
         if identity and result.model and (what := identity.difference(result.model)):
             raise CheckpointError(
-                f"{folder}: the results of {result.task} were measured with another {what} than this folder has; "
+                f"{folder}: the results of {result.task} were measured with {what} than this folder has; "
                 f"measure these: teleflm eval {folder} --record."
             )
     notes = []
@@ -129,7 +129,7 @@ def claimed_results(
     measured = own[0].model  # of one file, all have the same
     what = identity.difference(measured) if identity and measured else None
     if measured is None or what:
-        why = f"was measured with another {what} than this folder has" if what else "names no weights (--no-digest)"
+        why = f"was measured with {what} than this folder has" if what else "names no weights (--no-digest)"
         return tuple(given), [*notes, f"{RESULTS} {why}: its results are not in the card."]
     named = {(result.task, result.metric) for result in given}
     return (*given, *(result for result in own if (result.task, result.metric) not in named)), notes

@@ -67,7 +67,8 @@ def chat(
                 dtype=dtype,
                 seed=seed,
             )
-            _talk(conversation, as_json)
+            with _quiet():
+                _talk(conversation, as_json)
         except KeyboardInterrupt:
             print(file=sys.stderr)
             raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -107,11 +108,12 @@ def _lines(is_terminal: bool) -> Iterator[str]:
     while True:
         try:
             line = input("> ") if is_terminal and sys.stdout.isatty() else sys.stdin.readline()
+            line.encode()  # in a C locale, bytes that are no text come as halves of surrogate pairs
         except EOFError:  # Ctrl-D
             print(file=sys.stderr)
             return
-        except UnicodeDecodeError as error:
-            raise ValueError(f"stdin: is not UTF-8 at byte {error.start}; convert it.") from None
+        except UnicodeError:
+            raise ValueError("stdin: is not UTF-8; convert it.") from None
         if not line and not (is_terminal and sys.stdout.isatty()):
             return
         if line.strip():
@@ -144,6 +146,19 @@ def _say(note: str) -> None:
     from teleflm.terminal import make_console
 
     make_console(stderr=True).print(note, style="dim")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what transformers would say from between the answers."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 @contextmanager
