@@ -22,6 +22,7 @@ RESULTS_FORMAT = "teleflm-eval-1"
 _MAX_RESULTS = 2000  # all of lm-evaluation-harness's largest groups together have fewer
 _MAX_NAME = 120
 _STDERR = "_stderr"
+_WEIGHTS = "teleflm_weights"  # argument of a metric in a card: what it was measured of
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,7 @@ def model_index(name: str, results: Sequence[Result]) -> list[dict[str, Any]]:
             metric_type=result.metric,
             metric_value=result.value,
             metric_name=f"{result.metric} ({result.filter})" if result.filter else result.metric,
+            metric_args={_WEIGHTS: result.model.weights} if result.model else None,
         )
         for result in results
     ]
@@ -245,6 +247,26 @@ def merge_model_index(fresh: Any, owners: Any) -> Any:
         kept += [{**entry, "metrics": metrics}] if metrics else []
     first = {**owners[0], "name": fresh[0].get("name"), "results": [*kept, *fresh[0]["results"]]}
     return [first, *owners[1:]]
+
+
+def without_measured(index: Any) -> Any:
+    """A `model-index` without what `teleflm eval` measured, which is claimed anew of what is published, or not.
+
+    What is not of the Hub's shape stays; None if nothing is left.
+    """
+    if not _is_index(index):
+        return index
+    kept = []
+    for entry in index[0]["results"]:
+        metrics = [metric for metric in entry["metrics"] if not _is_measured(metric)]
+        kept += [{**entry, "metrics": metrics}] if metrics or not entry["metrics"] else []
+    rest = [{**index[0], "results": kept}] if kept or not index[0]["results"] else []
+    return [*rest, *index[1:]] or None
+
+
+def _is_measured(metric: Mapping[str, Any]) -> bool:
+    arguments = metric.get("args")
+    return isinstance(arguments, Mapping) and _WEIGHTS in arguments
 
 
 def _is_index(value: Any) -> bool:
@@ -280,4 +302,5 @@ __all__ = [
     "merge_model_index",
     "model_index",
     "read_results",
+    "without_measured",
 ]

@@ -20,7 +20,10 @@ from conversion import WriteOptions, convert_checkpoint
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.sources import open_checkpoint
-from conversion.hub.results import RESULTS, claimed_results, read_results
+from conversion.hub.card import CardFacts, render_card
+from conversion.hub.card_merge import merge_cards
+from conversion.hub.front_matter import parse_metadata, split_card
+from conversion.hub.results import RESULTS, Result, claimed_results, read_results
 from conversion.inspect import inspect_checkpoint
 from conversion.model_identity import model_identity
 from evaluation.evaluate import evaluate
@@ -179,6 +182,26 @@ def test_results_of_the_harness_are_of_a_model_too(model, tmp_path):
     assert content["configs"]["arc"].keys() == {"evaluator", "dataset_name"}
     write_results(tmp_path / "r.json", content)
     assert read_results(tmp_path / "r.json")[0].model == identity
+
+
+def test_a_card_forgets_results_of_weights_that_were_replaced(measured):
+    """What the owner says of other evaluations stays; ours are claimed of the weights they were measured of."""
+    results = read_results(measured / RESULTS)
+    facts = CardFacts("float32", 1, 4, repo_id="o/n", metadata={"license": "mit"})
+    theirs = Result("arc", "acc", 0.5)
+    before = render_card(replace(facts, results=(*results, theirs)))
+    (index,) = parse_metadata(split_card(before)[0])["model-index"]
+    assert len([metric for entry in index["results"] for metric in entry["metrics"]]) == len(results) + 1
+
+    def claimed(card: str) -> list[tuple[str, str]]:
+        data = ModelCard(card).data
+        return sorted((result.dataset_name, result.metric_type) for result in data.eval_results or ())
+
+    assert claimed(merge_cards(render_card(facts), before)) == [("arc", "acc")]
+    only = render_card(replace(facts, results=results))
+    assert "model-index" not in merge_cards(render_card(facts), only)
+    assert claimed(merge_cards(only, before)) == sorted([("arc", "acc"), *((r.task, r.metric) for r in results)])
+    assert merge_cards(before, before) == before
 
 
 def test_results_of_an_evaluation_have_no_infinity(model, text):

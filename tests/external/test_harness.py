@@ -17,23 +17,7 @@ from teleflm.app import app
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.external
-WORDS = [
-    "the",
-    "value",
-    "of",
-    "a",
-    "subscription",
-    "is",
-    "item",
-    "that",
-    "key",
-    "selects",
-    "import",
-    "statement",
-    "天地",
-    "玄黄",
-    "café",
-]
+WORDS = ("the", "value", "of", "a", "subscription", "is", "item", "that", "key", "selects", "天地", "玄黄", "café")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +84,8 @@ def test_bits_per_byte_is_the_harness_without_its_second_beginning(folder, tasks
     ]
     assert evaluate(folder, texts=[tasks / "texts.jsonl"]).texts[0].bits_per_byte == pytest.approx(theirs, rel=1e-6)
     manager = TaskManager(include_path=str(tasks))
-    plain = simple_evaluate(model=HFLM(pretrained=str(folder), dtype="float32"), tasks=[name], task_manager=manager)
+    model = HFLM(pretrained=str(folder), dtype="float32", device="cpu")
+    plain = simple_evaluate(model=model, tasks=[name], task_manager=manager)
     assert plain["results"][name]["bits_per_byte,none"] > theirs * 1.001
 
 
