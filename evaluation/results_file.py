@@ -16,6 +16,7 @@ It holds no path of this machine: it is there to be published.
 import importlib.metadata
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -29,7 +30,7 @@ from conversion.checkpoint.strict_json import read_json_object
 from conversion.hub.results import RESULTS_FORMAT
 from conversion.model_identity import ModelIdentity
 
-from .evaluate import Evaluation
+from .measure import Evaluation
 
 _PARTS = ("results", "configs", "n-shot")
 
@@ -163,6 +164,8 @@ def check_results_file(path: Path) -> dict[str, Any] | None:
     """
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: there is no such folder; make it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise CheckpointError(f"{path}: its folder cannot be written to; give --output FILE elsewhere.")
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder; give the name of a file.")
     if not path.exists():

@@ -27,7 +27,7 @@ from teleflm.terminal import (
 
 if TYPE_CHECKING:
     from conversion.model_identity import ModelIdentity
-    from evaluation.evaluate import Evaluation
+    from evaluation.measure import Evaluation
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or URL of the model.")]
 Text = Annotated[
@@ -116,7 +116,7 @@ def evaluate(
             _finish_harness(model, found, where, identify, workers, as_json)
             return
         from conversion.checkpoint.containers import parse_size
-        from evaluation.evaluate import evaluate as measure
+        from evaluation.measure import evaluate as measure
 
         evaluation = measure(
             model,
@@ -166,7 +166,7 @@ def _results_file(model: str, record: bool, output: Path | None) -> Path | None:
 
 
 def _finish(evaluation: "Evaluation", where: Path | None, as_json: bool) -> None:
-    from evaluation.evaluate import describe
+    from evaluation.measure import describe
     from evaluation.results_file import results_of, write_results
 
     notes = write_results(where, results_of(evaluation)) if where else []

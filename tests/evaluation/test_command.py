@@ -47,8 +47,21 @@ def test_what_is_refused_in_one_line(arguments, message, folder, text):
 def test_without_the_harness(folder):
     result = run(folder, "--harness", "arc_easy")
     assert result.exit_code == 2
-    assert result.stderr.endswith('; pip install "teleflm[eval]".\n') or 'pip install "teleflm[eval]"' in result.stderr
     assert "--harness needs lm-evaluation-harness" in result.stderr
+    assert 'pip install "teleflm[eval]"' in result.stderr
+
+
+def test_the_same_by_python(folder, text):
+    """The command is a call of a function that the package has."""
+    import evaluation
+
+    result = evaluation.evaluate(folder, texts=[text])
+    assert isinstance(result, evaluation.Evaluation)
+    said = json.loads(run(folder, "--text", text, "--json").stdout)
+    assert said["texts"][0]["nats"] == result.texts[0].nats
+    assert {"evaluate", "open_conversation"} <= set(dir(evaluation))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = evaluation.nothing
 
 
 def test_tables_say_what_json_says(folder, text, tmp_path):

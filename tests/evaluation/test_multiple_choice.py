@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conversion.checkpoint.errors import CheckpointError
-from evaluation.evaluate import evaluate
+from evaluation.measure import evaluate
 from evaluation.multiple_choice import read_task
 from tests.fixtures.tiny import tiny_tokenizer
 

@@ -26,7 +26,7 @@ from conversion.hub.front_matter import parse_metadata, split_card
 from conversion.hub.results import RESULTS, Result, claimed_results, read_results
 from conversion.inspect import inspect_checkpoint
 from conversion.model_identity import model_identity
-from evaluation.evaluate import evaluate
+from evaluation.measure import evaluate
 from evaluation.results_file import harness_results_of, results_of, write_results
 from teleflm.app import app
 from tests.fixtures.hub import running_hub

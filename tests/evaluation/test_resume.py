@@ -18,8 +18,8 @@ import pytest
 from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError, CorruptData
 from conversion.checkpoint.sources import open_checkpoint
-from evaluation.evaluate import no_progress
 from evaluation.hidden_states import HiddenStates, check_space
+from evaluation.measure import no_progress
 from evaluation.passages import Passage
 from evaluation.streamed_model import StreamedModel
 from evaluation.streamed_scores import memory_need, score_streamed
@@ -36,7 +36,7 @@ KILLED = f"""if True:
     import numpy as np
     from pathlib import Path
     from conversion.checkpoint.sources import open_checkpoint
-    from evaluation.evaluate import no_progress
+    from evaluation.measure import no_progress
     from evaluation.hidden_states import HiddenStates
     from evaluation.passages import Passage
     from evaluation.streamed_scores import score_streamed

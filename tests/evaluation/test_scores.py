@@ -22,9 +22,9 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.sources import open_checkpoint
-from evaluation.evaluate import evaluate, no_progress
 from evaluation.loaded_scores import load_model, score_loaded
 from evaluation.logits import checkpoint_logits
+from evaluation.measure import evaluate, no_progress
 from evaluation.passages import Passage
 from evaluation.streamed_scores import group_tokens, memory_need, score_streamed
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_sentencepiece, tiny_tokenizer

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from conversion.checkpoint.errors import CheckpointError
-from evaluation.evaluate import evaluate
+from evaluation.measure import evaluate
 from evaluation.text import encode_beginning, read_content, read_documents
 from tests.fixtures.tiny import tiny_tokenizer
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from evaluation.evaluate import evaluate
 from evaluation.harness import run_harness
+from evaluation.measure import evaluate
 from teleflm.app import app
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
 
