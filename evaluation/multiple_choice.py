@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from conversion.checkpoint.errors import CheckpointError, one_line
+from conversion.checkpoint.errors import CheckpointError, one_line, printable
 
 from .passages import Passage, continuation_passage
 from .text import decode, json_lines, read_content
@@ -91,14 +91,14 @@ def read_task(path: Path) -> Task:
     """
     if path.suffix not in _YAML:
         content = read_content(path, _MAX_BYTES)
-        return Task(path.stem, hashlib.sha256(content).hexdigest(), _questions(content, path, {}))
+        return Task(printable(path.stem), hashlib.sha256(content).hexdigest(), _questions(content, path, {}))
     settings_content = read_content(path, _MAX_BYTES)
     settings = _read_settings(decode(settings_content, path), path)
     data = path.parent / settings["data"]
     content = read_content(data, _MAX_BYTES)
     name = " ".join(settings.get("task", path.stem).split()) or path.stem
     digest = hashlib.sha256(settings_content + content).hexdigest()
-    return Task(name, digest, _questions(content, data, settings), settings.get("target_delimiter", " "))
+    return Task(printable(name), digest, _questions(content, data, settings), settings.get("target_delimiter", " "))
 
 
 def _read_settings(text: str, path: Path) -> dict[str, str]:

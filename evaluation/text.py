@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.errors import CheckpointError, printable
 from conversion.checkpoint.sources import Source
 from conversion.checkpoint.strict_json import parse_json_object
 from conversion.hub.contents import open_pieces
@@ -28,7 +28,7 @@ class TextFile:
     """Documents of a file.
 
     Args:
-        name: of the file, without folders and suffix.
+        name: of the file, without folders and suffix, as it can be shown.
         sha256: of its content.
         documents: texts, none empty.
         nbytes: of all documents in UTF-8.
@@ -54,7 +54,7 @@ def read_documents(path: Path) -> TextFile:
     if not documents or not all(documents):
         raise CheckpointError(f"{path}: is empty; give a text of some hundred words.")
     nbytes = sum(len(document.encode()) for document in documents)
-    return TextFile(path.stem, hashlib.sha256(content).hexdigest(), documents, nbytes)
+    return TextFile(printable(path.stem), hashlib.sha256(content).hexdigest(), documents, nbytes)
 
 
 def read_content(path: Path, limit: int = MAX_BYTES) -> bytes:

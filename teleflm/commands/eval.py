@@ -51,7 +51,7 @@ EvalMemory = Annotated[str, typer.Option(help="What the streamed computation may
 Work = Annotated[Path | None, typer.Option(metavar="DIR", help="For what lies between layers; in your cache, else.")]
 Record = Annotated[bool, typer.Option("--record", help="Write the results to MODEL/teleflm_eval.json, for publish.")]
 Output = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results there.")]
-NoDigest = Annotated[bool, typer.Option("--no-digest", help="Do not hash the weights; publish then claims nothing.")]
+NoDigest = Annotated[bool, typer.Option("--no-digest", help="Do not hash the weights; publish finds no claim then.")]
 Shots = Annotated[int | None, typer.Option(help="Of --harness: examples before a question.", min=0)]
 Limit = Annotated[int | None, typer.Option(help="Of --harness: questions of a task, at most; for a try.", min=1)]
 BatchSize = Annotated[int, typer.Option(help="Of --harness.", min=1)]

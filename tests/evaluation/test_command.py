@@ -6,6 +6,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,17 @@ def test_the_same_by_python(folder, text):
     assert {"evaluate", "open_conversation"} <= set(dir(evaluation))
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = evaluation.nothing
+
+
+def test_a_name_is_shown_as_text_and_written(folder, tmp_path):
+    """Of a file whose name would command a terminal, or is no UTF-8."""
+    for name in (b"a\x1b[31m.txt", b"b\xff.txt"):
+        path = tmp_path / os.fsdecode(name)
+        path.write_text("the value")
+        result = run(folder, "--text", path, "--output", tmp_path / "results.json")
+        assert result.exit_code == 0, result.output
+        assert "\x1b[31m" not in result.stdout
+    assert json.loads((tmp_path / "results.json").read_bytes())["results"].keys() == {"a\\x1b[31m", "b\\udcff"}
 
 
 def test_tables_say_what_json_says(folder, text, tmp_path):
