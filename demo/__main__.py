@@ -151,7 +151,8 @@ def main() -> None:
     console.print(run.report.table())
     console.print(transcript(answers, corpus))
     console.print(from_the_hub(published), highlight=False, markup=False)
-    for name, what in (("loss.png", "the losses"), ("hub", "the model"), ("summary.json", "all numbers")):
+    talk = f"the model; to talk to it: teleflm chat {out / 'hub'}"
+    for name, what in (("loss.png", "the losses"), ("hub", talk), ("summary.json", "all numbers")):
         console.print(f"{out / name}: {what}", highlight=False, soft_wrap=True)
 
 

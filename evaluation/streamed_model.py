@@ -6,13 +6,14 @@
 
 A layer of the 1T is 15.4 GB in bfloat16; here no more than a few blocks of it are in memory at a time, beside the
 activations. Written from the definition of the architecture (Llama, with a factor on the embeddings and one on the
-logits), not from any implementation, so that it can judge both. Shapes: T tokens of one sequence, no batch.
+logits), not from any implementation, so that it can judge both. Shapes: T tokens of one sequence, or of several, one
+after another without padding; a layer is told their lengths.
 """
 
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -136,23 +137,60 @@ class StreamedModel:
         embedding = 0 if self.architecture.tie_word_embeddings else self._tensors[EMBED_TOKENS.name].nbytes
         return sum(view.nbytes for view in self._tensors.values()) - embedding
 
+    @property
+    def layer_nbytes(self) -> int:
+        """Bytes of weights that one layer reads."""
+        return sum(view.nbytes for name, view in self._tensors.items() if name.startswith("model.layers.0."))
+
+    @property
+    def head_nbytes(self) -> int:
+        """Bytes of weights that the logits read."""
+        return self._head.nbytes + self._tensors[NORM.name].nbytes
+
+    @property
+    def _head(self) -> View:
+        return self._tensors[EMBED_TOKENS.name if self.architecture.tie_word_embeddings else LM_HEAD.name]
+
     def hidden_states(self, input_ids: np.ndarray) -> Iterator[np.ndarray]:
         """The residual stream [T, hidden_size]: after the embedding, then after each layer, as it is computed."""
-        angles = rotary_angles(len(input_ids), self.architecture.head_dim, self._theta)
-        table = self._tensors[EMBED_TOKENS.name]
-        rows = np.concatenate([self._reader.read(table[int(token) : int(token) + 1]) for token in input_ids])
-        scale = self.architecture.embedding_scale
-        hidden = self.precision.round(self.precision.round(rows) * scale)
+        hidden = self.embed(input_ids)
         yield hidden
         for layer in range(self.architecture.num_hidden_layers):
-            hidden = self._layer(hidden, f"model.layers.{layer}", angles)
+            hidden = self.layer(layer, hidden, [len(input_ids)])
             yield hidden
+
+    def embed(self, input_ids: np.ndarray) -> np.ndarray:
+        """The residual stream [T, hidden_size] that the first layer reads, of token ids [T]."""
+        table = self._tensors[EMBED_TOKENS.name]
+        tokens, places = np.unique(input_ids, return_inverse=True)
+        rows = np.concatenate([self._reader.read(table[token : token + 1]) for token in map(int, tokens)])
+        return self.precision.round(self.precision.round(rows) * self.architecture.embedding_scale)[places]
+
+    def layer(self, number: int, hidden: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
+        """The residual stream [T, hidden_size] after a layer; of sequences of these lengths, whose sum is T."""
+        name = f"model.layers.{number}"
+        angles = np.concatenate([rotary_angles(n, self.architecture.head_dim, self._theta) for n in lengths])
+        normed = self._norm(hidden, f"{name}.input_layernorm.weight")
+        query, key, value = (self._heads(normed, f"{name}.self_attn.{kind}_proj.weight") for kind in "qkv")
+        query, key = (rotate(heads, angles, self.precision) for heads in (query, key))
+        attended = np.empty((len(hidden), query.shape[0] * query.shape[2]), query.dtype)
+        for end, length in zip(np.cumsum(lengths), lengths, strict=True):
+            one = slice(end - length, end)
+            attended[one] = attention(query[:, one], key[:, one], value[:, one], self.precision)
+        del normed, query, key, value
+        hidden = self.precision.round(hidden + self._linear(attended, f"{name}.self_attn.o_proj.weight"))
+        del attended
+
+        normed = self._norm(hidden, f"{name}.post_attention_layernorm.weight")
+        gate, up = (self._linear(normed, f"{name}.mlp.{kind}_proj.weight") for kind in ("gate", "up"))
+        inner = swiglu(gate, up, self.precision)
+        del gate, up
+        return self.precision.round(hidden + self._linear(inner, f"{name}.mlp.down_proj.weight"))
 
     def logits(self, hidden: np.ndarray, rows: int) -> Iterator[np.ndarray]:
         """The logits [T, rows] of the last hidden state, block by block of that many vocabulary rows."""
         hidden = self._norm(hidden, NORM.name)
-        head = self._tensors[EMBED_TOKENS.name if self.architecture.tie_word_embeddings else LM_HEAD.name]
-        for block in self._blocks(head, rows):
+        for block in self._blocks(self._head, rows):
             yield self.precision.round(self.precision.round(hidden @ block.T) * self.architecture.logit_scale)
 
     def seconds_a_byte(self, tokens: int) -> float:
@@ -163,18 +201,6 @@ class StreamedModel:
         begin = time.perf_counter()
         self.precision.round(hidden @ self._read(view).T)
         return (time.perf_counter() - begin) / view.nbytes
-
-    def _layer(self, hidden: np.ndarray, name: str, angles: np.ndarray) -> np.ndarray:
-        normed = self._norm(hidden, f"{name}.input_layernorm.weight")
-        query, key, value = (self._heads(normed, f"{name}.self_attn.{kind}_proj.weight") for kind in "qkv")
-        query, key = (rotate(heads, angles, self.precision) for heads in (query, key))
-        attended = attention(query, key, value, self.precision)
-        hidden = self.precision.round(hidden + self._linear(attended, f"{name}.self_attn.o_proj.weight"))
-
-        normed = self._norm(hidden, f"{name}.post_attention_layernorm.weight")
-        gate, up = (self._linear(normed, f"{name}.mlp.{kind}_proj.weight") for kind in ("gate", "up"))
-        inner = swiglu(gate, up, self.precision)
-        return self.precision.round(hidden + self._linear(inner, f"{name}.mlp.down_proj.weight"))
 
     def _norm(self, hidden: np.ndarray, name: str) -> np.ndarray:
         weight = self._read(self._tensors[name])

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from conversion.checkpoint.dtypes import FLOAT32
-from conversion.checkpoint.errors import CheckpointError, one_line
+from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.sources import Source
-from conversion.hub.contents import open_pieces
 from evaluation.streamed_model import StreamedModel
+from evaluation.text import encode_beginning
 
 MAX_TOKENS = 1024
 _MIN_TOKENS = 16
@@ -50,12 +50,7 @@ def read_calibration(path: str | Path, folder: str | Path, max_tokens: int = MAX
     Raises:
         CheckpointError: the file or the tokenizer cannot be read, or the text is too short to say anything.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"calibration: {path}: {one_line(error)}") from None
-    pieces = open_pieces(Path(folder) / "tokenizer.model")
-    ids = pieces.encode(text[: 64 * max_tokens])[:max_tokens]
+    ids = encode_beginning(Path(folder) / "tokenizer.model", Path(path), max_tokens)
     if len(ids) < _MIN_TOKENS:
         raise CheckpointError(f"{path}: calibration text has {len(ids)} tokens, at least {_MIN_TOKENS} are needed.")
     return np.array(ids)

@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from teleflm.commands.chat import chat
 from teleflm.commands.convert import convert
+from teleflm.commands.eval import evaluate
 from teleflm.commands.export import export
 from teleflm.commands.fold import fold
 from teleflm.commands.grow import grow
@@ -33,6 +35,8 @@ app.command()(grow)
 app.command()(fold)
 app.command()(verify)
 app.command(context_settings=FORWARDED)(train)
+app.command("eval")(evaluate)
+app.command()(chat)
 app.command()(publish)
 app.add_typer(sft_app, name="sft")
 

@@ -195,6 +195,27 @@ def byte_progresses(*steps: str) -> Iterator[list[Callable[[int, int], None]]]:
         yield [bar(what) for what in steps]
 
 
+@contextmanager
+def token_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr with the share of tokens and the time left; nothing when stderr is no terminal.
+
+    Yields:
+        A function to call with the number of tokens just computed and the number in all.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = make_console(soft_wrap=False, stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+
+        def advance(tokens: int, total: int) -> None:
+            progress.update(task, total=total)
+            progress.advance(task, tokens)
+
+        yield advance
+
+
 def process_rank(rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:
     """Which of how many processes this is: as the options say, or as torchrun or srun tell it; (0, 1) without either.
 

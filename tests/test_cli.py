@@ -63,7 +63,7 @@ def source_52b(tmp_path_factory) -> Path:
 def test_help_lists_the_commands():
     result = teleflm("--help")
     assert result.returncode == 0
-    assert {"grow", "sft"} <= set(re.findall(r"^│ (\w+)", result.stdout, re.MULTILINE))
+    assert {"grow", "sft", "eval", "chat"} <= set(re.findall(r"^│ (\w+)", result.stdout, re.MULTILINE))
 
 
 def test_grow_and_again(source, tmp_path):

@@ -21,7 +21,7 @@ PACKAGES = ("teleflm", "sft", "growth", "evaluation", "conversion", "modeling_te
 ALLOWED = {
     "conversion.checkpoint": {"conversion.checkpoint"},
     "conversion": {"conversion"},
-    "evaluation": {"conversion", "evaluation"},
+    "evaluation": {"conversion", "evaluation", "modeling_teleflm"},
     "growth.verification": {"conversion", "evaluation", "growth.verification"},
     "growth": {"conversion", "evaluation", "growth", "modeling_teleflm"},
     "sft": {"conversion", "growth", "modeling_teleflm", "sft"},

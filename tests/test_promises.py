@@ -249,6 +249,51 @@ def test_verify(model, tmp_path):
     assert "Not A's function by B's bytes. config.json: rms_norm_eps" in said
 
 
+@promise("teleflm eval MODEL --text heldout.txt --tasks quiz.jsonl")
+@promise("teleflm eval MODEL --text heldout.txt --loaded --record")
+@promise("Both ways give the same numbers, to 1e-6 in float32.")
+@promise("Questions have `question` or `context`, `choices` and `answer` (number, letter or text)")
+@promise("the command says beforehand what that is, and how much disk.")
+@promise("name the digests of weights, numbers and tokenizer that they are of, of the texts, date and versions.")
+def test_eval(model, tmp_path):
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    (tmp_path / "heldout.txt").write_text("The value of a subscription is the item that the key selects. 天地\n" * 20)
+    rows = [("question", 1), ("context", "A"), ("question", "no")]
+    questions = [{name: "Is it?", "choices": ["yes", "no"], "answer": answer} for name, answer in rows]
+    (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    what = ("--text", tmp_path / "heldout.txt", "--tasks", tmp_path / "quiz.jsonl", "--json")
+    results = []
+    for more in ((), ("--loaded", "--record")):
+        run = CliRunner().invoke(app, ["eval", str(folder), *map(str, what), *more])
+        assert run.exit_code == 0, run.output
+        results.append(json.loads(run.stdout))
+        if not more:
+            assert re.search(r"[\d.]+ MB of memory, [\d.]+ kB of disk in ", run.stderr)
+    streamed, loaded = (result["texts"][0]["bits_per_byte"] for result in results)
+    assert streamed == pytest.approx(loaded, rel=1e-6)
+    assert results[0]["tasks"][0]["acc"] == results[1]["tasks"][0]["acc"]
+    said = json.loads((folder / "teleflm_eval.json").read_bytes())
+    assert said["model"].keys() == {"weights", "config", "tokenizer"}
+    assert said["configs"]["heldout"]["sha256"] == results[0]["texts"][0]["sha256"]
+    assert said["date"]
+    assert said["versions"]["teleflm"]
+
+
+@promise('teleflm chat MODEL --system "Be brief."')
+@promise("a model without a template is refused, or continues your text with `--completion`.")
+@promise("From a pipe, each line is a turn, and only answers are printed; `--json` prints each on a line.")
+def test_chat(model, tmp_path):
+    line = ["chat", str(model), "--system", "Be brief.", "--max-new-tokens", "4", "--json"]
+    run = CliRunner().invoke(app, line, input="What?\nWhy?\n")
+    assert [json.loads(answer)["question"] for answer in run.stdout.splitlines()] == ["What?", "Why?"]
+    bare = Path(shutil.copytree(model, tmp_path / "bare"))
+    (bare / "chat_template.jinja").unlink()
+    refused = CliRunner().invoke(app, ["chat", str(bare)], input="What?\n")
+    assert refused.exit_code == 2
+    assert "--completion continues your text instead" in refused.stderr
+    assert CliRunner().invoke(app, ["chat", str(bare), "--completion"], input="x\n/exit\n").exit_code == 0
+
+
 @promise("an unknown one is an error, and so is one that would do nothing: Liger Kernel, for example")
 @pytest.mark.parametrize("key", ["learning_rat", "use_liger_kernel"])
 def test_recipes_refuse(key):

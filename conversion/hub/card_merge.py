@@ -21,7 +21,7 @@ from typing import Any
 
 from .card import REGIONS
 from .front_matter import change_metadata, parse_metadata, split_card, write_metadata
-from .results import merge_model_index
+from .results import merge_model_index, without_measured
 
 _MARK = re.compile(r"^[ \t]*<!--[ \t]*teleflm:(begin|end)[ \t]+([a-z]+)[ \t]*-->[ \t]*\r?$", re.MULTILINE)
 _ALWAYS = ("origin", "results")
@@ -37,7 +37,8 @@ def merge_cards(fresh: str, owners: str | None, certain: Collection[str] = ("lib
         fresh: what `card.render_card` made.
         owners: the card that is there; None if there is none.
         certain: metadata that follows from facts, and replaces the owner's (`CardFacts.certain`). Of the rest, the
-            owner's counts; `tags` and `model-index` are joined.
+            owner's counts; `tags` and `model-index` are joined, but for results of `teleflm eval`, which are claimed
+            of the weights that they were measured of, and of no later ones.
 
     Raises:
         CheckpointError: the owner's metadata is not YAML, so that nothing can be changed in it.
@@ -72,8 +73,11 @@ def _merge_metadata(fresh: str, owners: str | None, certain: Collection[str]) ->
         theirs = old["tags"] if isinstance(old["tags"], list) else [old["tags"]]
         missing = [tag for tag in new.get("tags", []) if tag not in theirs]
         changes |= {"tags": [*theirs, *missing]} if missing else {}
+    said = without_measured(old.get("model-index"))
     if new.get("model-index"):
-        changes["model-index"] = merge_model_index(new["model-index"], old.get("model-index"))
+        changes["model-index"] = merge_model_index(new["model-index"], said)
+    elif said != old.get("model-index"):
+        changes["model-index"] = said
     return change_metadata(owners, changes) if old else write_metadata(new)
 
 

@@ -13,6 +13,7 @@ import re
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,16 @@ from ..checkpoint.folder_formats import is_setting, is_state, is_weights
 from ..checkpoint.job import json_bytes
 from ..checkpoint.limits import default_workers
 from ..checkpoint.manifest import MANIFEST, OLD_MANIFEST, amend, is_edited, read_own_manifest
+from ..checkpoint.sources import open_checkpoint
 from ..checkpoint.strict_json import parse_json_object
+from ..model_identity import ModelIdentity, model_identity
 from .card import CARD, CardFacts, card_facts
 from .client import Repository, check_repo_id, look_at, one_line
 from .loading import try_loading
 from .published_card import CardOptions, card_text, published_card, validate_card
 from .release import Release, check_release, find_release, refuse_secrets
+from .results import claimed_results
+from .saved_model import ADAPTER_WEIGHTS
 from .uploading import Destination, Hashes, Sent, commit, holds, send
 
 _MESSAGE = "Upload with teleflm"
@@ -87,7 +92,8 @@ def publish(
         pull_request: open a pull request instead of committing.
         tag: to give to the commit.
         message: of the commit.
-        card: what is said of the model beside its facts.
+        card: what is said of the model beside its facts. Results of `teleflm eval` are claimed of the weights alone
+            that they were measured of; those in the folder (`results.RESULTS`) are added.
         check: read every tensor and compare it with the digests of the record first, if there are any.
         load: load the folder in a process of its own first, as a stranger would.
         dry_run: do everything but write, here and there.
@@ -111,6 +117,9 @@ def publish(
     there, notes, reached = ask(to, private, tag, dry_run)
     removed = files_to_remove(to, there, release.files.keys()) if there else []
     facts = replace(card_facts(folder), repo_id=repo_id)
+    results, said = claimed_results(card.results, folder, partial(_identity, release, check, workers, progress))
+    notes += said
+    card = replace(card, results=results)
     text = compose_card(to, there, facts, release.contents[CARD], card, str(folder))
     refuse_secrets(text, f"{folder}/{CARD}")
     if reached:
@@ -136,6 +145,14 @@ def publish(
     if tag:
         tag_commit(to, tag, url)
     return replace(publication, removed=removed, url=url)
+
+
+def _identity(release: Release, check: bool, workers: int, progress: Callable[[int, int], None]) -> ModelIdentity:
+    """What the model in a folder is: by the digests of its record, where the weights are held against these anyway."""
+    folder = release.folder
+    source = open_checkpoint(folder / ADAPTER_WEIGHTS if release.is_adapter else folder)
+    record = read_own_manifest(folder) if check and MANIFEST in release.contents else None
+    return model_identity(source, record=record, workers=workers, progress=progress)
 
 
 def make(

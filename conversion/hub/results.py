@@ -2,20 +2,27 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""What evaluations have measured, from the file that the evaluator wrote to the `model-index` of a card."""
+"""What evaluations have measured, from the file that the evaluator wrote to the `model-index` of a card.
+
+A file of `teleflm eval` says of which weights it is, and is claimed of these alone.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.strict_json import read_json_object
+from ..model_identity import ModelIdentity
 
+RESULTS = "teleflm_eval.json"  # in the folder of a model
+RESULTS_FORMAT = "teleflm-eval-1"
 _MAX_RESULTS = 2000  # all of lm-evaluation-harness's largest groups together have fewer
 _MAX_NAME = 120
 _STDERR = "_stderr"
+_WEIGHTS = "teleflm_weights"  # argument of a metric in a card: what it was measured of
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class Result:
         config: of that dataset.
         split: of that dataset.
         evaluator: what measured it.
+        model: what it was measured of, if the file says so.
     """
 
     task: str
@@ -45,13 +53,14 @@ class Result:
     config: str | None = None
     split: str | None = None
     evaluator: str = ""
+    model: ModelIdentity | None = None
 
 
 def read_results(path: str | Path) -> tuple[Result, ...]:
     """Read the results file of an evaluation.
 
     Args:
-        path: the JSON that lm-evaluation-harness wrote (`results_*.json` of its `--output_path`).
+        path: the JSON that `teleflm eval` wrote, or lm-evaluation-harness (`results_*.json` of its `--output_path`).
 
     Raises:
         CheckpointError: the file cannot be read, or is none of these.
@@ -60,17 +69,71 @@ def read_results(path: str | Path) -> tuple[Result, ...]:
     tasks = said.get("results")
     if not isinstance(tasks, dict):
         raise CheckpointError(
-            f"{where}: results is {_kind(tasks)}, expected tasks with their metrics, as lm-evaluation-harness writes "
-            "(lm_eval --output_path)."
+            f"{where}: results is {_kind(tasks)}, expected tasks with their metrics, as teleflm eval (--record, "
+            "--output) and lm-evaluation-harness (lm_eval --output_path) write them."
         )
     version = said.get("lm_eval_version")
     evaluator = "lm-evaluation-harness" + (f" {_name(version)}" if isinstance(version, str) and version else "")
-    results = [result for name, task in tasks.items() for result in _results_of(name, task, said, evaluator, where)]
+    model = _model(said, where)
+    results = [
+        replace(result, model=model)
+        for name, task in tasks.items()
+        for result in _results_of(name, task, said, evaluator, where)
+    ]
     if not results:
-        raise CheckpointError(f"{where}: results holds no number; is it a results file of lm-evaluation-harness?")
+        raise CheckpointError(f"{where}: results holds no number; is it a results file?")
     if len(results) > _MAX_RESULTS:
         raise CheckpointError(f"{where}: results holds {len(results)} numbers, expected at most {_MAX_RESULTS}.")
     return tuple(results)
+
+
+def _model(said: Mapping[str, Any], where: str) -> ModelIdentity | None:
+    """What was measured, of a file of `teleflm eval`."""
+    if said.get("format") != RESULTS_FORMAT or said.get("model") is None:
+        return None
+    match said["model"]:
+        case {"weights": str() as weights, "config": str() as config, "tokenizer": str() | None as tokenizer}:
+            return ModelIdentity(weights, config, tokenizer)
+    raise CheckpointError(f"{where}: model is {_kind(said['model'])}, expected digests; run teleflm eval again.")
+
+
+def claimed_results(
+    given: Sequence[Result], folder: Path, identify: Callable[[], ModelIdentity]
+) -> tuple[tuple[Result, ...], list[str]]:
+    """The results that are of the model in a folder: those that were given, and those in a file of its own.
+
+    Args:
+        given: results that somebody names.
+        folder: the model's.
+        identify: finds out what the model in the folder is, which may take long; called where a result says what it
+            was measured of.
+
+    Returns:
+        The results, and notes: of what nothing is claimed, and what cannot be checked.
+
+    Raises:
+        CheckpointError: given results are of another model.
+    """
+    own = read_results(folder / RESULTS) if (folder / RESULTS).is_file() else ()
+    identity = identify() if any(result.model for result in (*given, *own)) else None
+    for result in given:
+        if identity and result.model and (what := identity.difference(result.model)):
+            raise CheckpointError(
+                f"{folder}: the results of {result.task} were measured with {what} than this folder has; "
+                f"measure these: teleflm eval {folder} --record."
+            )
+    notes = []
+    if any(result.model is None for result in given):
+        notes.append("Results that name no weights are taken as they are: nothing says that they are this model's.")
+    if not own:
+        return tuple(given), notes
+    measured = own[0].model  # of one file, all have the same
+    what = identity.difference(measured) if identity and measured else None
+    if measured is None or what:
+        why = f"was measured with {what} than this folder has" if what else "names no weights (--no-digest)"
+        return tuple(given), [*notes, f"{RESULTS} {why}: its results are not in the card."]
+    named = {(result.task, result.metric) for result in given}
+    return (*given, *(result for result in own if (result.task, result.metric) not in named)), notes
 
 
 def _results_of(name: str, task: Any, said: Mapping[str, Any], evaluator: str, where: str) -> list[Result]:
@@ -104,7 +167,7 @@ def _results_of(name: str, task: Any, said: Mapping[str, Any], evaluator: str, w
                 dataset=_text(about.get("dataset_path")),
                 config=_text(about.get("dataset_name")),
                 split=_text(about.get("test_split")) or _text(about.get("validation_split")),
-                evaluator=evaluator,
+                evaluator=_text(about.get("evaluator")) or evaluator,
             )
         )
     return results
@@ -158,6 +221,7 @@ def model_index(name: str, results: Sequence[Result]) -> list[dict[str, Any]]:
             metric_type=result.metric,
             metric_value=result.value,
             metric_name=f"{result.metric} ({result.filter})" if result.filter else result.metric,
+            metric_args={_WEIGHTS: result.model.weights} if result.model else None,
         )
         for result in results
     ]
@@ -185,6 +249,26 @@ def merge_model_index(fresh: Any, owners: Any) -> Any:
     return [first, *owners[1:]]
 
 
+def without_measured(index: Any) -> Any:
+    """A `model-index` without what `teleflm eval` measured, which is claimed anew of what is published, or not.
+
+    What is not of the Hub's shape stays; None if nothing is left.
+    """
+    if not _is_index(index):
+        return index
+    kept = []
+    for entry in index[0]["results"]:
+        metrics = [metric for metric in entry["metrics"] if not _is_measured(metric)]
+        kept += [{**entry, "metrics": metrics}] if metrics or not entry["metrics"] else []
+    rest = [{**index[0], "results": kept}] if kept or not index[0]["results"] else []
+    return [*rest, *index[1:]] or None
+
+
+def _is_measured(metric: Mapping[str, Any]) -> bool:
+    arguments = metric.get("args")
+    return isinstance(arguments, Mapping) and _WEIGHTS in arguments
+
+
 def _is_index(value: Any) -> bool:
     return (
         isinstance(value, list)
@@ -210,4 +294,13 @@ def _keys(entry: Mapping[str, Any]) -> list[str]:
     return [repr((kind, place, metric.get("type"), metric.get("name"))) for metric in entry["metrics"]]
 
 
-__all__ = ["Result", "merge_model_index", "model_index", "read_results"]
+__all__ = [
+    "RESULTS",
+    "RESULTS_FORMAT",
+    "Result",
+    "claimed_results",
+    "merge_model_index",
+    "model_index",
+    "read_results",
+    "without_measured",
+]

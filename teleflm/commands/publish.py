@@ -37,7 +37,7 @@ Language = Annotated[list[str] | None, typer.Option(help="Code of a language, su
 BaseModel = Annotated[list[str] | None, typer.Option(help="OWNER/NAME of what it was made from; may be repeated.")]
 Relation = Annotated[str | None, typer.Option(help="To --base-model: finetune, adapter, merge or quantized.")]
 Dataset = Annotated[list[str] | None, typer.Option(help="OWNER/NAME of data it was trained on; may be repeated.")]
-Results = Annotated[Path | None, typer.Option(help="JSON of lm-evaluation-harness, for the card.")]
+Results = Annotated[Path | None, typer.Option(help="JSON of teleflm eval or lm-evaluation-harness, for the card.")]
 Card = Annotated[str | None, typer.Option(help="Whose words count where both cards have some: here or there.")]
 NoLoad = Annotated[bool, typer.Option("--no-load", help="Do not load the folder in a clean process first.")]
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Do not read the weights again before the upload.")]

@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from conversion import inspect_checkpoint
 from demo.corpus import collect
 from sft.data.labels import read_conversations
+from teleflm.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -93,6 +95,14 @@ def test_a_stranger_loads_it_by_name_from_a_hub_and_reads_how_it_was_made(finish
     printed = " ".join(run.stdout.split())
     assert "from a Hub on this machine, the one of the tests: nothing was sent to huggingface.co" in printed
     assert all(f"{number}. {step}" in printed for number, step in enumerate(published["lineage"], 1))
+
+
+def test_its_model_can_be_talked_to(finished):
+    out, run = finished
+    assert f"teleflm chat {out / 'hub'}" in run.stdout
+    said = CliRunner().invoke(app, ["chat", str(out / "hub"), "--max-new-tokens", "20"], input="What is json?\n")
+    assert said.exit_code == 0, said.output
+    assert said.stdout.strip()
 
 
 def test_every_step_is_reported(finished, summary):

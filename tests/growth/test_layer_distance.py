@@ -79,7 +79,7 @@ def test_grow_copies_by_distance(folder, tmp_path):
     [
         ({"layers": "distance"}, "give a calibration file"),
         ({"calibration": "text.txt"}, "it serves 'distance' alone"),
-        ({"layers": "distance", "calibration": "nowhere.txt"}, "No such file"),
+        ({"layers": "distance", "calibration": "nowhere.txt"}, "no such file"),
     ],
 )
 def test_distance_needs_text(arguments, message, folder, tmp_path):
@@ -101,7 +101,7 @@ def test_calibration_text(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "No such file"), (b"short", "has 4 tokens|has . tokens, at least 16"), (b"\xff\xfe", "decode")],
+    [(None, "no such file"), (b"short", "has 4 tokens|has . tokens, at least 16"), (b"\xff\xfe", "is not UTF-8")],
 )
 def test_bad_calibration(content, message, folder, tmp_path):
     if content is not None:

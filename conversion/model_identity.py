@@ -1,0 +1,122 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What tells the model that was measured from any other: digests of its weights, its numbers, its tokenizer."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .architecture import MODEL_TYPE, Architecture, rope_parameters
+from .checkpoint.assemble import BLOCK
+from .checkpoint.limits import default_workers
+from .checkpoint.manifest import block_digest, tensor_digest
+from .checkpoint.plan import View
+from .checkpoint.reader import FileReader
+from .checkpoint.sources import Source
+
+_TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+_WORDS = {"weights": "other weights", "config": "another config.json", "tokenizer": "another tokenizer"}
+# Of a config.json that is not a Tele-FLM's, what decides nothing of what is computed.
+_NAMES = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache")
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Digests, sha256, of all that decides what a model says of a text.
+
+    Args:
+        weights: of names, dtypes, shapes and values of all tensors, however they are spread over files.
+        config: of the numbers of the configuration.
+        tokenizer: of the tokenizer's file; None if there is none.
+    """
+
+    weights: str
+    config: str
+    tokenizer: str | None
+
+    def difference(self, other: "ModelIdentity") -> str | None:
+        """What of another model is not as it is here, in words; None if nothing is."""
+        mine, others = asdict(self), asdict(other)
+        return next((_WORDS[name] for name in mine if mine[name] != others[name]), None)
+
+
+def model_identity(
+    source: Source,
+    *,
+    record: Mapping[str, Any] | None = None,
+    workers: int = default_workers(),
+    progress: Callable[[int, int], None] = lambda nbytes, total: None,
+) -> ModelIdentity:
+    """The identity of a checkpoint, of which every tensor is read.
+
+    Args:
+        source: the checkpoint, open.
+        record: of its folder, whose digests are taken where it has some for all tensors, and nothing is read. That they
+            are those of the weights is for the caller to know.
+        workers: threads.
+        progress: called with the bytes just read and those in all.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    known = _recorded(source, record or {})
+    if known is None:
+        total = sum(view.nbytes for view in source.tensors.values())
+        with FileReader() as reader, ThreadPoolExecutor(workers) as pool:
+            hashed = pool.map(
+                lambda view: tensor_digest(_blocks(view, reader, lambda nbytes: progress(nbytes, total))),
+                source.tensors.values(),
+            )
+            known = dict(zip(source.tensors, hashed, strict=True))
+    digest = hashlib.sha256()
+    for name, view in sorted(source.tensors.items()):
+        digest.update(json.dumps([name, view.dtype.name, list(view.shape), known[name]]).encode() + b"\n")
+    return ModelIdentity(digest.hexdigest(), _config_digest(source.config or {}), _tokenizer_digest(source.folder))
+
+
+def _recorded(source: Source, record: Mapping[str, Any]) -> dict[str, str] | None:
+    how, listed = record.get("digest"), record.get("tensors")
+    if not isinstance(how, Mapping) or how.get("block_elements") != BLOCK or not isinstance(listed, Mapping):
+        return None
+    found = {
+        name: entry["digest"]
+        for name, entry in listed.items()
+        if isinstance(entry, Mapping) and isinstance(entry.get("digest"), str)
+    }
+    return found if found.keys() >= source.tensors.keys() else None
+
+
+def _blocks(view: View, reader: FileReader, progress: Callable[[int], None]) -> Iterator[bytes]:
+    flat = View.contiguous(view.file, view.offset, (view.numel,), view.dtype)
+    for start in range(0, view.numel, BLOCK):
+        block = flat[start : start + BLOCK]
+        yield block_digest(reader.chunks(block))
+        progress(block.nbytes)
+
+
+def _config_digest(config: Mapping[str, Any]) -> str:
+    numbers: dict[str, Any]
+    if config.get("model_type") == MODEL_TYPE:
+        activation = config.get("hidden_act") or "silu"
+        numbers = {**asdict(Architecture.from_config(config, with_biases=True)), "hidden_act": activation}
+        numbers["rope_parameters"] = rope_parameters(config)
+    else:
+        numbers = {name: value for name, value in config.items() if name not in _NAMES}
+    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
+
+
+def _tokenizer_digest(folder: str) -> str | None:
+    for name in _TOKENIZERS:
+        if (path := Path(folder) / name).is_file():
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+    return None
+
+
+__all__ = ["ModelIdentity", "model_identity"]

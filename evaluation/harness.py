@@ -1,0 +1,116 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Tasks of lm-evaluation-harness, with this package's classes, and each text begun once.
+
+The harness tokenizes a text with the beginning-of-sequence token that a Tele-FLM's tokenizer puts before it, and then,
+where it measures whole texts (`loglikelihood_rolling`: perplexity, bits per byte), puts another one before that and
+counts how badly the first is predicted after it. Here a whole text is tokenized without, so that the one that the
+harness puts there is the only one. The context of a question keeps the tokenizer's own.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from conversion.checkpoint.errors import CheckpointError, one_line
+from conversion.checkpoint.sources import check_utf8
+
+from .loaded_scores import require_torch
+
+
+def run_harness(
+    model: str,
+    tasks: Sequence[str],
+    *,
+    dtype: str = "auto",
+    shots: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 1,
+    include_path: str | Path | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Run tasks of lm-evaluation-harness on a loaded model, on a GPU where there is one.
+
+    No code of the model's folder is executed; that of a task is the harness's own, and a task of yours (a YAML file
+    below `include_path`) may load code as the harness allows it to.
+
+    Args:
+        model: a Hub folder, or the name of a model on the Hub.
+        tasks: their names.
+        dtype: of the weights, or `auto`: as they are.
+        shots: examples before each question; as the task says unless given.
+        limit: questions of each task, at most: a try, no result.
+        batch_size: of requests.
+        include_path: folder with tasks of your own.
+        seed: of the examples and of the standard errors.
+
+    Returns:
+        What the harness returns.
+
+    Raises:
+        CheckpointError: the harness is not installed, knows no such task, or fails.
+    """
+    torch = require_torch()
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise CheckpointError(
+            f'--harness needs lm-evaluation-harness ({one_line(error)}); pip install "teleflm[eval]".'
+        ) from None
+    import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
+
+    check_utf8(model)
+    if include_path is not None and not Path(include_path).is_dir():
+        raise CheckpointError(f"{include_path}: no such folder; it is to hold the YAML files of tasks.")
+
+    class Model(HFLM):
+        """The harness's own, but for the beginning of a text."""
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            with mock.patch.object(self, "add_bos_token", False):
+                return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+
+    try:
+        manager = TaskManager(include_path=str(include_path) if include_path else None)
+        unknown = [task for task in tasks if not manager.match_tasks([task])]
+        if unknown:
+            raise CheckpointError(
+                f"lm-evaluation-harness has no task {unknown[0]}; `lm_eval ls tasks` lists them, and --include-path "
+                "names a folder with yours."
+            )
+        loaded = Model(
+            pretrained=model,
+            dtype=dtype,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            parallelize=torch.cuda.device_count() > 1,
+            batch_size=batch_size,
+            trust_remote_code=False,
+        )
+        result = simple_evaluate(
+            model=loaded,
+            tasks=list(tasks),
+            num_fewshot=shots,
+            limit=limit,
+            task_manager=manager,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+            log_samples=False,
+            bootstrap_iters=1000,
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:  # the harness, transformers and datasets have no family of errors between them
+        raise CheckpointError(f"lm-evaluation-harness: {one_line(error)}") from error
+    if not result:
+        raise CheckpointError("lm-evaluation-harness returned no results.")
+    return result
+
+
+__all__ = ["run_harness"]

@@ -1,0 +1,129 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Log-likelihoods by a loaded model, on a GPU where there is one."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from conversion.checkpoint.errors import CheckpointError, one_line
+from conversion.checkpoint.sources import check_utf8
+
+from .passages import Passage
+from .streamed_scores import require_finite
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+_BATCH_TOKENS = 4096  # padding included
+_ROWS = 256  # of logits in float64 at a time
+
+
+def load_model(name: str, dtype: str = "float32") -> "PreTrainedModel":
+    """Load a model to compute with: on the GPUs that there are, or else in memory. No code of its folder is executed.
+
+    Args:
+        name: a Hub folder, or the name of a model on the Hub.
+        dtype: of its weights, or `auto`: as they are.
+
+    Raises:
+        CheckpointError: torch is not installed, there is no such model, or it cannot be loaded.
+    """
+    torch = require_torch()
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
+
+    check_utf8(name)
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    placement: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # stderr is for what the caller shows
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=kind, trust_remote_code=False, **placement)
+    except Exception as error:  # transformers, safetensors and torch have no family of errors between them
+        raise CheckpointError(f"{name}: cannot be loaded: {one_line(error)}") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    return model.eval()
+
+
+def require_torch() -> Any:
+    """The module torch.
+
+    Raises:
+        CheckpointError: it, or transformers, is not installed.
+    """
+    try:
+        import torch
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise CheckpointError(
+            f"a loaded model needs torch and transformers ({one_line(error)}); pip install torch, then teleflm."
+        ) from None
+    return torch
+
+
+def score_loaded(
+    model: "PreTrainedModel",
+    passages: Sequence[Passage],
+    *,
+    batch_tokens: int = _BATCH_TOKENS,
+    advance: Callable[[int, int], None] = lambda tokens, total: None,
+) -> list[np.ndarray]:
+    """Log-likelihoods of the predicted tokens of passages, by a loaded model.
+
+    Passages of about one length are computed together, padded at their ends, which no token before them sees.
+
+    Args:
+        model: a causal language model.
+        passages: with ids of its vocabulary.
+        batch_tokens: computed at a time, padding included; one passage at least.
+        advance: called with the tokens just computed and those in all.
+
+    Returns:
+        Natural logarithms, float64 [scored] for each passage.
+
+    Raises:
+        CheckpointError: one is not finite.
+    """
+    import torch
+
+    result: list[np.ndarray] = [np.empty(0)] * len(passages)
+    order = sorted(range(len(passages)), key=lambda index: len(passages[index].inputs))
+    total = sum(len(passage.inputs) for passage in passages)
+    while order:
+        longest = len(passages[order[-1]].inputs)
+        batch = [order.pop() for _ in range(min(len(order), max(1, batch_tokens // longest)))]
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        for row, index in enumerate(batch):
+            ids[row, : len(passages[index].inputs)] = torch.from_numpy(passages[index].inputs)
+        with torch.inference_mode():
+            logits = model(ids.to(model.device), use_cache=False).logits
+            for row, index in enumerate(batch):
+                passage = passages[index]
+                length = len(passage.inputs)
+                rows = logits[row, length - passage.scored : length]
+                result[index] = require_finite(_picked(rows, torch.from_numpy(passage.targets).to(rows.device)))
+        advance(sum(len(passages[index].inputs) for index in batch), total)
+    return result
+
+
+def _picked(logits: "torch.Tensor", targets: "torch.Tensor") -> np.ndarray:
+    """Log-likelihoods [n] of targets [n] by logits [n, vocabulary]."""
+    import torch
+
+    parts = [
+        rows.double().log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+        for rows, chosen in zip(logits.split(_ROWS), targets.split(_ROWS), strict=True)
+    ]
+    return torch.cat(parts).cpu().numpy()
+
+
+__all__ = ["load_model", "require_torch", "score_loaded"]
