@@ -4,8 +4,10 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The study of docs/selection-study.md at toy size, its numbers, and that its page says what its runs say."""
 
+import itertools
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -63,7 +65,7 @@ def data(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("study") / "data.jsonl", rows)
 
 
-_WORDS = "apple river stone cloud tiger lemon piano rocket garden winter copper island".split()
+_WORDS = ("apple", "river", "stone", "cloud", "tiger", "lemon", "piano", "rocket", "garden", "winter", "copper")
 
 
 @pytest.fixture(scope="module")
@@ -156,10 +158,8 @@ def test_the_pool_has_no_near_duplicate_of_what_is_held_out(data):
 
 def _pairs(messages) -> set[tuple[str, str]]:
     """Brute force, beside the study's matrices."""
-    import re
-
     words = re.findall(r"\w+", "\n".join(message["content"] for message in messages).lower())
-    return set(zip(words, words[1:], strict=False))
+    return set(itertools.pairwise(words))
 
 
 def test_faults_replace_a_share_of_each_kind_alike_and_less_are_among_more(data):
