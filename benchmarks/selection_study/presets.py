@@ -42,9 +42,9 @@ class Preset:
     base_learning_rate: float = 3e-3
     base_held_out: int = 300
     length: int = 512
-    steps: int = 40
+    steps: int = 30
     batch: int = 4
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     count: int = 200
     counts: tuple[int, ...] = (60, 600)
     per_source: int = 1000
