@@ -42,12 +42,12 @@ class Preset:
     base_learning_rate: float = 3e-3
     base_held_out: int = 300
     length: int = 512
-    steps: int = 30
+    steps: int = 24
     batch: int = 4
     learning_rate: float = 2e-3
-    count: int = 200
-    counts: tuple[int, ...] = (60, 600)
-    per_source: int = 1000
+    count: int = 150
+    counts: tuple[int, ...] = (50, 450)
+    per_source: int = 700
     held_out: int = 64
     least_rows: int = 100
     faults: tuple[float, ...] = (0.0, 0.3, 0.15)
