@@ -15,13 +15,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from sft.selection import SelectionSettings, select_conversations
 from sft.selection.rows import content_id
-from sft.selection.score import score_ifd
 from sft.selection.stages import StageFiles
 
+from .ifd import Scorer
 from .pool import Row, allot
 from .presets import Preset
 
@@ -38,7 +36,6 @@ LADDER = {
 AGAIN = "random again"
 BOTH = ("random", "choice")  # those of the second part
 ALL = "all"
-_BATCH = 256
 
 
 def key(messages: Sequence[Mapping[str, str]]) -> str:
@@ -46,15 +43,11 @@ def key(messages: Sequence[Mapping[str, str]]) -> str:
     return content_id(messages).hex()  # type: ignore[arg-type]
 
 
-def score(chats: Iterable[list[dict[str, str]]], known: dict[str, float | None], base: Path) -> None:
-    """Add the IFD by the base of conversations that have none; None where `sft select --scorer` would drop a row."""
-    new = list({key(messages): messages for messages in chats if key(messages) not in known}.items())
-    for start in range(0, len(new), _BATCH):
-        part = new[start : start + _BATCH]
-        rows = pa.array([json.dumps({"messages": messages}).encode() for _, messages in part], pa.large_binary())
-        found = score_ifd(pa.table({"row": rows}), str(base))
-        for (name, _), value, dropped in zip(part, found["score"].to_pylist(), found["drop"].to_pylist(), strict=True):
-            known[name] = None if dropped else round(value, 6)
+def score(chats: Iterable[list[dict[str, str]]], known: dict[str, float | None], scorer: Scorer) -> None:
+    """Add the IFD of conversations that have none; None where `sft select --scorer` would drop a row."""
+    new = {key(messages): messages for messages in chats if key(messages) not in known}
+    for name, value in zip(new, scorer.score(list(new.values())), strict=True):
+        known[name] = None if value is None else round(value, 6)
 
 
 def choose(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import arms, pool
+from .ifd import Scorer
 from .presets import Preset
 from .training import Encoded, Trainer
 
@@ -73,13 +74,13 @@ def prepare(study: Study, seeds: Sequence[int], faults: Sequence[float]) -> None
     ]
     if not todo:
         return
-    conversations = pool.Conversations.read(study.data)
+    conversations, scorer = pool.Conversations.read(study.data), Scorer(study.base, preset.device)
     for seed in sorted({seed for seed, _ in todo}):
         split = conversations.split(preset, seed)
-        scores = _scores(study, seed, [row.messages for row in split.pool])
+        scores = _scores(study, seed, [row.messages for row in split.pool], scorer)
         for share in [share for own, share in todo if own == seed]:
             rows = pool.plant(split.pool, share, max(preset.faults), seed)
-            arms.score((row.messages for row in rows), scores, study.base)
+            arms.score((row.messages for row in rows), scores, scorer)
             counts = preset.counts if share == preset.counted_at else ()
             place = study.work / "selections" / f"seed-{seed}-faults-{share:g}"
             chosen = arms.choose(rows, scores, split.shares, preset, seed, place, counts)
@@ -99,7 +100,7 @@ def prepare(study: Study, seeds: Sequence[int], faults: Sequence[float]) -> None
             print(f"pool: seed {seed}, {share:.0%} faults, {len(rows)} rows", flush=True)
 
 
-def _scores(study: Study, seed: int, chats: list[list[dict[str, str]]]) -> dict[str, float | None]:
+def _scores(study: Study, seed: int, chats: list[pool.Messages], scorer: Scorer) -> dict[str, float | None]:
     """The IFD of the pool's conversations, which those of other seeds may have had scored before."""
     folder = study.work / "scores"
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +108,7 @@ def _scores(study: Study, seed: int, chats: list[list[dict[str, str]]]) -> dict[
     for file in sorted(folder.glob("*.json")):
         known |= json.loads(file.read_text())
     before = set(known)
-    arms.score(chats, known, study.base)
+    arms.score(chats, known, scorer)
     _write(folder / f"seed-{seed}.json", {name: known[name] for name in known.keys() - before})
     return known
 
