@@ -11,7 +11,7 @@ differ by what the one adds to the other and not by another draw; `random again`
 
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ LADDER = {
     "quota": ("random", "each source has its share of the pool"),
     "dedup": ("quota", "no exact and no near duplicates"),
     "heuristics": ("dedup", "no row that a rule calls broken"),
-    "score": ("heuristics", "no row of IFD from 1 on, and of each source those of highest IFD"),
+    "ranked": ("heuristics", "of each source the rows of highest IFD"),
+    "score": ("ranked", "no row of IFD from 1 on, as `--scorer` drops them; other sources fill up"),
     "choice": ("score", "the same from clusters, outliers last: `teleflm sft select --scorer BASE`"),
     "unscored": ("heuristics", "clusters and outliers, without a score: `teleflm sft select`"),
 }
@@ -44,7 +45,7 @@ def key(messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def score(chats: Iterable[list[dict[str, str]]], known: dict[str, float | None], scorer: Scorer) -> None:
-    """Add the IFD of conversations that have none; None where `sft select --scorer` would drop a row."""
+    """Add the IFD of conversations that have none; None where there is no token to predict."""
     new = {key(messages): messages for messages in chats if key(messages) not in known}
     for name, value in zip(new, scorer.score(list(new.values())), strict=True):
         known[name] = None if value is None else round(value, 6)
@@ -87,26 +88,26 @@ def choose(
 
     arms = {"choice": select(preset.count, "scored", score_column="ifd"), "unscored": select(preset.count, "unscored")}
     passed = _passed(folder / "scored" / "stages")
-    takes: dict[str, Callable[[Sequence[int], int], list[int]]] = {}
 
     def by_quota(order: Sequence[int], count: int) -> list[int]:
-        taken = []
-        for source, own in allot(count, shares).items():
-            taken += [number for number in order if pool[number].source == source][:own]
-        return taken
+        """In this order so many of each source; what one lacks goes to the others, as in `sft select`."""
+        own = {source: [number for number in order if pool[number].source == source] for source in shares}
+        limits = {source: len(numbers) for source, numbers in own.items()}
+        return [number for source, picks in allot(count, shares, limits).items() for number in own[source][:picks]]
 
     order, again = (_order(len(pool), f"{name} {seed}") for name in ("draw", "draw again"))
     valid = passed["rows"]
     takes = {"random": lambda rows, count: list(rows)[:count], "quota": by_quota}
-    arms["random"] = takes["random"](_of(order, valid), preset.count)
-    arms[AGAIN] = takes["random"](_of(again, valid), preset.count)
+    arms["random"] = _of(order, valid)[: preset.count]
+    arms[AGAIN] = _of(again, valid)[: preset.count]
     arms["quota"] = by_quota(_of(order, valid), preset.count)
     arms["dedup"] = by_quota(_of(order, passed["near-duplicates"]), preset.count)
     arms["heuristics"] = by_quota(_of(order, passed["heuristics"]), preset.count)
-    best = sorted(passed["scores"], key=lambda number: -(scores[key(pool[number].messages)] or 0.0))
-    arms["score"] = by_quota(best, preset.count)
+    best = sorted(range(len(pool)), key=lambda number: -(scores[key(pool[number].messages)] or 0.0))
+    arms["ranked"] = by_quota(_of(best, passed["heuristics"]), preset.count)
+    arms["score"] = by_quota(_of(best, passed["scores"]), preset.count)
     for count in counts:
-        arms[f"random {count}"] = takes["random"](_of(order, valid), count)
+        arms[f"random {count}"] = _of(order, valid)[:count]
         arms[f"choice {count}"] = select(count, "scored", score_column="ifd")
     if counts:
         arms[ALL] = _of(order, valid)
@@ -114,12 +115,9 @@ def choose(
 
 
 def _line(number: int, row: Row, scores: Mapping[str, float | None]) -> str:
-    value = {
-        "messages": row.messages,
-        "source": row.source,
-        "number": number,
-        "ifd": scores[key(row.messages)],
-    }
+    ifd = scores[key(row.messages)]
+    kept = None if ifd is None or ifd >= 1 else ifd  # a row without a number is dropped, as `--scorer` would
+    value = {"messages": row.messages, "source": row.source, "number": number, "ifd": kept}
     return json.dumps(value, ensure_ascii=False) + "\n"
 
 

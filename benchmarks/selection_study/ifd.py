@@ -38,7 +38,7 @@ class Scorer:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
 
     def score(self, chats: Sequence[list[dict[str, str]]]) -> list[float | None]:
-        """The IFD of each conversation; None from 1 on, or where there is no token to predict."""
+        """The IFD of each conversation; None where there is no token to predict."""
         together, alone, owners = [], [], []
         for owner, messages in enumerate(chats):
             ids = self.tokenizer([f"{m['content']}\n\n" for m in messages], add_special_tokens=False)["input_ids"]
@@ -87,4 +87,4 @@ def _ratio(loss: float, count: int, own_loss: float, own_count: int) -> float | 
     if not count or not own_count or not own_loss:
         return None
     ifd = (loss / count) / (own_loss / own_count)
-    return ifd if math.isfinite(ifd) and ifd < 1 else None
+    return ifd if math.isfinite(ifd) else None

@@ -6,6 +6,7 @@
 
 import gzip
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -160,10 +161,22 @@ def _damage(messages: Messages, kind: str, pool: Sequence[Messages], draw: rando
     return [*messages[:first], *damaged]
 
 
-def allot(count: int, shares: Mapping[str, float]) -> dict[str, int]:
-    """`count` in proportion to the shares: rounded down, and the rest to the largest remainders."""
-    exact = {name: count * share for name, share in shares.items()}
+def allot(count: int, shares: Mapping[str, float], limits: Mapping[str, int] | None = None) -> dict[str, int]:
+    """`count` in proportion to the shares, none above its limit: what one lacks goes to the others in proportion.
+
+    Rounded down, and the rest to the largest remainders.
+    """
+    limits = limits or dict.fromkeys(shares, count)
+    full: dict[str, int] = {}
+    while True:
+        left = {name: share for name, share in shares.items() if name not in full}
+        rest = count - sum(full.values())
+        exact = {name: rest * share / math.fsum(left.values()) for name, share in left.items()}
+        if not (over := {name: limits[name] for name in left if exact[name] > limits[name]}):
+            break
+        full |= over
     whole = {name: int(value + 1e-9) for name, value in exact.items()}
-    for name in sorted(exact, key=lambda name: whole[name] - exact[name])[: count - sum(whole.values())]:
+    wanting = sorted((name for name in exact if whole[name] < limits[name]), key=lambda name: whole[name] - exact[name])
+    for name in wanting[: rest - sum(whole.values())]:
         whole[name] += 1
-    return whole
+    return {name: whole.get(name, full.get(name, 0)) for name in shares}

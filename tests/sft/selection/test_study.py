@@ -118,10 +118,10 @@ def test_each_arm_takes_what_its_name_says(study):
             if arm != "random":
                 taken = [rows[number]["source"] for number in made["arms"][arm]]
                 assert {source: taken.count(source) for source in quota} == quota
-        for arm in ("dedup", "heuristics", "score", "choice", "unscored"):
+        for arm in list(arms.LADDER)[2:]:
             keys = [arms.key(rows[number]["messages"]) for number in made["arms"][arm]]
             assert len(keys) == len(set(keys))
-        for arm in ("heuristics", "score", "choice", "unscored"):
+        for arm in list(arms.LADDER)[3:]:
             assert not any(find_fault(rows[n]["messages"], rows[n]["source"]) for n in made["arms"][arm])
         assert made["arms"]["random 6"] == made["arms"]["random"][:6]
         assert set(made["arms"]["random"]) != set(made["arms"][arms.AGAIN])
