@@ -97,7 +97,6 @@ def choose(
 
     order, again = (_order(len(pool), f"{name} {seed}") for name in ("draw", "draw again"))
     valid = passed["rows"]
-    takes = {"random": lambda rows, count: list(rows)[:count], "quota": by_quota}
     arms["random"] = _of(order, valid)[: preset.count]
     arms[AGAIN] = _of(again, valid)[: preset.count]
     arms["quota"] = by_quota(_of(order, valid), preset.count)
