@@ -174,7 +174,7 @@ def results_text(folder: Path) -> str:
                 c.other,
                 f"{c.mean:+.4f}",
                 f"{c.interval[0]:+.4f} to {c.interval[1]:+.4f}",
-                f"{adjusted[c.faults, c.arm, c.other]:.3f}",
+                _probability(adjusted[c.faults, c.arm, c.other]),
                 verdict(c, adjusted[c.faults, c.arm, c.other], least),
             ]
             for c in chosen
@@ -271,10 +271,18 @@ def _describe_pools(folder: Path, preset: Preset) -> list[str]:
     lines = [
         f"Held out: {held_out}. A pool: {sizes}. Left out as near duplicates of what is held out: {left_out}.",
     ]
-    if first["sources_dropped"]:
-        left = ", ".join(f"{name} ({count} rows left)" for name, count in first["sources_dropped"].items())
-        lines.append(f"Not used, with fewer than {preset.least_rows} rows left: {left}.")
-    lines += ["", "What the filters dropped, least to most of all seeds:", ""]
+    left: dict[str, list[int]] = {}
+    for pool in pools:
+        for name, count in pool["sources_dropped"].items():
+            left.setdefault(name, []).append(count)
+    if left:
+        few = ", ".join(f"{name} ({_spread(counts)} left)" for name, counts in left.items())
+        lines.append(f"Not used, with fewer than {preset.least_rows} rows left: {few}.")
+    lines += [
+        "",
+        "What the filters dropped, and then how many rows have an IFD from 1 on, least to most of all seeds:",
+        "",
+    ]
     return [*lines, *_table(("faults", "rows", "dropped by the filters", "IFD from 1 on"), rows)]
 
 
@@ -321,6 +329,10 @@ def _describe_arms(runs: Runs, preset: Preset, least: float) -> list[str]:
 
     counted = [[kind, *(mean(arm, kind) for arm in arms)] for kind in kinds]
     return [*lines, *_table(("kind", *arms), counted)]
+
+
+def _probability(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _spread(values: Sequence[int]) -> str:

@@ -22,6 +22,7 @@ from benchmarks.selection_study.presets import PRESETS, Preset
 from benchmarks.selection_study.training import Encoded, Trainer, stream
 from demo.corpus import collect
 from sft.selection import SelectionSettings, select_conversations
+from sft.selection.diversity import share_out
 from sft.selection.heuristics import find_fault
 
 from .conftest import chat, write_rows
@@ -175,6 +176,14 @@ def test_faults_replace_a_share_of_each_kind_alike_and_less_are_among_more(data)
     assert all(row.messages[-1]["content"] in pool.REFUSALS for row in many if row.fault == "refusal")
 
 
+@pytest.mark.parametrize("limits", [(500, 130, 5), (500, 500, 500), (3, 2, 1), (0, 90, 40), (60, 10, 68)])
+def test_a_quota_is_shared_out_as_the_selection_shares_it_out(limits):
+    shares = {"a": 0.457, "b": 0.086, "c": 0.457}
+    count = min(150, sum(limits))
+    found = pool.allot(count, shares, dict(zip(shares, limits, strict=True)))
+    assert list(found.values()) == share_out(150, np.array(list(shares.values())), np.array(limits)).tolist()
+
+
 # --- the machinery ----------------------------------------------------------------------------------------------------
 
 
@@ -247,12 +256,15 @@ def test_a_page_is_made_of_the_runs_and_of_nothing_else(study, presets, tmp_path
     assert text.startswith(f"before\n{report.BEGIN}")
     assert text.endswith(f"{report.END}after\n")
     assert report.results_text(study.results) in text
+    found = report.read_runs(study.results)
+    means = [np.mean([found[seed, 0.3, arm]["primary"] for seed in TOY.seeds]) for arm in ("choice", "random")]
+    assert f"| choice | random | {means[0] - means[1]:+.4f} |" in text
     assert "<svg" in page.with_suffix(".svg").read_text()
 
     copied = tmp_path / "results"
     shutil.copytree(study.results, copied)
     lines = (copied / "runs.jsonl").read_text().splitlines()
-    (copied / "runs.jsonl").write_text("\n".join([*lines[1:], ""]))
+    (copied / "runs.jsonl").write_text("\n".join([lines[0], *lines[2:], ""]))
     found = report.complete(report.read_runs(copied), TOY)
     assert found.faults == (0.3,), "a level with a run missing is not shown"
 
