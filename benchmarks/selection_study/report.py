@@ -142,6 +142,14 @@ def verdict(comparison: Comparison, adjusted: float, least: float) -> str:
     return f"**{word}**"
 
 
+def verdicts(runs: Runs, preset: Preset) -> dict[tuple[float, str, str], str]:
+    """What may be said of every comparison: share of faults, arm and the arm it is beside -> verdict."""
+    _, least = noise(runs, preset)
+    made = [compare(runs, preset, *pair) for pair in pairs(preset)]
+    adjusted = holm([c.p for c in made])
+    return {(c.faults, c.arm, c.other): verdict(c, p, least) for c, p in zip(made, adjusted, strict=True)}
+
+
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +173,8 @@ def results_text(folder: Path) -> str:
     preset = complete(runs, PRESETS[base["preset"]])
     null, least = noise(runs, preset)
     made = [compare(runs, preset, *pair) for pair in pairs(preset)]
-    adjusted = dict(zip(((c.faults, c.arm, c.other) for c in made), holm([c.p for c in made]), strict=True))
+    adjusted = dict(zip(made, holm([c.p for c in made]), strict=True))
+    said = verdicts(runs, preset)
 
     def table(chosen: Sequence[Comparison]) -> list[str]:
         rows = [
@@ -174,8 +183,8 @@ def results_text(folder: Path) -> str:
                 c.other,
                 f"{c.mean:+.4f}",
                 f"{c.interval[0]:+.4f} to {c.interval[1]:+.4f}",
-                _probability(adjusted[c.faults, c.arm, c.other]),
-                verdict(c, adjusted[c.faults, c.arm, c.other], least),
+                _probability(adjusted[c]),
+                said[c.faults, c.arm, c.other],
             ]
             for c in chosen
         ]

@@ -283,3 +283,19 @@ def test_the_kept_runs_are_complete():
     for run in found.values():
         shares = run["primary"]
         assert min(run["losses"].values()) <= shares <= max(run["losses"].values())
+
+
+def test_readme_and_docs_claim_what_the_runs_show():
+    """No arm is better than random; without a score none is worse; scores do harm; fewer are not better than all."""
+    found = report.read_runs(RESULTS)
+    preset = report.complete(found, PRESETS["small"])
+    said = report.verdicts(found, preset)
+    assert len(said) == 13 * len(preset.faults) + 8
+    assert "**better**" not in said.values()
+    for share in preset.faults:
+        for arm in ("quota", "dedup", "heuristics", "unscored"):
+            assert said[share, arm, "random"] != "**worse**"
+        for arm in ("score", "choice"):
+            assert said[share, arm, "random"] == "**worse**"
+    text = DOCS.with_name("selection.md").read_text(encoding="utf-8")
+    assert "No arm was better than `random`; without a score none was\nworse." in text
