@@ -298,4 +298,4 @@ def test_readme_and_docs_claim_what_the_runs_show():
         for arm in ("score", "choice"):
             assert said[share, arm, "random"] == "**worse**"
     text = DOCS.with_name("selection.md").read_text(encoding="utf-8")
-    assert "No arm was better than `random`; without a score none was\nworse." in text
+    assert "No arm was shown to be better than `random`; without a score\nnone was worse." in text
