@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""From many conversations to the few worth fine-tuning on.
+"""From many conversations to fewer: no duplicates, nothing damaged, every subject.
 
 In the spirit of the FLM-2 paper, whose own method is not public: this one is ours. The modules in the order in which
 the data passes them: `rows`, `common`, `dedup`, `decontaminate`, `domains`, `heuristics`, `score`, `embed` (and `rds`),

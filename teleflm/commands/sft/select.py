@@ -134,7 +134,7 @@ def select(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Select the conversations worth fine-tuning on: deduplicated, decontaminated, good, diverse.
+    """Select conversations to fine-tune on: deduplicated, decontaminated, undamaged, diverse.
 
     OUT gets selected.jsonl, selection.json and the files of the stages. An interrupted command goes on when it is run
     again.
