@@ -84,7 +84,11 @@ class Reject:
 
 
 def check_rows(
-    data: str | Path | Sequence[str | Path], control_tokens: Collection[str] = (), progress: Progress | None = None
+    data: str | Path | Sequence[str | Path],
+    control_tokens: Collection[str] = (),
+    progress: Progress | None = None,
+    *,
+    repeated_ids: bool = False,
 ) -> Iterator[tuple[Row, Conversation | Reject]]:
     """Read and judge every row, in order, in bounded memory: of a file's earlier rows only 8 bytes an id are kept.
 
@@ -92,6 +96,7 @@ def check_rows(
         data: see [`sft.data.formats.read_rows`].
         control_tokens: texts that no content may contain; see [`sft.tokenizer.control_tokens`].
         progress: told of bytes.
+        repeated_ids: whether rows of one file may have one id.
 
     Raises:
         DataError: a file cannot be read.
@@ -106,7 +111,7 @@ def check_rows(
         turns, problems = find_turns(row.value)
         if turns:
             problems += _turn_problems(turns, spelled_out)
-        if row.unique_id is not None and not ids.add(row.unique_id):
+        if not repeated_ids and row.unique_id is not None and not ids.add(row.unique_id):
             problems.append(Problem("duplicate_id", f"an earlier row of the file has the id {row.unique_id!r}"))
         if problems:
             yield row, Reject(row.source, row.id, tuple(problems))

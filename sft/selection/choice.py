@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .domains import DOMAINS
 from .stages import SelectionError
 
-OTHERS = "--allow-fewer takes rows of the other domains in their place"
+OTHERS = "--allow-fewer fills up from the other domains of the quota, and takes fewer rows if these have too few"
 
 
 class TooFewError(SelectionError):
@@ -38,12 +39,30 @@ def choose_enough(
 
 def find_shortfall(tags: Sequence[str], count: int, quota: Mapping[str, float]) -> str:
     """What a quota asks for and is not there, in words; empty if all of it is."""
-    if quota.keys().isdisjoint(tags):  # all that is chosen then says which domains there are
-        return ""
     there = Counter(tags)
     wanted = {domain: math.floor(share * count + 1e-9) for domain, share in quota.items()}
     short = [f"{there[domain]:,} of {rows:,} {domain}" for domain, rows in wanted.items() if there[domain] < rows]
     return f"--quota cannot be met: {', '.join(short)} rows are left" if short else ""
 
 
-__all__ = ["OTHERS", "TooFewError", "choose_enough", "find_shortfall"]
+def check_domains(tags: Sequence[str], quota: Mapping[str, float]) -> None:
+    """Refuse a quota that names what neither the rules nor the data know.
+
+    Raises:
+        SelectionError: it does; with the domains that there are, and their rows.
+    """
+    there = Counter(tags)
+    if unknown := sorted(set(quota) - {*there, *DOMAINS}):
+        found = ", ".join(f"{domain} ({rows:,})" for domain, rows in there.most_common(20))
+        raise SelectionError(f"--quota: no row has the domain {unknown[0]}; the rows left are of {found}.")
+
+
+def say_what_fills(tags: Sequence[str], count: int, quota: Mapping[str, float]) -> str:
+    """What `--allow-fewer` does about a shortfall."""
+    found = sum(rows for domain, rows in Counter(tags).items() if quota.get(domain))
+    if found >= count:
+        return "other domains of the quota take their place"
+    return f"its domains have {found:,} rows in all, fewer than {count:,}"
+
+
+__all__ = ["OTHERS", "TooFewError", "check_domains", "choose_enough", "find_shortfall", "say_what_fills"]

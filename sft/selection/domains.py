@@ -44,7 +44,9 @@ def tag_domains(table: pa.Table, column: str | None = None, reading: Reading = O
     tags = [tag_domain(messages) for messages in reading.conversations(table)]
     if column is not None:
         given = (json.loads(row.as_py()).get(column) for row in table["row"])
-        tags = [tag if own is None else str(own) for tag, own in zip(tags, given, strict=True)]
+        # Half of a surrogate pair, which JSON can spell, is no text.
+        named = (None if own is None else str(own).encode("utf-8", "replace").decode() for own in given)
+        tags = [tag if own is None else own for tag, own in zip(tags, named, strict=True)]
     return pa.table({"drop": drop_none(len(table)), "domain": pa.array(tags, pa.string())})
 
 

@@ -15,6 +15,7 @@ OUT/stages             see [`sft.selection.stages`]
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections import Counter
@@ -25,12 +26,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import xxhash
 
 from conversion.checkpoint.manifest import package_version
 from sft.data.formats import DataError
 
 from . import rows, score
-from .choice import OTHERS, TooFewError, find_shortfall
+from .choice import OTHERS, TooFewError, check_domains, find_shortfall, say_what_fills
 from .declaration import Declaration
 from .executors import open_executor
 from .operators import FIRST, Run, build_stage
@@ -97,6 +99,7 @@ def select_conversations(
     settings, out = settings or SelectionSettings(), Path(out)
     declared = settings.declaration
     files = tuple(map(str, [data] if isinstance(data, str | Path) else data))
+    _refuse_own_output(files, out)
     stages = make_stages(files, declared, notify)
     _refuse_folders(out, rejects)
     workspace = Workspace(out / STAGES, stages, declared.seed, overwrite=overwrite)
@@ -150,8 +153,9 @@ def make_stages(
         SelectionError: an evaluation set or a model cannot be used.
         DataError: a file cannot be read.
     """
-    read = partial(rows.read_tables, piece_rows=rows.PIECE_ROWS)
-    stages = [Stage("rows", {"files": [_identify(file) for file in files]}, files=tuple(files), tables=read)]
+    read = partial(rows.read_tables, piece_rows=rows.PIECE_ROWS, repeated_ids=declared.unique_ids)
+    of = {"files": [_identify(file) for file in files], "repeated_ids": declared.unique_ids}
+    stages = [Stage("rows", of, files=tuple(files), tables=read)]
     columns = frozenset(FIRST)
     before: dict[str, Any] = {}
     for entry in declared.active:
@@ -163,12 +167,22 @@ def make_stages(
 
 
 def _identify(file: str) -> dict[str, Any]:
-    """What changes when a file does. Where it lies does not matter; datasets by name are taken to stay as they are."""
+    """What changes when a file does. Where it lies does not matter; datasets by name are taken to stay as they are.
+
+    Its content is read: two files of one name can have one size and time, and an edit can keep both.
+    """
     path = Path(file)
     if not path.is_file():
         return {"name": file}
-    status = path.stat()
-    return {"name": path.name, "bytes": status.st_size, "changed": status.st_mtime_ns}
+    digest, size = xxhash.xxh3_128(), 0
+    try:
+        with path.open("rb") as content:
+            while block := content.read(1 << 20):
+                digest.update(block)
+                size += len(block)
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}.") from None
+    return {"name": path.name, "bytes": size, "digest": digest.hexdigest()}
 
 
 def _checks(
@@ -183,10 +197,13 @@ def _checks(
 
     def check_quota(stages: StageFiles) -> None:
         tags = stages.read(("domain",))["domain"].to_pylist()
-        if not quota or not (short := find_shortfall(tags, count, quota)):
+        if not quota:
+            return
+        check_domains(tags, quota)
+        if not (short := find_shortfall(tags, count, quota)):
             return
         if declared.allow_fewer:
-            notify(f"selection: {short}; others take their place")
+            notify(f"selection: {short}; {say_what_fills(tags, count, quota)}")
         else:
             raise TooFewError(f"{short}; {OTHERS}.")
 
@@ -242,6 +259,17 @@ def _describe_losses(results: Sequence[StageResult]) -> str:
 
 
 _PARTIAL = ".partial"
+
+
+def _refuse_own_output(files: Sequence[str], out: Path) -> None:
+    """Data that lies where this selection writes would be replaced by what is made of it, or removed before."""
+    place = out.resolve()
+    for file in files:
+        path = Path(file).resolve()
+        if path.parent == place and path.name.removesuffix(_PARTIAL) in (SELECTED, REJECTS, SUMMARY):
+            raise SelectionError(f"{file}: is data, and a file that a selection in {out} writes; give another OUT.")
+        if place / STAGES in path.parents:
+            raise SelectionError(f"{file}: is data, and lies in {out / STAGES}; give another OUT.")
 
 
 def _refuse_folders(out: Path, rejects: bool) -> None:
@@ -332,20 +360,21 @@ _SELECTED_COLUMNS = ("row", "id", "domain", "quality", "target", "similarity")
 def _write_selected(workspace: Workspace, out: Path, unique_ids: bool) -> dict[str, Any]:
     """Write the rows under a name of their own; returns what the summary says of the file."""
     digest = hashlib.sha256()
-    taken: set[Any] = set()
+    taken, own = set[Any](), set[Any]()
     with _open_partial(out / SELECTED) as file:
         for piece in workspace.pieces(_SELECTED_COLUMNS):
             table = piece.read()
             for row, own_id, domain, quality, target, similarity in zip(
                 *(_read_column(table, name) for name in _SELECTED_COLUMNS), strict=True
             ):
-                added: dict[str, Any] = {"id": own_id.hex(), "domain": domain}
+                name = _make_free(own_id.hex(), own)
+                added: dict[str, Any] = {"id": name, "domain": domain}
                 if quality is not None:
                     added["score"] = round(quality, 4)
                 if target is not None:
                     added |= {"target": target, "similarity": None if similarity is None else round(similarity, 4)}
                 if unique_ids:
-                    row = _with_unique_id(row, own_id.hex(), taken)
+                    row = _with_unique_id(row, name, taken)
                 line = rows.add_columns(row, {f"{rows.OWN}{name}": value for name, value in added.items()}) + b"\n"
                 digest.update(line)
                 file.write(line)
@@ -372,10 +401,18 @@ def _with_unique_id(row: bytes, own_id: str, taken: set[Any]) -> bytes:
     """A row; if it has no id, or one that is taken, with ours in its place."""
     value = json.loads(row)
     found = value.get("id")
-    if isinstance(found, str | int) and found not in taken:
+    if isinstance(found, str | int) and not isinstance(found, bool) and found not in taken:
         taken.add(found)
         return row
-    return rows.to_json({**value, "id": own_id})
+    return rows.to_json({**value, "id": _make_free(own_id, taken)})
+
+
+def _make_free(name: str, taken: set[Any]) -> str:
+    """A name, numbered if it is taken. Rows that are equal have one id, and a pipeline may keep them all."""
+    numbered = (f"{name}-{number}" for number in itertools.count(2))
+    free = name if name not in taken else next(other for other in numbered if other not in taken)
+    taken.add(free)
+    return free
 
 
 def _describe(workspace: Workspace, out: Path, already_done: bool, rejects: bool) -> Selection:

@@ -5,6 +5,7 @@
 """First stage: the rows of a file, judged as training judges them, and how later stages read them."""
 
 import json
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,14 @@ MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 UNREAD_COLUMNS = (*sorted(MEDIA), "tools", "functions", "tool_calls")
 UNREAD_FIELDS = (*sorted(MEDIA), "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "train")
 OWN = "teleflm_"  # begins the name of every column we add
+# Every column that a selection may have added; see `pipeline` and `rejects`.
+_WRITTEN = frozenset(
+    OWN + name
+    for name in ("id", "domain", "score", "target", "similarity", "operator", "reason", "duplicate_of", "detail")
+)
+_WRITTEN_AT_END = re.compile(
+    rb'(?:,\s*"(?:' + "|".join(sorted(_WRITTEN)).encode() + rb')":\s*(?:"(?:[^"\\]|\\.)*+"|[-+.\deE]++|null))++\s*\}$'
+)
 _SCHEMA = pa.schema(
     {
         "source": pa.string(),
@@ -35,8 +44,10 @@ _SCHEMA = pa.schema(
 )
 
 
-def read_tables(file: str, piece_rows: int = PIECE_ROWS) -> Iterator[pa.Table]:
+def read_tables(file: str, piece_rows: int = PIECE_ROWS, repeated_ids: bool = False) -> Iterator[pa.Table]:
     """The rows of a file, in pieces of at most `piece_rows` rows and about [`PIECE_BYTES`].
+
+    With `repeated_ids` a row whose id an earlier one has is as valid as any.
 
     Yields:
         tables with `source` (`file:row`), `row` (the row as JSON, of JSON Lines the bytes that stand there; what is no
@@ -49,7 +60,7 @@ def read_tables(file: str, piece_rows: int = PIECE_ROWS) -> Iterator[pa.Table]:
     """
     piece: list[dict[str, Any]] = []
     size = 0
-    for row, outcome in check_rows(file, family_control_tokens()):
+    for row, outcome in check_rows(file, family_control_tokens(), repeated_ids=repeated_ids):
         if isinstance(outcome, Conversation):
             text = to_json(row.value) if row.text is None else row.text
             unread = find_unread(row.value)
@@ -123,14 +134,17 @@ def add_columns(row: bytes, columns: Mapping[str, Any]) -> bytes:
     """A row with some of our columns at its end; all that stands in it before stays byte for byte.
 
     Args:
-        row: an object as JSON. Columns of an earlier selection are replaced, for which it is written anew.
+        row: an object as JSON. All columns of an earlier selection are left out: they say what that one did. Where they
+            do not stand at its end, as they were written, the row is written anew.
         columns: named [`OWN`] and more.
     """
     if OWN.encode() in row:
+        row = _WRITTEN_AT_END.sub(b"}", row.rstrip())
         value = json.loads(row)
-        if not columns.keys().isdisjoint(value):
-            row = to_json({name: kept for name, kept in value.items() if name not in columns})
-    return row.rstrip()[:-1] + b", " + to_json(columns)[1:]
+        if not _WRITTEN.isdisjoint(value):
+            row = to_json({name: kept for name, kept in value.items() if name not in _WRITTEN})
+    head = row.rstrip()[:-1].rstrip()
+    return head + (b"" if head == b"{" else b", ") + to_json(columns)[1:]
 
 
 def to_json(value: object) -> bytes:
