@@ -143,8 +143,8 @@ def add_columns(row: bytes, columns: Mapping[str, Any]) -> bytes:
         value = json.loads(row)
         if not _WRITTEN.isdisjoint(value):
             row = to_json({name: kept for name, kept in value.items() if name not in _WRITTEN})
-    head = row.rstrip()[:-1].rstrip()
-    return head + (b"" if head == b"{" else b", ") + to_json(columns)[1:]
+    head = row.rstrip()[:-1]
+    return head + (b"" if head.strip() == b"{" else b", ") + to_json(columns)[1:]
 
 
 def to_json(value: object) -> bytes:

@@ -522,9 +522,9 @@ ANSWER = {"messages": chat("Who was that at the door?", "Nobody in particular, I
         (
             [ANSWER],
             {"quota": {"poetry": 1.0}, "domain_column": "kind"},
-            "no row has the domain poetry; the data has gen",
+            "no row has the domain poetry; the rows left are of gen",
         ),
-        ([ANSWER], {"quota": {"code": 1.0}}, r"only 0 rows are left in the domains of --quota \(1 in all\), fewer"),
+        ([ANSWER], {"quota": {"code": 1.0}}, r"0 of 1 code rows are left; --allow-fewer fills"),
         ([ANSWER], {"scorer": "/nowhere"}, "--scorer /nowhere"),
         ([ANSWER], {"score_column": "points"}, "no row is left after scores. .* 1 no_score"),
         ([ANSWER], {"embedder": "/nowhere"}, "--embedder /nowhere"),
