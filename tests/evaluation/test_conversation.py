@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -270,7 +271,7 @@ def test_in_a_terminal_ctrl_c_ends_an_answer_and_then_the_program(model, tmp_pat
         command = [sys.executable, "-m", "teleflm", "chat", str(endless), "--max-new-tokens", "90000"]
         os.execv(sys.executable, command)
 
-    unread = b""
+    unread, ended, status = b"", 0, 0
 
     def read(until: bytes, seconds: float = 120) -> bytes:
         nonlocal unread
@@ -296,15 +297,16 @@ def test_in_a_terminal_ctrl_c_ends_an_answer_and_then_the_program(model, tmp_pat
         assert b"tokens/s, interrupted" in seen
         assert b"Traceback" not in seen
         read(b"> ")
-        os.write(terminal, b"\x03")
-        assert b"Traceback" not in read(b"never")
-    finally:
-        for _ in range(100):
+        # CPython's readline does not see a signal that comes just before it waits; a person presses the keys again.
+        for _ in range(60):
+            with suppress(OSError):  # it has ended
+                os.write(terminal, b"\x03")
+            assert b"Traceback" not in read(b"never", 2)
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 break
-            time.sleep(0.1)
-        else:
+    finally:
+        if not ended:
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
         os.close(terminal)
