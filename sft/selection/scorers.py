@@ -211,7 +211,8 @@ class ClassifierScorer:
         window: tokens of a sequence, at most [`CLASSIFIER_TOKENS`].
 
     Raises:
-        SelectionError: there are several labels, and `label` is none of them; or there is no chat template.
+        SelectionError: there are several labels, and `label` is none of them; or there is no chat template, or one that
+            cannot be filled in.
     """
 
     def __init__(
@@ -226,6 +227,8 @@ class ClassifierScorer:
                 f"--scorer {name}: its tokenizer has no chat template, so how it expects a conversation is not known; "
                 f"if it reads plain text, give --scorer-format {PLAIN}."
             )
+        if not plain:
+            _probe_template(tokenizer, name)
 
     @classmethod
     def load(cls, name: str, label: str | None = None, *, plain: bool = False) -> "ClassifierScorer":
@@ -236,12 +239,13 @@ class ClassifierScorer:
             *load_model(name, AutoModelForSequenceClassification, f"{SCORER} {name}"), label, plain=plain, name=name
         )
 
-    def scores(self, chats: Iterable[Sequence[dict[str, str]]]) -> tuple[np.ndarray, np.ndarray]:
-        """One number a conversation, the higher the better, and whether its beginning did not fit.
+    def scores(self, chats: Iterable[Sequence[dict[str, str]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One number a conversation, the higher the better, whether its beginning did not fit, and whether it was read.
 
         Returns:
             float32 `[chats]`: the output of a model with one label, else the probability of the label; NaN where the
-            chat template refuses the conversation, or the model makes no number. bool `[chats]`.
+            chat template refuses the conversation, or the model makes no number. bool `[chats]`, twice; of the second,
+            False where the chat template refuses the conversation.
         """
         import torch
 
@@ -261,7 +265,7 @@ class ClassifierScorer:
                 inputs = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
                 logits = self.model(**inputs).logits.float()
             found[batch] = self._choose(logits).cpu().numpy()
-        return found, cut
+        return found, cut, np.array([bool(row) for row in rows], bool)
 
     def _encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         from jinja2.exceptions import TemplateError
@@ -286,6 +290,25 @@ class ClassifierScorer:
         if self.model.config.problem_type == "multi_label_classification":
             return logits[:, self._output].sigmoid()
         return logits.softmax(-1)[:, self._output]
+
+
+def _probe_template(tokenizer: Any, name: str) -> None:
+    """Refuse a chat template that is damaged: it would refuse all rows, one by one, and not say why."""
+    from jinja2.exceptions import TemplateError, TemplateSyntaxError
+
+    way_out = f"mend it, or, if the model reads plain text, give --scorer-format {PLAIN}."
+    probe = [{"role": "user", "content": "What is a cat?"}, {"role": "assistant", "content": "An animal."}]
+    try:
+        empty = not tokenizer.apply_chat_template(probe, tokenize=True, return_dict=False)
+    except Exception as error:
+        if type(error) is TemplateError:  # raised by the template's own choice, which may depend on the row
+            return
+        line = f" at line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+        raise SelectionError(
+            f"--scorer {name}: its chat template fails{line}: {one_line(error).rstrip('.')}; {way_out}"
+        ) from error
+    if empty:
+        raise SelectionError(f"--scorer {name}: its chat template makes no token of a conversation; {way_out}")
 
 
 def _find_label(config: Any, label: str | None, name: str) -> int | None:
