@@ -4,8 +4,11 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The IFD of `sft select --scorer`, for many pools that have most of their rows in common: each is scored once.
 
-Written anew from the description in `sft.selection.score`, in batches that suit a small model on a CPU; the tests hold
-the rows that are chosen by it against those of `--scorer`.
+Written anew from the description in `sft.selection.score` at commit 8487ae6, in batches that suit a small model on a
+CPU. Since then `--scorer` has changed for conversations that are longer than its window: it leaves what lies beyond out
+of both means, where the second mean here is of all of each answer that fits when the answer stands alone. For the
+others both are the same, which the tests hold. (The window is now the model's own, if that is less than
+[`MAX_TOKENS`]; that of the study's base is not.)
 """
 
 import math

@@ -35,7 +35,7 @@ from sft.yaml_text import load_yaml
 from . import domains
 from .common import TEXTS, Reading
 from .operators import CHOOSES, FIRST, OPERATORS, Operator, columns_of
-from .options import Name, Names, Number, name_nearest
+from .options import Name, Names, Number, name_nearest, show
 from .stages import SelectionError
 
 FOLDER = Path(__file__).with_name("pipelines")
@@ -201,7 +201,7 @@ def parse(values: Any, name: str) -> Declaration:
         raise SelectionError(f"{name}: expected a mapping with a list of `operators`; --explain prints one.")
     for key in values:
         if key not in _KEYS:
-            raise SelectionError(f"{name}: unknown key {key!r}; {name_nearest(key, _KEYS)}")
+            raise SelectionError(f"{name}: unknown key {show(key)}; {name_nearest(key, _KEYS)}")
     told: dict[str, Any] = {"seed": SEED.read(values.get("seed", 0), f"{name}: seed")}
     for key in ("unique_ids", "allow_fewer"):
         told[key] = _read_bool(values.get(key, False), f"{name}: {key}")
@@ -221,15 +221,15 @@ def _parse_entry(value: Any, number: int, where: str) -> Entry:
     told = dict(value)
     name = told.pop("operator")
     if name not in OPERATORS:
-        raise SelectionError(f"{where}: unknown operator {name!r}; {name_nearest(name, OPERATORS)}")
+        raise SelectionError(f"{where}: unknown operator {show(name)}; {name_nearest(name, OPERATORS)}")
     operator, where = OPERATORS[name], f"{where} ({name})"
     reading = _parse_reading(operator, told, where)
     for key in told:
         if key not in operator.options:
             known = [*operator.options, *(("text", "own") if operator.reading else ())]
             if not known:
-                raise SelectionError(f"{where}: unknown key {key!r}; it can be told nothing.")
-            raise SelectionError(f"{where}: unknown key {key!r}; {name_nearest(key, known)}")
+                raise SelectionError(f"{where}: unknown key {show(key)}; it can be told nothing.")
+            raise SelectionError(f"{where}: unknown key {show(key)}; {name_nearest(key, known)}")
     values = {
         key: option.read(told[key], f"{where}: {key}") if key in told else option.default
         for key, option in operator.options.items()
@@ -248,17 +248,17 @@ def _parse_reading(operator: Operator, told: dict[str, Any], where: str) -> Read
     text, own = told.pop("text", default.text), told.pop("own", None)
     if text not in operator.texts:
         kind = "cannot read" if text in TEXTS else "unknown text"
-        raise SelectionError(f"{where}: {kind} {text!r}; {name_nearest(text, operator.texts)}")
+        raise SelectionError(f"{where}: {kind} {show(text)}; {name_nearest(text, operator.texts)}")
     may_own = text not in ("whole", "system")
     own = default.own and may_own if own is None else _read_bool(own, f"{where}: own")
     if own and not may_own:
-        raise SelectionError(f"{where}: own is true and text is {text!r}; text: turns leaves system prompts out.")
+        raise SelectionError(f"{where}: own is true and text is {show(text)}; text: turns leaves system prompts out.")
     return Reading(text, own)
 
 
 def _read_bool(value: Any, name: str) -> bool:
     if not isinstance(value, bool):
-        raise SelectionError(f"{name} is {value!r}; expected true or false.")
+        raise SelectionError(f"{name} is {show(value)}; expected true or false.")
     return value
 
 

@@ -38,6 +38,7 @@ from conversion.checkpoint.errors import one_line
 
 from . import rds
 from .common import OWN_TEXT, Reading
+from .scorers import check_vocabulary
 from .stages import Kernel, SelectionError, drop_none
 from .words import hash_words, pair_characters
 
@@ -108,8 +109,7 @@ def fit_model(texts: Sequence[str], folder: str, seed: int) -> SifModel:
     """
     ids = ModelIds(folder)
     table = read_input_embeddings(folder, seed)
-    if ids.size > len(table):
-        raise SelectionError(f"--embedder {folder}: its tokenizer has {ids.size} ids, its weights {len(table)} rows.")
+    ids.check(len(table))
     counts = _count(ids, texts, len(table))
     vectors = table * sif_weights(np.asarray(counts.sum(axis=0)).ravel())[:, None]
     return SifModel(ids, vectors, _common_direction(_means(counts, vectors)))
@@ -162,10 +162,9 @@ class ModelIds:
         self._tokenizer: Any = None
         self._load()
 
-    @property
-    def size(self) -> int:
-        """How many ids there are."""
-        return len(self._load())
+    def check(self, rows: int) -> None:
+        """Raises: SelectionError, if a table of so many rows has none for some id."""
+        check_vocabulary(self._load(), rows, f"--embedder {self._folder}")
 
     def __call__(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
         """See [`WordIds`]."""

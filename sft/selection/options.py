@@ -6,6 +6,7 @@
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -66,11 +67,11 @@ class Number:
     def read(self, value: Any, name: str) -> Any:
         """See [`Option`]: int or float, as the default is."""
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise SelectionError(f"{name} is {_show(value)}; expected a number.")
+            raise SelectionError(f"{name} is {show(value)}; expected a number.")
         if not self.least <= value <= self.greatest:  # also of NaN
-            raise SelectionError(f"{name} is {value:g}; it is from {self.least:g} to {self.greatest:g}.")
+            raise SelectionError(f"{name} is {_show_number(value)}; it is from {self.least:g} to {self.greatest:g}.")
         if isinstance(self.default, int) and value != int(value):
-            raise SelectionError(f"{name} is {value:g}; it is a whole number.")
+            raise SelectionError(f"{name} is {_show_number(value)}; it is a whole number.")
         return type(self.default)(value)
 
 
@@ -91,7 +92,7 @@ class Name:
     def read(self, value: Any, name: str) -> str | None:
         """See [`Option`]."""
         if value is not None and not (isinstance(value, str) and value):
-            raise SelectionError(f"{name} is {_show(value)}; expected a name, or null.")
+            raise SelectionError(f"{name} is {show(value)}; expected a name, or null.")
         return value
 
 
@@ -107,7 +108,7 @@ class Names:
     def read(self, value: Any, name: str) -> tuple[str, ...]:
         """See [`Option`]."""
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) and item for item in value):
-            raise SelectionError(f"{name} is {_show(value)}; expected a list of names.")
+            raise SelectionError(f"{name} is {show(value)}; expected a list of names.")
         if repeated := [item for place, item in enumerate(value) if item in value[:place]]:
             raise SelectionError(f"{name}: {repeated[0]} is given twice.")
         return tuple(value)
@@ -125,7 +126,7 @@ class OneOf:
     def read(self, value: Any, name: str) -> str | None:
         """See [`Option`]."""
         if value is not None and value not in self.names:
-            raise SelectionError(f"{name} is {_show(value)}; expected one of {', '.join(self.names)}.")
+            raise SelectionError(f"{name} is {show(value)}; expected one of {', '.join(self.names)}.")
         return value
 
 
@@ -143,28 +144,43 @@ class Shares:
             return None
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise SelectionError(
-                f"{name} is {_show(value)}; expected names with shares, as in {{math: 0.5, code: 0.5}}."
+                f"{name} is {show(value)}; expected names with shares, as in {{math: 0.5, code: 0.5}}."
             )
         for key, share in value.items():
             if isinstance(share, bool) or not isinstance(share, int | float):
-                raise SelectionError(f"{name}: {key} is {_show(share)}; expected a number.")
+                raise SelectionError(f"{name}: {key} is {show(share)}; expected a number.")
             if not 0 <= share <= 1:
-                raise SelectionError(f"{name}: {key} is {share}; a share is from 0 to 1.")
+                raise SelectionError(f"{name}: {key} is {_show_number(share)}; a share is from 0 to 1.")
         total = math.fsum(value.values())
         if not math.isclose(total, 1, abs_tol=1e-6):
             raise SelectionError(f"{name}: the shares sum to {total:g}, not to 1.")
         return dict(value)
 
 
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+_SHOWN = 60  # characters
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 2 * _SHOWN
+
+
+def show(value: Any) -> str:
+    """A value in a message: as Python writes it, no more of it than fits."""
+    if isinstance(value, int) and value.bit_length() > 4 * _SHOWN:
+        return f"a number of {value.bit_length():,} bits"
+    text = _SHORT.repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def _show_number(value: float) -> str:
+    try:
+        return f"{value:g}"
+    except OverflowError:  # whole numbers may be larger than a float
+        return show(value)
 
 
 def name_nearest(name: object, known: Iterable[str]) -> str:
     """What may be meant by a name that is not known, in words."""
     names = list(known)
-    nearest = difflib.get_close_matches(str(name), names, n=1)
+    nearest = difflib.get_close_matches(name, names, n=1) if isinstance(name, str) else []
     return f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(names)}."
 
 
@@ -189,4 +205,4 @@ def parse_thresholds(pairs: Sequence[str]) -> dict[str, float]:
     return given
 
 
-__all__ = ["Name", "Names", "Number", "OneOf", "Option", "Shares", "name_nearest", "parse_thresholds"]
+__all__ = ["Name", "Names", "Number", "OneOf", "Option", "Shares", "name_nearest", "parse_thresholds", "show"]

@@ -14,13 +14,11 @@ The vectors are as wide as the model, and kept as float16: a million rows of one
 """
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from conversion.checkpoint.errors import one_line
-
+from .scorers import load_model
 from .stages import SelectionError
 
 PREFIX = "rds:"
@@ -35,7 +33,7 @@ class HiddenStateEncoder:
         name: a Hub folder, or the name of a model on the Hub.
 
     Raises:
-        SelectionError: the model cannot be loaded.
+        SelectionError: the model cannot be loaded, lacks weights of its layers, or its tokenizer is another model's.
     """
 
     def __init__(self, name: str) -> None:
@@ -71,12 +69,11 @@ class HiddenStateEncoder:
 
     def _load(self) -> tuple[Any, Any]:
         if self._model is None:
-            if not Path(self._name).exists() and self._name.startswith((".", "/")):
-                raise SelectionError(f"--embedder {PREFIX}{self._name}: no such folder.")
-            try:
-                self._model, self._tokenizer = _load_model(self._name)
-            except Exception as error:  # whatever the libraries that read its files raise
-                raise SelectionError(f"--embedder {PREFIX}{self._name} cannot be loaded: {one_line(error)}") from error
+            from transformers import AutoModelForCausalLM
+
+            told = f"--embedder {PREFIX}{self._name}"
+            model, self._tokenizer = load_model(self._name, AutoModelForCausalLM, told, with_head=False)
+            self._model = model.base_model
         return self._model, self._tokenizer
 
 
@@ -104,19 +101,6 @@ def weighted_means(model: Any, sequences: Sequence[Sequence[int]]) -> np.ndarray
         # Padding may hold anything, and 0 times infinity is no number.
         states = states.float().masked_fill(~inside[:, :, None].to(states.device), 0)
         return torch.einsum("bt,btd->bd", weights.to(states.device), states).cpu().numpy()
-
-
-def _load_model(name: str) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
-
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
-    return model.base_model.eval().to(device), tokenizer
 
 
 __all__ = ["BATCH_TOKENS", "MAX_TOKENS", "PREFIX", "HiddenStateEncoder", "weighted_means"]

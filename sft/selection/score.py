@@ -39,6 +39,7 @@ IFD_MIN, IFD_MAX = 0.0, 1.0
 PERPLEXITY_MIN, PERPLEXITY_MAX = 0.0, 1e9  # none is outside
 SCORE_CUT, PERPLEXITY_CUT = "score_cut", "perplexity_cut"  # columns: whether a row did not fit
 LOW_SHARE, HIGH_SHARE = 0.05, 0.05
+NOT_TEMPLATED, NOT_FINITE, TOO_LONG = "template_refused", "model_not_finite", "answer_not_in_window"  # reasons
 SAMPLE = 2000
 PERPLEXITY = "--perplexity"
 _LARGEST = float(np.finfo(np.float32).max)
@@ -91,16 +92,24 @@ def score_ifd(table: pa.Table, model: str, ifd_min: float = IFD_MIN, ifd_max: fl
         ifd_min, ifd_max: rows below the one, or not below the other, are dropped, and rows without a token of an answer
             in the window.
     """
-    ifd, cut = measure_ifd(_causal(model), conversations(table))
-    drop = _name_reasons(("no_score", ~np.isfinite(ifd)), ("ifd_low", ifd < ifd_min), ("ifd_high", ifd >= ifd_max))
+    ifd, cut, has_answer = measure_ifd(_causal(model), conversations(table))
+    drop = _name_reasons(
+        (TOO_LONG, ~has_answer),
+        (NOT_FINITE, ~np.isfinite(ifd)),
+        ("ifd_low", ifd < ifd_min),
+        ("ifd_high", ifd >= ifd_max),
+    )
     return pa.table({"drop": drop, "score": pa.array(ifd.astype(np.float32)), SCORE_CUT: pa.array(cut)})
 
 
-def measure_ifd(scorer: CausalScorer, chats: Iterable[Sequence[dict[str, str]]]) -> tuple[np.ndarray, np.ndarray]:
-    """The IFD of each conversation, and whether it is longer than the window.
+def measure_ifd(
+    scorer: CausalScorer, chats: Iterable[Sequence[dict[str, str]]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The IFD of each conversation, whether it is longer than the window, and whether any token of an answer is inside.
 
     Returns:
-        float64 and bool, `[chats]`; NaN where no token of an answer is in the window.
+        float64, bool and bool, `[chats]`; the IFD is NaN where no token of an answer is inside, and not finite
+        where the model's losses are not.
     """
     inside, cut = _read_window(scorer, chats)
     together = scorer.losses([_sequence(pieces, scorer.start) for pieces in inside])[:, 0]
@@ -109,7 +118,8 @@ def measure_ifd(scorer: CausalScorer, chats: Iterable[Sequence[dict[str, str]]])
     alone = scorer.losses([_sequence(pieces, scorer.start) for pieces in single])[:, 0]
     owners = np.repeat(np.arange(len(inside)), [sum(is_answer for _, is_answer in pieces) for pieces in inside])
     with np.errstate(divide="ignore", invalid="ignore"):
-        return together / np.bincount(owners, weights=alone, minlength=len(inside)), cut
+        ifd = together / np.bincount(owners, weights=alone, minlength=len(inside))
+    return ifd, cut, np.isin(np.arange(len(inside)), owners)
 
 
 def check_perplexity_model(model: str) -> None:
@@ -136,7 +146,7 @@ def fit_perplexity(sample: pa.Table, model: str, min: float, max: float, low_sha
         SelectionError: the model cannot be loaded.
     """
     if low_share or high_share:
-        found, _ = measure_perplexity(_causal(model), conversations(sample))
+        found, _, _ = measure_perplexity(_causal(model), conversations(sample))
         if len(found := found[np.isfinite(found)]):
             low, high = np.quantile(found, [low_share, 1 - high_share]).tolist()
             min, max = (low if low > min and low_share else min), (high if high < max and high_share else max)
@@ -151,17 +161,20 @@ def drop_by_perplexity(table: pa.Table, model: str, min: float, max: float) -> p
         model: see [`score_ifd`].
         min, max: of those that stay. Rows without a token of an answer in the window are dropped too.
     """
-    found, cut = measure_perplexity(_causal(model), conversations(table))
+    found, cut, has_answer = measure_perplexity(_causal(model), conversations(table))
     drop = _name_reasons(
-        ("no_perplexity", ~np.isfinite(found)), ("perplexity_low", found < min), ("perplexity_high", found > max)
+        (TOO_LONG, ~has_answer),
+        (NOT_FINITE, ~np.isfinite(found)),
+        ("perplexity_low", found < min),
+        ("perplexity_high", found > max),
     )
     return pa.table({"drop": drop, "perplexity": pa.array(found.astype(np.float32)), PERPLEXITY_CUT: pa.array(cut)})
 
 
 def measure_perplexity(
     scorer: CausalScorer, chats: Iterable[Sequence[dict[str, str]]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """exp of the mean loss of the answers' tokens in each conversation, and whether it is longer than the window.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """exp of the mean loss of the answers' tokens in each conversation, and the rest as [`measure_ifd`].
 
     Returns:
         as [`measure_ifd`].
@@ -169,7 +182,7 @@ def measure_perplexity(
     inside, cut = _read_window(scorer, chats)
     losses, counts = scorer.losses([_sequence(pieces, scorer.start) for pieces in inside]).T
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        return np.exp(losses / counts), cut
+        return np.exp(losses / counts), cut, counts > 0
 
 
 def _name_reasons(*reasons: tuple[str, np.ndarray]) -> pa.Array:
@@ -231,8 +244,8 @@ def score_by_classifier(table: pa.Table, model: str, label: str | None = None, f
         label: whose probability is the score, if the model has several.
         format: `plain`, if the model has no chat template and reads texts separated by blank lines.
     """
-    scores, cut = _classifier(model, label, format).scores(conversations(table))
-    drop = drop_where(~np.isfinite(scores), "no_score")
+    scores, cut, was_read = _classifier(model, label, format).scores(conversations(table))
+    drop = _name_reasons((NOT_TEMPLATED, ~was_read), (NOT_FINITE, ~np.isfinite(scores)))
     return pa.table({"drop": drop, "score": pa.array(scores), SCORE_CUT: pa.array(cut)})
 
 

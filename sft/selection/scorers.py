@@ -56,7 +56,7 @@ def model_kind(name: str, flag: str = SCORER) -> str:
 
     import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
 
-    with _refused(name, flag):
+    with _refused(name, f"{flag} {name}"):
         architectures = AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or []
     for kind, endings in ((CLASSIFIER, _CLASSIFIER_NAMES), (CAUSAL, _CAUSAL_NAMES)):
         if any(architecture.endswith(endings) for architecture in architectures):
@@ -93,7 +93,7 @@ class CausalScorer:
         """Raises: SelectionError, if the model cannot be loaded; `flag` begins the message."""
         from transformers import AutoModelForCausalLM
 
-        return cls(*_load(name, AutoModelForCausalLM, flag))
+        return cls(*load_model(name, AutoModelForCausalLM, f"{flag} {name}"))
 
     def losses(self, sequences: Sequence[tuple[list[int], list[int]]]) -> np.ndarray:
         """Sum of the losses, in nats, of the labelled tokens of each sequence, and their number.
@@ -211,7 +211,8 @@ class ClassifierScorer:
         window: tokens of a sequence, at most [`CLASSIFIER_TOKENS`].
 
     Raises:
-        SelectionError: there are several labels, and `label` is none of them; or there is no chat template.
+        SelectionError: there are several labels, and `label` is none of them; or there is no chat template, or one that
+            cannot be filled in.
     """
 
     def __init__(
@@ -226,20 +227,25 @@ class ClassifierScorer:
                 f"--scorer {name}: its tokenizer has no chat template, so how it expects a conversation is not known; "
                 f"if it reads plain text, give --scorer-format {PLAIN}."
             )
+        if not plain:
+            _probe_template(tokenizer, name)
 
     @classmethod
     def load(cls, name: str, label: str | None = None, *, plain: bool = False) -> "ClassifierScorer":
         """Raises: SelectionError, if the model cannot be loaded or used."""
         from transformers import AutoModelForSequenceClassification
 
-        return cls(*_load(name, AutoModelForSequenceClassification), label, plain=plain, name=name)
+        return cls(
+            *load_model(name, AutoModelForSequenceClassification, f"{SCORER} {name}"), label, plain=plain, name=name
+        )
 
-    def scores(self, chats: Iterable[Sequence[dict[str, str]]]) -> tuple[np.ndarray, np.ndarray]:
-        """One number a conversation, the higher the better, and whether its beginning did not fit.
+    def scores(self, chats: Iterable[Sequence[dict[str, str]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One number a conversation, the higher the better, whether its beginning did not fit, and whether it was read.
 
         Returns:
             float32 `[chats]`: the output of a model with one label, else the probability of the label; NaN where the
-            chat template refuses the conversation, or the model makes no number. bool `[chats]`.
+            chat template refuses the conversation, or the model makes no number. bool `[chats]`, twice; of the second,
+            False where the chat template refuses the conversation.
         """
         import torch
 
@@ -259,7 +265,7 @@ class ClassifierScorer:
                 inputs = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
                 logits = self.model(**inputs).logits.float()
             found[batch] = self._choose(logits).cpu().numpy()
-        return found, cut
+        return found, cut, np.array([bool(row) for row in rows], bool)
 
     def _encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         from jinja2.exceptions import TemplateError
@@ -284,6 +290,25 @@ class ClassifierScorer:
         if self.model.config.problem_type == "multi_label_classification":
             return logits[:, self._output].sigmoid()
         return logits.softmax(-1)[:, self._output]
+
+
+def _probe_template(tokenizer: Any, name: str) -> None:
+    """Refuse a chat template that is damaged: it would refuse all rows, one by one, and not say why."""
+    from jinja2.exceptions import TemplateError, TemplateSyntaxError
+
+    way_out = f"mend it, or, if the model reads plain text, give --scorer-format {PLAIN}."
+    probe = [{"role": "user", "content": "What is a cat?"}, {"role": "assistant", "content": "An animal."}]
+    try:
+        empty = not tokenizer.apply_chat_template(probe, tokenize=True, return_dict=False)
+    except Exception as error:
+        if type(error) is TemplateError:  # raised by the template's own choice, which may depend on the row
+            return
+        line = f" at line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+        raise SelectionError(
+            f"--scorer {name}: its chat template fails{line}: {one_line(error).rstrip('.')}; {way_out}"
+        ) from error
+    if empty:
+        raise SelectionError(f"--scorer {name}: its chat template makes no token of a conversation; {way_out}")
 
 
 def _find_label(config: Any, label: str | None, name: str) -> int | None:
@@ -329,8 +354,18 @@ def _pad(rows: Sequence[Sequence[int]], value: int) -> "torch.Tensor":
     return padded
 
 
-def _load(name: str, model_class: Any, flag: str = SCORER) -> tuple[Any, Any]:
-    """A model, in evaluation mode, and its tokenizer."""
+def load_model(name: str, model_class: Any, told: str, *, with_head: bool = True) -> tuple[Any, Any]:
+    """A model, in evaluation mode, and its tokenizer.
+
+    Args:
+        name: a Hub folder or the name of a model on the Hub.
+        model_class: one of transformers' Auto classes.
+        told: as what the name was given, such as `--scorer NAME`; begins the messages.
+        with_head: whether more is used of it than its `base_model`, whose weights alone have to be there if not.
+
+    Raises:
+        SelectionError: it cannot be loaded, some of its weights are missing, or the tokenizer is another model's.
+    """
     import torch
     from transformers import AutoTokenizer
 
@@ -338,26 +373,49 @@ def _load(name: str, model_class: Any, flag: str = SCORER) -> tuple[Any, Any]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    with _refused(name, flag):
+    with _refused(name, told):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, loading = model_class.from_pretrained(
             name, dtype=dtype, trust_remote_code=False, weights_only=True, output_loading_info=True
         )
-    if missing := sorted(loading["missing_keys"]):
+    base = "" if with_head or model.base_model is model else f"{model.base_model_prefix}."
+    if missing := sorted(key for key in loading["missing_keys"] if key.startswith(base)):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise SelectionError(f"{flag} {name}: has no weights for {missing[0]}{more}, so its scores would be random.")
+        what = "scores" if with_head else "vectors"
+        raise SelectionError(f"{told}: has no weights for {missing[0]}{more}, so its {what} would be random.")
+    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], told)
     return model.eval().to(device), tokenizer
 
 
+def check_vocabulary(tokenizer: Any, rows: int, told: str) -> None:
+    """Refuse a tokenizer that makes ids of which a model has no embedding.
+
+    Args:
+        tokenizer: of transformers.
+        rows: of the model's input embeddings.
+        told: begins the message.
+
+    Raises:
+        SelectionError: it makes such ids.
+    """
+    ids = tokenizer.get_vocab().values()
+    largest = max(ids, default=-1)  # not their number: they may have gaps
+    if largest >= rows:
+        raise SelectionError(
+            f"{told}: its tokenizer has {len(ids)} ids, its weights {rows} rows, none of them for id {largest}; "
+            "give the model its own tokenizer."
+        )
+
+
 @contextmanager
-def _refused(name: str, flag: str) -> Iterator[None]:
+def _refused(name: str, told: str) -> Iterator[None]:
     """Whatever the libraries that read its files raise, in one line."""
     if not Path(name).exists() and name.startswith((".", "/")):
-        raise SelectionError(f"{flag} {name}: no such folder.")
+        raise SelectionError(f"{told}: no such folder.")
     try:
         yield
     except Exception as error:
-        raise SelectionError(f"{flag} {name} cannot be loaded: {one_line(error)}") from error
+        raise SelectionError(f"{told} cannot be loaded: {one_line(error)}") from error
 
 
 __all__ = [
@@ -374,7 +432,9 @@ __all__ = [
     "CausalScorer",
     "ClassifierScorer",
     "apply_head",
+    "check_vocabulary",
     "length_batches",
+    "load_model",
     "model_kind",
     "model_window",
 ]

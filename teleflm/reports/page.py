@@ -37,11 +37,19 @@ def check_report_folder(folder: Path) -> None:
 
 
 def render_page(template: Path, /, **values: Any) -> str:
-    """An HTML page from a Jinja file. Every value is escaped; `version` is this package's."""
+    """An HTML page from a Jinja file. Every value is escaped; `version` is this package's.
+
+    Halves of surrogate pairs, which are no characters, and which UTF-8 cannot hold, are written as `\\ud800`.
+    """
     from jinja2 import Environment
 
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template.read_text("utf-8"))
-    return page.render(**values, version=package_version())
+    return _without_surrogates(page.render(**values, version=package_version()))
+
+
+def _without_surrogates(text: str) -> str:
+    """The same text, halves of surrogate pairs as JSON would escape them."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def write_report_files(
@@ -61,7 +69,8 @@ def write_report_files(
     folder.mkdir(parents=True, exist_ok=True)
     for name, png in plots.items():
         (folder / f"{name}.png").write_bytes(png)
-    (folder / numbers[0]).write_text(json.dumps(numbers[1], indent=1, ensure_ascii=False), encoding="utf-8")
+    told = _without_surrogates(json.dumps(numbers[1], indent=1, ensure_ascii=False))
+    (folder / numbers[0]).write_text(told, encoding="utf-8")
     (folder / "index.html").write_text(render_page(template, plots=encoded, **values), encoding="utf-8")
 
 

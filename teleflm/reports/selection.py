@@ -53,8 +53,10 @@ _REASONS = {
     "ifd_low": "the questions give the answers away to the scorer, more than asked for",
     "perplexity_high": "the model of --perplexity finds the answers more surprising than asked for",
     "perplexity_low": "the model of --perplexity finds the answers less surprising than asked for",
-    "no_perplexity": "the model's window has room for no token of an answer",
-    "no_score": "it has no number in the column of scores, or the scorer gives it none",
+    "no_score": "it has no number in the column of scores",
+    "answer_not_in_window": "it is longer than the model's window, which has room for no token of an answer",
+    "model_not_finite": "the model makes infinity of it, or no number: is the model damaged?",
+    "template_refused": "the chat template of the scorer refuses it",
     "not_selected": "it is valid, but others of its domain were taken",
 }
 

@@ -9,9 +9,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sft.selection import SelectionError, rds
+from sft.selection import SelectionError, embed, rds
 from sft.selection.rds import HiddenStateEncoder, weighted_means
 
 TEXTS = ["What is a cat?\nAn animal.", "", "a", "words and more words " * 60, "猫是什么？", "long " * 300, "Hi\nHello"]
@@ -88,3 +91,39 @@ def test_a_damaged_model(llama_dir, tmp_path):
     AutoTokenizer.from_pretrained(llama_dir).save_pretrained(tmp_path)
     with pytest.raises(SelectionError, match="its hidden states are not finite"):
         HiddenStateEncoder(str(tmp_path))(TEXTS)
+
+
+def test_weights_that_are_missing_are_not_made_up(llama_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(llama_dir)
+    AutoTokenizer.from_pretrained(llama_dir).save_pretrained(tmp_path)
+    weights = model.state_dict()
+    model.save_pretrained(tmp_path, state_dict={key: weights[key] for key in weights if "layers.1.mlp" not in key})
+    with pytest.raises(SelectionError, match=r"has no weights for model\.layers\.1\.mlp\..* and 2 more") as error:
+        HiddenStateEncoder(str(tmp_path))
+    assert str(error.value).startswith(f"--embedder rds:{tmp_path}: ")
+    model.save_pretrained(tmp_path, state_dict={key: weights[key] for key in weights if key != "lm_head.weight"})
+    found, expected = (HiddenStateEncoder(str(folder))(TEXTS) for folder in (tmp_path, llama_dir))
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_the_tokenizer_of_another_model(llama_dir, tmp_path):
+    AutoTokenizer.from_pretrained(llama_dir).save_pretrained(tmp_path)
+    config = LlamaConfig(
+        vocab_size=550, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    expected = "its tokenizer has 600 ids, its weights 550 rows, none of them for id 599; give"
+    with pytest.raises(SelectionError, match=expected) as error:
+        HiddenStateEncoder(str(tmp_path))
+    assert str(error.value).startswith(f"--embedder rds:{tmp_path}: ")
+    with pytest.raises(SelectionError, match=expected):
+        embed.fit(TEXTS, str(tmp_path), 0)
+
+
+def test_ids_with_gaps_may_be_fewer_than_the_rows_and_beyond_them(tmp_path):
+    words = {"[UNK]": 0, "cat": 1, "dog": 700}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "[UNK]"))).save_pretrained(tmp_path)
+    save_file({"model.embed_tokens.weight": torch.ones(16, 8)}, tmp_path / "model.safetensors", {"format": "pt"})
+    LlamaConfig(vocab_size=16, hidden_size=8, num_attention_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(SelectionError, match="has 3 ids, its weights 16 rows, none of them for id 700"):
+        embed.fit(["cat dog"], str(tmp_path), 0)

@@ -15,6 +15,7 @@ import pytest
 from sft.selection import SelectionError, SelectionSettings, select_conversations
 from sft.selection.rejects import EXAMPLES, read_rejects, sample_rejects
 from sft.selection.stages import StageFiles
+from teleflm.reports.page import write_report_files
 from teleflm.reports.selection import write_report
 
 from .conftest import chat, write_rows
@@ -234,3 +235,23 @@ def test_the_command(lines, tmp_path):
     assert status == 0, output
     assert "Rejects: " in output
     assert [row["teleflm_reason"] for row in rejected(tmp_path / "out")] == ["not_selected"] * 6
+
+
+def test_a_report_of_rows_with_half_of_a_surrogate_pair(corpus, tmp_path):
+    """Such a row is rejected, but it is shown, and a file in UTF-8 cannot hold what it says."""
+    half = "half of a pair: \ud800."
+    rows = [*corpus[:20], {"messages": chat("What?", half)}, {"messages": chat(half, "That.")}, {"messages": half}]
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    arguments = (data, tmp_path / "out", "-n", 10, "--rejects", "--report", tmp_path / "report", "--workers", 1)
+    status, output = run(*arguments)
+    assert status == 0, output
+    assert r"half of a pair: \ud800." in (tmp_path / "report/index.html").read_text(encoding="utf-8")
+    json.loads((tmp_path / "report/selection.json").read_text(encoding="utf-8"))
+
+
+def test_every_page_and_its_numbers_are_utf_8(tmp_path):
+    (tmp_path / "page.jinja").write_text("<p>{{ told }}</p>")
+    told = "\ud800 é <b> 猫 🐈 \udfff"
+    write_report_files(tmp_path / "report", tmp_path / "page.jinja", {}, ("numbers.json", {"told": told}), told=told)
+    assert (tmp_path / "report/index.html").read_text("utf-8") == r"<p>\ud800 é &lt;b&gt; 猫 🐈 \udfff</p>"
+    assert json.loads((tmp_path / "report/numbers.json").read_text("utf-8")) == {"told": told}

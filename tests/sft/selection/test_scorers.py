@@ -115,9 +115,10 @@ def test_ifd_is_of_the_same_tokens_in_both_means(window, tokenizer):
     scorer = CausalScorer(model, tokenizer)
     chats = CHATS if window == 48 else [*CHATS[:3], chat("x " * 300, "y z " * 300), chat("x " * 1500, "gone")]
     assert scorer.window == min(window, 1024)
-    ifd, cut = measure_ifd(scorer, chats)
-    perplexity, also_cut = measure_perplexity(scorer, chats)
+    ifd, cut, has_answer = measure_ifd(scorer, chats)
+    perplexity, also_cut, also_has = measure_perplexity(scorer, chats)
     assert cut.tolist() == also_cut.tolist()
+    assert has_answer.tolist() == also_has.tolist() == np.isfinite(ifd).tolist()
     expected = np.array([plain_ifd(model, tokenizer, messages, scorer.window) for messages in chats])
     np.testing.assert_allclose(ifd, expected[:, 0], rtol=1e-10)
     np.testing.assert_allclose(perplexity, expected[:, 1], rtol=1e-10)
@@ -193,15 +194,16 @@ def test_the_kernel_drops_outside_the_band(tokenizer, tmp_path):
     everything = make_ifd_kernel(name)(table(chats))
     values = everything["score"].to_numpy()
     assert everything["drop"].to_pylist() == [
-        "no_score" if np.isnan(value) else "ifd_high" if value >= 1 else None for value in values
+        "answer_not_in_window" if np.isnan(value) else "ifd_high" if value >= 1 else None for value in values
     ]
     low, high = np.nanquantile(values, [0.2, 0.7])
     dropped = make_ifd_kernel(name, low, high)(table(chats))["drop"].to_pylist()
     expected = [
-        "no_score" if np.isnan(v) else "ifd_low" if v < low else "ifd_high" if v >= high else None for v in values
+        "answer_not_in_window" if np.isnan(v) else "ifd_low" if v < low else "ifd_high" if v >= high else None
+        for v in values
     ]
     assert dropped == expected
-    assert {*dropped} == {"no_score", "ifd_low", "ifd_high", None}
+    assert {*dropped} == {"answer_not_in_window", "ifd_low", "ifd_high", None}
 
 
 def test_ifd_kernel_survives_a_trip_to_another_process(model_dir):
@@ -232,7 +234,7 @@ def test_perplexity_drops_outside_a_band(limits, low, high, tokenizer, tmp_path_
     below = values < (0 if low is None else np.quantile(values, low) * (1 - 1e-6))
     above = values > (np.inf if high is None else np.quantile(values, high) * (1 + 1e-6))
     expected = ["perplexity_low" if b else "perplexity_high" if a else None for b, a in zip(below, above, strict=True)]
-    assert found["drop"].to_pylist() == [*expected, "no_perplexity"]
+    assert found["drop"].to_pylist() == [*expected, "answer_not_in_window"]
     np.testing.assert_allclose(found["perplexity"].to_numpy()[:-1], values, rtol=1e-5)
     assert found["perplexity_cut"].to_pylist() == [False] * 60 + [True]
 
@@ -272,7 +274,7 @@ def test_a_reward_is_the_models_own_output_row_by_row(pad, tokenizer, tmp_path):
 def test_of_a_long_conversation_the_end_is_read(tokenizer):
     model = tiny(AutoModelForSequenceClassification, "llama", num_labels=1, pad_token_id=0)
     scorer = ClassifierScorer(model, tokenizer)
-    found, cut = scorer.scores(CHATS)
+    found, cut, _ = scorer.scores(CHATS)
     rows = [tokenizer.apply_chat_template(messages, return_dict=False) for messages in CHATS]
     assert cut.tolist() == [len(row) > 48 for row in rows]
     assert 1 < cut.sum() < len(rows)
@@ -333,7 +335,7 @@ def test_a_row_without_a_number_is_dropped(tokenizer, tmp_path):
         model.get_input_embeddings().weight[next(iter(ids[3] - ids[0] - ids[1] - ids[2]))] = math.nan
     name = save(model, tokenizer, tmp_path)
     found = make_scorer_kernel(name)(table(chats))
-    assert found["drop"].to_pylist() == [None, None, "no_score", "no_score"]
+    assert found["drop"].to_pylist() == [None, None, "template_refused", "model_not_finite"]
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -373,6 +375,54 @@ def test_weights_that_are_missing_are_not_made_up(tokenizer, tmp_path):
         {"format": "pt"},
     )
     assert "has no weights for score.weight, so its scores would be random" in refused(name)
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        (
+            "{{ bos_token }}\n{% if x",
+            "its chat template fails at line 2: TemplateSyntaxError: unexpected end of template",
+        ),
+        ("{{ nope.a.b }}", "its chat template fails: UndefinedError: 'nope' is undefined; mend it, or,"),
+        ("{{ messages[0].content + 1 }}", "its chat template fails: TypeError: can only concatenate str"),
+        ("{{ 1 // 0 }}", "its chat template fails: ZeroDivisionError: "),
+        ("{# nothing #}", "its chat template makes no token of a conversation"),
+    ],
+)
+def test_a_broken_chat_template(template, problem, tokenizer, tmp_path):
+    model = tiny(AutoModelForSequenceClassification, "llama", num_labels=1, pad_token_id=0)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    tokenizer.chat_template = template
+    name = save(model, tokenizer, tmp_path)
+    assert refused(name).startswith(f"--scorer {name}: {problem}")
+    assert "give --scorer-format plain" in refused(name)
+    assert make_scorer_kernel(name, format="plain"), "which does not read it"
+
+
+def test_a_template_may_refuse_a_conversation(tokenizer, tmp_path):
+    """Not all that it refuses is all there is: one may ask for a system prompt."""
+    model = tiny(AutoModelForSequenceClassification, "llama", num_labels=1, pad_token_id=0)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('a system prompt, please') }}{% endif %}text"
+    )
+    found = make_scorer_kernel(save(model, tokenizer, tmp_path))(table(CHATS[1:3]))
+    assert found["drop"].to_pylist() == ["template_refused", None]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 599])
+@pytest.mark.parametrize("model_class", [AutoModelForCausalLM, AutoModelForSequenceClassification])
+def test_the_tokenizer_of_another_model(model_class, vocabulary, tokenizer, tmp_path):
+    model = tiny(model_class, "llama", vocab_size=vocabulary, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+    name = save(model, tokenizer, tmp_path)
+    expected = (
+        f"{name}: its tokenizer has 600 ids, its weights {vocabulary} rows, none of them for id 599; give the model"
+    )
+    assert refused(name).startswith(f"--scorer {expected}")
+    if model_class is AutoModelForCausalLM:
+        with pytest.raises(SelectionError, match=f"^--perplexity {expected}"):
+            score.check_perplexity_model(name)
 
 
 class Touch:
@@ -427,6 +477,21 @@ def reward_dir(model_dir, tmp_path_factory) -> str:
     settings = {"num_labels": 1, "pad_token_id": 0, "max_position_embeddings": 100}
     model = tiny(AutoModelForSequenceClassification, "llama", **settings)
     return save(model, AutoTokenizer.from_pretrained(model_dir), tmp_path_factory.mktemp("reward"))
+
+
+@pytest.mark.parametrize("flag", ["--scorer", "--perplexity"])
+@pytest.mark.parametrize(
+    ("window", "damage", "reason"), [(4, 0.0, "answer_not_in_window"), (512, math.nan, "model_not_finite")]
+)
+def test_why_no_row_is_left_is_said(window, damage, reason, flag, tokenizer, lines, tmp_path):
+    model = tiny(AutoModelForCausalLM, "llama", max_position_embeddings=window)
+    with torch.no_grad():
+        model.model.norm.weight[3] += damage
+    name = save(model, tokenizer, tmp_path / "model")
+    rows = [{"messages": chat(f"What is the square of {n}?", f"It is {n * n}, I think.")} for n in range(12)]
+    status, output = run(lines(*rows), tmp_path / "out", "-n", 2, flag, name, "--workers", 1)
+    assert status == 2
+    assert f"Of 12 rows were dropped: 6 near_duplicate, 6 {reason}." in " ".join(output.split())
 
 
 def test_a_selection_by_a_reward_model(reward_dir, model_dir, lines, tmp_path):

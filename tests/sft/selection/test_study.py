@@ -16,7 +16,7 @@ import pytest
 import torch
 from scipy.stats import ttest_rel
 
-from benchmarks.selection_study import arms, base, pool, report, runs
+from benchmarks.selection_study import arms, base, ifd, pool, report, runs
 from benchmarks.selection_study.__main__ import DOCS, RESULTS
 from benchmarks.selection_study.presets import PRESETS, Preset
 from benchmarks.selection_study.training import Encoded, Trainer, stream
@@ -24,6 +24,8 @@ from demo.corpus import collect
 from sft.selection import SelectionSettings, select_conversations
 from sft.selection.diversity import share_out
 from sft.selection.heuristics import find_fault
+from sft.selection.score import measure_ifd
+from sft.selection.scorers import CausalScorer
 
 from .conftest import chat, write_rows
 
@@ -142,6 +144,23 @@ def test_the_scored_choice_is_that_of_a_scorer(study, tmp_path):
     chosen = select_conversations(data, tmp_path / "out", settings)
     numbers = [json.loads(line)["number"] for line in Path(chosen.file).read_text().splitlines()]
     assert numbers == made["arms"]["choice"]
+
+
+def test_the_study_s_ifd_is_that_of_a_scorer_where_the_window_holds_the_row(study):
+    """Of longer rows it is what it was when the study was run, and its page says so."""
+    then, now = ifd.Scorer(study.base, "cpu"), CausalScorer.load(str(study.base))
+    assert now.window == ifd.MAX_TOKENS
+    made = json.loads(study.prepared(0, 0.3).read_text())
+    chats = [row["messages"] for row in made["rows"][:60]]
+    words = 100 * 1000 // len(now.tokenizer("why " * 100, add_special_tokens=False)["input_ids"])
+    long = chat("why " * words, "Because of this. " + "猫" * 300)  # whose end is harder, and beyond the window
+    expected, cut, _ = measure_ifd(now, [*chats, long])
+    found = np.array(then.score([*chats, long]), float)
+    assert (~cut[:-1]).sum() > 20
+    assert cut[-1]
+    np.testing.assert_allclose(found[~cut], expected[~cut], rtol=1e-5)
+    assert abs(found[-1] / expected[-1] - 1) > 1e-3
+    assert "the IFD of `--scorer` has changed for conversations" in DOCS.read_text(encoding="utf-8")
 
 
 def test_the_pool_has_no_near_duplicate_of_what_is_held_out(data):
