@@ -22,7 +22,7 @@ import re
 import textwrap
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,7 +99,7 @@ _FILLER = re.compile(
     r"\W*(yes|yeah|yep|no|nope|ok|okay|sure|hmm+|n/a|none|null|nan|是|是的|不是|否|好|好的|嗯|对)\W*", re.IGNORECASE
 )
 _CLOSED = re.compile(
-    r"(^|[.!?,;:\n]\s*)(is|are|was|were|am|do|does|did|can|could|will|would|should|shall|has|have|had|may|might|must|"
+    r"(^|[.!?,;:\n])[^\S\n]*+(is|are|was|were|am|do|does|did|can|could|will|would|should|shall|has|have|had|may|might|must|"
     r"isn'?t|aren'?t|don'?t|doesn'?t|didn'?t|won'?t|can'?t)\b|\b(or|whether|if|true|false|yes|correct|right|say|reply|answer)\b|"
     r"[吗嘛]|是否|是不是|有没有|能否|可否|对不对|还是|判断|对错|正确",
     re.IGNORECASE,
@@ -138,29 +138,36 @@ _PYTHON = ("python", "py", "python3")
 # Of a shell or a notebook, which is not Python.
 _SESSION = re.compile(r"^[ \t]*(>>>|In \[|[%!?$]|(pip3?|conda|python3?|cd|git) [\w./-])", re.MULTILINE)
 _CLAUSE = re.compile(r"\s*(else|elif|except|finally|case)\b")  # of a statement that is not shown
-_PYTHON_2 = [
+
+
+def _print_call(found: re.Match[str]) -> str:
+    """A statement of Python 2 as a call; the comma at its end, which kept the line open, goes."""
+    return f"{found[1]}print(({found[2].rstrip().removesuffix(',')}))"
+
+
+# Each takes time in proportion to the text: where a `print` is looked for in a line, the first one counts.
+_PYTHON_2: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(pattern, re.MULTILINE), by)
     for pattern, by in (
-        (r"^([ \t]*|.*[:;][ \t]*)print[ \t]*>>\s*([\w.]+)\s*,?([^;\n]*)", r"\1print(\3)"),
-        (r"^([ \t]*|.*?[:;][ \t]*)print(?![\w(=.,])[ \t]*([^;#\n]*?),?[ \t]*(?=[;#\n]|$)", r"\1print((\2))"),
-        (r"^([ \t]*|.*?[:;][ \t]*)print[ \t]+\(([^;#\n]*?),?[ \t]*(?=[;#\n]|$)", r"\1print((\2)"),
-        (r"^([ \t]*|.*?[:;][ \t]*)print[ \t]*(\(.*\)[ \t]*[%,+].*)$", r"\1print(\2)"),
+        (r"^(?>([ \t]*|.*[:;][ \t]*)print[ \t]*>>)[ \t]*([\w.]++)[ \t]*,?([^;\n]*+)", r"\1print(\3)"),
+        (r"^(?>([ \t]*|.*?[:;][ \t]*)print(?![\w(=.,]))[ \t]*+([^;#\n]*+)", _print_call),
+        (r"^(?>([ \t]*|.*?[:;][ \t]*)print)[ \t]*(\(.*\)[ \t]*[%,+].*)$", r"\1print(\2)"),
         (r"^([ \t]*)exec[ \t]+(?!\()([^\n]*)", r"\1exec('')"),
-        (r"^([ \t]*except[ \t]+[\w.() ,]+?)\s*,\s*(\w+)\s*:", r"\1 as \2:"),
-        (r"^([ \t]*raise[ \t]+[\w.]+)\s*,\s*([^\n]*)", r"\1(\2)"),
+        (r"^([ \t]*+except[ \t]++[\w.() ,]*[\w.)])[ \t]*+,[ \t]*+(\w++)[ \t]*+:", r"\1 as \2:"),
+        (r"^([ \t]*+raise[ \t]++[\w.]++)[ \t]*+,[ \t]*+([^\n]*+)", r"\1(\2)"),
         (r"<>", "!="),
         (r"\b0([0-7]+)\b", r"0o\1"),
         (r"\b(\d+|0x[\da-fA-F]+)[lL]\b", r"\1"),
         (r"\b[uU][rR](?=['\"])", "r"),
         (r"`([^`\n]+)`", r"repr(\1)"),
-        (r"^([ \t]*def[ \t]+\w+[ \t]*\([^)\n]*?)\(([\w, ]+)\)", r"\1_"),
-        (r"\blambda\s*\(([\w, ]+)\)\s*:", r"lambda _:"),
+        (r"^([ \t]*def[ \t]+\w+[ \t]*\([^)\n]*?)\(([\w, ]++)\)", r"\1_"),
+        (r"\blambda[ \t]*+\(([\w, ]++)\)[ \t]*+:", r"lambda _:"),
     )
 ]
 
 _ASKS_RESULT = re.compile(
-    r"=\s*\?|how (many|much|long|far|old|fast|often|likely)|calculat|comput|evaluat|\bsolve|\bfind|\bwhat is\b.*\d|"
-    r"\bsum of|simplif|多少|几[个只天元米人次]|计算|求|等于|解方程",
+    r"=\s*\?|how (many|much|long|far|old|fast|often|likely)|calculat|comput|evaluat|\bsolve|\bfind|"
+    r"\bwhat is\b[^\n]{0,200}\d|\bsum of|simplif|多少|几[个只天元米人次]|计算|求|等于|解方程",
     re.IGNORECASE,
 )
 _RESULT = re.compile(

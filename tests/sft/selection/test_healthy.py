@@ -7,6 +7,7 @@
 import gzip
 import itertools
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -224,3 +225,73 @@ def test_blocks_end_with_as_many_backticks():
 @pytest.mark.parametrize("code", ["", "print 'a', b,", "print", "x = 1\nprint x; y = 2", "`x`", "a = 0L"])
 def test_python_2_is_python(code):
     assert is_python(code)
+
+
+def seconds(run, text: str) -> float:
+    start = time.perf_counter()
+    run(text)
+    return time.perf_counter() - start
+
+
+PIECES = [
+    *(
+        "\n",
+        " ",
+        "\t",
+        "(",
+        ")",
+        "`",
+        "$",
+        "=",
+        ":",
+        ",",
+        "1",
+        "0",
+        "a",
+        "。",
+        "\u3000",
+        "\xa0",
+        "Ã",
+        "é\xa0»",
+        "\u2500",
+    ),
+    *("print (", "print ", "print>>", ":print(", "a ", "a,", "\n ", "\n\n a", "1 ", "1 + ", "1+1=", "x```", "```\n"),
+    *("I'm sorry ", "what is ", "option ", "is ", ". ", "except a , ", "raise a,", "lambda (", "def f(", "def f(a):\n"),
+    *("{{", "{% ", "<a ", "很抱歉，", "作为AI，", "how many ", "As an AI, I "),
+]
+BEGINNINGS = [
+    "",
+    "a",
+    "1",
+    "$",
+    "print ",
+    "print a",
+    "print (",
+    "except ",
+    "except a",
+    "def f(",
+    "SELECT ",
+    "lambda (",
+    "=",
+]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_time_is_in_proportion_to_the_text(piece):
+    """Ten times the text may take thirty times as long, and half a second; what is quadratic takes a hundred times."""
+
+    def everything(text: str) -> None:
+        for beginning in BEGINNINGS:
+            said = f"{beginning}{text}"
+            is_python(said)
+            for messages in (
+                chat(f"{said}b", "yes"),
+                chat("2 + 2 = ?", f"{said}b"),
+                chat("x", f"a{TICKS}python\n{said}"),
+            ):
+                tag_domain(messages)
+                find_fault(messages, "math")
+
+    short, long = (piece * (length // len(piece) + 1) for length in (1000, 10_000))
+    most = 30 * min(seconds(everything, short) for _ in range(2)) + 0.5
+    assert any(seconds(everything, long) < most for _ in range(2))
