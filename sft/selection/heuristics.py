@@ -20,6 +20,7 @@ become when they are read as another encoding.
 import ast
 import re
 import textwrap
+import unicodedata
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +63,7 @@ class Limits:
 
 DEFAULT_LIMITS = Limits()
 REASONS = {
-    "answer_too_short": "the assistant says no word at all, or only yes, no or okay where that answers nothing",
+    "answer_too_short": "the assistant says no word and no symbol, or only yes, no or okay where more is asked for",
     "too_long": f"it has more than {MAX_WORDS:,} words, several times what a model reads at once",
     "repetitive": f"of the answers' runs of words {MAX_REPEATED:.0%}, or of characters {MAX_LOOPING:.0%}, are repeats",
     "garbled": f"more than {MAX_GARBLED:.1%} of its characters are replacement, control or private-use characters",
@@ -90,18 +91,34 @@ def _misreadings(first: int, last: int) -> str:
 _MORE = f"[{_misreadings(0x80, 0xBF)}]"  # every byte of a character in UTF-8 but the first
 _LEADS = re.compile("[\xc2-\xf4]")
 _UTF8 = re.compile(f"[\xc2-\xdf]{_MORE}|[\xe0-\xef]{_MORE}{{2}}|[\xf0-\xf4]{_MORE}{{3}}")
-_MIN_MISREAD = 2  # characters that were one each; a single one may be meant
+_MIN_MISREAD = 3  # characters that were one each; fewer may be meant
+_LATIN = re.compile("[\xc0-\xd6\xd8-\xf6\xf8-\u024f\u1e00-\u1eff]")
+_MAX_QUOTED = 20  # in a text that has the right characters too; more are no examples
 _MIN_SWAPPED = 20
+_MIN_DIFFERENT = 8  # a frame is drawn with few, as U+2500, and a line with one
+_MIN_LETTERS = 0.8
 _NON_ASCII = re.compile("[^\x00-\x7f]")
 
-# An answer of these alone says something only to a question that can be answered so, or to a text with instructions.
+# An answer of these alone says nothing to a question that asks for more, unless they are what it asks for.
 _FILLER = re.compile(
     r"\W*(yes|yeah|yep|no|nope|ok|okay|sure|hmm+|n/a|none|null|nan|是|是的|不是|否|好|好的|嗯|对)\W*", re.IGNORECASE
 )
+_ASKS_MORE = re.compile(
+    r"\bwhy\b|\bexplain|\bdescribe\b|\bsummari[sz]e|\bdiscuss\b|\bcompare\b|\b(essay|story|poem|paragraph)\b|"
+    r"\bwrite (a|an|me|about|some|your)\b|\btell me (about|how|why)\b|\bgive (me )?(an?|some|two|three|\d+) \w|"
+    r"\bhow (do|does|did|can|could|should|to)\b|"
+    r"为什么|为何|介绍|解释|说明|描述|总结|讨论|写一?[篇首封段份则]|作文|如何|怎么办|怎样|谈谈",
+    re.IGNORECASE,
+)
 _CLOSED = re.compile(
-    r"(^|[.!?,;:\n])[^\S\n]*+(is|are|was|were|am|do|does|did|can|could|will|would|should|shall|has|have|had|may|might|must|"
-    r"isn'?t|aren'?t|don'?t|doesn'?t|didn'?t|won'?t|can'?t)\b|\b(or|whether|if|true|false|yes|correct|right|say|reply|answer)\b|"
-    r"[吗嘛]|是否|是不是|有没有|能否|可否|对不对|还是|判断|对错|正确",
+    r"(^|[.!?,;:\n])[^\S\n]*+(is|are|was|were|am|do|does|did|can|could|will|would|should|shall|has|have|had|may|might|"
+    r"must|isn'?t|aren'?t|don'?t|doesn'?t|didn'?t|won'?t|can'?t)\b|"
+    r"\b(or|whether|if|true|false|yes|no|ok|correct|right|say|reply|answer|word|symbol|abbreviat\w*+|return\w*+|output\w*+|"
+    r"print\w*+|value)\b|[吗嘛]|是否|是不是|有没有|能否|可否|对不对|还是|判断|对错|正确|怎么[说写读念]|[“‘「『\"'](是|好|不是|否|对|嗯)",
+    re.IGNORECASE,
+)
+_NAMES_A_SIGN = re.compile(
+    r"\b(symbols?|characters?|operators?|punctuation|marks?|signs?|delimiters?|separators?)\b|符号|标点|字符|运算符",
     re.IGNORECASE,
 )
 _INSTRUCTIONS = 20  # words of a question, from which on it is no mere question
@@ -227,18 +244,62 @@ def is_misread(text: str, most: float = MAX_MISREAD) -> bool:
     """Whether a text was in another encoding than it was read in.
 
     Either it is UTF-8 that was read as Latin-1 or Windows-1252: more than `most` of its characters belong to sequences
-    that UTF-8 makes of one character each, and most of the accented letters begin one, as they do in no language. Or it
-    is UTF-16 in the other byte order: what was ASCII then is the characters whose code ends in 00, which are one in 256
-    of all others.
+    that UTF-8 makes of one character each, which belongs where it stands, and most of the accented letters begin one,
+    as they do in no language. A text that also has most of the characters as they should be explains a few examples.
+    Or it is UTF-16 in the other byte order: what was ASCII then is the characters whose code ends in 00, which are one
+    in 256 of all others; put right, they are letters and spaces.
     """
     if text.isascii():
         return False
-    found = _UTF8.findall(text)
-    if len(found) >= _MIN_MISREAD and sum(map(len, found)) > most * len(text):
-        return 2 * len(found) > len(_LEADS.findall(text))
+    found = _find_misread(text)
+    if len(found) >= _MIN_MISREAD and sum(length for _, length in found) > most * len(text):
+        meant = {character for character, _ in found}
+        quoted = len(found) <= _MAX_QUOTED and 2 * sum(character in text for character in meant) >= len(meant)
+        return not quoted and 2 * len(found) > len(_LEADS.findall(text))
     others = _NON_ASCII.findall(text)
-    swapped = sum(ord(character) & 0xFF == 0 for character in others)
-    return swapped >= _MIN_SWAPPED and 2 * swapped > len(others) and swapped > most * len(text)
+    swapped = [character for character in others if ord(character) & 0xFF == 0]
+    if len(swapped) < _MIN_SWAPPED or 2 * len(swapped) <= len(others) or len(swapped) <= most * len(text):
+        return False
+    right = "".join(chr(ord(character) >> 8) for character in swapped)
+    letters = sum(character.isascii() and (character.isalpha() or character.isspace()) for character in right)
+    return len(set(right)) >= _MIN_DIFFERENT and letters >= _MIN_LETTERS * len(right)
+
+
+def _find_misread(text: str) -> list[tuple[str, int]]:
+    """Characters that were misread, and of how many each was made.
+
+    Quotation marks and spaces after an accented letter make such sequences in German and French: the letter that they
+    would be has to be in a word, a Latin one beside letters, one of another script beside its like.
+    """
+    matches = [(match.start(), match.end(), _read_again(match[0])) for match in _UTF8.finditer(text)]
+    starts, ends = {start for start, _, _ in matches}, {end for _, end, _ in matches}
+    found = []
+    for start, end, character in matches:
+        before, after = text[max(start - 1, 0) : start], text[end : end + 1]
+        joined = start in ends or end in starts
+        if character == "" or (not character.isalpha() and not joined and not _is_letter(before + after)):
+            continue
+        if _LATIN.match(character):
+            cut = not text[end - 1].isalnum() and not (end in starts or _is_letter(after))  # may be a closing quote
+            if cut or not (joined or _is_letter(before) or _is_letter(after)):
+                continue
+        elif character.isalpha() and not joined:
+            continue
+        found.append((character, end - start))
+    return found
+
+
+def _is_letter(characters: str) -> bool:
+    return any(character.isascii() and character.isalpha() for character in characters)
+
+
+def _read_again(sequence: str) -> str:
+    """The character whose bytes were read as these; empty if there is none."""
+    try:
+        data = b"".join(c.encode("latin-1" if c <= "\xff" else "cp1252") for c in sequence)
+        return data.decode("utf-8")
+    except UnicodeError:
+        return ""
 
 
 def find_fault(
@@ -283,13 +344,20 @@ def find_fault(
 
 
 def _says_nothing(questions: Sequence[str], replies: Sequence[str], min_words: int) -> bool:
-    said = " ".join(replies)
+    """Whether the answers have too few words; a symbol or an emoji is one, a full stop is none unless asked for."""
+    said, asked = " ".join(replies), " ".join(questions)
     if len(said) < 1000 and len(split_words(said)) < min_words:
-        return True
-    if len(said) > 20 or not _FILLER.fullmatch(said):
+        symbols = len(_symbols(said))
+        if not symbols and _NAMES_A_SIGN.search(asked):
+            symbols = len(said.split())
+        return len(split_words(said)) + symbols < min_words
+    if len(said) > 20 or not _FILLER.fullmatch(said) or _CLOSED.search(asked) or _WORDING.search(asked):
         return False
-    asked = " ".join(questions)
-    return not _CLOSED.search(asked) and _count_words(asked) < _INSTRUCTIONS
+    return bool(_ASKS_MORE.search(asked)) and _count_words(asked) < _INSTRUCTIONS
+
+
+def _symbols(text: str) -> list[str]:
+    return [character for character in text if unicodedata.category(character).startswith("S")]
 
 
 def _count_words(text: str) -> int:

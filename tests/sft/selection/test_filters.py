@@ -113,8 +113,10 @@ CODE = "Here:\n```python\n{}\n```\nThat is all."
 @pytest.mark.parametrize(
     ("reason", "answer"),
     [
-        ("answer_too_short", "Yes."),
-        ("answer_too_short", "👍 👍 👍"),
+        ("answer_too_short", "…"),
+        ("answer_too_short", " \n"),
+        (None, "Yes."),
+        (None, "👍 👍 👍"),
         ("too_long", "word " * 17_000),
         ("garbled", "It is \ufffd\ufffd\ufffd here, as you see"),
         ("garbled", "It is \x00\x01 here, as you see"),
