@@ -68,7 +68,7 @@ REASONS = {
     "repetitive": f"of the answers' runs of words {MAX_REPEATED:.0%}, or of characters {MAX_LOOPING:.0%}, are repeats",
     "garbled": f"more than {MAX_GARBLED:.1%} of its characters are replacement, control or private-use characters",
     "misread": f"more than {MAX_MISREAD:.1%} of its characters are text that was read in another encoding, as in cafÃ©",
-    "refusal": "the last answer begins by refusing, or by speaking of itself as a language model",
+    "refusal": "the last answer begins by refusing, or by saying what it cannot as a language model",
     "cut_code": "an answer opens a code block and does not close it",
     "broken_code": "a block marked as Python is no Python, neither of 3 nor of 2",
     "no_result": "it asks for a result of mathematics, and no answer holds a number, a formula or a verdict",
@@ -123,37 +123,65 @@ _NAMES_A_SIGN = re.compile(
 )
 _INSTRUCTIONS = 20  # words of a question, from which on it is no mere question
 
-_CANNOT = r"(can'?t|can’t|cannot|can not|could not|couldn'?t|((am|are) )?(unable|not able) to|won'?t)"
-_REFUSED = (
-    r"(assist|comply|fulfil|help (?!but\b|feeling|thinking|wondering|myself|it\b)|help\W*$|help[.!,]|do that|do this|"
-    r"(provide|answer|generate|create|write|give|offer|share|discuss|continue|engage|respond|complete|process|perform|support|"
-    r"access|browse|produce|participate|fulfill|say|tell|recommend|advise|endorse|speculate|open|view|see)\b)"
-)
+# Of an assistant that refuses, not of a shop, a letter or a tale: it refuses now, itself, and what it was asked for.
+_CANNOT = r"(can'?t|can’t|cannot|can not|((am|are) )?(unable|not able) to|won'?t)"
 _OF_AN_ASSISTANT = (
-    r"(that|this|these|those|such|any|your (request|question)|you|an? (answer|response|opinion)|information|content|"
-    r"the (information|answer|request)|with|personal|medical|legal)\b"
+    r"(that|this|these|those|such|any|your (request|question)|you with (that|this|your)|an? (answer|response|opinion)|"
+    r"information|content|the (information|answer|request)|with (that|this|your|any|such|requests?)|"
+    r"personal|medical|legal)\b"
+)
+_REFUSED = (
+    r"(assist\b|comply\b|fulfil+ (that|this|your|the|any|such)\b|do (that|this)\b|"
+    r"help (you )?with (that|this|your|any|such|\w+ing)\b|help (you )?(\W*$|[.!,])|"
+    r"(answer|generate|create|write|discuss|engage|respond|produce|participate|endorse|speculate|browse|recommend)\b|"
+    r"(provide|give|offer|share|support|continue|complete|process|perform|access|view|open|see|say|tell|advise)( you)? "
+    rf"{_OF_AN_ASSISTANT}|provide\b(?! (shipping|delivery|a?\s?refund|a room)))"
+)
+_NOT_ABLE = (
+    r"\b(can'?t|can’t|cannot|\w+n['’]t|unable|won'?t|no|never|lack|"
+    r"(can|do|does|am|are|is|have|has|must|may|could|would|should|was|were) not)\b"
 )
 _REFUSAL = re.compile(
     r"[\s*_#>-]*("
-    rf"(i'?m|i’m|i am|we'?re|we are)( very| so| truly)? (sorry|afraid)\b(?! that\b).{{0,40}}?\b{_CANNOT} {_REFUSED}|"
-    rf"(i|we) {_CANNOT} ((assist|comply|help) (you )?(with|in)\b|(help|assist|comply)\W*$|do that\W*$|"
+    r"(i'?m|i’m|i am)( very| so| truly)? (sorry|afraid)\b(?! that\b)[^.!?\n]{0,40}?"
+    rf"\bi(?:'?m|’m)? {_CANNOT} {_REFUSED}|"
+    rf"i (am )?{_CANNOT} ((assist|comply|help) (you )?(with|in)\b|(help|assist|comply)\W*$|do that\W*$|"
     rf"(provide|answer|fulfil|fulfill|generate|do|help|assist|comply with) {_OF_AN_ASSISTANT})|"
     r"as an? (ai|artificial intelligence|(large )?(ai )?language model)"
     r"( (language )?(model|assistant|chatbot|system|program|bot))?( (created|developed|trained|made) by [\w ]+)?"
-    r"\s*,?\s*(i|i'?m|i’m|my)\b|"
-    r"(很|非常|十分|真的)?(抱歉|对不起|不好意思|遗憾)[^。！？\n]{0,12}?(无法|不能|没有办法|没办法)[^。！？，\n]{0,6}?"
-    r"(回答|提供|帮助|帮|协助|满足|完成|生成|回应|处理|执行|继续|讨论|给出|访问|回复|解答|透露|做到|创作|撰写|编写)|"
-    r"作为(一个|一名|一款|一位)?(ai|人工智能|大语言模型|语言模型|大模型)(语言)?(模型|助手|助理|系统|程序|机器人)?[，,、]?\s*我)",
+    rf"\s*,?\s*(i|i'?m|i’m|my)\b(?=[^.!?\n]{{0,60}}?{_NOT_ABLE})|"
+    r"(很|非常|十分|真的)?(抱歉|对不起|不好意思|遗憾)[，,、。\s]*"
+    r"((但是?|不过|目前|暂时|作为[^，。！？\n]{1,12}?)[，,、\s]*)*(我们?)?(目前|暂时|现在|还|实在)?"
+    r"(无法|不能|没有办法|没办法)[^。！？，\n]{0,6}?"
+    r"(回答|提供|帮助|帮[您你](?!搬)|协助|满足|生成|回应|讨论|解答|创作|撰写|编写|(完成|执行|继续)[这该您你此])|"
+    r"作为(一个|一名|一款|一位)?(ai|人工智能|大语言模型|语言模型|大模型)(语言)?(模型|助手|助理|系统|程序|机器人)?[，,、]?\s*"
+    r"我(?![国省市县校院厂军党])[^。！？\n]{0,20}?(无法|不能|不会|不具备|不可以|没有|没办法|并不|不是人))",
     re.IGNORECASE,
 )
 # What is asked for may be a refusal: of an invitation, in another language.
-_WORDING = re.compile(r"translat|rephras|paraphras|rewrite|proofread|翻译|改写|润色|译成|英文怎么说", re.IGNORECASE)
+_WORDING = re.compile(
+    r"translat|rephras|paraphras|rewrite|proofread|"
+    r"\bhow (do|does|did|would|can|could|should|to) [\w ]{0,12}?\b(say|write|put)\b|"
+    r"übersetz|auf (englisch|deutsch)|ins (englische|deutsche)|tradui|traduc|traduz|tradur|en (anglais|inglés)|"
+    r"перевед|перевод|翻译|改写|润色|译成|译为|英文怎么|怎么说|用英[语文]",
+    re.IGNORECASE,
+)
 
 _FENCE = re.compile(r"^[ \t>]*(?:[-*+][ \t]+|\d+[.)][ \t]+)?(`{3,})([^`\n]*)$")
 _OPENS_LATE = re.compile(r"[^`](`{3,})[\w+-]*[ \t]*$")  # after words on the same line
 _PYTHON = ("python", "py", "python3")
 # Of a shell or a notebook, which is not Python.
 _SESSION = re.compile(r"^[ \t]*(>>>|In \[|[%!?$]|(pip3?|conda|python3?|cd|git) [\w./-])", re.MULTILINE)
+# What a lesson on errors says.
+_BROKEN_ON_PURPOSE = re.compile(
+    r"(syntax|indentation|tab) ?error|invalid syntax|unexpected indent|not valid python|"
+    r"does(n't| not) (parse|compile)|语法错误|缩进错误",
+    re.IGNORECASE,
+)
+_DIFF = re.compile(r"^[-+@]", re.MULTILINE)
+_DIFF_LINE = re.compile(r"^(?:-[^\n]*|@@[^\n]*|diff [^\n]*|index [^\n]*|\+\+\+ [^\n]*|[+ ])", re.MULTILINE)
+_TEMPLATE_LINE = re.compile(r"^[ \t]*+\{[%#][^\n]*$", re.MULTILINE)
+_PLACEHOLDER = re.compile(r"\{\{[^{}\n]{0,200}\}\}|\{%[^{}\n]{0,200}%\}|<[A-Za-z][\w ./:|-]{0,60}>")
 _CLAUSE = re.compile(r"\s*(else|elif|except|finally|case)\b")  # of a statement that is not shown
 
 
@@ -183,9 +211,14 @@ _PYTHON_2: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
 ]
 
 _ASKS_RESULT = re.compile(
-    r"=\s*\?|how (many|much|long|far|old|fast|often|likely)|calculat|comput|evaluat|\bsolve|\bfind|"
+    r"=\s*\?|how (many|much|long|far|old|fast|often|likely)|calculat|comput|evaluat|\bsolve|"
+    r"\bfind (?:the |all |an? |its )?"
+    r"(?:value|sum|product|number|area|volume|perimeter|root|solution|length|probability|[a-z]\b)|"
     r"\bwhat is\b[^\n]{0,200}\d|\bsum of|simplif|多少|几[个只天元米人次]|计算|求|等于|解方程",
     re.IGNORECASE,
+)
+_ASKS_WORDS = re.compile(
+    r"\b(who|whom|whose|which|where|why|explain|describe|name)\b|谁|哪|为什么|解释|说明", re.IGNORECASE
 )
 _RESULT = re.compile(
     r"\d|\\[a-z]|[零一二两三四五六七八九十百千半]|[=√π∞≤≥≠±]|是的|不是|正确|错误|不存在|无解|"
@@ -336,11 +369,20 @@ def find_fault(
         blocks = [find_code(reply) for reply in replies]
         if not all(closed for _, closed in blocks):
             return "cut_code"
-        if not all(is_python(code) for found, _ in blocks for language, code in found if language in _PYTHON):
+        if not _BROKEN_ON_PURPOSE.search(text) and not all(
+            is_python(code) for found, _ in blocks for language, code in found if language in _PYTHON
+        ):
             return "broken_code"
-    if domain == "math" and any(map(_ASKS_RESULT.search, questions)) and not any(map(_RESULT.search, replies)):
+    if domain == "math" and _lacks_result(questions, replies):
         return "no_result"
     return None
+
+
+def _lacks_result(questions: Sequence[str], replies: Sequence[str]) -> bool:
+    """Whether a result is asked for, and nothing that words alone can answer, and there is none."""
+    if not any(map(_ASKS_RESULT.search, questions)) or any(map(_ASKS_WORDS.search, questions)):
+        return False
+    return not any(map(_RESULT.search, replies))
 
 
 def _says_nothing(questions: Sequence[str], replies: Sequence[str], min_words: int) -> bool:
@@ -418,6 +460,9 @@ def _readings(code: str) -> Iterator[str]:
     if part.endswith(":"):
         part += f"\n{' ' * (len(part.splitlines()[-1]) - len(part.splitlines()[-1].lstrip()) + 4)}pass"
     yield part
+    yield _PLACEHOLDER.sub("x", _TEMPLATE_LINE.sub("", part))
+    if _DIFF.search(code):
+        yield textwrap.dedent(_DIFF_LINE.sub("", code))  # the text after the change
     for pattern, by in _PYTHON_2:
         part = pattern.sub(by, part)
     yield part

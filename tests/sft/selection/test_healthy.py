@@ -52,6 +52,19 @@ TRICKY = [
     ("What is GPT-4?", "As a large language model trained on text, GPT-4 predicts the next token."),
     ("Translate into English: 抱歉，我无法回答这个问题。", "I'm sorry, but I can't answer that question."),
     ("My cat died.", "I'm so sorry to hear that. I cannot imagine how you feel."),
+    ("How do you say 'Tut mir leid, ich kann Ihnen nicht helfen' in English?", "I'm sorry, I can't help you."),
+    ("Übersetze ins Englische: Tut mir leid, das kann ich nicht tun.", "I'm sorry, I can't do that."),
+    ("Traduis en anglais : Désolé, je ne peux pas vous aider.", "I'm sorry, I can't help you."),
+    (
+        "Why was my card refused?",
+        "I'm sorry, but we could not process your payment: it expired. Please add another one.",
+    ),
+    ("And my parcel?", "We're sorry, we cannot provide shipping to islands. Pick it up at the harbour instead."),
+    ("Go on.", "I am afraid we cannot see the shore any more, said the captain. The fog is too thick."),
+    ("我的支付呢？", "很抱歉，您的支付无法完成，请换一张银行卡。"),
+    ("产业如何？", "作为人工智能，我国的产业发展迅速，没有停下来。"),
+    ("番茄炒蛋？", "作为一个AI，我很乐意：番茄两个，鸡蛋三个，先炒蛋，再炒番茄。"),
+    ("Who are you?", "As an AI, I am Tele-FLM, made by TeleAI. I can help you with questions."),
     # Short, and all there is to say.
     ("中国的首都是哪里？", "北京"),
     ("What is the capital of France?", "Paris"),
@@ -99,6 +112,15 @@ TRICKY = [
     ("Install it.", f"{TICKS}python\npip install numpy\n{TICKS}"),
     ("A session?", f"{TICKS}python\n>>> 1 +\n{TICKS}"),
     ("In JavaScript.", f"{TICKS}js\nlet x = {{;\n{TICKS}"),
+    ("What raises a SyntaxError?", f"{TICKS}python\nfor i in range(3)\n    print(i)\n{TICKS}\nThe colon is missing."),
+    ("为什么报语法错误？", f"{TICKS}python\nif x = 1:\n    pass\n{TICKS}\n要用两个等号。"),
+    ("Show the change.", f"{TICKS}python\n def f(x):\n-    return x\n+    return x + 1\n{TICKS}"),
+    ("A whole diff?", f"{TICKS}python\n--- a/f.py\n+++ b/f.py\n@@ -1,2 +1,2 @@\n x = 1\n-y = x +\n+y = x\n{TICKS}"),
+    ("With my key?", f"{TICKS}python\nclient = Client(key=<your value>)\n{TICKS}"),
+    (
+        "In Jinja?",
+        f"{TICKS}python\n{{% if tested %}}\nimport pytest\n{{% endif %}}\nname = {{{{ name | upper }}}}\n{TICKS}",
+    ),
     # Accents, and what looks like text in another encoding.
     ("Écris en majuscules.", "L'ÉTÉ À LA MER… « CAFÉ » À PARIS, ÇA VA ? OÙ ÊTES-VOUS ? À L'HÔTEL « RÊVE »."),
     ("Em português?", "A AÇÃO É NOSSA: CORAÇÃO, IRMÃ, MAÇÃ… “NÃO”, DISSE A ANCIÃ."),
@@ -141,6 +163,12 @@ def test_what_looks_like_a_fault_and_is_none(question, answer):
     assert fault(chat(question, answer)) is None
 
 
+def test_who_has_more_is_no_number():
+    messages = chat("Find out who has more: Alice 3 + 4 = 7, Bob 2 + 3 = 5", "Alice has more.")
+    assert tag_domain(messages) == "math"
+    assert fault(messages) is None
+
+
 def test_thanks_after_mathematics():
     messages = chat("What is 3 + 4 = ? And 5 + 6 = ?", "7 and 11: 3 + 4 = 7, 5 + 6 = 11.", "Thanks!", "You're welcome!")
     assert find_fault(messages, "math") is None
@@ -152,6 +180,12 @@ FAULTS = [
     ("refusal", "Who wins?", "I cannot provide information on that."),
     ("refusal", "Who wins?", "As an AI, I do not have opinions."),
     ("refusal", "Who wins?", "As an AI language model created by a company, I can't say."),
+    ("refusal", "Who wins?", "I'm sorry, but as an assistant I cannot answer that question."),
+    ("refusal", "Write it.", "I'm afraid I can't write that for you."),
+    ("refusal", "Write it.", "I'm sorry, but I'm unable to generate such content."),
+    ("refusal", "Write it.", "I am unable to provide medical advice."),
+    ("refusal", "Who wins?", "As a language model, I don’t have feelings."),
+    ("refusal", "谁会赢？", "抱歉，我目前不能协助您完成这个请求。"),
     ("refusal", "谁会赢？", "很抱歉，我无法提供这方面的信息。"),
     ("refusal", "谁会赢？", "对不起，作为助手我不能回答。"),
     ("refusal", "谁会赢？", "作为一款人工智能助手，我没有个人看法。"),
@@ -163,7 +197,9 @@ FAULTS = [
     ("cut_code", "Code?", f"{TICKS}python\nx = 1"),
     ("cut_code", "Code?", f"{TICKS}`md\n{TICKS}py\nx\n{TICKS}\n"),
     ("broken_code", "Code?", f"{TICKS}python\nfor i in range(3)\n    print(i\n{TICKS}"),
+    ("broken_code", "Code?", f"{TICKS}python\ndef f(<name>:\n    return {{{{ x }}}}\n{TICKS}"),
     ("broken_code", "Code?", f"{TICKS}py\nThis is not code, as you see.\n{TICKS}"),
+    ("no_result", "Find the value of 3 + 4 = ? and 5 + 6 = ?", "You add them up, as always."),
     ("no_result", "Compute 3 + 4 = ? and 5 + 6 = ?", "You add them up, as always."),
 ]
 
