@@ -96,7 +96,7 @@ _LATIN = re.compile("[\xc0-\xd6\xd8-\xf6\xf8-\u024f\u1e00-\u1eff]")
 _MAX_QUOTED = 20  # in a text that has the right characters too; more are no examples
 _MIN_SWAPPED = 20
 _MIN_DIFFERENT = 8  # a frame is drawn with few, as U+2500, and a line with one
-_MIN_LETTERS = 0.8
+_MIN_LETTERS = 0.5
 _NON_ASCII = re.compile("[^\x00-\x7f]")
 
 # An answer of these alone says nothing to a question that asks for more, unless they are what it asks for.
@@ -390,7 +390,7 @@ def _says_nothing(questions: Sequence[str], replies: Sequence[str], min_words: i
     said, asked = " ".join(replies), " ".join(questions)
     if len(said) < 1000 and len(split_words(said)) < min_words:
         symbols = len(_symbols(said))
-        if not symbols and _NAMES_A_SIGN.search(asked):
+        if not symbols and _count_words(asked) < _INSTRUCTIONS and _NAMES_A_SIGN.search(asked):
             symbols = len(said.split())
         return len(split_words(said)) + symbols < min_words
     if len(said) > 20 or not _FILLER.fullmatch(said) or _CLOSED.search(asked) or _WORDING.search(asked):

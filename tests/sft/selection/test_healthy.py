@@ -192,6 +192,7 @@ FAULTS = [
     ("answer_too_short", "Why is the sky blue?", "Ok."),
     ("answer_too_short", "天空为什么是蓝色的？", "好的"),
     ("answer_too_short", "Why?", "..."),
+    ("answer_too_short", f"Summarise this: {'words and signs, and marks of all kinds, ' * 5}", "..."),
     ("answer_too_short", "Write a story about a fox.", "Sure!"),
     ("answer_too_short", "介绍一下北京。", "嗯。"),
     ("cut_code", "Code?", f"{TICKS}python\nx = 1"),
@@ -234,6 +235,8 @@ def test_text_that_was_read_in_another_encoding(text, encoding):
 def test_utf_16_in_the_other_byte_order():
     text = "The quick brown fox jumps over the lazy dog, and that is all."
     assert is_misread(text.encode("utf-16-le").decode("utf-16-be"))
+    sums = "So 12 * 34 = <<12*34=408>>408, of which $15 are hers: 408 - 15 = 393."
+    assert is_misread(sums.encode("utf-16-le").decode("utf-16-be"))
     assert is_misread("\u4e2d\u6587" * 10 + text.encode("utf-16-be").decode("utf-16-le"))
     assert not is_misread("".join(chr(code) for code in range(0x4E00, 0x9F00)))
 
