@@ -96,7 +96,7 @@ _LATIN = re.compile("[\xc0-\xd6\xd8-\xf6\xf8-\u024f\u1e00-\u1eff]")
 _MAX_QUOTED = 20  # in a text that has the right characters too; more are no examples
 _MIN_SWAPPED = 20
 _MIN_DIFFERENT = 8  # a frame is drawn with few, as U+2500, and a line with one
-_MIN_LETTERS = 0.5
+_MIN_LETTERS = 0.6
 _NON_ASCII = re.compile("[^\x00-\x7f]")
 
 # An answer of these alone says nothing to a question that asks for more, unless they are what it asks for.
@@ -280,7 +280,7 @@ def is_misread(text: str, most: float = MAX_MISREAD) -> bool:
     that UTF-8 makes of one character each, which belongs where it stands, and most of the accented letters begin one,
     as they do in no language. A text that also has most of the characters as they should be explains a few examples.
     Or it is UTF-16 in the other byte order: what was ASCII then is the characters whose code ends in 00, which are one
-    in 256 of all others; put right, they are letters and spaces.
+    in 256 of all others; put right, they are different ones, and most are letters, digits and spaces.
     """
     if text.isascii():
         return False
@@ -294,7 +294,7 @@ def is_misread(text: str, most: float = MAX_MISREAD) -> bool:
     if len(swapped) < _MIN_SWAPPED or 2 * len(swapped) <= len(others) or len(swapped) <= most * len(text):
         return False
     right = "".join(chr(ord(character) >> 8) for character in swapped)
-    letters = sum(character.isascii() and (character.isalpha() or character.isspace()) for character in right)
+    letters = sum(character.isascii() and (character.isalnum() or character.isspace()) for character in right)
     return len(set(right)) >= _MIN_DIFFERENT and letters >= _MIN_LETTERS * len(right)
 
 
