@@ -12,11 +12,13 @@ and said to be too short.
 
 An instruction template is no item. Runs that stand in more than [`MAX_SHARE`] of the rows of an evaluation set, and in
 more than [`MAX_ROWS`], do not count; nor do those which, in the conversations, are text that many rows share (see
-[`sft.selection.common`]), unless all of the item is: what leaked into one row of a hundred is found nevertheless. What
-is left of an item is looked for as if it were the item.
+[`sft.selection.common`]), unless the item is as good as all of it: what leaked into one row of a hundred is found
+nevertheless. That is an item at least [`LEAKED_SHARE`] of whose words are common, most of them in no other row of its
+file: a template stands in several, a question that leaked in one. What is left of another item is looked for as if it
+were the item; one of which too little is left is not looked for, and counted.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,6 +38,7 @@ NGRAM = 13
 MIN_WORDS = 6
 MAX_SHARE = 0.01
 MAX_ROWS = 20  # one question with ten answers to choose from may be ten rows
+LEAKED_SHARE = 0.9
 _TABLE_BITS = 22
 
 
@@ -124,8 +127,7 @@ def make_index(evaluations: Evaluations, common: CommonText | None = None) -> Ev
     own = ~_shared_by_items(evaluations)
     if common is not None:
         of_rows = common.covers(words)
-        leaked = np.bincount(words.owners[~of_rows], minlength=len(words.counts)) == 0
-        own &= ~of_rows | leaked[words.owners]
+        own &= ~of_rows | _leaked(evaluations, of_rows)[words.owners]
     parts, item = _own_parts(evaluations, own)
     whole, least = evaluations.whole[item], evaluations.least[item]
     hashes: dict[int, np.ndarray] = {}
@@ -142,7 +144,19 @@ def make_index(evaluations: Evaluations, common: CommonText | None = None) -> Ev
     return EvaluationIndex(hashes, int(found.sum()), int((~long_enough).sum()), int((long_enough & ~found).sum()))
 
 
-def _shared_by_items(evaluations: Evaluations) -> np.ndarray:
+def _leaked(evaluations: Evaluations, of_rows: np.ndarray) -> np.ndarray:
+    """Which items are as good as all of what many conversations share: bool; `of_rows` says which words are shared."""
+    words = evaluations.words
+
+    def count(which: np.ndarray) -> np.ndarray:
+        return np.bincount(words.owners[which], minlength=len(words.counts))
+
+    common, template = count(of_rows), count(of_rows & _shared_by_items(evaluations, 1, 0))
+    mostly = (common >= LEAKED_SHARE * words.counts) & (2 * template < common)
+    return mostly | (common == words.counts)
+
+
+def _shared_by_items(evaluations: Evaluations, max_rows: int = MAX_ROWS, max_share: float = MAX_SHARE) -> np.ndarray:
     """Which words lie in a run that many rows of their file have: bool."""
     words, shared = evaluations.words, np.zeros(len(evaluations.words.hashes), bool)
     first = 0
@@ -152,7 +166,7 @@ def _shared_by_items(evaluations: Evaluations) -> np.ndarray:
         own = Words(words.hashes[begin:end], words.offsets[texts[0] : texts[1] + 1] - begin)
         counter = RunCounter()
         counter.add(own, evaluations.groups[texts[0] : texts[1]])
-        shared[begin:end] = counter.above(max(MAX_ROWS, MAX_SHARE * rows)).covers(own)
+        shared[begin:end] = counter.above(max(max_rows, max_share * rows)).covers(own)
         first += rows
     return shared
 
@@ -195,10 +209,25 @@ def index_evaluations(files: Sequence[str]) -> EvaluationIndex:
 
 
 def fit_kernel(
-    sample: pa.Table, evaluations: Evaluations, max_share: float = COMMON_SHARE, reading: Reading = WHOLE
+    sample: pa.Table,
+    evaluations: Evaluations,
+    max_share: float = COMMON_SHARE,
+    reading: Reading = WHOLE,
+    notify: Callable[[str], None] | None = None,
 ) -> Kernel:
-    """A kernel that drops what contains an item, with a sample of the rows to know their templates by."""
+    """A kernel that drops what contains an item, with a sample of the rows to know their templates by.
+
+    Args:
+        sample: with `row`.
+        evaluations: what to look for.
+        max_share: of the rows, from which on text is common.
+        reading: where in a conversation.
+        notify: is told how many items are not looked for since they are common text, and little else.
+    """
     index = make_index(evaluations, find_common(list(conversations(sample)), max_share))
+    if notify is not None and (lost := index.shared - make_index(evaluations).shared) > 0:
+        texts = index.items + index.too_short + index.shared
+        notify(f"decontamination: {lost} of {texts} texts are not looked for: many rows share most of their words")
     return partial(drop_contaminated, index=index, reading=reading)
 
 
@@ -267,6 +296,7 @@ def _contained(hashes: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 __all__ = [
+    "LEAKED_SHARE",
     "MAX_ROWS",
     "MAX_SHARE",
     "MIN_WORDS",

@@ -21,15 +21,17 @@ from .stages import drop_none
 DOMAINS = ("code", "math", "multi_turn", "general")
 MAX_CHARACTERS = 8192  # enough to see what it is about
 
+# All take time in proportion to the text, whatever it is: no two repeats in a row can share out the same characters.
 _CODE = re.compile(
-    r"```|^\s*(def \w+\(.*\)[^:\n]*:|class \w+[^\n]*:$|from [\w.]+ import |import \w+$|#include\s*<|using namespace |"
+    r"```|^[ \t]*+(def \w+\(.*:|class \w+[^\n]*:$|from [\w.]+ import |import \w+$|#include[ \t]*<|using namespace |"
     r"(public|private) (static )?\w+ \w+\(|(async )?function \w*\(|(const|let|var) \w+ = |SELECT .+ FROM |fn \w+\()",
     re.MULTILINE,
 )
 _FORMULA = re.compile(
-    r"\\(frac|sqrt|sum|int|boxed|begin\{|cdot|times|leq?|geq?|pi)\b|\$[^$\n]*[\\^_=][^$\n]*\$|^####", re.MULTILINE
+    r"\\(frac|sqrt|sum|int|boxed|begin\{|cdot|times|leq?|geq?|pi)\b|\$[^$\n\\^_=]*+[\\^_=][^$\n]*+\$|^####",
+    re.MULTILINE,
 )
-_CALCULATION = re.compile(r"\d\s*[%)\]]?\s*[-+*/×÷^]\s*[$(\[]?\s*\d[\d.,)\]]*[^\n=]{0,40}=")
+_CALCULATION = re.compile(r"\d\s{0,9}[%)\]]?\s{0,9}[-+*/×÷^]\s{0,9}[$(\[]?\s{0,9}\d[\d.,)\]]*+[^\n=]{0,40}+=")
 MIN_CALCULATIONS = 2
 
 

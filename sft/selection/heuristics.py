@@ -20,9 +20,10 @@ become when they are read as another encoding.
 import ast
 import re
 import textwrap
+import unicodedata
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,12 +63,12 @@ class Limits:
 
 DEFAULT_LIMITS = Limits()
 REASONS = {
-    "answer_too_short": "the assistant says no word at all, or only yes, no or okay where that answers nothing",
+    "answer_too_short": "the assistant says no word and no symbol, or only yes, no or okay where more is asked for",
     "too_long": f"it has more than {MAX_WORDS:,} words, several times what a model reads at once",
     "repetitive": f"of the answers' runs of words {MAX_REPEATED:.0%}, or of characters {MAX_LOOPING:.0%}, are repeats",
     "garbled": f"more than {MAX_GARBLED:.1%} of its characters are replacement, control or private-use characters",
     "misread": f"more than {MAX_MISREAD:.1%} of its characters are text that was read in another encoding, as in cafÃ©",
-    "refusal": "the last answer begins by refusing, or by speaking of itself as a language model",
+    "refusal": "the last answer begins by refusing, or by saying what it cannot as a language model",
     "cut_code": "an answer opens a code block and does not close it",
     "broken_code": "a block marked as Python is no Python, neither of 3 nor of 2",
     "no_result": "it asks for a result of mathematics, and no answer holds a number, a formula or a verdict",
@@ -90,78 +91,134 @@ def _misreadings(first: int, last: int) -> str:
 _MORE = f"[{_misreadings(0x80, 0xBF)}]"  # every byte of a character in UTF-8 but the first
 _LEADS = re.compile("[\xc2-\xf4]")
 _UTF8 = re.compile(f"[\xc2-\xdf]{_MORE}|[\xe0-\xef]{_MORE}{{2}}|[\xf0-\xf4]{_MORE}{{3}}")
-_MIN_MISREAD = 2  # characters that were one each; a single one may be meant
+_MIN_MISREAD = 3  # characters that were one each; fewer may be meant
+_LATIN = re.compile("[\xc0-\xd6\xd8-\xf6\xf8-\u024f\u1e00-\u1eff]")
+_MAX_QUOTED = 20  # in a text that has the right characters too; more are no examples
 _MIN_SWAPPED = 20
+_MIN_DIFFERENT = 8  # a frame is drawn with few, as U+2500, and a line with one
+_MIN_LETTERS = 0.6
 _NON_ASCII = re.compile("[^\x00-\x7f]")
 
-# An answer of these alone says something only to a question that can be answered so, or to a text with instructions.
+# An answer of these alone says nothing to a question that asks for more, unless they are what it asks for.
 _FILLER = re.compile(
     r"\W*(yes|yeah|yep|no|nope|ok|okay|sure|hmm+|n/a|none|null|nan|是|是的|不是|否|好|好的|嗯|对)\W*", re.IGNORECASE
 )
+_ASKS_MORE = re.compile(
+    r"\bwhy\b|\bexplain|\bdescribe\b|\bsummari[sz]e|\bdiscuss\b|\bcompare\b|\b(essay|story|poem|paragraph)\b|"
+    r"\bwrite (a|an|me|about|some|your)\b|\btell me (about|how|why)\b|\bgive (me )?(an?|some|two|three|\d+) \w|"
+    r"\bhow (do|does|did|can|could|should|to)\b|"
+    r"为什么|为何|介绍|解释|说明|描述|总结|讨论|写一?[篇首封段份则]|作文|如何|怎么办|怎样|谈谈",
+    re.IGNORECASE,
+)
 _CLOSED = re.compile(
-    r"(^|[.!?,;:\n]\s*)(is|are|was|were|am|do|does|did|can|could|will|would|should|shall|has|have|had|may|might|must|"
-    r"isn'?t|aren'?t|don'?t|doesn'?t|didn'?t|won'?t|can'?t)\b|\b(or|whether|if|true|false|yes|correct|right|say|reply|answer)\b|"
-    r"[吗嘛]|是否|是不是|有没有|能否|可否|对不对|还是|判断|对错|正确",
+    r"(^|[.!?,;:\n])[^\S\n]*+(is|are|was|were|am|do|does|did|can|could|will|would|should|shall|has|have|had|may|might|"
+    r"must|isn'?t|aren'?t|don'?t|doesn'?t|didn'?t|won'?t|can'?t)\b|"
+    r"\b(or|whether|if|true|false|yes|no|ok|correct|right|say|reply|answer|word|symbol|abbreviat\w*+|return\w*+|output\w*+|"
+    r"print\w*+|value)\b|[吗嘛]|是否|是不是|有没有|能否|可否|对不对|还是|判断|对错|正确|怎么[说写读念]|[“‘「『\"'](是|好|不是|否|对|嗯)",
+    re.IGNORECASE,
+)
+_NAMES_A_SIGN = re.compile(
+    r"\b(symbols?|characters?|operators?|punctuation|marks?|signs?|delimiters?|separators?)\b|符号|标点|字符|运算符",
     re.IGNORECASE,
 )
 _INSTRUCTIONS = 20  # words of a question, from which on it is no mere question
 
-_CANNOT = r"(can'?t|can’t|cannot|can not|could not|couldn'?t|((am|are) )?(unable|not able) to|won'?t)"
-_REFUSED = (
-    r"(assist|comply|fulfil|help (?!but\b|feeling|thinking|wondering|myself|it\b)|help\W*$|help[.!,]|do that|do this|"
-    r"(provide|answer|generate|create|write|give|offer|share|discuss|continue|engage|respond|complete|process|perform|support|"
-    r"access|browse|produce|participate|fulfill|say|tell|recommend|advise|endorse|speculate|open|view|see)\b)"
-)
+# Of an assistant that refuses, not of a shop, a letter or a tale: it refuses now, itself, and what it was asked for.
+_CANNOT = r"(can'?t|can’t|cannot|can not|((am|are) )?(unable|not able) to|won'?t)"
 _OF_AN_ASSISTANT = (
-    r"(that|this|these|those|such|any|your (request|question)|you|an? (answer|response|opinion)|information|content|"
-    r"the (information|answer|request)|with|personal|medical|legal)\b"
+    r"(that|this|these|those|such|any|your (request|question)|you with (that|this|your)|an? (answer|response|opinion)|"
+    r"information|content|the (information|answer|request)|with (that|this|your|any|such|requests?)|"
+    r"personal|medical|legal)\b"
+)
+_REFUSED = (
+    r"(assist\b|comply\b|fulfil+ (that|this|your|the|any|such)\b|do (that|this)\b|"
+    r"help (you )?with (that|this|your|any|such|\w+ing)\b|help (you )?(\W*$|[.!,])|"
+    r"(answer|generate|create|write|discuss|engage|respond|produce|participate|endorse|speculate|browse|recommend)\b|"
+    r"(provide|give|offer|share|support|continue|complete|process|perform|access|view|open|see|say|tell|advise)( you)? "
+    rf"{_OF_AN_ASSISTANT}|provide\b(?! (shipping|delivery|a?\s?refund|a room)))"
+)
+_NOT_ABLE = (
+    r"\b(can'?t|can’t|cannot|\w+n['’]t|unable|won'?t|no|never|lack|"
+    r"(can|do|does|am|are|is|have|has|must|may|could|would|should|was|were) not)\b"
 )
 _REFUSAL = re.compile(
     r"[\s*_#>-]*("
-    rf"(i'?m|i’m|i am|we'?re|we are)( very| so| truly)? (sorry|afraid)\b(?! that\b).{{0,40}}?\b{_CANNOT} {_REFUSED}|"
-    rf"(i|we) {_CANNOT} ((assist|comply|help) (you )?(with|in)\b|(help|assist|comply)\W*$|do that\W*$|"
+    r"(i'?m|i’m|i am)( very| so| truly)? (sorry|afraid)\b(?! that\b)[^.!?\n]{0,40}?"
+    rf"\bi(?:'?m|’m)? {_CANNOT} {_REFUSED}|"
+    rf"i (am )?{_CANNOT} ((assist|comply|help) (you )?(with|in)\b|(help|assist|comply)\W*$|do that\W*$|"
     rf"(provide|answer|fulfil|fulfill|generate|do|help|assist|comply with) {_OF_AN_ASSISTANT})|"
     r"as an? (ai|artificial intelligence|(large )?(ai )?language model)"
     r"( (language )?(model|assistant|chatbot|system|program|bot))?( (created|developed|trained|made) by [\w ]+)?"
-    r"\s*,?\s*(i|i'?m|i’m|my)\b|"
-    r"(很|非常|十分|真的)?(抱歉|对不起|不好意思|遗憾)[^。！？\n]{0,12}?(无法|不能|没有办法|没办法)[^。！？，\n]{0,6}?"
-    r"(回答|提供|帮助|帮|协助|满足|完成|生成|回应|处理|执行|继续|讨论|给出|访问|回复|解答|透露|做到|创作|撰写|编写)|"
-    r"作为(一个|一名|一款|一位)?(ai|人工智能|大语言模型|语言模型|大模型)(语言)?(模型|助手|助理|系统|程序|机器人)?[，,、]?\s*我)",
+    rf"\s*,?\s*(i|i'?m|i’m|my)\b(?=[^.!?\n]{{0,60}}?{_NOT_ABLE})|"
+    r"(很|非常|十分|真的)?(抱歉|对不起|不好意思|遗憾)[，,、。\s]*"
+    r"((但是?|不过|目前|暂时|作为[^，。！？\n]{1,12}?)[，,、\s]*)*(我们?)?(目前|暂时|现在|还|实在)?"
+    r"(无法|不能|没有办法|没办法)[^。！？，\n]{0,6}?"
+    r"(回答|提供|帮助|帮[您你](?!搬)|协助|满足|生成|回应|讨论|解答|创作|撰写|编写|(完成|执行|继续)[这该您你此])|"
+    r"作为(一个|一名|一款|一位)?(ai|人工智能|大语言模型|语言模型|大模型)(语言)?(模型|助手|助理|系统|程序|机器人)?[，,、]?\s*"
+    r"我(?![国省市县校院厂军党])[^。！？\n]{0,20}?(无法|不能|不会|不具备|不可以|没有|没办法|并不|不是人))",
     re.IGNORECASE,
 )
 # What is asked for may be a refusal: of an invitation, in another language.
-_WORDING = re.compile(r"translat|rephras|paraphras|rewrite|proofread|翻译|改写|润色|译成|英文怎么说", re.IGNORECASE)
+_WORDING = re.compile(
+    r"translat|rephras|paraphras|rewrite|proofread|"
+    r"\bhow (do|does|did|would|can|could|should|to) [\w ]{0,12}?\b(say|write|put)\b|"
+    r"übersetz|auf (englisch|deutsch)|ins (englische|deutsche)|tradui|traduc|traduz|tradur|en (anglais|inglés)|"
+    r"перевед|перевод|翻译|改写|润色|译成|译为|英文怎么|怎么说|用英[语文]",
+    re.IGNORECASE,
+)
 
 _FENCE = re.compile(r"^[ \t>]*(?:[-*+][ \t]+|\d+[.)][ \t]+)?(`{3,})([^`\n]*)$")
 _OPENS_LATE = re.compile(r"[^`](`{3,})[\w+-]*[ \t]*$")  # after words on the same line
 _PYTHON = ("python", "py", "python3")
 # Of a shell or a notebook, which is not Python.
 _SESSION = re.compile(r"^[ \t]*(>>>|In \[|[%!?$]|(pip3?|conda|python3?|cd|git) [\w./-])", re.MULTILINE)
+# What a lesson on errors says.
+_BROKEN_ON_PURPOSE = re.compile(
+    r"(syntax|indentation|tab) ?error|invalid syntax|unexpected indent|not valid python|"
+    r"does(n't| not) (parse|compile)|语法错误|缩进错误",
+    re.IGNORECASE,
+)
+_DIFF = re.compile(r"^[-+@]", re.MULTILINE)
+_DIFF_LINE = re.compile(r"^(?:-[^\n]*|@@[^\n]*|diff [^\n]*|index [^\n]*|\+\+\+ [^\n]*|[+ ])", re.MULTILINE)
+_TEMPLATE_LINE = re.compile(r"^[ \t]*+\{[%#][^\n]*$", re.MULTILINE)
+_PLACEHOLDER = re.compile(r"\{\{[^{}\n]{0,200}\}\}|\{%[^{}\n]{0,200}%\}|<[A-Za-z][\w ./:|-]{0,60}>")
 _CLAUSE = re.compile(r"\s*(else|elif|except|finally|case)\b")  # of a statement that is not shown
-_PYTHON_2 = [
+
+
+def _print_call(found: re.Match[str]) -> str:
+    """A statement of Python 2 as a call; the comma at its end, which kept the line open, goes."""
+    return f"{found[1]}print(({found[2].rstrip().removesuffix(',')}))"
+
+
+# Each takes time in proportion to the text: where a `print` is looked for in a line, the first one counts.
+_PYTHON_2: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(pattern, re.MULTILINE), by)
     for pattern, by in (
-        (r"^([ \t]*|.*[:;][ \t]*)print[ \t]*>>\s*([\w.]+)\s*,?([^;\n]*)", r"\1print(\3)"),
-        (r"^([ \t]*|.*?[:;][ \t]*)print(?![\w(=.,])[ \t]*([^;#\n]*?),?[ \t]*(?=[;#\n]|$)", r"\1print((\2))"),
-        (r"^([ \t]*|.*?[:;][ \t]*)print[ \t]+\(([^;#\n]*?),?[ \t]*(?=[;#\n]|$)", r"\1print((\2)"),
-        (r"^([ \t]*|.*?[:;][ \t]*)print[ \t]*(\(.*\)[ \t]*[%,+].*)$", r"\1print(\2)"),
+        (r"^(?>([ \t]*|.*[:;][ \t]*)print[ \t]*>>)[ \t]*([\w.]++)[ \t]*,?([^;\n]*+)", r"\1print(\3)"),
+        (r"^(?>([ \t]*|.*?[:;][ \t]*)print(?![\w(=.,]))[ \t]*+([^;#\n]*+)", _print_call),
+        (r"^(?>([ \t]*|.*?[:;][ \t]*)print)[ \t]*(\(.*\)[ \t]*[%,+].*)$", r"\1print(\2)"),
         (r"^([ \t]*)exec[ \t]+(?!\()([^\n]*)", r"\1exec('')"),
-        (r"^([ \t]*except[ \t]+[\w.() ,]+?)\s*,\s*(\w+)\s*:", r"\1 as \2:"),
-        (r"^([ \t]*raise[ \t]+[\w.]+)\s*,\s*([^\n]*)", r"\1(\2)"),
+        (r"^([ \t]*+except[ \t]++[\w.() ,]*[\w.)])[ \t]*+,[ \t]*+(\w++)[ \t]*+:", r"\1 as \2:"),
+        (r"^([ \t]*+raise[ \t]++[\w.]++)[ \t]*+,[ \t]*+([^\n]*+)", r"\1(\2)"),
         (r"<>", "!="),
         (r"\b0([0-7]+)\b", r"0o\1"),
         (r"\b(\d+|0x[\da-fA-F]+)[lL]\b", r"\1"),
         (r"\b[uU][rR](?=['\"])", "r"),
         (r"`([^`\n]+)`", r"repr(\1)"),
-        (r"^([ \t]*def[ \t]+\w+[ \t]*\([^)\n]*?)\(([\w, ]+)\)", r"\1_"),
-        (r"\blambda\s*\(([\w, ]+)\)\s*:", r"lambda _:"),
+        (r"^([ \t]*def[ \t]+\w+[ \t]*\([^)\n]*?)\(([\w, ]++)\)", r"\1_"),
+        (r"\blambda[ \t]*+\(([\w, ]++)\)[ \t]*+:", r"lambda _:"),
     )
 ]
 
 _ASKS_RESULT = re.compile(
-    r"=\s*\?|how (many|much|long|far|old|fast|often|likely)|calculat|comput|evaluat|\bsolve|\bfind|\bwhat is\b.*\d|"
-    r"\bsum of|simplif|多少|几[个只天元米人次]|计算|求|等于|解方程",
+    r"=\s*\?|how (many|much|long|far|old|fast|often|likely)|calculat|comput|evaluat|\bsolve|"
+    r"\bfind (?:the |all |an? |its )?"
+    r"(?:value|sum|product|number|area|volume|perimeter|root|solution|length|probability|[a-z]\b)|"
+    r"\bwhat is\b[^\n]{0,200}\d|\bsum of|simplif|多少|几[个只天元米人次]|计算|求|等于|解方程",
     re.IGNORECASE,
+)
+_ASKS_WORDS = re.compile(
+    r"\b(who|whom|whose|which|where|why|explain|describe|name)\b|谁|哪|为什么|解释|说明", re.IGNORECASE
 )
 _RESULT = re.compile(
     r"\d|\\[a-z]|[零一二两三四五六七八九十百千半]|[=√π∞≤≥≠±]|是的|不是|正确|错误|不存在|无解|"
@@ -220,18 +277,62 @@ def is_misread(text: str, most: float = MAX_MISREAD) -> bool:
     """Whether a text was in another encoding than it was read in.
 
     Either it is UTF-8 that was read as Latin-1 or Windows-1252: more than `most` of its characters belong to sequences
-    that UTF-8 makes of one character each, and most of the accented letters begin one, as they do in no language. Or it
-    is UTF-16 in the other byte order: what was ASCII then is the characters whose code ends in 00, which are one in 256
-    of all others.
+    that UTF-8 makes of one character each, which belongs where it stands, and most of the accented letters begin one,
+    as they do in no language. A text that also has most of the characters as they should be explains a few examples.
+    Or it is UTF-16 in the other byte order: what was ASCII then is the characters whose code ends in 00, which are one
+    in 256 of all others; put right, they are different ones, and most are letters, digits and spaces.
     """
     if text.isascii():
         return False
-    found = _UTF8.findall(text)
-    if len(found) >= _MIN_MISREAD and sum(map(len, found)) > most * len(text):
-        return 2 * len(found) > len(_LEADS.findall(text))
+    found = _find_misread(text)
+    if len(found) >= _MIN_MISREAD and sum(length for _, length in found) > most * len(text):
+        meant = {character for character, _ in found}
+        quoted = len(found) <= _MAX_QUOTED and 2 * sum(character in text for character in meant) >= len(meant)
+        return not quoted and 2 * len(found) > len(_LEADS.findall(text))
     others = _NON_ASCII.findall(text)
-    swapped = sum(ord(character) & 0xFF == 0 for character in others)
-    return swapped >= _MIN_SWAPPED and 2 * swapped > len(others) and swapped > most * len(text)
+    swapped = [character for character in others if ord(character) & 0xFF == 0]
+    if len(swapped) < _MIN_SWAPPED or 2 * len(swapped) <= len(others) or len(swapped) <= most * len(text):
+        return False
+    right = "".join(chr(ord(character) >> 8) for character in swapped)
+    letters = sum(character.isascii() and (character.isalnum() or character.isspace()) for character in right)
+    return len(set(right)) >= _MIN_DIFFERENT and letters >= _MIN_LETTERS * len(right)
+
+
+def _find_misread(text: str) -> list[tuple[str, int]]:
+    """Characters that were misread, and of how many each was made.
+
+    Quotation marks and spaces after an accented letter make such sequences in German and French: the letter that they
+    would be has to be in a word, a Latin one beside letters, one of another script beside its like.
+    """
+    matches = [(match.start(), match.end(), _read_again(match[0])) for match in _UTF8.finditer(text)]
+    starts, ends = {start for start, _, _ in matches}, {end for _, end, _ in matches}
+    found = []
+    for start, end, character in matches:
+        before, after = text[max(start - 1, 0) : start], text[end : end + 1]
+        joined = start in ends or end in starts
+        if character == "" or (not character.isalpha() and not joined and not _is_letter(before + after)):
+            continue
+        if _LATIN.match(character):
+            cut = not text[end - 1].isalnum() and not (end in starts or _is_letter(after))  # may be a closing quote
+            if cut or not (joined or _is_letter(before) or _is_letter(after)):
+                continue
+        elif character.isalpha() and not joined:
+            continue
+        found.append((character, end - start))
+    return found
+
+
+def _is_letter(characters: str) -> bool:
+    return any(character.isascii() and character.isalpha() for character in characters)
+
+
+def _read_again(sequence: str) -> str:
+    """The character whose bytes were read as these; empty if there is none."""
+    try:
+        data = b"".join(c.encode("latin-1" if c <= "\xff" else "cp1252") for c in sequence)
+        return data.decode("utf-8")
+    except UnicodeError:
+        return ""
 
 
 def find_fault(
@@ -268,21 +369,37 @@ def find_fault(
         blocks = [find_code(reply) for reply in replies]
         if not all(closed for _, closed in blocks):
             return "cut_code"
-        if not all(is_python(code) for found, _ in blocks for language, code in found if language in _PYTHON):
+        if not _BROKEN_ON_PURPOSE.search(text) and not all(
+            is_python(code) for found, _ in blocks for language, code in found if language in _PYTHON
+        ):
             return "broken_code"
-    if domain == "math" and any(map(_ASKS_RESULT.search, questions)) and not any(map(_RESULT.search, replies)):
+    if domain == "math" and _lacks_result(questions, replies):
         return "no_result"
     return None
 
 
-def _says_nothing(questions: Sequence[str], replies: Sequence[str], min_words: int) -> bool:
-    said = " ".join(replies)
-    if len(said) < 1000 and len(split_words(said)) < min_words:
-        return True
-    if len(said) > 20 or not _FILLER.fullmatch(said):
+def _lacks_result(questions: Sequence[str], replies: Sequence[str]) -> bool:
+    """Whether a result is asked for, and nothing that words alone can answer, and there is none."""
+    if not any(map(_ASKS_RESULT.search, questions)) or any(map(_ASKS_WORDS.search, questions)):
         return False
-    asked = " ".join(questions)
-    return not _CLOSED.search(asked) and _count_words(asked) < _INSTRUCTIONS
+    return not any(map(_RESULT.search, replies))
+
+
+def _says_nothing(questions: Sequence[str], replies: Sequence[str], min_words: int) -> bool:
+    """Whether the answers have too few words; a symbol or an emoji is one, a full stop is none unless asked for."""
+    said, asked = " ".join(replies), " ".join(questions)
+    if len(said) < 1000 and len(split_words(said)) < min_words:
+        symbols = len(_symbols(said))
+        if not symbols and _count_words(asked) < _INSTRUCTIONS and _NAMES_A_SIGN.search(asked):
+            symbols = len(said.split())
+        return len(split_words(said)) + symbols < min_words
+    if len(said) > 20 or not _FILLER.fullmatch(said) or _CLOSED.search(asked) or _WORDING.search(asked):
+        return False
+    return bool(_ASKS_MORE.search(asked)) and _count_words(asked) < _INSTRUCTIONS
+
+
+def _symbols(text: str) -> list[str]:
+    return [character for character in text if unicodedata.category(character).startswith("S")]
 
 
 def _count_words(text: str) -> int:
@@ -343,6 +460,9 @@ def _readings(code: str) -> Iterator[str]:
     if part.endswith(":"):
         part += f"\n{' ' * (len(part.splitlines()[-1]) - len(part.splitlines()[-1].lstrip()) + 4)}pass"
     yield part
+    yield _PLACEHOLDER.sub("x", _TEMPLATE_LINE.sub("", part))
+    if _DIFF.search(code):
+        yield textwrap.dedent(_DIFF_LINE.sub("", code))  # the text after the change
     for pattern, by in _PYTHON_2:
         part = pattern.sub(by, part)
     yield part

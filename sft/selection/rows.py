@@ -113,8 +113,17 @@ def read_unread(table: pa.Table) -> list[dict[str, Any]]:
     ]
 
 
+# Full and half widths, spaces and Latin ligatures: other compatibility forms, as of x² or ½, say something else.
+_WIDTHS = re.compile("[\u3000\uff01-\uffee\xa0\u2000-\u200a\u202f\u205f\ufb00-\ufb06]+")
+
+
+def _normalise(text: str) -> str:
+    """NFC, and characters that differ in their width alone made one."""
+    return unicodedata.normalize("NFC", _WIDTHS.sub(lambda run: unicodedata.normalize("NFKC", run[0]), text))
+
+
 def content_id(messages: Sequence[dict[str, str]], unread: Mapping[str, Any] | None = None) -> bytes:
-    """xxh3-128 of the roles and NFKC-normalised texts of a conversation; spaces at the ends do not count.
+    """xxh3-128 of the roles and texts of a conversation, in NFC and without differences of width or at the ends.
 
     Args:
         messages: with `role` and `content`.
@@ -123,7 +132,7 @@ def content_id(messages: Sequence[dict[str, str]], unread: Mapping[str, Any] | N
     digest = xxhash.xxh3_128()
     for message in messages:
         content = message["content"].strip()
-        text = content if content.isascii() else unicodedata.normalize("NFKC", content)
+        text = content if content.isascii() else _normalise(content)
         digest.update(f"{message['role']}\0{len(text)}\0{text}".encode())
     if unread:
         digest.update(b"\0" + to_json(unread))

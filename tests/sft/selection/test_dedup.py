@@ -74,6 +74,13 @@ def test_exact_duplicates_keep_the_first():
     [
         (chat("Hi", "Ho"), chat(" Hi\n", "Ho"), True),
         (chat("ﬁne １", "Ho"), chat("fine 1", "Ho"), True),
+        (chat("ＡＢＣ！\u3000ｶﾞ", "Ho"), chat("ABC! ガ", "Ho"), True),
+        (chat("cafe\u0301\xa0!", "Ho"), chat("café !", "Ho"), True),
+        (chat("What is x²?", "Ho"), chat("What is x2?", "Ho"), False),
+        (chat("①", "Ho"), chat("1", "Ho"), False),
+        (chat("½ cup", "Ho"), chat("1⁄2 cup", "Ho"), False),
+        (chat("H₂O", "Ho"), chat("H2O", "Ho"), False),
+        (chat("10 ㎡", "Ho"), chat("10 m2", "Ho"), False),
         (chat("Hi", "Ho"), chat("Hi", "ho"), False),
         (chat("Hi", "Ho"), [{"role": "system", "content": "Hi"}, *chat("Hi", "Ho")[1:]], False),
         (chat("a", "b", "c", "d"), chat("a", "b\x00user", "c", "d"), False),

@@ -12,7 +12,16 @@ import pytest
 
 from sft.data.formats import DataError
 from sft.selection import SelectionError
-from sft.selection.decontaminate import MIN_WORDS, NGRAM, drop_contaminated, index_evaluations
+from sft.selection.common import find_common
+from sft.selection.decontaminate import (
+    MIN_WORDS,
+    NGRAM,
+    drop_contaminated,
+    fit_kernel,
+    index_evaluations,
+    make_index,
+    read_evaluations,
+)
 from sft.selection.domains import tag_domain, tag_domains
 from sft.selection.heuristics import REASONS, drop_broken, find_fault, repeated_shares
 
@@ -88,6 +97,41 @@ def test_items_are_all_texts_of_a_row_and_lines_of_a_text(lines, tmp_path):
     assert drop_contaminated(table(chats), index)["drop"].to_pylist() == ["contaminated"] * 6 + [None]
 
 
+@pytest.mark.parametrize("others", [[], [sentence(30, seed) for seed in (500, 501, 502)]], ids=["alone", "one of four"])
+def test_a_leaked_question_with_an_answer_of_its_own_is_found(others, lines):
+    """8 rows of 100 hold the question, so it counts as common; the two words more in the item are in none of them."""
+    question = sentence(30, 0)
+    leaks = [chat(f"{sentence(5, seed)} {question}", sentence(20, seed)) for seed in range(100, 108)]
+    clean = [chat(sentence(30, seed), sentence(20, seed)) for seed in range(200, 292)]
+    file = lines(*({"question": item} for item in [f"{question}? Answer: Blois", *others]))
+    sample = table(leaks + clean)
+    kernel = fit_kernel(sample, read_evaluations([str(file)]))
+    assert kernel(sample)["drop"].to_pylist() == ["contaminated"] * 8 + [None] * 92
+
+
+def test_a_template_with_a_short_question_is_not_what_leaked(lines):
+    """Its words are nearly all of each item, and of no item alone; what cannot be looked for is counted."""
+    template = sentence(60, 0)
+    rows = [chat(f"{template} {sentence(8, seed)}", sentence(20, seed)) for seed in range(100, 200)]
+    sample = table(rows)
+    evaluations = read_evaluations([str(lines(*({"question": f"{template} item {n}"} for n in range(4))))])
+    index = make_index(evaluations, find_common(rows))
+    assert (index.items, index.too_short, index.shared) == (0, 0, 4)
+    assert fit_kernel(sample, evaluations)(sample)["drop"].null_count == 100
+
+
+def test_too_little_left_of_an_item_is_counted(lines):
+    question = sentence(20, 0)
+    rows = [chat(f"{question} {sentence(8, seed)}", sentence(20, seed)) for seed in range(100, 200)]
+    evaluations = read_evaluations([str(lines({"question": f"{question} four words at last"}))])
+    before, after = make_index(evaluations), make_index(evaluations, find_common(rows))
+    assert [(index.items, index.shared) for index in (before, after)] == [(1, 0), (0, 1)]
+    notes: list[str] = []
+    fit_kernel(table(rows), evaluations, notify=notes.append)
+    fit_kernel(table(rows[:3]), evaluations, notify=notes.append)
+    assert notes == ["decontamination: 1 of 1 texts are not looked for: many rows share most of their words"]
+
+
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
@@ -113,8 +157,10 @@ CODE = "Here:\n```python\n{}\n```\nThat is all."
 @pytest.mark.parametrize(
     ("reason", "answer"),
     [
-        ("answer_too_short", "Yes."),
-        ("answer_too_short", "👍 👍 👍"),
+        ("answer_too_short", "…"),
+        ("answer_too_short", " \n"),
+        (None, "Yes."),
+        (None, "👍 👍 👍"),
         ("too_long", "word " * 17_000),
         ("garbled", "It is \ufffd\ufffd\ufffd here, as you see"),
         ("garbled", "It is \x00\x01 here, as you see"),

@@ -7,6 +7,7 @@
 import gzip
 import itertools
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,19 @@ TRICKY = [
     ("What is GPT-4?", "As a large language model trained on text, GPT-4 predicts the next token."),
     ("Translate into English: 抱歉，我无法回答这个问题。", "I'm sorry, but I can't answer that question."),
     ("My cat died.", "I'm so sorry to hear that. I cannot imagine how you feel."),
+    ("How do you say 'Tut mir leid, ich kann Ihnen nicht helfen' in English?", "I'm sorry, I can't help you."),
+    ("Übersetze ins Englische: Tut mir leid, das kann ich nicht tun.", "I'm sorry, I can't do that."),
+    ("Traduis en anglais : Désolé, je ne peux pas vous aider.", "I'm sorry, I can't help you."),
+    (
+        "Why was my card refused?",
+        "I'm sorry, but we could not process your payment: it expired. Please add another one.",
+    ),
+    ("And my parcel?", "We're sorry, we cannot provide shipping to islands. Pick it up at the harbour instead."),
+    ("Go on.", "I am afraid we cannot see the shore any more, said the captain. The fog is too thick."),
+    ("我的支付呢？", "很抱歉，您的支付无法完成，请换一张银行卡。"),
+    ("产业如何？", "作为人工智能，我国的产业发展迅速，没有停下来。"),
+    ("番茄炒蛋？", "作为一个AI，我很乐意：番茄两个，鸡蛋三个，先炒蛋，再炒番茄。"),
+    ("Who are you?", "As an AI, I am Tele-FLM, made by TeleAI. I can help you with questions."),
     # Short, and all there is to say.
     ("中国的首都是哪里？", "北京"),
     ("What is the capital of France?", "Paris"),
@@ -65,6 +79,19 @@ TRICKY = [
     ("Which option? A: red B: blue", "B"),
     ("“水”用英语怎么说？", "water"),
     ("Ist das gut?", "Ja."),
+    ("What does print([].sort()) output?", "None"),
+    ("Which Python value stands for nothing?", "`None`"),
+    ("Explain in one word what print([].sort()) gives.", "None"),
+    ("What is the symbol of nobelium?", "No"),
+    ("What is 0.0 / 0.0 in JavaScript?", "NaN"),
+    ("Translate 是的", "Yes"),
+    ("把yes翻译成中文", "是的"),
+    ("How do you say good in Chinese?", "好"),
+    ("“good”用中文怎么说？", "好"),
+    ("Which operator assigns in C?", "="),
+    ("Which operator negates in C?", "!"),
+    ("Two and two: plus or minus?", "+"),
+    ("One emoji for a party!", "🎉"),
     # Code.
     ("Print it in Python 2.", f'{TICKS}python\nprint "hello"\n{TICKS}'),
     ("In Python 2?", f'{TICKS}python\nfor i in range(3):\n    print i, "of", 3\n{TICKS}'),
@@ -85,6 +112,15 @@ TRICKY = [
     ("Install it.", f"{TICKS}python\npip install numpy\n{TICKS}"),
     ("A session?", f"{TICKS}python\n>>> 1 +\n{TICKS}"),
     ("In JavaScript.", f"{TICKS}js\nlet x = {{;\n{TICKS}"),
+    ("What raises a SyntaxError?", f"{TICKS}python\nfor i in range(3)\n    print(i)\n{TICKS}\nThe colon is missing."),
+    ("为什么报语法错误？", f"{TICKS}python\nif x = 1:\n    pass\n{TICKS}\n要用两个等号。"),
+    ("Show the change.", f"{TICKS}python\n def f(x):\n-    return x\n+    return x + 1\n{TICKS}"),
+    ("A whole diff?", f"{TICKS}python\n--- a/f.py\n+++ b/f.py\n@@ -1,2 +1,2 @@\n x = 1\n-y = x +\n+y = x\n{TICKS}"),
+    ("With my key?", f"{TICKS}python\nclient = Client(key=<your value>)\n{TICKS}"),
+    (
+        "In Jinja?",
+        f"{TICKS}python\n{{% if tested %}}\nimport pytest\n{{% endif %}}\nname = {{{{ name | upper }}}}\n{TICKS}",
+    ),
     # Accents, and what looks like text in another encoding.
     ("Écris en majuscules.", "L'ÉTÉ À LA MER… « CAFÉ » À PARIS, ÇA VA ? OÙ ÊTES-VOUS ? À L'HÔTEL « RÊVE »."),
     ("Em português?", "A AÇÃO É NOSSA: CORAÇÃO, IRMÃ, MAÇÃ… “NÃO”, DISSE A ANCIÃ."),
@@ -94,6 +130,21 @@ TRICKY = [
     ),
     ("Was heißt das?", "Größe, Übung, Äpfel, Öl, süß: fünf Wörter mit Umlauten oder ß."),
     ("Viết bằng tiếng Việt.", "Tôi yêu tiếng nước tôi từ khi mới ra đời, người ơi."),
+    ("Welche Wörter haben ß?", "„Maß“ und „Fuß“, auch „Spaß“ und „Gruß“."),
+    ("Welche Umlaute gibt es?", "„Ä“, „Ö“ und „Ü“, und klein „ä“, „ö“ und „ü“."),
+    ("Citez trois noms.", "«\xa0liberté\xa0», «\xa0beauté\xa0» et «\xa0bonté\xa0»"),
+    ("Em maiúsculas?", "“IRMÔ, “MAÇÔ e “AVELÔ"),
+    (
+        "What are Ã© and â€™, as in cafÃ© and naÃ¯ve, or donâ€™t?",
+        "They are é and ’, as in café, naïve and don’t: UTF-8 that was read as Windows-1252.",
+    ),
+    (
+        "Show a tree.",
+        "src\n├── " + "\n├── ".join(["a", "bin", "cfg", "doc", "etc", "lib", "new", "old", "run", "tmp"]) + "\n└── z",
+    ),
+    ("Show a table.", "┌──────┬──────┐\n│ name │ size │\n├──────┼──────┤\n│ a    │ 1    │\n└──────┴──────┘"),
+    ("25 suns?", "Here: " + "☀" * 25),
+    ("一和　和一？", "一　" * 25),
     ("По-русски?", "Съешь же ещё этих мягких французских булок, да выпей чаю."),
     ("一、二、三？", "一切中国人都在说中文，上一个世纪如此，下一个世纪也如此。最后渀、漀、焀是少见的字。"),
     ("Draw a line of stars.", "Here: " + "*" * 50),
@@ -112,6 +163,12 @@ def test_what_looks_like_a_fault_and_is_none(question, answer):
     assert fault(chat(question, answer)) is None
 
 
+def test_who_has_more_is_no_number():
+    messages = chat("Find out who has more: Alice 3 + 4 = 7, Bob 2 + 3 = 5", "Alice has more.")
+    assert tag_domain(messages) == "math"
+    assert fault(messages) is None
+
+
 def test_thanks_after_mathematics():
     messages = chat("What is 3 + 4 = ? And 5 + 6 = ?", "7 and 11: 3 + 4 = 7, 5 + 6 = 11.", "Thanks!", "You're welcome!")
     assert find_fault(messages, "math") is None
@@ -123,16 +180,27 @@ FAULTS = [
     ("refusal", "Who wins?", "I cannot provide information on that."),
     ("refusal", "Who wins?", "As an AI, I do not have opinions."),
     ("refusal", "Who wins?", "As an AI language model created by a company, I can't say."),
+    ("refusal", "Who wins?", "I'm sorry, but as an assistant I cannot answer that question."),
+    ("refusal", "Write it.", "I'm afraid I can't write that for you."),
+    ("refusal", "Write it.", "I'm sorry, but I'm unable to generate such content."),
+    ("refusal", "Write it.", "I am unable to provide medical advice."),
+    ("refusal", "Who wins?", "As a language model, I don’t have feelings."),
+    ("refusal", "谁会赢？", "抱歉，我目前不能协助您完成这个请求。"),
     ("refusal", "谁会赢？", "很抱歉，我无法提供这方面的信息。"),
     ("refusal", "谁会赢？", "对不起，作为助手我不能回答。"),
     ("refusal", "谁会赢？", "作为一款人工智能助手，我没有个人看法。"),
     ("answer_too_short", "Why is the sky blue?", "Ok."),
     ("answer_too_short", "天空为什么是蓝色的？", "好的"),
     ("answer_too_short", "Why?", "..."),
+    ("answer_too_short", f"Summarise this: {'words and signs, and marks of all kinds, ' * 5}", "..."),
+    ("answer_too_short", "Write a story about a fox.", "Sure!"),
+    ("answer_too_short", "介绍一下北京。", "嗯。"),
     ("cut_code", "Code?", f"{TICKS}python\nx = 1"),
     ("cut_code", "Code?", f"{TICKS}`md\n{TICKS}py\nx\n{TICKS}\n"),
     ("broken_code", "Code?", f"{TICKS}python\nfor i in range(3)\n    print(i\n{TICKS}"),
+    ("broken_code", "Code?", f"{TICKS}python\ndef f(<name>:\n    return {{{{ x }}}}\n{TICKS}"),
     ("broken_code", "Code?", f"{TICKS}py\nThis is not code, as you see.\n{TICKS}"),
+    ("no_result", "Find the value of 3 + 4 = ? and 5 + 6 = ?", "You add them up, as always."),
     ("no_result", "Compute 3 + 4 = ? and 5 + 6 = ?", "You add them up, as always."),
 ]
 
@@ -150,6 +218,9 @@ def test_what_is_a_fault(reason, question, answer):
         "Ein süßer Käse für Größere, später übrigens auch für Ältere.",
         "今天天气很好，我们去公园散步吧。",
         "Ça va? «Très bien», dit-il à l’hôtel.",
+        "Съешь же ещё этих мягких французских булок.",
+        "Tôi yêu tiếng nước tôi từ khi mới ra đời, người ơi.",
+        "He said “yes”, didn’t he? I don’t know, and it’s late.",
     ],
 )
 def test_text_that_was_read_in_another_encoding(text, encoding):
@@ -164,6 +235,8 @@ def test_text_that_was_read_in_another_encoding(text, encoding):
 def test_utf_16_in_the_other_byte_order():
     text = "The quick brown fox jumps over the lazy dog, and that is all."
     assert is_misread(text.encode("utf-16-le").decode("utf-16-be"))
+    sums = "So 12 * 34 = <<12*34=408>>408, of which $15 are hers: 408 - 15 = 393."
+    assert is_misread(sums.encode("utf-16-le").decode("utf-16-be"))
     assert is_misread("\u4e2d\u6587" * 10 + text.encode("utf-16-be").decode("utf-16-le"))
     assert not is_misread("".join(chr(code) for code in range(0x4E00, 0x9F00)))
 
@@ -224,3 +297,73 @@ def test_blocks_end_with_as_many_backticks():
 @pytest.mark.parametrize("code", ["", "print 'a', b,", "print", "x = 1\nprint x; y = 2", "`x`", "a = 0L"])
 def test_python_2_is_python(code):
     assert is_python(code)
+
+
+def seconds(run, text: str) -> float:
+    start = time.perf_counter()
+    run(text)
+    return time.perf_counter() - start
+
+
+PIECES = [
+    *(
+        "\n",
+        " ",
+        "\t",
+        "(",
+        ")",
+        "`",
+        "$",
+        "=",
+        ":",
+        ",",
+        "1",
+        "0",
+        "a",
+        "。",
+        "\u3000",
+        "\xa0",
+        "Ã",
+        "é\xa0»",
+        "\u2500",
+    ),
+    *("print (", "print ", "print>>", ":print(", "a ", "a,", "\n ", "\n\n a", "1 ", "1 + ", "1+1=", "x```", "```\n"),
+    *("I'm sorry ", "what is ", "option ", "is ", ". ", "except a , ", "raise a,", "lambda (", "def f(", "def f(a):\n"),
+    *("{{", "{% ", "<a ", "很抱歉，", "作为AI，", "how many ", "As an AI, I "),
+]
+BEGINNINGS = [
+    "",
+    "a",
+    "1",
+    "$",
+    "print ",
+    "print a",
+    "print (",
+    "except ",
+    "except a",
+    "def f(",
+    "SELECT ",
+    "lambda (",
+    "=",
+]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_time_is_in_proportion_to_the_text(piece):
+    """Ten times the text may take thirty times as long, and half a second; what is quadratic takes a hundred times."""
+
+    def everything(text: str) -> None:
+        for beginning in BEGINNINGS:
+            said = f"{beginning}{text}"
+            is_python(said)
+            for messages in (
+                chat(f"{said}b", "yes"),
+                chat("2 + 2 = ?", f"{said}b"),
+                chat("x", f"a{TICKS}python\n{said}"),
+            ):
+                tag_domain(messages)
+                find_fault(messages, "math")
+
+    short, long = (piece * (length // len(piece) + 1) for length in (1000, 10_000))
+    most = 30 * min(seconds(everything, short) for _ in range(2)) + 0.5
+    assert any(seconds(everything, long) < most for _ in range(2))
