@@ -152,7 +152,9 @@ def _decontamination(values: dict[str, Any], reading: Reading | None, run: Run) 
         run.notify(f"decontamination: {index.shared} of {texts} texts say what many do, and are not looked for")
     content = make_digest([sorted(map(str, hashes.tolist())) for hashes in index.hashes.values()])
     told = {"evaluations": content, **_describe("decontamination", values, reading), "sample": common.SAMPLE}
-    fit = partial(decontaminate.fit_kernel, evaluations=evaluations, max_share=shared, reading=reading or WHOLE)
+    fit = partial(
+        decontaminate.fit_kernel, evaluations=evaluations, max_share=shared, reading=reading or WHOLE, notify=run.notify
+    )
     return Stage(
         "decontamination", told, columns_of(OPERATORS["decontamination"], reading), fit=fit, sample=common.SAMPLE
     )
