@@ -46,7 +46,7 @@ MAY_CHANGE = "|".join(
         "prediction_loss_only|batch_eval_metrics",
         # how it is spread; the examples of a step are compared in their place
         "per_device_train_batch_size|gradient_accumulation_steps|num_processes|distributed_type|fsdp|fsdp_config|deepspeed",
-        "accelerator_config|parallelism_config|local_rank|use_cpu|auto_find_batch_size",
+        "parallelism_config|local_rank|use_cpu|auto_find_batch_size",
         # how memory and time are saved
         "(activation|gradient)_checkpointing(_kwargs)?|activation_offloading|torch_empty_cache_steps|torch_compile.*",
         "attn_implementation|use_kernels|dataset_num_proc|use_cache|allow_rejects",

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import StateDictType
 
-from conversion.checkpoint.errors import CheckpointError
+from conversion.architecture import MODEL_TYPE
+from conversion.checkpoint.errors import CheckpointError, one_line
 from conversion.checkpoint.sources import WEIGHT_FILES
 from conversion.convert import convert_checkpoint
 from conversion.hub.saved_model import ADAPTER_WEIGHTS
@@ -37,7 +38,7 @@ _PARTS = "pytorch_model_fsdp_0"  # accelerate's name
 class ShardedSaveMixin:
     """Gives a Trainer, or a trainer derived from it, models that are saved whole under SHARDED_STATE_DICT.
 
-    Adapters, which are small, are gathered.
+    Adapters, which are small, are gathered; and so are masked models, which are not.
     """
 
     accelerator: Any
@@ -61,6 +62,10 @@ class ShardedSaveMixin:
         if self.args.should_save:
             self._save_without_weights(folder)
         if _internal_call:  # a checkpoint, whose parts the Trainer saves with the optimizer's
+            return
+        if self.model.config.model_type != MODEL_TYPE:  # masked, with more than the tensors that the engine knows
+            whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            self._save(str(folder), get_model_state_dict(self.model, options=whole))
             return
         self.accelerator.wait_for_everyone()
         save_fsdp_model(self.accelerator.state.fsdp_plugin, self.accelerator, self.model, str(folder))
@@ -126,9 +131,10 @@ def _join(folder: Path) -> None:
         whole = Path(place) / "whole"
         try:
             convert_checkpoint(folder / _PARTS, whole, config=folder / "config.json")
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             raise CheckpointError(
-                f"{folder / _PARTS} holds the trained weights in parts, of which no model can be made: {error}"
+                f"{folder / _PARTS} holds the trained weights in parts, of which no model could be made: "
+                f"{one_line(error)} When that is mended, `teleflm sft export {folder} OUT` makes it."
             ) from error
         for name in WEIGHT_FILES:
             (folder / name).unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from growth.training.errors import RunError
 from growth.training.same_run import MAY_CHANGE, RUN, check_same_run, describe_run
 
 DECIDES = """
+    accelerator_config
     learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1
     adam_beta2 adam_epsilon optim_target_modules max_grad_norm label_smoothing_factor bf16 fp16
     neftune_noise_alpha ignore_data_skip seed data_seed dataloader_drop_last train_sampling_strategy
@@ -53,6 +54,7 @@ def test_every_key_that_decides_the_steps_is_compared():
         (described(learning_rate=1e-2), "learning_rate was 5e-05, is 0.01"),
         (described({"data": "xyz"}), 'data was "abc", is "xyz"'),
         (described(others={"mup_base_width": 64}), "mup_base_width was 32, is 64"),
+        (described(accelerator_config={"use_seedable_sampler": False}), "accelerator_config was .*, is "),
         (described(per_device_train_batch_size=4), "batch_size was 8, is 4"),
         (described(seed=1, weight_decay=0.5), "seed was 42, is 1; weight_decay was 0.0, is 0.5|weight_decay.*seed"),
         (described(lr_scheduler_type="cosine"), 'lr_scheduler_type was "linear", is "cosine"'),

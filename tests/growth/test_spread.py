@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 STEP = 700
 TARGET = {"hidden_size": 40, "num_attention_heads": 5, "intermediate_size": 110, "num_hidden_layers": 4}
 FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+IN_PARTS = {**FSDP2, "fsdp_config": {**FSDP2["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}}
 ROWS, ACCUMULATED = 2, 2  # of a process
 
 
@@ -153,6 +154,7 @@ def sharded(folders, tmp_path_factory) -> tuple[Path, list[list[dict]]]:
         (keys_of(folders, out, "resumed", **begun, resume_from_checkpoint=str(out / "run/checkpoint-1")), None),
         (keys_of(folders, out, "masked", method="masked", **FSDP2), None),
         (keys_of(folders, out, "unseen", **FSDP2), "unseen"),
+        (keys_of(folders, out, "masked in parts", method="masked", **IN_PARTS), None),
     ]
     return out, launch(runs, out)
 
@@ -179,6 +181,12 @@ def test_what_fsdp2_saves_is_a_model_of_ours(name, own, sharded):
     config = json.loads((folder / "config.json").read_bytes())
     assert config["auto_map"]["AutoModelForCausalLM"] == f"{own}.{config['architectures'][0]}"
     assert (folder / f"{own}.py").is_file()
+
+
+def test_a_masked_model_that_is_saved_in_parts_is_saved_whole_in_the_end(sharded):
+    whole, parts = (load_file(sharded[0] / name / "model.safetensors") for name in ("masked", "masked in parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(parts[name], weight) for name, weight in whole.items())
 
 
 def check_records(out: Path, runs: dict[str, str], kind: str) -> None:
