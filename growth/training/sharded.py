@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import StateDictType
 
-from conversion.architecture import MODEL_TYPE
 from conversion.checkpoint.errors import CheckpointError, one_line
 from conversion.checkpoint.sources import WEIGHT_FILES
 from conversion.convert import convert_checkpoint
@@ -38,7 +37,7 @@ _PARTS = "pytorch_model_fsdp_0"  # accelerate's name
 class ShardedSaveMixin:
     """Gives a Trainer, or a trainer derived from it, models that are saved whole under SHARDED_STATE_DICT.
 
-    Adapters, which are small, are gathered; and so are masked models, which are not.
+    Adapters, which are small, are gathered.
     """
 
     accelerator: Any
@@ -62,10 +61,6 @@ class ShardedSaveMixin:
         if self.args.should_save:
             self._save_without_weights(folder)
         if _internal_call:  # a checkpoint, whose parts the Trainer saves with the optimizer's
-            return
-        if self.model.config.model_type != MODEL_TYPE:  # masked, with more than the tensors that the engine knows
-            whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            self._save(str(folder), get_model_state_dict(self.model, options=whole))
             return
         self.accelerator.wait_for_everyone()
         save_fsdp_model(self.accelerator.state.fsdp_plugin, self.accelerator, self.model, str(folder))

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
@@ -112,6 +113,9 @@ def main(runs: str, out: str) -> None:
         folder = Path(out) / str(index)
         folder.mkdir(exist_ok=True)
         outcomes.append(run(keys, fault, folder))
+        if "deepspeed" not in keys:  # accelerate would keep what the first run said of FSDP
+            AcceleratorState._reset_state()
+            GradientState._reset_state()
     together = [None] * dist.get_world_size()
     dist.all_gather_object(together, outcomes)
     if dist.get_rank() == 0:
