@@ -117,8 +117,12 @@ def check_rows(
             yield row, Reject(row.source, row.id, tuple(problems))
         else:
             weights = tuple(float(_weight(turn)) for turn in turns if turn.role == "assistant")
-            messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-            yield row, Conversation(messages, row.source, weights)
+            yield row, Conversation([message_of(turn) for turn in turns], row.source, weights)
+
+
+def message_of(turn: Turn) -> dict[str, str]:
+    """A valid turn as a chat template takes it."""
+    return {"role": turn.role, "content": turn.content}
 
 
 def check_turns(turns: Sequence[Turn], control_tokens: Collection[str] = ()) -> list[Problem]:
@@ -226,4 +230,4 @@ class _Ids:
         return True
 
 
-__all__ = ["REASONS", "ROLES", "Conversation", "Reject", "check_rows", "check_turns"]
+__all__ = ["REASONS", "ROLES", "Conversation", "Reject", "check_rows", "check_turns", "message_of"]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from sft.data.checks import Reject, check_turns
+from sft.data.checks import Reject, check_turns, message_of
 from sft.data.formats import Problem, Row, Turn, read_rows, turns_of
 from sft.data.labels import DataReport, Labelling, require_rows
 from sft.tokenizer import control_tokens
@@ -106,7 +106,7 @@ def read_pair(row: Row, controls: Collection[str] = ()) -> tuple[Pair, list[Prob
         # The prompt is judged twice, with each answer; what is wrong with it is said once.
         found = [check_turns([*turns["prompt"], *turns[answer]], controls) for answer in ("chosen", "rejected")]
         problems = list(dict.fromkeys(problem for problems in found for problem in problems))
-    pair = {column: [{"role": turn.role, "content": turn.content} for turn in turns[column]] for column in _COLUMNS}
+    pair = {column: [message_of(turn) for turn in turns[column]] for column in _COLUMNS}
     if not problems and pair["chosen"] == pair["rejected"]:
         problems = [Problem("same_answers", "chosen and rejected are the same; there is nothing to prefer")]
     return pair, problems
