@@ -11,7 +11,7 @@ from typing import Any
 
 from .architecture import MODEL_TYPE, Architecture, load_config, load_preset, preset_names
 from .checkpoint.budget import reading_threads
-from .checkpoint.containers import parse_size
+from .checkpoint.containers import Shard, parse_size
 from .checkpoint.dtypes import DType, parse_dtype
 from .checkpoint.errors import CheckpointError, NotFinite
 from .checkpoint.execute import CheckpointResult, WriteOptions, execute
@@ -50,6 +50,7 @@ def convert_checkpoint(
     multipliers: str | None = None,
     mapping: str | Path | None = None,
     fp32_master: bool = False,
+    optimizer: bool = False,
     allow_unequal_replicas: bool = False,
     allow_nonfinite: bool = False,
     dtype: str | None = None,
@@ -74,6 +75,8 @@ def convert_checkpoint(
         multipliers: of a training run that does not say them: `none`, or `input_mult=16,output_mult=0.5` and so on.
         mapping: YAML file with the names of a fork of Megatron, see `native.table.read_table`.
         fp32_master: of a DeepSpeed run: take the optimizer's float32 weights.
+        optimizer: of a DeepSpeed or FSDP2 run: write the moments of Adam too, as the optimizer.pt that transformers'
+            Trainer loads and growth grows.
         allow_unequal_replicas: take rank 0's where copies differ.
         allow_nonfinite: write a run's NaN and infinities as they are, and infinity for what is too large for `dtype`.
         dtype: of the output's floating-point tensors; the source's unless given.
@@ -93,11 +96,18 @@ def convert_checkpoint(
         "mapping": mapping,
     }
     how |= {"vocab_size": vocab_size, "multipliers": multipliers, "fp32_master": fp32_master}
+    how |= {"optimizer": optimizer}
     how |= {"allow_unequal_replicas": allow_unequal_replicas, "allow_nonfinite": allow_nonfinite, "dtype": dtype}
     planned = _plan(source, options or WriteOptions(), dry_run=dry_run, **how)
     try:
         return execute(
-            planned.plan, Path(out), planned.options, planned.notes, dry_run=dry_run, recorded=planned.recorded
+            planned.plan,
+            Path(out),
+            planned.options,
+            planned.notes,
+            dry_run=dry_run,
+            recorded=planned.recorded,
+            states=planned.states,
         )
     except NotFinite as error:
         raise NotFinite(f"{error} --allow-nonfinite converts the run as it is.") from None
@@ -133,6 +143,8 @@ def convert_to_hub(
         CheckpointError, OSError: see `convert_checkpoint` and `stream_to_hub`.
     """
     planned = _plan(source, options or WriteOptions(), dry_run=dry_run, **how)
+    if planned.states:
+        raise CheckpointError("--optimizer writes a state to train on with, which is not published; leave it out.")
     notes = planned.notes
     if planned.options.verify_source and not dry_run:
         threads = reading_threads(planned.options.workers, parse_size(planned.options.memory))
@@ -148,6 +160,7 @@ class _Planned:
     notes: list[str]
     options: WriteOptions
     recorded: dict[str, View]
+    states: list[Shard]
 
 
 def _plan(
@@ -162,6 +175,7 @@ def _plan(
     multipliers: str | None = None,
     mapping: str | Path | None = None,
     fp32_master: bool = False,
+    optimizer: bool = False,
     allow_unequal_replicas: bool = False,
     allow_nonfinite: bool = False,
     dtype: str | None = None,
@@ -174,31 +188,38 @@ def _plan(
     options = replace(options, allow_nonfinite=options.allow_nonfinite or allow_nonfinite)
     recorded: dict[str, View] = {}
     cast = parse_dtype(dtype) if dtype else None
-    run = _open_run(folder, format, iteration, mapping, fp32_master)
+    states: list[Shard] = []
+    run = _open_run(folder, format, iteration, mapping, fp32_master=fp32_master, optimizer=optimizer)
     if run is None:
         run_only = {"config": config, "tokenizer": tokenizer, "vocab_size": vocab_size, "iteration": iteration}
         run_only |= {"multipliers": multipliers, "mapping": mapping, "fp32_master": fp32_master or None}
-        run_only |= {"allow_unequal_replicas": allow_unequal_replicas or None}
+        run_only |= {"allow_unequal_replicas": allow_unequal_replicas or None, "optimizer": optimizer or None}
         _refuse_run_options(run_only)
         plan, notes = plan_conversion(open_checkpoint(folder), dtype=cast, alone=folder.is_file())
     else:
-        plan, notes = plan_run(run, _read_config(config), tokenizer, vocab_size, cast, multipliers)
+        plan, states, notes = plan_run(run, _read_config(config), tokenizer, vocab_size, cast, multipliers)
         options = replace(options, finite=not options.allow_nonfinite)
         exported = exported_folder(Path(run.folder)) if options.verify_source else None
         recorded = exported_tensors(exported) if exported else {}
         if not dry_run:
             notes += compare_replicas(run, plan.config, allow=allow_unequal_replicas)
-    return _Planned(plan, notes, options, recorded)
+    return _Planned(plan, notes, options, recorded, states)
 
 
 def _open_run(
-    source: Path, format: str, iteration: int | None, mapping: str | Path | None, fp32_master: bool
+    source: Path,
+    format: str,
+    iteration: int | None,
+    mapping: str | Path | None,
+    *,
+    fp32_master: bool,
+    optimizer: bool,
 ) -> NativeCheckpoint | None:
     """The training checkpoint that the source is; None if it is in the Hugging Face layout."""
     if format == "hf" or (format == "auto" and any((source / name).exists() for name in WEIGHT_FILES)):
         return None
     table = read_table(Path(mapping)) if mapping else None
-    run = open_native(source, iteration, table=table, fp32_master=fp32_master)
+    run = open_native(source, iteration, table=table, fp32_master=fp32_master, optimizer=optimizer)
     if format != "auto" and (run is None or run.format != format):
         raise CheckpointError(f"{source}: format is {format}, but this looks like {run.format if run else 'none'}.")
     return run

@@ -15,7 +15,7 @@ from typing import Any
 
 from .architecture import MODEL_TYPE, Architecture
 from .checkpoint.budget import reading_threads
-from .checkpoint.check import Damage, check_digests, check_files
+from .checkpoint.check import Damage, check_folder
 from .checkpoint.containers import parse_size
 from .checkpoint.errors import CheckpointError, printable
 from .checkpoint.limits import DEFAULT_MEMORY, default_workers
@@ -87,6 +87,7 @@ def inspect_checkpoint(
     path: str | Path,
     *,
     check: bool = False,
+    with_state: bool = True,
     workers: int | None = None,
     memory: str | int = DEFAULT_MEMORY,
     progress: Callable[[int, int], None] = lambda nbytes, total: None,
@@ -97,6 +98,7 @@ def inspect_checkpoint(
         path: its folder, or one weight file.
         check: read every tensor and every other file that the record lists, and compare them with its digests; of a
             training run, compare the copies that it kept of one tensor.
+        with_state: whether `check` also reads what training loads beside the weights, as an optimizer's moments.
         workers: threads for `check`; as many as this process may use processors unless given.
         memory: what those threads may hold together, in bytes or as text; fewer run where it does not suffice.
         progress: called with the bytes `check` just read and those in all.
@@ -143,7 +145,7 @@ def inspect_checkpoint(
         padding_rows=architecture.vocab_size - pieces if architecture and pieces else None,
         lineage=_sentences(manifest),
         problems=[*map(shown, problems)],
-        damages=_check(source.tensors, folder, checked, workers, progress, alone=alone),
+        damages=_check(source.tensors, folder, checked, workers, progress, alone=alone, with_state=with_state),
         alone=alone,
         checked_files=_count_files(checked),
         checked_tensors=bool(checked and checked.get("digest")),
@@ -177,12 +179,12 @@ def _check(
     progress: Callable[[int, int], None],
     *,
     alone: bool = False,
+    with_state: bool = True,
 ) -> list[Damage] | None:
     """What differs from the record; None without one."""
     if manifest is None:
         return None
-    damages = check_digests(tensors, folder, manifest, workers, progress)
-    return damages + check_files(tensors, folder, manifest, alone=alone)
+    return check_folder(tensors, folder, manifest, workers, progress, alone=alone, with_state=with_state)
 
 
 def _of_file(manifest: Mapping[str, Any], file: str) -> dict[str, Any]:

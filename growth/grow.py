@@ -7,7 +7,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ml_dtypes
 
@@ -15,7 +15,6 @@ from conversion.architecture import Architecture, load_config, load_preset, pack
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execute
-from conversion.checkpoint.job import MadeFile
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.parent import parent_of
 from conversion.checkpoint.plan import CheckpointPlan, Copy
@@ -26,18 +25,17 @@ from conversion.hub.contents import count_pieces, hub_config, hub_sidecars
 from conversion.hub.remote import local_view
 from conversion.hub.small_files import left_behind
 from conversion.mapping import check_tensors, weights
+from conversion.optimizer_state import OPTIMIZER_FILE
 from conversion.quantisation import refuse_quantised
 
 from .fold import MASKED_CODE, MASKED_MODEL_TYPE, MaskState
 from .layer_distance import LayerDistance, measure_layer_distances, nearest_layers, read_calibration
 from .method import Mask, Method, Zero
+from .moments import AdamState, plan_adam_state, read_adam_state
 from .notes import growth_notes
 from .operators import grow_weight
 from .request import check_honoured, check_request
-from .spec import OPTIMIZER_FILE, Growth, lists_state, plan_target
-
-if TYPE_CHECKING:
-    from .moments import AdamState
+from .spec import Growth, lists_state, plan_target
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def grow_checkpoint(
         target: a preset's name, the path of a config.json, its content, or None for the source's own.
         overrides: fields of the configuration on top of `target`, each of which is meant: none is ignored.
         method: `Zero()`, `Tile(noise)` or `Mask(steps)`, see `growth.method`.
-        optimizer: a checkpoint of transformers' Trainer, or its optimizer.pt, whose AdamW state grows too; needs torch.
+        optimizer: a checkpoint of transformers' Trainer, or its optimizer.pt, whose AdamW state grows too.
         layers: which layers to copy, see `growth.layer_selection.select_layers`; or `distance`, those that move their
             input least on the calibration text. A dry run does not measure, and plans with `interleave` in its place.
         calibration: of `distance`: a text file, of which the first 1,024 tokens are used.
@@ -114,9 +112,12 @@ def grow_checkpoint(
     )
     asked += check_honoured(growth.source, growth.target, given, meant)
     plan = plan_growth(checkpoint, growth, dtype=parse_dtype(dtype) if dtype else None, seed=seed, distances=distances)
-    adam = _read_optimizer(optimizer, growth)
+    adam = read_adam_state(optimizer, growth.source) if optimizer is not None else None
+    states = [plan_adam_state(adam, growth)] if adam else []
     if adam:
-        plan = replace(plan, lineage={**plan.lineage, "optimizer": source_identity(adam.file)})
+        moments = (tensor for shard in states for tensor, _ in shard.tensors)
+        lineage = {**plan.lineage, "optimizer": source_identity(adam.file)}
+        plan = replace(plan, tensors=(*plan.tensors, *moments), lineage=lineage)
     _check_optimizer_in_the_way(Path(out), adam, overwrite=options.overwrite)
     notes = [
         *asked,
@@ -125,8 +126,7 @@ def grow_checkpoint(
         _optimizer_note(adam),
         *left_behind(Path(checkpoint.folder), plan.sidecars),
     ]
-    made = {OPTIMIZER_FILE: _optimizer_file(adam, growth)} if adam else {}
-    result = execute(plan, Path(out), options, notes, dry_run=dry_run, made=made)
+    result = execute(plan, Path(out), options, notes, dry_run=dry_run, states=states)
     outcome = (plan, result.shards, result.notes, result.written)
     return GrowthResult(*outcome, growth, distances, foreseen=result.foreseen)
 
@@ -257,15 +257,7 @@ def _requested(target: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
     return load_config(path / "config.json" if path.is_dir() else path)
 
 
-def _read_optimizer(path: str | Path | None, growth: Growth) -> "AdamState | None":
-    if path is None:
-        return None
-    from .moments import read_adam_state  # torch, which nothing else here needs
-
-    return read_adam_state(path, growth.source)
-
-
-def _check_optimizer_in_the_way(out: Path, state: "AdamState | None", *, overwrite: bool) -> None:
+def _check_optimizer_in_the_way(out: Path, state: AdamState | None, *, overwrite: bool) -> None:
     """Refuse a state in OUT that no growth of ours left there: training would load it with the grown weights."""
     path = out / OPTIMIZER_FILE
     if overwrite or not path.exists():
@@ -277,14 +269,7 @@ def _check_optimizer_in_the_way(out: Path, state: "AdamState | None", *, overwri
         raise CheckpointError(f"{path}: was not written by a growth, and would {use}; move it away or {way}.")
 
 
-def _optimizer_file(state: "AdamState", growth: Growth) -> MadeFile:
-    """The grown state as a file of the output."""
-    from .moments import state_bytes, write_adam_state
-
-    return MadeFile(state_bytes(growth), lambda file: write_adam_state(state, growth, file))
-
-
-def _optimizer_note(state: "AdamState | None") -> str:
+def _optimizer_note(state: AdamState | None) -> str:
     if state:
         return f"optimizer.pt: Adam's moments after {max(state.steps.values()):.0f} steps, grown with the weights."
     return (

@@ -13,30 +13,27 @@ times the learning rate (3.2 times at beta2 = 0.999, where this one is 0.1 times
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
-
-import numpy as np
-import torch
+from typing import Any
 
 from conversion.architecture import Architecture
+from conversion.checkpoint.containers import Shard
 from conversion.checkpoint.dtypes import FLOAT32
-from conversion.checkpoint.errors import CheckpointError, CorruptData
-from conversion.checkpoint.plan import Copy, TensorPlan, View
+from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.plan import Copy, Fill, Statistic, TensorPlan, View, complement
 from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.torch_file import read_torch_file
 from conversion.mapping import Weight, weights
-from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM
+from conversion.optimizer_state import MOMENTS, OPTIMIZER_FILE, adam_shard, parameter_names
 
 from .layer_selection import LayerOrigin
 from .operators import grow_weight
-from .spec import OPTIMIZER_FILE, Growth
-from .training.mup import group_names
+from .parameter_kinds import group_names
+from .spec import Growth
 
 _LAYOUT = {"state": dict, "param_groups": list}
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 # What other savers leave in a checkpoint instead, for the message.
 _SHARDED = {
     "optimizer_0": "FSDP's sharded state",
@@ -77,7 +74,7 @@ def read_adam_state(path: str | os.PathLike[str], architecture: Architecture) ->
         CheckpointError: there is no such file, or it is not the state of Adam for that architecture.
     """
     sizes = {name: weight.shape(architecture) for name, weight, _ in weights(architecture)}
-    shapes = {name: sizes[name] for name in _parameter_names(architecture)}
+    shapes = {name: sizes[name] for name in parameter_names(architecture)}
     return _read(_find_file(Path(path)), shapes, whose="config.json says", must_name=False)
 
 
@@ -124,18 +121,12 @@ def _find_file(path: Path) -> str:
     for name, what in _SHARDED.items():
         if (path / name).exists():
             raise CheckpointError(
-                f"{path}: {name} is {what}; only an unsharded {OPTIMIZER_FILE} can grow. Leave it out, and warm up."
+                f"{path}: {name} is {what}; only an unsharded {OPTIMIZER_FILE} can grow. `teleflm convert --optimizer` "
+                "makes one of FSDP2's and DeepSpeed's."
             )
     raise CheckpointError(
         f"{path}: holds no {OPTIMIZER_FILE}; name a checkpoint of transformers' Trainer, or the file."
     )
-
-
-def _parameter_names(architecture: Architecture) -> list[str]:
-    """The parameters in the order in which the model, and so every optimizer, lists them."""
-    with torch.device("meta"):
-        model = TeleFLMForCausalLM(TeleFLMConfig(**asdict(architecture)))
-    return [name for name, _ in model.named_parameters()]
 
 
 def _name_groups(
@@ -172,14 +163,14 @@ def _name_groups(
 
 def _moments(file: str, name: str, entry: Any, shape: tuple[int, ...], whose: str) -> tuple[View, View]:
     keys = sorted(entry) if isinstance(entry, dict) else None
-    if keys != sorted((*_MOMENTS, "step")):
+    if keys != sorted((*MOMENTS, "step")):
         raise CheckpointError(
             f"{file}: the state of {name} is {keys}, expected exp_avg, exp_avg_sq, step; only Adam and AdamW can grow."
         )
     step = entry["step"]
     if not isinstance(step, int | float) and not (isinstance(step, View) and step.numel == 1):
         raise CheckpointError(f"{file}: step of {name} is a {type(step).__name__}, expected a number.")
-    for key in _MOMENTS:
+    for key in MOMENTS:
         view = entry[key]
         if not isinstance(view, View) or not view.dtype.is_floating:
             raise CheckpointError(f"{file}: {key} of {name} is no tensor of floating-point numbers.")
@@ -201,31 +192,23 @@ def _number(value: Any, reader: FileReader) -> float:
     return float(reader.read(value).reshape(-1)[0]) if isinstance(value, View) else float(value)
 
 
-def grow_adam_state(state: AdamState, growth: Growth) -> dict[str, Any]:
-    """The state of the grown model, as `torch.optim.AdamW.load_state_dict` takes it; moments are float32.
+def plan_adam_state(state: AdamState, growth: Growth) -> Shard:
+    """The optimizer.pt of the grown model, as `torch.optim.AdamW.load_state_dict` takes it; moments are float32.
 
     Groups and settings are the source's. `param_names` names the parameters of each group, so that a run with other
-    groups can use the state too (`growth.training.grown_adam`). All is in memory: 8 bytes a parameter of the target.
+    groups can use the state too (`growth.training.grown_adam`). It is written as the weights are: streamed, resumable,
+    with a digest of every tensor; 8 bytes a parameter of the target.
 
     Args:
         state: of `growth.source`.
         growth: what grows into what.
-
-    Raises:
-        CheckpointError: the file cannot be read.
     """
     origins = {name: (weight, _origin(layer, growth)) for name, weight, layer in weights(growth.target)}
-    names = _parameter_names(growth.target)
-    grown: dict[int, dict[str, torch.Tensor]] = {}
-    groups = []
-    with FileReader() as reader:
-        for settings, members in state.groups:
-            own = [name for name in names if _source_name(*origins[name]) in members]
-            indices = list(range(len(grown), len(grown) + len(own)))
-            for index, name in zip(indices, own, strict=True):
-                grown[index] = _grow_entry(state, name, *origins[name], growth, reader)
-            groups.append({**settings, "params": indices, "param_names": own})
-    return {"state": grown, "param_groups": groups}
+    names = parameter_names(growth.target)
+    sources = {name: _source_name(*origins[name]) for name in names}
+    groups = [(settings, [name for name in names if sources[name] in members]) for settings, members in state.groups]
+    moments = {name: _plan_moments(state, *origins[name], growth) for name in names}
+    return adam_shard(groups, moments, {name: state.steps[sources[name]] for name in names})
 
 
 def _origin(layer: int | None, growth: Growth) -> LayerOrigin | None:
@@ -236,24 +219,33 @@ def _source_name(weight: Weight, origin: LayerOrigin | None) -> str:
     return weight.name.format(origin.source if origin else None)
 
 
-def _grow_entry(
-    state: AdamState, name: str, weight: Weight, origin: LayerOrigin | None, growth: Growth, reader: FileReader
-) -> dict[str, torch.Tensor]:
+def _plan_moments(
+    state: AdamState, weight: Weight, origin: LayerOrigin | None, growth: Growth
+) -> dict[str, TensorPlan]:
+    """The moments of one parameter: old entries times a factor, new ones at zero and at the mean."""
     source_name = _source_name(weight, origin)
-    first, second = state.moments[source_name]
-
-    def plan(view: View) -> TensorPlan:
-        # As if it were no additional layer: the plan of those that start at zero has no factor.
-        return grow_weight(name, weight, source_name, view, growth, is_copy=False, dtype=FLOAT32)
-
-    factor = gradient_factor(weight, plan(first), growth)
-    mean = factor**2 * float(reader.read(second).mean(dtype=np.float64))
+    views = dict(zip(MOMENTS, state.moments[source_name], strict=True))
     is_new = origin is not None and origin.is_copy
-    return {
-        "step": torch.tensor(state.steps[source_name], dtype=torch.float32),
-        "exp_avg": _place(plan(first), factor, 0.0, reader, is_new=is_new),
-        "exp_avg_sq": _place(plan(second), factor**2, mean, reader, is_new=is_new),
+    # As if it were no additional layer: the plan of those that start at zero has no factor.
+    plans = {
+        key: grow_weight(key, weight, source_name, view, growth, is_copy=False, dtype=FLOAT32)
+        for key, view in views.items()
     }
+    first, second = MOMENTS
+    factor = gradient_factor(weight, plans[first], growth)
+    mean = Statistic("mean", f"{second} of {source_name}", views[second], factor**2)
+    return {
+        first: _moment(plans[first], factor, 0.0, is_new=is_new),
+        second: _moment(plans[second], factor**2, mean, is_new=is_new),
+    }
+
+
+def _moment(plan: TensorPlan, factor: float, rest: float | Statistic, *, is_new: bool) -> TensorPlan:
+    """The old entries times a factor where the plan of the weight copies them, `rest` everywhere else."""
+    copies = [] if is_new else [piece for piece in plan.pieces if isinstance(piece, Copy)]
+    old = [Copy(piece.box, piece.source, factor) for piece in copies]
+    new = [Fill(box, rest) for box in complement(plan.layout, [piece.box for piece in old])]
+    return replace(plan, pieces=(*old, *new))
 
 
 def gradient_factor(weight: Weight, plan: TensorPlan, growth: Growth) -> float:
@@ -272,67 +264,4 @@ def gradient_factor(weight: Weight, plan: TensorPlan, growth: Growth) -> float:
     return 1.0 / (copies[0].scale * times)
 
 
-def _place(plan: TensorPlan, factor: float, rest: float, reader: FileReader, *, is_new: bool) -> torch.Tensor:
-    """The old entries times a factor where the plan copies them, `rest` everywhere else."""
-    out = np.full(plan.layout, rest, np.float32)
-    for piece in plan.pieces:
-        if isinstance(piece, Copy) and not is_new:
-            where = tuple(map(slice, piece.box.start, piece.box.stop))
-            out[where] = reader.read(piece.source).astype(np.float32) * np.float32(factor)
-    return torch.from_numpy(out.reshape(plan.shape))
-
-
-def state_bytes(growth: Growth) -> int:
-    """Bytes of the moments of a grown model: two of float32 for each of its parameters."""
-    return 2 * FLOAT32.itemsize * growth.target.num_parameters
-
-
-def write_adam_state(state: AdamState, growth: Growth, file: BinaryIO) -> None:
-    """Grow a state and write it as `torch.load(weights_only=True)` reads it.
-
-    Args:
-        state: of `growth.source`.
-        growth: what grows into what.
-        file: to write to, at its end.
-
-    Raises:
-        CheckpointError: the source's state cannot be read.
-        CorruptData: it has changed since its header was read.
-        OSError: the disk failed.
-    """
-    grown = grow_adam_state(state, growth)
-    source = next(iter(state.moments.values()))[0].file
-    if source.current_identity() != source.identity:
-        raise CorruptData(f"{state.file}: was changed while it was read; start over with --overwrite.")
-    disk = _Disk(file)
-    try:
-        torch.save(grown, cast(IO[bytes], disk))
-    except Exception:
-        if disk.fault:  # torch makes an error of its own of it, a traceback long
-            raise disk.fault from None
-        raise
-
-
-class _Disk:
-    """A file for torch to write to, which keeps what the system says of a fault."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.fault: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.fault = self.fault or error
-            raise
-
-    def flush(self) -> None:
-        try:
-            self._file.flush()
-        except OSError as error:
-            self.fault = self.fault or error
-            raise
-
-
-__all__ = ["AdamState", "grow_adam_state", "read_adam_state", "read_grown_state", "state_bytes", "write_adam_state"]
+__all__ = ["AdamState", "gradient_factor", "plan_adam_state", "read_adam_state", "read_grown_state"]

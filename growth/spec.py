@@ -11,13 +11,13 @@ from typing import Any
 
 from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError
+from conversion.optimizer_state import OPTIMIZER_FILE
 
 from .layer_selection import LayerOrigin, select_layers
 from .method import Method, Tile, Zero
 from .request import GROWN
 
 MULTIPLIERS = ("preserve", "target")
-OPTIMIZER_FILE = "optimizer.pt"  # beside the weights: where transformers' Trainer has it, and training looks for it
 
 
 def lists_state(record: Mapping[str, Any] | None) -> bool:

@@ -59,7 +59,8 @@ def print_result(result: CheckpointResult, out: Path, options: WriteOptions) -> 
     """A summary for people; a dry run's has the whole plan, a line for each group of tensors made alike."""
     console = make_console()
     if result.written is None:
-        console.print(_plan_table(result.plan.tensors))
+        states = {tensor.name for shard in result.shards if shard.state for tensor, _ in shard.tensors}
+        console.print(_plan_table(tensor for tensor in result.plan.tensors if tensor.name not in states))
     for note in result.notes:
         console.print(f"- {printable(shown(note))}")
     size = f"{format_bytes(sum(shard.nbytes for shard in result.shards))} in {_count(len(result.shards), 'file')}"

@@ -5,18 +5,29 @@
 """Reading a checkpoint again and comparing it with the digests of its record: tensors, and every other byte."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .bytes import OpenBytes, open_bytes
 from .errors import CheckpointError, CorruptData
 from .folder_formats import is_setting, is_state, is_weights, known_files
-from .manifest import between_digest, block_digest, find_manifest, is_plain, sample_digest, tensor_digest
+from .manifest import (
+    between_digest,
+    block_digest,
+    find_manifest,
+    is_plain,
+    recorded_tensors,
+    sample_digest,
+    tensor_digest,
+    without_state,
+)
 from .plan import View
 from .reader import CHUNK, FileReader
+from .torch_file import read_torch_file, tensors_within
 
 
 @dataclass(frozen=True)
@@ -37,12 +48,59 @@ class Damage:
         return f"{self.file} {self.reason}" if self.tensor is None else f"{self.tensor} of {self.file} {self.reason}"
 
 
+def check_folder(
+    tensors: Mapping[str, View],
+    folder: Path,
+    manifest: Mapping[str, Any],
+    workers: int,
+    progress: Callable[[int, int], None],
+    *,
+    alone: bool = False,
+    with_state: bool = True,
+) -> list[Damage]:
+    """Compare all of a folder with its record; see `check_digests` and `check_files`.
+
+    Args:
+        tensors: the weights that are there, by name.
+        folder: the one with the record.
+        manifest: its content.
+        workers: threads.
+        progress: called with the bytes just read and those in all.
+        alone: whether only the files of the manifest are looked at, and not what else lies in the folder.
+        with_state: whether files of state are looked at.
+
+    Raises:
+        CheckpointError: see `check_digests`.
+    """
+    manifest = manifest if with_state else without_state(manifest)
+    states, faults = _read_states(folder, manifest)
+    every = {**tensors, **states}
+    damages = check_digests(every, folder, manifest, workers, progress, unread=faults)
+    return damages + check_files(every, folder, manifest, alone=alone, with_state=with_state, unread=faults)
+
+
+def _read_states(folder: Path, manifest: Mapping[str, Any]) -> tuple[dict[str, View], dict[str, str]]:
+    """The tensors of the files of state that a record lists, and of those that cannot be read why."""
+    states: dict[str, View] = {}
+    faults: dict[str, str] = {}
+    files = manifest.get("files")
+    for name, entry in files.items() if isinstance(files, dict) else ():
+        if isinstance(entry, dict) and "tensors" in entry and is_plain(name):
+            try:
+                states |= tensors_within(read_torch_file(folder / name), f"{name}/")
+            except CheckpointError as error:
+                faults[name] = f"cannot be read: {error}"
+    return states, faults
+
+
 def check_digests(
     tensors: Mapping[str, View],
     folder: Path,
     manifest: Mapping[str, Any],
     workers: int,
     progress: Callable[[int, int], None],
+    *,
+    unread: Collection[str] = (),
 ) -> list[Damage]:
     """Read every tensor of a checkpoint and compare it with its record, in bounded memory.
 
@@ -52,6 +110,7 @@ def check_digests(
         manifest: its content.
         workers: threads.
         progress: called with the bytes just read and those in all.
+        unread: files whose tensors are not looked for.
 
     Returns:
         The tensors that are missing, unknown or changed, in the order of the record; empty if all is well. Of a record
@@ -60,7 +119,8 @@ def check_digests(
     Raises:
         CheckpointError: the record has digests that cannot be checked, or nothing to check at all.
     """
-    expected, block = _read_expected(manifest, str(find_manifest(folder)))
+    listed, block = _read_expected(manifest, str(find_manifest(folder)))
+    expected = {name: entry for name, entry in listed.items() if entry["file"] not in unread}
     total = sum(view.nbytes for name, view in tensors.items() if name in expected)
 
     def examine(name: str) -> Damage | None:
@@ -87,7 +147,13 @@ def check_digests(
 
 
 def check_files(
-    tensors: Mapping[str, View], folder: Path, manifest: Mapping[str, Any], *, alone: bool = False
+    tensors: Mapping[str, View],
+    folder: Path,
+    manifest: Mapping[str, Any],
+    *,
+    alone: bool = False,
+    with_state: bool = True,
+    unread: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Damage]:
     """Compare what a folder holds beside its tensors with its record.
 
@@ -96,6 +162,8 @@ def check_files(
         folder: the one with the record.
         manifest: its content; of 0.1.0 it lists no files, and nothing is found.
         alone: whether only the files of the manifest are looked at, and not what else lies in the folder.
+        with_state: whether files of state are looked for.
+        unread: files whose tensors cannot be read, and why.
 
     Returns:
         Files that are missing or changed, and files that would be loaded and are not listed.
@@ -103,11 +171,14 @@ def check_files(
     listed = manifest.get("files")
     if not isinstance(listed, dict):
         return []
-    placed = {name: entry.get("file") for name, entry in manifest["tensors"].items()}
+    placed = {name: entry.get("file") for name, entry in recorded_tensors(manifest).items()}
     has_digests = manifest.get("digest") is not None
-    found = [_examine_file(name, entry, folder, tensors, placed, has_digests) for name, entry in listed.items()]
+    found = [
+        _examine_file(name, entry, folder, tensors, placed, has_digests, unread.get(name))
+        for name, entry in listed.items()
+    ]
     known = [] if alone else known_files(folder)
-    loaded = [name for name in known if is_weights(name) or is_setting(name) or is_state(name)]
+    loaded = [name for name in known if is_weights(name) or is_setting(name) or (with_state and is_state(name))]
     extra = [Damage(None, name, "is not in the record, and would be loaded") for name in loaded if name not in listed]
     return [damage for damage in found if damage] + extra
 
@@ -119,6 +190,7 @@ def _examine_file(
     tensors: Mapping[str, View],
     placed: Mapping[str, str | None],
     has_digests: bool,
+    fault: str | None,
 ) -> Damage | None:
     path = folder / name
     if not is_plain(name):
@@ -129,6 +201,8 @@ def _examine_file(
         return Damage(None, name, "is missing")
     if path.stat().st_size != size:
         return Damage(None, name, f"has {path.stat().st_size} bytes, expected {size}")
+    if fault:
+        return Damage(None, name, fault)
     if "sha256" in entry:
         with open_bytes(path) as data:
             digest = _sha256(data)
@@ -180,7 +254,8 @@ def _read_expected(manifest: Mapping[str, Any], where: str) -> tuple[dict[str, d
                 f"{where}: digest is {manifest.get('digest')!r}, expected xxh3_128 of so many block_elements; "
                 "update teleflm or restore the file."
             )
-    for name, entry in manifest["tensors"].items():
+    tensors = recorded_tensors(manifest)
+    for name, entry in tensors.items():
         match entry:
             case {"file": str(), "dtype": str(), "shape": list(), "digest": str()}:
                 pass
@@ -188,7 +263,7 @@ def _read_expected(manifest: Mapping[str, Any], where: str) -> tuple[dict[str, d
                 pass
             case _:
                 raise CheckpointError(f"{where}: {name} lacks a file, dtype, shape or digest; restore the file.")
-    return manifest["tensors"], block
+    return tensors, block
 
 
 def _block_digests(view: View, block: int, reader: FileReader, progress: Callable[[int], None]) -> Iterator[bytes]:

@@ -31,12 +31,15 @@ class Shard:
         fixed: bytes that are no tensor's (headers, directories), each run with its position in the file.
         tensors: each tensor with the position of its first byte. Together with `fixed` they tile the file.
         twin: path of a file that already holds these very bytes and is to be linked to rather than written.
+        state: whether it holds no weights but what training loads with them, as an optimizer's moments. Its tensors
+            are named `filename/` and the keys that lead to them in what the file holds, joined by dots.
     """
 
     filename: str
     fixed: tuple[tuple[int, bytes], ...]
     tensors: tuple[tuple[TensorPlan, int], ...]
     twin: str | None = None
+    state: bool = False
 
     @property
     def header(self) -> bytes:
@@ -59,7 +62,7 @@ class Layout:
     """The files of an output folder that hold its tensors.
 
     Args:
-        shards: the weight files.
+        shards: the weight files, and files of state after them.
         index: name and content of the file that is written last and makes the folder loadable; None where the one
             shard does.
     """
@@ -92,7 +95,10 @@ class Layout:
 
     def fingerprint(self) -> str:
         """A digest of everything but the tensors."""
-        files = [(shard.filename, shard.fixed, bool(shard.twin)) for shard in self.shards]
+        files = [
+            (shard.filename, shard.fixed, bool(shard.twin), *(("state",) if shard.state else ()))
+            for shard in self.shards
+        ]
         return hashlib.sha256(repr((files, self.index)).encode()).hexdigest()
 
 

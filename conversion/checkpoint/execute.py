@@ -28,7 +28,7 @@ from .containers import Layout, Shard, parse_size, safetensors_layout
 from .errors import CheckpointError, CorruptData, NotFinite
 from .finish import finish, write_missing
 from .folder_formats import is_state, known_files
-from .job import Finished, Job, MadeFile
+from .job import Finished, Job
 from .limits import DEFAULT_MEMORY, default_workers, high_water
 from .manifest import block_digest
 from .parent import parent_notes
@@ -177,7 +177,7 @@ def execute(
     dry_run: bool = False,
     layout: Layout | None = None,
     recorded: Mapping[str, View] | None = None,
-    made: Mapping[str, MadeFile] | None = None,
+    states: Sequence[Shard] = (),
 ) -> CheckpointResult:
     """Write a checkpoint, or, in a dry run, only say what that would meet.
 
@@ -189,13 +189,13 @@ def execute(
         dry_run: plan and check everything, write nothing.
         layout: the output's files; a Hub folder of safetensors unless given.
         recorded: see `find_promises`.
-        made: files beside the weights that are made last, before what makes the folder loadable.
+        states: files of state of that Hub folder; the plan has their tensors too.
 
     Raises:
         PlanError, CheckpointError, OSError: see `run_job`.
         CorruptData: the source is not what it promises; nothing was written.
     """
-    job = make_job(plan, options, layout, made)
+    job = make_job(plan, options, layout, states)
     shards = [*job.layout.shards]
     notes = [*notes, *parent_notes(plan.lineage), *link_notes(source.name for source in plan.sources)]
     if dry_run:
@@ -215,7 +215,7 @@ def execute(
 def _left_states(job: Job, out: Path, removed: Sequence[str] = ()) -> list[str]:
     """A note on what training would load with the weights, and somebody else has put there: it is theirs, and stays."""
     names = known_files(out) if out.is_dir() else ()
-    left = [name for name in names if is_state(name) and name not in (*job.made, *removed)]
+    left = [name for name in names if is_state(name) and name not in (*job.weights, *removed)]
     return [
         f"{out / name} is not of this checkpoint and stays; `teleflm train` refuses to begin beside it: move it away."
         for name in left
@@ -231,7 +231,7 @@ def make_job(
     plan: CheckpointPlan,
     options: WriteOptions,
     layout: Layout | None = None,
-    made: Mapping[str, MadeFile] | None = None,
+    states: Sequence[Shard] = (),
 ) -> Job:
     """Everything that decides what will be written, checked to add up.
 
@@ -239,7 +239,7 @@ def make_job(
         plan: what to write.
         options: how.
         layout: the output's files; a Hub folder of safetensors unless given.
-        made: files beside the weights that are made last.
+        states: files of state of that Hub folder; the plan has their tensors too.
 
     Raises:
         PlanError: the plan does not tile its output.
@@ -247,11 +247,18 @@ def make_job(
     """
     plan.check()
     cut = {} if layout else {"max_shard_size": options.shard_bytes}
-    files = layout or safetensors_layout(plan.tensors, options.shard_bytes)
+    files = layout or _hub_layout(plan, states, options.shard_bytes)
     promises = {"digest": options.digest, "finite": options.finite, "no_overflow": not options.allow_nonfinite}
-    job = Job.of(plan, files, made, **promises, **cut)
+    job = Job.of(plan, files, **promises, **cut)
     job.check()
     return job
+
+
+def _hub_layout(plan: CheckpointPlan, states: Sequence[Shard], shard_bytes: int) -> Layout:
+    """A Hub folder of safetensors, and some files of state."""
+    elsewhere = {tensor.name for shard in states for tensor, _ in shard.tensors}
+    layout = safetensors_layout([tensor for tensor in plan.tensors if tensor.name not in elsewhere], shard_bytes)
+    return replace(layout, shards=(*layout.shards, *states))
 
 
 def run_job(job: Job, out: Path, options: WriteOptions) -> Written:
@@ -298,7 +305,7 @@ def run_job(job: Job, out: Path, options: WriteOptions) -> Written:
             removed = decision.removes if isinstance(decision, Refused) and decision.removes else ()
             replaced = tuple(name for name in done.missing if name in removed)
             return replace(written, already_done=True, restored=done.missing, replaced=replaced)
-        workspace.require_space(todo, job.made if options.rank == 0 else ())
+        workspace.require_space(todo)
         total = whole if options.rank == 0 else _tensor_bytes(mine)
 
         def advance(nbytes: int) -> None:
@@ -383,14 +390,13 @@ def foresee(job: Job, out: Path, options: WriteOptions) -> Foreseen:
     """What `run_job` would meet in a folder; nothing is touched. For a dry run."""
     decision = preflight(job, out)
     room = sum(shard.disk_bytes for shard in job.layout.shards)
-    made, free = sum(file.nbytes for file in job.made.values()), free_space(out)
-    whole = room + made
+    free = free_space(out)
     if is_locked(out):
-        return Foreseen(decision, True, whole, free, [f"It would be refused: another run is writing to {out}."])
+        return Foreseen(decision, True, room, free, [f"It would be refused: another run is writing to {out}."])
     notes = _left_states(job, out, decision.removes or () if isinstance(decision, Refused) else ())
     if isinstance(decision, Refused):
         if decision.removes is None or not options.overwrite:
-            return Foreseen(decision, True, whole, free, [f"It would be refused: {decision.reason}"])
+            return Foreseen(decision, True, room, free, [f"It would be refused: {decision.reason}"])
         notes.append(f"It would be removed from {out}: {listed(decision.removes)}.")
         free += sum(_freed(out / name) for name in decision.removes)
         decision = decision.then
@@ -399,12 +405,12 @@ def foresee(job: Job, out: Path, options: WriteOptions) -> Foreseen:
             written = [f"{name} would be written again." for name in missing]
             return Foreseen(decision, False, 0, free, [*notes, f"{out} is already done.", *written])
         case Resume():
-            need = made + sum(missing_bytes(out, shard) for shard in job.layout.shards)
+            need = sum(missing_bytes(out, shard) for shard in job.layout.shards)
             unwritten = sum(unwritten_bytes(out, shard) for shard in job.layout.shards)
             there = f"{format_bytes(room - unwritten)} of {format_bytes(room)} are written"
             notes.append(f"{out} holds an interrupted run of this, which would be resumed: {there}.")
         case _:
-            need, unwritten = whole, room
+            need = unwritten = room
     if need > free:
         notes.append(f"It would be refused: {need / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free.")
     return Foreseen(decision, need > free, need, free, notes, unwritten)

@@ -10,7 +10,7 @@ makes none.
 
 import errno
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -21,7 +21,7 @@ from .kernel_copy import copy_range
 from .manifest import MANIFEST
 from .preflight import PARTIAL
 from .record import job_record
-from .workspace import Workspace, naming_errors, sync_folder
+from .workspace import Workspace, naming_errors, put_there, sync_folder
 
 LinkKind: TypeAlias = Literal["hard link", "symbolic link", "copy"]
 
@@ -42,31 +42,26 @@ def finish(job: Job, finished: Sequence[Finished], workspace: Workspace) -> None
         OSError: the disk is full; the folder is not loadable, and the same call resumes.
     """
     workspace.require_ours()
-    made = {name: workspace.made(name) or workspace.make(name) for name in job.made}
-    write_small_files(job, finished, workspace, made)
+    write_small_files(job, finished, workspace)
     make_loadable(job, workspace)
 
 
-def write_small_files(
-    job: Job, finished: Sequence[Finished], workspace: Workspace, made: Mapping[str, Finished]
-) -> None:
-    """Write everything but the weights and what makes them loadable; the record describes what was `made`."""
+def write_small_files(job: Job, finished: Sequence[Finished], workspace: Workspace) -> None:
+    """Write everything but the weights and what makes them loadable."""
     for name, content in job.small_files.items():
         workspace.write(name, content)
-    workspace.write(MANIFEST, json_bytes(job_record(job, finished, made)))
+    workspace.write(MANIFEST, json_bytes(job_record(job, finished)))
 
 
 def make_loadable(job: Job, workspace: Workspace) -> None:
-    """Give what was made and the shards their names, and last of all put the file in place that makes it load."""
+    """Give the shards their names, and last of all put the file in place that makes it load."""
     out, layout = workspace.out, job.layout
-    for name in job.made:
-        workspace.place_made(name)
     *first, last = sorted(layout.shards, key=lambda shard: shard.filename == layout.loadable_file)
     for shard in first:
         _name_shard(out, shard)
     if layout.index:
         _name_shard(out, last)
-    sync_folders(out, (*job.weights, *job.small_files, *job.made))
+    sync_folders(out, (*job.weights, *job.small_files))
     with suppress(PermissionError):  # somebody else's, in which we may make entries and not look
         sync_folder(out.absolute().parent)
     workspace.require_ours()
@@ -99,6 +94,8 @@ def _name_shard(out: Path, shard: Shard) -> None:
         path.unlink(missing_ok=True)  # a killed run may have made some
         _link(os.path.realpath(shard.twin), path)
     elif partial.exists():  # a killed run may have renamed some
+        if shard.state and os.path.lexists(path):
+            raise put_there(path)
         partial.rename(path)
 
 

@@ -11,11 +11,11 @@ against a folder.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .bytes import ByteSource
 from .containers import Layout
@@ -29,21 +29,6 @@ ENGINE = 1
 
 
 @dataclass(frozen=True)
-class MadeFile:
-    """A file of the output that is no weights, and whose content is made when they are written: it may be large.
-
-    What it is made from has to show in the plan's lineage; its bytes need not be the same each time.
-
-    Args:
-        nbytes: room that it takes on the disk, at least.
-        write: writes its content; raises OSError where the disk fails.
-    """
-
-    nbytes: int
-    write: Callable[[BinaryIO], None]
-
-
-@dataclass(frozen=True)
 class Job:
     """A checkpoint to be written.
 
@@ -53,7 +38,6 @@ class Job:
         small_files: name -> content of every other file but the record, read once; config.json among them.
         settings: what was asked of the writing, by name.
         sources: identity of every file that the plan reads, by its path below the folder that they share.
-        made: the files that are made last, by name.
     """
 
     plan: CheckpointPlan
@@ -61,18 +45,14 @@ class Job:
     small_files: Mapping[str, bytes]
     settings: Mapping[str, Any]
     sources: Mapping[str, str]
-    made: Mapping[str, MadeFile] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, plan: CheckpointPlan, layout: Layout, made: Mapping[str, MadeFile] | None = None, **settings: Any
-    ) -> "Job":
+    def of(cls, plan: CheckpointPlan, layout: Layout, **settings: Any) -> "Job":
         """The job of writing a plan as some files.
 
         Args:
             plan: the checkpoint; the files that it names beside the tensors are read here.
             layout: its files.
-            made: the files that are made last.
             settings: `digest`, `finite` and `no_overflow`, which promise something where they are True, and what else a
                 user would want to be told of.
 
@@ -81,7 +61,7 @@ class Job:
         """
         small_files = {name: _content(name, content) for name, content in plan.sidecars.items()}
         small_files["config.json"] = json_bytes(plan.config)
-        return cls(plan, layout, small_files, settings, source_identities(plan.sources), dict(made or {}))
+        return cls(plan, layout, small_files, settings, source_identities(plan.sources))
 
     def check(self) -> None:
         """Check that the pieces tile the tensors, the tensors the files, and that no two files have one name.
@@ -91,14 +71,14 @@ class Job:
         """
         self.plan.check()
         self.layout.check(self.plan.tensors)
-        names = [*self.weights, *self.small_contents, *self.made, MANIFEST]
+        names = [*self.weights, *self.small_contents, MANIFEST]
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise PlanError(f"{twice} is planned twice: as weights and as another file.")
 
     @property
     def weights(self) -> dict[str, int]:
-        """Size of every weight file, by its path."""
+        """Size of every file of weights or state, by its path."""
         return {shard.filename: shard.nbytes for shard in self.layout.shards}
 
     @property
@@ -120,7 +100,6 @@ class Job:
             "layout": self.layout.fingerprint(),
             "small_files": self.small_digests,
             "sources": dict(sorted(self.sources.items())),
-            **({"made": sorted(self.made)} if self.made else {}),
         }
 
     @cached_property
@@ -146,12 +125,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Finished:
-    """The record of a finished shard, or of a file that was made.
+    """The record of a finished shard.
 
     Args:
         size: bytes of the file.
         mtime_ns: its time of change; another one means that somebody touched it.
-        digests: tensor name -> digest, empty if none are taken; of a file that was made `sha256`.
+        digests: tensor name -> digest, empty if none are taken.
         statistics: symbol of the plan -> its value, for the symbols this shard uses.
         samples: `sample_digest` of the file.
     """
@@ -189,7 +168,19 @@ def source_identities(sources: Iterable[ByteSource], *, now: bool = False) -> di
 # Differences, for people.
 
 # What to tell first: what somebody has done, then what follows from it, then what nobody can read.
-_TELLING = ("sources", "settings", "seed", "lineage", "config", "parent", "weights", "small_files", "version", "engine")
+_TELLING = (
+    "sources",
+    "settings",
+    "seed",
+    "lineage",
+    "config",
+    "other sources",
+    "parent",
+    "weights",
+    "small_files",
+    "version",
+    "engine",
+)
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
@@ -202,9 +193,12 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | No
     before, after = flatten(old), flatten(new)
 
     def rank(path: tuple[str, ...]) -> tuple[int, bool, bool, tuple[str, ...]]:
+        in_both = path in before and path in after
         section = "parent" if path[:2] == ("lineage", "parent") else path[0]
+        if section == "sources" and not in_both:  # what was asked for tells why other files are read
+            section = "other sources"
         place = _TELLING.index(section) if section in _TELLING else len(_TELLING)
-        return place, path[-1] == "README.md", not (path in before and path in after), path
+        return place, path[-1] == "README.md", not in_both, path
 
     for path in sorted(before.keys() | after.keys(), key=rank):
         is_cut_otherwise = path[-1] == "max_shard_size" and not {path} <= before.keys() & after.keys()  # see the layout
@@ -225,9 +219,6 @@ def _describe_difference(path: tuple[str, ...], before: Mapping[Any, Any], after
         return f"{name} {'is no part of it any more' if path in before else 'was no part of it'}"
     if section == "weights":
         return "its files were to be cut otherwise"
-    if section == "made":
-        made = [", ".join(side.get(path) or ()) or "no other file" for side in (before, after)]
-        return f"beside the weights, it was to make {made[0]}, and is to make {made[1]}"
     if section in ("plan", "layout", "engine"):
         return {
             "plan": "its tensors were planned otherwise",

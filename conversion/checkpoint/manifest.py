@@ -15,7 +15,8 @@ It is published with the weights, so it holds no local path, no user and no host
     sources           file of the source -> its identity
     digest            how tensors are hashed; null if they are not
     files             every file of the folder -> bytes, and `sha256`; of weights instead `between`, of all but the
-                      tensors, and `samples`, of a few places: what tells cheaply that they are still there
+                      tensors, and `samples`, of a few places: what tells cheaply that they are still there; of what
+                      training loads with the weights also its `tensors`, as below
     tensors           name -> file, dtype, shape, digest
     verification      what `teleflm verify --record` found, if it was run
     earlier           sha256 of this record as it was before a verdict was added, or it was published
@@ -221,6 +222,24 @@ def read_old_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     fits = all(isinstance(manifest.get(field), kind) for field, kind in _OLD_FIELDS.items())
     return manifest if fits and manifest.get("format") == _OLD_FORMAT else None
+
+
+def recorded_tensors(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record, which may come from anyone, says of every tensor: of the weights and of files of state."""
+    files, weights = record.get("files"), record.get("tensors")
+    entries = [entry for entry in files.values() if isinstance(entry, dict)] if isinstance(files, dict) else []
+    states = [entry["tensors"] for entry in entries if isinstance(entry.get("tensors"), dict)]
+    listed = [*states, *([weights] if isinstance(weights, dict) else [])]
+    return {name: entry for tensors in listed for name, entry in tensors.items()}
+
+
+def without_state(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without its files of state, which are no part of the model."""
+    files = record.get("files")
+    if not isinstance(files, dict):
+        return dict(record)
+    kept = {name: entry for name, entry in files.items() if not (isinstance(entry, dict) and "tensors" in entry)}
+    return {**record, "files": kept}
 
 
 def is_plain(name: str) -> bool:

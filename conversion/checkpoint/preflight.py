@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from .errors import CheckpointError
-from .folder_formats import is_setting, is_step, is_weights, known_files, loadable_files
-from .job import Finished, Job, first_difference, read_json
+from .folder_formats import is_setting, is_state, is_step, is_weights, known_files, loadable_files
+from .job import Job, first_difference, read_json
 from .manifest import MANIFEST, OLD_MANIFEST, is_plain, read_old_manifest, read_own_manifest, sample_digest
 from .record import first_edit
 
@@ -108,7 +108,7 @@ def _decide(job: Job, out: Path) -> Decision:
     if os.path.lexists(out / FOLDER) and ((out / FOLDER).is_symlink() or not (out / FOLDER).is_dir()):
         return Refused(f"{out}/{FOLDER}: has to be a folder, for what a run keeps meanwhile; move away what is there.")
     there = _Contents(out)
-    files = (*job.weights, *(name + PARTIAL for name in job.weights), *job.small_contents, *job.made, MANIFEST)
+    files = (*job.weights, *(name + PARTIAL for name in job.weights), *job.small_contents, MANIFEST)
     folders = [name for name in files if lies_in(out, name, folders=True) and (out / name).is_dir()]
     if folders:
         return Refused(f"{out}/{folders[0]}: is a folder, where a file has to be; move it away or write elsewhere.")
@@ -223,7 +223,7 @@ class _Contents:
         """
         partials = [name + PARTIAL for name in job.weights]
         records = [OLD_MANIFEST] if self.old_record else []
-        anew = [*job.weights, *partials, *job.small_contents, *job.made]
+        anew = [*job.weights, *partials, *job.small_contents]
         ours = [*self._recorded(), *self._written(), *anew, *records]
         names = [name for name in (*self.weights, *self.settings, *self.partials, *ours) if name != MANIFEST]
         sources = {os.path.realpath(source.name) for source in job.plan.sources}
@@ -239,6 +239,10 @@ class _Contents:
                 continue
             if is_weights(name):
                 is_ours = _size(self.out / name) == entry.get("bytes")
+            elif "tensors" in entry:  # a file of state, too large for a digest of it all
+                is_ours = _size(self.out / name) == entry.get("bytes") and (
+                    sample_digest(self.out / name) == entry.get("samples")
+                )
             else:  # which only a digest tells from a file of somebody else
                 is_ours = isinstance(entry.get("sha256"), str) and self.digest(name) == entry["sha256"]
             if is_ours:
@@ -253,6 +257,8 @@ class _Contents:
         for name, _ in _items(run.get("weights")):
             if is_weights(name) and is_plain(name):
                 yield from (name, name + PARTIAL)
+            elif is_state(name) and is_plain(name):
+                yield from [name + PARTIAL, *([name] if is_placed(self.out, name) else [])]
 
 
 def _held_against_record(job: Job, there: _Contents) -> Decision | None:
@@ -275,11 +281,6 @@ def _held_against_record(job: Job, there: _Contents) -> Decision | None:
     touched = [name for name in job.weights if recorded.get(name, {}).get("samples") != sample_digest(out / name)]
     if touched:
         return Refused(f"{out}/{touched[0]}: is not what was written there; {_WAY_OUT}.", there.removable(job))
-    for name in job.made:
-        said, found = recorded.get(name, {}), _size(out / name)
-        if found != said.get("bytes") or sample_digest(out / name) != said.get("samples"):
-            state = "is missing" if found is None else "is not what was written there"
-            return Refused(f"{out}/{name}: {state}; {_WAY_OUT}, which writes all anew.", there.removable(job))
     promised = there.made_by.get("settings")
     for name, value in job.settings.items():
         given = promised.get(name) if isinstance(promised, dict) else None
@@ -323,7 +324,7 @@ def _held_against_run(job: Job, there: _Contents, run: Mapping[str, Any]) -> Dec
     foreign += [name + PARTIAL for name in job.weights if (out / (name + PARTIAL)).is_symlink()]
     changed = [name for name, digest in job.small_digests.items() if there.digest(name) not in (None, digest)]
     foreign += map(there.obstacle, changed)
-    foreign += [name for name in there.present(job.made) if not is_placed(out, name)]
+    foreign += [name for name in there.present(filter(is_state, job.weights)) if not is_placed(out, name)]
     foreign += [MANIFEST] if there.has_record and there.fingerprint != job.fingerprint else []
     if foreign:
         return Refused(f"{out}/{foreign[0]}: {_NOT_OURS}", there.removable(job))
@@ -340,7 +341,7 @@ def _held_against_nothing(job: Job, there: _Contents) -> Decision:
         return Refused(f"{out}: already holds {there.weights[0]}, {_made_otherwise(job, there)}", there.removable(job))
     left = there.left
     partials = (name + PARTIAL for name in job.weights if name + PARTIAL not in left)
-    foreign = there.present([*job.weights, *job.small_contents, *job.made, *there.settings, *partials])
+    foreign = there.present([*job.weights, *job.small_contents, *there.settings, *partials])
     foreign += [MANIFEST] if there.has_record else []
     foreign += [OLD_MANIFEST] if there.old_record else []
     if foreign:
@@ -388,20 +389,18 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def made_record(out: Path, name: str) -> Finished | None:
-    """What a run that is not finished has noted of a file that it made; None unless the file still is that."""
-    record, path = read_json(out / FOLDER / (name + ".done")), out / FOLDER / (name + PARTIAL)
-    path = path if os.path.lexists(path) else out / name
-    if record is not None and path.is_file() and not path.is_symlink():
-        status = path.stat()
-        if (status.st_size, status.st_mtime_ns) == (record.get("size"), record.get("mtime_ns")):
-            return Finished(**record)
-    return None
-
-
 def is_placed(out: Path, name: str) -> bool:
-    """Whether a run that is not finished has made a file and given it its name, so that what lies there is its own."""
-    return not os.path.lexists(out / FOLDER / (name + PARTIAL)) and made_record(out, name) is not None
+    """Whether a run that is not finished has written a file and given it its name, so that what lies there is its own.
+
+    Args:
+        out: the folder.
+        name: of a file of state. Whatever loads weights would load it with them, so it is nobody's until shown.
+    """
+    record, path = read_json(out / FOLDER / (name.replace("/", "-") + ".done")), out / name
+    if record is None or os.path.lexists(out / (name + PARTIAL)) or path.is_symlink() or not path.is_file():
+        return False
+    status = path.stat()
+    return (status.st_size, status.st_mtime_ns) == (record.get("size"), record.get("mtime_ns"))
 
 
 def _is_source(job: Job, out: Path) -> bool:

@@ -12,27 +12,25 @@ worth nothing either.
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .containers import Shard
 from .job import Finished, Job, flatten, shortened
-from .manifest import between_digest, is_edited, make_manifest, sample_digest
+from .manifest import between_digest, is_edited, make_manifest, recorded_tensors, sample_digest
 
 _MEASURED = re.compile(r"[0-9a-f]{32}")
 # What of a record does not follow from the job and has no other value to be held against.
 _OWN = ("teleflm_version", "verification", "earlier", "checksum")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def job_record(job: Job, finished: Sequence[Finished], made: Mapping[str, Finished] | None = None) -> dict[str, Any]:
+def job_record(job: Job, finished: Sequence[Finished]) -> dict[str, Any]:
     """What a finished checkpoint says of itself, see `manifest.py`.
 
     Args:
         job: what was written.
         finished: the record of each shard that was written, in order.
-        made: the record of each file that was made.
     """
     digests = {name: digest for record in finished for name, digest in record.digests.items()}
     # A NaN, which --allow-nonfinite lets through, is no number of JSON.
@@ -46,11 +44,7 @@ def job_record(job: Job, finished: Sequence[Finished], made: Mapping[str, Finish
         shard.filename: sample_digest(Path(shard.twin)) if shard.twin else next(written).samples
         for shard in job.layout.shards
     }
-    late = {
-        name: {"bytes": record.size, "samples": record.samples, **record.digests}
-        for name, record in (made or {}).items()
-    }
-    return _record(job, digests, samples, statistics, job.settings, late)
+    return _record(job, digests, samples, statistics, job.settings)
 
 
 def first_edit(record: Mapping[str, Any], job: Job) -> str | None:
@@ -61,7 +55,8 @@ def first_edit(record: Mapping[str, Any], job: Job) -> str | None:
         job: the one with the record's fingerprint. Its settings may differ; whether the record's are as good is
             another question.
     """
-    job_entry, tensors, files = (_object(record.get(name)) for name in ("job", "tensors", "files"))
+    job_entry, files = (_object(record.get(name)) for name in ("job", "files"))
+    tensors = recorded_tensors(record)
     settings = _object(job_entry.get("settings"))
     digests = {
         name: found
@@ -70,8 +65,7 @@ def first_edit(record: Mapping[str, Any], job: Job) -> str | None:
     }
     samples = {name: _measured(files.get(name), "samples") for name in job.weights}
     statistics = _object(record.get("statistics"))
-    late = {name: _made_entry(files.get(name)) for name in job.made}
-    expected = _record(job, digests, samples, statistics, settings, late)
+    expected = _record(job, digests, samples, statistics, settings)
     if settings.get("digest") is True and job.plan.tensors and len(digests) < len(job.plan.tensors):
         lost = next(tensor.name for tensor in job.plan.tensors if tensor.name not in digests)
         return f"it has no digest of {lost}"
@@ -89,7 +83,6 @@ def _record(
     samples: Mapping[str, str],
     statistics: Mapping[str, float | str],
     settings: Mapping[str, Any],
-    late: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     identity = job.identity
     made_by = {"fingerprint": job.fingerprint, "engine": identity["engine"], "layout": identity["layout"]}
@@ -100,28 +93,33 @@ def _record(
         statistics=statistics,
         job={**made_by, "settings": dict(settings)},
         sources=identity["sources"],
-        files=_files(job, samples, late),
-        tensors=_tensors(job, digests),
+        files=_files(job, samples, digests),
+        tensors=_tensors((shard for shard in job.layout.shards if not shard.state), digests),
         digests=bool(digests),
     )
 
 
-def _files(job: Job, samples: Mapping[str, str], late: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def _files(job: Job, samples: Mapping[str, str], digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     small = {
         name: {"bytes": len(content), "sha256": job.small_digests[name]} for name, content in job.small_contents.items()
     }
     weights = {
-        shard.filename: {"bytes": shard.nbytes, "between": _between(shard), "samples": samples[shard.filename]}
+        shard.filename: {
+            "bytes": shard.nbytes,
+            "between": _between(shard),
+            "samples": samples[shard.filename],
+            **({"tensors": _tensors([shard], digests)} if shard.state else {}),
+        }
         for shard in job.layout.shards
     }
-    return dict(sorted({**small, **weights, **{name: dict(entry) for name, entry in late.items()}}.items()))
+    return dict(sorted({**small, **weights}.items()))
 
 
 def _between(shard: Shard) -> str:
     return between_digest(content for _, content in sorted(shard.fixed))
 
 
-def _tensors(job: Job, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def _tensors(shards: Iterable[Shard], digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     return {
         tensor.name: {
             "file": shard.filename,
@@ -129,7 +127,7 @@ def _tensors(job: Job, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
             "shape": list(tensor.shape),
             **({"digest": digests[tensor.name]} if digests else {}),
         }
-        for shard in job.layout.shards
+        for shard in shards
         for tensor, _ in shard.tensors
     }
 
@@ -142,14 +140,3 @@ def _measured(entry: Any, field: str) -> str:
     """A digest in an entry of a record; an empty text where there is none."""
     found = _object(entry).get(field)
     return found if isinstance(found, str) and _MEASURED.fullmatch(found) else ""
-
-
-def _made_entry(entry: Any) -> dict[str, Any]:
-    """What a record says of a file that was made, as far as it can have been measured."""
-    said = _object(entry)
-    size, digest = said.get("bytes"), said.get("sha256")
-    return {
-        "bytes": size if type(size) is int else None,
-        "samples": _measured(said, "samples"),
-        "sha256": digest if isinstance(digest, str) and _SHA256.fullmatch(digest) else "",
-    }

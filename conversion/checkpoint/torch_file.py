@@ -120,6 +120,18 @@ def read_torch_tensors(where: Where) -> dict[str, View]:
     return read_state_dict(where)[1]
 
 
+def tensors_within(content: Any, path: str) -> dict[str, View]:
+    """Every tensor of an object that was saved, by `path` and the keys that lead to it, joined by dots."""
+    if isinstance(content, View):
+        return {path: content}
+    if isinstance(content, dict):
+        items: Any = content.items()
+    else:
+        items = enumerate(content) if isinstance(content, list | tuple) else ()
+    lead = path if path.endswith("/") else f"{path}."
+    return {name: view for key, item in items for name, view in tensors_within(item, f"{lead}{key}").items()}
+
+
 def read_state_dict(where: Where) -> tuple[ByteSource, dict[str, View]]:
     """A torch.save file that holds a flat state dict, and its tensors, in its order; none is loaded.
 

@@ -16,6 +16,7 @@ import zlib
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -30,11 +31,12 @@ _ZIP64_VERSION = 45
 _UTF8_NAMES = 0x800
 
 
-def torch_shard(filename: str, content: Any) -> Shard:
+def torch_shard(filename: str, content: Any, *, state: bool = False) -> Shard:
     """The file that torch.save would write.
 
     Args:
         filename: path in the output folder.
+        state: see `Shard`.
         content: what torch.load shall return: None, bool, int, float, str, lists, tuples, dicts, OrderedDicts,
             argparse.Namespaces, a `DType` for a torch.dtype, and a `TensorPlan` for each tensor.
     """
@@ -48,7 +50,8 @@ def torch_shard(filename: str, content: Any) -> Shard:
         "version": _FORMAT_VERSION,
         ".data/serialization_id": _serialization_id(pickled),
     }
-    return _zip_layout(filename, {f"{PurePosixPath(filename).stem}/{name}": m for name, m in members.items()})
+    laid_out = _zip_layout(filename, {f"{PurePosixPath(filename).stem}/{name}": m for name, m in members.items()})
+    return replace(laid_out, state=state)
 
 
 def planned_tensors(content: Any) -> Iterator[TensorPlan]:

@@ -13,14 +13,13 @@ finished shard counts only while its file has the size and time of its record.
 """
 
 import errno
-import hashlib
 import json
 import logging
 import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +32,7 @@ from .folder_formats import format_folders
 from .job import Finished, Job, first_difference, read_json, source_identities
 from .kernel_copy import PassingCache, available_memory, preallocate, write_all
 from .manifest import MANIFEST, sample_descriptor, tensor_digest
-from .preflight import FOLDER, PARTIAL, RUN, Done, New, Refused, Resume, lies_in, made_record, preflight
+from .preflight import FOLDER, PARTIAL, RUN, Done, New, Refused, Resume, lies_in, preflight
 from .ranks import Ranks
 
 try:
@@ -149,38 +148,6 @@ class Workspace:
                     return Finished(**record)
         return None
 
-    def made(self, name: str) -> Finished | None:
-        """The record of a file that is made last, or None if it is not there, or not what its record says."""
-        return made_record(self.out, name)
-
-    def make(self, name: str) -> Finished:
-        """Have a file made in the working folder, and leave a record of it; `place_made` gives it its name.
-
-        Raises:
-            OSError: the disk fails.
-        """
-        partial = self.folder / (name + PARTIAL)
-        with naming_errors(self.out / name), partial.open("w+b") as file:
-            self.job.made[name].write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            samples = sample_descriptor(file.fileno())
-            status = os.fstat(file.fileno())
-        record = Finished(status.st_size, status.st_mtime_ns, {"sha256": digest}, {}, samples)
-        write_file(self.folder / (name + ".done"), json.dumps(asdict(record)).encode())
-        return record
-
-    def place_made(self, name: str) -> None:
-        """Give a file that was made its name; a killed run may have done so."""
-        partial = self.folder / (name + PARTIAL)
-        if not partial.exists():
-            return
-        if os.path.lexists(self.out / name):
-            raise _put_there(self.out / name)
-        partial.rename(self.out / name)
-
     def beside(self, shard: Shard, suffix: str) -> Path:
         """A file in the working folder about a shard."""
         return self.folder / (shard.filename.replace("/", "-") + suffix)
@@ -197,18 +164,16 @@ class Workspace:
             raise CorruptData(f"{self.out}: {shard.filename} was changed while this run waited; start over.")
         return record
 
-    def require_space(self, shards: list[Shard], made: Iterable[str] = ()) -> None:
+    def require_space(self, shards: list[Shard]) -> None:
         """Refuse to start what the disk cannot hold.
 
         Args:
             shards: what is still to be written.
-            made: the files that are to be made.
 
         Raises:
             OSError: the free space is less than what these still need.
         """
         need = sum(missing_bytes(self.out, shard) for shard in shards)
-        need += sum(self.job.made[name].nbytes for name in made if self.made(name) is None)
         free = shutil.disk_usage(self.out).free
         if need > free:
             text = f"needs {need / 1e9:.3f} GB more, {free / 1e9:.3f} GB are free; free some space, then run this again"
@@ -232,7 +197,7 @@ class Workspace:
         """Write a small file of the output; what a kill leaves of it lies in the working folder."""
         path = self.out / name
         if os.path.lexists(path) and not self._is_ours(name, content):
-            raise _put_there(path)
+            raise put_there(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, content, self.folder / (name.replace("/", "-") + PARTIAL))
 
@@ -260,7 +225,8 @@ class Workspace:
         forget_run(self.out)
 
 
-def _put_there(path: Path) -> CheckpointError:
+def put_there(path: Path) -> CheckpointError:
+    """The error for a file that somebody has put in the place of one of ours."""
     return CheckpointError(f"{path}: was put there while this run wrote; move it away, then run this again.")
 
 

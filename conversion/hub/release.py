@@ -162,7 +162,7 @@ def _require_sound(release: Release, check: bool, workers: int, progress: Callab
     folder, weights = release.folder, release.weights
     digests = check and find_manifest(folder) is not None
     path = folder / _ADAPTER_WEIGHTS if release.is_adapter else folder
-    inspection = inspect_checkpoint(path, check=digests, workers=workers, progress=progress)
+    inspection = inspect_checkpoint(path, check=digests, with_state=False, workers=workers, progress=progress)
     if inspection.problems and not release.is_adapter:  # an adapter alone has no architecture to hold it against
         raise CheckpointError(inspection.problems[0])
     # A card may be edited, and a configuration corrected, before they are published: only weights have to be intact.

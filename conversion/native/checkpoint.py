@@ -13,6 +13,7 @@ from ..checkpoint.plan import View
 from ..checkpoint.sharded import ShardedTensor
 from .table import NativeWeight, RowOrder
 
+NO_MEGATRON_OPTIMIZER = "the optimizer of a Megatron run is not converted yet; leave --optimizer out."
 NativeFormat: TypeAlias = Literal["megatron", "torch_dist", "fsdp_dtensor", "dcp", "deepspeed"]
 
 
@@ -34,6 +35,21 @@ class Replica:
 
 
 @dataclass(frozen=True)
+class AdamMoments:
+    """What Adam keeps in a training checkpoint; nothing is loaded.
+
+    Args:
+        moments: `exp_avg` and `exp_avg_sq` -> every weight that was trained, by the names of the checkpoint's own.
+        steps: name of a weight -> updates done.
+        groups: the parameter groups: their settings, without `params`, and the names of their weights.
+    """
+
+    moments: Mapping[str, Mapping[str, ShardedTensor]]
+    steps: Mapping[str, float]
+    groups: Sequence[tuple[Mapping[str, Any], Sequence[str]]]
+
+
+@dataclass(frozen=True)
 class NativeCheckpoint:
     """A training checkpoint; no tensor is loaded.
 
@@ -50,6 +66,7 @@ class NativeCheckpoint:
         dtype: what the weights are cast to unless the user says otherwise; each tensor's own if None.
         replicas: copies to compare before converting.
         notes: what a user should know, one sentence each.
+        adam: the optimizer's state, if that was asked for.
     """
 
     folder: str
@@ -63,3 +80,4 @@ class NativeCheckpoint:
     dtype: DType | None = None
     replicas: Sequence[Replica] = ()
     notes: Sequence[str] = ()
+    adam: AdamMoments | None = None

@@ -19,7 +19,7 @@ rank has its parts one after the other.
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,11 @@ from ..checkpoint.dtypes import FLOAT32, DType
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.inert_pickle import Inert
 from ..checkpoint.plan import Shape, View
+from ..checkpoint.reader import FileReader
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.torch_file import UnreadableTensor, read_torch_file
-from .checkpoint import NativeCheckpoint
+from ..optimizer_state import MOMENTS, plain_settings
+from .checkpoint import AdamMoments, NativeCheckpoint
 from .table import hub_name
 
 _TRACKERS = ("latest", "latest_universal")
@@ -100,16 +102,19 @@ def is_deepspeed(folder: Path) -> bool:
     )
 
 
-def read_deepspeed(folder: str | os.PathLike[str], *, fp32_master: bool = False) -> NativeCheckpoint:
+def read_deepspeed(
+    folder: str | os.PathLike[str], *, fp32_master: bool = False, optimizer: bool = False
+) -> NativeCheckpoint:
     """Open a DeepSpeed checkpoint; no tensor is loaded.
 
     Args:
         folder: the one with `latest`, or that of one tag.
         fp32_master: take the optimizer's float32 weights, also where the run's own are there.
+        optimizer: read Adam's moments too.
 
     Raises:
         CheckpointError: a rank's file is missing, damaged or left over from another run; a weight is missing; or the
-            model was split by tensor or pipeline parallelism.
+            model was split by tensor or pipeline parallelism; the optimizer is not Adam.
     """
     files = _find_files(_tag_folder(Path(os.path.abspath(folder))))
     model = _read_model(files.models[min(files.models)])
@@ -127,6 +132,7 @@ def read_deepspeed(folder: str | os.PathLike[str], *, fp32_master: bool = False)
         tensors=_hub_names(named, model.file),
         table=None,
         dtype=FLOAT32 if fp32_master else None if has_weights else _trained_dtype(model),
+        adam=_adam(files, model) if optimizer else None,
     )
 
 
@@ -316,19 +322,19 @@ def _masters(files: _Files, model: _Model) -> dict[str, ShardedTensor]:
         return _universal_masters(files, model)
     if not files.optimizers:
         raise CheckpointError(f"{files.folder}: holds no *_optim_states.pt, where the weights are; {_LOST}.")
-    ranks = _read_partitions(files)
+    ranks = _read_partitions(files, _read_partition)
     return _zero3_masters(ranks, model) if files.is_zero3 else _zero12_masters(ranks, model)
 
 
 @dataclass(frozen=True)
 class _Partition:
-    """One rank's part of the float32 weights: a flat tensor for each group."""
+    """One rank's part of the float32 weights, or of something as large: a flat tensor for each group."""
 
     file: str
     groups: Sequence[ShardedTensor]
 
 
-def _read_partitions(files: _Files) -> list[_Partition]:
+def _read_partitions(files: _Files, read: Callable[[Path, bool], _Partition]) -> list[_Partition]:
     first = min(files.optimizers)
     states = {first: _optimizer_state(files.optimizers[first])}
     count = states[first].get("partition_count")
@@ -336,7 +342,7 @@ def _read_partitions(files: _Files) -> list[_Partition]:
     if type(count) is not int or count < 1:
         raise CheckpointError(f"{files.optimizers[first]}: partition_count is {count!r}, expected a number of ranks.")
     _check_ranks(files.optimizers, count, f"partition_count of {files.optimizers[first].name}")
-    partitions = [_read_partition(files.optimizers[rank], files.is_zero3) for rank in range(count)]
+    partitions = [read(files.optimizers[rank], files.is_zero3) for rank in range(count)]
     for partition in partitions:
         if len(partition.groups) != len(partitions[0].groups):
             raise CheckpointError(
@@ -436,14 +442,122 @@ def _universal_masters(files: _Files, model: _Model) -> dict[str, ShardedTensor]
     unknown = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name not in known)
     if unknown:
         raise CheckpointError(f"{folder / unknown[0]}: is no weight of {model.file}; it would be lost.")
+    return _universal_tensors(files, model, _MASTER)
+
+
+def _universal_tensors(files: _Files, model: _Model, file: str) -> dict[str, ShardedTensor]:
+    """What the files of one name hold, in each weight's folder."""
     tensors = {}
     for name, shape in model.shapes.items():
         if name != os.path.basename(name):
             raise CheckpointError(f"{model.file}: {name!r} of param_shapes is no name of a folder.")
-        path = folder / name / _MASTER
+        path = files.folder / _UNIVERSAL / name / file
         content = read_torch_file(path)
         if isinstance(content, dict):
             tensors[name] = ShardedTensor.of(_tensors({name: content.get("param")}, path, "param")[name])
         else:
             tensors[name] = _shaped(_flat(content, str(path)), name, shape, str(path))
     return tensors
+
+
+# Adam's moments, which lie as the float32 weights do.
+
+
+_BASE_STATE = {False: "base_optimizer_state", True: "optimizer_state_dict"}  # by: is it ZeRO 3?
+
+
+def _adam(files: _Files, model: _Model) -> AdamMoments:
+    if not model.shapes:
+        raise CheckpointError(f"{model.file}: has no param_shapes, so that nothing says what the optimizer holds.")
+    if not files.is_universal and not files.optimizers:
+        raise CheckpointError(f"{files.folder}: holds no *_optim_states.pt, where the moments are; {_LOST}.")
+    if files.is_universal:
+        moments = {key: _universal_tensors(files, model, f"{key}.pt") for key in MOMENTS}
+        steps = {name: _number(read_torch_file(path), path) for name, path in _step_files(files, model).items()}
+        settings: list[dict[str, Any]] = []
+    else:
+        layout = _zero3_masters if files.is_zero3 else _zero12_masters
+        moments = {key: layout(_read_partitions(files, _moment_reader(key)), model) for key in MOMENTS}
+        first = files.optimizers[min(files.optimizers)]
+        steps = dict.fromkeys(model.shapes, _common_step(first, files.is_zero3))
+        settings = _settings(first, files.is_zero3)
+    if len(settings) != len(model.groups):
+        settings = [{} for _ in model.groups]
+    own = {name: hub_name(name) for name in model.shapes}
+    return AdamMoments(
+        moments={key: {own[name]: tensor for name, tensor in found.items()} for key, found in moments.items()},
+        steps={own[name]: step for name, step in steps.items()},
+        groups=[
+            (group_settings, [own[name] for name in group])
+            for group_settings, group in zip(settings, model.groups, strict=True)
+        ],
+    )
+
+
+def _step_files(files: _Files, model: _Model) -> dict[str, Path]:
+    return {name: files.folder / _UNIVERSAL / name / "step.pt" for name in model.shapes}
+
+
+def _adam_entries(path: Path, is_zero3: bool) -> list[Mapping[str, Any]]:
+    """What Adam keeps of each of a rank's flat tensors, in their order."""
+    base = _optimizer_state(path).get(_BASE_STATE[is_zero3])
+    entries: Any = base  # a list of them where ZeRO was told to be elastic
+    if isinstance(base, dict):
+        states = base.get("state")
+        entries = [states[index] for index in sorted(states)] if _are_numbered(states) else None
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise CheckpointError(f"{path}: has no {_BASE_STATE[is_zero3]} with a state for each group; {_LOST}.")
+    odd = next((sorted(map(str, entry)) for entry in entries if not set(MOMENTS) <= entry.keys()), None)
+    if odd is not None:
+        raise CheckpointError(
+            f"{path}: the optimizer's state is {', '.join(odd)}; only that of Adam and AdamW, exp_avg and exp_avg_sq, "
+            "is converted."
+        )
+    return entries
+
+
+def _are_numbered(states: Any) -> bool:
+    return isinstance(states, dict) and all(type(index) is int for index in states)
+
+
+def _moment_reader(key: str) -> Callable[[Path, bool], _Partition]:
+    def read(path: Path, is_zero3: bool) -> _Partition:
+        return _Partition(str(path), [_flat(entry[key], str(path)) for entry in _adam_entries(path, is_zero3)])
+
+    return read
+
+
+def _common_step(path: Path, is_zero3: bool) -> float:
+    """The number of updates, which is one for all weights."""
+    state, base = _optimizer_state(path), _optimizer_state(path).get(_BASE_STATE[is_zero3])
+    groups = base.get("param_groups") if isinstance(base, dict) else None
+    entries = _adam_entries(path, is_zero3)
+    found = [entry["step"] for entry in entries if "step" in entry]
+    # Fused optimizers keep it with the group, and elastic ZeRO beside both.
+    found = found or [group["step"] for group in groups or () if isinstance(group, dict) and "step" in group]
+    found = found or [state[key] for key in ("base_optimizer_state_step",) if key in state]
+    steps = {_number(step, path) for step in found}
+    if len(steps) != 1:
+        raise CheckpointError(f"{path}: the optimizer's steps are {sorted(steps)}, expected one number.")
+    return steps.pop()
+
+
+def _number(value: Any, path: Path) -> float:
+    """A number, or a tensor of one."""
+    if isinstance(value, dict):
+        value = value.get("param")
+    if isinstance(value, View) and value.numel == 1:
+        with FileReader() as reader:
+            return float(reader.read(value).reshape(-1)[0])
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise CheckpointError(f"{path}: step is a {type(value).__name__}, expected a number.")
+    return float(value)
+
+
+def _settings(path: Path, is_zero3: bool) -> list[dict[str, Any]]:
+    """The plain settings of each group of the optimizer, if it says them."""
+    base = _optimizer_state(path).get(_BASE_STATE[is_zero3])
+    groups = base.get("param_groups") if isinstance(base, dict) else None
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return []
+    return [plain_settings(group) for group in groups]

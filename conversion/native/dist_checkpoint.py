@@ -14,17 +14,19 @@ is told to; so every way is read in both formats.
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.bytes import reading
 from ..checkpoint.distributed_file import METADATA, DistributedCheckpoint, read_distributed_checkpoint
 from ..checkpoint.errors import CheckpointError
+from ..checkpoint.reader import FileReader
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.strict_json import parse_json_object
 from ..checkpoint.torch_file import read_torch_file
-from .checkpoint import NativeCheckpoint, NativeFormat
+from ..optimizer_state import MOMENTS, plain_settings
+from .checkpoint import NO_MEGATRON_OPTIMIZER, AdamMoments, NativeCheckpoint, NativeFormat
 from .table import MEGATRON, NativeWeight, RowOrder, hub_name, megatron_name
 from .training_args import plain_args
 
@@ -39,6 +41,7 @@ _NO_WEIGHT = re.compile(
 )
 _LAYER = re.compile(r"(?<=\blayers\.)\d+(?=\.)")
 _GATE, _UP = "_w", "_v"
+_LOST = "copy the folder again, with every rank's files"
 
 
 def dist_format(folder: Path) -> NativeFormat | None:
@@ -52,27 +55,33 @@ def dist_format(folder: Path) -> NativeFormat | None:
 
 
 def read_dist_checkpoint(
-    folder: str | os.PathLike[str], table: Sequence[NativeWeight] | None = None
+    folder: str | os.PathLike[str], table: Sequence[NativeWeight] | None = None, *, optimizer: bool = False
 ) -> NativeCheckpoint:
     """Open a `torch_dist`, `fsdp_dtensor` or plain DCP folder; no tensor is loaded.
 
     Args:
         folder: the one with the `.metadata` file, or that which holds Accelerate's `pytorch_model_fsdp_0`.
         table: what its tensors are called, for a fork of Megatron; Megatron's own names, or the Hub's, unless given.
+        optimizer: read Adam's moments too, which FSDP2 keeps in a folder of their own, `optimizer_0`.
 
     Raises:
-        CheckpointError: the folder is damaged or incomplete, or of a backend that is no longer read.
+        CheckpointError: the folder is damaged or incomplete, or of a backend that is no longer read; the moments are
+            not there, not of Adam, or Megatron's.
     """
     path = Path(os.path.abspath(folder))
     backend = _sharded_backend(path)
+    if optimizer and (backend is not None or table is not None):
+        raise CheckpointError(f"{path}: {NO_MEGATRON_OPTIMIZER}")
     if backend is not None:
         return _read_torch_dist(path, backend, table)
     if not (path / METADATA).is_file() and (path / _ACCELERATE).is_dir():
         path /= _ACCELERATE
     checkpoint = read_distributed_checkpoint(path, _is_weight)
     if table is not None or _has_megatron_names(checkpoint):
+        if optimizer:
+            raise CheckpointError(f"{path}: {NO_MEGATRON_OPTIMIZER}")
         return _read_fsdp_dtensor(checkpoint, table)
-    return _read_hub_names(checkpoint)
+    return _read_hub_names(checkpoint, _read_adam(path) if optimizer else None)
 
 
 def _is_weight(name: str) -> bool:
@@ -230,7 +239,7 @@ def _parallel(args: Mapping[str, Any]) -> str:
 # FSDP2 of a transformers model.
 
 
-def _read_hub_names(checkpoint: DistributedCheckpoint) -> NativeCheckpoint:
+def _read_hub_names(checkpoint: DistributedCheckpoint, adam: AdamMoments | None) -> NativeCheckpoint:
     tensors: dict[str, ShardedTensor] = {}
     for own_name, tensor in checkpoint.tensors.items():
         name = hub_name(own_name)
@@ -245,4 +254,67 @@ def _read_hub_names(checkpoint: DistributedCheckpoint) -> NativeCheckpoint:
         args={},
         tensors=tensors,
         table=None,
+        adam=adam,
     )
+
+
+_FSDP_OPTIMIZER = "optimizer_0"
+_STATE = re.compile(r"optimizer\.state\.(.+)\.(\w+)")
+_GROUP = re.compile(r"optimizer\.param_groups\.(\d+)\.(\w+)")
+
+
+def _read_adam(weights: Path) -> AdamMoments:
+    """Adam's moments as Accelerate keeps them: in a folder beside that of the weights, or beside them in one."""
+    beside = (weights, weights / _FSDP_OPTIMIZER, weights.parent / _FSDP_OPTIMIZER)
+    for folder in beside:
+        if not (folder / METADATA).is_file():
+            continue
+        checkpoint = read_distributed_checkpoint(folder, lambda name: not _is_weight(name))
+        if any(map(_STATE.fullmatch, checkpoint.tensors)):
+            return _adam_of(checkpoint)
+    raise CheckpointError(f"{weights}: has no optimizer beside it, in {_FSDP_OPTIMIZER}; leave --optimizer out.")
+
+
+def _adam_of(checkpoint: DistributedCheckpoint) -> AdamMoments:
+    moments: dict[str, dict[str, ShardedTensor]] = {key: {} for key in MOMENTS}
+    steps: dict[str, float] = {}
+    with FileReader() as reader:
+        for own_name, tensor in checkpoint.tensors.items():
+            match = _STATE.fullmatch(own_name)
+            if match is None:
+                continue
+            name, key = hub_name(match[1]), match[2]
+            if key == "step":
+                steps[name] = _scalar(tensor, reader, f"{checkpoint.folder}: {own_name}")
+            elif key in moments:
+                moments[key][name] = tensor
+            else:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: {own_name} is nothing that Adam keeps; only Adam and AdamW are converted."
+                )
+    first, second = (moments[key].keys() for key in MOMENTS)
+    for name in sorted((first ^ second) | (first ^ steps.keys())):
+        raise CheckpointError(f"{checkpoint.folder}: the state of {name} lacks a moment or its step; {_LOST}.")
+    return AdamMoments(moments, steps, _fsdp_groups(checkpoint, first))
+
+
+def _scalar(tensor: ShardedTensor, reader: FileReader, where: str) -> float:
+    views = [view for _, view in tensor.chunks if view is not None]
+    if tensor.numel != 1 or len(views) != 1:
+        raise CheckpointError(f"{where} has shape {tensor.shape}, expected one number.")
+    return float(reader.read(views[0]).reshape(-1)[0])
+
+
+def _fsdp_groups(checkpoint: DistributedCheckpoint, names: Collection[str]) -> list[tuple[dict[str, Any], list[str]]]:
+    """The parameter groups; one of all weights where they are not said, or not of these."""
+    groups: dict[int, dict[str, Any]] = {}
+    for own_name in checkpoint.objects:
+        if match := _GROUP.fullmatch(own_name):
+            groups.setdefault(int(match[1]), {})[match[2]] = _read_object(checkpoint, own_name)
+    ordered = [group for _, group in sorted(groups.items())]
+    members = [group.get("params") for group in ordered]
+    if all(isinstance(own, list) and all(isinstance(name, str) for name in own) for own in members):
+        named = [[hub_name(name) for name in own] for own in members if own is not None]
+        if sorted(name for own in named for name in own) == sorted(names):
+            return [(plain_settings(group), own) for group, own in zip(ordered, named, strict=True)]
+    return [({}, sorted(names))]

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..checkpoint.bytes import read_start
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.folder_formats import FolderFormat, register
-from .checkpoint import NativeCheckpoint, NativeFormat
+from .checkpoint import NO_MEGATRON_OPTIMIZER, NativeCheckpoint, NativeFormat
 from .table import NativeWeight
 
 FORMATS: tuple[NativeFormat, ...] = ("megatron", "torch_dist", "fsdp_dtensor", "dcp", "deepspeed")
@@ -101,6 +101,7 @@ def open_native(
     *,
     table: Sequence[NativeWeight] | None = None,
     fp32_master: bool = False,
+    optimizer: bool = False,
 ) -> NativeCheckpoint | None:
     """Open the training checkpoint that a folder is or holds; no tensor is loaded.
 
@@ -109,6 +110,7 @@ def open_native(
         iteration: see `find_native`.
         table: what its tensors are called, for a fork of Megatron.
         fp32_master: of DeepSpeed: the optimizer's float32 weights, where the run's own are there too.
+        optimizer: read Adam's moments too.
 
     Returns:
         None if the folder is no training checkpoint that this package knows.
@@ -126,10 +128,12 @@ def open_native(
     kind, folder = found
     try:
         if kind == "megatron":
+            if optimizer:
+                raise CheckpointError(f"{path}: {NO_MEGATRON_OPTIMIZER}")
             return read_megatron(folder, _iteration_number(folder), table)
         if kind == "deepspeed":
-            return read_deepspeed(folder, fp32_master=fp32_master)
-        return read_dist_checkpoint(folder, table)
+            return read_deepspeed(folder, fp32_master=fp32_master, optimizer=optimizer)
+        return read_dist_checkpoint(folder, table, optimizer=optimizer)
     except OSError as error:
         raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror}.") from None
 

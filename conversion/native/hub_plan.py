@@ -6,13 +6,15 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..architecture import MODEL_TYPE, Architecture, load_config
-from ..checkpoint.dtypes import DType
+from ..checkpoint.containers import Shard
+from ..checkpoint.dtypes import FLOAT32, DType
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.parent import parent_record
 from ..checkpoint.plan import CheckpointPlan, Shape, TensorPlan
@@ -22,7 +24,8 @@ from ..hub.card import model_facts
 from ..hub.contents import count_pieces, hub_config, hub_sidecars
 from ..hub.small_files import left_behind
 from ..mapping import EMBED_TOKENS, LM_HEAD, Weight, is_derived, weights
-from .checkpoint import NativeCheckpoint, Replica
+from ..optimizer_state import OPTIMIZER_FILE, adam_shard, parameter_names
+from .checkpoint import AdamMoments, NativeCheckpoint, Replica
 from .find import exported_folder
 from .table import NativeWeight, hub_table, native_tensors, split
 from .training_args import (
@@ -48,8 +51,8 @@ def plan_run(
     vocab_size: int | None,
     dtype: DType | None,
     multipliers: str | None = None,
-) -> tuple[CheckpointPlan, list[str]]:
-    """The plan of the Hub folder that a training checkpoint becomes, and notes on it.
+) -> tuple[CheckpointPlan, list[Shard], list[str]]:
+    """The plan of the Hub folder that a training checkpoint becomes, its files of state, and notes on it.
 
     Args:
         run: the checkpoint.
@@ -79,16 +82,22 @@ def plan_run(
         "parallel": run.parallel,
         "iteration": run.iteration,
         "dtype": dtype.name if dtype else None,
+        **({"optimizer": True} if run.adam else {}),
         "parent": parent_record(exported) if exported else None,
     }
     out_dtype = tensors[0].dtype.name
     hub = hub_config(complete, architecture, out_dtype)
     sidecars = hub_sidecars(folder, model_facts(hub, out_dtype, lineage))
+    states: list[Shard] = []
+    if run.adam:
+        states = [plan_adam(run, run.adam, architecture)]
+        tensors += [tensor for shard in states for tensor, _ in shard.tensors]
+        notes.append(f"{OPTIMIZER_FILE}: Adam's moments after {max(run.adam.steps.values()):.0f} steps.")
     plan = CheckpointPlan(tuple(tensors), hub, sidecars, lineage)
     plan.check()
     if tokenizer or beside:  # what else lies in a run's own folder is the run
         notes += left_behind(folder, sidecars)
-    return plan, notes
+    return plan, states, notes
 
 
 def _folder_with_config(run: NativeCheckpoint) -> Path | None:
@@ -269,6 +278,33 @@ def plan_tensors(
         part = parts.get(name) or ShardedTensor.zeros(shape, next(iter(parts.values())).dtype)
         tensors.append(part.plan(name, shape, dtype=dtype, offset=1.0 if name in gammas else 0.0))
     return tensors, [*run.notes, *_notes(run, architecture, gammas)]
+
+
+def plan_adam(run: NativeCheckpoint, adam: AdamMoments, architecture: Architecture) -> Shard:
+    """The optimizer.pt of a run: its moments in float32, cut and named as the weights are.
+
+    Args:
+        run: the checkpoint.
+        adam: its optimizer's state.
+        architecture: its numbers, with the true vocab_size.
+
+    Raises:
+        CheckpointError: a weight was not trained, so that there are no moments of it; or a shape differs.
+    """
+    names = parameter_names(architecture)
+    frozen = [name for name in names if name not in adam.steps]
+    if frozen:
+        raise CheckpointError(
+            f"{run.folder}: {frozen[0]} has no moments, as it was not trained, and what there is of the others is no "
+            "state of the whole model; leave --optimizer out."
+        )
+    moments: dict[str, dict[str, TensorPlan]] = {name: {} for name in names}
+    for key, tensors in adam.moments.items():
+        of_key = replace(run, tensors=tensors, order=replace(run.order, zero_centered_gamma=False))
+        for plan in plan_tensors(of_key, architecture, FLOAT32)[0]:
+            moments[plan.name][key] = plan
+    groups = [(settings, [name for name in names if name in set(members)]) for settings, members in adam.groups]
+    return adam_shard(groups, moments, adam.steps)
 
 
 def _rows(weight: Weight, architecture: Architecture) -> int:

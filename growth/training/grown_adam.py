@@ -30,9 +30,10 @@ from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.plan import Box, View
 from conversion.checkpoint.reader import FileReader
+from conversion.optimizer_state import OPTIMIZER_FILE
 
 from ..moments import AdamState, read_grown_state
-from ..spec import OPTIMIZER_FILE, lists_state
+from ..spec import lists_state
 from .optimizer_layout import Layout, Slot, blocks, innermost, lay_out, local, parameter_shapes
 
 logger = logging.getLogger(__name__)

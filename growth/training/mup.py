@@ -13,38 +13,14 @@ Groups go by name and not by number of dimensions, which a sharded or flattened 
 """
 
 import math
-from collections.abc import Iterable
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer
 
+from ..parameter_kinds import KINDS, group_names, parameter_kind
 from .errors import RunError
-
-Kind: TypeAlias = Literal["vector", "matrix", "norm"]
-
-_KINDS: dict[str, Kind] = {
-    "embed_tokens": "vector",
-    "lm_head": "vector",
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "matrix"),
-    **dict.fromkeys(("input_layernorm", "post_attention_layernorm", "norm"), "norm"),
-}
-# In the order of the groups. The first group's rate is what Trainer logs: the one that the width does not change.
-KINDS: tuple[Kind, ...] = ("vector", "matrix", "norm")
-
-
-def parameter_kind(name: str) -> Kind:
-    """What the parameter of a Tele-FLM is under muP; norms, vectors too, are apart because they take no weight decay.
-
-    Raises:
-        ValueError: no parameter of a Tele-FLM has that name, as with an adapter's.
-    """
-    owner, _, leaf = name.rpartition(".")
-    kind = _KINDS.get(owner.rpartition(".")[-1])
-    if leaf != "weight" or kind is None:
-        raise ValueError(f"{name} is no weight of a Tele-FLM; muP has no rule for it, train with one learning rate.")
-    return kind
 
 
 def parameter_groups(
@@ -72,17 +48,6 @@ def parameter_groups(
         {"params": [trained[name] for name in names], "lr": settings[kind][0], "weight_decay": settings[kind][1]}
         for kind, names in group_names(trained).items()
     ]
-
-
-def group_names(names: Iterable[str]) -> dict[Kind, list[str]]:
-    """Names of parameters by kind, in the order of the groups; kinds without any are left out.
-
-    Raises:
-        ValueError: see `parameter_kind`.
-    """
-    kinds = {name: parameter_kind(name) for name in names}
-    groups = {kind: [name for name, other in kinds.items() if other == kind] for kind in KINDS}
-    return {kind: members for kind, members in groups.items() if members}
 
 
 class MupMixin:

@@ -49,6 +49,9 @@ Multipliers = Annotated[
 ]
 Mapping = Annotated[Path | None, typer.Option(help="YAML file with the tensor names of a fork of Megatron.")]
 Fp32Master = Annotated[bool, typer.Option("--fp32-master", help="Of DeepSpeed: the optimizer's float32 weights.")]
+Optimizer = Annotated[
+    bool, typer.Option("--optimizer", help="Of DeepSpeed and FSDP2: write Adam's moments too, as optimizer.pt.")
+]
 AllowUnequalReplicas = Annotated[
     bool, typer.Option("--allow-unequal-replicas", help="Take rank 0's where a run's copies of one tensor differ.")
 ]
@@ -65,6 +68,7 @@ def convert(
     multipliers: Multipliers = None,
     mapping: Mapping = None,
     fp32_master: Fp32Master = False,
+    optimizer: Optimizer = False,
     allow_unequal_replicas: AllowUnequalReplicas = False,
     dtype: Dtype = None,
     allow_nonfinite: AllowNonfinite = False,
@@ -93,6 +97,7 @@ def convert(
 
     how: dict[str, Any] = {"format": format, "iteration": iteration, "config": config, "tokenizer": tokenizer}
     how |= {"vocab_size": vocab_size, "multipliers": multipliers, "mapping": mapping, "fp32_master": fp32_master}
+    how |= {"optimizer": optimizer}
     how |= {"allow_unequal_replicas": allow_unequal_replicas, "allow_nonfinite": allow_nonfinite, "dtype": dtype}
     settings: dict[str, Any] = {"workers": workers, "memory": memory, "max_shard_size": max_shard_size}
     settings |= {"overwrite": overwrite, "no_digest": no_digest, "verify_source": verify_source, "as_json": as_json}

@@ -273,6 +273,134 @@ def test_a_run_becomes_a_hub_folder(write, fp32_master, dtype, tmp_path):
     assert all(torch.equal(found[name], tensor.to(dtype)) for name, tensor in model.state_dict().items())
 
 
+# Adam's moments.
+
+
+def with_moments(root: Path, elastic: bool = False) -> Path:
+    """Have every rank's optimizer keep, beside each flat tensor w of the weights, the moments 2 w and w^2."""
+    paths = sorted((root / TAG).glob("*optim_states.pt"))
+    longest = _flats(torch.load(paths[0], weights_only=False))
+    for path in paths:
+        content = torch.load(path, weights_only=False)
+        state = content["optimizer_state_dict"]
+        entries = []
+        for flat, first in zip(_flats(content), longest, strict=True):
+            padding = 0 if elastic else len(first) - len(flat)  # which ZeRO 1 and 2 strip from the weights alone
+            flat = torch.cat([flat, torch.full((padding,), math.nan)])
+            entries.append({"step": torch.tensor(7.0), "exp_avg": 2 * flat, "exp_avg_sq": flat**2})
+        groups = [{"lr": 1e-3, "betas": (0.9, 0.95), "params": [index]} for index in range(len(entries))]
+        numbered = {"state": dict(enumerate(entries)), "param_groups": groups}
+        name = "optimizer_state_dict" if "fp32_flat_groups" in state else "base_optimizer_state"
+        state[name] = entries if elastic else numbered
+        torch.save(content, path)
+    return root
+
+
+def _flats(content: Any) -> list[torch.Tensor]:
+    state = content["optimizer_state_dict"]
+    return state.get("fp32_flat_groups") or state["single_partition_of_fp32_groups"]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(lambda root, tensors: with_moments(zero2(root, tensors)), id="ZeRO 2"),
+        pytest.param(lambda root, tensors: with_moments(zero2(root, tensors), elastic=True), id="ZeRO 2, elastic"),
+        pytest.param(lambda root, tensors: with_moments(zero3(root, tensors)), id="ZeRO 3"),
+        pytest.param(lambda root, tensors: with_moments(zero3(root, tensors, sub_groups=3)), id="ZeRO 3, sub-groups"),
+    ],
+)
+def test_moments_become_those_of_a_trainer(write, tmp_path):
+    model = tiny_model()
+    root = write(tmp_path / "run", model.state_dict())
+    convert_checkpoint(root, tmp_path / "out", config=model.config.to_dict(), optimizer=True)
+    saved = torch.load(tmp_path / "out/optimizer.pt", weights_only=True)
+    names = [name for group in saved["param_groups"] for name in group["param_names"]]
+    assert sorted(names) == sorted(model.state_dict())
+    for index, name in enumerate(names):
+        weight, state = model.state_dict()[name], saved["state"][index]
+        assert torch.equal(state["exp_avg"], 2 * weight)
+        assert torch.equal(state["exp_avg_sq"], weight**2)
+        assert state["step"] == 7
+    is_norm = [all(model.state_dict()[name].ndim == 1 for name in g["param_names"]) for g in saved["param_groups"]]
+    assert is_norm == [False, True]
+    parameters = [
+        {"params": [model.get_parameter(name) for name in group["param_names"]]} for group in saved["param_groups"]
+    ]
+    torch.optim.AdamW(parameters).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_moments_of_a_universal_checkpoint(flat, tmp_path):
+    model = tiny_model()
+    root = universal(tmp_path / "run", model.state_dict(), flat=flat)
+    for index, name in enumerate(model.state_dict()):
+        torch.save([7, torch.tensor(7.0), 7.0][index % 3], root / TAG / "zero" / name / "step.pt")
+    convert_checkpoint(root, tmp_path / "out", config=model.config.to_dict(), optimizer=True)
+    saved = torch.load(tmp_path / "out/optimizer.pt", weights_only=True)
+    names = [name for group in saved["param_groups"] for name in group["param_names"]]
+    for index, name in enumerate(names):  # which hold the weights themselves
+        assert torch.equal(saved["state"][index]["exp_avg"], model.state_dict()[name])
+        assert saved["state"][index]["step"] == 7
+
+
+def _edit_base(change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    def edit(tag: Path) -> None:
+        path = tag / _optimizer_file(1)
+        content = torch.load(path, weights_only=False)
+        change(content["optimizer_state_dict"])
+        torch.save(content, path)
+
+    return edit
+
+
+def _momentum(state: Any) -> None:
+    for entry in state["base_optimizer_state"]["state"].values():
+        entry["momentum_buffer"] = entry.pop("exp_avg")
+
+
+def _shorter(state: Any) -> None:
+    entry = state["base_optimizer_state"]["state"][0]
+    entry["exp_avg"] = entry["exp_avg"][:5]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_edit_base(_momentum), r"the optimizer's state is exp_avg_sq, momentum_buffer, step; only that of Adam"),
+        (_edit_base(lambda state: state["base_optimizer_state"]["state"].clear()), "has no base_optimizer_state with"),
+        (_edit_base(_shorter), r"param_shapes has \d+ elements in group 0, the 3 ranks hold \d+"),
+        (
+            lambda tag: [path.unlink() for path in tag.glob("*optim_states.pt")],
+            r"no \*_optim_states\.pt, where the mom",
+        ),
+    ],
+)
+def test_moments_that_are_no_adams(damage, message, tmp_path):
+    model = tiny_model()
+    root = with_moments(zero2(tmp_path / "run", model.state_dict()))
+    damage(root / TAG)
+    with pytest.raises(CheckpointError, match=message):
+        convert_checkpoint(root, tmp_path / "out", config=model.config.to_dict(), optimizer=True)
+    assert not (tmp_path / "out").exists()
+    convert_checkpoint(root, tmp_path / "out", config=model.config.to_dict())
+
+
+def test_a_weight_that_was_not_trained_has_no_moments(tmp_path):
+    model = tiny_model()
+    tensors = dict(model.state_dict())
+    frozen = trained({"model.norm.weight": tensors.pop("model.norm.weight")})
+    root = with_moments(zero3(tmp_path / "run", tensors, frozen=frozen))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has no moments, as it was not trained"):
+        convert_checkpoint(root, tmp_path / "out", config=model.config.to_dict(), optimizer=True)
+
+
+def test_only_runs_of_deepspeed_and_fsdp_have_an_optimizer(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "hub")
+    with pytest.raises(CheckpointError, match="--optimizer is for checkpoints of training runs"):
+        convert_checkpoint(tmp_path / "hub", tmp_path / "out", optimizer=True)
+
+
 # What is refused.
 
 
@@ -467,9 +595,15 @@ def _train(rank: int, stage: int, folder: str, port: int) -> None:
         engine.backward(engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
         engine.step()
     engine.save_checkpoint(folder)
+    moments = {
+        name: {key: deepspeed.utils.safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+    }
     weights = engine._zero3_consolidated_16bit_state_dict() if stage == 3 else engine.module.state_dict()
     if rank == 0:
         torch.save({name: tensor.clone() for name, tensor in weights.items()}, f"{folder}/trained.pt")
+        torch.save(moments, f"{folder}/moments.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -533,6 +667,16 @@ def test_float32_weights_are_those_of_zero_to_fp32(real):
 
 
 @pytest.mark.external
+def test_moments_are_those_that_the_library_tells(real):
+    adam, expected = read_deepspeed(real, optimizer=True).adam, torch.load(real / "moments.pt")
+    for key, tensors in adam.moments.items():
+        assert tensors.keys() == expected.keys()
+        assert all(holds(tensors[name], states[key].float().cpu()) for name, states in expected.items())
+    assert set(adam.steps.values()) == {2.0}
+    assert [settings["weight_decay"] for settings, _ in adam.groups] == [0.01, 0.0]
+
+
+@pytest.mark.external
 def test_a_universal_checkpoint_of_the_library(real, tmp_path):
     root = shutil.copytree(real, tmp_path / "run")
     command = ["--input_folder", str(root / "global_step2"), "--output_folder", str(root / "global_step2_universal")]
@@ -543,3 +687,7 @@ def test_a_universal_checkpoint_of_the_library(real, tmp_path):
     found = read_deepspeed(root, fp32_master=True)
     assert found.folder.endswith("global_step2_universal")
     assert matches(found, expected)
+    adam, moments = read_deepspeed(root, optimizer=True).adam, torch.load(real / "moments.pt")
+    for key, tensors in adam.moments.items():
+        assert all(holds(tensors[name], states[key].float().cpu()) for name, states in moments.items())
+    assert set(adam.steps.values()) == {2.0}

@@ -24,12 +24,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
 
 from conversion import convert_checkpoint
 from conversion.checkpoint.distributed_file import read_distributed_checkpoint
 from conversion.checkpoint.errors import CheckpointError
 from conversion.native.dist_checkpoint import dist_format, read_dist_checkpoint
 from conversion.native.table import MEGATRON, NativeWeight
+from growth import grow_checkpoint
 from tests.fixtures.hostile_pickles import harm_done, hostile_pickles
 from tests.fixtures.sharded_tensors import holds
 from tests.fixtures.tiny import tiny_config, tiny_model
@@ -245,7 +247,8 @@ IMPORTED_ONCE = ["accelerate.utils", "torch.distributed.fsdp", "transformers.mod
 
 def _save_as_a_world(rank: int, folder: str) -> None:
     from accelerate import PartialState
-    from accelerate.utils import FullyShardedDataParallelPlugin, save_fsdp_model
+    from accelerate.utils import FullyShardedDataParallelPlugin, save_fsdp_model, save_fsdp_optimizer
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -262,6 +265,19 @@ def _save_as_a_world(rank: int, folder: str) -> None:
     fully_shard(model, mesh=mesh)
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
     save_fsdp_model(plugin, None, model, f"{folder}/checkpoint-5")
+
+    norms = [parameter for name, parameter in model.named_parameters() if "norm" in name]
+    matrices = [parameter for name, parameter in model.named_parameters() if "norm" not in name]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    tokens = torch.arange(12).reshape(1, 12) + rank
+    for _ in range(2):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    save_fsdp_optimizer(plugin, None, optimizer, model, f"{folder}/checkpoint-5")
+    whole = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        torch.save(whole, f"{folder}/whole_optimizer.pt")
 
     rows = {
         name: distribute_tensor(t, mesh, [Shard(t.ndim - 2 if t.ndim > 1 else 0)])
@@ -302,6 +318,72 @@ def test_a_run_on_fsdp2_becomes_a_hub_folder(world, tmp_path):
     found = load_file(tmp_path / "out/model.safetensors")
     assert found.keys() == model.state_dict().keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_moments_of_fsdp2_become_those_of_a_trainer(world, tmp_path):
+    """Torch itself gathers the truth; its AdamW takes the file for the model's groups of transformers' Trainer."""
+    model, truth = hub_model(), torch.load(world / "whole_optimizer.pt")
+    config = model.config.to_dict()
+    result = convert_checkpoint(world / "checkpoint-5", tmp_path / "out", config=config, optimizer=True)
+    assert "optimizer.pt: Adam's moments after 2 steps." in result.notes
+    saved = torch.load(tmp_path / "out/optimizer.pt", weights_only=True)
+    names = [name for group in saved["param_groups"] for name in group["param_names"]]
+    assert sorted(names) == sorted(model.state_dict())
+    for index, name in enumerate(names):
+        found, expected = saved["state"][index], truth["state"][name]
+        assert found["step"] == expected["step"] == 2
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert found[key].dtype == torch.float32
+            assert torch.equal(found[key], expected[key].float())
+    args = TrainingArguments(str(tmp_path / "run"), use_cpu=True, weight_decay=0.1, report_to="none")
+    optimizer = Trainer(model, args).create_optimizer()
+    optimizer.load_state_dict(saved)
+    own = {name: optimizer.state[parameter]["exp_avg_sq"] for name, parameter in model.named_parameters()}
+    assert all(torch.equal(own[name].float(), truth["state"][name]["exp_avg_sq"].float()) for name in own)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+    assert convert_checkpoint(
+        world / "checkpoint-5", tmp_path / "out", config=config, optimizer=True
+    ).written.already_done
+    with pytest.raises(
+        CheckpointError, match=r"already holds model\.safetensors, but lineage\.optimizer was True and is None"
+    ):
+        convert_checkpoint(world / "checkpoint-5", tmp_path / "out", config=config)
+
+
+def test_moments_grow_after_they_were_converted(world, tmp_path):
+    config = hub_model().config.to_dict()
+    convert_checkpoint(world / "checkpoint-5", tmp_path / "hub", config=config, optimizer=True)
+    grow_checkpoint(tmp_path / "hub", tmp_path / "out", {"intermediate_size": 56}, optimizer=tmp_path / "hub")
+    before, after = (torch.load(tmp_path / folder / "optimizer.pt", weights_only=True) for folder in ("hub", "out"))
+    names = [name for group in after["param_groups"] for name in group["param_names"]]
+    index = names.index("model.layers.1.mlp.up_proj.weight")
+    grown, source = after["state"][index]["exp_avg"], before["state"][index]["exp_avg"]
+    assert torch.equal(grown[: len(source)], source)
+    assert not grown[len(source) :].any()
+
+
+def _without_moments(folder):
+    shutil.rmtree(folder / "optimizer_0")
+
+
+def _lost_file(folder):
+    next((folder / "optimizer_0").glob("*.distcp")).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_without_moments, r"pytorch_model_fsdp_0: has no optimizer beside it, in optimizer_0"),
+        (_lost_file, r"\.distcp"),
+    ],
+)
+def test_moments_that_are_not_there(damage, message, world, tmp_path):
+    shutil.copytree(world / "checkpoint-5", tmp_path / "run")
+    damage(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=message):
+        convert_checkpoint(tmp_path / "run", tmp_path / "out", config=hub_model().config.to_dict(), optimizer=True)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ The oracle is autograd: with beta1 = beta2 = 0 the moments of torch's AdamW are 
 the grown state must be the gradient of the grown model and its square, wherever an entry of the source went.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -30,6 +29,7 @@ from conversion.checkpoint.execute import WriteOptions
 from conversion.checkpoint.manifest import MANIFEST, read_manifest
 from conversion.checkpoint.sources import open_checkpoint
 from conversion.inspect import inspect_checkpoint
+from conversion.optimizer_state import parameter_names
 from growth import grow_checkpoint
 from growth.method import Tile, Zero
 from growth.moments import read_adam_state
@@ -149,15 +149,13 @@ def _copies_do_not_share(monkeypatch):
 
 
 def _new_entries_at_zero(monkeypatch):
-    place = growing._place
-    monkeypatch.setattr(
-        growing, "_place", lambda plan, factor, rest, *args, **kw: place(plan, factor, 0.0, *args, **kw)
-    )
+    moment = growing._moment
+    monkeypatch.setattr(growing, "_moment", lambda plan, factor, rest, **kw: moment(plan, factor, 0.0, **kw))
 
 
 def _additional_layers_as_copies(monkeypatch):
-    place = growing._place
-    monkeypatch.setattr(growing, "_place", lambda *args, is_new: place(*args, is_new=False))
+    moment = growing._moment
+    monkeypatch.setattr(growing, "_moment", lambda *args, is_new: moment(*args, is_new=False))
 
 
 @pytest.mark.parametrize(
@@ -490,7 +488,7 @@ def folder_with_moments(source, tmp_path) -> tuple[Path, Path]:  # noqa: F811
 def test_moments_of_an_earlier_growth_do_not_stay(folder_with_moments, source):  # noqa: F811
     out, moments = folder_with_moments
     assert grow_checkpoint(source, out, TARGET, optimizer=moments).written.already_done
-    with pytest.raises(CheckpointError, match=r"lineage\.optimizer"):
+    with pytest.raises(CheckpointError, match=r"lineage\.optimizer was '.* and is None"):
         grow_checkpoint(source, out, TARGET)
     grow_checkpoint(source, out, TARGET, options=WriteOptions(overwrite=True))
     assert not (out / "optimizer.pt").exists()
@@ -503,7 +501,7 @@ def test_other_moments_are_another_growth(folder_with_moments, source):  # noqa:
     for entry in state["state"].values():
         entry["exp_avg"] += 1
     torch.save(state, moments / "optimizer.pt")
-    with pytest.raises(CheckpointError, match=r"lineage\.optimizer"):
+    with pytest.raises(CheckpointError, match=r"the source file optimizer\.pt has changed since"):
         grow_checkpoint(source, out, TARGET, optimizer=moments)
     assert (out / "optimizer.pt").read_bytes() == before
 
@@ -514,9 +512,13 @@ def damaged_files(folder: Path) -> list[str]:
 
 def test_the_record_describes_the_moments(folder_with_moments):
     out, _ = folder_with_moments
-    content, record = (out / "optimizer.pt").read_bytes(), read_manifest(out)
-    digest = hashlib.sha256(content).hexdigest()
-    assert record["files"]["optimizer.pt"].items() >= {"bytes": len(content), "sha256": digest}.items()
+    entry, names = read_manifest(out)["files"]["optimizer.pt"], list(by_name(out / "optimizer.pt"))
+    assert entry["bytes"] == (out / "optimizer.pt").stat().st_size
+    assert not any(name.startswith("optimizer.pt") for name in read_manifest(out)["tensors"])
+    for index in range(len(names)):
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert entry["tensors"].pop(f"optimizer.pt/state.{index}.{key}")["digest"]
+    assert entry["tensors"] == {}
     assert damaged_files(out) == []
     assert not (out / ".teleflm").exists()
 
@@ -543,8 +545,8 @@ def test_destroyed_moments_are_not_already_done(damage, folder_with_moments, sou
     damage(out / "optimizer.pt")
     assert damaged_files(out) == ["optimizer.pt"]
     if damage is not _a_byte_of_a_moment:
-        state = "is missing" if damage is Path.unlink else "is not what was written there"
-        with pytest.raises(CheckpointError, match=rf"out/optimizer\.pt: {state}; .*--overwrite"):
+        state = {_junk: "has 4 bytes, expected", Path.unlink: "is missing"}.get(damage, "is not what was written there")
+        with pytest.raises(CheckpointError, match=rf"out.*optimizer\.pt:? {state}.*--overwrite"):
             grow_checkpoint(source, out, TARGET, optimizer=moments)
     if damage is Path.unlink:
         with pytest.raises(CheckpointError, match="is missing, and the folder's record says"):
@@ -596,33 +598,37 @@ def test_a_full_disk_under_the_moments(room, folder_with_moments, source, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("step", "when"),
+    ("step", "call", "when"),
     [
-        ("write_small_files", "before"),
-        ("write_small_files", "after"),
-        ("_name_shard", "before"),
-        ("_name_shard", "after"),
+        ("write_small_files", 1, "before"),
+        ("write_small_files", 1, "after"),
+        ("_name_shard", 1, "before"),
+        ("_name_shard", 1, "after"),
+        ("_name_shard", 2, "after"),
     ],
 )
-def test_a_kill_leaves_no_weights_without_their_moments(step, when, source, tmp_path, monkeypatch):  # noqa: F811
-    """At each step of what makes a folder loadable; and what was made is not made again."""
+def test_a_kill_leaves_no_weights_without_their_moments(step, call, when, source, tmp_path, monkeypatch):  # noqa: F811
+    """At each step of what makes a folder loadable; and what was written is not written again."""
     save_state(source, tmp_path / "optimizer.pt")
-    real, out = getattr(finishing, step), tmp_path / "out"
+    real, out, calls = getattr(finishing, step), tmp_path / "out", []
 
     def killed(*arguments):
-        if when == "after":
+        calls.append(arguments)
+        if len(calls) < call or when == "after":
             real(*arguments)
-        raise SystemExit
+        if len(calls) == call:
+            raise SystemExit
 
     monkeypatch.setattr(finishing, step, killed)
     with pytest.raises(SystemExit):
         grow_checkpoint(source, out, TARGET, optimizer=tmp_path)
-    loadable = (out / "model.safetensors").exists()
-    assert loadable == ((step, when) == ("_name_shard", "after"))
-    assert (out / "optimizer.pt").exists() == (step == "_name_shard")
+    assert (out / "model.safetensors").exists() == ((step, call) == ("_name_shard", 2))
+    assert (out / "optimizer.pt").exists() == ((step, when) == ("_name_shard", "after"))
+    before = next(out.glob("optimizer.pt*")).stat()
     monkeypatch.undo()
-    monkeypatch.setattr(growing, "grow_adam_state", None)
     grow_checkpoint(source, out, TARGET, optimizer=tmp_path)
+    after = (out / "optimizer.pt").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
     assert damaged_files(out) == []
     assert by_name(out / "optimizer.pt")
     assert grow_checkpoint(source, out, TARGET, optimizer=tmp_path).written.already_done
@@ -645,16 +651,15 @@ def test_moments_put_there_while_it_ran_are_not_replaced(source, tmp_path, monke
 
 def test_moments_that_change_while_they_grow(source, tmp_path, monkeypatch):  # noqa: F811
     save_state(source, tmp_path / "optimizer.pt")
-    real = growing.grow_adam_state
+    save_state(source, tmp_path / "other.pt", betas=(0.5, 0.5))
 
-    def grow(*arguments):
-        grown = real(*arguments)
-        save_state(source, tmp_path / "optimizer.pt", betas=(0.5, 0.5))
-        return grown
+    def change(nbytes, total):
+        if nbytes and (tmp_path / "other.pt").exists():
+            (tmp_path / "other.pt").replace(tmp_path / "optimizer.pt")
 
-    monkeypatch.setattr(growing, "grow_adam_state", grow)
-    with pytest.raises(CorruptData, match=r"optimizer\.pt: was changed while it was read"):
-        grow_checkpoint(source, tmp_path / "out", TARGET, optimizer=tmp_path)
+    options = WriteOptions(progress=change, workers=1)
+    with pytest.raises(CorruptData, match=r"while it was written, the source file optimizer\.pt has changed"):
+        grow_checkpoint(source, tmp_path / "out", TARGET, optimizer=tmp_path, options=options)
     assert not (tmp_path / "out/model.safetensors").exists()
 
 
@@ -701,3 +706,74 @@ def test_training_does_not_take_moments_that_the_record_does_not_know(folder_wit
     shutil.copy(out / "optimizer.pt", tmp_path / "other")
     with pytest.raises(CheckpointError, match="this is another model's"):
         find_grown_state(tmp_path / "other")
+
+
+# Streamed like the weights.
+
+
+def _killed_after(share: float):
+    """Progress that fails once so much of the output is written."""
+    seen = 0
+
+    def advance(nbytes: int, total: int) -> None:
+        nonlocal seen
+        seen += nbytes
+        if seen > share * total:
+            raise KeyboardInterrupt
+
+    return advance
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.95])
+def test_a_resumed_growth_has_the_bytes_of_one_that_was_not_interrupted(share, folder_with_moments, source, tmp_path):  # noqa: F811
+    whole, moments = folder_with_moments
+    options = WriteOptions(progress=_killed_after(share), workers=1)
+    with pytest.raises(KeyboardInterrupt):
+        grow_checkpoint(source, tmp_path / "again", TARGET, optimizer=moments, options=options)
+    assert not (tmp_path / "again/model.safetensors").exists()
+    grow_checkpoint(source, tmp_path / "again", TARGET, optimizer=moments)
+    for name in ("model.safetensors", "optimizer.pt"):
+        assert (tmp_path / "again" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_shards_and_workers_do_not_show(folder_with_moments, source, tmp_path):  # noqa: F811
+    whole, moments = folder_with_moments
+    options = WriteOptions(max_shard_size="100KB", workers=3)
+    grow_checkpoint(source, tmp_path / "again", TARGET, optimizer=moments, options=options)
+    assert (tmp_path / "again/model.safetensors.index.json").exists()
+    assert (tmp_path / "again/optimizer.pt").read_bytes() == (whole / "optimizer.pt").read_bytes()
+    assert damaged_files(tmp_path / "again") == []
+
+
+def test_parameters_are_in_the_order_of_the_model(make_source):  # noqa: F811
+    for fields in ({}, {"tie_word_embeddings": True}, GROUPED):
+        folder = make_source(**fields)
+        architecture = Architecture.from_config(json.loads((folder / "config.json").read_bytes()))
+        assert parameter_names(architecture) == [name for name, _ in load(folder).named_parameters()]
+
+
+WITHOUT_TORCH = """
+import sys
+from teleflm.app import app
+try:
+    app()
+except SystemExit as end:
+    assert not end.code, end.code
+assert "torch" not in sys.modules
+"""
+
+
+def test_growing_moments_needs_no_torch(trained, tmp_path):
+    command = ["grow", trained[0], tmp_path / "out", "--set", "intermediate_size=96", "--optimizer", trained[1]]
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *map(str, command)], check=True)
+    assert by_name(tmp_path / "out/optimizer.pt")
+
+
+def test_a_model_is_itself_without_its_moments(folder_with_moments):
+    """They are as large as four such models in bfloat16, and no part of it: whoever removes them has the model."""
+    out, _ = folder_with_moments
+    assert not inspect_checkpoint(out).chain[-1].problems
+    assert inspect_checkpoint(out, check=True, with_state=False).damages == []
+    (out / "optimizer.pt").unlink()
+    assert not inspect_checkpoint(out).chain[-1].problems
+    assert inspect_checkpoint(out, check=True, with_state=False).damages == []

@@ -1,0 +1,75 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The optimizer.pt beside a model's weights: Adam's moments, as transformers' Trainer and torch.load have them.
+
+Parameters are numbered, group after group, and `param_names` of each group says which is which: so a run with other
+groups, and growth, can use the state too. It is written as weights are: streamed, resumable, a digest of every tensor.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from .architecture import Architecture
+from .checkpoint.containers import Shard
+from .checkpoint.dtypes import FLOAT32
+from .checkpoint.plan import Box, Fill, TensorPlan
+from .checkpoint.torch_zip import torch_shard
+from .mapping import weights
+
+OPTIMIZER_FILE = "optimizer.pt"  # beside the weights: where transformers' Trainer has it, and training looks for it
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+_NAMES = ("params", "param_names")
+
+Group = tuple[Mapping[str, Any], Sequence[str]]
+"""A parameter group: its settings, without `params`, and the names of its parameters."""
+
+
+def parameter_names(architecture: Architecture) -> list[str]:
+    """The parameters in the order in which the model, and so every optimizer, lists them: norms end their layer."""
+    places = {name: (layer, place) for place, (name, _, layer) in enumerate(weights(architecture))}
+
+    def order(name: str) -> tuple[bool, int, bool, int]:
+        layer, place = places[name]
+        outside = (place > 0, architecture.num_hidden_layers) if layer is None else (True, layer)
+        return (*outside, "layernorm" in name, place)
+
+    return sorted(places, key=order)
+
+
+def plain_settings(group: Mapping[Any, Any]) -> dict[str, Any]:
+    """What a saved parameter group says beside its parameters, as far as it is plain values."""
+    return {
+        key: value for key, value in group.items() if isinstance(key, str) and key not in _NAMES and _is_plain(value)
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    values = value if isinstance(value, tuple | list) else (value,)
+    return all(item is None or isinstance(item, bool | int | float | str) for item in values)
+
+
+def adam_shard(
+    groups: Sequence[Group], moments: Mapping[str, Mapping[str, TensorPlan]], steps: Mapping[str, float]
+) -> Shard:
+    """The file that holds Adam's state, as `torch.optim.AdamW.load_state_dict` takes it.
+
+    Args:
+        groups: the parameter groups.
+        moments: name of a parameter -> the plans of its `exp_avg` and `exp_avg_sq`, whatever they are called.
+        steps: name of a parameter -> updates done.
+    """
+    state: dict[int, dict[str, TensorPlan]] = {}
+    saved = []
+    for settings, names in groups:
+        indices = list(range(len(state), len(state) + len(names)))
+        for index, name in zip(indices, names, strict=True):
+            where = f"{OPTIMIZER_FILE}/state.{index}"
+            step = TensorPlan(f"{where}.step", (), FLOAT32, (Fill(Box((0,), (1,)), float(steps[name])),))
+            plans = {key: replace(moments[name][key], name=f"{where}.{key}") for key in MOMENTS}
+            state[index] = {"step": step, **plans}
+        saved.append({**settings, "params": indices, "param_names": list(names)})
+    return torch_shard(OPTIMIZER_FILE, {"state": state, "param_groups": saved}, state=True)
