@@ -70,11 +70,27 @@ def describe_run(args: TrainingArguments, others: Mapping[str, Any], made_from: 
     return {
         "made_from": json.loads(json.dumps(dict(made_from))),
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "order": _order(args),
         "keys": {
             key: value
             for key, value in sorted(keys.items())
             if not (isinstance(value, str) and secret.fullmatch(value)) and not _is_free(key, without=LENGTH)
         },
+    }
+
+
+def _order(args: TrainingArguments) -> dict[str, Any] | None:
+    """What else decides the order of the examples: where they are grouped by length, how a step is spread.
+
+    Each process groups what it computes between two updates, so that another spreading is another order. None where
+    examples are drawn without looking at them.
+    """
+    if getattr(args, "train_sampling_strategy", "random") in ("random", "sequential"):
+        return None
+    return {
+        "per_device_train_batch_size": args.train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "num_processes": args.world_size,
     }
 
 
@@ -101,10 +117,10 @@ def check_same_run(checkpoint: str | Path, run: Mapping[str, Any]) -> bool | Non
         return None
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        was = {"batch_size": before["batch_size"], **before["made_from"], **before["keys"]}
+        was = {"batch_size": before["batch_size"], **_ordered(before), **before["made_from"], **before["keys"]}
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise RunError(f"{path} cannot be read ({error!r}); remove it to resume without comparing.") from None
-    now = {"batch_size": run["batch_size"], **run["made_from"], **run["keys"]}
+    now = {"batch_size": run["batch_size"], **_ordered(run), **run["made_from"], **run["keys"]}
     differing = {key: (was[key], now[key]) for key in now if key in was and was[key] != now[key]}
     free = {key: differing.pop(key) for key in list(differing) if _is_free(key)}
     if differing:
@@ -122,6 +138,12 @@ def check_same_run(checkpoint: str | Path, run: Mapping[str, Any]) -> bool | Non
             new,
         )
     return True
+
+
+def _ordered(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run whose examples are grouped by length, how they are; older checkpoints do not say."""
+    order = run.get("order")
+    return {"examples grouped by length over": order} if order else {}
 
 
 def _short(value: Any) -> str:
@@ -157,7 +179,8 @@ def hold_to_run(trainer: Trainer, describe: Callable[[], Mapping[str, Any]], che
         checkpoint: that is resumed, if one is.
 
     Returns:
-        on process 0: see [`check_same_run`]; None also where nothing is resumed.
+        on process 0: see [`check_same_run`], and whether it goes on where that ended in its data; None also where
+        nothing is resumed.
 
     Raises:
         RunError: they differ. On the other processes a CheckpointError says so.
@@ -168,7 +191,11 @@ def hold_to_run(trainer: Trainer, describe: Callable[[], Mapping[str, Any]], che
             return None
         run = describe()
         trainer.add_callback(SameRunCallback(run))
-        return check_same_run(checkpoint, run) if checkpoint else None
+        same = check_same_run(checkpoint, run) if checkpoint else None
+        if same and trainer.args.ignore_data_skip:
+            logger.warning("%s: ignore_data_skip is true, so the data begin anew: it is not the same run", checkpoint)
+            return False
+        return same
 
     return on_every_process(look)
 

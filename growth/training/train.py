@@ -35,7 +35,6 @@ from transformers import (
     set_seed,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.trainer_utils import get_last_checkpoint
 
 from conversion.checkpoint.errors import CheckpointError, one_line
 
@@ -49,6 +48,8 @@ from .masks import MaskCallback, TeleFLMMaskedForCausalLM
 from .mup import MupMixin
 from .optimizer_layout import parameter_shapes
 from .record import count_tokens, digest_examples, start_record
+from .resume import checkpoints
+from .resume import find_checkpoint as find_resumed
 from .same_run import describe_run, hold_to_run
 from .sharded import ShardedSaveMixin
 from .text import load_documents
@@ -267,22 +268,17 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
     """The checkpoint to resume: that of `resume_from_checkpoint`, which may be `true` for the last in output_dir.
 
     Raises:
-        CheckpointError: there is none; or output_dir holds checkpoints of a run that was not asked to go on.
+        CheckpointError: output_dir holds checkpoints of a run that was not asked to go on.
+        RunError: there is none, or it lacks what a step needs.
     """
-    wanted = args.resume_from_checkpoint
-    last = get_last_checkpoint(args.output_dir) if Path(str(args.output_dir)).is_dir() else None
+    wanted, output_dir = args.resume_from_checkpoint, str(args.output_dir)
     if not wanted or str(wanted).lower() == "false":
-        if last is not None:
+        if there := checkpoints(output_dir):
             raise CheckpointError(
-                f"output_dir already holds {last}; choose another, or go on with resume_from_checkpoint: true."
+                f"output_dir already holds {there[0]}; choose another, or go on with resume_from_checkpoint: true."
             )
         return None
-    found = last if str(wanted).lower() == "true" else str(wanted)
-    if found is None or not (Path(found) / "trainer_state.json").is_file():
-        raise CheckpointError(
-            f"resume_from_checkpoint is {wanted!r}, but {found or args.output_dir} holds no checkpoint."
-        )
-    return found
+    return find_resumed(True if str(wanted).lower() == "true" else str(wanted), output_dir)
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[GrowthArguments, TrainingArguments]:

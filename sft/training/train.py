@@ -37,7 +37,7 @@ from transformers import (
     TrainerState,
 )
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_utils import SchedulerType, get_last_checkpoint
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, get_peft_config, get_quantization_config
@@ -56,6 +56,7 @@ from growth.training.launch import (
     settle_checkpointing,
 )
 from growth.training.record import RecordCallback, digest_examples
+from growth.training.resume import find_checkpoint, step_of
 from growth.training.same_run import describe_run, hold_to_run
 from sft import SFTError
 from sft import tokenizer as tokenizers
@@ -78,7 +79,8 @@ class TrainResult:
     Args:
         output_dir: holds the model (or adapter), the tokenizer with its chat template, and `trainer_state.json`.
         global_step: optimizer steps done, those of the resumed checkpoint included.
-        metrics: of the whole run, as transformers' `TrainOutput.metrics`: `train_loss`, `train_runtime`, ...
+        resumed_step: step of the checkpoint that the run went on from; 0 if it began anew.
+        metrics: of the steps after that, as transformers' `TrainOutput.metrics`: `train_loss`, `train_runtime`, ...
         log_history: what was logged, one dictionary a time: `step`, `loss`, `learning_rate`, `grad_norm`, ...
         data, eval_data: what became of the rows.
         distributed_type: what the run was spread by, in accelerate's words, over `num_processes`.
@@ -94,6 +96,7 @@ class TrainResult:
     distributed_type: str
     num_processes: int
     wrapped: dict[str, int]
+    resumed_step: int = 0
 
 
 def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), progress: bool = True) -> TrainResult:
@@ -141,6 +144,7 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), progress
         distributed_type=trainer.accelerator.distributed_type.value,
         num_processes=trainer.accelerator.num_processes,
         wrapped=guard.wrapped,
+        resumed_step=step_of(checkpoint) if checkpoint else 0,
     )
 
 
@@ -355,26 +359,13 @@ def _resumed(checkpoint: str | None, same: bool | None) -> dict[str, Any]:
     """What the lineage says of a run that went on from a checkpoint: the step, and whether it was compared with it."""
     if checkpoint is None:
         return {"resumed": None}
-    step = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    return {"resumed": {"step": step, "same_run": same}}
+    return {"resumed": {"step": step_of(checkpoint), "same_run": same}}
 
 
 def _checkpoint(recipe: Recipe) -> str | None:
     """The checkpoint to resume from, or None."""
-    wanted = recipe.run.resume_from_checkpoint
-    output_dir = str(recipe.training.output_dir)
-    if not wanted:
-        return None
-    if wanted is True:
-        last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        if last is None:
-            raise RecipeError(
-                f"output_dir {output_dir} holds no checkpoint-N to resume; delete resume_from_checkpoint."
-            )
-        return last
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise RecipeError(f"resume_from_checkpoint {wanted} holds no trainer_state.json; name a checkpoint-N folder.")
-    return wanted
+    with _run_errors():
+        return find_checkpoint(recipe.run.resume_from_checkpoint, str(recipe.training.output_dir))
 
 
 def _refuse_used_output(recipe: Recipe) -> None:
@@ -475,10 +466,10 @@ def run(config: str, overrides: Sequence[str], *, as_json: bool = False, debug: 
 def _summary(result: TrainResult) -> str:
     loss, seconds = result.metrics["train_loss"], result.metrics["train_runtime"]
     many = f" on {result.num_processes} processes ({result.distributed_type})" if result.num_processes > 1 else ""
-    return (
-        f"{result.output_dir}: {result.global_step} steps in {seconds:.0f} s{many}, mean loss {loss:.4f}\n"
-        f"trained on {result.data}"
-    )
+    steps = f"{result.global_step} steps"
+    if result.resumed_step:
+        steps = f"{result.global_step - result.resumed_step} steps after the {result.resumed_step} of its checkpoint"
+    return f"{result.output_dir}: {steps} in {seconds:.0f} s{many}, mean loss {loss:.4f}\ntrained on {result.data}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

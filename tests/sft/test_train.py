@@ -313,6 +313,71 @@ def test_another_run_is_not_resumed(keys, message, make_recipe, model_dir, data_
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
 
 
+SAVED = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("lost", "what"),
+    [
+        ("optimizer.pt", "optimizer"),
+        ("scheduler.pt", r"learning rate schedule \(scheduler\.pt\)"),
+        ("rng_state.pth", r"random state \(rng_state\)"),
+    ],
+)
+def test_a_checkpoint_that_lacks_what_a_step_needs_is_not_resumed(lost, what, make_recipe, tmp_path):
+    """transformers goes on without it, and without a word."""
+    train(make_recipe(**SAVED), progress=False)
+    (tmp_path / "out/checkpoint-2" / lost).unlink()
+    with pytest.raises(sft.SFTError, match=rf"checkpoint-2 has no {what}, as .*save_only_model.*model_name_or_path:"):
+        train(make_recipe(**{**SAVED, "max_steps": 3}, resume_from_checkpoint=True), progress=False)
+
+
+def test_a_checkpoint_of_the_weights_alone_is_not_resumed(make_recipe, tmp_path):
+    train(make_recipe(**SAVED, save_only_model=True), progress=False)
+    with pytest.raises(sft.SFTError, match=r"checkpoint-2 has no optimizer, learning rate schedule .*, random state"):
+        train(make_recipe(**{**SAVED, "max_steps": 3}, resume_from_checkpoint=True), progress=False)
+
+
+@pytest.mark.parametrize("state", [None, "", '{"global_step": 2, "log_his'])
+def test_what_a_kill_left_is_passed_over(state, make_recipe, tmp_path, caplog):
+    keys = {**SAVED, "lr_scheduler_type": "constant"}
+    straight = train(make_recipe(**{**keys, "max_steps": 3}, output_dir=str(tmp_path / "straight")), progress=False)
+    train(make_recipe(**keys), progress=False)
+    half = tmp_path / "out/checkpoint-2"
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "run.json", "trainer_state.json"):
+        (half / name).unlink()
+    if state is not None:
+        (half / "trainer_state.json").write_text(state)
+    resumed = train(make_recipe(**{**keys, "max_steps": 3}, resume_from_checkpoint=True), progress=False)
+    assert "checkpoint-2 was not saved to its end; the run goes on from checkpoint-1" in caplog.text
+    assert resumed.resumed_step == 1
+    assert losses(resumed) == losses(straight)
+    for path in (tmp_path / "out").glob("checkpoint-*/trainer_state.json"):
+        path.unlink()
+    with pytest.raises(
+        sft.SFTError, match=r"holds no checkpoint-N to resume \(checkpoint-3, .* not saved to its end\)"
+    ):
+        train(make_recipe(**{**SAVED, "max_steps": 4}, resume_from_checkpoint=True), progress=False)
+
+
+def test_the_order_of_examples_that_are_grouped_by_length_is_compared(make_recipe):
+    """A sampler groups what a process computes between two updates: 2 x 4 rows are other groups than 4 x 2."""
+    keys = {**SAVED, "train_sampling_strategy": "group_by_length"}
+    train(make_recipe(**keys, per_device_train_batch_size=4, gradient_accumulation_steps=2), progress=False)
+    spread = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    with pytest.raises(sft.SFTError, match=r"examples grouped by length over was .*: 4, .*, is "):
+        train(make_recipe(**{**keys, "max_steps": 3}, **spread, resume_from_checkpoint=True), progress=False)
+
+
+def test_data_that_begin_anew_are_not_the_same_run(make_recipe, caplog):
+    train(make_recipe(**SAVED, ignore_data_skip=True), progress=False)
+    keys = {**SAVED, "max_steps": 3, "ignore_data_skip": True, "resume_from_checkpoint": True}
+    result = train(make_recipe(**keys), progress=False)
+    assert "the data begin anew: it is not the same run" in caplog.text
+    details = inspect_checkpoint(result.output_dir).chain[-1].details
+    assert details["resumed"] == {"step": 2, "same_run": False}
+
+
 def test_a_record_says_whether_a_resumed_run_was_compared(make_recipe, tmp_path):
     keys = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     train(make_recipe(**keys), progress=False)
