@@ -19,7 +19,7 @@ rank has its parts one after the other.
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -473,7 +473,7 @@ def _adam(files: _Files, model: _Model) -> AdamMoments:
         raise CheckpointError(f"{files.folder}: holds no *_optim_states.pt, where the moments are; {_LOST}.")
     if files.is_universal:
         moments = {key: _universal_tensors(files, model, f"{key}.pt") for key in MOMENTS}
-        steps = {name: _number(read_torch_file(path), path) for name, path in _step_files(files, model).items()}
+        steps = _universal_steps(files, model)
         settings: list[dict[str, Any]] = []
     else:
         layout = _zero3_masters if files.is_zero3 else _zero12_masters
@@ -494,8 +494,19 @@ def _adam(files: _Files, model: _Model) -> AdamMoments:
     )
 
 
-def _step_files(files: _Files, model: _Model) -> dict[str, Path]:
-    return {name: files.folder / _UNIVERSAL / name / "step.pt" for name in model.shapes}
+def _universal_steps(files: _Files, model: _Model) -> dict[str, float]:
+    """The updates of each weight, in a file beside its moments; after ZeRO 3 of all in one."""
+    folder = files.folder / _UNIVERSAL
+    if all((folder / name / "step.pt").is_file() for name in model.shapes):
+        paths = {name: folder / name / "step.pt" for name in model.shapes}
+        return {name: _number(read_torch_file(path), path) for name, path in paths.items()}
+    path = folder / "optimizer_state.pt"
+    base = _read_dict(path).get(_BASE_STATE[True])
+    states = base.get("state") if isinstance(base, dict) else None
+    found = [entry.get("step") for entry in states.values() if isinstance(entry, dict)] if _are_numbered(states) else []
+    if not isinstance(states, dict) or not found:
+        raise CheckpointError(f"{path}: does not say how many steps the optimizer has made; {_LOST}.")
+    return dict.fromkeys(model.shapes, _one_step((_number(step, path) for step in found), path))
 
 
 def _adam_entries(path: Path, is_zero3: bool) -> list[Mapping[str, Any]]:
@@ -536,7 +547,11 @@ def _common_step(path: Path, is_zero3: bool) -> float:
     # Fused optimizers keep it with the group, and elastic ZeRO beside both.
     found = found or [group["step"] for group in groups or () if isinstance(group, dict) and "step" in group]
     found = found or [state[key] for key in ("base_optimizer_state_step",) if key in state]
-    steps = {_number(step, path) for step in found}
+    return _one_step((_number(step, path) for step in found), path)
+
+
+def _one_step(found: Iterable[float], path: Path) -> float:
+    steps = set(found)
     if len(steps) != 1:
         raise CheckpointError(f"{path}: the optimizer's steps are {sorted(steps)}, expected one number.")
     return steps.pop()
