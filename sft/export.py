@@ -31,7 +31,7 @@ from conversion.hub.contents import hub_sidecars
 from conversion.hub.saved_model import ADAPTER_WEIGHTS, record_saved_model
 from conversion.hub.small_files import is_text, small_files
 from sft import SFTError
-from sft.training.lineage import base_digest
+from sft.training.lineage import base_digest, is_base
 
 ADAPTER_CONFIG = "adapter_config.json"
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"
@@ -179,12 +179,32 @@ def _check_fit(adapter: _Adapter, base: Source) -> None:
                 f"{adapter.folder} is an adapter for another base: {target} of {base.folder} {there}, expected "
                 f"{wanted}. Name the base that it was trained on: --base."
             )
+    _check_complete(adapter, base)
     recorded = (adapter.lineage or {}).get("base")  # which the lineage of an exported adapter keeps
-    if recorded and recorded != base_digest(base):
+    if recorded and not is_base(base, str(recorded)):
         raise ExportError(
             f"{adapter.folder} is an adapter for another base: {base.folder} has the same shapes and other weights "
             f"(digest {base_digest(base)}, expected {recorded}). Name the base that it was trained on: --base."
         )
+
+
+def _check_complete(adapter: _Adapter, base: Source) -> None:
+    """That the adapter has both matrices of every module that its configuration adapts, as PEFT finds these."""
+    from peft import PeftConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    config = PeftConfig.from_pretrained(adapter.folder)
+    for name, view in base.tensors.items():
+        module = name.removesuffix(".weight")
+        if len(view.shape) != 2 or not check_target_module_exists(config, module):
+            continue
+        own = f"base_model.model.{module}"
+        for half in ("A", "B"):
+            if not adapter.tensors.keys() & {f"{own}.lora_{half}.weight", f"{own}.lora_embedding_{half}"}:
+                raise ExportError(
+                    f"{adapter.folder}/{ADAPTER_WEIGHTS}: has no lora_{half} of {module}, which target_modules of "
+                    f"{ADAPTER_CONFIG} names. Copy the adapter again, or train it again."
+                )
 
 
 def _place(name: str, shape: tuple[int, ...], tensors: dict[str, View]) -> tuple[str, tuple[int, ...] | None]:

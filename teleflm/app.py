@@ -15,6 +15,7 @@ from teleflm.commands.eval import evaluate
 from teleflm.commands.export import export
 from teleflm.commands.fold import fold
 from teleflm.commands.grow import grow
+from teleflm.commands.grow_plan import grow_plan
 from teleflm.commands.inspect import inspect
 from teleflm.commands.publish import publish
 from teleflm.commands.sft import app as sft_app
@@ -32,6 +33,7 @@ app.command()(inspect)
 app.command()(convert)
 app.command()(export)
 app.command()(grow)
+app.command("grow-plan")(grow_plan)
 app.command()(fold)
 app.command()(verify)
 app.command(context_settings=FORWARDED)(train)

@@ -27,6 +27,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from conversion.checkpoint.atomic_file import write_atomically
+from conversion.checkpoint.manifest import is_edited, seal
 
 from .errors import RunError
 from .grown_adam import on_every_process
@@ -117,6 +118,8 @@ def check_same_run(checkpoint: str | Path, run: Mapping[str, Any]) -> bool | Non
         return None
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
+        if "checksum" not in before or is_edited(before):
+            raise ValueError("its checksum is not that of the rest")
         was = {"batch_size": before["batch_size"], **_ordered(before), **before["made_from"], **before["keys"]}
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise RunError(f"{path} cannot be read ({error!r}); remove it to resume without comparing.") from None
@@ -165,7 +168,7 @@ class SameRunCallback(TrainerCallback):
         """Write it beside what was saved."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            write_atomically(folder / RUN, json.dumps(self.run, indent=1, ensure_ascii=False).encode())
+            write_atomically(folder / RUN, json.dumps(seal(self.run), indent=1, ensure_ascii=False).encode())
 
 
 def hold_to_run(trainer: Trainer, describe: Callable[[], Mapping[str, Any]], checkpoint: str | None) -> bool | None:

@@ -703,4 +703,5 @@ def test_a_universal_checkpoint_of_the_library(real, tmp_path):
                 assert told.abs().max() > 0
                 assert holds(tensor, told.flatten()[: tensor.numel].reshape(tensor.shape))
         assert set(adam.steps.values()) == {2.0}
-    assert [settings["weight_decay"] for settings, _ in adam.groups] == [0.01, 0.0]
+    if list(real.glob("global_step2/mp_rank*")):  # ZeRO 1 and 2, whose groups are those of the optimizer
+        assert [settings["weight_decay"] for settings, _ in adam.groups] == [0.01, 0.0]

@@ -14,6 +14,7 @@ import pytest
 from transformers import TrainingArguments
 from trl import DPOConfig, SFTConfig
 
+from conversion.checkpoint.manifest import seal
 from growth.training.errors import RunError
 from growth.training.same_run import MAY_CHANGE, RUN, check_same_run, describe_run
 
@@ -38,7 +39,7 @@ def described(made_from=None, others=None, **keys):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    (tmp_path / RUN).write_text(json.dumps(described(others={"mup_base_width": 32})))
+    (tmp_path / RUN).write_text(json.dumps(seal(described(others={"mup_base_width": 32}))))
     return tmp_path
 
 
@@ -88,7 +89,16 @@ def test_another_length_is_told(checkpoint, caplog):
 def test_a_checkpoint_that_does_not_say_is_told_of_and_a_damaged_one_refused(tmp_path, caplog):
     assert check_same_run(tmp_path, described()) is None
     assert f"{tmp_path} has no run.json" in caplog.text
-    for text in ("{", "[]", '{"batch_size": 8}', "\udc80".encode("utf-8", "surrogateescape").decode("latin-1")):
+    hollow = json.dumps({"batch_size": 8, "made_from": {}, "keys": {}})
+    edited = json.dumps({**seal(described()), "keys": {}})
+    for text in (
+        hollow,
+        edited,
+        "{",
+        "[]",
+        '{"batch_size": 8}',
+        "\udc80".encode("utf-8", "surrogateescape").decode("latin-1"),
+    ):
         (tmp_path / RUN).write_text(text)
         with pytest.raises(RunError, match="cannot be read"):
             check_same_run(tmp_path, described())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from accelerate.utils import set_module_tensor_to_device
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
@@ -27,6 +28,7 @@ from conversion.hub.card_check import check_card
 from conversion.hub.published_card import CardOptions
 from conversion.hub.publishing import publish
 from sft.export import ExportError, _read_adapter, _write_adapter, export_model
+from sft.training.lineage import base_digest, is_base
 from sft.training.recipe import Recipe
 from sft.training.train import train
 from teleflm.commands.sft import app
@@ -181,7 +183,7 @@ def other_base(model_dir, tmp_path):
     ("change", "message"),
     [
         ("shape", r"adapter for another base: model.layers.0.mlp.\w+_proj.weight of .*other is \[\d+, \d+\], expected"),
-        ("weights", r"adapter for another base: .*other has the same shapes and other weights \(digest \w+, expected"),
+        ("weights", r"adapter for another base: .*other has the same shapes and other weights \(digest spread:\w+, expected"),
         ("llama", r"other/config.json: model_type is 'llama', expected 'TeleFLM'"),
     ],
 )
@@ -190,6 +192,48 @@ def test_an_adapter_for_another_base_is_refused(change, message, merge, trained,
     with pytest.raises(ExportError, match=message):
         export_model(trained("lora"), tmp_path / "out", merge=merge, base=other_base(change))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("model.layers.1.mlp.up_proj.lora_A.weight", r"has no lora_A of model\.layers\.1\.mlp\.up_proj, which target"),
+        ("model.layers.0.self_attn.q_proj.lora_B.weight", r"has no lora_B of model\.layers\.0\.self_attn\.q_proj"),
+    ],
+)
+def test_an_adapter_with_parts_missing_is_refused(lost, message, merge, trained, tmp_path):
+    folder = shutil.copytree(trained("lora"), tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    del tensors[f"base_model.model.{lost}"]
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=message):
+        export_model(folder, tmp_path / "out", merge=merge)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("row", [0, 5, -1])
+def test_a_base_that_differs_in_some_rows_is_another(row, trained, model_dir, tmp_path):
+    """Which 16 rows of a tensor of 640 tell: the first, the last and those between, not every one."""
+    base = shutil.copytree(model_dir, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    places = [index * (len(embedding) - 1) // 15 for index in range(16)]
+    embedding[places[row]] *= -3
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match="has the same shapes and other weights"):
+        export_model(trained("lora"), tmp_path / "out", base=base, merge=True)
+
+
+def test_the_digest_of_an_older_record_is_still_known(model_dir):
+    base = open_checkpoint(model_dir)
+    digest = xxhash.xxh3_128()
+    for name, view in sorted(load_file(model_dir / "model.safetensors").items()):
+        digest.update(f"{name} {list(view.shape)}".encode())
+        digest.update(view[:1].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    assert is_base(base, digest.hexdigest())
+    assert is_base(base, base_digest(base))
+    assert not is_base(base, "spread:" + digest.hexdigest())
 
 
 def test_a_base_in_another_dtype_is_the_same_base(trained, model_dir, tmp_path):
