@@ -39,6 +39,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from conversion.checkpoint.errors import CheckpointError, one_line
 
 from ..moments import read_grown_state
+from .chunked_loss import chunk_loss
 from .errors import RunError
 from .grown_adam import AdamStart, GrownAdamCallback, find_grown_state, on_every_process
 from .kernels import check_kernels, check_kernels_are_used
@@ -214,6 +215,7 @@ def build_trainer(
         )
     if growth.use_kernels:
         check_kernels_are_used(model)
+    chunk_loss(model)  # before the Trainer looks at its forward
     masks = [MaskCallback()] if isinstance(model, TeleFLMMaskedForCausalLM) else []
     adam_state = None if growth.fresh_optimizer else find_grown_state(folder)
     if adam_state and not args.resume_from_checkpoint:

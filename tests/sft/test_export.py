@@ -183,7 +183,10 @@ def other_base(model_dir, tmp_path):
     ("change", "message"),
     [
         ("shape", r"adapter for another base: model.layers.0.mlp.\w+_proj.weight of .*other is \[\d+, \d+\], expected"),
-        ("weights", r"adapter for another base: .*other has the same shapes and other weights \(digest spread:\w+, expected"),
+        (
+            "weights",
+            r"adapter for another base: .*other has the same shapes and other weights \(digest spread:\w+, expected",
+        ),
         ("llama", r"other/config.json: model_type is 'llama', expected 'TeleFLM'"),
     ],
 )
