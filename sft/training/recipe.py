@@ -168,7 +168,7 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     overrides = overrides or {}
     trainer = {**values, **overrides}.get("trainer")
     for key, value in overrides.items():
-        _check(key, value, _KEYS["dpo" if trainer == "dpo" else "sft"], origin="the command line")
+        _check(key, value, _KEYS[trainer if trainer in list(_KEYS) else "sft"], origin="the command line")
     return Recipe.from_dict({**values, **overrides}, origin=str(path))
 
 
