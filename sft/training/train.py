@@ -302,10 +302,10 @@ def _identify_run(recipe: Recipe, trainer: AnyTrainer, data: DataReport, base: M
         key: value
         for part in (recipe.run, recipe.data, recipe.model)
         for key, value in dataclasses.asdict(part).items()
-        if key != "model_init_kwargs"
+        if key not in ("model_init_kwargs", "reward_funcs")  # whose digests are in made_from
     }
     made_from = {"base": base.get("base"), "conversations": data.digest}
-    made_from |= TRAINERS[recipe.run.trainer].made_from(trainer)
+    made_from |= TRAINERS[recipe.run.trainer].made_from(recipe, trainer)
     return describe_run(recipe.training, ours, made_from)
 
 
@@ -410,7 +410,8 @@ def run(config: str, overrides: Sequence[str], *, as_json: bool = False, debug: 
         debug: let errors through with their traceback.
 
     Returns:
-        the exit status: 0 done, 2 refused before the first step with nothing saved, 130 interrupted.
+        the exit status: 0 done, 2 refused before the first step with nothing saved, or stopped by a reward function
+        that failed, 130 interrupted.
     """
     status = 0
     try:

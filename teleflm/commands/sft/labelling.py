@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """What the commands that tokenize share: the options that say what is trained on, and what these make."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from sft.data.examples import Judge
     from sft.data.labels import Labelling
 
 Model = Annotated[str, typer.Option(metavar="PATH", help="The model to train, for its tokenizer and chat template.")]
@@ -21,6 +23,14 @@ MaxLength = Annotated[int, typer.Option(help="Tokens kept of a row; 0 keeps all.
 LastTurn = Annotated[bool, typer.Option("--last-turn-only", help="Train on each row's last answer alone.")]
 AllTokens = Annotated[bool, typer.Option("--all-tokens", help="Train on every token (assistant_only_loss: false).")]
 NumProc = Annotated[int, typer.Option(help="Processes that tokenize.", min=1)]
+TrainerName = Annotated[
+    str | None,
+    typer.Option("--trainer", metavar="sft|dpo|kto|grpo", help="Judge for this trainer; else as the first row looks."),
+]
+RewardFuncs = Annotated[
+    str | None,
+    typer.Option("--reward-funcs", metavar="YAML", help="For grpo, as in the recipe: rows must suit one of them."),
+]
 OneData = Annotated[str, typer.Argument(metavar="DATA", help="A file (.jsonl, .json, .parquet, .gz) or OWNER/NAME.")]
 
 
@@ -31,6 +41,44 @@ def load_checked_tokenizer(model: str, chat_template_path: str | None, all_token
     tokenizer, stop_ids = load_tokenizer(model, chat_template_path)
     check_stop_token(tokenizer, stop_ids, assistant_only_loss=not all_tokens)
     return tokenizer
+
+
+def choose_trainer(trainer: str | None, data: str | Sequence[str], conversations_only: Sequence[str]) -> str:
+    """The trainer that data are judged for: the one that is named, else the one that the first row looks made for.
+
+    Args:
+        trainer: as it is named.
+        data: files.
+        conversations_only: options that were given and mean something for `sft` alone.
+
+    Raises:
+        ValueError: there is no such trainer, or an option would do nothing.
+    """
+    from sft.data.kinds import detect_trainer
+
+    if trainer not in (None, "sft", "dpo", "kto", "grpo"):
+        raise ValueError(f"--trainer is {trainer}; expected sft, dpo, kto or grpo.")
+    chosen = trainer or detect_trainer(data)
+    if chosen != "sft" and conversations_only:
+        raise ValueError(
+            f"{conversations_only[0]} does nothing for trainer {chosen}; remove it, or pass --trainer sft."
+        )
+    return chosen
+
+
+def make_judge(trainer: str, reward_funcs: str | None) -> "Judge":
+    """What judges the rows of a trainer other than `sft`."""
+    from sft.data.preferences import LabelledJudge, PairJudge
+    from sft.data.prompts import PromptJudge
+
+    if reward_funcs and trainer != "grpo":
+        raise ValueError(f"--reward-funcs does nothing for trainer {trainer}; remove it.")
+    if trainer == "grpo":
+        from sft.rewards.spec import load_rewards, parse_rewards
+        from sft.yaml_text import load_yaml
+
+        return PromptJudge(load_rewards(parse_rewards(load_yaml(reward_funcs))) if reward_funcs else ())
+    return PairJudge() if trainer == "dpo" else LabelledJudge()
 
 
 def make_labelling(max_length: int, last_turn_only: bool, all_tokens: bool) -> "Labelling":
