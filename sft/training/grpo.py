@@ -19,6 +19,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
+from trl.trainer.utils import RepeatSampler
 
 from growth.training.sharded import ShardedSaveMixin
 from sft.rewards.reward import Reward
@@ -50,6 +51,24 @@ class PolicyTrainer(ShardedSaveMixin, GRPOTrainer):
         if suppressed:
             self.generation_kwargs["suppress_tokens"] = suppressed
             self.generation_config.suppress_tokens = suppressed
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        trls = super()._get_train_sampler(dataset)
+        names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
+        return _EpochSampler(**{name: getattr(trls, name) for name in names})
+
+
+class _EpochSampler(RepeatSampler):
+    """TRL's sampler, whose order of prompts follows from the seed and the epoch.
+
+    TRL's own follows from the seed and how many epochs this process has begun, so that a run that is resumed in its
+    second epoch would go through the first one's order again. The first epoch is as TRL's.
+    """
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer as an epoch begins."""
+        if self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + epoch)
 
 
 @contextmanager

@@ -417,7 +417,7 @@ def test_a_run_with_other_rewards_is_another_run(change, grpo, file, tmp_path):
 
 def test_the_record_says_what_was_rewarded(grpo, file):
     recipe = grpo(reward_funcs=[{"regex": {"pattern": "e"}}, f"{file}:keep"], max_steps=2, beta=0.01)
-    lineage = inspect_checkpoint(train(recipe, progress=False).output_dir).lineage
+    lineage = inspect_checkpoint(train(recipe, progress=False).output_dir).chain[-1].details
     assert (lineage["operation"], lineage["trainer"], lineage["method"], lineage["steps"]) == (
         "fine-tune",
         "grpo",
