@@ -324,7 +324,8 @@ class LabelledJudge:
         self, example: Example, tokenizer: "PreTrainedTokenizerBase", max_length: int | None
     ) -> dict[str, Tokenized] | Problem:
         """See [`tokenize_answers`]; each answer of a pair is cut, and begins, as if it were alone."""
-        prompt, parts = example.columns["prompt"], {}
+        prompt = example.columns["prompt"]
+        parts: dict[str, Tokenized] = {}
         for name in [name for name in ("completion", *_ANSWERS) if name in example.columns]:
             part = tokenize_answers(prompt, {name: example.columns[name]}, tokenizer, max_length, example.source)
             if isinstance(part, Problem):

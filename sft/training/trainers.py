@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer, GRPOConfig, KTOTrainer, SFTConfig
 
 from growth.training.record import digest_examples
@@ -132,17 +132,15 @@ def _rewards(recipe: Recipe) -> list[Reward]:
 def _prepare_prompts(
     recipe: Recipe, files: str | list[str], tokenizer: PreTrainedTokenizerBase, evaluation: bool
 ) -> Prepared:
-    args, model, rewards = recipe.training, recipe.model, _rewards(recipe)
+    args, rewards = recipe.training, _rewards(recipe)
     assert isinstance(args, GRPOConfig)
+    assert not isinstance(args.chat_template_kwargs, str), "TRL reads it as JSON"
     for reward in rewards:
         reward.check()
-    config = AutoConfig.from_pretrained(
-        model.model_name_or_path, revision=model.model_revision, trust_remote_code=False
-    )
     judge = PromptJudge(
         rewards,
         max_completion_length=args.max_completion_length,
-        max_positions=config.max_position_embeddings,
+        max_positions=tokenizers.max_positions(str(recipe.model.model_name_or_path), recipe.model.model_revision),
         template_kwargs=args.chat_template_kwargs,
     )
     dataset, report = prepare_examples(

@@ -342,11 +342,14 @@ def test_validate_says_what_train_does(grpo, model_dir, tmp_path):
     assert row["source"] == f"{file}:1 prompt"
 
 
-def test_prompts_leave_room_for_completions_and_fill_a_batch(grpo, tmp_path):
+def test_prompts_leave_room_for_completions_and_fill_a_batch(grpo, model_dir, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps({"prompt": "why " * 60}) + "\n" + json.dumps({"prompt": "Why?"}) + "\n")
     with pytest.raises(DataError, match=r"max_completion_length 200 are more than the 256 that the model reads"):
         build_trainer(grpo(data_files=str(file), max_completion_length=200))
+    options = ["--trainer", "grpo", "--max-completion-length", "200", "--model", str(model_dir), "--json"]
+    said = json.loads(CliRunner().invoke(app, ["validate", str(file), *options]).stdout)
+    assert (said["rows"], list(said["findings"])) == (2, ["no_room"])
     with pytest.raises(DataError, match="1 prompts, but 2 are sampled from at once"):
         build_trainer(grpo(data_files=str(file), max_completion_length=200, allow_rejects=True))
 

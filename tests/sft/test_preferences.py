@@ -264,6 +264,9 @@ def test_validate_and_preview_say_what_train_does(max_length, recipe, model_dir,
         (["--last-turn-only", "--model", "MODEL"], "--last-turn-only does nothing for trainer dpo"),
         (["--trainer", "ppo"], "--trainer is ppo; expected sft, dpo, kto or grpo"),
         (["--reward-funcs", "exact_match"], "--reward-funcs does nothing for trainer dpo"),
+        (["--max-completion-length", "8"], "--max-completion-length does nothing for trainer dpo"),
+        (["--trainer", "grpo", "--max-length", "8", "--model", "MODEL"], "--max-length does nothing for trainer grpo"),
+        (["--trainer", "grpo", "--max-completion-length", "8"], "give --model as well"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(options, message, model_dir, tmp_path):

@@ -27,6 +27,10 @@ TrainerName = Annotated[
     str | None,
     typer.Option("--trainer", metavar="sft|dpo|kto|grpo", help="Judge for this trainer; else as the first row looks."),
 ]
+MaxCompletion = Annotated[
+    int,
+    typer.Option("--max-completion-length", help="For grpo, as in the recipe: prompts must leave so much room.", min=0),
+]
 RewardFuncs = Annotated[
     str | None,
     typer.Option("--reward-funcs", metavar="YAML", help="For grpo, as in the recipe: rows must suit one of them."),
@@ -66,18 +70,38 @@ def choose_trainer(trainer: str | None, data: str | Sequence[str], conversations
     return chosen
 
 
-def make_judge(trainer: str, reward_funcs: str | None) -> "Judge":
-    """What judges the rows of a trainer other than `sft`."""
+def make_judge(trainer: str, reward_funcs: str | None, max_completion_length: int, model: str | None) -> "Judge | None":
+    """What judges the rows of a trainer; None for `sft`.
+
+    Args:
+        trainer: see [`choose_trainer`].
+        reward_funcs: as YAML.
+        max_completion_length: 0 is not judged.
+        model: whose longest row decides how much room there is.
+
+    Raises:
+        ValueError: an option would do nothing.
+    """
     from sft.data.preferences import LabelledJudge, PairJudge
     from sft.data.prompts import PromptJudge
 
-    if reward_funcs and trainer != "grpo":
-        raise ValueError(f"--reward-funcs does nothing for trainer {trainer}; remove it.")
+    for option, value in (("--reward-funcs", reward_funcs), ("--max-completion-length", max_completion_length)):
+        if value and trainer != "grpo":
+            raise ValueError(f"{option} does nothing for trainer {trainer}; remove it.")
+    if trainer == "sft":
+        return None
     if trainer == "grpo":
         from sft.rewards.spec import load_rewards, parse_rewards
+        from sft.tokenizer import max_positions
         from sft.yaml_text import load_yaml
 
-        return PromptJudge(load_rewards(parse_rewards(load_yaml(reward_funcs))) if reward_funcs else ())
+        if max_completion_length and model is None:
+            raise ValueError("only a model tells how much room there is: give --model as well.")
+        return PromptJudge(
+            load_rewards(parse_rewards(load_yaml(reward_funcs))) if reward_funcs else (),
+            max_completion_length=max_completion_length,
+            max_positions=max_positions(model) if max_completion_length and model else None,
+        )
     return PairJudge() if trainer == "dpo" else LabelledJudge()
 
 

@@ -16,6 +16,7 @@ from teleflm.terminal import Debug, Json, exit_codes, make_console, print_json
 from .labelling import (
     AllTokens,
     LastTurn,
+    MaxCompletion,
     MaxLength,
     Model,
     OneData,
@@ -47,6 +48,7 @@ def preview(
     all_tokens: AllTokens = False,
     trainer: TrainerName = None,
     reward_funcs: RewardFuncs = None,
+    max_completion_length: MaxCompletion = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -58,7 +60,7 @@ def preview(
     with exit_codes(debug=debug):
         given = {"--last-turn-only": last_turn_only, "--all-tokens": all_tokens}
         kind = choose_trainer(trainer, data, [name for name, value in given.items() if value])
-        judge = make_judge(kind, reward_funcs) if kind != "sft" or reward_funcs else None
+        judge = make_judge(kind, reward_funcs, max_completion_length, model)
         tokenizer = load_checked_tokenizer(model, chat_template_path, all_tokens or kind != "sft")
         if judge:
             rows = preview_examples(data, judge, tokenizer, max_length or None, count)

@@ -15,6 +15,7 @@ from teleflm.terminal import EXIT_NO, Debug, Json, byte_progress, exit_codes, ma
 from .labelling import (
     AllTokens,
     LastTurn,
+    MaxCompletion,
     MaxLength,
     NumProc,
     RewardFuncs,
@@ -47,6 +48,7 @@ def validate(
     num_proc: NumProc = 1,
     trainer: TrainerName = None,
     reward_funcs: RewardFuncs = None,
+    max_completion_length: MaxCompletion = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -59,7 +61,9 @@ def validate(
             raise ValueError("only a tokenizer can tell lengths and turns: give --model as well.")
         given = {"--last-turn-only": last_turn_only, "--all-tokens": all_tokens, "--num-proc": num_proc > 1}
         kind = choose_trainer(trainer, data, [name for name, value in given.items() if value])
-        judge = make_judge(kind, reward_funcs) if kind != "sft" or reward_funcs else None
+        if kind == "grpo" and max_length:
+            raise ValueError("--max-length does nothing for trainer grpo; its key is --max-completion-length.")
+        judge = make_judge(kind, reward_funcs, max_completion_length, model)
         # What the other trainers learn from is not marked by the chat template.
         tokenizer = load_checked_tokenizer(model, chat_template_path, all_tokens or kind != "sft") if model else None
         with byte_progress("validating") as progress:
@@ -98,6 +102,11 @@ def _print_validation(report: "ValidationReport", rejects: Path | None, kind: st
     console.print(f"{line}." if report.rows else "No rows.")
     if kind != "sft":
         console.print(f"Judged as {what}, for trainer {kind}; --trainer judges otherwise.", style="dim")
+    if kind == "grpo":
+        console.print(
+            "What reward functions and completions ask of a row: --reward-funcs, --max-completion-length.",
+            style="dim",
+        )
     if report.tokens is None:
         console.print("Lengths were not judged; --model PATH --max-length N does.", style="dim")
     if rejects and report.rejected:
