@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import sft.training.train
 from conversion import inspect_checkpoint
+from conversion.hub.lineage import lineage_steps
 from sft.data.labels import DataError
 from sft.rewards.reward import RewardError
 from sft.training.guards import GuardError, fused_loss_gap
@@ -21,6 +22,7 @@ from sft.training.recipe import Recipe, RecipeError
 from sft.training.train import build_trainer, main, train
 from teleflm.commands.sft import app
 from tests.fixtures.tiny import tiny_config, tiny_model
+from tests.sft.test_distributed import TORCHRUN, run
 from tests.sft.test_guards import on_step, untrained_model
 from tests.sft.test_train import weights
 
@@ -458,3 +460,59 @@ def test_evaluation_samples_too(grpo, prompts_file):
     keys = {"eval_data_files": str(prompts_file), "eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 2}
     result = train(grpo(max_steps=1, per_device_eval_batch_size=8, **keys), progress=False)
     assert logged(result, "eval_reward")
+
+
+def test_two_processes_share_groups_and_end_together(model_dir, prompts_file, file, tmp_path):
+    """Each group of four is spread over both; then a reward function fails on one of them alone."""
+    recipe = tmp_path / "recipe.yaml"
+    values = {
+        "trainer": "grpo",
+        "model_name_or_path": str(model_dir),
+        "data_files": str(prompts_file),
+        "output_dir": str(tmp_path / "out"),
+        "reward_funcs": [f"{file}:of_rank"],
+        "use_cpu": True,
+        "num_processes": 2,
+        "activation_checkpointing": False,
+        "per_device_train_batch_size": 2,
+        "num_generations": 4,
+        "max_completion_length": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "temperature": 1.0,
+    }
+    file.write_text(
+        "import os\n"
+        "def of_rank(completions):\n"
+        "    return [float(os.environ['RANK'])] * len(completions)\n"
+        "def fails(completions):\n"
+        "    return [1 / (1 - int(os.environ['RANK']))] * len(completions)\n"
+    )
+    recipe.write_text(json.dumps(values))
+    result = run(*TORCHRUN, "-m", "sft.train", "--config", recipe, "--json")
+    assert result.returncode == 0, result.stderr
+    log = json.loads(result.stdout)["log_history"]
+    assert [entry["reward"] for entry in log if "reward" in entry] == [0.5, 0.5]
+    assert [entry["frac_reward_zero_std"] for entry in log if "reward" in entry] == [0.0, 0.0]
+
+    result = run(
+        *TORCHRUN,
+        "-m",
+        "sft.train",
+        "--config",
+        recipe,
+        "--reward_funcs",
+        f"{file}:fails",
+        "--output_dir",
+        tmp_path / "b",
+    )
+    assert result.returncode != 0
+    assert "error: reward function" in result.stderr
+    assert not (tmp_path / "b" / "model.safetensors").exists()
+
+
+def test_a_card_says_what_was_learned_from(grpo):
+    details = inspect_checkpoint(train(grpo(max_steps=1), progress=False).output_dir).chain[-1].details
+    (sentence,) = lineage_steps({**details, "parent": None})[-1:]
+    assert "Fine-tuned (grpo, full) in 1 steps on its own answers to 4 prompts, rewarded." in sentence
