@@ -4,11 +4,11 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Run Python code that a model wrote, with limits, in a process of its own.
 
-What the code cannot do, wherever there is a POSIX system: run longer than its time, of the wall and of the processor;
+What the code cannot do, on Linux, without which there is no sandbox: run longer than its time, of the wall and of the processor;
 take more memory, write larger files or open more of them than its limits; see this process's environment; read its
 input; leave processes of its group behind; be believed for exiting with status 0.
 
-With `namespaces` (Linux, where an unprivileged user may make them) it also has no network, a file system that cannot be
+With `namespaces` (where an unprivileged user may make them) it also has no network, a file system that cannot be
 written but for an empty folder of its own that is gone afterwards, no /proc, no view of other processes and no way to
 outlive its own; and so many processes at most. Root first becomes nobody, if nobody can read Python's library; else
 the number of processes is not limited.

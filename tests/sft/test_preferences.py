@@ -10,12 +10,15 @@ import pytest
 from trl.data_utils import extract_prompt, maybe_extract_prompt
 from typer.testing import CliRunner
 
+import sft.training.train
 from sft.data.examples import MORE_REASONS, judge_rows, prepare_examples
 from sft.data.formats import DataError, Row
 from sft.data.kinds import detect_trainer
 from sft.data.preferences import LabelledJudge, PairJudge, read_labelled, read_pair
+from sft.training.guards import GuardError
 from sft.training.train import build_trainer, load_tokenizer, train
 from teleflm.commands.sft import app
+from tests.sft.test_guards import untrained_model
 from tests.sft.test_train import losses
 
 
@@ -197,6 +200,13 @@ def test_kto_learns_what_is_liked(rows, recipe, tmp_path):
     assert tokens == report.trained_tokens
     result = train(made, progress=False)
     assert losses(result)[-1] < losses(result)[0]
+
+
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_the_wrong_loss_is_stopped_for_kto_too(use_peft, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft.training.train, "load_model", lambda arguments, **kwargs: untrained_model("wrong"))
+    with pytest.raises(GuardError, match="TRL's fused loss is not the loss of HiddenFactorModel"):
+        train(recipe(write(tmp_path / "answers.jsonl", LABELLED), trainer="kto", max_steps=1, use_peft=use_peft))
 
 
 def test_kinds_are_not_mixed(recipe, tmp_path):

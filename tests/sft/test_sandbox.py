@@ -160,6 +160,7 @@ def test_processes_are_limited_unless_root_has_to_stay_root():
         pytest.skip("this is root, and nobody could not read Python's library")
 
 
+@needs_namespaces
 def test_a_sandbox_that_cannot_be_made_is_an_error(monkeypatch, tmp_path):
     broken = tmp_path / "child.py"
     original = Path(sys.modules["sft.rewards.sandbox"].__file__).with_name("sandbox_child.py").read_text()

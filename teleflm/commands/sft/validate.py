@@ -98,7 +98,8 @@ def _print_validation(report: "ValidationReport", rejects: Path | None, kind: st
         console.print(table, soft_wrap=False)
     line = f"{report.rows - report.rejected:,} of {report.rows:,} rows can be trained on"
     if report.tokens is not None:
-        line += f": {report.trained_tokens:,} trained of {report.tokens:,} tokens, {report.truncated:,} rows cut"
+        trained = f"{report.trained_tokens:,} trained of " if kind != "grpo" else ""
+        line += f": {trained}{report.tokens:,} tokens, {report.truncated:,} rows cut"
     console.print(f"{line}." if report.rows else "No rows.")
     if kind != "sft":
         console.print(f"Judged as {what}, for trainer {kind}; --trainer judges otherwise.", style="dim")
