@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 SOURCE, COLUMNS = "source", "columns"
 # What TRL hands to every reward function, so that no column may be called so.
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
-# What TRL would make images of, or pick an environment by.
-_NOT_TEXT = ("image", "images", "environment")
+# What is no text, and would be left out.
+_NOT_TEXT = ("image", "images")
 
 
 class Rewarder(Protocol):

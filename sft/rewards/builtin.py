@@ -19,8 +19,8 @@ from sft.rewards.reward import Reward, RewardError
 from sft.rewards.sandbox import Limits, SandboxError, check_sandbox, run_tests
 
 _NUMBER = re.compile(r"[-+]?(\d+|\d{1,3}(,\d{3})+)?(\.\d+)?")
-# The same number or text, though written otherwise: around it may be a currency sign, a per cent sign, a full stop.
-_AROUND = " \t\n$%.。"
+# What may stand around an answer; a full stop before a digit is of the number.
+_BEFORE, _AFTER = " $", " $%.。"
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
 
@@ -30,7 +30,7 @@ class ExactMatch(Reward):
     The final answer of a text, completion or column alike: what the last `\\boxed{...}` holds; else what follows the
     last `####`; else, with `pattern`, what its first group, or all of it, matched last; else the whole text. Two
     answers are the same if they are equal as texts, in Unicode's normal form KC, without case, with single spaces, and
-    without `$`, `%` and a full stop around them; or as decimal numbers, commas between thousands left out.
+    without `$` around and `%` and a full stop after them; or as decimal numbers, commas between thousands left out.
 
     Args:
         column: holds a text or a number.
@@ -86,7 +86,7 @@ def _within_braces(text: str) -> str | None:
 
 def normalized(answer: str) -> str:
     """An answer without what does not make another of it; see [`ExactMatch`]."""
-    return " ".join(unicodedata.normalize("NFKC", answer).casefold().split()).strip(_AROUND)
+    return " ".join(unicodedata.normalize("NFKC", answer).casefold().split()).lstrip(_BEFORE).rstrip(_AFTER)
 
 
 def same_answer(answer: str | None, expected: str | None) -> bool:
@@ -103,7 +103,7 @@ def same_answer(answer: str | None, expected: str | None) -> bool:
 def _number(text: str) -> Fraction | None:
     if len(text) > 100 or not any(char.isdigit() for char in text) or not _NUMBER.fullmatch(text):
         return None
-    return Fraction(text.replace(",", "").removesuffix("."))
+    return Fraction(text.replace(",", ""))
 
 
 _SECONDS = 1.0

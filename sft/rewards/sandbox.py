@@ -4,9 +4,9 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Run Python code that a model wrote, with limits, in a process of its own.
 
-What the code cannot do, on Linux, without which there is no sandbox: run longer than its time, of the wall and of the processor;
-take more memory, write larger files or open more of them than its limits; see this process's environment; read its
-input; leave processes of its group behind; be believed for exiting with status 0.
+There is a sandbox on Linux alone. What the code cannot do there: run longer than its time, of the wall and of the
+processor; take more memory, write larger files or open more of them than its limits; see this process's environment;
+read its input; leave processes of its group behind; be believed for exiting with status 0.
 
 With `namespaces` (where an unprivileged user may make them) it also has no network, a file system that cannot be
 written but for an empty folder of its own that is gone afterwards, no /proc, no view of other processes and no way to

@@ -23,10 +23,12 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import xxhash
+import yaml
 
 from conversion.checkpoint.errors import one_line
 from sft.rewards.builtin import ExactMatch, PythonTests, Regex
 from sft.rewards.reward import FileReward, Reward, RewardError
+from sft.yaml_text import load_yaml
 
 BUILTIN: dict[str, type[Reward]] = {"exact_match": ExactMatch, "regex": Regex, "python_tests": PythonTests}
 
@@ -36,6 +38,18 @@ class RewardSpec(NamedTuple):
 
     name: str
     settings: Mapping[str, Any]
+
+
+def read_rewards(text: str) -> list[RewardSpec]:
+    """Read the value of the key `reward_funcs` from YAML.
+
+    Raises:
+        RewardError: it is no YAML; or see [`parse_rewards`].
+    """
+    try:
+        return parse_rewards(load_yaml(text))
+    except yaml.YAMLError as error:
+        raise RewardError(f"reward_funcs is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def parse_rewards(value: Any) -> list[RewardSpec]:
@@ -125,4 +139,4 @@ def _load_module(path: Path, digest: str) -> ModuleType:
     return module
 
 
-__all__ = ["BUILTIN", "RewardSpec", "load_rewards", "parse_rewards"]
+__all__ = ["BUILTIN", "RewardSpec", "load_rewards", "parse_rewards", "read_rewards"]

@@ -93,8 +93,8 @@ class _RoundGuard(TrainerCallback):
         round_steps = steps_of_round(args)
         if state.global_step % round_steps:
             logger.warning(
-                "step %d is amid a round of %d steps that share their completions, which no checkpoint holds: they are "
-                "sampled anew, and the run is not the one that would have gone on. Let save_steps be a multiple of %d.",
+                "step %d is amid a round of %g steps that share their completions, which no checkpoint holds: they are "
+                "sampled anew, and the run is not the one that would have gone on. Let save_steps be a multiple of %g.",
                 state.global_step,
                 round_steps,
                 round_steps,

@@ -7,6 +7,8 @@
 import json
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from trl.data_utils import extract_prompt, maybe_extract_prompt
 from typer.testing import CliRunner
 
@@ -114,6 +116,34 @@ def test_what_cannot_be_told_apart_is_refused(row, code):
     _, problems = read_pair(Row("pairs.jsonl:1", row))
     assert [problem.code for problem in problems][:1] == [code]
     assert "\n" not in problems[0].detail
+
+
+words = st.text("abc .?", min_size=1, max_size=8).map(str.strip).filter(bool)
+
+
+@given(st.lists(st.tuples(words, words), max_size=2), words, words, words, st.booleans())
+def test_all_layouts_of_a_pair_are_the_same_pair(before, question, chosen, rejected, with_system):
+    assume(chosen != rejected)
+    history = [turn for ask, answer in before for turn in (("user", ask), ("assistant", answer))]
+    prompt = say(*([SYSTEM] if with_system else []), *history, ("user", question))
+    expected = {"prompt": prompt, "chosen": say(("assistant", chosen)), "rejected": say(("assistant", rejected))}
+    whole = {name: prompt + expected[name] for name in ("chosen", "rejected")}
+    layouts = [
+        expected,
+        {"prompt": prompt, "chosen": chosen, "rejected": rejected},
+        whole,
+        {"prompt": prompt, **whole},
+        *({"prompt": turn["content"], **whole} for turn in prompt if turn["role"] == "user"),
+    ]
+    if not with_system:
+        names = {"user": "Human", "assistant": "Assistant"}
+        said = {
+            name: "".join(f"\n\n{names[turn['role']]}: {turn['content']}" for turn in turns)
+            for name, turns in whole.items()
+        }
+        layouts.append(said)
+    for layout in layouts:
+        assert columns(layout) == expected
 
 
 def write(path, rows):
@@ -277,6 +307,8 @@ def test_validate_and_preview_say_what_train_does(max_length, recipe, model_dir,
         (["--max-completion-length", "8"], "--max-completion-length does nothing for trainer dpo"),
         (["--trainer", "grpo", "--max-length", "8", "--model", "MODEL"], "--max-length does nothing for trainer grpo"),
         (["--trainer", "grpo", "--max-completion-length", "8"], "give --model as well"),
+        (["--trainer", "grpo", "--reward-funcs", "[a: {b"], "reward_funcs is not valid YAML: while parsing"),
+        (["--trainer", "grpo", "--reward-funcs", "exact"], "reward_funcs holds 'exact'; expected exact_match"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(options, message, model_dir, tmp_path):

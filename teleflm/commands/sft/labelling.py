@@ -91,14 +91,13 @@ def make_judge(trainer: str, reward_funcs: str | None, max_completion_length: in
     if trainer == "sft":
         return None
     if trainer == "grpo":
-        from sft.rewards.spec import load_rewards, parse_rewards
+        from sft.rewards.spec import load_rewards, read_rewards
         from sft.tokenizer import max_positions
-        from sft.yaml_text import load_yaml
 
         if max_completion_length and model is None:
             raise ValueError("only a model tells how much room there is: give --model as well.")
         return PromptJudge(
-            load_rewards(parse_rewards(load_yaml(reward_funcs))) if reward_funcs else (),
+            load_rewards(read_rewards(reward_funcs)) if reward_funcs else (),
             max_completion_length=max_completion_length,
             max_positions=max_positions(model) if max_completion_length and model else None,
         )

@@ -105,10 +105,10 @@ def _print_validation(report: "ValidationReport", rejects: Path | None, kind: st
         console.print(f"Judged as {what}, for trainer {kind}; --trainer judges otherwise.", style="dim")
     if kind == "grpo":
         console.print(
-            "What reward functions and completions ask of a row: --reward-funcs, --max-completion-length.",
+            "What rewards and completions ask of a row is judged as --reward-funcs and --max-completion-length say.",
             style="dim",
         )
-    if report.tokens is None:
+    if report.tokens is None and kind != "grpo":
         console.print("Lengths were not judged; --model PATH --max-length N does.", style="dim")
     if rejects and report.rejected:
         console.print(f"Rejects: {rejects}")
