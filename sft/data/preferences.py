@@ -204,8 +204,9 @@ def _split_at(turns: Mapping[str, Turns], length: int) -> tuple[dict[str, Turns]
     return {"prompt": turns["chosen"][:length], **split}, []
 
 
-def _said(turn: Turn) -> tuple[Any, Any]:
-    return turn.role, turn.content
+def _said(turn: Turn) -> Turn:
+    """A turn without where it stands and how it is weighed."""
+    return turn._replace(where="", weight=None)
 
 
 def _asks(turns: Turns, question: str) -> bool:
