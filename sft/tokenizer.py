@@ -65,6 +65,21 @@ def load_tokenizer(
     return tokenizer, set(stop_ids) if isinstance(stop_ids, list) else {stop_ids}
 
 
+def max_positions(model: str | Path, revision: str | None = None) -> int:
+    """How many tokens a model can read, as its configuration says.
+
+    Args:
+        model: a Hub folder or the name of a model on the Hub, whose tokenizer was loaded.
+        revision: of the model on the Hub.
+    """
+    from transformers import AutoConfig
+
+    import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
+
+    config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+    return int(config.max_position_embeddings)
+
+
 def _check_folder(folder: Path) -> None:
     """Refuse, before a library does in words of its own, a folder whose settings are damaged or that is half-grown."""
     if not (folder / "config.json").is_file():

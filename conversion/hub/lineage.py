@@ -204,10 +204,12 @@ def _describe(lineage: Mapping[str, Any], *, refuted: bool) -> str:
             "steps": int() as steps,
         }:
             merged = ", the adapter merged" if lineage.get("merged") else ""
-            return (
-                f"Fine-tuned ({_show(trainer)}, {_show(method)}) in {_count(steps)} steps on {_count(rows)} "
-                f"conversations, {_count(tokens)} tokens of which are trained on{merged}."
-            )
+            if trainer == "grpo":  # its tokens are the model's own
+                learned = f"its own answers to {_count(rows)} prompts, rewarded"
+            else:
+                what = "rows of judged answers" if trainer in ("dpo", "kto") else "conversations"
+                learned = f"{_count(rows)} {what}, {_count(tokens)} tokens of which are trained on"
+            return f"Fine-tuned ({_show(trainer)}, {_show(method)}) in {_count(steps)} steps on {learned}{merged}."
         case {"operation": "merge"}:
             unknown = ", of which there is no record," if lineage.get("adapter") == "unknown" else ""
             return f"With the adapter{unknown} merged into the weights it was trained on{_cast(lineage)}."

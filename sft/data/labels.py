@@ -123,7 +123,8 @@ class DataReport:
         return tuple(reject for reject in self.rejects if reject.reason != "nothing_left")
 
     def __str__(self) -> str:
-        text = f"{self.kept} of {self.rows} rows, {self.trained_tokens} trained of {self.tokens} tokens"
+        trained = f"{self.trained_tokens} trained of " if self.trained_tokens else ""  # of prompts, none is
+        text = f"{self.kept} of {self.rows} rows, {trained}{self.tokens} tokens"
         if self.truncated:
             text += f"; {self.truncated} cut at max_length"
         if dropped := self.dropped:

@@ -77,13 +77,13 @@ def preview(
         if isinstance(outcome, Reject):
             shown.append(outcome)
             continue
-        shown.append(PreviewedRow(outcome.conversation.source, tuple(_pieces(outcome, tokenizer)), outcome.truncated))
+        shown.append(PreviewedRow(outcome.conversation.source, tuple(spell(outcome, tokenizer)), outcome.truncated))
         if sum(isinstance(row, PreviewedRow) for row in shown) == count:
             break
     return shown
 
 
-def _pieces(row: Tokenized, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Piece]:
+def spell(row: Tokenized, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Piece]:
     """Cut a row into pieces by decoding it with and without its next token."""
     ids, start = list(row.input_ids), 0
     for end in range(1, len(ids) + 1):
@@ -129,4 +129,4 @@ def render_text(row: PreviewedRow, *, marks: bool) -> "Text":
     return text
 
 
-__all__ = ["Piece", "PreviewedRow", "preview", "render_text", "visible"]
+__all__ = ["Piece", "PreviewedRow", "preview", "render_text", "spell", "visible"]

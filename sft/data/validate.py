@@ -6,7 +6,7 @@
 
 import base64
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,17 +86,39 @@ def validate_conversations(
         DataError: a file cannot be read, or the rejects would replace it.
         OSError: the rejects cannot be written.
     """
+    if tokenizer is None:
+        outcomes: Any = check_rows(data, family_control_tokens(), progress)
+    else:
+        outcomes = tokenize_rows(
+            data, tokenizer, labelling or Labelling(max_length=None), num_proc=num_proc, progress=progress
+        )
+    return count_outcomes(data, outcomes, rejects, tokenized=tokenizer is not None, count=_counts)
+
+
+def count_outcomes(
+    data: str | Path | Sequence[str | Path],
+    outcomes: Iterable[tuple[Row, Any]],
+    rejects: str | Path | None,
+    *,
+    tokenized: bool,
+    count: Callable[[Any], tuple[int, int, int]],
+) -> ValidationReport:
+    """Count what rows of any kind were judged to be.
+
+    Args:
+        data, rejects: see [`validate_conversations`].
+        outcomes: each row with a [`Reject`], or with what it is if it is valid; not begun.
+        tokenized: whether what is valid has been tokenized.
+        count: whether such a row is truncated, its tokens, its trained tokens.
+
+    Raises:
+        DataError, OSError: see [`validate_conversations`].
+    """
     places = [data] if isinstance(data, str | Path) else list(data)
     if rejects and Path(rejects).exists() and any(Path(p).exists() and Path(p).samefile(rejects) for p in places):
         raise DataError(f"{rejects} is read and written; give the rejects another name.")
     report = ValidationReport(rows=0, rejected=0, findings={})
-    if tokenizer is None:
-        outcomes: Any = check_rows(data, family_control_tokens(), progress)
-    else:
-        report.truncated = report.tokens = report.trained_tokens = 0
-        outcomes = tokenize_rows(
-            data, tokenizer, labelling or Labelling(max_length=None), num_proc=num_proc, progress=progress
-        )
+    sums = (0, 0, 0)
     with _open(rejects) as file:
         for row, outcome in outcomes:
             report.rows += 1
@@ -104,8 +126,11 @@ def validate_conversations(
                 _count_reject(report, outcome)
                 if file:
                     file.write(json.dumps(describe_reject(row, outcome), default=str) + "\n")
-            elif isinstance(outcome, Tokenized):
-                _count_tokens(report, outcome)
+            elif tokenized:
+                truncated, tokens, trained = count(outcome)
+                sums = (sums[0] + truncated, sums[1] + tokens, sums[2] + trained)
+    if tokenized:
+        report.truncated, report.tokens, report.trained_tokens = sums
     return report
 
 
@@ -133,10 +158,8 @@ def _count_reject(report: ValidationReport, reject: Reject) -> None:
             )
 
 
-def _count_tokens(report: ValidationReport, row: Tokenized) -> None:
-    report.truncated = (report.truncated or 0) + row.truncated
-    report.tokens = (report.tokens or 0) + len(row.input_ids)
-    report.trained_tokens = (report.trained_tokens or 0) + row.trained_tokens
+def _counts(row: Tokenized) -> tuple[int, int, int]:
+    return row.truncated, len(row.input_ids), row.trained_tokens
 
 
 @contextmanager
@@ -149,4 +172,4 @@ def _open(path: str | Path | None) -> Iterator[IO[str] | None]:
         yield file
 
 
-__all__ = ["Finding", "ValidationReport", "describe_reject", "validate_conversations"]
+__all__ = ["Finding", "ValidationReport", "count_outcomes", "describe_reject", "validate_conversations"]

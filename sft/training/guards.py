@@ -29,7 +29,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, SFTTrainer
 
 from sft import SFTError
 from sft.data.labels import IGNORE_INDEX
@@ -57,7 +57,7 @@ class FusedLossGuard(TrainerCallback):
     sharded, under autocast.
     """
 
-    def __init__(self, trainer: SFTTrainer | DPOTrainer):
+    def __init__(self, trainer: SFTTrainer | DPOTrainer | KTOTrainer | GRPOTrainer):
         self.trainer = trainer
 
     def on_train_begin(
@@ -66,7 +66,9 @@ class FusedLossGuard(TrainerCallback):
         """Raise [`GuardError`] on a mismatch."""
         model: Any = self.trainer.model
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        gap = fused_loss_gap(self.trainer.model_wrapped, base, device=args.device)
+        # GRPO's log-probabilities are those of what is sampled from: logits divided by a temperature.
+        temperature = self.trainer.temperature if isinstance(self.trainer, GRPOTrainer) else 1.0
+        gap = fused_loss_gap(self.trainer.model_wrapped, base, device=args.device, temperature=temperature)
         if not gap <= _TOLERANCE:
             raise GuardError(
                 f"TRL's fused loss is not the loss of {type(base).__name__}: log-probabilities differ by {gap:.2g} of "
@@ -77,7 +79,9 @@ class FusedLossGuard(TrainerCallback):
 
 
 @torch.no_grad()
-def fused_loss_gap(model: nn.Module, base: PreTrainedModel, device: torch.device | str = "cpu") -> float:
+def fused_loss_gap(
+    model: nn.Module, base: PreTrainedModel, device: torch.device | str = "cpu", temperature: float = 1.0
+) -> float:
     """How far the log-probabilities of TRL's fused head are from those of the model's own logits.
 
     Both come from `model`, from one short row, with the hidden states scaled so that a factor on the logits is visible
@@ -87,6 +91,7 @@ def fused_loss_gap(model: nn.Module, base: PreTrainedModel, device: torch.device
         model: what a training step calls, after `trl.trainer.utils.add_fused_lm_head`: `base` or a wrapper of it.
         base: the causal language model inside.
         device: where `model` expects its inputs.
+        temperature: what the fused head was told to divide logits by.
 
     Returns:
         the root mean square of the differences, divided by the standard deviation of the log-probabilities; 0 is equal.
@@ -105,7 +110,7 @@ def fused_loss_gap(model: nn.Module, base: PreTrainedModel, device: torch.device
         if isinstance(module, FSDPModule):
             module.reshard()  # the root waits for a backward pass, and shows its parameters whole until then
 
-    native = logits[:, :-1].float().log_softmax(-1).gather(-1, targets).squeeze(-1)
+    native = (logits[:, :-1].float() / temperature).log_softmax(-1).gather(-1, targets).squeeze(-1)
     difference = fused.float() - native
     return (difference.square().mean().sqrt() / native.std()).item()
 

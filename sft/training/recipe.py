@@ -9,7 +9,8 @@ A key of a recipe is a field of one of four dataclasses:
 - [`RunArguments`], ours: which trainer, on how many processes, from which checkpoint;
 - [`DataArguments`], ours: which files, what is trained on;
 - [`trl.ModelConfig`]: which model, and LoRA (`use_peft`, `lora_r`, ...);
-- [`trl.SFTConfig`] or [`trl.DPOConfig`], transformers' `TrainingArguments` plus TRL's own fields: everything else.
+- TRL's configuration of the trainer, such as [`trl.SFTConfig`] or [`trl.GRPOConfig`], transformers'
+  `TrainingArguments` plus TRL's own fields: everything else.
 
 So whoever knows TRL knows the keys. Unlike TRL, an unknown key, a value of the wrong type and a key given twice are
 errors, and so is a key that would be ignored here.
@@ -18,6 +19,7 @@ errors, and so is a key that would be ignored here.
 import dataclasses
 import difflib
 import functools
+import math
 import re
 import types
 import typing
@@ -28,11 +30,13 @@ from typing import Any, Literal
 import yaml
 from huggingface_hub.dataclasses import type_validator
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import DPOConfig, ModelConfig, SFTConfig
+from trl import DPOConfig, GRPOConfig, KTOConfig, ModelConfig, SFTConfig
 
 from growth.training.kernels import WHY_NOT_LIGER
 from growth.training.launch import DistributedName
 from sft import SFTError
+from sft.rewards.reward import RewardError
+from sft.rewards.spec import parse_rewards
 from sft.shipped import find_shipped
 from sft.yaml_text import load_yaml
 
@@ -46,7 +50,9 @@ class RunArguments:
     """How a run is made.
 
     Args:
-        trainer: `sft` learns what the assistant says; `dpo` learns to prefer one answer to another.
+        trainer: `sft` learns what the assistant says; `dpo` learns to prefer one answer to another, `kto` answers that
+            were liked to answers that were not; `grpo` learns what reward functions say of its own answers.
+        reward_funcs: for `grpo`, its reward functions; see [`sft.rewards.spec`].
         resume_from_checkpoint: a `checkpoint-N` folder, or `True` for the last one in `output_dir`.
         mup_base_width: hidden_size at which `learning_rate` was tuned: matrices then learn at learning_rate x
             mup_base_width / hidden_size (see [`growth.training.mup`]). Unset: one rate for all, as the 52B was
@@ -59,7 +65,8 @@ class RunArguments:
             with the package kernels.
     """
 
-    trainer: Literal["sft", "dpo"] = "sft"
+    trainer: Literal["sft", "dpo", "kto", "grpo"] = "sft"
+    reward_funcs: str | dict[str, Any] | list[Any] | None = None
     resume_from_checkpoint: str | bool | None = None
     mup_base_width: int | None = None
     num_processes: int | None = None
@@ -82,7 +89,8 @@ class DataArguments:
 
     Args:
         data_files: files of conversations, in any layout of [`sft.data.formats`], or a folder of `sft prepare`; for
-            `dpo`, files of pairs of answers (see [`sft.training.dpo`]).
+            `dpo` and `kto`, files of judged answers (see [`sft.data.preferences`]); for `grpo`, of prompts (see
+            [`sft.data.prompts`]).
         eval_data_files: likewise, evaluated on when `eval_strategy` says so.
         assistant_only_loss: train on what the assistant says, end-of-turn token included; `False`: on every token.
         last_turn_only: of what the assistant says, train on its last turn alone.
@@ -105,7 +113,7 @@ class Recipe:
     run: RunArguments
     data: DataArguments
     model: ModelConfig
-    training: SFTConfig | DPOConfig
+    training: SFTConfig | DPOConfig | KTOConfig | GRPOConfig
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], origin: str = "the recipe") -> "Recipe":
@@ -168,7 +176,7 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     overrides = overrides or {}
     trainer = {**values, **overrides}.get("trainer")
     for key, value in overrides.items():
-        _check(key, value, _KEYS["dpo" if trainer == "dpo" else "sft"], origin="the command line")
+        _check(key, value, _KEYS[trainer if trainer in list(_KEYS) else "sft"], origin="the command line")
     return Recipe.from_dict({**values, **overrides}, origin=str(path))
 
 
@@ -260,7 +268,14 @@ _REFUSED = {
         "evaluation is of the loss alone; delete the key",
     ),
 }
+# The trainers that read no marks of what the assistant says.
+_REFUSED_BY_OTHERS = {
+    **dict.fromkeys(("assistant_only_loss", "last_turn_only"), "it is for `trainer: sft`; delete the key"),
+    "label_smoothing_factor": "it is for `trainer: sft`; delete the key",
+    "mup_base_width": "it is for `trainer: sft`; delete the key",
+}
 _REFUSED_BY_SFT = {
+    "reward_funcs": "it is for `trainer: grpo`; delete the key",
     "dataset_text_field": "training is on conversations; give rows a `messages` column",
     "dataset_kwargs": "conversations are always prepared; delete the key",
     "completion_only_loss": "use assistant_only_loss",
@@ -270,8 +285,25 @@ _REFUSED_BY_DPO = {
     "last_turn_only": "answers are compared, nothing else; delete the key",
     "padding_free": "TRL has switched it off for DPO; delete the key",
     "label_smoothing_factor": "it is for `trainer: sft`; write label_smoothing",
-    "mup_base_width": "it is for `trainer: sft`; delete the key",
+    "reward_funcs": "it is for `trainer: grpo`; delete the key",
 }
+_REFUSED_BY_GRPO = {
+    "remove_unused_columns": "reward functions get every column; delete the key",
+    "train_sampling_strategy": "every prompt comes num_generations times, in TRL's own order; delete the key",
+    "group_by_length": "every prompt comes num_generations times, in TRL's own order; delete the key",
+    "auto_find_batch_size": "a group of completions cannot be split; delete the key",
+    "max_tool_calling_iterations": "completions call no tools; delete the key",
+    "log_multimodal": "completions are text; delete the key",
+    "use_transformers_paged": "it has another name in TRL, and is refused under that too; delete the key",
+    # It casts the weights that are trained, in place, to what generation runs in.
+    **dict.fromkeys(
+        ("use_transformers_continuous_batching", "transformers_continuous_batching_config"),
+        "TRL's continuous batching casts the trained weights to 16 bits; delete the key",
+    ),
+}
+_WHY_NOT_VLLM = (
+    "completions are sampled by the model's own forward pass, which vLLM's is not checked against; delete it"
+)
 _REQUIRED = ("model_name_or_path", "data_files", "output_dir")
 # PEFT knows no default targets for this architecture; all-linear leaves lm_head out, as TRL's fused head requires.
 _MODEL_DEFAULTS = {"lora_target_modules": "all-linear"}
@@ -284,6 +316,10 @@ def _hints(cls: type, names: Sequence[str] | None = None, without: Collection[st
         for field in dataclasses.fields(cls)
         if (names is None or field.name in names) and field.name not in without
     }
+
+
+def _names(cls: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
 
 
 def _choices(hint: Any) -> list[str]:
@@ -302,7 +338,7 @@ class _Keys:
         refused: key -> why it is an error, and the way out.
     """
 
-    config: type[SFTConfig] | type[DPOConfig]
+    config: type[SFTConfig] | type[DPOConfig] | type[KTOConfig] | type[GRPOConfig]
     fixed: Mapping[str, Any]
     refused: Mapping[str, str]
 
@@ -341,8 +377,17 @@ class _Keys:
 
 _KEYS = {
     # The rows come tokenized, cut and labelled: TRL would go through them twice more, and lose their weights.
+    "kto": _Keys(KTOConfig, {}, _REFUSED | _REFUSED_BY_OTHERS | {"reward_funcs": _REFUSED_BY_DPO["reward_funcs"]}),
+    "grpo": _Keys(
+        GRPOConfig,
+        {},
+        _REFUSED
+        | _REFUSED_BY_OTHERS
+        | _REFUSED_BY_GRPO
+        | {name: _WHY_NOT_VLLM for name in _names(GRPOConfig) if name.startswith(("vllm_", "use_vllm"))},
+    ),
     "sft": _Keys(SFTConfig, {"dataset_kwargs": {"skip_prepare_dataset": True}}, _REFUSED | _REFUSED_BY_SFT),
-    "dpo": _Keys(DPOConfig, {}, _REFUSED | _REFUSED_BY_DPO),
+    "dpo": _Keys(DPOConfig, {}, _REFUSED | _REFUSED_BY_OTHERS | _REFUSED_BY_DPO),
 }
 
 
@@ -401,6 +446,11 @@ _NEEDS = (
     _Need("f_alpha_divergence_coef", "f_divergence_type", ("alpha_divergence",)),
     _Need("discopop_tau", "loss_type", ("discopop",)),
     _Need("label_smoothing", "loss_type", ("robust", "exo_pair", "aot", "aot_unpaired")),
+    _Need("sync_ref_model", "beta"),
+    _Need("sapo_.*", "loss_type", ("sapo",)),
+    _Need("vespo_.*", "loss_type", ("vespo",)),
+    _Need("entropy_coef_.*|entropy_target", "use_adaptive_entropy"),
+    _Need("num_completions_to_print|log_unique_prompts|log_completions_hub_repo", "log_completions"),
 )
 
 
@@ -417,6 +467,8 @@ def _check_combinations(values: Mapping[str, Any], keys: _Keys, origin: str) -> 
         raise RecipeError(f"{origin}: packing_strategy has no effect here; it needs packing: true.")
     if values.get("eval_data_files") and values.get("eval_strategy", "no") == "no" and not values.get("eval_on_start"):
         raise RecipeError(f"{origin}: eval_data_files has no effect here; it needs eval_strategy: steps or epoch.")
+    if keys.config is GRPOConfig:
+        _check_rewards(values, origin)
     defaults = {field.name: field.default for field in dataclasses.fields(keys.config)}
     settings = {**defaults, **_training_defaults(values), **values}
     for need in _NEEDS:
@@ -424,6 +476,21 @@ def _check_combinations(values: Mapping[str, Any], keys: _Keys, origin: str) -> 
             if re.fullmatch(need.keys, key) and value is not None and not need.is_met(settings.get(need.switch)):
                 wanted = " or ".join(need.values) or "true"
                 raise RecipeError(f"{origin}: {key} has no effect here; it needs {need.switch}: {wanted}.")
+
+
+def _check_rewards(values: Mapping[str, Any], origin: str) -> None:
+    """What GRPO is rewarded by: at least one function, and a finite weight for each."""
+    if values.get("reward_funcs") is None:
+        raise RecipeError(f"{origin} does not set reward_funcs; grpo learns from what reward functions say.")
+    try:
+        specs = parse_rewards(values["reward_funcs"])
+    except RewardError as error:
+        raise RecipeError(f"{origin}: {error}") from error
+    weights = values.get("reward_weights")
+    if weights is not None and len(weights) != len(specs):
+        raise RecipeError(f"{origin}: reward_weights has {len(weights)} numbers, reward_funcs {len(specs)} functions.")
+    if weights is not None and not all(math.isfinite(weight) for weight in weights):
+        raise RecipeError(f"{origin}: reward_weights is {weights}; expected finite numbers.")
 
 
 def _is_a(value: Any, hint: Any) -> bool:

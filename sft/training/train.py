@@ -7,8 +7,9 @@
     accelerate launch --no_python teleflm sft train --config RECIPE.yaml [--key value ...]
     teleflm sft train --config RECIPE.yaml [--key value ...]
 
-TRL's [`SFTTrainer`] or [`DPOTrainer`] does the training. What is done here: the model, the tokenizer and the token ids
-are built from the recipe, and what a loss does not show is checked before the first step ([`sft.training.guards`]).
+A trainer of TRL's does the training ([`sft.training.trainers`]). What is done here: the model, the tokenizer and the
+token ids are built from the recipe, and what a loss does not show is checked before the first step
+([`sft.training.guards`]).
 """
 
 import argparse
@@ -35,12 +36,13 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerState,
+    TrainingArguments,
 )
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging as transformers_logging
-from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
 from conversion.checkpoint.errors import CheckpointError, one_line
@@ -55,19 +57,17 @@ from growth.training.launch import (
     leave_processes,
     settle_checkpointing,
 )
-from growth.training.record import RecordCallback, digest_examples
+from growth.training.record import RecordCallback
 from growth.training.resume import find_checkpoint, step_of
 from growth.training.same_run import describe_run, hold_to_run
 from sft import SFTError
 from sft import tokenizer as tokenizers
-from sft.data.dataset import prepare_dataset
 from sft.data.labels import DataReport
 from sft.export import find_model
-from sft.training.dpo import prepare_preferences
-from sft.training.guards import FusedLossGuard, GuardError, check_trained_tokens
+from sft.training.guards import FusedLossGuard, GuardError
 from sft.training.lineage import describe_base
 from sft.training.recipe import Recipe, RecipeError, parse_overrides, read_recipe
-from sft.training.trainer import PreferenceTrainer, WeightedSFTTrainer, arrange
+from sft.training.trainers import TRAINERS, AnyTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), progress
 
 def build_trainer(
     recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()
-) -> tuple[WeightedSFTTrainer | DPOTrainer, DataReport, DataReport | None]:
+) -> tuple[AnyTrainer, DataReport, DataReport | None]:
     """Build the trainer of a recipe, checked and ready for `trainer.train()`; what [`train`] does before training.
 
     Returns:
@@ -173,8 +173,8 @@ def build_trainer(
     _refuse_used_output(recipe)
     _check_packages(args)
     tokenizer, stop_ids = load_tokenizer(recipe)
-    # Preferences are tokenized by TRL, which needs no marks of what the assistant says.
-    tokenizers.check_stop_token(tokenizer, stop_ids, recipe.data.assistant_only_loss and recipe.run.trainer == "sft")
+    kind = TRAINERS[recipe.run.trainer]
+    tokenizers.check_stop_token(tokenizer, stop_ids, recipe.data.assistant_only_loss and kind.marks_answers)
 
     train_dataset, report = _prepare(recipe, recipe.data.data_files, tokenizer)
     eval_dataset, eval_report = None, None
@@ -190,18 +190,9 @@ def build_trainer(
         "peft_config": get_peft_config(recipe.model),
         "callbacks": list(callbacks),
     }
-    trainer: WeightedSFTTrainer | DPOTrainer
+    load = partial(load_model, recipe.model, use_kernels=recipe.run.use_kernels)
     try:
-        if isinstance(args, DPOConfig):
-            trainer = PreferenceTrainer(
-                load_model(recipe.model, use_kernels=recipe.run.use_kernels), _reference_model(recipe, args), **common
-            )
-        else:
-            base_width = recipe.run.mup_base_width
-            trainer = WeightedSFTTrainer(
-                model=load_model(recipe.model, use_kernels=recipe.run.use_kernels), base_width=base_width, **common
-            )
-            check_trained_tokens(trainer.train_dataset, expected=report.trained_tokens)
+        trainer = kind.build(recipe, load, common, report)
     except SFTError:
         raise
     except ValueError as error:
@@ -274,37 +265,10 @@ def load_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, set[int]]:
 def _prepare(
     recipe: Recipe, files: str | list[str], tokenizer: PreTrainedTokenizerBase, *, evaluation: bool = False
 ) -> tuple[datasets.Dataset, DataReport]:
-    args, data = recipe.training, recipe.data
-    if isinstance(args, DPOConfig):
-        dataset, report = prepare_preferences(
-            files, tokenizer, max_length=args.max_length, allow_rejects=data.allow_rejects
-        )
-    else:
-        packing = args.packing if not evaluation or args.eval_packing is None else args.eval_packing
-        # The other strategies put what overflows into the next row instead of cutting it.
-        whole = packing and args.packing_strategy != "bfd"
-        dataset, report = prepare_dataset(
-            files,
-            tokenizer,
-            max_length=None if whole else args.max_length,
-            assistant_only_loss=data.assistant_only_loss,
-            last_turn_only=data.last_turn_only,
-            allow_rejects=data.allow_rejects,
-            num_proc=args.dataset_num_proc,
-        )
-        dataset = arrange(dataset, args, packing=packing)
-    if args.process_index == 0:
+    dataset, report = TRAINERS[recipe.run.trainer].prepare(recipe, files, tokenizer, evaluation)
+    if recipe.training.process_index == 0:
         logger.log(logging.WARNING if report.rejects else logging.INFO, "data: %s", report)
     return dataset, report
-
-
-def _reference_model(recipe: Recipe, args: DPOConfig) -> PreTrainedModel | None:
-    """The model as it was, which DPO compares with; None where TRL takes it from the model that is trained."""
-    return (
-        None
-        if recipe.model.use_peft or args.precompute_ref_log_probs
-        else load_model(recipe.model, use_kernels=recipe.run.use_kernels)
-    )
 
 
 def _describe_base(recipe: Recipe) -> dict[str, Any]:
@@ -329,29 +293,23 @@ def _describe_run(recipe: Recipe, data: DataReport, base: Mapping[str, Any], sta
         "data": {"rows": data.kept, "trained_tokens": data.trained_tokens, "digest": data.digest},
         "steps": state.global_step,
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "max_length": args.max_length,
+        **TRAINERS[recipe.run.trainer].describe(recipe),
         "learning_rate": args.learning_rate,
         "lr_scheduler": {"type": SchedulerType(args.lr_scheduler_type).value, "settings": args.lr_scheduler_kwargs},
         **base,
     }
 
 
-def _identify_run(
-    recipe: Recipe, trainer: WeightedSFTTrainer | DPOTrainer, data: DataReport, base: Mapping[str, Any]
-) -> dict[str, Any]:
+def _identify_run(recipe: Recipe, trainer: AnyTrainer, data: DataReport, base: Mapping[str, Any]) -> dict[str, Any]:
     """What has to be the same when a checkpoint of this run is resumed."""
     ours = {
         key: value
         for part in (recipe.run, recipe.data, recipe.model)
         for key, value in dataclasses.asdict(part).items()
-        if key != "model_init_kwargs"
+        if key not in ("model_init_kwargs", "reward_funcs")  # whose digests are in made_from
     }
-    made_from: dict[str, Any] = {"base": base.get("base"), "conversations": data.digest}
-    if recipe.run.trainer == "sft":
-        made_from |= {"token_ids": digest_examples(trainer.train_dataset)["data"]["digest"]}
-    else:  # which TRL tokenizes, in columns of its own
-        tokenizer: Any = trainer.processing_class
-        made_from |= {"tokenizer": tokenizers.tokenizer_digest(tokenizer), "chat_template": tokenizer.chat_template}
+    made_from = {"base": base.get("base"), "conversations": data.digest}
+    made_from |= TRAINERS[recipe.run.trainer].made_from(recipe, trainer)
     return describe_run(recipe.training, ours, made_from)
 
 
@@ -381,7 +339,7 @@ def _refuse_used_output(recipe: Recipe) -> None:
         )
 
 
-def _check_packages(args: SFTConfig | DPOConfig) -> None:
+def _check_packages(args: TrainingArguments) -> None:
     """That what the recipe names is installed; a Trainer finds out when the model is loaded, or at the first step."""
     reporters: Any = args.report_to
     checks: list[tuple[str, str, Callable[[], Any]]] = [
@@ -443,7 +401,8 @@ def run(config: str, overrides: Sequence[str], *, as_json: bool = False, debug: 
         debug: let errors through with their traceback.
 
     Returns:
-        the exit status: 0 done, 2 refused before the first step with nothing saved, 130 interrupted.
+        the exit status: 0 done, 2 refused before the first step with nothing saved, or stopped by a reward function
+        that failed, 130 interrupted.
     """
     status = 0
     try:

@@ -25,7 +25,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from trl import DPOTrainer, SFTConfig, SFTTrainer, pack_dataset
+from trl import DPOTrainer, KTOTrainer, SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
@@ -71,6 +71,10 @@ class WeightedSFTTrainer(ShardedSaveMixin, MupMixin, SFTTrainer):
 
 class PreferenceTrainer(ShardedSaveMixin, DPOTrainer):
     """A DPOTrainer that saves whole models where they are sharded."""
+
+
+class LikingTrainer(ShardedSaveMixin, KTOTrainer):
+    """A KTOTrainer that saves whole models where they are sharded."""
 
 
 def arrange(dataset: Dataset, args: SFTConfig, *, packing: bool) -> Dataset:
@@ -127,4 +131,12 @@ def weigh_log_probs(model: nn.Module) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-__all__ = ["WEIGHTS", "PreferenceTrainer", "WeightCollator", "WeightedSFTTrainer", "arrange", "weigh_log_probs"]
+__all__ = [
+    "WEIGHTS",
+    "LikingTrainer",
+    "PreferenceTrainer",
+    "WeightCollator",
+    "WeightedSFTTrainer",
+    "arrange",
+    "weigh_log_probs",
+]

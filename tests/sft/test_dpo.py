@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import sft.training.train
+from sft.data.examples import prepare_examples
 from sft.data.formats import Row
 from sft.data.labels import DataError
+from sft.data.preferences import PairJudge, read_pair
 from sft.tokenizer import TokenizerError
-from sft.training.dpo import prepare_preferences, read_pair
 from sft.training.guards import GuardError
 from sft.training.train import build_trainer, load_tokenizer, train
 from tests.fixtures.tiny import tiny_model
@@ -141,9 +142,9 @@ def test_rows_are_named_and_counted(dpo, pairs, tmp_path):
     long = {"prompt": "why " * 300, "chosen": "Because.", "rejected": "No."}
     file.write_text("\n".join(map(json.dumps, [pairs[0], {**GOOD, "rejected": "Because."}, long, GOOD])))
     with pytest.raises(DataError, match=r"1 invalid rows \(1 same_answers\): .*pairs.jsonl:2: .* Correct them, or set"):
-        prepare_preferences(file, tokenizer, max_length=256)
+        prepare_examples(file, PairJudge(), tokenizer, max_length=256)
 
-    dataset, report = prepare_preferences(file, tokenizer, max_length=256, allow_rejects=True)
+    dataset, report = prepare_examples(file, PairJudge(), tokenizer, max_length=256, allow_rejects=True)
     assert (report.rows, report.kept, report.dropped) == (4, 2, (f"{file}:3",))
     assert dataset[1] == {
         "prompt": ask(),

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl.trainer.utils import add_fused_lm_head
 
 import sft.training.train
+import sft.training.trainers
 from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM
 from sft.training.guards import GuardError, check_trained_tokens, fused_loss_gap
 from sft.training.train import build_trainer, train
@@ -139,9 +140,9 @@ def test_every_counted_token_reaches_the_trainer_whatever_the_packing(packing_st
 
 
 def test_tokens_lost_on_the_way_to_the_trainer_are_noticed(make_recipe, monkeypatch):
-    arrange = sft.training.train.arrange
+    arrange = sft.training.trainers.arrange
     monkeypatch.setattr(
-        sft.training.train, "arrange", lambda *args, **kwargs: arrange(*args, **kwargs).select(range(40))
+        sft.training.trainers, "arrange", lambda *args, **kwargs: arrange(*args, **kwargs).select(range(40))
     )
     with pytest.raises(GuardError, match=r"\d+ tokens .* are to be trained on, but \d+ reached the trainer"):
         train(make_recipe())

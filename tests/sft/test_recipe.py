@@ -46,8 +46,8 @@ def test_keys_reach_the_dataclass_that_declares_them():
         ("bnb_4bit_quant_type", "nf4", "bnb_4bit_quant_type has no effect here; it needs load_in_4bit: true."),
         ("lora_r", 4, "lora_r has no effect here; it needs use_peft: true."),
         ("gradient_checkpointing", True, "gradient_checkpointing has no effect here; write activation_checkpointing."),
-        ("trainer", "grpo", "trainer is 'grpo'; expected one of sft, dpo."),
-        ("trainer", ["dpo"], "trainer is ['dpo']; expected one of sft, dpo."),
+        ("trainer", "ppo", "trainer is 'ppo'; expected one of sft, dpo, kto, grpo."),
+        ("trainer", ["dpo"], "trainer is ['dpo']; expected one of sft, dpo, kto, grpo."),
         ("distributed_type", "FSDP2", "expected one of NO, MULTI_CPU, MULTI_GPU, FSDP, DEEPSPEED."),
         ("num_processes", 0, "num_processes is 0; expected at least 1."),
         ("learning_rate", "fast", "learning_rate is 'fast', of type str; expected float."),
@@ -266,7 +266,8 @@ def test_recipes_are_listed_and_printed():
 def test_the_shipped_recipes_are_for_every_way_to_train():
     recipes = {path.stem: read_recipe(path, {**MINIMAL, "bf16": False}) for path in RECIPES}
     ways = {(recipe.run.trainer, recipe.model.use_peft, recipe.model.load_in_4bit) for recipe in recipes.values()}
-    assert ways == {("sft", False, False), ("sft", True, False), ("sft", True, True), ("dpo", False, False)}
+    sft = {("sft", False, False), ("sft", True, False), ("sft", True, True)}
+    assert ways == sft | {("dpo", False, False), ("grpo", False, False)}
 
 
 @pytest.mark.parametrize("path", ACCELERATE_CONFIGS, ids=lambda path: path.stem)

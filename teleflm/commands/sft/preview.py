@@ -16,11 +16,16 @@ from teleflm.terminal import Debug, Json, exit_codes, make_console, print_json
 from .labelling import (
     AllTokens,
     LastTurn,
+    MaxCompletion,
     MaxLength,
     Model,
     OneData,
+    RewardFuncs,
     Template,
+    TrainerName,
+    choose_trainer,
     load_checked_tokenizer,
+    make_judge,
     make_labelling,
 )
 
@@ -41,16 +46,26 @@ def preview(
     max_length: MaxLength = 2048,
     last_turn_only: LastTurn = False,
     all_tokens: AllTokens = False,
+    trainer: TrainerName = None,
+    reward_funcs: RewardFuncs = None,
+    max_completion_length: MaxCompletion = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show, in colour, what of the first rows is trained on."""
+    from sft.data.examples import preview_examples
     from sft.data.preview import PreviewedRow
     from sft.data.preview import preview as preview_rows
 
     with exit_codes(debug=debug):
-        tokenizer = load_checked_tokenizer(model, chat_template_path, all_tokens)
-        rows = preview_rows(data, tokenizer, make_labelling(max_length, last_turn_only, all_tokens), count)
+        given = {"--last-turn-only": last_turn_only, "--all-tokens": all_tokens}
+        kind = choose_trainer(trainer, data, [name for name, value in given.items() if value])
+        judge = make_judge(kind, reward_funcs, max_completion_length, model)
+        tokenizer = load_checked_tokenizer(model, chat_template_path, all_tokens or kind != "sft")
+        if judge:
+            rows = preview_examples(data, judge, tokenizer, max_length or None, count)
+        else:
+            rows = preview_rows(data, tokenizer, make_labelling(max_length, last_turn_only, all_tokens), count)
         if html:
             from teleflm.reports.preview import render_html
 

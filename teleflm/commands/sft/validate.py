@@ -15,10 +15,15 @@ from teleflm.terminal import EXIT_NO, Debug, Json, byte_progress, exit_codes, ma
 from .labelling import (
     AllTokens,
     LastTurn,
+    MaxCompletion,
     MaxLength,
     NumProc,
+    RewardFuncs,
     Template,
+    TrainerName,
+    choose_trainer,
     load_checked_tokenizer,
+    make_judge,
     make_labelling,
 )
 
@@ -41,46 +46,69 @@ def validate(
     last_turn_only: LastTurn = False,
     all_tokens: AllTokens = False,
     num_proc: NumProc = 1,
+    trainer: TrainerName = None,
+    reward_funcs: RewardFuncs = None,
+    max_completion_length: MaxCompletion = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Judge every row as training would. Exit status 3 if any is rejected."""
+    from sft.data.examples import validate_examples
     from sft.data.validate import validate_conversations
 
     with exit_codes(debug=debug):
         if model is None and (max_length or last_turn_only or all_tokens or chat_template_path):
             raise ValueError("only a tokenizer can tell lengths and turns: give --model as well.")
-        tokenizer = load_checked_tokenizer(model, chat_template_path, all_tokens) if model else None
-        labelling = make_labelling(max_length, last_turn_only, all_tokens)
+        given = {"--last-turn-only": last_turn_only, "--all-tokens": all_tokens, "--num-proc": num_proc > 1}
+        kind = choose_trainer(trainer, data, [name for name, value in given.items() if value])
+        if kind == "grpo" and max_length:
+            raise ValueError("--max-length does nothing for trainer grpo; its key is --max-completion-length.")
+        judge = make_judge(kind, reward_funcs, max_completion_length, model)
+        # What the other trainers learn from is not marked by the chat template.
+        tokenizer = load_checked_tokenizer(model, chat_template_path, all_tokens or kind != "sft") if model else None
         with byte_progress("validating") as progress:
-            report = validate_conversations(
-                data, tokenizer, labelling, rejects=rejects, num_proc=num_proc, progress=progress
-            )
+            if judge:
+                report = validate_examples(
+                    data, judge, tokenizer, max_length or None, rejects=rejects, progress=progress
+                )
+            else:
+                labelling = make_labelling(max_length, last_turn_only, all_tokens)
+                report = validate_conversations(
+                    data, tokenizer, labelling, rejects=rejects, num_proc=num_proc, progress=progress
+                )
         if as_json:
-            print_json({**asdict(report), "valid": report.valid})
+            print_json({**asdict(report), "valid": report.valid, "trainer": kind})
         else:
-            _print_validation(report, rejects)
+            _print_validation(report, rejects, kind, judge.what if judge else "conversations")
     if not report.valid:
         raise typer.Exit(EXIT_NO)
 
 
-def _print_validation(report: "ValidationReport", rejects: Path | None) -> None:
+def _print_validation(report: "ValidationReport", rejects: Path | None, kind: str, what: str) -> None:
     from rich.table import Table
 
-    from sft.data.checks import REASONS
+    from sft.data.examples import reason
     from sft.data.preview import visible
 
     console = make_console()
     if report.findings:
         table = Table("reason", "rows", "what it means", "for example", title="Rejected rows", title_justify="left")
         for code, finding in sorted(report.findings.items(), key=lambda item: -item[1].rows):
-            table.add_row(code, f"{finding.rows:,}", REASONS[code], visible(finding.examples[0]))
+            table.add_row(code, f"{finding.rows:,}", reason(code), visible(finding.examples[0]))
         console.print(table, soft_wrap=False)
     line = f"{report.rows - report.rejected:,} of {report.rows:,} rows can be trained on"
     if report.tokens is not None:
-        line += f": {report.trained_tokens:,} trained of {report.tokens:,} tokens, {report.truncated:,} rows cut"
+        trained = f"{report.trained_tokens:,} trained of " if kind != "grpo" else ""
+        line += f": {trained}{report.tokens:,} tokens, {report.truncated:,} rows cut"
     console.print(f"{line}." if report.rows else "No rows.")
-    if report.tokens is None:
+    if kind != "sft":
+        console.print(f"Judged as {what}, for trainer {kind}; --trainer judges otherwise.", style="dim")
+    if kind == "grpo":
+        console.print(
+            "What rewards and completions ask of a row is judged as --reward-funcs and --max-completion-length say.",
+            style="dim",
+        )
+    if report.tokens is None and kind != "grpo":
         console.print("Lengths were not judged; --model PATH --max-length N does.", style="dim")
     if rejects and report.rejected:
         console.print(f"Rejects: {rejects}")

@@ -1,0 +1,263 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The reward functions that come with the package: an exact answer, a pattern, tests that code has to pass."""
+
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from fractions import Fraction
+from typing import Any
+
+import regex
+
+from sft.rewards.reward import Reward, RewardError
+from sft.rewards.sandbox import Limits, SandboxError, check_sandbox, run_tests
+
+_NUMBER = re.compile(r"[-+]?(\d+|\d{1,3}(,\d{3})+)?(\.\d+)?")
+# What may stand around an answer; a full stop before a digit is of the number.
+_BEFORE, _AFTER = " $", " $%.。"
+_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+
+
+class ExactMatch(Reward):
+    """1 if the final answer of a completion is that of a column, else 0.
+
+    The final answer of a text, completion or column alike: what the last `\\boxed{...}` holds; else what follows the
+    last `####`; else, with `pattern`, what its first group, or all of it, matched last; else the whole text. Two
+    answers are the same if they are equal as texts, in Unicode's normal form KC, without case, with single spaces, and
+    without `$` around and `%` and a full stop after them; or as decimal numbers, commas between thousands left out.
+
+    Args:
+        column: holds a text or a number.
+        pattern: regular expression (of the package regex) of the answer in a text.
+    """
+
+    def __init__(self, name: str, column: str = "answer", pattern: str | None = None) -> None:
+        super().__init__(name, {"column": column, "pattern": pattern})
+        self._column = column
+        self._pattern = compiled(pattern, name) if pattern is not None else None
+
+    def applies(self, columns: Mapping[str, Any]) -> bool:
+        """Whether a row has the column."""
+        return columns.get(self._column) is not None
+
+    def fault(self, columns: Mapping[str, Any]) -> str | None:
+        """A column that is neither text nor number, or a text of no answer."""
+        value = columns[self._column]
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            return f"{self._column} is of type {type(value).__name__}; expected a text or a number"
+        return None if normalized(self._answer(str(value)) or "") else f"{self._column} holds no answer"
+
+    def rewards(self, texts: Sequence[str], columns: Sequence[Mapping[str, Any]], **given: Any) -> Sequence[Any]:
+        """1 or 0, or None for a row without the column."""
+        return [
+            float(same_answer(self._answer(text), self._answer(str(row[self._column])))) if self.applies(row) else None
+            for text, row in zip(texts, columns, strict=True)
+        ]
+
+    def _answer(self, text: str) -> str | None:
+        boxed = text.rpartition(r"\boxed{")
+        if boxed[1]:
+            return _within_braces(boxed[2])
+        if "####" in text:
+            return text.rpartition("####")[2]
+        if self._pattern is None:
+            return text
+        try:
+            found = list(self._pattern.finditer(text, timeout=_SECONDS))
+        except TimeoutError:
+            return None
+        return found[-1][1 if self._pattern.groups else 0] if found else None
+
+
+def _within_braces(text: str) -> str | None:
+    depth = 1
+    for index, char in enumerate(text):
+        depth += {"{": 1, "}": -1}.get(char, 0)
+        if depth == 0:
+            return text[:index]
+    return None
+
+
+def normalized(answer: str) -> str:
+    """An answer without what does not make another of it; see [`ExactMatch`]."""
+    return " ".join(unicodedata.normalize("NFKC", answer).casefold().split()).lstrip(_BEFORE).rstrip(_AFTER)
+
+
+def same_answer(answer: str | None, expected: str | None) -> bool:
+    """Whether two answers are the same; see [`ExactMatch`]. What is no answer is the same as none."""
+    if answer is None or expected is None:
+        return False
+    left, right = normalized(answer), normalized(expected)
+    if left == right:
+        return left != ""
+    number = _number(left)
+    return number is not None and number == _number(right)
+
+
+def _number(text: str) -> Fraction | None:
+    if len(text) > 100 or not any(char.isdigit() for char in text) or not _NUMBER.fullmatch(text):
+        return None
+    return Fraction(text.replace(",", ""))
+
+
+_SECONDS = 1.0
+
+
+def compiled(pattern: Any, name: str) -> "regex.Pattern[str]":
+    """A regular expression of the package regex.
+
+    Raises:
+        RewardError: it is none.
+    """
+    try:
+        return regex.compile(pattern)
+    except (regex.error, TypeError) as error:
+        raise RewardError(f"reward function {name}: {pattern!r:.80} is no regular expression: {error}.") from error
+
+
+class Regex(Reward):
+    """1 if a pattern matches a completion, else 0; also 0 if that is not known in time.
+
+    Args:
+        pattern: regular expression, of the package regex; or
+        column: holds one for each row.
+        match: `search` anywhere, or `fullmatch` of the whole text.
+        seconds: of searching in one completion, because a pattern may try without end.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pattern: str | None = None,
+        column: str | None = None,
+        match: str = "search",
+        seconds: float = _SECONDS,
+    ) -> None:
+        super().__init__(name, {"pattern": pattern, "column": column, "match": match, "seconds": seconds})
+        if (pattern is None) == (column is None):
+            raise RewardError(f"reward function {name} needs either a pattern or a column that holds one.")
+        if match not in ("search", "fullmatch"):
+            raise RewardError(f"reward function {name}: match is {match!r}; expected search or fullmatch.")
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+            raise RewardError(f"reward function {name}: seconds is {seconds!r}; expected a number above 0.")
+        self._pattern = compiled(pattern, name) if pattern is not None else None
+        self._column, self._match, self._seconds = column, match, seconds
+
+    def applies(self, columns: Mapping[str, Any]) -> bool:
+        """Whether there is a pattern for a row."""
+        return self._column is None or columns.get(self._column) is not None
+
+    def fault(self, columns: Mapping[str, Any]) -> str | None:
+        """A column that is no regular expression."""
+        if self._column is None:
+            return None
+        try:
+            compiled(columns[self._column], self.name)
+        except RewardError as error:
+            return str(error)
+        return None
+
+    def rewards(self, texts: Sequence[str], columns: Sequence[Mapping[str, Any]], **given: Any) -> Sequence[Any]:
+        """1 or 0, or None for a row without a pattern."""
+        return [
+            self._reward(text, row) if self.applies(row) else None for text, row in zip(texts, columns, strict=True)
+        ]
+
+    def _reward(self, text: str, columns: Mapping[str, Any]) -> float:
+        pattern = self._pattern or compiled(columns[str(self._column)], self.name)
+        find: Callable[..., Any] = pattern.search if self._match == "search" else pattern.fullmatch
+        try:
+            return float(find(text, timeout=self._seconds) is not None)
+        except TimeoutError:
+            return 0.0
+
+
+class PythonTests(Reward):
+    """1 if the code of a completion passes all the tests of a column, in a sandbox, else 0.
+
+    The code is that of the last block between three backquotes (`python`, `py` or without a name), or, without one, the
+    whole completion. The standard library is there, nothing else. See [`sft.rewards.sandbox`] for what is stopped and
+    what is not.
+
+    Args:
+        column: holds the tests, Python source: a text, or a list of texts, each a test, such as `assert f(2) == 4`.
+        partial: give the share of the tests that are passed.
+        workers: how many sandboxes run at once; as many as there are processors, at most 8, unless given.
+        **limits: see [`sft.rewards.sandbox.Limits`].
+    """
+
+    def __init__(
+        self, name: str, column: str = "tests", partial: bool = False, workers: int | None = None, **limits: Any
+    ) -> None:
+        known = {field.name for field in fields(Limits)}
+        if unknown := [key for key in limits if key not in known]:
+            raise RewardError(
+                f"reward function {name} has no setting {unknown[0]}; it has column, partial, workers, "
+                f"{', '.join(sorted(known))}."
+            )
+        if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+            raise RewardError(f"reward function {name}: workers is {workers!r}; expected a number from 1.")
+        try:
+            self._limits = Limits(**limits)
+        except ValueError as error:
+            raise RewardError(f"reward function {name}: {error}") from error
+        super().__init__(name, {"column": column, "partial": partial, **limits})
+        self._column, self._partial = column, partial
+        self._workers = workers or min(8, os.cpu_count() or 1)
+
+    def check(self) -> None:
+        """Refuse a machine that has no such sandbox."""
+        try:
+            check_sandbox(self._limits)
+        except SandboxError as error:
+            raise RewardError(
+                f"reward function {self.name}: code cannot be run here as it is to be: {error}. With namespaces: false "
+                "it runs with limits alone, and can reach the network and write what you can write."
+            ) from error
+
+    def applies(self, columns: Mapping[str, Any]) -> bool:
+        """Whether a row has tests."""
+        return bool(columns.get(self._column))
+
+    def fault(self, columns: Mapping[str, Any]) -> str | None:
+        """A column that holds no Python."""
+        tests = self._tests(columns)
+        if not all(isinstance(test, str) for test in tests):
+            return f"{self._column} is neither a text nor a list of texts"
+        for test in tests:
+            try:
+                compile(test, self._column, "exec")
+            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+                return f"{self._column} is no Python: {error}"
+        return None
+
+    def rewards(self, texts: Sequence[str], columns: Sequence[Mapping[str, Any]], **given: Any) -> Sequence[Any]:
+        """The share of tests passed, or whether all were; None for a row without tests."""
+        with ThreadPoolExecutor(self._workers) as pool:
+            return list(pool.map(self._reward, texts, columns))
+
+    def _reward(self, text: str, columns: Mapping[str, Any]) -> float | None:
+        if not self.applies(columns):
+            return None
+        tests = self._tests(columns)
+        passed = run_tests(code_of(text), tests, self._limits).passed or 0
+        return passed / len(tests) if self._partial else float(passed == len(tests))
+
+    def _tests(self, columns: Mapping[str, Any]) -> list[Any]:
+        tests = columns[self._column]
+        return list(tests) if isinstance(tests, list) else [tests]
+
+
+def code_of(text: str) -> str:
+    """The code of a completion; see [`PythonTests`]."""
+    blocks = _BLOCK.findall(text)
+    return str(blocks[-1]) if blocks else text
+
+
+__all__ = ["ExactMatch", "PythonTests", "Regex", "code_of", "normalized", "same_answer"]

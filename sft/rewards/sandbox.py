@@ -1,0 +1,188 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Run Python code that a model wrote, with limits, in a process of its own.
+
+There is a sandbox on Linux alone. What the code cannot do there: run longer than its time, of the wall and of the
+processor; take more memory, write larger files or open more of them than its limits; see this process's environment;
+read its input; leave processes of its group behind; be believed for exiting with status 0.
+
+With `namespaces` (where an unprivileged user may make them) it also has no network, a file system that cannot be
+written but for an empty folder of its own that is gone afterwards, no /proc, no view of other processes and no way to
+outlive its own; and so many processes at most. Root first becomes nobody, if nobody can read Python's library; else
+the number of processes is not limited.
+
+What it can do all the same: read every file that the user can read; use a fault of the kernel, which it shares; look
+in its own process for how tests are run and report what did not happen. A container or a virtual machine without
+secrets is the place to run this in.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import secrets
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+_CHILD = Path(__file__).with_name("sandbox_child.py")
+_REPORT_BYTES = 1 << 16
+# To start an interpreter and make namespaces; not of the code's own time.
+_STARTING_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What code may take.
+
+    Args:
+        seconds: of wall-clock time, and of processor time.
+        memory_mb: address space of each process, in MiB.
+        file_mb: size of each file, and with namespaces of all of them together, in MiB.
+        processes: of the user at most, threads included; with namespaces, of this code.
+        open_files: at once, by each process.
+        namespaces: cut it off from network and file system; an error where that cannot be done.
+    """
+
+    seconds: float = 5.0
+    memory_mb: int = 512
+    file_mb: int = 16
+    processes: int = 16
+    open_files: int = 64
+    namespaces: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("seconds", "memory_mb", "file_mb", "processes", "open_files"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value!r}; expected a number above 0.")
+            if name != "seconds" and not isinstance(value, int):
+                raise ValueError(f"{name} is {value!r}; expected a whole number.")
+        if not isinstance(self.namespaces, bool):
+            raise ValueError(f"namespaces is {self.namespaces!r}; expected true or false.")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of code and its tests.
+
+    Args:
+        passed: tests that passed; None if the code did not come to an end that it could report.
+        ended: `finished`; `died`, of an error or for passing a limit; `flooded`, if it wrote to where the report goes;
+            or `timeout`, if even what watches it had to be ended.
+    """
+
+    passed: int | None
+    ended: str
+
+
+class SandboxError(RuntimeError):
+    """There is no sandbox as it was asked for."""
+
+
+def run_tests(code: str, tests: list[str], limits: Limits) -> Outcome:
+    """Run code, then each test in the same module, and count the tests that raise nothing.
+
+    Args:
+        code: Python source. If it raises, no test is run.
+        tests: Python source each, such as `assert f(2) == 4`.
+        limits: of all of it together.
+
+    Raises:
+        SandboxError: the sandbox itself could not be made.
+    """
+    token = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
+        job = {"code": code, "tests": tests, "token": token, "folder": folder, "limits": asdict(limits)}
+        # Nothing of this environment, no site-packages, the same order of sets each time.
+        process = subprocess.Popen(
+            [sys.executable, "-s", "-S", "-P", "-X", "utf8", str(_CHILD)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "HOME": folder, "TMPDIR": folder},
+            start_new_session=True,
+        )
+        try:
+            said, ended = _listen(process, json.dumps(job).encode(), limits.seconds)
+        finally:
+            _kill(process)
+    return _read_report(said, ended, token, len(tests))
+
+
+def _listen(process: "subprocess.Popen[bytes]", job: bytes, seconds: float) -> tuple[bytes, str]:
+    """Hand the job over, and read what comes back until it ends, takes too long or says too much."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(job)
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    said, deadline = b"", time.monotonic() + _STARTING_SECONDS + seconds
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while (left := deadline - time.monotonic()) > 0:
+            if not selector.select(min(left, 0.1)):
+                if process.poll() is not None:  # something else may hold the pipe open
+                    return said, "died"
+                continue
+            part = os.read(process.stdout.fileno(), _REPORT_BYTES)
+            said += part
+            if not part:
+                return said, "finished"
+            if len(said) > _REPORT_BYTES:
+                return said, "flooded"
+    return said, "timeout"
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """End everything of the process's session that is still in its group; with namespaces that is all there is."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def _read_report(said: bytes, ended: str, token: str, count: int) -> Outcome:
+    reports: list[dict[str, Any]] = []
+    for line in said.splitlines() if ended in ("finished", "died") else ():
+        with contextlib.suppress(ValueError):
+            report = json.loads(line)
+            if isinstance(report, dict) and report.get("token") == token:
+                reports.append(report)
+    for report in reports:
+        if report.get("failed"):
+            raise SandboxError(str(report["failed"]))
+    passed = reports[-1].get("passed") if reports else None
+    if not isinstance(passed, int) or not 0 <= passed <= count:
+        return Outcome(None, "died" if ended == "finished" else ended)
+    return Outcome(passed, "finished")
+
+
+@functools.cache
+def check_sandbox(limits: Limits) -> None:
+    """Check that there is such a sandbox here, by running something in it.
+
+    Raises:
+        SandboxError: there is not.
+    """
+    try:
+        outcome = run_tests("value = 1", ["assert value == 1"], limits)
+    except OSError as error:
+        raise SandboxError(str(error)) from error
+    if outcome.passed != 1:
+        raise SandboxError(f"a test that must pass did not within its limits: {outcome.ended}")
+
+
+__all__ = ["Limits", "Outcome", "SandboxError", "check_sandbox", "run_tests"]

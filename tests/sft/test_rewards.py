@@ -1,0 +1,219 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+import json
+import time
+
+import pytest
+
+from sft.rewards.builtin import code_of, same_answer
+from sft.rewards.reward import RewardError
+from sft.rewards.sandbox import Limits, check_sandbox
+from sft.rewards.spec import load_rewards, parse_rewards
+
+
+def reward(spec):
+    return load_rewards(parse_rewards(spec))[0]
+
+
+def ask(function, *texts, **columns):
+    """Call it as TRL does, with one row for all completions."""
+    return function(
+        prompts=[[{"role": "user", "content": "?"}]] * len(texts),
+        completions=[[{"role": "assistant", "content": text}] for text in texts],
+        completion_ids=[[1]] * len(texts),
+        source=[f"rows.jsonl:{index + 1}" for index in range(len(texts))],
+        columns=[json.dumps(columns)] * len(texts),
+        trainer_state=None,
+        log_extra=None,
+        log_metric=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "is_right"),
+    [
+        ("42", "42", 1),
+        ("42", 42, 1),
+        ("42.0", 42, 1),
+        ("1,234", "1234", 1),
+        ("12,34", "1234", 0),
+        ("$5.50.", "5.5", 1),
+        ("-3", "3", 0),
+        (".5", "5", 0),
+        (".5", "0.50", 1),
+        ("$5$", "5", 1),
+        ("5%.", "5", 1),
+        ("1e2", "100", 0),
+        ("Paris.", " paris", 1),
+        ("Par is", "Paris", 0),
+        ("４２", "42", 1),
+        ("So it is 42", "42", 0),
+        ("6 * 7 = 42\n#### 42", "Six sevens.\n#### 42", 1),
+        ("#### 41\n#### 42", "42", 1),
+        (r"First \boxed{41}, then \boxed{\frac{1}{2}}.", r"\frac{1}{2}", 1),
+        (r"\boxed{42", "42", 0),
+        (r"#### 41, that is \boxed{42}", "42", 1),
+        ("", "42", 0),
+        (".", "$", 0),
+    ],
+)
+def test_exact_match(completion, answer, is_right):
+    assert ask(reward("exact_match"), completion, answer=answer) == [is_right]
+
+
+def test_exact_match_by_a_pattern_and_another_column():
+    function = reward({"exact_match": {"column": "solution", "pattern": r"answer is (\S+)"}})
+    texts = ["the answer is 1, no, the answer is 42", "42", "the answer is 41"]
+    assert ask(function, *texts, solution="the answer is 42") == [1, 0, 0]
+    assert ask(function, *texts, answer="42") == [None] * 3
+    assert function.fault({"solution": "no answer"}) == "solution holds no answer"
+    assert function.fault({"solution": ["42"]}) == "solution is of type list; expected a text or a number"
+    assert not same_answer(None, "1")
+
+
+def test_patterns_match_or_not():
+    assert ask(reward({"regex": {"pattern": "b+"}}), "abbc", "ac") == [1, 0]
+    assert ask(reward({"regex": {"pattern": "b+", "match": "fullmatch"}}), "abbc", "bb") == [0, 1]
+    by_row = reward({"regex": {"column": "wanted"}})
+    assert ask(by_row, "abc", wanted="^a") == [1]
+    assert ask(by_row, "abc") == [None]
+    assert "no regular expression" in by_row.fault({"wanted": "("})
+
+
+def test_a_pattern_that_tries_without_end_is_stopped():
+    function = reward({"regex": {"pattern": r"^(a|a?)+$", "seconds": 0.2}})
+    begun = time.monotonic()
+    assert ask(function, "a" * 5000 + "!") == [0]
+    assert time.monotonic() - begun < 3
+
+
+def test_code_is_taken_from_the_last_block():
+    assert code_of("a\n```python\nx = 1\n```\nb\n```\ny = 2\n```") == "y = 2\n"
+    assert code_of("x = 1") == "x = 1"
+
+
+def test_tests_are_run():
+    function = reward({"python_tests": {"partial": True, "namespaces": False, "seconds": 5}})
+    tests = ["assert f(1) == 2", "assert f(2) == 3", "assert f(3) == 0"]
+    right, wrong = "Here:\n```python\ndef f(x): return x + 1\n```", "def f(x): return 0"
+    assert ask(function, right, wrong, "no code at all", tests=tests) == pytest.approx([2 / 3, 1 / 3, 0])
+    whole = reward({"python_tests": {"column": "check", "namespaces": False}})
+    assert ask(whole, right, wrong, check="assert f(1) == 2\nassert f(5) == 6") == [1, 0]
+    assert ask(whole, right) == [None]
+    assert whole.fault({"check": "def"}).startswith("check is no Python")
+    assert whole.fault({"check": [1]}) == "check is neither a text nor a list of texts"
+
+
+def test_a_machine_without_the_sandbox_is_told_before_the_run(monkeypatch):
+    check_sandbox.cache_clear()
+    monkeypatch.setattr("sft.rewards.sandbox._CHILD", __file__)
+    with pytest.raises(
+        RewardError, match=r"reward function python_tests: code cannot be run here .* namespaces: false"
+    ):
+        reward("python_tests").check()
+    check_sandbox.cache_clear()
+    assert Limits().namespaces, "the strict one is what is had without asking"
+
+
+FILE = """
+COUNT = []
+def brevity(completions, **kwargs):
+    return [-len(completion[0]["content"]) for completion in completions]
+def of_row(completions, answer, extra=None):
+    COUNT.append(len(completions))
+    return [float(completion[0]["content"] == value) for completion, value in zip(completions, answer)]
+def fails(completions, answer):
+    return [1 / (len(completion[0]["content"]) - 2) for completion in completions]
+def fails_on_many(completions):
+    return [1 / (2 - len(completions))] * len(completions)
+async def later(completions, answer):
+    return [None for _ in completions]
+def short(completions): return [1.0]
+def infinite(completions): return [float("inf") for _ in completions]
+def words(completions): return ["good" for _ in completions]
+def positional(completions, /): return []
+value = 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "my.py"
+    path.write_text(FILE)
+    return path
+
+
+def test_functions_of_a_file_get_what_they_name(file):
+    assert ask(reward(f"{file}:brevity"), "abc", "a", answer="a") == [-3, -1]
+    of_row = reward(f"{file}:of_row")
+    assert ask(of_row, "abc", "a", answer="a", other=[1, {"b": None}]) == [0, 1]
+    assert of_row.fault({"other": 1}) == "it needs answer, which the row does not have"
+    assert ask(reward(f"{file}:later"), "a", answer="a") == [None]
+    assert of_row.describe()["name"] == "my.py:of_row"
+    assert len(of_row.describe()["digest"]) == 32
+    assert of_row._function.__globals__ is reward(f"{file}:fails")._function.__globals__, "loaded once"
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "message"),
+    [
+        ("fails", ["a", "ab", "c"], "my.py:fails failed on rows.jsonl:2: .*division by zero"),
+        ("fails_on_many", ["a", "b"], "failed on rows.jsonl:1 to rows.jsonl:2 together, on none of them alone"),
+        ("short", ["a", "b"], "returned 1 rewards for 2 completions"),
+        ("infinite", ["a"], "returned inf for a completion of rows.jsonl:1"),
+        ("words", ["a"], "returned 'good' for a completion of rows.jsonl:1"),
+    ],
+)
+def test_what_fails_is_told_with_the_function_and_the_row(name, texts, message, file):
+    with pytest.raises(RewardError, match=message) as error:
+        ask(reward(f"{file}:{name}"), *texts, answer="a")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ([], "reward_funcs is empty"),
+        ("exact", "expected exact_match, regex, python_tests, or FILE.py:function"),
+        ({"exact_match": 3}, "expected a name, or one name: {settings}"),
+        ({"regex": {}, "exact_match": {}}, "expected a name, or one name"),
+        ([["exact_match"]], "expected a name"),
+        ({"exact_match": {"colum": "a"}}, "exact_match has no setting colum; it has column, pattern"),
+        ({"exact_match": {"column": 3}}, "column is 3, of type int"),
+        ({"exact_match": {"pattern": "("}}, "'\\(' is no regular expression"),
+        ("regex", "needs either a pattern or a column"),
+        ({"regex": {"pattern": "a", "match": "x"}}, "match is 'x'; expected search or fullmatch"),
+        ({"regex": {"pattern": "a", "seconds": 0}}, "seconds is 0"),
+        ({"python_tests": {"second": 3}}, "no setting second; it has column, partial, workers, file_mb"),
+        ({"python_tests": {"seconds": -1}}, "seconds is -1; expected a number above 0"),
+        ({"python_tests": {"workers": 0}}, "workers is 0"),
+        ({"python_tests": {"partial": 1}}, "partial is 1, of type int"),
+        ("absent.py:f", "absent.py cannot be read: No such file"),
+        ({"FILE:brevity": {"a": 1}}, "takes no settings"),
+        ("FILE:absent", "has no function absent"),
+        ("FILE:value", "has no function value"),
+        ("FILE", "expected exact_match"),
+    ],
+    ids=str,
+)
+def test_what_a_recipe_gets_wrong_is_one_line(spec, message, file):
+    spec = json.loads(json.dumps(spec).replace("FILE", str(file)))
+    with pytest.raises(RewardError, match=message) as error:
+        load_rewards(parse_rewards(spec))
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_loaded_is_one_line(tmp_path):
+    (tmp_path / "broken.py").write_text("import absent_package\n")
+    with pytest.raises(RewardError, match=r"broken.py cannot be loaded: .*absent_package"):
+        reward(f"{tmp_path / 'broken.py'}:f")
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    with pytest.raises(RewardError, match=r"broken.py cannot be loaded: .*invalid syntax"):
+        reward(f"{tmp_path / 'broken.py'}:f")
+
+
+def test_two_of_a_kind_have_two_names():
+    rewards = load_rewards(parse_rewards([{"regex": {"pattern": "a"}}, {"regex": {"pattern": "b"}}]))
+    assert [function.__name__ for function in rewards] == ["regex", "regex_2"]
