@@ -11,6 +11,7 @@ a list of messages with the assistant's answer. Both conversations, prompt and a
 TRL tokenizes the pairs: with the chat template, the answer being what follows the prompt.
 """
 
+import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ import xxhash
 from sft.data.checks import Reject, check_turns, message_of
 from sft.data.formats import Problem, Row, Turn, read_rows, turns_of
 from sft.data.labels import DataReport, Labelling, require_rows
+from sft.data.tools import read_tools, to_json
 from sft.tokenizer import control_tokens
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _COLUMNS = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-Pair = dict[str, list[dict[str, str]]]
+# The messages of each column; and `tools`, as JSON text, where a row has them.
+Pair = dict[str, Any]
 
 
 def prepare_preferences(
@@ -78,6 +81,8 @@ def prepare_preferences(
         digest.update(repr(pair).encode("utf-8", "surrogatepass"))
     report = DataReport(rows, tuple(rejects), truncated, tokens, trained, digest.hexdigest())
     require_rows(report, places, Labelling(max_length), allow_rejects)
+    if any("tools" in pair for pair in pairs):  # a column of all rows: Dataset takes the columns of the first
+        pairs = [{"tools": None, **pair} for pair in pairs]
     return Dataset.from_list(pairs), report
 
 
@@ -102,21 +107,38 @@ def read_pair(row: Row, controls: Collection[str] = ()) -> tuple[Pair, list[Prob
         value = row.value[column]
         turns[column], wrong = ([Turn(column, role, value)], []) if isinstance(value, str) else turns_of(value, column)
         problems += wrong
+        if column != "prompt":
+            # TRL learns all that follows the prompt.
+            results = [turn.where for turn in turns[column] if turn.role == "tool"]
+            problems += [Problem("stray_result", f"{where} is a tool's, in an answer") for where in results]
+    tools, wrong = read_tools(row.value)
+    problems += wrong
     if not problems:
         # The prompt is judged twice, with each answer; what is wrong with it is said once.
-        found = [check_turns([*turns["prompt"], *turns[answer]], controls) for answer in ("chosen", "rejected")]
+        found = [check_turns([*turns["prompt"], *turns[answer]], controls, tools) for answer in ("chosen", "rejected")]
         problems = list(dict.fromkeys(problem for problems in found for problem in problems))
-    pair = {column: [message_of(turn) for turn in turns[column]] for column in _COLUMNS}
+    pair: Pair = {column: [_arrow_message(turn) for turn in turns[column]] for column in _COLUMNS}
+    if tools:
+        pair["tools"] = to_json(tools)
     if not problems and pair["chosen"] == pair["rejected"]:
         problems = [Problem("same_answers", "chosen and rejected are the same; there is nothing to prefer")]
     return pair, problems
+
+
+def _arrow_message(turn: Turn) -> dict[str, Any]:
+    """A message whose arguments are JSON text: as objects, Arrow would give each the fields of all others."""
+    message = message_of(turn)
+    for call in message.get("tool_calls", ()):
+        call["function"]["arguments"] = to_json(call["function"]["arguments"])
+    return message
 
 
 def _lengths(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Tokens of the prompt, of the conversation with the chosen answer, of that with the other."""
 
     def length(messages: list[dict[str, str]], **kwargs: Any) -> int:
-        encoding: Any = tokenizer.apply_chat_template(messages, return_dict=True, **kwargs)
+        tools = json.loads(pair["tools"]) if "tools" in pair else None
+        encoding: Any = tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, **kwargs)
         return len(encoding["input_ids"])
 
     prompt = pair["prompt"]

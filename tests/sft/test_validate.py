@@ -51,7 +51,8 @@ def test_rows_are_cut_and_counted_as_training_will(tmp_path):
     path = write(tmp_path / "data.jsonl", rows)
     tokenizer = tiny_tokenizer(tmp_path)
     report = validate_conversations(path, tokenizer, Labelling(max_length=20))
-    assert (report.rejected, report.findings["nothing_left"].rows, report.truncated) == (1, 1, 1)
+    assert (report.rejected, report.dropped.rows, report.truncated, report.valid) == (0, 1, 1, True)
+    assert report.dropped.examples == [f"{path}:3: its first trained token is number 204, max_length is 20"]
     assert report.trained_tokens < report.tokens <= 40
     assert validate_conversations(path).tokens is None
 
@@ -95,7 +96,7 @@ def test_the_command(tmp_path, model_dir):
         ("{{ messages[0].content }}", "marks no token of an assistant's turn as trained"),
         (
             "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
-            "not a stop token ('</s>'): the model would not learn to stop",
+            "not a stop token ('</s>'): the model would not learn to stop after it",
         ),
     ],
 )

@@ -19,6 +19,7 @@ from .labelling import (
     MaxLength,
     Model,
     OneData,
+    Sanitize,
     Template,
     load_checked_tokenizer,
     make_labelling,
@@ -41,6 +42,7 @@ def preview(
     max_length: MaxLength = 2048,
     last_turn_only: LastTurn = False,
     all_tokens: AllTokens = False,
+    sanitize_control_tokens: Sanitize = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -49,8 +51,10 @@ def preview(
     from sft.data.preview import preview as preview_rows
 
     with exit_codes(debug=debug):
-        tokenizer = load_checked_tokenizer(model, chat_template_path, all_tokens)
-        rows = preview_rows(data, tokenizer, make_labelling(max_length, last_turn_only, all_tokens), count)
+        tokenizer = load_checked_tokenizer(model, chat_template_path, all_tokens, last_turn_only)
+        rows = preview_rows(
+            data, tokenizer, make_labelling(max_length, last_turn_only, all_tokens, sanitize_control_tokens), count
+        )
         if html:
             from teleflm.reports.preview import render_html
 

@@ -17,6 +17,7 @@ from .labelling import (
     LastTurn,
     MaxLength,
     NumProc,
+    Sanitize,
     Template,
     load_checked_tokenizer,
     make_labelling,
@@ -40,18 +41,19 @@ def validate(
     max_length: MaxLength = 0,
     last_turn_only: LastTurn = False,
     all_tokens: AllTokens = False,
+    sanitize_control_tokens: Sanitize = False,
     num_proc: NumProc = 1,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Judge every row as training would. Exit status 3 if any is rejected."""
+    """Judge every row as training would. Exit status 3 if any is rejected, or none is left to train on."""
     from sft.data.validate import validate_conversations
 
     with exit_codes(debug=debug):
         if model is None and (max_length or last_turn_only or all_tokens or chat_template_path):
             raise ValueError("only a tokenizer can tell lengths and turns: give --model as well.")
-        tokenizer = load_checked_tokenizer(model, chat_template_path, all_tokens) if model else None
-        labelling = make_labelling(max_length, last_turn_only, all_tokens)
+        tokenizer = load_checked_tokenizer(model, chat_template_path, all_tokens, last_turn_only) if model else None
+        labelling = make_labelling(max_length, last_turn_only, all_tokens, sanitize_control_tokens)
         with byte_progress("validating") as progress:
             report = validate_conversations(
                 data, tokenizer, labelling, rejects=rejects, num_proc=num_proc, progress=progress
@@ -76,13 +78,16 @@ def _print_validation(report: "ValidationReport", rejects: Path | None) -> None:
         for code, finding in sorted(report.findings.items(), key=lambda item: -item[1].rows):
             table.add_row(code, f"{finding.rows:,}", REASONS[code], visible(finding.examples[0]))
         console.print(table, soft_wrap=False)
-    line = f"{report.rows - report.rejected:,} of {report.rows:,} rows can be trained on"
+    if dropped := report.dropped.rows:
+        first = visible(report.dropped.examples[0])
+        console.print(f"{dropped:,} valid rows are dropped, max_length leaves no trained token of them: {first}")
+    line = f"{report.rows - report.rejected - dropped:,} of {report.rows:,} rows can be trained on"
     if report.tokens is not None:
         line += f": {report.trained_tokens:,} trained of {report.tokens:,} tokens, {report.truncated:,} rows cut"
     console.print(f"{line}." if report.rows else "No rows.")
     if report.tokens is None:
         console.print("Lengths were not judged; --model PATH --max-length N does.", style="dim")
-    if rejects and report.rejected:
+    if rejects and (report.rejected or dropped):
         console.print(f"Rejects: {rejects}")
 
 
