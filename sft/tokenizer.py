@@ -74,7 +74,7 @@ def find_template(path: str | Path) -> Path:
     Raises:
         TokenizerError: there is neither.
     """
-    if Path(path).exists() or Path(path).name != str(path) or Path(path).suffix:
+    if Path(path).is_file() or Path(path).name != str(path) or Path(path).suffix:
         return Path(path)
     try:
         return find_shipped(str(path), "template")
