@@ -244,7 +244,7 @@ class TeleFLMTokenizer(SentencePieceBackend):
         encoding = self(ids, add_special_tokens=False, **fit)
         if return_assistant_tokens_mask:
             spans = [
-                [tuple(len(_with_names(text[:place], literal)) for place in span) for span in row]
+                [(_length_to(start, text, literal), _length_to(end, text, literal)) for start, end in row]
                 for text, row in zip(texts, generated, strict=True)
             ]
             masks = [_assistant_mask(row, row_spans) for row, row_spans in zip(tokens, spans, strict=True)]
@@ -301,6 +301,11 @@ def _with_names(text: str, literal: Mapping[str, str] | None) -> str:
     for char, name in (literal or {}).items():
         text = text.replace(char, name)
     return text
+
+
+def _length_to(place: int, text: str, literal: Mapping[str, str] | None) -> int:
+    """Where a place of a text is when names stand in it."""
+    return len(_with_names(text[:place], literal)) if literal else place
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

@@ -179,15 +179,13 @@ def tokenize(
     masked = labelling.assistant_only_loss
     if not masked and any(weight != 1 for weight in conversation.weights):
         return Problem("bad_weight", "its messages have weights, but assistant_only_loss is false: all is trained on")
+    options: dict[str, Any] = {"return_dict": True, "return_assistant_tokens_mask": masked}
+    if conversation.tools:
+        options["tools"] = conversation.tools
+    if labelling.sanitize_control_tokens:
+        options["sanitize_control_tokens"] = True
     try:
-        encoding: Any = tokenizer.apply_chat_template(
-            conversation.messages,
-            tools=conversation.tools or None,
-            return_dict=True,
-            return_assistant_tokens_mask=masked,
-            # Not given unless asked for: other tokenizers refuse it beside masks.
-            **({"sanitize_control_tokens": True} if labelling.sanitize_control_tokens else {}),
-        )
+        encoding: Any = tokenizer.apply_chat_template(conversation.messages, **options)
     except TemplateError as error:
         return Problem("template_refuses", f"the chat template refuses it: {error}")
     except Exception as error:  # a template may fail as any program

@@ -153,7 +153,7 @@ def make_stages(
         SelectionError: an evaluation set or a model cannot be used.
         DataError: a file cannot be read.
     """
-    judged = {"repeated_ids": declared.unique_ids, "sanitized": declared.sanitize_control_tokens}
+    judged: dict[str, Any] = {"repeated_ids": declared.unique_ids, "sanitized": declared.sanitize_control_tokens}
     read = partial(rows.read_tables, piece_rows=rows.PIECE_ROWS, **judged)
     of = {"files": [_identify(file) for file in files], **judged}
     stages = [Stage("rows", of, files=tuple(files), tables=read)]
