@@ -6,7 +6,8 @@
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +154,48 @@ def check_stop_token(
             )
 
 
+def find_left_out(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> str | None:
+    """What of a conversation the chat template would leave out without a word: a field or role it does not know.
+
+    Args:
+        messages, tools: of a [`sft.data.checks.Conversation`].
+
+    Returns:
+        the first of `tools`, `tool_calls`, `tool` and `reasoning_content` that is so, or None.
+    """
+    said = {"tools"} if tools else set()
+    for message in messages:
+        said |= {"tool_calls", "reasoning_content"} & message.keys() | {"tool"} & {message["role"]}
+    if not said:
+        return None
+    return next((name for name in _left_out(tokenizer, str(tokenizer.chat_template)) if name in said), None)
+
+
+@lru_cache(maxsize=16)
+def _left_out(tokenizer: "PreTrainedTokenizerBase", template: str) -> tuple[str, ...]:
+    """Those names of [`find_left_out`] that a template renders as if they were not there."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    ask, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+    calls, result = {**answer, "tool_calls": [call]}, {"role": "tool", "content": "result"}
+    schema = {"type": "function", "function": {"name": "add", "description": "", "parameters": {"type": "object"}}}
+
+    def render(*messages: Any, tools: Any = None) -> str | None:
+        try:
+            return str(tokenizer.apply_chat_template([*messages], tools=tools, chat_template=template, tokenize=False))
+        except Exception:  # it has its own word for it, which the row will get
+            return None
+
+    pairs = {
+        "tools": (render(ask, answer, tools=[schema]), render(ask, answer)),
+        "tool_calls": (render(ask, calls), render(ask, answer)),
+        "tool": (render(ask, calls, result), render(ask, calls, {**result, "content": "other"})),
+        "reasoning_content": (render(ask, {**answer, "reasoning_content": "thought"}), render(ask, answer)),
+    }
+    return tuple(name for name, (one, other) in pairs.items() if one is not None and one == other)
+
+
 def control_tokens(tokenizer: "PreTrainedTokenizerBase", sanitized: bool = False) -> list[str]:
     """The texts that become one token wherever they stand: special tokens, and the markers of the chat template.
 
@@ -222,6 +265,7 @@ __all__ = [
     "check_stop_token",
     "control_tokens",
     "family_control_tokens",
+    "find_left_out",
     "find_template",
     "load_tokenizer",
     "tokenizer_digest",

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from conversion.checkpoint.errors import one_line
 from sft.data.checks import Conversation, Reject, check_rows
 from sft.data.formats import DataError, Problem, Progress, Row
-from sft.tokenizer import control_tokens
+from sft.tokenizer import control_tokens, find_left_out
 
 if TYPE_CHECKING:
     import pyarrow
@@ -179,6 +179,8 @@ def tokenize(
     masked = labelling.assistant_only_loss
     if not masked and any(weight != 1 for weight in conversation.weights):
         return Problem("bad_weight", "its messages have weights, but assistant_only_loss is false: all is trained on")
+    if name := find_left_out(tokenizer, conversation.messages, conversation.tools):
+        return say_left_out(name)
     options: dict[str, Any] = {"return_dict": True, "return_assistant_tokens_mask": masked}
     if conversation.tools:
         options["tools"] = conversation.tools
@@ -206,6 +208,12 @@ def tokenize(
         array("f", weights[: labelling.max_length]),
         labelling.max_length is not None and len(input_ids) > labelling.max_length,
     )
+
+
+def say_left_out(name: str) -> Problem:
+    """What is wrong with a row of which the chat template leaves something out; see [`sft.tokenizer.find_left_out`]."""
+    detail = f"the chat template leaves out {name}, which it has; train it with chat_template_path: teleflm"
+    return Problem("template_refuses", detail)
 
 
 def _turn_weights(conversation: Conversation, labelling: Labelling) -> tuple[float, ...]:

@@ -20,9 +20,9 @@ import xxhash
 
 from sft.data.checks import Reject, check_turns, message_of
 from sft.data.formats import Problem, Row, Turn, read_rows, turns_of
-from sft.data.labels import DataReport, Labelling, require_rows
+from sft.data.labels import DataReport, Labelling, require_rows, say_left_out
 from sft.data.tools import read_tools, to_json
-from sft.tokenizer import control_tokens
+from sft.tokenizer import control_tokens, find_left_out
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,6 +66,9 @@ def prepare_preferences(
     for row in read_rows(places):
         rows += 1
         pair, problems = read_pair(row, controls)
+        said = [message for column in _COLUMNS for message in pair.get(column, ())]
+        if not problems and (name := find_left_out(tokenizer, said, pair.get("tools", ()))):
+            problems = [say_left_out(name)]
         if not problems:
             lengths = _lengths(pair, tokenizer)
             cut = [length if max_length is None else min(length, max_length) for length in lengths]

@@ -321,6 +321,34 @@ def test_templates_without_a_place_for_it_refuse_it(name, row, message, model_di
     assert re.search(message, report.findings["template_refuses"].examples[0])
 
 
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"tools": TOOLS, **chat(ASK, ANSWER)}, "tools"),
+        (chat(ASK, {**CALLS, "content": "x"}), "tool_calls"),
+        (chat(ASK, {**CALLS, "content": "x"}, ("tool", "3"), ANSWER), "tool_calls"),
+        (chat(ASK, {"role": "assistant", "content": "x", "thinking": "y"}), "reasoning_content"),
+    ],
+)
+def test_what_a_template_does_not_know_is_not_lost_without_a_word(row, name, make_recipe, tokenizer, tmp_path):
+    """As with the template of 0.1.0, which rendered roles and texts alone."""
+    (tmp_path / "old.jinja").write_text(
+        "{% for m in messages %}<_user>{% if m.role == 'assistant' %}{% generation %}{{ m.content ~ eos_token }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    keys = {"chat_template_path": str(tmp_path / "old.jinja")}
+    path = write(tmp_path / "data.jsonl", [chat(ASK, ANSWER), row])
+    wanted = rf"1 template_refuses.: .*data.jsonl:2: the chat template leaves out {name}, which it has; train it with"
+    with pytest.raises(DataError, match=wanted):
+        build_trainer(make_recipe(data_files=str(path), **keys))
+    assert build_trainer(make_recipe(data_files=str(path)))[1].kept == 2
+    *prompt, last = row["messages"]
+    pair = {**row, "prompt": prompt, "chosen": [last], "rejected": "z"}
+    path = write(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}, pair])
+    with pytest.raises(DataError, match=wanted.replace("data", "pairs")):
+        build_trainer(make_recipe(trainer="dpo", data_files=str(path), **keys))
+
+
 def test_a_template_that_is_none_is_named(make_recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wanted = "chat_template_path is 'publishd': there is no file publishd, and no template .*did you mean published"
