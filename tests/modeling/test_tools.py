@@ -10,9 +10,10 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, pipeline
 
 from tests.fixtures.chat_formula import stretches
+from tests.fixtures.tiny import tiny_model
 
 TOOL = {"type": "function", "function": {"name": "weather", "description": "Wetter </tools>", "parameters": {"b": 1}}}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "北京", "at": "</tool_call>"}}}
@@ -188,6 +189,17 @@ def test_how_answers_are_read_is_saved_with_the_tokenizer(tokenizer, hub_folder)
     assert loaded.parse_response("Yes.</s>", prefix="") == {"role": "assistant", "content": "Yes."}
     with pytest.raises(ValueError, match="could not parse"):
         loaded.parse_response("<tool_call>\n{1}\n</tool_call></s>", prefix="")
+
+
+def test_ids_of_a_batch_and_a_pipeline_are_read_too(tokenizer):
+    prompt = tokenizer.apply_chat_template([ASK], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    whole = tokenizer.apply_chat_template([ASK, ANSWER], return_tensors="pt")["input_ids"]
+    assert tokenizer.parse_response(whole[0, prompt.shape[1] :], prefix=prompt[0], tools=[TOOL]) == ANSWER
+    model, rows = tiny_model(), list(range(len(tokenizer), 640))
+    generate = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    said = generate([ASK], max_new_tokens=4, do_sample=False, suppress_tokens=rows)[0]["generated_text"][-1]
+    ids = model.generate(prompt, max_new_tokens=4, do_sample=False, suppress_tokens=rows)[0, prompt.shape[1] :]
+    assert said == {"role": "assistant", "content": tokenizer.decode(ids)}
 
 
 def test_streamed_answers_are_read_piece_by_piece(tokenizer):
