@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from sft.data.checks import Conversation, check_rows
+from sft.data.labels import Labelling
+from sft.data.validate import validate_conversations
 from sft.selection import SelectionError, SelectionSettings, select_conversations
 from sft.selection.common import CommonText, find_common, fit_marks, mark_common, own_conversations
 from sft.selection.operators import THRESHOLDS
@@ -215,6 +217,21 @@ def test_what_is_not_read_is_named_and_kept(lines, tmp_path):
     assert "rows: 2 have images: kept as it is, but neither read nor trained on (data.jsonl:1)" in notes
     assert "rows: 2 have tools: kept as it is, and trained on, but not read (data.jsonl:5)" in notes
     assert accepted(tmp_path / "out/selected.jsonl") == 5
+
+
+def test_special_tokens_are_judged_as_training_will(lines, tmp_path):
+    html = {"messages": chat("How is a price struck out?", "With <s>the old price</s> and the new one behind it.")}
+    rows = [html, {"messages": chat("Who was at the door?", "Nobody in particular, I should think.")}]
+    data = lines(*rows)
+    with pytest.raises(SelectionError, match="1 control_token"):
+        select_conversations(data, tmp_path / "fewer", SelectionSettings(count=2))
+    sanitized = SelectionSettings(count=2, sanitize_control_tokens=True)
+    select_conversations(data, tmp_path / "out", sanitized)
+    assert len(selected(tmp_path / "out")) == 2
+    for judged, kept in ((False, 1), (True, 2)):
+        labelling = Labelling(None, sanitize_control_tokens=judged)
+        report = validate_conversations(tmp_path / "out/selected.jsonl", labelling=labelling)
+        assert report.rows - report.rejected == kept
 
 
 # --- thresholds and quotas --------------------------------------------------------------------------------------------
