@@ -4,8 +4,9 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Tokenizer of the Tele-FLM (FLM-2) family: sentencepiece's own runtime behind transformers' interface."""
 
+import json
 import re
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from transformers import BatchEncoding
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
 
 # Absent when this file is a Hub repository's remote code: there transformers finds the repository's own template.
 _CHAT_TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
@@ -28,8 +29,12 @@ class TeleFLMTokenizer(SentencePieceBackend):
     rust tokenizer would not do: the normaliser, runs of spaces and text after `<_user>` come out differently.
 
     Control tokens are recognised wherever they stand, as sentencepiece does: a `<_bot>` inside a user's text becomes
-    the control token. Check texts from strangers before rendering them; `sanitize_control_tokens` is refused, because
-    sentencepiece cannot encode the name of a user-defined symbol as ordinary text.
+    the control token. Check texts from strangers before rendering them. With `sanitize_control_tokens=True`,
+    `apply_chat_template` encodes special tokens in messages, such as HTML's `<s>`, as ordinary text, and refuses the
+    markers of the chat template: sentencepiece cannot encode the name of a user-defined symbol as ordinary text.
+
+    `parse_response(ids or text, prefix=prompt)` reads what a model answers as a message again: its text, reasoning and
+    tool calls, as `chat_template.jinja` writes them.
 
     Args:
         vocab_file (`str`): the sentencepiece model.
@@ -75,6 +80,8 @@ class TeleFLMTokenizer(SentencePieceBackend):
             special_tokens_pattern=self.special_tokens_pattern,
             **kwargs,
         )
+        if "response_template" not in kwargs:
+            self.response_template = _response_template(str(self.eos_token))
         # transformers saves what init_kwargs names, except add_bos_token and add_eos_token, which it leaves out.
         self.init_kwargs["special_tokens_pattern"] = self.special_tokens_pattern
 
@@ -96,9 +103,19 @@ class TeleFLMTokenizer(SentencePieceBackend):
             pieces += [part] if is_boundary else self.sp_model.encode(part, out_type=str)
         return pieces
 
-    def _tokenize_with_offsets(self, text: str) -> Iterator[tuple[str, int, int]]:
-        """Yield what `tokenize` returns as (piece, start, end), in characters of `text`."""
-        for part, start, is_boundary in self._parts(text):
+    def _tokenize_with_offsets(
+        self, text: str, literal: Mapping[str, str] | None = None
+    ) -> Iterator[tuple[str, int, int]]:
+        """Yield what `tokenize` returns as (piece, start, end), in characters of `text`.
+
+        Args:
+            literal: characters that stand for the names of special tokens, as ordinary text: what is yielded is of the
+                text with the names in their place.
+        """
+        end = 0
+        for written, _, is_boundary in self._parts(text):
+            part = _with_names(written, literal)
+            start, end = end, end + len(part)
             if is_boundary:
                 yield part, start, start + len(part)
                 continue
@@ -159,23 +176,20 @@ class TeleFLMTokenizer(SentencePieceBackend):
     ) -> Any:
         """
         Render conversations and encode them: [`PreTrainedTokenizerBase.apply_chat_template`] in every respect, and
-        `return_assistant_tokens_mask=True` works although this tokenizer is not a rust one.
+        `return_assistant_tokens_mask=True` works although this tokenizer is not a rust one, with
+        `sanitize_control_tokens=True` too.
 
         The `assistant_masks` mark (1) each token that covers at least one character inside the template's
         `{% generation %}` blocks. Padding is never marked; truncation cuts the mask with the ids.
         """
         if len(conversation) == 0:
             raise ValueError("There is no message in the conversation.")
-        if kwargs.get("sanitize_control_tokens"):
-            raise ValueError(
-                "sanitize_control_tokens is not possible: sentencepiece encodes a user-defined symbol such as '<_bot>' "
-                "as itself wherever it stands. Reject or rewrite such texts before rendering them."
-            )
-        if return_assistant_tokens_mask:
-            return self._apply_chat_template_with_masks(conversation, *args, **kwargs)
+        if return_assistant_tokens_mask or kwargs.get("sanitize_control_tokens"):
+            kwargs["return_assistant_tokens_mask"] = return_assistant_tokens_mask
+            return self._apply_chat_template_by_parts(conversation, *args, **kwargs)
         return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def _apply_chat_template_with_masks(
+    def _apply_chat_template_by_parts(
         self,
         conversation: list[Any],
         tools: list[Any] | None = None,
@@ -185,6 +199,8 @@ class TeleFLMTokenizer(SentencePieceBackend):
         continue_final_message: bool | str = False,
         tokenize: bool = True,
         *,
+        return_assistant_tokens_mask: bool,
+        sanitize_control_tokens: bool = False,
         padding: bool | str = False,
         truncation: bool = False,
         max_length: int | None = None,
@@ -192,38 +208,133 @@ class TeleFLMTokenizer(SentencePieceBackend):
         return_dict: bool = True,
         tokenizer_kwargs: dict[str, Any] | None = None,
         **template_variables: Any,
-    ) -> BatchEncoding:
-        if not (tokenize and return_dict):
-            raise ValueError("return_assistant_tokens_mask=True needs tokenize=True and return_dict=True.")
+    ) -> Any:
+        asked = "return_assistant_tokens_mask" if return_assistant_tokens_mask else "sanitize_control_tokens"
+        if not tokenize or (return_assistant_tokens_mask and not return_dict):
+            needs = "tokenize=True and return_dict=True" if return_assistant_tokens_mask else "tokenize=True"
+            raise ValueError(f"{asked}=True needs {needs}.")
         if continue_final_message:
-            raise ValueError("continue_final_message and return_assistant_tokens_mask=True exclude each other.")
+            raise ValueError(f"continue_final_message and {asked}=True exclude each other.")
         batched = not isinstance(conversation[0], dict)
         conversations = conversation if batched else [conversation]
+        template = self.get_chat_template(chat_template, tools)
+        chats = [[_without_none(message) for message in messages] for messages in conversations]
+        schemas = [tool if isinstance(tool, dict) else get_json_schema(tool) for tool in tools] if tools else None
+        inputs: Any = [chats, schemas, documents, template_variables]
+        literal: dict[str, str] | None = None
+        if sanitize_control_tokens:
+            self._refuse_markers(inputs, template)
+            literal = _stand_ins(inputs, self._boundaries())
+            inputs = _replace_names(inputs, literal)
         rendered: Any = render_jinja_template(
-            conversations=[[_without_none(message) for message in messages] for messages in conversations],
-            tools=tools,
-            documents=documents,
-            chat_template=self.get_chat_template(chat_template, tools),
+            conversations=inputs[0],
+            tools=inputs[1],
+            documents=inputs[2],
+            chat_template=template,
             return_assistant_tokens_mask=True,
             add_generation_prompt=add_generation_prompt,
-            **{**self.special_tokens_map, **template_variables},
+            **{**self.special_tokens_map, **inputs[3]},
         )
         texts, generated = rendered
-        tokens = [list(self._tokenize_with_offsets(text)) for text in texts]
+        tokens = [list(self._tokenize_with_offsets(text, literal)) for text in texts]
         ids = [self.convert_tokens_to_ids([piece for piece, _, _ in row]) for row in tokens]
-        masks = [_assistant_mask(row, spans) for row, spans in zip(tokens, generated, strict=True)]
 
         # Truncation and padding are transformers' own: the masks go through them a second time, as if they were ids.
         fit = {"padding": padding, "truncation": truncation, "max_length": max_length, **(tokenizer_kwargs or {})}
         encoding = self(ids, add_special_tokens=False, **fit)
-        fitted = self(masks, add_special_tokens=False, **{**fit, "return_attention_mask": True})
-        encoding["assistant_masks"] = [
-            [marked * real for marked, real in zip(*row, strict=True)]
-            for row in zip(fitted["input_ids"], fitted["attention_mask"], strict=True)
-        ]
+        if return_assistant_tokens_mask:
+            spans = [
+                [(_length_to(start, text, literal), _length_to(end, text, literal)) for start, end in row]
+                for text, row in zip(texts, generated, strict=True)
+            ]
+            masks = [_assistant_mask(row, row_spans) for row, row_spans in zip(tokens, spans, strict=True)]
+            fitted = self(masks, add_special_tokens=False, **{**fit, "return_attention_mask": True})
+            encoding["assistant_masks"] = [
+                [marked * real for marked, real in zip(*row, strict=True)]
+                for row in zip(fitted["input_ids"], fitted["attention_mask"], strict=True)
+            ]
         if not batched and not return_tensors:
-            return BatchEncoding({name: rows[0] for name, rows in encoding.items()})
-        return encoding.convert_to_tensors(return_tensors)
+            encoding = BatchEncoding({name: rows[0] for name, rows in encoding.items()})
+        else:
+            encoding = encoding.convert_to_tensors(return_tensors)
+        return encoding if return_dict else encoding["input_ids"]
+
+    def _refuse_markers(self, inputs: Any, template: str) -> None:
+        """Refuse texts that spell a marker of the template that is no special token, and so cannot be made text."""
+        vocabulary = self.get_vocab()
+        markers = {marker for marker in re.findall(r"<[^<>\s]+>", template) if marker in vocabulary}
+        said = _all_text(inputs)
+        if found := sorted(marker for marker in markers - self._boundaries() if marker in said):
+            raise ValueError(
+                f"sanitize_control_tokens: a message contains {found[0]}, and sentencepiece encodes a user-defined "
+                "symbol as itself wherever it stands. Reject or rewrite such texts before rendering them."
+            )
+
+
+# --- what stands for special tokens in messages while they are rendered -----------------------------------------------
+
+
+def _all_text(inputs: Any) -> str:
+    return json.dumps(inputs, ensure_ascii=False, default=str)
+
+
+def _stand_ins(inputs: Any, names: Set[str]) -> dict[str, str]:
+    """For each name that messages contain, a private-use character that they do not: character -> name."""
+    said = _all_text(inputs)
+    # The longest first: none hides another.
+    spelled = sorted((name for name in names if json.dumps(name, ensure_ascii=False)[1:-1] in said), key=len)[::-1]
+    free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in said)
+    return dict(zip(free, spelled, strict=False))
+
+
+def _replace_names(value: Any, literal: Mapping[str, str]) -> Any:
+    if isinstance(value, str):
+        for char, name in literal.items():
+            value = value.replace(name, char)
+        return value
+    if isinstance(value, dict):
+        return {_replace_names(key, literal): _replace_names(part, literal) for key, part in value.items()}
+    return [_replace_names(part, literal) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _with_names(text: str, literal: Mapping[str, str] | None) -> str:
+    for char, name in (literal or {}).items():
+        text = text.replace(char, name)
+    return text
+
+
+def _length_to(place: int, text: str, literal: Mapping[str, str] | None) -> int:
+    """Where a place of a text is when names stand in it."""
+    return len(_with_names(text[:place], literal)) if literal else place
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def _response_template(eos_token: str) -> dict[str, Any]:
+    """How `parse_response` reads what `chat_template.jinja` writes between `<_bot>` and the end of the turn."""
+    verbatim = {"content": "text", "content_args": {"strip": False}}
+    return {
+        "defaults": {"role": "assistant", "content": ""},
+        "start_anchor": "<_bot>",
+        "fields": {
+            # Only at the start: later, a text may speak of the tag.
+            "reasoning_content": {
+                "open_pattern": r"\A<think>\n?",
+                "close_pattern": r"\n?</think>\n{0,2}",
+                **verbatim,
+            },
+            "tool_calls": {
+                "open_pattern": r"\n?<tool_call>\n?",
+                "close_pattern": r"\n?</tool_call>",
+                "repeats": True,
+                "content": "json",
+                "transform": {"type": "function", "function": "{content}"},
+            },
+            # Padding may follow the end.
+            "content": {"close_pattern": re.escape(eos_token) + ".*", **verbatim},
+        },
+    }
 
 
 def _piece(pieces: SentencePieceProcessor, index: int) -> str | None:

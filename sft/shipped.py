@@ -2,15 +2,21 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The recipes and accelerate files that come with this package, by name."""
+"""The recipes, accelerate files and chat templates that come with this package, by name."""
 
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["recipe", "accelerate"]
-_FOLDERS: dict[Kind, str] = {"recipe": "recipes", "accelerate": "accelerate_configs"}
+from conversion.architecture import package_folder
+
+Kind = Literal["recipe", "accelerate", "template"]
+_FILES: dict[Kind, str] = {
+    "recipe": "recipes/*.yaml",
+    "accelerate": "accelerate_configs/*.yaml",
+    "template": "chat_templates/*.jinja",
+}
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,8 @@ class Shipped:
 
     Args:
         name: what it is called on the command line.
-        kind: `recipe` of [`sft.training.recipe`], or `accelerate`, for `accelerate launch --config_file`.
+        kind: `recipe` of [`sft.training.recipe`]; `accelerate`, for `accelerate launch --config_file`; or `template`,
+            for `chat_template_path`.
         path: where it is.
         title: its first sentence.
     """
@@ -31,12 +38,15 @@ class Shipped:
 
 
 def shipped_files() -> list[Shipped]:
-    """All of them, recipes first, each kind by name."""
-    return [
+    """All of them, recipes first, each kind by name; of the templates, the one that models come with first."""
+    found = [
         Shipped(path.stem, kind, path, _title(path))
-        for kind, folder in _FOLDERS.items()
-        for path in sorted((Path(__file__).parent / folder).glob("*.yaml"))
+        for kind, pattern in _FILES.items()
+        for path in sorted(Path(__file__).parent.glob(pattern))
     ]
+    own = package_folder() / "chat_template.jinja"
+    first = next(place for place, file in enumerate(found) if file.kind == "template")
+    return [*found[:first], Shipped("teleflm", "template", own, _title(own)), *found[first:]]
 
 
 def find_shipped(name: str, kind: Kind | None = None) -> Path:
@@ -56,10 +66,11 @@ def find_shipped(name: str, kind: Kind | None = None) -> Path:
 def _title(path: Path) -> str:
     """The first sentence of the comment that a file begins with."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("# "):
+    mark = "# " if path.suffix == ".yaml" else "  "
+    for line in path.read_text(encoding="utf-8").removeprefix("{#-\n").splitlines():
+        if not line.startswith(mark):
             break
-        lines.append(line.removeprefix("# "))
+        lines.append(line.removeprefix(mark))
     return " ".join(lines).partition(". ")[0].rstrip(".")
 
 

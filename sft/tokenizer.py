@@ -6,7 +6,8 @@
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from conversion.checkpoint.strict_json import read_json_object
 from conversion.hub.small_files import check_json_settings
 from growth.fold import MASKED_MODEL_TYPE
 from sft import SFTError
+from sft.shipped import find_shipped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +34,7 @@ def load_tokenizer(
 
     Args:
         model: a Hub folder or the name of a model on the Hub.
-        chat_template_path: a Jinja file instead of the tokenizer's own template.
+        chat_template_path: a Jinja file instead of the tokenizer's own template, or the name of a shipped one.
         revision: of the model on the Hub.
 
     Raises:
@@ -53,7 +55,9 @@ def load_tokenizer(
         except OSError:
             generation = GenerationConfig.from_model_config(config)
         if chat_template_path:
-            tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+            tokenizer.chat_template = find_template(chat_template_path).read_text(encoding="utf-8")
+    except TokenizerError:
+        raise
     except Exception as error:  # sentencepiece, tokenizers and transformers have no family of errors between them
         raise TokenizerError(f"{model}: {one_line(error)}") from error
 
@@ -80,6 +84,20 @@ def max_positions(model: str | Path, revision: str | None = None) -> int:
     return int(config.max_position_embeddings)
 
 
+def find_template(path: str | Path) -> Path:
+    """The Jinja file of this path; a bare name without one is that of a shipped template (see [`sft.shipped`]).
+
+    Raises:
+        TokenizerError: there is neither.
+    """
+    if Path(path).is_file() or Path(path).name != str(path) or Path(path).suffix:
+        return Path(path)
+    try:
+        return find_shipped(str(path), "template")
+    except LookupError as error:
+        raise TokenizerError(f"there is no file {path}, and {error.args[0]}") from None
+
+
 def _check_folder(folder: Path) -> None:
     """Refuse, before a library does in words of its own, a folder whose settings are damaged or that is half-grown."""
     if not (folder / "config.json").is_file():
@@ -98,7 +116,10 @@ def _check_folder(folder: Path) -> None:
 
 
 def check_stop_token(
-    tokenizer: "PreTrainedTokenizerBase", stop_ids: Collection[int], assistant_only_loss: bool = True
+    tokenizer: "PreTrainedTokenizerBase",
+    stop_ids: Collection[int],
+    assistant_only_loss: bool = True,
+    last_turn_only: bool = False,
 ) -> None:
     """Check that the chat template ends an assistant's turn with a stop token, and that the token is trained on.
 
@@ -108,6 +129,7 @@ def check_stop_token(
         tokenizer: with the chat template in question.
         stop_ids: the ids that end generation.
         assistant_only_loss: whether only the template's `{% generation %}` blocks are trained on.
+        last_turn_only: whether of those the last of each row alone is; then what ends an earlier one does not matter.
 
     Raises:
         TokenizerError: the template cannot be rendered, nothing is trained on, or the last trained token of a turn is
@@ -115,7 +137,7 @@ def check_stop_token(
     """
     turns = [{"role": role, "content": "text"} for role in ("user", "assistant", "user")]
     # A template may close a turn only when another follows, or only when none does.
-    for messages in (turns[:2], turns) if assistant_only_loss else (turns[:2],):
+    for messages in (turns[:2], turns) if assistant_only_loss and not last_turn_only else (turns[:2],):
         try:
             encoding: Any = tokenizer.apply_chat_template(
                 messages, return_dict=True, return_assistant_tokens_mask=assistant_only_loss
@@ -134,28 +156,98 @@ def check_stop_token(
             )
         if trained[-1] not in stop_ids:
             stops = ", ".join(f"{tokenizer.decode([stop])!r}" for stop in sorted(stop_ids))
+            end = f"is {tokenizer.decode(trained[-1:])!r}, not a stop token ({stops})"
+            if messages is turns:
+                raise TokenizerError(
+                    f"the last trained token of an assistant's turn that another turn follows {end}: the model would "
+                    "learn to stop only from the last message of a row. Set last_turn_only: true to train on that "
+                    "alone, or end each {% generation %} block of the chat template with the eos_token."
+                )
             raise TokenizerError(
-                f"the last trained token of an assistant's turn is {tokenizer.decode(trained[-1:])!r}, not a stop "
-                f"token ({stops}): the model would not learn to stop. End the {{% generation %}} block of the chat "
-                "template with the eos_token."
+                f"the last trained token of an assistant's turn {end}: the model would not learn to stop after "
+                "it. End the {% generation %} block of the chat template with the eos_token."
             )
 
 
-def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+def find_left_out(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> str | None:
+    """What of a conversation the chat template would leave out without a word: a field or role it does not know.
+
+    Args:
+        messages, tools: of a [`sft.data.checks.Conversation`].
+
+    Returns:
+        the first of `tools`, `tool_calls`, `tool` and `reasoning_content` that is so, or None.
+    """
+    said = {"tools"} if tools else set()
+    for message in messages:
+        said |= {"tool_calls", "reasoning_content"} & message.keys() | {"tool"} & {message["role"]}
+    if not said:
+        return None
+    return next((name for name in _left_out(tokenizer, str(tokenizer.chat_template)) if name in said), None)
+
+
+@lru_cache(maxsize=16)
+def _left_out(tokenizer: "PreTrainedTokenizerBase", template: str) -> tuple[str, ...]:
+    """Those names of [`find_left_out`] that a template renders as if they were not there."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    ask, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+    calls, result = {**answer, "tool_calls": [call]}, {"role": "tool", "content": "result"}
+    schema = {"type": "function", "function": {"name": "add", "description": "", "parameters": {"type": "object"}}}
+
+    def render(*messages: Any, tools: Any = None) -> str | None:
+        try:
+            return str(tokenizer.apply_chat_template([*messages], tools=tools, chat_template=template, tokenize=False))
+        except Exception:  # it has its own word for it, which the row will get
+            return None
+
+    pairs = {
+        "tools": (render(ask, answer, tools=[schema]), render(ask, answer)),
+        "tool_calls": (render(ask, calls), render(ask, answer)),
+        "tool": (render(ask, calls, result), render(ask, calls, {**result, "content": "other"})),
+        "reasoning_content": (render(ask, {**answer, "reasoning_content": "thought"}), render(ask, answer)),
+    }
+    return tuple(name for name, (one, other) in pairs.items() if one is not None and one == other)
+
+
+def control_tokens(tokenizer: "PreTrainedTokenizerBase", sanitized: bool = False) -> list[str]:
     """The texts that become one token wherever they stand: special tokens, and the markers of the chat template.
 
     A marker such as `<_user>` is not a special token to transformers: sentencepiece calls it a user-defined symbol.
+
+    Args:
+        sanitized: without those that `sanitize_control_tokens` encodes as ordinary text.
+
+    Raises:
+        TokenizerError: texts are to be sanitized, which with masks only Tele-FLM's own tokenizer can.
     """
     markers = _markers(str(tokenizer.chat_template)) & tokenizer.get_vocab().keys()
-    return sorted(markers | tokenizer.get_added_vocab().keys() - {tokenizer.unk_token})
+    added = tokenizer.get_added_vocab().keys() - {tokenizer.unk_token}
+    if not sanitized:
+        return sorted(markers | added)
+    from modeling_teleflm import TeleFLMTokenizer
+
+    if not isinstance(tokenizer, TeleFLMTokenizer):
+        raise TokenizerError(
+            f"sanitize_control_tokens is true, and only a TeleFLMTokenizer can, not a {type(tokenizer).__name__}; set "
+            "it to false, and rewrite texts that contain a control token."
+        )
+    return sorted(markers - added)
 
 
-def family_control_tokens() -> list[str]:
-    """The control tokens of Tele-FLM's own tokenizer and template, known without loading either."""
+def family_control_tokens(sanitized: bool = False) -> list[str]:
+    """The control tokens of Tele-FLM's own tokenizer and template, known without loading either.
+
+    Args:
+        sanitized: see [`control_tokens`].
+    """
     from conversion.architecture import package_folder
 
     template = (package_folder() / "chat_template.jinja").read_text(encoding="utf-8")
-    return sorted({"<s>", "</s>"} | _markers(template))
+    # What encloses tools and reasoning there is no token of the family's.
+    special = set() if sanitized else {"<s>", "</s>"}
+    return sorted(special | {marker for marker in _markers(template) if marker.startswith("<_")})
 
 
 def _markers(template: str) -> set[str]:
@@ -188,6 +280,8 @@ __all__ = [
     "check_stop_token",
     "control_tokens",
     "family_control_tokens",
+    "find_left_out",
+    "find_template",
     "load_tokenizer",
     "tokenizer_digest",
 ]

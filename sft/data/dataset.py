@@ -23,6 +23,7 @@ def prepare_dataset(
     max_length: int | None,
     assistant_only_loss: bool = True,
     last_turn_only: bool = False,
+    sanitize_control_tokens: bool = False,
     allow_rejects: bool = False,
     num_proc: int | None = None,
 ) -> tuple["Dataset", DataReport]:
@@ -33,7 +34,7 @@ def prepare_dataset(
     Args:
         files: see [`sft.data.formats.read_rows`]; or one folder written by [`sft.data.prepare.prepare`].
         tokenizer: see [`tokenize_rows`].
-        max_length, assistant_only_loss, last_turn_only: see [`Labelling`].
+        max_length, assistant_only_loss, last_turn_only, sanitize_control_tokens: see [`Labelling`].
         allow_rejects: leave invalid rows out (they are in the report) instead of raising.
         num_proc: processes that tokenize.
 
@@ -50,7 +51,7 @@ def prepare_dataset(
     import pyarrow as pa
     from datasets import Dataset
 
-    labelling = Labelling(max_length, assistant_only_loss, last_turn_only)
+    labelling = Labelling(max_length, assistant_only_loss, last_turn_only, sanitize_control_tokens)
     places = [files] if isinstance(files, str | Path) else list(files)
     if any(is_prepared(place) for place in places):
         return open_prepared(places, tokenizer, labelling)

@@ -148,7 +148,8 @@ def prepare_examples(
         digest.update(repr(_without_source(outcome.columns)).encode("utf-8", "surrogatepass"))
     report = DataReport(rows, tuple(rejects), truncated, tokens, trained, digest.hexdigest())
     require_rows(report, places, Labelling(max_length), allow_rejects)
-    return Dataset.from_list(kept), report
+    names = dict.fromkeys(name for columns in kept for name in columns)  # Dataset takes those of the first row
+    return Dataset.from_list([{name: columns.get(name) for name in names} for columns in kept]), report
 
 
 def _without_source(columns: dict[str, Any]) -> dict[str, Any]:

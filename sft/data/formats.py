@@ -11,8 +11,18 @@
 | prompt and completion | two texts, or two lists of messages | only the completion is trained on |
 | Alpaca | `instruction`, `output`, and perhaps `input`, `system`, `history` | `input` is the instruction's next line |
 
-A message may have a `weight`: 0 leaves an assistant's message untrained, another number scales its loss. Columns that
-no layout names are ignored; one that is null counts as absent. If a row fits several layouts, the first one counts.
+A row of any layout may have `tools`: JSON Schemas of the functions that the assistant can call, as a list or as JSON
+text of one. A message may have
+
+- `content` in parts, `[{"type": "text", "text": ...}]`, which are joined;
+- `tool_calls` of the assistant, and after it messages of the role `tool` with the results, in OpenAI's format;
+  ShareGPT's `function_call` and `observation` are these;
+- `reasoning_content` of the assistant, or `thinking` or `reasoning`, which transformers takes for the same;
+- a `weight`: 0 leaves an assistant's message untrained, another number scales its loss; `train`, false or true, is
+  weight 0 or 1.
+
+Columns that no layout names are ignored. What is null counts as absent, wherever it stands in a row: Parquet has a null
+for each field that another row has. If a row fits several layouts, the first one counts.
 
 Files are read row by row: of `.jsonl` and Parquet no more than a row or a row group is in memory, of `.json` all.
 """
@@ -39,7 +49,10 @@ _SHAREGPT_ROLES = {
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
+    "observation": "tool",
 }
+# What transformers' chat templates take for `reasoning_content`, in its order.
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 # Called with the bytes just read and the bytes in all.
 Progress = Callable[[int, int], None]
@@ -97,12 +110,24 @@ class Row:
 
 
 class Turn(NamedTuple):
-    """A message before it is checked, so of whatever types the file has; `where` is its place in the row."""
+    """A message before it is checked, so of whatever types the file has; `where` is its place in the row.
+
+    Args:
+        content: a content in text parts is one text here; any other is as it stands.
+        reasoning: the values of all fields that name reasoning, without those that are null or blank.
+        tool_calls: what should be a list of calls, or JSON text of it.
+        tool_call_id, name: of the call that a tool's result answers.
+    """
 
     where: str
     role: Any
     content: Any
     weight: Any = None
+    train: Any = None
+    reasoning: tuple[Any, ...] = ()
+    tool_calls: Any = None
+    tool_call_id: Any = None
+    name: Any = None
 
 
 # --- rows of files ----------------------------------------------------------------------------------------------------
@@ -249,7 +274,7 @@ def turns_of(messages: Any, column: str) -> tuple[list[Turn], list[Problem]]:
     """The turns of a list of messages, and what is no message.
 
     Args:
-        messages: what should be a list of objects with `role`, `content` and perhaps `weight`.
+        messages: what should be a list of objects with `role`, `content` and perhaps what else a message may have.
         column: where it stands, for details of problems.
     """
     if not isinstance(messages, list) or not messages:
@@ -259,10 +284,44 @@ def turns_of(messages: Any, column: str) -> tuple[list[Turn], list[Problem]]:
     for index, message in enumerate(messages):
         where = f"{column}[{index}]"
         if isinstance(message, dict):
-            turns.append(Turn(where, message.get("role"), message.get("content"), message.get("weight")))
+            turns.append(_turn(where, message))
         else:
             problems.append(Problem("bad_message", f"{where} is a {type(message).__name__}; expected an object"))
     return turns, problems
+
+
+def _turn(where: str, message: dict[str, Any]) -> Turn:
+    def said(field: str) -> Any:
+        value = message.get(field)
+        return None if value == [] or (isinstance(value, str) and not value.strip()) else value
+
+    return Turn(
+        where,
+        message.get("role"),
+        join_parts(message.get("content")),
+        message.get("weight"),
+        message.get("train"),
+        tuple(value for field in _REASONING_FIELDS if (value := said(field)) is not None),
+        said("tool_calls"),
+        said("tool_call_id"),
+        said("name"),
+    )
+
+
+def join_parts(content: Any) -> Any:
+    """The text of a content in text parts; any other content as it is, one with other parts too."""
+    if isinstance(content, list) and content and not any(map(wrong_part, content)):
+        return "".join(part["text"] for part in content)
+    return content
+
+
+def wrong_part(part: Any) -> str | None:
+    """Why a part of a content is none that can be trained on, if it is none."""
+    if not isinstance(part, dict):
+        return f"a part that is a {type(part).__name__}"
+    if part.get("type") != "text":
+        return f"a part of type {part.get('type')!r}"
+    return None if isinstance(part.get("text"), str) else "a text part without text"
 
 
 def _sharegpt_turns(messages: Any) -> tuple[list[Turn], list[Problem]]:
@@ -270,11 +329,13 @@ def _sharegpt_turns(messages: Any) -> tuple[list[Turn], list[Problem]]:
         # Some files have this column with the other layout's keys.
         if not isinstance(message, dict) or message.get("from") is None:
             return message
-        role = message["from"]
+        role, value = message["from"], message.get("value")
+        if role == "function_call":
+            return {**message, "role": "assistant", "content": None, "tool_calls": value}
         return {
+            **message,
             "role": _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role,
-            "content": message.get("value"),
-            "weight": message.get("weight"),
+            "content": value,
         }
 
     return turns_of(
@@ -288,7 +349,7 @@ def _prompt_completion_turns(columns: dict[str, Any]) -> tuple[list[Turn], list[
         value = columns[column]
         found, wrong = ([Turn(column, role, value)], []) if isinstance(value, str) else turns_of(value, column)
         if column == "prompt":
-            found = [turn._replace(weight=0) if turn.role == "assistant" else turn for turn in found]
+            found = [turn._replace(weight=0, train=None) if turn.role == "assistant" else turn for turn in found]
         turns += found
         problems += wrong
     return turns, problems
@@ -320,4 +381,4 @@ def _after_system(
     return ([Turn("system", "system", system), *turns] if system != "" else turns), problems
 
 
-__all__ = ["DataError", "Problem", "Row", "Turn", "find_turns", "read_rows", "turns_of"]
+__all__ = ["DataError", "Problem", "Row", "Turn", "find_turns", "join_parts", "read_rows", "turns_of", "wrong_part"]

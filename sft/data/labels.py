@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from conversion.checkpoint.errors import one_line
 from sft.data.checks import Conversation, Reject, check_rows
 from sft.data.formats import DataError, Problem, Progress, Row
-from sft.tokenizer import control_tokens
+from sft.tokenizer import control_tokens, find_left_out
 
 if TYPE_CHECKING:
     import pyarrow
@@ -45,6 +45,8 @@ class Labelling:
         assistant_only_loss: train on the `{% generation %}` blocks of the chat template; else on every token, and rows
             with weights other than 1 are invalid.
         last_turn_only: of those blocks, train on the last alone.
+        sanitize_control_tokens: encode special tokens that a row spells out, such as HTML's `<s>`, as ordinary text;
+            else such rows are invalid. It needs Tele-FLM's own tokenizer.
 
     Raises:
         DataError: the fields contradict each other.
@@ -53,6 +55,7 @@ class Labelling:
     max_length: int | None
     assistant_only_loss: bool = True
     last_turn_only: bool = False
+    sanitize_control_tokens: bool = False
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 1:
@@ -115,12 +118,12 @@ class DataReport:
     @property
     def dropped(self) -> tuple[str, ...]:
         """Sources of valid rows of which `max_length` leaves no trained token."""
-        return tuple(reject.source for reject in self.rejects if reject.reason == "nothing_left")
+        return tuple(reject.source for reject in self.rejects if reject.is_dropped)
 
     @property
     def invalid(self) -> tuple[Reject, ...]:
         """The other rejects: rows that would not do at any length."""
-        return tuple(reject for reject in self.rejects if reject.reason != "nothing_left")
+        return tuple(reject for reject in self.rejects if not reject.is_dropped)
 
     def __str__(self) -> str:
         trained = f"{self.trained_tokens} trained of " if self.trained_tokens else ""  # of prompts, none is
@@ -177,10 +180,15 @@ def tokenize(
     masked = labelling.assistant_only_loss
     if not masked and any(weight != 1 for weight in conversation.weights):
         return Problem("bad_weight", "its messages have weights, but assistant_only_loss is false: all is trained on")
+    if name := find_left_out(tokenizer, conversation.messages, conversation.tools):
+        return say_left_out(name)
+    options: dict[str, Any] = {"return_dict": True, "return_assistant_tokens_mask": masked}
+    if conversation.tools:
+        options["tools"] = conversation.tools
+    if labelling.sanitize_control_tokens:
+        options["sanitize_control_tokens"] = True
     try:
-        encoding: Any = tokenizer.apply_chat_template(
-            conversation.messages, return_dict=True, return_assistant_tokens_mask=masked
-        )
+        encoding: Any = tokenizer.apply_chat_template(conversation.messages, **options)
     except TemplateError as error:
         return Problem("template_refuses", f"the chat template refuses it: {error}")
     except Exception as error:  # a template may fail as any program
@@ -201,6 +209,12 @@ def tokenize(
         array("f", weights[: labelling.max_length]),
         labelling.max_length is not None and len(input_ids) > labelling.max_length,
     )
+
+
+def say_left_out(name: str) -> Problem:
+    """What is wrong with a row of which the chat template leaves something out; see [`sft.tokenizer.find_left_out`]."""
+    detail = f"the chat template leaves out {name}, which it has; train it with chat_template_path: teleflm"
+    return Problem("template_refuses", detail)
 
 
 def _turn_weights(conversation: Conversation, labelling: Labelling) -> tuple[float, ...]:
@@ -247,7 +261,7 @@ def tokenize_rows(
     Raises:
         DataError: a file cannot be read; or as [`tokenize`] says.
     """
-    rows = check_rows(data, control_tokens(tokenizer), progress)
+    rows = check_rows(data, control_tokens(tokenizer, labelling.sanitize_control_tokens), progress)
     if not num_proc or num_proc == 1:
         for row, outcome in rows:
             yield row, _judge(outcome, tokenizer, labelling, row.id)
@@ -308,13 +322,21 @@ class Tally:
         self._tokens += len(outcome.input_ids)
         self._trained_tokens += outcome.trained_tokens
         self.weighted = self.weighted or any(weight not in (0, 1) for weight in outcome.conversation.weights)
-        content = [outcome.conversation.messages, outcome.conversation.weights]
-        self._digest.update(json.dumps(content, sort_keys=True).encode() + b"\n")
+        self._digest.update(_content_of(outcome.conversation) + b"\n")
 
     def report(self) -> DataReport:
         """What became of the rows so far."""
         counts = (self._truncated, self._tokens, self._trained_tokens)
         return DataReport(self._rows, tuple(self._rejects), *counts, self._digest.hexdigest())
+
+
+def _content_of(conversation: Conversation) -> bytes:
+    """All of a conversation that decides its tokens and labels."""
+    content: list[Any] = [conversation.messages, conversation.weights]
+    if not conversation.tools and not any("tool_calls" in message for message in conversation.messages):
+        return json.dumps(content, sort_keys=True).encode()
+    # Schemas and arguments are rendered in the order that they have.
+    return json.dumps([*content, conversation.tools]).encode()
 
 
 def record_batches(

@@ -18,10 +18,12 @@ Two bare texts without a prompt are refused: nothing says where the question end
 `completion`, as an explicit prompt and its answer, and `label`, true or false. Texts are messages here, and get the
 chat template; TRL would leave them bare. Columns that no layout names, such as `score_chosen`, are ignored.
 
-Prompt and answer have to be a valid conversation by [`sft.data.checks`]. An answer of several messages is compared
-whole, the user's messages in it included, as TRL does.
+Prompt and answer have to be a valid conversation by [`sft.data.checks`], with the row's `tools` where it has some. An
+answer of several messages is compared whole, the user's messages in it included, as TRL does; so the results of tools,
+which are never learned, may stand in prompts alone.
 """
 
+import json
 import re
 from array import array
 from collections.abc import Collection, Mapping
@@ -31,7 +33,9 @@ from conversion.checkpoint.errors import one_line
 from sft.data.checks import Conversation, check_turns, message_of
 from sft.data.examples import Example
 from sft.data.formats import Problem, Row, Turn, turns_of
-from sft.data.labels import Tokenized
+from sft.data.labels import Tokenized, say_left_out
+from sft.data.tools import read_tools, to_json
+from sft.tokenizer import find_left_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +49,7 @@ _TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def read_pair(row: Row, controls: Collection[str] = ()) -> tuple[dict[str, Messages], list[Problem]]:
+def read_pair(row: Row, controls: Collection[str] = ()) -> tuple[dict[str, Any], list[Problem]]:
     """The pair of a row, and all that is wrong with it.
 
     Args:
@@ -53,7 +57,7 @@ def read_pair(row: Row, controls: Collection[str] = ()) -> tuple[dict[str, Messa
         controls: texts that no content may contain.
 
     Returns:
-        `prompt`, `chosen` and `rejected` as messages, the prompt in neither answer.
+        `prompt`, `chosen` and `rejected` as messages, the prompt in neither answer; `tools` as JSON text, if there are.
     """
     columns, problems = _columns(row, _ANSWERS, "a pair needs both")
     if problems:
@@ -61,13 +65,16 @@ def read_pair(row: Row, controls: Collection[str] = ()) -> tuple[dict[str, Messa
     turns, problems = _split(columns)
     if problems:
         return {}, problems
+    tools, problems = read_tools(row.value)
     # The prompt is judged twice, with each answer; what is wrong with it is said once.
-    found = [check_turns([*turns["prompt"], *turns[answer]], controls) for answer in _ANSWERS]
-    problems = list(dict.fromkeys(problem for problems in found for problem in problems))
-    problems += _weighted(turns)
+    found = [check_turns([*turns["prompt"], *turns[answer]], controls, tools) for answer in _ANSWERS]
+    problems += list(dict.fromkeys(problem for problems in found for problem in problems))
+    problems += _weighted(turns) + _results(turns, _ANSWERS)
     if problems:
         return {}, problems
-    pair = {column: [message_of(turn) for turn in turns[column]] for column in ("prompt", *_ANSWERS)}
+    pair: dict[str, Any] = {name: [arrow_message(turn) for turn in turns[name]] for name in ("prompt", *_ANSWERS)}
+    if tools:
+        pair["tools"] = to_json(tools)
     if pair["chosen"] == pair["rejected"]:
         return pair, [Problem("same_answers", "chosen and rejected are the same; there is nothing to prefer")]
     return pair, []
@@ -89,13 +96,15 @@ def read_labelled(row: Row, controls: Collection[str] = ()) -> tuple[dict[str, A
         problems += wrong
     if not isinstance(columns["label"], bool):
         problems.append(Problem("bad_label", f"its label is {columns['label']!r}; expected true or false"))
+    tools, wrong = read_tools(row.value)
+    problems += wrong
     if not problems:
-        problems = check_turns([*turns["prompt"], *turns["completion"]], controls) + _weighted(turns)
+        problems = check_turns([*turns["prompt"], *turns["completion"]], controls, tools) + _weighted(turns)
+        problems += _results(turns, ("completion",))
     if problems:
         return {}, problems
-    return {name: [message_of(turn) for turn in found] for name, found in turns.items()} | {
-        "label": columns["label"]
-    }, []
+    answer: dict[str, Any] = {name: [arrow_message(turn) for turn in found] for name, found in turns.items()}
+    return {**answer, "label": columns["label"], **({"tools": to_json(tools)} if tools else {})}, []
 
 
 def _columns(row: Row, needed: Collection[str], why: str) -> tuple[dict[str, Any], list[Problem]]:
@@ -114,6 +123,20 @@ def _columns(row: Row, needed: Collection[str], why: str) -> tuple[dict[str, Any
 def _turns(value: Any, column: str, role: str) -> tuple[Turns, list[Problem]]:
     """A text as one turn, messages as they are."""
     return ([Turn(column, role, value)], []) if isinstance(value, str) else turns_of(value, column)
+
+
+def _results(turns: Mapping[str, Turns], answers: Collection[str]) -> list[Problem]:
+    """Results of tools in what TRL learns, which is all that follows the prompt."""
+    results = [turn.where for answer in answers for turn in turns[answer] if turn.role == "tool"]
+    return [Problem("stray_result", f"{where} is a tool's, in an answer") for where in results[:1]]
+
+
+def arrow_message(turn: Turn) -> dict[str, Any]:
+    """A valid turn for a dataset, its arguments as JSON text: as objects, Arrow would give each the fields of all."""
+    message = message_of(turn)
+    for call in message.get("tool_calls", ()):
+        call["function"]["arguments"] = to_json(call["function"]["arguments"])
+    return message
 
 
 def _weighted(turns: Mapping[str, Turns]) -> list[Problem]:
@@ -224,6 +247,7 @@ def tokenize_answers(
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int | None,
     source: str,
+    tools: str | None = None,
 ) -> dict[str, Tokenized] | Problem:
     """Tokenize a prompt with each of its answers, as TRL does: with the chat template, and cut at `max_length`.
 
@@ -233,6 +257,7 @@ def tokenize_answers(
         tokenizer: with the chat template.
         max_length: keep the first so many tokens of a conversation; `None` keeps all.
         source: of the row.
+        tools: JSON text of its tools, if it has any.
 
     Returns:
         by name, the conversation; weights are 1 for the tokens of the answer, 0 for those of the prompt. The answer
@@ -240,8 +265,13 @@ def tokenize_answers(
     """
     from jinja2 import TemplateError
 
+    schemas = json.loads(tools) if tools else None
+    said = [*prompt, *(message for answer in answers.values() for message in answer)]
+    if name := find_left_out(tokenizer, said, schemas or ()):
+        return say_left_out(name)
+
     def ids(messages: Messages, **kwargs: Any) -> list[int]:
-        encoding: Any = tokenizer.apply_chat_template(messages, return_dict=True, **kwargs)
+        encoding: Any = tokenizer.apply_chat_template(messages, tools=schemas, return_dict=True, **kwargs)
         return list(encoding["input_ids"])
 
     try:
@@ -293,7 +323,7 @@ class PairJudge:
         """See [`tokenize_answers`]."""
         columns = example.columns
         answers = {answer: columns[answer] for answer in _ANSWERS}
-        return tokenize_answers(columns["prompt"], answers, tokenizer, max_length, example.source)
+        return tokenize_answers(columns["prompt"], answers, tokenizer, max_length, example.source, columns.get("tools"))
 
 
 class LabelledJudge:
@@ -328,7 +358,8 @@ class LabelledJudge:
         prompt = example.columns["prompt"]
         parts: dict[str, Tokenized] = {}
         for name in [name for name in ("completion", *_ANSWERS) if name in example.columns]:
-            part = tokenize_answers(prompt, {name: example.columns[name]}, tokenizer, max_length, example.source)
+            answer, tools = {name: example.columns[name]}, example.columns.get("tools")
+            part = tokenize_answers(prompt, answer, tokenizer, max_length, example.source, tools)
             if isinstance(part, Problem):
                 return part
             parts |= part
@@ -345,4 +376,13 @@ def is_labelled(value: Any) -> bool:
     return isinstance(value, dict) and all(value.get(name) is not None for name in ("prompt", "completion", "label"))
 
 
-__all__ = ["LabelledJudge", "PairJudge", "is_labelled", "is_pair", "read_labelled", "read_pair", "tokenize_answers"]
+__all__ = [
+    "LabelledJudge",
+    "PairJudge",
+    "arrow_message",
+    "is_labelled",
+    "is_pair",
+    "read_labelled",
+    "read_pair",
+    "tokenize_answers",
+]

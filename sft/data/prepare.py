@@ -169,7 +169,8 @@ def _made_of(tokenizer: "PreTrainedTokenizerBase", labelling: Labelling) -> dict
 
 def _refuse_difference(folder: Path, made_of: dict[str, Any], wanted: dict[str, Any]) -> None:
     pairs = [(name, made_of[name], wanted[name]) for name in ("tokenizer", "chat_template")]
-    pairs += [(name, made_of["labelling"].get(name), value) for name, value in wanted["labelling"].items()]
+    labelling = {**asdict(Labelling(None)), **made_of["labelling"]}  # an older record lacks what had one value then
+    pairs += [(name, labelling[name], value) for name, value in wanted["labelling"].items()]
     for name, found, asked in pairs:
         if found != asked:
             what = f"of digest {found}, this run's has {asked}" if name in made_of else f"{found}, this run has {asked}"

@@ -15,10 +15,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from conversion.checkpoint.errors import one_line
-from sft.data.checks import Conversation, check_turns, message_of
+from sft.data.checks import Conversation, check_turns
 from sft.data.examples import Example
 from sft.data.formats import Problem, Row, Turn, turns_of
 from sft.data.labels import Tokenized
+from sft.data.preferences import arrow_message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,7 +88,7 @@ class PromptJudge:
         problems += self._column_problems(others)
         if problems:
             return {}, problems
-        messages = [message_of(turn) for turn in turns]
+        messages = [arrow_message(turn) for turn in turns]
         return {"prompt": messages, SOURCE: row.source, COLUMNS: json.dumps(others, sort_keys=True)}, []
 
     def _column_problems(self, others: Mapping[str, Any]) -> list[Problem]:

@@ -42,8 +42,9 @@ class ValidationReport:
 
     Args:
         rows: rows read.
-        rejected: rows with a problem.
-        findings: by code of [`sft.data.checks.REASONS`]; a row with several problems counts in each.
+        rejected: rows with a problem: training stops at them, unless it is told `allow_rejects`.
+        findings: of these, by code of [`sft.data.checks.REASONS`]; a row with several problems counts in each.
+        dropped: valid rows of which `max_length` leaves no trained token: training leaves them out, and says so.
         truncated, tokens, trained_tokens: of the rows that are trained on, as in [`sft.data.labels.DataReport`]; `None`
             without a tokenizer.
     """
@@ -51,14 +52,15 @@ class ValidationReport:
     rows: int
     rejected: int
     findings: dict[str, Finding]
+    dropped: Finding
     truncated: int | None = None
     tokens: int | None = None
     trained_tokens: int | None = None
 
     @property
     def valid(self) -> bool:
-        """Whether there are rows, and none is rejected."""
-        return self.rows > 0 and self.rejected == 0
+        """Whether training would begin: some row can be trained on, and none is rejected."""
+        return self.rows > self.dropped.rows and self.rejected == 0
 
 
 def validate_conversations(
@@ -72,13 +74,18 @@ def validate_conversations(
 ) -> ValidationReport:
     """Judge every row as training judges it.
 
+    A row has at least one problem, or it is dropped, or it is trained on: as it is by
+    [`sft.data.dataset.prepare_dataset`] with the same tokenizer and labelling.
+
     Args:
         data: see [`sft.data.formats.read_rows`].
         tokenizer: of the model to train; with it each row is also rendered, tokenized and cut. Without it only the
             control tokens of Tele-FLM's own chat template are looked for.
-        labelling: with a tokenizer, what is trained on; all assistant messages at any length unless given.
-        rejects: a JSON Lines file to write: for each rejected row its `source`, `id`, `reasons` (each a `code` and a
-            `detail`), and the row as it came: `row`, or for what is no JSON the line as `text` or `base64`.
+        labelling: with a tokenizer, what is trained on; all assistant messages at any length unless given. Without,
+            only its `sanitize_control_tokens` counts.
+        rejects: a JSON Lines file to write: for each rejected or dropped row its `source`, `id`, `reasons` (each a
+            `code` and a `detail`), and the row as it came: `row`, or for what is no JSON the line as `text` or
+            `base64`.
         num_proc: processes that tokenize.
         progress: told of bytes.
 
@@ -86,12 +93,11 @@ def validate_conversations(
         DataError: a file cannot be read, or the rejects would replace it.
         OSError: the rejects cannot be written.
     """
+    labelling = labelling or Labelling(max_length=None)
     if tokenizer is None:
-        outcomes: Any = check_rows(data, family_control_tokens(), progress)
+        outcomes: Any = check_rows(data, family_control_tokens(labelling.sanitize_control_tokens), progress)
     else:
-        outcomes = tokenize_rows(
-            data, tokenizer, labelling or Labelling(max_length=None), num_proc=num_proc, progress=progress
-        )
+        outcomes = tokenize_rows(data, tokenizer, labelling, num_proc=num_proc, progress=progress)
     return count_outcomes(data, outcomes, rejects, tokenized=tokenizer is not None, count=_counts)
 
 
@@ -117,7 +123,7 @@ def count_outcomes(
     places = [data] if isinstance(data, str | Path) else list(data)
     if rejects and Path(rejects).exists() and any(Path(p).exists() and Path(p).samefile(rejects) for p in places):
         raise DataError(f"{rejects} is read and written; give the rejects another name.")
-    report = ValidationReport(rows=0, rejected=0, findings={})
+    report = ValidationReport(rows=0, rejected=0, findings={}, dropped=Finding(0, []))
     sums = (0, 0, 0)
     with _open(rejects) as file:
         for row, outcome in outcomes:
@@ -147,6 +153,10 @@ def describe_reject(row: Row, reject: Reject) -> dict[str, Any]:
 
 
 def _count_reject(report: ValidationReport, reject: Reject) -> None:
+    if reject.is_dropped:
+        report.dropped.rows += 1
+        report.dropped.examples = [*report.dropped.examples, str(reject)][:_EXAMPLES]
+        return
     report.rejected += 1
     for code in dict.fromkeys(problem.code for problem in reject.problems):
         finding = report.findings.setdefault(code, Finding(0, []))

@@ -40,7 +40,8 @@ from .stages import SelectionError
 
 FOLDER = Path(__file__).with_name("pipelines")
 METHODS = ("teleflm", "k-center", "target", "random", "longest", "ifd-top")
-_KEYS = ("seed", "unique_ids", "allow_fewer", "operators")
+_SWITCHES = ("unique_ids", "allow_fewer", "sanitize_control_tokens")
+_KEYS = ("seed", *_SWITCHES, "operators")
 SEED = Number(0, 0, 2**32 - 1, "of everything random")
 
 
@@ -83,7 +84,7 @@ class Declaration:
     Args:
         name: of its file: a method, or a path.
         entries: the operators, in order.
-        seed, unique_ids, allow_fewer: see [`sft.selection.settings.SelectionSettings`].
+        seed, unique_ids, allow_fewer, sanitize_control_tokens: see [`sft.selection.settings.SelectionSettings`].
     """
 
     name: str
@@ -91,6 +92,7 @@ class Declaration:
     seed: int = 0
     unique_ids: bool = False
     allow_fewer: bool = False
+    sanitize_control_tokens: bool = False
 
     @property
     def active(self) -> list[Entry]:
@@ -118,7 +120,7 @@ class Declaration:
             without_folders: paths of this machine by their last part.
         """
         entries = [_entry_to_dict(entry, without_folders) for entry in self.entries]
-        told = {"seed": self.seed, "unique_ids": self.unique_ids, "allow_fewer": self.allow_fewer}
+        told = {name: getattr(self, name) for name in ("seed", *_SWITCHES)}
         return {**told, "operators": entries}
 
     def to_yaml(self) -> str:
@@ -203,7 +205,7 @@ def parse(values: Any, name: str) -> Declaration:
         if key not in _KEYS:
             raise SelectionError(f"{name}: unknown key {show(key)}; {name_nearest(key, _KEYS)}")
     told: dict[str, Any] = {"seed": SEED.read(values.get("seed", 0), f"{name}: seed")}
-    for key in ("unique_ids", "allow_fewer"):
+    for key in _SWITCHES:
         told[key] = _read_bool(values.get(key, False), f"{name}: {key}")
     entries: dict[str, Entry] = {}
     for number, value in enumerate(values["operators"], start=1):

@@ -68,12 +68,16 @@ def sketch(table: pa.Table, reading: Reading = OWN_TEXT) -> pa.Table:
     """
     unread = read_unread(table)
     own = list(reading.conversations(table))
-    untrained = ["\n".join(json.dumps(value, ensure_ascii=False) for value in found.values()) for found in unread]
+    # Tools do not count, as system prompts do not: many rows have the same, longer than all that is said.
+    beside = [
+        "\n".join(json.dumps(value, ensure_ascii=False) for name, value in found.items() if name != "tools")
+        for found in unread
+    ]
     replies = [
-        "\n".join([*answers(messages), *filter(None, [more])]) for messages, more in zip(own, untrained, strict=True)
+        "\n".join([*answers(messages), *filter(None, [more])]) for messages, more in zip(own, beside, strict=True)
     ]
     texts = [
-        "\n".join([whole_text(messages), *filter(None, [more])]) for messages, more in zip(own, untrained, strict=True)
+        "\n".join([whole_text(messages), *filter(None, [more])]) for messages, more in zip(own, beside, strict=True)
     ]
     whole, pairs = _sketch_texts(texts, SLOTS)
     answer, answer_pairs = _sketch_texts(replies, ANSWER_SLOTS)

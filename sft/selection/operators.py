@@ -36,7 +36,7 @@ class Run:
         columns: that the rows have, by the operators before.
         before: name of each of these -> all its options, and what it reads.
         files: the data.
-        allow_fewer, unique_ids: see [`sft.selection.settings.SelectionSettings`].
+        allow_fewer, unique_ids, sanitize_control_tokens: see [`sft.selection.settings.SelectionSettings`].
         notify: told a line of what the user should know.
     """
 
@@ -46,6 +46,7 @@ class Run:
     files: tuple[str, ...] = ()
     allow_fewer: bool = False
     unique_ids: bool = False
+    sanitize_control_tokens: bool = False
     notify: Callable[[str], None] = lambda line: None
 
 
@@ -161,7 +162,7 @@ def _decontamination(values: dict[str, Any], reading: Reading | None, run: Run) 
 
 
 def _target_copies(values: dict[str, Any], reading: Reading | None, run: Run) -> Stage:
-    targets = target.read_targets(values.pop("targets"), run.files)
+    targets = target.read_targets(values.pop("targets"), run.files, run.sanitize_control_tokens)
     items = target.target_items(targets, values["ngram"], values["min_words"])
     # Of the two items of each, the one that has all that is said.
     count, short = len(targets.table), int((items.words.counts < items.least)[::2].sum())
@@ -256,7 +257,7 @@ def _random(values: dict[str, Any], reading: Reading | None, run: Run) -> Stage:
 
 
 def _nearest(values: dict[str, Any], reading: Reading | None, run: Run) -> Stage:
-    targets = target.read_targets(values.pop("targets"), run.files)
+    targets = target.read_targets(values.pop("targets"), run.files, run.sanitize_control_tokens)
     embedded, read = run.before["embeddings"]
     read = read or OWN_TEXT
     fit = partial(embed.fit_kernel, **embedded, reading=read, seed=run.seed)

@@ -153,13 +153,23 @@ def make_stages(
         SelectionError: an evaluation set or a model cannot be used.
         DataError: a file cannot be read.
     """
-    read = partial(rows.read_tables, piece_rows=rows.PIECE_ROWS, repeated_ids=declared.unique_ids)
-    of = {"files": [_identify(file) for file in files], "repeated_ids": declared.unique_ids}
+    judged: dict[str, Any] = {"repeated_ids": declared.unique_ids, "sanitized": declared.sanitize_control_tokens}
+    read = partial(rows.read_tables, piece_rows=rows.PIECE_ROWS, **judged)
+    of = {"files": [_identify(file) for file in files], **judged}
     stages = [Stage("rows", of, files=tuple(files), tables=read)]
     columns = frozenset(FIRST)
     before: dict[str, Any] = {}
     for entry in declared.active:
-        run = Run(declared.seed, columns, dict(before), tuple(files), declared.allow_fewer, declared.unique_ids, notify)
+        run = Run(
+            declared.seed,
+            columns,
+            dict(before),
+            tuple(files),
+            declared.allow_fewer,
+            declared.unique_ids,
+            declared.sanitize_control_tokens,
+            notify,
+        )
         stages.append(build_stage(entry.name, entry.values, entry.reading, run))
         before[entry.name] = entry.values, entry.reading
         columns |= set(entry.operator.makes)
@@ -193,7 +203,9 @@ def _checks(
 
     def tell_unread(stages: StageFiles) -> None:
         for field, (rows_with, example) in count_unread(stages).items():
-            notify(f"rows: {rows_with:,} have {field}: kept as it is, but neither read nor trained on ({example})")
+            name = field.rpartition(".")[2]
+            then = "and trained on, but not read" if name in rows.TRAINED else "but neither read nor trained on"
+            notify(f"rows: {rows_with:,} have {field}: kept as it is, {then} ({example})")
 
     def check_quota(stages: StageFiles) -> None:
         tags = stages.read(("domain",))["domain"].to_pylist()

@@ -13,16 +13,17 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from sft.data.checks import Conversation, check_rows
+from sft.data.checks import Conversation, check_rows, message_of
 from sft.data.formats import Row, find_turns
 from sft.tokenizer import family_control_tokens
 
 PIECE_ROWS = 2048
 PIECE_BYTES = 1 << 24
 MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
-# What a row or a message may say besides its texts, and neither the selection nor the training reads.
+# What a row or a message may say besides its texts and calls, and the selection does not read. Of it, training reads:
+TRAINED = frozenset({"tools", "reasoning_content", "reasoning", "thinking"})
 UNREAD_COLUMNS = (*sorted(MEDIA), "tools", "functions", "tool_calls")
-UNREAD_FIELDS = (*sorted(MEDIA), "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "train")
+UNREAD_FIELDS = (*sorted(MEDIA), "function_call", "reasoning_content", "reasoning", "thinking")
 OWN = "teleflm_"  # begins the name of every column we add
 # Every column that a selection may have added; see `pipeline` and `rejects`.
 _WRITTEN = frozenset(
@@ -44,10 +45,13 @@ _SCHEMA = pa.schema(
 )
 
 
-def read_tables(file: str, piece_rows: int = PIECE_ROWS, repeated_ids: bool = False) -> Iterator[pa.Table]:
+def read_tables(
+    file: str, piece_rows: int = PIECE_ROWS, repeated_ids: bool = False, sanitized: bool = False
+) -> Iterator[pa.Table]:
     """The rows of a file, in pieces of at most `piece_rows` rows and about [`PIECE_BYTES`].
 
-    With `repeated_ids` a row whose id an earlier one has is as valid as any.
+    With `repeated_ids` a row whose id an earlier one has is as valid as any; with `sanitized` one that spells out a
+    special token (see [`sft.tokenizer.control_tokens`]).
 
     Yields:
         tables with `source` (`file:row`), `row` (the row as JSON, of JSON Lines the bytes that stand there; what is no
@@ -60,11 +64,11 @@ def read_tables(file: str, piece_rows: int = PIECE_ROWS, repeated_ids: bool = Fa
     """
     piece: list[dict[str, Any]] = []
     size = 0
-    for row, outcome in check_rows(file, family_control_tokens(), repeated_ids=repeated_ids):
+    for row, outcome in check_rows(file, family_control_tokens(sanitized), repeated_ids=repeated_ids):
         if isinstance(outcome, Conversation):
             text = to_json(row.value) if row.text is None else row.text
             unread = find_unread(row.value)
-            own_id = content_id(outcome.messages, unread)
+            own_id = content_id(list(map(as_text, outcome.messages)), unread)
             piece.append({"source": row.source, "row": text, "id": own_id, "unread": ",".join(unread) or None})
             size += len(text)
         else:
@@ -87,7 +91,7 @@ def _as_it_came(row: Row) -> bytes:
 
 
 def find_unread(value: Any) -> dict[str, Any]:
-    """What a row says that neither selection nor training reads: column -> value, field of messages -> values."""
+    """What a row says that the selection does not read: column -> value, field of messages -> values."""
     found = {name: value[name] for name in UNREAD_COLUMNS if _is_said(value.get(name))}
     for column in ("messages", "conversations", "prompt", "completion"):
         messages = value.get(column)
@@ -165,10 +169,20 @@ def to_json(value: object) -> bytes:
 
 
 def conversations(table: pa.Table) -> Iterator[list[dict[str, str]]]:
-    """The messages (`role`, `content`) of valid rows, from their column `row`."""
+    """The messages (`role`, `content`) of valid rows, from their column `row`; see [`as_text`]."""
     for text in table["row"]:
         turns, _ = find_turns(json.loads(text.as_py()))
-        yield [{"role": turn.role, "content": turn.content} for turn in turns]
+        yield [as_text(message_of(turn)) for turn in turns]
+
+
+def as_text(message: Mapping[str, Any]) -> dict[str, str]:
+    """A message reduced to `role` and `content`: its text, and after it its calls, a line of JSON each.
+
+    Args:
+        message: as [`sft.data.checks.message_of`] makes it.
+    """
+    calls = [to_json(call["function"]).decode() for call in message.get("tool_calls", ())]
+    return {"role": message["role"], "content": "\n".join(filter(None, (message["content"], *calls)))}
 
 
 def whole_text(messages: Sequence[dict[str, str]]) -> str:
@@ -186,10 +200,12 @@ __all__ = [
     "OWN",
     "PIECE_BYTES",
     "PIECE_ROWS",
+    "TRAINED",
     "UNREAD_COLUMNS",
     "UNREAD_FIELDS",
     "add_columns",
     "answers",
+    "as_text",
     "content_id",
     "conversations",
     "find_unread",

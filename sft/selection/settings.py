@@ -51,6 +51,8 @@ class SelectionSettings:
         seed: of everything random; 0 in the methods.
         allow_fewer: select what there is if that is less than `count`, and rows of other domains where one has too few
             for its quota.
+        sanitize_control_tokens: take rows that spell out a special token, such as HTML's `<s>`, as training does that
+            has this set.
 
     Raises:
         SelectionError: a value is none of those possible, two of them contradict each other, or the declaration has
@@ -76,6 +78,7 @@ class SelectionSettings:
     unique_ids: bool = False
     seed: int | None = None
     allow_fewer: bool = False
+    sanitize_control_tokens: bool = False
 
     def __post_init__(self) -> None:
         _ = self.declaration
@@ -102,6 +105,7 @@ class SelectionSettings:
             seed=declared.seed if self.seed is None else SEED.read(self.seed, "--seed"),
             unique_ids=declared.unique_ids or self.unique_ids,
             allow_fewer=declared.allow_fewer or self.allow_fewer,
+            sanitize_control_tokens=declared.sanitize_control_tokens or self.sanitize_control_tokens,
         )
         check(declared, where, FLAGS)
         return self._set_thresholds(declared)

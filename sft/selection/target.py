@@ -35,7 +35,7 @@ from sft.tokenizer import family_control_tokens
 
 from .decontaminate import Evaluations, make_evaluations
 from .diversity import allot
-from .rows import content_id, conversations, to_json, whole_text
+from .rows import as_text, content_id, conversations, to_json, whole_text
 from .stages import Kernel, SelectionError, drop_where, fixed_bytes, make_digest
 
 MARGIN = 4  # candidates kept, as a multiple of what a target takes if all take equally many
@@ -62,12 +62,13 @@ class Targets:
     digest: str
 
 
-def read_targets(file: str, data: Sequence[str] = ()) -> Targets:
+def read_targets(file: str, data: Sequence[str] = (), sanitized: bool = False) -> Targets:
     """Read targets; each has to be a row that could be trained on.
 
     Args:
         file: see [`sft.data.formats.read_rows`].
         data: the files to select from, none of which it may be.
+        sanitized: see [`sft.tokenizer.control_tokens`].
 
     Raises:
         SelectionError: the file is one of the data, or says the same; it has no rows, or one that is invalid.
@@ -78,11 +79,11 @@ def read_targets(file: str, data: Sequence[str] = ()) -> Targets:
             raise SelectionError(f"--target {file}: is the data {other}; targets are rows held out from the data.")
     found: list[dict[str, bytes | str]] = []
     ids: list[str] = []
-    for row, outcome in check_rows(file, family_control_tokens()):
+    for row, outcome in check_rows(file, family_control_tokens(sanitized)):
         if not isinstance(outcome, Conversation):
             raise SelectionError(f"--target {row.source}: {outcome.detail}; correct or remove the row.")
         found.append({"row": to_json({"messages": outcome.messages}), "source": row.source})
-        ids.append(content_id(outcome.messages).hex())
+        ids.append(content_id(list(map(as_text, outcome.messages))).hex())
     if not found:
         raise SelectionError(f"--target {file}: has no rows; give examples of what should get better.")
     schema = pa.schema({"row": pa.large_binary(), "source": pa.string()})

@@ -94,7 +94,9 @@ class DataArguments:
         eval_data_files: likewise, evaluated on when `eval_strategy` says so.
         assistant_only_loss: train on what the assistant says, end-of-turn token included; `False`: on every token.
         last_turn_only: of what the assistant says, train on its last turn alone.
-        chat_template_path: a Jinja file that replaces the tokenizer's chat template.
+        sanitize_control_tokens: encode special tokens that a text spells out, such as HTML's `<s>`, as ordinary text;
+            without it a row that spells one is invalid.
+        chat_template_path: a Jinja file that replaces the tokenizer's chat template, or the name of a shipped one.
         allow_rejects: train on the valid rows of a file that has invalid ones. Without it one invalid row is an error.
     """
 
@@ -102,6 +104,7 @@ class DataArguments:
     eval_data_files: str | list[str] | None = None
     assistant_only_loss: bool = True
     last_turn_only: bool = False
+    sanitize_control_tokens: bool = False
     chat_template_path: str | None = None
     allow_rejects: bool = False
 
@@ -271,6 +274,7 @@ _REFUSED = {
 # The trainers that read no marks of what the assistant says.
 _REFUSED_BY_OTHERS = {
     **dict.fromkeys(("assistant_only_loss", "last_turn_only"), "it is for `trainer: sft`; delete the key"),
+    "sanitize_control_tokens": "TRL tokenizes these rows; delete the key, and rewrite texts that spell a control token",
     "label_smoothing_factor": "it is for `trainer: sft`; delete the key",
     "mup_base_width": "it is for `trainer: sft`; delete the key",
 }

@@ -174,7 +174,8 @@ def build_trainer(
     _check_packages(args)
     tokenizer, stop_ids = load_tokenizer(recipe)
     kind = TRAINERS[recipe.run.trainer]
-    tokenizers.check_stop_token(tokenizer, stop_ids, recipe.data.assistant_only_loss and kind.marks_answers)
+    masked = recipe.data.assistant_only_loss and kind.marks_answers
+    tokenizers.check_stop_token(tokenizer, stop_ids, masked, recipe.data.last_turn_only)
 
     train_dataset, report = _prepare(recipe, recipe.data.data_files, tokenizer)
     eval_dataset, eval_report = None, None
@@ -245,7 +246,7 @@ def load_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, set[int]]:
     path, revision = str(recipe.model.model_name_or_path), recipe.model.model_revision
     if template := recipe.data.chat_template_path:
         with _naming("chat_template_path", template):
-            Path(template).read_text(encoding="utf-8")
+            tokenizers.find_template(template).read_text(encoding="utf-8")
     with _naming("model_name_or_path", path):
         loaded, stop_ids = tokenizers.load_tokenizer(path, template, revision)
     if loaded.pad_token is None and loaded.unk_token is None:

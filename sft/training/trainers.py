@@ -75,6 +75,7 @@ def _prepare_conversations(
         max_length=None if whole else args.max_length,
         assistant_only_loss=data.assistant_only_loss,
         last_turn_only=data.last_turn_only,
+        sanitize_control_tokens=data.sanitize_control_tokens,
         allow_rejects=data.allow_rejects,
         num_proc=args.dataset_num_proc,
     )

@@ -253,7 +253,11 @@ def test_a_recipe_is_found_by_its_name_and_a_file_by_its_path(tmp_path, monkeypa
 def test_recipes_are_listed_and_printed():
     runner = CliRunner()
     listed = json.loads(runner.invoke(app, ["recipes", "--json"]).stdout)
-    assert {file["name"] for file in listed} == {path.stem for path in (*RECIPES, *ACCELERATE_CONFIGS)}
+    assert {file["name"] for file in listed} == {path.stem for path in (*RECIPES, *ACCELERATE_CONFIGS)} | {
+        "teleflm",
+        "published",
+        "vllm-example",
+    }
     assert all(file["is"] and Path(file["path"]).is_file() for file in listed)
     for file in listed:
         assert runner.invoke(app, ["recipes", file["name"]]).stdout == Path(file["path"]).read_text()

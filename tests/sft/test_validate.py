@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sft.data.checks import REASONS
+from sft.data.dataset import prepare_dataset
 from sft.data.labels import DataError, Labelling
 from sft.data.validate import validate_conversations
 from teleflm.commands.sft import app
@@ -51,9 +52,29 @@ def test_rows_are_cut_and_counted_as_training_will(tmp_path):
     path = write(tmp_path / "data.jsonl", rows)
     tokenizer = tiny_tokenizer(tmp_path)
     report = validate_conversations(path, tokenizer, Labelling(max_length=20))
-    assert (report.rejected, report.findings["nothing_left"].rows, report.truncated) == (1, 1, 1)
+    assert (report.rejected, report.dropped.rows, report.truncated, report.valid) == (0, 1, 1, True)
+    assert report.dropped.examples == [f"{path}:3: its first trained token is number 204, max_length is 20"]
     assert report.trained_tokens < report.tokens <= 40
     assert validate_conversations(path).tokens is None
+
+
+def test_rows_that_are_too_long_are_dropped_and_not_rejected(tmp_path, model_dir):
+    long = chat(("user", "Why? " * 40), ANSWER)
+    path, rejects = write(tmp_path / "data.jsonl", [chat(ASK, ANSWER), long]), tmp_path / "rejects.jsonl"
+    options = ("--model", model_dir, "--max-length", 20)
+    status, out, _ = sft("validate", path, *options, "--rejects", rejects)
+    said = " ".join(out.split())
+    assert (status, "1 valid rows are dropped, max_length leaves no trained token of them" in said) == (0, True)
+    assert f"{path}:2: its first trained token is number 204, max_length is 20" in said
+    assert "1 of 2 rows can be trained on" in said
+    assert [reason["code"] for reason in json.loads(rejects.read_text())["reasons"]] == ["nothing_left"]
+    report = json.loads(sft("validate", path, *options, "--json")[1])
+    assert (report["valid"], report["rejected"], report["dropped"]["rows"]) == (True, 0, 1)
+    # Training refuses data of which nothing is left, and so does this.
+    nothing = write(tmp_path / "nothing.jsonl", [long])
+    assert sft("validate", nothing, *options)[0] == 3
+    with pytest.raises(DataError, match="no row has a trained token within max_length 20"):
+        prepare_dataset(nothing, tiny_tokenizer(tmp_path), max_length=20)
 
 
 def test_the_rejects_never_replace_the_data(tmp_path):
@@ -95,7 +116,7 @@ def test_the_command(tmp_path, model_dir):
         ("{{ messages[0].content }}", "marks no token of an assistant's turn as trained"),
         (
             "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
-            "not a stop token ('</s>'): the model would not learn to stop",
+            "not a stop token ('</s>'): the model would not learn to stop after it",
         ),
     ],
 )

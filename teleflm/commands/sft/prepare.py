@@ -21,6 +21,7 @@ from .labelling import (
     Model,
     NumProc,
     OneData,
+    Sanitize,
     Template,
     load_checked_tokenizer,
     make_labelling,
@@ -38,6 +39,7 @@ def prepare(
     max_length: MaxLength = 2048,
     last_turn_only: LastTurn = False,
     all_tokens: AllTokens = False,
+    sanitize_control_tokens: Sanitize = False,
     allow_rejects: AllowRejects = False,
     num_proc: NumProc = 1,
     overwrite: Overwrite = False,
@@ -48,8 +50,8 @@ def prepare(
     from sft.data.prepare import prepare as prepare_to_disk
 
     with exit_codes(debug=debug):
-        tokenizer = load_checked_tokenizer(model, chat_template_path, all_tokens)
-        labelling = make_labelling(max_length, last_turn_only, all_tokens)
+        tokenizer = load_checked_tokenizer(model, chat_template_path, all_tokens, last_turn_only)
+        labelling = make_labelling(max_length, last_turn_only, all_tokens, sanitize_control_tokens)
         with byte_progress("preparing") as progress, _no_bars():
             prepared = prepare_to_disk(
                 data,

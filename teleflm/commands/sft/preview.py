@@ -21,6 +21,7 @@ from .labelling import (
     Model,
     OneData,
     RewardFuncs,
+    Sanitize,
     Template,
     TrainerName,
     choose_trainer,
@@ -49,6 +50,7 @@ def preview(
     trainer: TrainerName = None,
     reward_funcs: RewardFuncs = None,
     max_completion_length: MaxCompletion = 0,
+    sanitize_control_tokens: Sanitize = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -59,13 +61,15 @@ def preview(
 
     with exit_codes(debug=debug):
         given = {"--last-turn-only": last_turn_only, "--all-tokens": all_tokens}
+        given |= {"--sanitize-control-tokens": sanitize_control_tokens}
         kind = choose_trainer(trainer, data, [name for name, value in given.items() if value])
         judge = make_judge(kind, reward_funcs, max_completion_length, model)
-        tokenizer = load_checked_tokenizer(model, chat_template_path, all_tokens or kind != "sft")
+        tokenizer = load_checked_tokenizer(model, chat_template_path, all_tokens or kind != "sft", last_turn_only)
         if judge:
             rows = preview_examples(data, judge, tokenizer, max_length or None, count)
         else:
-            rows = preview_rows(data, tokenizer, make_labelling(max_length, last_turn_only, all_tokens), count)
+            labelling = make_labelling(max_length, last_turn_only, all_tokens, sanitize_control_tokens)
+            rows = preview_rows(data, tokenizer, labelling, count)
         if html:
             from teleflm.reports.preview import render_html
 

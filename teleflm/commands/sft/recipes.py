@@ -15,10 +15,10 @@ AsPath = Annotated[bool, typer.Option("--path", help="Print where NAME is instea
 
 
 def recipes(name: Name = None, path: AsPath = False, as_json: Json = False, debug: Debug = False) -> None:
-    """The recipes that come with the package, and the files for accelerate launch.
+    """The recipes that come with the package, the files for accelerate launch, and chat templates.
 
-    sft train --config takes a recipe's name. accelerate launch takes a path: --config_file "$(teleflm sft recipes fsdp2
-    --path)".
+    sft train --config takes a recipe's name, --chat-template-path a template's. accelerate launch takes a path:
+    --config_file "$(teleflm sft recipes fsdp2 --path)".
     """
     from sft.shipped import find_shipped, shipped_files
 
@@ -38,6 +38,9 @@ def recipes(name: Name = None, path: AsPath = False, as_json: Json = False, debu
             print(found if path else found.read_text(encoding="utf-8"), end="\n" if path else "")
 
 
+_USE = {"recipe": "sft train", "accelerate": "accelerate launch", "template": "--chat-template-path"}
+
+
 def _list(files: list, *, as_json: bool) -> None:  # type: ignore[type-arg]
     from rich.table import Table
 
@@ -46,7 +49,7 @@ def _list(files: list, *, as_json: bool) -> None:  # type: ignore[type-arg]
         return
     table = Table("name", "for", "what it is", box=None)
     for file in files:
-        table.add_row(file.name, "sft train" if file.kind == "recipe" else "accelerate launch", file.title)
+        table.add_row(file.name, _USE[file.kind], file.title)
     make_console().print(table)
 
 

@@ -13,6 +13,8 @@ import typer
 
 from teleflm.terminal import DEFAULT_WORKERS, Debug, Json, Overwrite, exit_codes, make_console, print_json
 
+from .labelling import Sanitize
+
 if TYPE_CHECKING:
     from sft.selection import Selection, SelectionSettings
 
@@ -124,6 +126,7 @@ def select(
     set_: Set = None,
     unique_ids: UniqueIds = False,
     allow_fewer: AllowFewer = False,
+    sanitize_control_tokens: Sanitize = False,
     explain: Explain = False,
     rejects: Rejects = False,
     report: ReportFolder = None,
@@ -164,6 +167,7 @@ def select(
             unique_ids=unique_ids,
             seed=seed,
             allow_fewer=allow_fewer,
+            sanitize_control_tokens=sanitize_control_tokens,
         )
         if explain:
             _explain(settings, as_json)

@@ -19,6 +19,7 @@ from .labelling import (
     MaxLength,
     NumProc,
     RewardFuncs,
+    Sanitize,
     Template,
     TrainerName,
     choose_trainer,
@@ -45,6 +46,7 @@ def validate(
     max_length: MaxLength = 0,
     last_turn_only: LastTurn = False,
     all_tokens: AllTokens = False,
+    sanitize_control_tokens: Sanitize = False,
     num_proc: NumProc = 1,
     trainer: TrainerName = None,
     reward_funcs: RewardFuncs = None,
@@ -52,7 +54,7 @@ def validate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Judge every row as training would. Exit status 3 if any is rejected."""
+    """Judge every row as training would. Exit status 3 if any is rejected, or none is left to train on."""
     from sft.data.examples import validate_examples
     from sft.data.validate import validate_conversations
 
@@ -60,19 +62,21 @@ def validate(
         if model is None and (max_length or last_turn_only or all_tokens or chat_template_path):
             raise ValueError("only a tokenizer can tell lengths and turns: give --model as well.")
         given = {"--last-turn-only": last_turn_only, "--all-tokens": all_tokens, "--num-proc": num_proc > 1}
+        given |= {"--sanitize-control-tokens": sanitize_control_tokens}
         kind = choose_trainer(trainer, data, [name for name, value in given.items() if value])
         if kind == "grpo" and max_length:
             raise ValueError("--max-length does nothing for trainer grpo; its key is --max-completion-length.")
         judge = make_judge(kind, reward_funcs, max_completion_length, model)
         # What the other trainers learn from is not marked by the chat template.
-        tokenizer = load_checked_tokenizer(model, chat_template_path, all_tokens or kind != "sft") if model else None
+        unmarked = all_tokens or kind != "sft"
+        tokenizer = load_checked_tokenizer(model, chat_template_path, unmarked, last_turn_only) if model else None
         with byte_progress("validating") as progress:
             if judge:
                 report = validate_examples(
                     data, judge, tokenizer, max_length or None, rejects=rejects, progress=progress
                 )
             else:
-                labelling = make_labelling(max_length, last_turn_only, all_tokens)
+                labelling = make_labelling(max_length, last_turn_only, all_tokens, sanitize_control_tokens)
                 report = validate_conversations(
                     data, tokenizer, labelling, rejects=rejects, num_proc=num_proc, progress=progress
                 )
@@ -96,7 +100,10 @@ def _print_validation(report: "ValidationReport", rejects: Path | None, kind: st
         for code, finding in sorted(report.findings.items(), key=lambda item: -item[1].rows):
             table.add_row(code, f"{finding.rows:,}", reason(code), visible(finding.examples[0]))
         console.print(table, soft_wrap=False)
-    line = f"{report.rows - report.rejected:,} of {report.rows:,} rows can be trained on"
+    if dropped := report.dropped.rows:
+        first = visible(report.dropped.examples[0])
+        console.print(f"{dropped:,} valid rows are dropped, max_length leaves no trained token of them: {first}")
+    line = f"{report.rows - report.rejected - dropped:,} of {report.rows:,} rows can be trained on"
     if report.tokens is not None:
         trained = f"{report.trained_tokens:,} trained of " if kind != "grpo" else ""
         line += f": {trained}{report.tokens:,} tokens, {report.truncated:,} rows cut"
@@ -110,7 +117,7 @@ def _print_validation(report: "ValidationReport", rejects: Path | None, kind: st
         )
     if report.tokens is None and kind != "grpo":
         console.print("Lengths were not judged; --model PATH --max-length N does.", style="dim")
-    if rejects and report.rejected:
+    if rejects and (report.rejected or dropped):
         console.print(f"Rejects: {rejects}")
 
 

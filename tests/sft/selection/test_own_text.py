@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from sft.data.checks import Conversation, check_rows
+from sft.data.labels import Labelling
+from sft.data.validate import validate_conversations
 from sft.selection import SelectionError, SelectionSettings, select_conversations
 from sft.selection.common import CommonText, find_common, fit_marks, mark_common, own_conversations
 from sft.selection.operators import THRESHOLDS
@@ -189,25 +191,47 @@ def test_ids_are_made_unique_where_asked(lines, tmp_path):
 def test_what_is_not_read_is_named_and_kept(lines, tmp_path):
     picture = {"messages": chat("What is in the picture?", "A cat on a red sofa, asleep in the sun.")}
     thinking = chat("Why is it so?", "Because of the wind, as far as we can tell.")
+    tool = {"name": "look", "description": "Who is at the door."}
+    calls = [{"role": "assistant", "content": None, "tool_calls": [{"name": "look", "arguments": {"at": "the door"}}]}]
+    calls = [chat("Who is at the door?", "")[0], *calls, {"role": "tool", "content": [{"type": "text", "text": "Ann"}]}]
     rows = [
         {**picture, "images": ["one.png"]},
         {**picture, "images": ["two.png"]},
-        {"messages": [thinking[0], {**thinking[1], "reasoning_content": "Hm.", "train": False}], "images": []},
+        {"messages": [thinking[0], {**thinking[1], "reasoning_content": "Hm.", "train": True}], "images": []},
         {"messages": chat("Who was at the door?", "Nobody in particular, I should think.")},
+        {"messages": calls, "tools": [tool, {"name": "open"}]},
+        {"messages": calls, "tools": [tool]},
     ]
     notes: list[str] = []
     data = lines(*rows)
-    select_conversations(data, tmp_path / "out", SelectionSettings(count=4), notify=notes.append)
+    select_conversations(data, tmp_path / "out", SelectionSettings(count=5), notify=notes.append)
     assert [
-        {name: row[name] for name in given} for row, given in zip(selected(tmp_path / "out"), rows, strict=True)
-    ] == rows
+        {name: row[name] for name in given} for row, given in zip(selected(tmp_path / "out"), rows[:5], strict=True)
+    ] == rows[:5], "tools tell exact duplicates apart, and like system prompts not near ones"
     summary = json.loads((tmp_path / "out/selection.json").read_text())
     assert summary["unread"] == {
         "images": {"rows": 2, "example": "data.jsonl:1"},
         "messages[].reasoning_content": {"rows": 1, "example": "data.jsonl:3"},
-        "messages[].train": {"rows": 1, "example": "data.jsonl:3"},
+        "tools": {"rows": 2, "example": "data.jsonl:5"},
     }
     assert "rows: 2 have images: kept as it is, but neither read nor trained on (data.jsonl:1)" in notes
+    assert "rows: 2 have tools: kept as it is, and trained on, but not read (data.jsonl:5)" in notes
+    assert accepted(tmp_path / "out/selected.jsonl") == 5
+
+
+def test_special_tokens_are_judged_as_training_will(lines, tmp_path):
+    html = {"messages": chat("How is a price struck out?", "With <s>the old price</s> and the new one behind it.")}
+    rows = [html, {"messages": chat("Who was at the door?", "Nobody in particular, I should think.")}]
+    data = lines(*rows)
+    with pytest.raises(SelectionError, match="1 control_token"):
+        select_conversations(data, tmp_path / "fewer", SelectionSettings(count=2))
+    sanitized = SelectionSettings(count=2, sanitize_control_tokens=True)
+    select_conversations(data, tmp_path / "out", sanitized)
+    assert len(selected(tmp_path / "out")) == 2
+    for judged, kept in ((False, 1), (True, 2)):
+        labelling = Labelling(None, sanitize_control_tokens=judged)
+        report = validate_conversations(tmp_path / "out/selected.jsonl", labelling=labelling)
+        assert report.rows - report.rejected == kept
 
 
 # --- thresholds and quotas --------------------------------------------------------------------------------------------
