@@ -33,6 +33,7 @@ from trl import DPOConfig, ModelConfig, SFTConfig
 from growth.training.kernels import WHY_NOT_LIGER
 from growth.training.launch import DistributedName
 from sft import SFTError
+from sft.data.sources import Source, as_places, parse_sources
 from sft.shipped import find_shipped
 from sft.yaml_text import load_yaml
 
@@ -83,19 +84,44 @@ class DataArguments:
     Args:
         data_files: files of conversations, in any layout of [`sft.data.formats`], or a folder of `sft prepare`; for
             `dpo`, files of pairs of answers (see [`sft.training.dpo`]).
-        eval_data_files: likewise, evaluated on when `eval_strategy` says so.
+        data: in its place: a list of sources, each with `path`, and perhaps `name`, `weight`, `max_rows`, `max_tokens`
+            and, on the Hub, `revision`, `config`, `split` (see [`sft.data.sources`] and [`sft.data.mixture`]).
+        eval_data_files: like `data_files`, evaluated on when `eval_strategy` says so.
+        test_split_size: in its place: hold out this share of each source's rows (below 1), or so many rows (see
+            [`sft.data.holdout`]).
+        drop_eval_overlap: leave training rows out that `eval_data_files` has too, or whose question it asks.
+        dataset_cache_dir: where tokenized rows are kept, for all processes that see it and for later runs; in the cache
+            of `datasets` unless given.
         assistant_only_loss: train on what the assistant says, end-of-turn token included; `False`: on every token.
         last_turn_only: of what the assistant says, train on its last turn alone.
         chat_template_path: a Jinja file that replaces the tokenizer's chat template.
         allow_rejects: train on the valid rows of a file that has invalid ones. Without it one invalid row is an error.
     """
 
-    data_files: str | list[str]
+    data_files: str | list[str] | None = None
+    data: list[dict[str, Any]] | None = None
     eval_data_files: str | list[str] | None = None
+    test_split_size: float | None = None
+    drop_eval_overlap: bool = False
+    dataset_cache_dir: str | None = None
     assistant_only_loss: bool = True
     last_turn_only: bool = False
     chat_template_path: str | None = None
     allow_rejects: bool = False
+
+    def __post_init__(self) -> None:
+        size = self.test_split_size
+        if size is not None and not (0 < size < 1 or (size >= 1 and size == int(size))):
+            raise ValueError(f"test_split_size is {size}; expected a share between 0 and 1, or a number of rows.")
+        _ = self.sources
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Where the training rows come from."""
+        if self.data is not None:
+            return parse_sources(self.data)
+        places = as_places(self.data_files or [])
+        return (Source(", ".join(places), places),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +149,8 @@ class Recipe:
         keys = _KEYS[trainer]
         for key, value in values.items():
             _check(key, value, keys, origin)
-        missing = [key for key in _REQUIRED if values.get(key) is None]
+        required = [key for key in _REQUIRED if key != "data_files" or values.get("data") is None]
+        missing = [key for key in required if values.get(key) is None]
         if missing:
             raise RecipeError(f"{origin} does not set {', '.join(missing)}; add it, or pass --{missing[0]} VALUE.")
         _check_combinations(values, keys, origin)
@@ -249,6 +276,7 @@ _REFUSED = {
     "do_predict": "delete the key",
     "local_rank": "the launcher sets it; delete the key",
     "length_column_name": "rows are measured; delete the key",
+    "streaming": "rows are tokenized in bounded memory and mapped from the disk, whatever their size; delete the key",
     **dict.fromkeys(
         (
             "batch_eval_metrics",
@@ -271,6 +299,10 @@ _REFUSED_BY_DPO = {
     "padding_free": "TRL has switched it off for DPO; delete the key",
     "label_smoothing_factor": "it is for `trainer: sft`; write label_smoothing",
     "mup_base_width": "it is for `trainer: sft`; delete the key",
+    **dict.fromkeys(
+        ("data", "test_split_size", "drop_eval_overlap", "dataset_cache_dir"),
+        "it is for `trainer: sft`; pairs of answers are named by data_files and eval_data_files",
+    ),
 }
 _REQUIRED = ("model_name_or_path", "data_files", "output_dir")
 # PEFT knows no default targets for this architecture; all-linear leaves lm_head out, as TRL's fused head requires.
@@ -417,6 +449,15 @@ def _check_combinations(values: Mapping[str, Any], keys: _Keys, origin: str) -> 
         raise RecipeError(f"{origin}: packing_strategy has no effect here; it needs packing: true.")
     if values.get("eval_data_files") and values.get("eval_strategy", "no") == "no" and not values.get("eval_on_start"):
         raise RecipeError(f"{origin}: eval_data_files has no effect here; it needs eval_strategy: steps or epoch.")
+    if values.get("data") is not None and values.get("data_files") is not None:
+        raise RecipeError(f"{origin}: data and data_files are both set; keep one (null unsets the other).")
+    if values.get("test_split_size") is not None:
+        if values.get("eval_data_files") is not None:
+            raise RecipeError(f"{origin}: test_split_size and eval_data_files are both set; keep one.")
+        if values.get("eval_strategy", "no") == "no" and not values.get("eval_on_start"):
+            raise RecipeError(f"{origin}: test_split_size has no effect here; it needs eval_strategy: steps or epoch.")
+    if values.get("drop_eval_overlap") and not values.get("eval_data_files"):
+        raise RecipeError(f"{origin}: drop_eval_overlap has no effect here; it needs eval_data_files.")
     defaults = {field.name: field.default for field in dataclasses.fields(keys.config)}
     settings = {**defaults, **_training_defaults(values), **values}
     for need in _NEEDS:

@@ -59,8 +59,10 @@ from growth.training.record import RecordCallback, digest_examples
 from growth.training.same_run import describe_run, hold_to_run
 from sft import SFTError
 from sft import tokenizer as tokenizers
-from sft.data.dataset import prepare_dataset
-from sft.data.labels import DataReport
+from sft.data.cache import Cache, default_folder
+from sft.data.dataset import Arrangement, Evaluation, Loader, load_run_data
+from sft.data.labels import DataReport, Labelling
+from sft.data.sources import as_places
 from sft.export import find_model
 from sft.training.dpo import prepare_preferences
 from sft.training.guards import FusedLossGuard, GuardError, check_trained_tokens
@@ -172,10 +174,7 @@ def build_trainer(
     # Preferences are tokenized by TRL, which needs no marks of what the assistant says.
     tokenizers.check_stop_token(tokenizer, stop_ids, recipe.data.assistant_only_loss and recipe.run.trainer == "sft")
 
-    train_dataset, report = _prepare(recipe, recipe.data.data_files, tokenizer)
-    eval_dataset, eval_report = None, None
-    if recipe.data.eval_data_files:
-        eval_dataset, eval_report = _prepare(recipe, recipe.data.eval_data_files, tokenizer, evaluation=True)
+    train_dataset, report, eval_dataset, eval_report = _load_data(recipe, tokenizer)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token  # not before: it would count in the data's digest
 
     common: dict[str, Any] = {
@@ -267,31 +266,49 @@ def load_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, set[int]]:
     return loaded, stop_ids
 
 
-def _prepare(
-    recipe: Recipe, files: str | list[str], tokenizer: PreTrainedTokenizerBase, *, evaluation: bool = False
-) -> tuple[datasets.Dataset, DataReport]:
+def _load_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[datasets.Dataset, DataReport, datasets.Dataset | None, DataReport | None]:
     args, data = recipe.training, recipe.data
+    eval_files = as_places(data.eval_data_files or [])
     if isinstance(args, DPOConfig):
-        dataset, report = prepare_preferences(
-            files, tokenizer, max_length=args.max_length, allow_rejects=data.allow_rejects
-        )
+        keys: dict[str, Any] = {"max_length": args.max_length, "allow_rejects": data.allow_rejects}
+        dataset, report = prepare_preferences(as_places(data.data_files or []), tokenizer, **keys)
+        found = prepare_preferences(eval_files, tokenizer, **keys) if eval_files else (None, None)
     else:
-        packing = args.packing if not evaluation or args.eval_packing is None else args.eval_packing
-        # The other strategies put what overflows into the next row instead of cutting it.
-        whole = packing and args.packing_strategy != "bfd"
-        dataset, report = prepare_dataset(
-            files,
-            tokenizer,
-            max_length=None if whole else args.max_length,
-            assistant_only_loss=data.assistant_only_loss,
-            last_turn_only=data.last_turn_only,
-            allow_rejects=data.allow_rejects,
-            num_proc=args.dataset_num_proc,
+        evaluation = None
+        if eval_files or data.test_split_size:
+            packing = args.packing if args.eval_packing is None else args.eval_packing
+            arrangement = _arrangement(recipe, args, packing)
+            evaluation = Evaluation(arrangement, eval_files, data.test_split_size, data.drop_eval_overlap)
+        cache = Cache(Path(data.dataset_cache_dir) if data.dataset_cache_dir else default_folder())
+        dataset, report, *found = load_run_data(
+            data.sources,
+            _arrangement(recipe, args, args.packing),
+            evaluation,
+            Loader(cache, tokenizer, data.allow_rejects, args.dataset_num_proc),
+            seed=args.seed if args.data_seed is None else args.data_seed,
         )
-        dataset = arrange(dataset, args, packing=packing)
-    if args.process_index == 0:
-        logger.log(logging.WARNING if report.rejects else logging.INFO, "data: %s", report)
-    return dataset, report
+    for what, one in (("data", report), ("evaluation", found[1])) if args.process_index == 0 else ():
+        if one is not None:
+            logger.log(logging.WARNING if one.rejects else logging.INFO, "%s: %s", what, one)
+            for source in one.sources:
+                print(f"{what}: {source}", file=sys.stderr)
+    return dataset, report, *found
+
+
+def _arrangement(recipe: Recipe, args: SFTConfig, packing: bool) -> Arrangement:
+    """How rows are tokenized, shuffled and packed."""
+    data = recipe.data
+    # The other strategies put what overflows into the next row instead of cutting it.
+    whole = packing and args.packing_strategy != "bfd"
+    labelling = Labelling(None if whole else args.max_length, data.assistant_only_loss, data.last_turn_only)
+    if not packing and not args.shuffle_dataset:
+        return Arrangement(labelling, None, {})
+    settings = {"shuffle": args.seed} if args.shuffle_dataset else {}
+    if packing:
+        settings |= {"packing": args.packing_strategy, "max_length": args.max_length}
+    return Arrangement(labelling, partial(arrange, args=args, packing=packing), settings)
 
 
 def _reference_model(recipe: Recipe, args: DPOConfig) -> PreTrainedModel | None:
@@ -322,7 +339,12 @@ def _describe_run(recipe: Recipe, data: DataReport, base: Mapping[str, Any], sta
         "operation": "fine-tune",
         "trainer": recipe.run.trainer,
         "method": "full" if not model.use_peft else f"q{adapter}" if model.load_in_4bit else adapter,
-        "data": {"rows": data.kept, "trained_tokens": data.trained_tokens, "digest": data.digest},
+        "data": {
+            "rows": data.taken,
+            "trained_tokens": data.trained_tokens,
+            "digest": data.digest,
+            **_describe_data(data),
+        },
         "steps": state.global_step,
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "max_length": args.max_length,
@@ -330,6 +352,13 @@ def _describe_run(recipe: Recipe, data: DataReport, base: Mapping[str, Any], sta
         "lr_scheduler": {"type": SchedulerType(args.lr_scheduler_type).value, "settings": args.lr_scheduler_kwargs},
         **base,
     }
+
+
+def _describe_data(data: DataReport) -> dict[str, Any]:
+    """Of which sources the rows are, and which commits of the Hub; nothing of local files but their content counts."""
+    counts = ("name", "weight", "rows", "rejected", "held_out", "overlapping", "taken", "trained_tokens")
+    sources = [{name: getattr(source, name) for name in counts} for source in data.sources]
+    return {**({"sources": sources} if sources else {}), **({"hub": list(data.pinned)} if data.pinned else {})}
 
 
 def _identify_run(
@@ -340,8 +369,10 @@ def _identify_run(
         key: value
         for part in (recipe.run, recipe.data, recipe.model)
         for key, value in dataclasses.asdict(part).items()
-        if key != "model_init_kwargs"
+        if key not in ("model_init_kwargs", "data")  # of which the places do not count
     }
+    mixture = [(source.weight, source.max_rows, source.max_tokens) for source in recipe.data.sources]
+    ours["mixture"] = [] if mixture == [(1.0, None, None)] else mixture
     made_from: dict[str, Any] = {"base": base.get("base"), "conversations": data.digest}
     if recipe.run.trainer == "sft":
         made_from |= {"token_ids": digest_examples(trainer.train_dataset)["data"]["digest"]}
