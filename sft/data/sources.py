@@ -123,8 +123,12 @@ def _place(path: str, given: Mapping[str, Any], where: str) -> str:
     parts = {**{key: found for key, found in inside.items() if found}, **{key: given[key] for key in said}}
     place = match["path"] + (f"@{parts['revision']}" if "revision" in parts else "")
     if "config" in parts:
-        return f"{place}:{parts['config']}:{parts.get('split', 'train')}"
-    return f"{place}:{parts['split']}" if "split" in parts else place
+        place += f":{parts['config']}:{parts.get('split', 'train')}"
+    elif "split" in parts:
+        place += f":{parts['split']}"
+    if DATASET_NAME.fullmatch(place) is None:
+        raise DataError(f"{where}: {place} is no name of a dataset (OWNER/NAME@REVISION:CONFIG:SPLIT).")
+    return place
 
 
 def is_local(place: str) -> bool:
@@ -142,11 +146,10 @@ def pin(place: str) -> str:
     if is_local(place) or match is None:
         return place
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         commit = HfApi().dataset_info(match["path"], revision=match["revision"], timeout=60).sha
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
+    except Exception as error:  # of whatever client huggingface_hub has
         reason = " ".join(str(error).split())
         raise DataError(f"{place}: no such file, nor a dataset to be had ({reason}).") from error
     rest = place[len(match["path"]) + (len(match["revision"]) + 1 if match["revision"] else 0) :]
