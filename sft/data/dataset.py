@@ -155,16 +155,15 @@ class Loader:
         Raises:
             DataError: see [`prepare_dataset`].
         """
-        if any(is_prepared(place) for place in places):
-            rows = open_rows(places, self.tokenizer, labelling)
-        else:
-            pinned = tuple(pin(place) for place in places)
-            job = describe_job(pinned, self.tokenizer, labelling)
-            rows = self.cache.get(
-                f"tokens-{job}",
-                lambda folder: build_prepared(folder, pinned, self.tokenizer, labelling, job, self.num_proc),
-                lambda folder: open_rows([folder], self.tokenizer, labelling),
-            ).renamed(pinned)
+        if any(is_prepared(place) for place in places):  # whoever prepared it has judged its rejects
+            return open_rows(places, self.tokenizer, labelling)
+        pinned = tuple(pin(place) for place in places)
+        job = describe_job(pinned, self.tokenizer, labelling)
+        rows = self.cache.get(
+            f"tokens-{job}",
+            lambda folder: build_prepared(folder, pinned, self.tokenizer, labelling, job, self.num_proc),
+            lambda folder: open_rows([folder], self.tokenizer, labelling),
+        ).renamed(pinned)
         require_rows(rows.report, places, labelling, self.allow_rejects)
         return rows
 
@@ -186,7 +185,8 @@ class _Opened:
     @property
     def digests(self) -> bytes:
         """16 bytes of each row."""
-        return b"".join(b"".join(chunk.to_pylist()) for chunk in self.rows.about["digest"].chunks)
+        chunks = self.rows.about["digest"].chunks
+        return b"".join(memoryview(chunk.buffers()[1])[16 * chunk.offset :][: 16 * len(chunk)] for chunk in chunks)
 
     def column(self, name: str) -> Any:
         """[rows], what is known of each."""

@@ -65,7 +65,7 @@ from sft.data.labels import DataReport, Labelling
 from sft.data.sources import as_places
 from sft.export import find_model
 from sft.training.dpo import prepare_preferences
-from sft.training.guards import FusedLossGuard, GuardError, check_trained_tokens
+from sft.training.guards import FusedLossGuard, GuardError, check_same_data, check_trained_tokens
 from sft.training.lineage import describe_base
 from sft.training.recipe import Recipe, RecipeError, parse_overrides, read_recipe
 from sft.training.trainer import PreferenceTrainer, WeightedSFTTrainer, arrange
@@ -175,6 +175,7 @@ def build_trainer(
     tokenizers.check_stop_token(tokenizer, stop_ids, recipe.data.assistant_only_loss and recipe.run.trainer == "sft")
 
     train_dataset, report, eval_dataset, eval_report = _load_data(recipe, tokenizer)
+    check_same_data(report.digest)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token  # not before: it would count in the data's digest
 
     common: dict[str, Any] = {
