@@ -154,8 +154,9 @@ def main() -> None:
             "Tokenizing once for all processes",
             folder,
             f"{options.rows:,} conversations, {tokens:,} tokens; {options.processes} processes; "
-            f"{options.pairs} rounds. Seconds until the slowest process has its rows; memory of the largest process, in MiB, imports included; "
-            "peak RSS has the mapped pages, private memory has not. The token ids were the same in all.",
+            f"{options.pairs} rounds. Seconds until the slowest process has its rows; memory of the largest process, "
+            "in MiB, imports included; peak RSS has the mapped pages, private memory has not. The token ids were the "
+            "same in all.",
             ["", "seconds", "times faster", "processor seconds of all", "peak RSS", "private memory"],
             rows,
         )

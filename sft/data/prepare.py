@@ -467,7 +467,12 @@ def _write_state(folder: Path, fingerprint: str) -> None:
     names = sorted(path.name for path in folder.glob("data-*"))
     with pa.memory_map(str(folder / names[0])) as file, pa.ipc.open_stream(file) as reader:
         DatasetInfo(features=Features.from_arrow_schema(reader.schema)).write_to_directory(str(folder))
-    formats = {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
+    formats: dict[str, Any] = {
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+    }
     state = {"_data_files": [{"filename": name} for name in names], "_fingerprint": fingerprint, "_split": None}
     (folder / "state.json").write_text(json.dumps({**state, **formats}, indent=2, sort_keys=True), encoding="utf-8")
 

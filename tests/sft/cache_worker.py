@@ -4,13 +4,18 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """`sft.train`, with a note of every conversation that is tokenized, and slowly: `FILE SECONDS FAIL ARGUMENTS...`.
 
-FILE gets the number of the process for each; the first takes SECONDS, and then fails if FAIL is `fail`.
+FILE gets the number of the process for each; the first takes SECONDS, and then fails if FAIL is `fail`. Collective
+operations time out after 12 seconds (`ddp_timeout` has no effect on CPUs).
 """
 
 import os
 import sys
 import time
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
+
+from torch import distributed
 
 from sft.data import labels
 from sft.data.formats import DataError
@@ -31,4 +36,5 @@ if __name__ == "__main__":
         return tokenize(*args)
 
     labels.tokenize = tokenize_slowly
+    distributed.init_process_group = partial(distributed.init_process_group, timeout=timedelta(seconds=12))
     sys.exit(main(arguments))

@@ -86,8 +86,8 @@ def test_one_of_two_tokenizes_and_the_other_waits_in_no_collective(write_recipe,
     """It takes longer than a collective operation may: one that was pending would have ended the run."""
     keys = {"packing": True, "max_length": 128, "max_steps": 2}
     folder = str(tmp_path / "cache")
-    recipe = write_recipe(**keys, per_device_train_batch_size=2, ddp_timeout=8, dataset_cache_dir=folder)
-    result = run(*TORCHRUN, "-m", "tests.sft.cache_worker", tmp_path / "log", 14, "-", "--config", recipe, "--json")
+    recipe = write_recipe(**keys, per_device_train_batch_size=2, dataset_cache_dir=folder)
+    result = run(*TORCHRUN, "-m", "tests.sft.cache_worker", tmp_path / "log", 18, "-", "--config", recipe, "--json")
     assert result.returncode == 0, result.stderr
     assert "waiting for process" in result.stderr
     tokenized = (tmp_path / "log").read_text().splitlines()
