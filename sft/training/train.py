@@ -275,7 +275,7 @@ def _load_data(
     if isinstance(args, DPOConfig):
         keys: dict[str, Any] = {"max_length": args.max_length, "allow_rejects": data.allow_rejects}
         dataset, report = prepare_preferences(as_places(data.data_files or []), tokenizer, **keys)
-        found = prepare_preferences(eval_files, tokenizer, **keys) if eval_files else (None, None)
+        tested, eval_report = prepare_preferences(eval_files, tokenizer, **keys) if eval_files else (None, None)
     else:
         evaluation = None
         if eval_files or data.test_split_size:
@@ -283,19 +283,19 @@ def _load_data(
             arrangement = _arrangement(recipe, args, packing)
             evaluation = Evaluation(arrangement, eval_files, data.test_split_size, data.drop_eval_overlap)
         cache = Cache(Path(data.dataset_cache_dir) if data.dataset_cache_dir else default_folder())
-        dataset, report, *found = load_run_data(
+        dataset, report, tested, eval_report = load_run_data(
             data.sources,
             _arrangement(recipe, args, args.packing),
             evaluation,
             Loader(cache, tokenizer, data.allow_rejects, args.dataset_num_proc),
             seed=args.seed if args.data_seed is None else args.data_seed,
         )
-    for what, one in (("data", report), ("evaluation", found[1])) if args.process_index == 0 else ():
+    for what, one in (("data", report), ("evaluation", eval_report)) if args.process_index == 0 else ():
         if one is not None:
             logger.log(logging.WARNING if one.rejects else logging.INFO, "%s: %s", what, one)
             for source in one.sources:
                 print(f"{what}: {source}", file=sys.stderr)
-    return dataset, report, *found
+    return dataset, report, tested, eval_report
 
 
 def _arrangement(recipe: Recipe, args: SFTConfig, packing: bool) -> Arrangement:
@@ -306,7 +306,7 @@ def _arrangement(recipe: Recipe, args: SFTConfig, packing: bool) -> Arrangement:
     labelling = Labelling(None if whole else args.max_length, data.assistant_only_loss, data.last_turn_only)
     if not packing and not args.shuffle_dataset:
         return Arrangement(labelling, None, {})
-    settings = {"shuffle": args.seed} if args.shuffle_dataset else {}
+    settings: dict[str, Any] = {"shuffle": args.seed} if args.shuffle_dataset else {}
     if packing:
         settings |= {"packing": args.packing_strategy, "max_length": args.max_length}
     return Arrangement(labelling, partial(arrange, args=args, packing=packing), settings)
