@@ -41,8 +41,10 @@ from sft import SFTError
 
 MAX_ROW_BYTES = 1 << 26
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-# OWNER/NAME, perhaps with a configuration and a split; not what a path looks like.
-_DATASET_NAME = re.compile(r"(?P<path>\w[\w.-]*/\w[\w.-]*|\w[\w-]*)(:(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%-]+))?")
+# OWNER/NAME, perhaps with a revision, a configuration and a split; not what a path looks like.
+DATASET_NAME = re.compile(
+    r"(?P<path>\w[\w.-]*/\w[\w.-]*|\w[\w-]*)(@(?P<revision>[\w./-]+))?(:(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%-]+))?"
+)
 _SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -139,7 +141,8 @@ def read_rows(data: str | Path | Sequence[str | Path], progress: Progress | None
     Args:
         data: files (`.jsonl`, `.json` with a list, `.parquet`; the first two also gzipped), folders that `datasets`
             can load, or names of datasets on the Hub: `OWNER/NAME`, `OWNER/NAME:SPLIT` or `OWNER/NAME:CONFIG:SPLIT`;
-            the split is `train` unless given. No code of a dataset is executed.
+            the split is `train` unless given. `OWNER/NAME@REVISION` is of that branch, tag or commit. No code of a
+            dataset is executed.
         progress: told of bytes as `.jsonl` files are read.
 
     Raises:
@@ -152,12 +155,13 @@ def read_rows(data: str | Path | Sequence[str | Path], progress: Progress | None
 
 def _read_place(place: str, progress: Progress | None) -> Iterator[Row]:
     path = Path(place)
-    name = _DATASET_NAME.fullmatch(place)
+    name = DATASET_NAME.fullmatch(place)
     if path.is_dir():
         yield from _read_dataset(place, {"path": place, "split": "train"})
     elif name and not path.exists() and not place.endswith(SUFFIXES):
         config, split = (name["config"], name["split"]) if name["split"] else (None, name["config"])
-        yield from _read_dataset(place, {"path": name["path"], "name": config, "split": split or "train"})
+        what = {"path": name["path"], "name": config, "split": split or "train", "revision": name["revision"]}
+        yield from _read_dataset(place, what)
     elif not place.endswith(SUFFIXES):
         raise DataError(f"{place}: not a file of conversations; known are {', '.join(SUFFIXES)}.")
     else:
@@ -381,4 +385,16 @@ def _after_system(
     return ([Turn("system", "system", system), *turns] if system != "" else turns), problems
 
 
-__all__ = ["DataError", "Problem", "Row", "Turn", "find_turns", "join_parts", "read_rows", "turns_of", "wrong_part"]
+__all__ = [
+    "DATASET_NAME",
+    "SUFFIXES",
+    "DataError",
+    "Problem",
+    "Row",
+    "Turn",
+    "find_turns",
+    "join_parts",
+    "read_rows",
+    "turns_of",
+    "wrong_part",
+]

@@ -14,10 +14,12 @@ file may hold, [`sft.data.checks`] what makes a row invalid.
 """
 
 import json
+import multiprocessing
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -92,6 +94,46 @@ class Tokenized:
 
 
 @dataclass(frozen=True)
+class SourceReport:
+    """What became of the rows of one source of a run.
+
+    Args:
+        name: of the source.
+        places: its files and datasets, those of the Hub with the commit that was read.
+        weight: how often an epoch has each row.
+        rows: rows read.
+        rejected: rows that cannot be trained on.
+        held_out: rows kept for evaluation.
+        overlapping: rows left out because they overlap with the evaluation data.
+        taken: rows of an epoch; a row that it has twice counts twice.
+        tokens, trained_tokens: of the rows taken.
+    """
+
+    name: str
+    places: tuple[str, ...]
+    weight: float
+    rows: int
+    rejected: int
+    held_out: int
+    overlapping: int
+    taken: int
+    tokens: int
+    trained_tokens: int
+
+    @property
+    def kept(self) -> int:
+        """Rows that can be trained on."""
+        return self.rows - self.rejected
+
+    def __str__(self) -> str:
+        text = f"{self.name}: {self.rows} rows read, {self.rejected} rejected, {self.kept} kept"
+        text += f", {self.held_out} held out" if self.held_out else ""
+        text += f", {self.overlapping} left out for their overlap with evaluation" if self.overlapping else ""
+        often = f" (weight {self.weight:g})" if self.weight != 1 else ""
+        return f"{text}, {self.taken} taken{often}: {self.trained_tokens} trained of {self.tokens} tokens"
+
+
+@dataclass(frozen=True)
 class DataReport:
     """What became of the rows of some files.
 
@@ -99,8 +141,12 @@ class DataReport:
         rows: rows read.
         rejects: the rows that are not trained on, and why.
         truncated: rows trained on without their end, because they are longer than `max_length`.
-        tokens, trained_tokens: of the rows that are trained on, after truncation.
-        digest: xxh3-128 of the conversations trained on, in order; it depends on neither layout nor file names.
+        tokens, trained_tokens: of the rows that are trained on, after truncation; in an epoch, if there are `sources`.
+        digest: xxh3-128 of the digests of the conversations trained on (see [`digest_conversation`]), in order; it
+            depends on neither layout nor file names.
+        sources: of each source, where there are several, or not all rows of one are in an epoch once. The place in
+            this tuple is the number in the dataset's column `sources`.
+        pinned: places of the Hub, with the commit that was read.
     """
 
     rows: int
@@ -109,11 +155,18 @@ class DataReport:
     tokens: int
     trained_tokens: int
     digest: str
+    sources: tuple[SourceReport, ...] = ()
+    pinned: tuple[str, ...] = ()
 
     @property
     def kept(self) -> int:
-        """Rows that are trained on."""
+        """Rows that can be trained on."""
         return self.rows - len(self.rejects)
+
+    @property
+    def taken(self) -> int:
+        """Rows that an epoch has."""
+        return sum(source.taken for source in self.sources) if self.sources else self.kept
 
     @property
     def dropped(self) -> tuple[str, ...]:
@@ -128,6 +181,8 @@ class DataReport:
     def __str__(self) -> str:
         trained = f"{self.trained_tokens} trained of " if self.trained_tokens else ""  # of prompts, none is
         text = f"{self.kept} of {self.rows} rows, {trained}{self.tokens} tokens"
+        if self.sources:
+            text = f"{self.taken} rows from {self.kept} of {self.rows}, {text.partition(', ')[2]}"
         if self.truncated:
             text += f"; {self.truncated} cut at max_length"
         if dropped := self.dropped:
@@ -262,18 +317,38 @@ def tokenize_rows(
         DataError: a file cannot be read; or as [`tokenize`] says.
     """
     rows = check_rows(data, control_tokens(tokenizer, labelling.sanitize_control_tokens), progress)
+    yield from tokenize_checked(rows, tokenizer, labelling, num_proc)
+
+
+def tokenize_checked(
+    rows: Iterator[tuple[Row, Conversation | Reject]],
+    tokenizer: "PreTrainedTokenizerBase",
+    labelling: Labelling,
+    num_proc: int | None = None,
+) -> Iterator[tuple[Row, Tokenized | Reject]]:
+    """Tokenize rows that were judged, in order; see [`tokenize_rows`]."""
     if not num_proc or num_proc == 1:
         for row, outcome in rows:
             yield row, _judge(outcome, tokenizer, labelling, row.id)
         return
-    with ProcessPoolExecutor(num_proc, initializer=_set_worker, initargs=(tokenizer, labelling)) as pool:
-        waiting: deque[Future[list[tuple[Row, Tokenized | Reject]]]] = deque()
-        while chunk := list(islice(rows, _CHUNK)):
-            waiting.append(pool.submit(_work, chunk))
-            if len(waiting) > 4 * num_proc:
-                yield from waiting.popleft().result()
-        for future in waiting:
-            yield from future.result()
+    # Not forked: torch's threads are not copied, but the locks that they hold are, and stay locked.
+    start = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(
+            num_proc, mp_context=start, initializer=_set_worker, initargs=(tokenizer, labelling)
+        ) as pool:
+            waiting: deque[Future[list[tuple[Row, Tokenized | Reject]]]] = deque()
+            while chunk := list(islice(rows, _CHUNK)):
+                waiting.append(pool.submit(_work, chunk))
+                if len(waiting) > 4 * num_proc:
+                    yield from waiting.popleft().result()
+            for future in waiting:
+                yield from future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"one of {num_proc} processes that tokenize was killed or could not start; was there memory for all? A "
+            'script that trains has to begin with `if __name__ == "__main__":`. Without num_proc there is one process.'
+        ) from error
 
 
 def _judge(
@@ -301,6 +376,13 @@ def _work(chunk: list[tuple[Row, Conversation | Reject]]) -> list[tuple[Row, Tok
     return [(row, _judge(outcome, *_worker, row.id)) for row, outcome in chunk]
 
 
+def digest_conversation(conversation: Conversation) -> bytes:
+    """xxh3-128 of the messages, tools and weights of a conversation, 16 bytes."""
+    import xxhash
+
+    return xxhash.xxh3_128_digest(_content_of(conversation))
+
+
 class Tally:
     """Counts what becomes of rows, as they go by; `report` is the sum."""
 
@@ -322,7 +404,7 @@ class Tally:
         self._tokens += len(outcome.input_ids)
         self._trained_tokens += outcome.trained_tokens
         self.weighted = self.weighted or any(weight not in (0, 1) for weight in outcome.conversation.weights)
-        self._digest.update(_content_of(outcome.conversation) + b"\n")
+        self._digest.update(digest_conversation(outcome.conversation))
 
     def report(self) -> DataReport:
         """What became of the rows so far."""
@@ -385,8 +467,11 @@ __all__ = [
     "DataReport",
     "Labelling",
     "Reject",
+    "SourceReport",
     "Tokenized",
     "control_tokens",
+    "digest_conversation",
     "read_conversations",
+    "tokenize_checked",
     "tokenize_rows",
 ]

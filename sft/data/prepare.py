@@ -4,34 +4,68 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Tokenize conversations once, to disk, and train from there as often as wanted.
 
-The folder is a dataset of the `datasets` library (`load_from_disk` opens it) beside which `prepared.json` says of what
-it was made: the digest of the conversations, of the tokenizer and of the chat template, and the labelling. Training
-opens it only if the tokenizer, the template and the labelling of the run are those.
+The folder is a dataset of the `datasets` library (`load_from_disk` opens it). Beside it, `rows.arrow` has a digest of
+each conversation and of its first question, by which rows are held out and counted, and `prepared.json` says of what
+all was made: the digest of the conversations, of the tokenizer and of the chat template, and the labelling. Training
+opens it only if the tokenizer, the template and the labelling of the run are those, and every byte is what was written.
+
+Rows are tokenized in parts of 1,024, which are files of their own until all are there; so several processes can share
+the work, and one that was killed goes on. What comes out does not depend on how many there were: each reads and judges
+all rows, which is little beside tokenizing, so that ids that repeat are found wherever they stand.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversion.checkpoint.manifest import package_version, sample_digest
-from sft.data.checks import Reject
-from sft.data.formats import DataError, Problem, Progress
-from sft.data.labels import DataReport, Labelling, Tally, record_batches, require_rows, tokenize_rows
-from sft.tokenizer import tokenizer_digest
+from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.manifest import package_version
+from conversion.checkpoint.ranks import Ranks
+from sft.data.checks import Conversation, Reject, check_rows
+from sft.data.formats import DataError, Problem, Progress, Row
+from sft.data.holdout import digest_question
+from sft.data.labels import (
+    DataReport,
+    Labelling,
+    SourceReport,
+    Tally,
+    Tokenized,
+    digest_conversation,
+    require_rows,
+    tokenize_checked,
+)
+from sft.data.sources import as_places, digest_file, digest_places, is_local, pin
+from sft.tokenizer import control_tokens, tokenizer_digest
 
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 PREPARED = "prepared.json"
+ROWS = "rows.arrow"
 # What `datasets` writes, and caches of later steps beside it.
-_OURS = re.compile(r"prepared\.json|dataset_info\.json|state\.json|(data-\d+-of-\d+|cache-\w+)\.arrow|tmp\w+")
+_OURS = re.compile(
+    r"prepared\.json|rows\.arrow|dataset_info\.json|state\.json|(data-\d+-of-\d+|cache-\w+)\.arrow|tmp\w+"
+)
+_LAYOUT = 1  # of the folder; another number is another fingerprint of the work, so that nothing of it is used again
+_PART_ROWS = 1024
+_SHARD_BYTES = 1 << 28
+_BATCH = 256
+_PATIENCE = 120.0
+_JOB = "job.json"
+
+
+class DiskFull(DataError):
+    """There is no room for what is tokenized."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +93,13 @@ def prepare(
     overwrite: bool = False,
     num_proc: int | None = None,
     progress: Progress | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Prepared:
     """Tokenize conversations and write them as a dataset, with bounded memory.
+
+    Killed, it goes on when it is called again. Several processes, on machines that see the same files, share the work
+    if each is told its rank; each returns when all is written.
 
     Args:
         data: see [`sft.data.formats.read_rows`].
@@ -68,30 +107,406 @@ def prepare(
         tokenizer, labelling, num_proc, progress: see [`sft.data.labels.tokenize_rows`].
         allow_rejects: leave invalid rows out instead of raising.
         overwrite: replace a prepared folder; no other folder is ever replaced, nor a file of anybody else in it.
+        rank, world_size: which of how many processes that share the work this is.
 
     Raises:
         DataError: the folder exists; a file cannot be read; there are invalid rows and they are not allowed; no row is
-            left.
+            left; another rank failed.
     """
     out = Path(out)
+    places = tuple(pin(place) for place in as_places(data))
+    job = describe_job(places, tokenizer, labelling)
+    if rank and (done := _read_record(out)) and done.get("job") == job and not _parts_folder(out).exists():
+        return _prepared(out, done)  # the others were quicker
     _refuse_obstacle(out, overwrite=overwrite)
-    places = [data] if isinstance(data, str | Path) else list(data)
-    tally = Tally()
-    with _partial_folder(out) as partial:
-        rows = record_batches(tokenize_rows(places, tokenizer, labelling, num_proc=num_proc, progress=progress), tally)
-        _write_stream(rows, partial / "stream.arrow")
-        report = tally.report()
+    parts = _parts_folder(out)
+    try:
+        with Ranks(out, rank, world_size, patience=_PATIENCE) as ranks:
+            if rank == 0:
+                _claim(parts, job)
+            ranks.wait(lambda: _job_of(parts) == job, [0], f"the folder {parts}")
+            count = write_parts(
+                places, parts, tokenizer, labelling, num_proc=num_proc, progress=progress, rank=rank, world=world_size
+            )
+            if rank == 0:
+                for number in range(count):
+                    record = _part_record(parts, number)
+                    ranks.wait(record.is_file, [number % world_size], f"part {number} of {count}")
+                _join_into(out, parts, count, places, tokenizer, labelling, job, allow_rejects)
+            else:
+                ranks.wait(lambda: not parts.exists() and (_read_record(out) or {}).get("job") == job, [0], str(out))
+    except CheckpointError as error:
+        raise DataError(str(error)) from error
+    except DataError as error:
+        if world_size == 1 and not isinstance(error, DiskFull):  # what can be gone on with stays
+            _remove_parts(parts)
+        raise
+    return _prepared(out, _read_record(out) or {})
+
+
+def _parts_folder(out: Path) -> Path:
+    here = out.absolute()
+    return here.with_name(f".{here.name}.parts")
+
+
+def _remove_parts(parts: Path) -> None:
+    if _job_of(parts) is not None:
+        shutil.rmtree(parts, ignore_errors=True)
+
+
+def _claim(parts: Path, job: str) -> None:
+    """Have a folder for the parts of this job; those of another job that was killed go."""
+    if parts.exists() and _job_of(parts) != job:
+        if _job_of(parts) is None and any(parts.iterdir()):
+            raise DataError(f"{parts} is where parts are written, and it holds something else; move it away.")
+        shutil.rmtree(parts)
+    parts.mkdir(parents=True, exist_ok=True)
+    if _job_of(parts) != job:
+        _write_json(parts / _JOB, {"job": job})
+
+
+def _job_of(parts: Path) -> str | None:
+    try:
+        found = json.loads((parts / _JOB).read_bytes())
+        return str(found["job"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _join_into(
+    out: Path,
+    parts: Path,
+    count: int,
+    places: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    labelling: Labelling,
+    job: str,
+    allow_rejects: bool,
+) -> None:
+    """Make the folder of its parts, which go in any case: with it, or because they are refused."""
+    whole = parts / "whole"
+    try:
+        report = join_parts(parts, count, whole, places, tokenizer, labelling, job)
         require_rows(report, places, labelling, allow_rejects)
-        made_of = _made_of(tokenizer, labelling)
-        fingerprint = _fingerprint({"data": report.digest, **made_of})
-        _save(partial / "stream.arrow", partial / "dataset", weighted=tally.weighted)
-        record = {"teleflm": package_version(), "fingerprint": fingerprint, **made_of, "report": asdict(report)}
-        record |= {"files": {path.name: _identity(path) for path in sorted((partial / "dataset").iterdir())}}
-        (partial / "dataset" / PREPARED).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        if out.exists():
-            shutil.rmtree(out)
-        (partial / "dataset").rename(out)
-    return Prepared(str(out), fingerprint, report)
+    except DiskFull:
+        raise
+    except DataError:
+        _remove_parts(parts)
+        raise
+    if out.exists():
+        shutil.rmtree(out)
+    whole.rename(out)
+    shutil.rmtree(parts)
+
+
+def _prepared(out: Path, record: dict[str, Any]) -> Prepared:
+    return Prepared(str(out), record["fingerprint"], _report_from(record["report"]))
+
+
+def describe_job(places: Sequence[str], tokenizer: "PreTrainedTokenizerBase", labelling: Labelling) -> str:
+    """A digest of all that decides what comes out of tokenizing: content, tokenizer, template, labelling, and the code.
+
+    Args:
+        places: pinned, see [`sft.data.sources.pin`].
+    """
+    return _fingerprint(
+        {"content": digest_places(places), "code": _digest_code(), "layout": _LAYOUT, **_made_of(tokenizer, labelling)}
+    )
+
+
+def _digest_code() -> str:
+    """Of the modules and packages that decide the tokens: a version in development has the number of the last one."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    for name in ("transformers", "tokenizers", "sentencepiece", "jinja2"):
+        with suppress(PackageNotFoundError):
+            digest.update(f"{name} {version(name)}".encode())
+    return digest.hexdigest()
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def write_parts(
+    places: Sequence[str],
+    folder: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    labelling: Labelling,
+    *,
+    num_proc: int | None = None,
+    progress: Progress | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> int:
+    """Tokenize this rank's parts of the rows, but those that are there; returns how many parts there are in all.
+
+    Raises:
+        DataError: see [`sft.data.labels.tokenize_rows`]; or the disk is full: how much was written, and of what share.
+    """
+    read = 0
+    seen = [0, 0]  # bytes of the files
+
+    def watch(done: int, total: int) -> None:
+        seen[0], seen[1] = seen[0] + done, total
+        if progress:
+            progress(done, total)
+
+    def mine() -> Iterator[tuple[Row, Conversation | Reject]]:
+        nonlocal read
+        have: dict[int, bool] = {}
+        for row, outcome in check_rows(
+            list(places), control_tokens(tokenizer, labelling.sanitize_control_tokens), watch
+        ):
+            number = read // _PART_ROWS
+            read += 1
+            if number % world == rank:
+                if number not in have:
+                    have.clear()
+                    have[number] = _is_part(folder, number)
+                if not have[number]:
+                    todo[number] = todo.get(number, 0) + 1
+                    yield row, outcome
+
+    todo: dict[int, int] = {}  # part -> rows of it that went to be tokenized; all, once the next part has begun
+    outcomes = tokenize_checked(mine(), tokenizer, labelling, num_proc)
+    try:
+        while (first := next(outcomes, None)) is not None:
+            number = min(todo)
+            _write_part(folder, number, [first, *islice(outcomes, _PART_ROWS - 1)], places)
+            del todo[number]
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull(_full_disk(folder, read, seen, error)) from error
+    return -(-read // _PART_ROWS)
+
+
+def _full_disk(folder: Path, rows: int, seen: Sequence[int], error: OSError) -> str:
+    """How much was written and is needed, as far as the share of the rows that were read tells it."""
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    text = f"{folder.parent}: {error.strerror} after {written:,} bytes of the tokens of {rows:,} rows"
+    if seen[0] and seen[1]:
+        text += f"; the file that was being read alone needs about {2 * written * seen[1] // seen[0]:,} bytes"
+    return f"{text}. Give a folder on a larger disk, with dataset_cache_dir in a recipe."
+
+
+def _part_record(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:06}.json"
+
+
+def _is_part(folder: Path, number: int) -> bool:
+    """Whether a part is there, and is what was written."""
+    try:
+        record = json.loads(_part_record(folder, number).read_bytes())
+        return bool(digest_file(folder / f"part-{number:06}.arrow") == record["digest"])
+    except (OSError, ValueError, LookupError, TypeError, DataError):
+        return False
+
+
+def _write_part(
+    folder: Path, number: int, outcomes: Sequence[tuple[Row, Tokenized | Reject]], places: Sequence[str]
+) -> None:
+    """The arrays of a part, and what became of its rows; the second is written last, so it says that both are there."""
+    import pyarrow as pa
+
+    tally, path = Tally(), folder / f"part-{number:06}.arrow"
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    kept = []
+    for _, outcome in outcomes:
+        tally.add(outcome)
+        if isinstance(outcome, Tokenized):
+            kept.append(outcome)
+    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, _part_schema()) as writer:
+        for start in range(0, len(kept), _BATCH):
+            writer.write_batch(_batch(kept[start : start + _BATCH]))
+    digest = digest_file(partial)
+    partial.replace(path)
+    report = tally.report()
+    rejects = [
+        # Without the name, which a file that is read again may not have.
+        [places.index(source.rpartition(":")[0]), int(source.rpartition(":")[2]), reject.id, reject.problems]
+        for reject in report.rejects
+        for source in (reject.source,)
+    ]
+    record = {"digest": digest, "rows": report.rows, "truncated": report.truncated, "weighted": tally.weighted}
+    _write_json(_part_record(folder, number), {**record, "rejects": rejects})
+
+
+def _part_schema() -> "pyarrow.Schema":
+    import pyarrow as pa
+
+    lists = {"input_ids": pa.int32(), "labels": pa.int32(), "weights": pa.float32()}
+    return pa.schema([*((name, pa.list_(kind)) for name, kind in lists.items()), *_row_schema()])
+
+
+def _row_schema() -> "pyarrow.Schema":
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("digest", pa.binary(16)),
+            ("question", pa.uint64()),
+            ("tokens", pa.int32()),
+            ("trained_tokens", pa.int32()),
+            ("truncated", pa.bool_()),
+        ]
+    )
+
+
+def _batch(rows: Sequence[Tokenized]) -> "pyarrow.RecordBatch":
+    import pyarrow as pa
+
+    schema = _part_schema()
+    columns = [
+        [row.input_ids for row in rows],
+        [row.labels for row in rows],
+        [row.weights for row in rows],
+        [digest_conversation(row.conversation) for row in rows],
+        [digest_question(row.conversation) for row in rows],
+        [len(row.input_ids) for row in rows],
+        [row.trained_tokens for row in rows],
+        [row.truncated for row in rows],
+    ]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    return pa.record_batch(arrays, schema=schema)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(value), encoding="utf-8")
+    partial.replace(path)
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def join_parts(
+    parts: Path,
+    count: int,
+    out: Path,
+    places: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    labelling: Labelling,
+    job: str,
+) -> DataReport:
+    """Make a dataset of parts; parts and dataset are both on the disk for a while.
+
+    Raises:
+        DataError: a part is not what was written; there is no room for the dataset.
+    """
+    records = [json.loads(_part_record(parts, number).read_bytes()) for number in range(count)]
+    files = [parts / f"part-{number:06}.arrow" for number in range(count)]
+    if damaged := [path for path, record in zip(files, records, strict=True) if digest_file(path) != record["digest"]]:
+        raise DataError(f"{damaged[0]}: is not what was written there; run it again.")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    needed, free = sum(path.stat().st_size for path in files), shutil.disk_usage(out).free
+    if free < needed:
+        raise DiskFull(f"{out.parent}: the tokens need {needed:,} bytes, and {free:,} are free; give a larger disk.")
+    columns = ["input_ids", "labels", *(["weights"] if any(record["weighted"] for record in records) else [])]
+    counts = _write_shards(files, out, columns)
+    rejects = tuple(
+        Reject(f"{places[place]}:{row}", name, tuple(Problem(*problem) for problem in problems))
+        for record in records
+        for place, row, name, problems in record["rejects"]
+    )
+    rows, truncated = (sum(record[key] for record in records) for key in ("rows", "truncated"))
+    pinned = tuple(place for place in places if not is_local(place))
+    report = DataReport(rows, rejects, truncated, *counts, pinned=pinned)
+    made_of = _made_of(tokenizer, labelling)
+    fingerprint = _fingerprint({"data": report.digest, **made_of})
+    _write_state(out, fingerprint)
+    record = {"teleflm": package_version(), "fingerprint": fingerprint, "job": job, "places": list(places), **made_of}
+    record["report"] = asdict(report)
+    seal(out, PREPARED, record)
+    return report
+
+
+def _write_shards(files: Iterable[Path], out: Path, columns: Sequence[str]) -> tuple[int, int, str]:
+    """The columns of all parts in files of bounded size, and of their rows; returns tokens, trained tokens, digest."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import xxhash
+
+    schema = pa.schema([_part_schema().field(name) for name in columns])
+    digest, tokens, trained, shards = xxhash.xxh3_128(), 0, 0, 0
+    with pa.OSFile(str(out / ROWS), "wb") as rows_file, pa.ipc.new_stream(rows_file, _row_schema()) as rows:
+        batches = (batch for path in files for batch in _read_stream(path))
+        batch = next(batches, None)
+        while batch is not None or not shards:
+            with pa.OSFile(str(out / f"shard-{shards}"), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+                while batch is not None and file.tell() < _SHARD_BYTES:
+                    writer.write_batch(batch.select(columns))
+                    about = batch.select(_row_schema().names)
+                    rows.write_batch(about)
+                    digest.update(b"".join(about["digest"].to_pylist()))
+                    tokens += pc.sum(about["tokens"]).as_py()
+                    trained += pc.sum(about["trained_tokens"]).as_py()
+                    batch = next(batches, None)
+            shards += 1
+    for number in range(shards):
+        (out / f"shard-{number}").rename(out / f"data-{number:05}-of-{shards:05}.arrow")
+    return tokens, trained, digest.hexdigest()
+
+
+def _read_stream(path: Path) -> Iterator["pyarrow.RecordBatch"]:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+        yield from reader
+
+
+def _write_state(folder: Path, fingerprint: str) -> None:
+    """What `datasets.load_from_disk` reads beside the files."""
+    import pyarrow as pa
+    from datasets import DatasetInfo, Features
+
+    names = sorted(path.name for path in folder.glob("data-*"))
+    with pa.memory_map(str(folder / names[0])) as file, pa.ipc.open_stream(file) as reader:
+        DatasetInfo(features=Features.from_arrow_schema(reader.schema)).write_to_directory(str(folder))
+    formats: dict[str, Any] = {
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+    }
+    state = {"_data_files": [{"filename": name} for name in names], "_fingerprint": fingerprint, "_split": None}
+    (folder / "state.json").write_text(json.dumps({**state, **formats}, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def seal(folder: Path, name: str, record: dict[str, Any]) -> None:
+    """Write a record into a folder, with a digest of every other file there."""
+    files = {path.name: digest_file(path) for path in sorted(folder.iterdir()) if path.name != name}
+    (folder / name).write_text(json.dumps(record | {"files": files}, indent=1), encoding="utf-8")
+
+
+def open_sealed(folder: Path, name: str, again: str) -> tuple["Dataset", dict[str, Any]]:
+    """Open a dataset beside which [`seal`] has left a record, after reading every byte of it.
+
+    Args:
+        again: what to do if it is damaged, for messages.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    from datasets import load_from_disk
+
+    try:
+        record = json.loads((folder / name).read_text(encoding="utf-8"))
+        files = {file: str(digest) for file, digest in record["files"].items()}
+        missing = [file for file in files if not (folder / file).is_file()]
+        edited = missing or [file for file, digest in files.items() if digest_file(folder / file) != digest]
+        dataset = None if edited else load_from_disk(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{folder}: a damaged prepared folder ({error!r}); {again}.") from error
+    if dataset is None:
+        raise DataError(f"{folder}/{edited[0]}: is not what was prepared there; {again}.")
+    return dataset, record
 
 
 def _refuse_obstacle(out: Path, *, overwrite: bool) -> None:
@@ -102,25 +517,57 @@ def _refuse_obstacle(out: Path, *, overwrite: bool) -> None:
         raise DataError(f"{out} already exists; choose another folder.")
     if foreign := [path.name for path in sorted(out.iterdir()) if path.is_dir() or not _OURS.fullmatch(path.name)]:
         raise DataError(f"{out} already exists and holds {foreign[0]}, which is not of it; choose another folder.")
-    try:
-        record = json.loads((out / PREPARED).read_text(encoding="utf-8"))
-        is_ours = isinstance(record, dict) and {"fingerprint", "labelling", "report"} <= record.keys()
-    except (OSError, ValueError, RecursionError):
-        is_ours = False
-    if not is_ours:
+    record = _read_record(out)
+    if record is None or not {"fingerprint", "labelling", "report"} <= record.keys():
         raise DataError(f"{out} already exists, and its {PREPARED} is none of ours; choose another folder.")
     if not overwrite:
         raise DataError(f"{out} already exists; pass --overwrite to replace it.")
 
 
-def _identity(path: Path) -> dict[str, Any]:
-    """What tells cheaply whether a file is still what was written: its size, and a digest of places spread over it."""
-    return {"bytes": path.stat().st_size, "samples": sample_digest(path)}
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def is_prepared(place: str | Path) -> bool:
     """Whether this is a folder that [`prepare`] wrote."""
     return (Path(place) / PREPARED).is_file()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A prepared folder that is open.
+
+    Args:
+        dataset: columns `input_ids`, `labels` and perhaps `weights`, mapped from the disk.
+        report: what became of the rows.
+        about: columns `digest`, `question`, `tokens`, `trained_tokens` and `truncated` of the same rows.
+        fingerprint: see [`Prepared`].
+        places: what it was made of was called so.
+        content: a digest of all bytes of the dataset.
+    """
+
+    dataset: "Dataset"
+    report: DataReport
+    about: "pyarrow.Table"
+    fingerprint: str
+    places: tuple[str, ...]
+    content: str
+
+    def renamed(self, places: Sequence[str]) -> "Rows":
+        """The same, of the same content in files that are called otherwise."""
+        if tuple(places) == self.places:
+            return self
+        names = dict(zip(self.places, places, strict=True))
+        rejects = []
+        for reject in self.report.rejects:
+            place, _, row = reject.source.rpartition(":")
+            rejects.append(replace(reject, source=f"{names[place]}:{row}"))
+        pinned = tuple(names[place] for place in self.report.pinned)
+        return replace(self, report=replace(self.report, rejects=tuple(rejects), pinned=pinned), places=tuple(places))
 
 
 def open_prepared(
@@ -132,29 +579,53 @@ def open_prepared(
         DataError: there are other places beside it; it is damaged; it was made with another tokenizer, chat template
             or labelling.
     """
-    from datasets import Dataset, load_from_disk
+    rows = open_rows(places, tokenizer, labelling)
+    return rows.dataset, rows.report
+
+
+def open_rows(places: Sequence[str | Path], tokenizer: "PreTrainedTokenizerBase", labelling: Labelling) -> Rows:
+    """Likewise, with what is known of each row."""
+    import pyarrow as pa
+    from datasets import Dataset
 
     if len(places) > 1:
         raise DataError(
             f"{places[0]} and {len(places) - 1} more: a prepared folder stands alone; prepare all together."
         )
-    folder = Path(places[0])
+    folder, again = Path(places[0]), "prepare it again"
+    dataset, record = open_sealed(folder, PREPARED, again)
     try:
-        record = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
         report = _report_from(record["report"])
-        files = record.get("files", {})
-        edited = [name for name, identity in files.items() if _identity(folder / name) != identity]
         made_of = {name: record[name] for name in ("fingerprint", "tokenizer", "chat_template", "labelling")}
-        dataset = load_from_disk(folder)
+        about = pa.Table.from_batches(_read_stream(folder / ROWS), _row_schema())
+        made_from = tuple(map(str, record["places"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{folder}: a damaged prepared folder ({error!r}); prepare it again.") from error
-    if edited:
-        raise DataError(f"{folder}/{edited[0]}: is not what was prepared there; prepare it again.")
-    if len(dataset) != report.kept:
-        raise DataError(f"{folder}: has {len(dataset)} rows, {PREPARED} says {report.kept}; prepare it again.")
+        raise DataError(f"{folder}: a damaged prepared folder ({error!r}); {again}.") from error
+    if not len(dataset) == len(about) == report.kept:
+        raise DataError(f"{folder}: has {len(dataset)} rows, {PREPARED} says {report.kept}; {again}.")
     _refuse_difference(folder, made_of, _made_of(tokenizer, labelling))
     # What `datasets` caches of later steps is found again by this name, whoever prepared the folder.
-    return Dataset(dataset.data, dataset.info, fingerprint=made_of["fingerprint"]), report
+    fingerprint = made_of["fingerprint"]
+    dataset, content = Dataset(dataset.data, dataset.info, fingerprint=fingerprint), _fingerprint(record["files"])
+    return Rows(dataset, report, about, fingerprint, made_from, content)
+
+
+def build_prepared(
+    folder: Path,
+    places: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    labelling: Labelling,
+    job: str,
+    num_proc: int | None,
+) -> None:
+    """Write into an empty folder what [`prepare`] writes, by this process alone; rows may be invalid, and none left."""
+    parts = folder / "parts"
+    parts.mkdir()
+    count = write_parts(places, parts, tokenizer, labelling, num_proc=num_proc)
+    join_parts(parts, count, parts / "whole", places, tokenizer, labelling, job)
+    for path in (parts / "whole").iterdir():
+        path.rename(folder / path.name)
+    shutil.rmtree(parts)
 
 
 def _made_of(tokenizer: "PreTrainedTokenizerBase", labelling: Labelling) -> dict[str, Any]:
@@ -191,38 +662,19 @@ def _report_from(values: dict[str, Any]) -> DataReport:
         Reject(reject["source"], reject["id"], tuple(Problem(*problem) for problem in reject["problems"]))
         for reject in values["rejects"]
     )
-    return DataReport(**{**values, "rejects": rejects})
+    sources = tuple(SourceReport(**source) for source in values["sources"])
+    return DataReport(**{**values, "rejects": rejects, "sources": sources, "pinned": tuple(values["pinned"])})
 
 
-def _write_stream(batches: Iterator[Any], path: Path) -> None:
-    import pyarrow as pa
-
-    lists = {"input_ids": pa.int32(), "labels": pa.int32(), "weights": pa.float32()}
-    schema = pa.schema([(name, pa.list_(kind)) for name, kind in lists.items()])
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-
-
-def _save(stream: Path, folder: Path, *, weighted: bool) -> None:
-    from datasets import Dataset
-
-    dataset = Dataset.from_file(str(stream))
-    if not weighted:
-        dataset = dataset.remove_columns("weights")
-    dataset.save_to_disk(str(folder))
-
-
-@contextmanager
-def _partial_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, on the same disk, that is gone afterwards."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-__all__ = ["Prepared", "is_prepared", "open_prepared", "prepare"]
+__all__ = [
+    "Prepared",
+    "Rows",
+    "build_prepared",
+    "describe_job",
+    "is_prepared",
+    "open_prepared",
+    "open_rows",
+    "open_sealed",
+    "prepare",
+    "seal",
+]

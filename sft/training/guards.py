@@ -8,6 +8,7 @@
   the logits, is bypassed. TRL applies the factor itself if the configuration names it `logit_scale`; else the loss is
   wrong, and at initialization differs from the right one in the fourth digit only. [`FusedLossGuard`] compares the two.
 - TRL drops rows and cuts tokens without a word. [`check_trained_tokens`] counts what reached the trainer.
+- Processes that have other data train on as many batches of it. [`check_same_data`] compares what they have.
 
 What launchers and wrappers do other than asked is watched for by [`growth.training.launch`].
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -162,4 +164,24 @@ def check_trained_tokens(dataset: Dataset, expected: int) -> None:
         )
 
 
-__all__ = ["FusedLossGuard", "GuardError", "check_trained_tokens", "fused_loss_gap"]
+def check_same_data(digest: str) -> None:
+    """Check that all processes have the same conversations: each reads its own disk, and the Hub at its own time.
+
+    Every process of a run has to call it.
+
+    Args:
+        digest: of this process's data.
+
+    Raises:
+        GuardError: they differ. Raised on every process.
+    """
+    digests = gather_object([digest])
+    others = [rank for rank, found in enumerate(digests) if found != digests[0]]
+    if others:
+        raise GuardError(
+            f"process {others[0]} has other data (digest {digests[others[0]]}) than process 0 (digest {digests[0]}). "
+            "Do all machines see the same files? Name a dataset of the Hub with its commit, OWNER/NAME@COMMIT."
+        )
+
+
+__all__ = ["FusedLossGuard", "GuardError", "check_same_data", "check_trained_tokens", "fused_loss_gap"]

@@ -35,6 +35,7 @@ from trl import DPOConfig, GRPOConfig, KTOConfig, ModelConfig, SFTConfig
 from growth.training.kernels import WHY_NOT_LIGER
 from growth.training.launch import DistributedName
 from sft import SFTError
+from sft.data.sources import Source, as_places, parse_sources
 from sft.rewards.reward import RewardError
 from sft.rewards.spec import parse_rewards
 from sft.shipped import find_shipped
@@ -91,7 +92,14 @@ class DataArguments:
         data_files: files of conversations, in any layout of [`sft.data.formats`], or a folder of `sft prepare`; for
             `dpo` and `kto`, files of judged answers (see [`sft.data.preferences`]); for `grpo`, of prompts (see
             [`sft.data.prompts`]).
-        eval_data_files: likewise, evaluated on when `eval_strategy` says so.
+        data: in its place: a list of sources, each with `path`, and perhaps `name`, `weight`, `max_rows`, `max_tokens`
+            and, on the Hub, `revision`, `config`, `split` (see [`sft.data.sources`] and [`sft.data.mixture`]).
+        eval_data_files: like `data_files`, evaluated on when `eval_strategy` says so.
+        test_split_size: in its place: hold out this share of each source's rows (below 1), or so many rows (see
+            [`sft.data.holdout`]).
+        drop_eval_overlap: leave training rows out that `eval_data_files` has too, or whose question it asks.
+        dataset_cache_dir: where tokenized rows are kept, for all processes that see it and for later runs; in the cache
+            of `datasets` unless given.
         assistant_only_loss: train on what the assistant says, end-of-turn token included; `False`: on every token.
         last_turn_only: of what the assistant says, train on its last turn alone.
         sanitize_control_tokens: encode special tokens that a text spells out, such as HTML's `<s>`, as ordinary text;
@@ -100,13 +108,31 @@ class DataArguments:
         allow_rejects: train on the valid rows of a file that has invalid ones. Without it one invalid row is an error.
     """
 
-    data_files: str | list[str]
+    data_files: str | list[str] | None = None
+    data: list[dict[str, Any]] | None = None
     eval_data_files: str | list[str] | None = None
+    test_split_size: float | None = None
+    drop_eval_overlap: bool = False
+    dataset_cache_dir: str | None = None
     assistant_only_loss: bool = True
     last_turn_only: bool = False
     sanitize_control_tokens: bool = False
     chat_template_path: str | None = None
     allow_rejects: bool = False
+
+    def __post_init__(self) -> None:
+        size = self.test_split_size
+        if size is not None and not (0 < size < 1 or (size >= 1 and size == int(size))):
+            raise ValueError(f"test_split_size is {size}; expected a share between 0 and 1, or a number of rows.")
+        _ = self.sources
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Where the training rows come from."""
+        if self.data is not None:
+            return parse_sources(self.data)
+        places = as_places(self.data_files or [])
+        return (Source(", ".join(places), places),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +160,8 @@ class Recipe:
         keys = _KEYS[trainer]
         for key, value in values.items():
             _check(key, value, keys, origin)
-        missing = [key for key in _REQUIRED if values.get(key) is None]
+        required = [key for key in _REQUIRED if key != "data_files" or values.get("data") is None]
+        missing = [key for key in required if values.get(key) is None]
         if missing:
             raise RecipeError(f"{origin} does not set {', '.join(missing)}; add it, or pass --{missing[0]} VALUE.")
         _check_combinations(values, keys, origin)
@@ -260,6 +287,7 @@ _REFUSED = {
     "do_predict": "delete the key",
     "local_rank": "the launcher sets it; delete the key",
     "length_column_name": "rows are measured; delete the key",
+    "streaming": "rows are tokenized in bounded memory and mapped from the disk, whatever their size; delete the key",
     **dict.fromkeys(
         (
             "batch_eval_metrics",
@@ -277,6 +305,10 @@ _REFUSED_BY_OTHERS = {
     "sanitize_control_tokens": "TRL tokenizes these rows; delete the key, and rewrite texts that spell a control token",
     "label_smoothing_factor": "it is for `trainer: sft`; delete the key",
     "mup_base_width": "it is for `trainer: sft`; delete the key",
+    **dict.fromkeys(
+        ("data", "test_split_size", "drop_eval_overlap", "dataset_cache_dir"),
+        "it is for `trainer: sft`; name rows by data_files and eval_data_files",
+    ),
 }
 _REFUSED_BY_SFT = {
     "reward_funcs": "it is for `trainer: grpo`; delete the key",
@@ -473,6 +505,15 @@ def _check_combinations(values: Mapping[str, Any], keys: _Keys, origin: str) -> 
         raise RecipeError(f"{origin}: eval_data_files has no effect here; it needs eval_strategy: steps or epoch.")
     if keys.config is GRPOConfig:
         _check_rewards(values, origin)
+    if values.get("data") is not None and values.get("data_files") is not None:
+        raise RecipeError(f"{origin}: data and data_files are both set; keep one (null unsets the other).")
+    if values.get("test_split_size") is not None:
+        if values.get("eval_data_files") is not None:
+            raise RecipeError(f"{origin}: test_split_size and eval_data_files are both set; keep one.")
+        if values.get("eval_strategy", "no") == "no" and not values.get("eval_on_start"):
+            raise RecipeError(f"{origin}: test_split_size has no effect here; it needs eval_strategy: steps or epoch.")
+    if values.get("drop_eval_overlap") and not values.get("eval_data_files"):
+        raise RecipeError(f"{origin}: drop_eval_overlap has no effect here; it needs eval_data_files.")
     defaults = {field.name: field.default for field in dataclasses.fields(keys.config)}
     settings = {**defaults, **_training_defaults(values), **values}
     for need in _NEEDS:

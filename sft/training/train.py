@@ -64,7 +64,7 @@ from sft import SFTError
 from sft import tokenizer as tokenizers
 from sft.data.labels import DataReport
 from sft.export import find_model
-from sft.training.guards import FusedLossGuard, GuardError
+from sft.training.guards import FusedLossGuard, GuardError, check_same_data
 from sft.training.lineage import describe_base
 from sft.training.recipe import Recipe, RecipeError, parse_overrides, read_recipe
 from sft.training.trainers import TRAINERS, AnyTrainer
@@ -177,10 +177,8 @@ def build_trainer(
     masked = recipe.data.assistant_only_loss and kind.marks_answers
     tokenizers.check_stop_token(tokenizer, stop_ids, masked, recipe.data.last_turn_only)
 
-    train_dataset, report = _prepare(recipe, recipe.data.data_files, tokenizer)
-    eval_dataset, eval_report = None, None
-    if recipe.data.eval_data_files:
-        eval_dataset, eval_report = _prepare(recipe, recipe.data.eval_data_files, tokenizer, evaluation=True)
+    train_dataset, report, eval_dataset, eval_report = _load_data(recipe, tokenizer)
+    check_same_data(report.digest)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token  # not before: it would count in the data's digest
 
     common: dict[str, Any] = {
@@ -263,13 +261,17 @@ def load_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, set[int]]:
     return loaded, stop_ids
 
 
-def _prepare(
-    recipe: Recipe, files: str | list[str], tokenizer: PreTrainedTokenizerBase, *, evaluation: bool = False
-) -> tuple[datasets.Dataset, DataReport]:
-    dataset, report = TRAINERS[recipe.run.trainer].prepare(recipe, files, tokenizer, evaluation)
-    if recipe.training.process_index == 0:
-        logger.log(logging.WARNING if report.rejects else logging.INFO, "data: %s", report)
-    return dataset, report
+def _load_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[datasets.Dataset, DataReport, datasets.Dataset | None, DataReport | None]:
+    loaded = TRAINERS[recipe.run.trainer].load(recipe, tokenizer)
+    _, report, _, eval_report = loaded
+    for what, one in (("data", report), ("evaluation", eval_report)) if recipe.training.process_index == 0 else ():
+        if one is not None:
+            logger.log(logging.WARNING if one.rejects else logging.INFO, "%s: %s", what, one)
+            for source in one.sources:
+                print(f"{what}: {source}", file=sys.stderr)
+    return loaded
 
 
 def _describe_base(recipe: Recipe) -> dict[str, Any]:
@@ -291,7 +293,12 @@ def _describe_run(recipe: Recipe, data: DataReport, base: Mapping[str, Any], sta
         "operation": "fine-tune",
         "trainer": recipe.run.trainer,
         "method": "full" if not model.use_peft else f"q{adapter}" if model.load_in_4bit else adapter,
-        "data": {"rows": data.kept, "trained_tokens": data.trained_tokens, "digest": data.digest},
+        "data": {
+            "rows": data.taken,
+            "trained_tokens": data.trained_tokens,
+            "digest": data.digest,
+            **_describe_data(data),
+        },
         "steps": state.global_step,
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         **TRAINERS[recipe.run.trainer].describe(recipe),
@@ -301,14 +308,24 @@ def _describe_run(recipe: Recipe, data: DataReport, base: Mapping[str, Any], sta
     }
 
 
+def _describe_data(data: DataReport) -> dict[str, Any]:
+    """Of which sources the rows are, and which commits of the Hub; nothing of local files but their content counts."""
+    counts = ("name", "weight", "rows", "rejected", "held_out", "overlapping", "taken", "trained_tokens")
+    sources = [{name: getattr(source, name) for name in counts} for source in data.sources]
+    return {**({"sources": sources} if sources else {}), **({"hub": list(data.pinned)} if data.pinned else {})}
+
+
 def _identify_run(recipe: Recipe, trainer: AnyTrainer, data: DataReport, base: Mapping[str, Any]) -> dict[str, Any]:
     """What has to be the same when a checkpoint of this run is resumed."""
     ours = {
         key: value
         for part in (recipe.run, recipe.data, recipe.model)
         for key, value in dataclasses.asdict(part).items()
-        if key not in ("model_init_kwargs", "reward_funcs")  # whose digests are in made_from
+        # The digests of rewards are in made_from; of sources the places do not count.
+        if key not in ("model_init_kwargs", "reward_funcs", "data")
     }
+    mixture = [(source.weight, source.max_rows, source.max_tokens) for source in recipe.data.sources]
+    ours["mixture"] = [] if mixture == [(1.0, None, None)] else mixture
     made_from = {"base": base.get("base"), "conversations": data.digest}
     made_from |= TRAINERS[recipe.run.trainer].made_from(recipe, trainer)
     return describe_run(recipe.training, ours, made_from)

@@ -92,7 +92,8 @@ def arrange(dataset: Dataset, args: SFTConfig, *, packing: bool) -> Dataset:
         return dataset
     if args.max_length is None:
         raise RecipeError("packing is True and max_length is null; packed rows need a length.")
-    packed = pack_dataset(dataset, args.max_length, args.packing_strategy, {"num_proc": args.dataset_num_proc})
+    # By one process: where the parts of several meet, other rows would share a pack.
+    packed = pack_dataset(dataset, args.max_length, args.packing_strategy)
     # The packs of a batch come longest first.
     return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
 

@@ -9,6 +9,8 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -17,11 +19,13 @@ from trl import DPOTrainer, GRPOConfig, KTOTrainer, SFTConfig
 
 from growth.training.record import digest_examples
 from sft import tokenizer as tokenizers
-from sft.data.dataset import prepare_dataset
+from sft.data.cache import Cache, default_folder
+from sft.data.dataset import Arrangement, Evaluation, Loader, load_run_data
 from sft.data.examples import prepare_examples
-from sft.data.labels import DataError, DataReport
+from sft.data.labels import DataError, DataReport, Labelling
 from sft.data.preferences import LabelledJudge, PairJudge
 from sft.data.prompts import PromptJudge
+from sft.data.sources import as_places
 from sft.rewards.reward import Reward
 from sft.rewards.spec import load_rewards, parse_rewards
 from sft.training.grpo import PolicyTrainer
@@ -31,6 +35,21 @@ from sft.training.trainer import LikingTrainer, PreferenceTrainer, WeightedSFTTr
 
 AnyTrainer = WeightedSFTTrainer | DPOTrainer | KTOTrainer | PolicyTrainer
 Prepared = tuple[Dataset, DataReport]
+Loaded = tuple[Dataset, DataReport, Dataset | None, DataReport | None]
+
+
+def _files(
+    prepare: Callable[[Recipe, tuple[str, ...], PreTrainedTokenizerBase, bool], Prepared],
+) -> Callable[[Recipe, PreTrainedTokenizerBase], Loaded]:
+    """Loads data by what prepares some files, those that are evaluated on as well."""
+
+    def load(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Loaded:
+        tested, eval_report = None, None
+        if recipe.data.eval_data_files:
+            tested, eval_report = prepare(recipe, as_places(recipe.data.eval_data_files), tokenizer, True)
+        return *prepare(recipe, as_places(recipe.data.data_files or []), tokenizer, False), tested, eval_report
+
+    return load
 
 
 def _describe_length(recipe: Recipe) -> dict[str, Any]:
@@ -43,7 +62,8 @@ class TrainerKind:
     """One of the choices of `trainer`.
 
     Args:
-        prepare: reads and judges files: the recipe, the files, the tokenizer, and whether they are evaluated on.
+        load: reads and judges the data of a recipe: what is trained on and what became of its rows, and likewise what
+            is evaluated on, if anything is.
         build: makes the trainer: the recipe, what loads its model, the arguments that all of TRL's trainers share, and
             what became of the training rows.
         made_from: what the steps are made from beyond the rows, as digests; of the recipe and its trainer.
@@ -51,7 +71,7 @@ class TrainerKind:
         describe: what the lineage says of the recipe beyond what all trainers say.
     """
 
-    prepare: Callable[[Recipe, str | list[str], PreTrainedTokenizerBase, bool], Prepared]
+    load: Callable[[Recipe, PreTrainedTokenizerBase], Loaded]
     build: Callable[[Recipe, Callable[[], PreTrainedModel], Mapping[str, Any], DataReport], AnyTrainer]
     made_from: Callable[[Recipe, AnyTrainer], dict[str, Any]]
     marks_answers: bool = False
@@ -61,25 +81,43 @@ class TrainerKind:
 # --- sft --------------------------------------------------------------------------------------------------------------
 
 
-def _prepare_conversations(
-    recipe: Recipe, files: str | list[str], tokenizer: PreTrainedTokenizerBase, evaluation: bool
-) -> Prepared:
+def _load_conversations(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Loaded:
     args, data = recipe.training, recipe.data
     assert isinstance(args, SFTConfig)
-    packing = args.packing if not evaluation or args.eval_packing is None else args.eval_packing
+    eval_files = as_places(data.eval_data_files or [])
+    evaluation = None
+    if eval_files or data.test_split_size:
+        packing = args.packing if args.eval_packing is None else args.eval_packing
+        evaluation = Evaluation(
+            _arrangement(recipe, args, packing), eval_files, data.test_split_size, data.drop_eval_overlap
+        )
+    cache = Cache(Path(data.dataset_cache_dir) if data.dataset_cache_dir else default_folder())
+    return load_run_data(
+        data.sources,
+        _arrangement(recipe, args, args.packing),
+        evaluation,
+        Loader(cache, tokenizer, data.allow_rejects, args.dataset_num_proc),
+        seed=args.seed if args.data_seed is None else args.data_seed,
+    )
+
+
+def _arrangement(recipe: Recipe, args: SFTConfig, packing: bool) -> Arrangement:
+    """How rows are tokenized, shuffled and packed."""
+    data = recipe.data
     # The other strategies put what overflows into the next row instead of cutting it.
     whole = packing and args.packing_strategy != "bfd"
-    dataset, report = prepare_dataset(
-        files,
-        tokenizer,
-        max_length=None if whole else args.max_length,
-        assistant_only_loss=data.assistant_only_loss,
-        last_turn_only=data.last_turn_only,
-        sanitize_control_tokens=data.sanitize_control_tokens,
-        allow_rejects=data.allow_rejects,
-        num_proc=args.dataset_num_proc,
+    labelling = Labelling(
+        None if whole else args.max_length,
+        data.assistant_only_loss,
+        data.last_turn_only,
+        data.sanitize_control_tokens,
     )
-    return arrange(dataset, args, packing=packing), report
+    if not packing and not args.shuffle_dataset:
+        return Arrangement(labelling, None, {})
+    settings: dict[str, Any] = {"shuffle": args.seed} if args.shuffle_dataset else {}
+    if packing:
+        settings |= {"packing": args.packing_strategy, "max_length": args.max_length}
+    return Arrangement(labelling, partial(arrange, args=args, packing=packing), settings)
 
 
 def _build_sft(
@@ -98,7 +136,7 @@ def _token_digest(recipe: Recipe, trainer: AnyTrainer) -> dict[str, Any]:
 
 
 def _prepare_answers(
-    recipe: Recipe, files: str | list[str], tokenizer: PreTrainedTokenizerBase, evaluation: bool
+    recipe: Recipe, files: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, evaluation: bool
 ) -> Prepared:
     args: Any = recipe.training
     judge = PairJudge() if recipe.run.trainer == "dpo" else LabelledJudge()
@@ -131,7 +169,7 @@ def _rewards(recipe: Recipe) -> list[Reward]:
 
 
 def _prepare_prompts(
-    recipe: Recipe, files: str | list[str], tokenizer: PreTrainedTokenizerBase, evaluation: bool
+    recipe: Recipe, files: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, evaluation: bool
 ) -> Prepared:
     args, rewards = recipe.training, _rewards(recipe)
     assert isinstance(args, GRPOConfig)
@@ -181,10 +219,10 @@ def _describe_grpo(recipe: Recipe) -> dict[str, Any]:
 
 
 TRAINERS = {
-    "sft": TrainerKind(_prepare_conversations, _build_sft, _token_digest, marks_answers=True),
-    "dpo": TrainerKind(_prepare_answers, _build_preferences, _tokenizer_digest),
-    "kto": TrainerKind(_prepare_answers, _build_preferences, _tokenizer_digest),
-    "grpo": TrainerKind(_prepare_prompts, _build_grpo, _reward_digests, describe=_describe_grpo),
+    "sft": TrainerKind(_load_conversations, _build_sft, _token_digest, marks_answers=True),
+    "dpo": TrainerKind(_files(_prepare_answers), _build_preferences, _tokenizer_digest),
+    "kto": TrainerKind(_files(_prepare_answers), _build_preferences, _tokenizer_digest),
+    "grpo": TrainerKind(_files(_prepare_prompts), _build_grpo, _reward_digests, describe=_describe_grpo),
 }
 
 __all__ = ["TRAINERS", "AnyTrainer", "TrainerKind"]

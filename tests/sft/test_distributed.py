@@ -82,6 +82,32 @@ def test_two_replicas_train_as_one_process_with_twice_the_batch(write_recipe, ma
     )
 
 
+def test_one_of_two_tokenizes_and_the_other_waits_in_no_collective(write_recipe, make_recipe, tmp_path):
+    """It takes longer than a collective operation may: one that was pending would have ended the run."""
+    keys = {"packing": True, "max_length": 128, "max_steps": 2}
+    folder = str(tmp_path / "cache")
+    recipe = write_recipe(**keys, per_device_train_batch_size=2, dataset_cache_dir=folder)
+    result = run(*TORCHRUN, "-m", "tests.sft.cache_worker", tmp_path / "log", 18, "-", "--config", recipe, "--json")
+    assert result.returncode == 0, result.stderr
+    assert "waiting for process" in result.stderr
+    tokenized = (tmp_path / "log").read_text().splitlines()
+    assert len(tokenized) == 48, "each row by one process, once"
+    assert len(set(tokenized)) == 1
+    keys |= {"per_device_train_batch_size": 4, "learning_rate": 1e-3, **FLOOR}
+    one = train(make_recipe(**keys, output_dir=str(tmp_path / "one"), dataset_cache_dir=folder + "2"), progress=False)
+    found = [entry["loss"] for entry in json.loads(result.stdout)["log_history"] if "loss" in entry]
+    assert found == pytest.approx(losses(one), rel=1e-5)
+
+
+def test_what_ends_the_one_that_tokenizes_ends_both(write_recipe, tmp_path):
+    recipe = write_recipe(dataset_cache_dir=str(tmp_path / "cache"))
+    result = run(*TORCHRUN, "-m", "tests.sft.cache_worker", tmp_path / "log", 3, "fail", "--config", recipe)
+    assert result.returncode != 0
+    assert "error: planted: this conversation cannot be read" in result.stderr
+    assert not (tmp_path / "log").exists()
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_shards_train_as_one_process(write_recipe, make_recipe, tmp_path):
     recipe = write_recipe(per_device_train_batch_size=2, learning_rate=0.1)
     result = run(*TORCHRUN, "-m", "tests.sft.fsdp2_worker", recipe, tmp_path, 3)

@@ -15,6 +15,7 @@ from trl.trainer.utils import add_fused_lm_head
 import sft.training.train
 import sft.training.trainers
 from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM
+from sft.training import guards
 from sft.training.guards import GuardError, check_trained_tokens, fused_loss_gap
 from sft.training.train import build_trainer, train
 from tests.fixtures.tiny import tiny_config
@@ -148,3 +149,11 @@ def test_tokens_lost_on_the_way_to_the_trainer_are_noticed(make_recipe, monkeypa
         train(make_recipe())
     with pytest.raises(GuardError, match=r"1 tokens .* 0 reached the trainer"):
         check_trained_tokens(Dataset.from_dict({"labels": [[-100, -100]]}), 1)
+
+
+def test_processes_with_other_data_are_told_apart(monkeypatch):
+    """What they gather is planted; that a run of one and of two gathers is in the tests of these."""
+    guards.check_same_data("a")
+    monkeypatch.setattr(guards, "gather_object", lambda mine: [*mine, "a", "b"])
+    with pytest.raises(GuardError, match=r"process 2 has other data \(digest b\) than process 0 \(digest a\)"):
+        guards.check_same_data("a")

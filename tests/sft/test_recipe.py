@@ -56,7 +56,7 @@ def test_keys_reach_the_dataclass_that_declares_them():
         ("logging_steps", None, "logging_steps is None, of type NoneType; expected float."),
         ("packing", "yes", "packing is 'yes', of type str; expected bool."),
         ("save_strategy", False, "save_strategy is False, of type bool; expected str."),
-        ("data_files", [1], "data_files is [1], of type list; expected str or list[str]."),
+        ("data_files", [1], "data_files is [1], of type list; expected str or list[str] or null."),
         ("lr_scheduler_kwargs", [], "lr_scheduler_kwargs is [], of type list; expected dict or str or null."),
         ("packing_strategy", "best", "packing_strategy is 'best'; expected one of bfd, bfd_split, wrapped."),
         ("dtype", "int4", "dtype is 'int4'; expected one of auto, bfloat16, float16, float32."),

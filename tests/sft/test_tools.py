@@ -13,11 +13,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from datasets import Dataset
-from sft.training.dpo import prepare_preferences
 from trl import SFTConfig, SFTTrainer
 
 from sft.data.dataset import prepare_dataset
+from sft.data.examples import prepare_examples
 from sft.data.labels import DataError, Labelling, read_conversations, tokenize_rows
+from sft.data.preferences import PairJudge
 from sft.data.prepare import prepare
 from sft.data.preview import preview, render_text
 from sft.data.validate import validate_conversations
@@ -218,10 +219,10 @@ def test_results_are_no_answers(tokenizer, tmp_path):
     row = {"prompt": RENDERED[:1], "chosen": RENDERED[1:], "rejected": ANSWER[1], "tools": BOTH}
     path = write(tmp_path / "pairs.jsonl", [row])
     with pytest.raises(DataError, match=r"chosen\[1\] is a tool's, in an answer"):
-        prepare_preferences(path, tokenizer, max_length=None)
+        prepare_examples(path, PairJudge(), tokenizer, max_length=None)
     path = write(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c", "tools": "{"}])
     with pytest.raises(DataError, match="tools: is text that is no JSON"):
-        prepare_preferences(path, tokenizer, max_length=None)
+        prepare_examples(path, PairJudge(), tokenizer, max_length=None)
 
 
 # --- special tokens as text -------------------------------------------------------------------------------------------

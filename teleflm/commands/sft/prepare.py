@@ -12,7 +12,17 @@ from typing import Annotated
 
 import typer
 
-from teleflm.terminal import Debug, Json, Overwrite, byte_progress, exit_codes, print_json
+from teleflm.terminal import (
+    Debug,
+    Json,
+    Overwrite,
+    Rank,
+    WorldSize,
+    byte_progress,
+    exit_codes,
+    print_json,
+    process_rank,
+)
 
 from .labelling import (
     AllTokens,
@@ -42,14 +52,20 @@ def prepare(
     sanitize_control_tokens: Sanitize = False,
     allow_rejects: AllowRejects = False,
     num_proc: NumProc = 1,
+    rank: Rank = None,
+    world_size: WorldSize = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Tokenize conversations once, to disk; a recipe trains from there with data_files: OUT."""
+    """Tokenize conversations once, to disk; a recipe trains from there with data_files: OUT.
+
+    Started by torchrun or srun, or with --rank and --world-size, several processes share the work. Killed, it goes on.
+    """
     from sft.data.prepare import prepare as prepare_to_disk
 
     with exit_codes(debug=debug):
+        here, world = process_rank(rank, world_size)
         tokenizer = load_checked_tokenizer(model, chat_template_path, all_tokens, last_turn_only)
         labelling = make_labelling(max_length, last_turn_only, all_tokens, sanitize_control_tokens)
         with byte_progress("preparing") as progress, _no_bars():
@@ -62,7 +78,11 @@ def prepare(
                 overwrite=overwrite,
                 num_proc=num_proc,
                 progress=progress,
+                rank=here,
+                world_size=world,
             )
+        if here:  # one line of all
+            return
         if as_json:
             print_json(asdict(prepared))
         else:

@@ -1,0 +1,218 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The sources that a run takes its rows from, and what tells whether their content is still the same."""
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sft.data.formats import DATASET_NAME, SUFFIXES, DataError
+
+_BLOCK = 1 << 22
+# What other trainers call it.
+_ALIASES = {
+    "fraction": "weight",
+    "interleave_probs": "weight",
+    "data_files": "path",
+    "files": "path",
+    "data_dir": "path",
+    "dataset": "path",
+    "config_name": "config",
+    "max_samples": "max_rows",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from, and how many an epoch has.
+
+    Args:
+        name: what reports call it.
+        places: files or datasets, see [`sft.data.formats.read_rows`].
+        weight: how often an epoch has each row: 2 twice, 0.5 a half of the rows.
+        max_rows, max_tokens: an epoch has no more of the source, whatever the weight says.
+    """
+
+    name: str
+    places: tuple[str, ...]
+    weight: float = 1.0
+    max_rows: int | None = None
+    max_tokens: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether an epoch has each row once."""
+        return self.weight == 1 and self.max_rows is None and self.max_tokens is None
+
+
+_PLACE_KEYS = ("revision", "config", "split")
+_KEYS = ("path", "name", *_PLACE_KEYS, "weight", "max_rows", "max_tokens")
+
+
+def parse_sources(values: Sequence[Any]) -> tuple[Source, ...]:
+    """The sources that `data:` of a recipe lists.
+
+    Args:
+        values: mappings with `path` (a file, a folder, a name on the Hub, or a list of them) and perhaps `name`,
+            `weight`, `max_rows`, `max_tokens`, and for the Hub `revision`, `config` and `split`.
+
+    Raises:
+        DataError: one is of another form; two have one name. The message names the entry.
+    """
+    if not values:
+        raise DataError("data is an empty list; give at least one {path: FILE}.")
+    sources = tuple(_parse_source(value, f"data[{index}]") for index, value in enumerate(values))
+    names = [source.name for source in sources]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        where = [f"data[{index}]" for index, name in enumerate(names) if name == repeated[0]]
+        raise DataError(
+            f"{' and '.join(where)} are both called {repeated[0]}; give each a name of its own (name: ...)."
+        )
+    if len(sources) > 127:
+        raise DataError(
+            f"data lists {len(sources)} sources; 127 at most. A source may have a list of files as its path."
+        )
+    return sources
+
+
+def _parse_source(value: Any, where: str) -> Source:
+    if not isinstance(value, Mapping):
+        raise DataError(f"{where} is {value!r}; expected a mapping such as {{path: FILE, weight: 0.5}}.")
+    for key in value:
+        if key not in _KEYS:
+            nearest = _ALIASES.get(str(key)) or next(iter(difflib.get_close_matches(str(key), _KEYS, n=1)), None)
+            way_out = f"did you mean {nearest}?" if nearest else f"keys are {', '.join(_KEYS)}."
+            raise DataError(f"{where}: unknown key {key}; {way_out}")
+    given = {key: found for key, found in value.items() if found is not None}
+    paths = given.get("path")
+    paths = [paths] if isinstance(paths, str) else paths
+    if not (isinstance(paths, list) and paths and all(isinstance(path, str) and path for path in paths)):
+        raise DataError(f"{where}.path is {given.get('path')!r}; expected a file, a dataset, or a list of them.")
+    for key in ("name", *_PLACE_KEYS):
+        if key in given and not (isinstance(given[key], str) and given[key]):
+            raise DataError(f"{where}.{key} is {given[key]!r}; expected text.")
+    weight = given.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= 1e6:
+        raise DataError(f"{where}.weight is {weight!r}; expected a number above 0: how often an epoch has each row.")
+    for key in ("max_rows", "max_tokens"):
+        if key in given and not (type(given[key]) is int and given[key] > 0):
+            raise DataError(f"{where}.{key} is {given[key]!r}; expected a whole number from 1.")
+    places = tuple(_place(path, given, where) for path in paths)
+    caps = (given.get("max_rows"), given.get("max_tokens"))
+    return Source(given.get("name", ", ".join(places)), places, float(weight), *caps)
+
+
+def _place(path: str, given: Mapping[str, Any], where: str) -> str:
+    """A path, with what is said of it as the Hub's names have it: `OWNER/NAME@REVISION:CONFIG:SPLIT`."""
+    said = [key for key in _PLACE_KEYS if key in given]
+    if not said:
+        return path
+    match = DATASET_NAME.fullmatch(path)
+    if is_local(path) or match is None:
+        raise DataError(f"{where}.{said[0]} has no effect on {path}, which is no dataset of the Hub; delete the key.")
+    inside = {"revision": match["revision"], "config": match["split"] and match["config"]}
+    inside["split"] = match["split"] or match["config"]
+    for key in said:
+        if inside[key] is not None:
+            raise DataError(f"{where}.{key} is {given[key]}, but {path} names one too; keep one of the two.")
+    parts = {**{key: found for key, found in inside.items() if found}, **{key: given[key] for key in said}}
+    place = match["path"] + (f"@{parts['revision']}" if "revision" in parts else "")
+    if "config" in parts:
+        place += f":{parts['config']}:{parts.get('split', 'train')}"
+    elif "split" in parts:
+        place += f":{parts['split']}"
+    if DATASET_NAME.fullmatch(place) is None:
+        raise DataError(f"{where}: {place} is no name of a dataset (OWNER/NAME@REVISION:CONFIG:SPLIT).")
+    return place
+
+
+def is_local(place: str) -> bool:
+    """Whether a place is a file or a folder rather than a name on the Hub; see [`sft.data.formats.read_rows`]."""
+    return Path(place).exists() or place.endswith(SUFFIXES) or DATASET_NAME.fullmatch(place) is None
+
+
+def pin(place: str) -> str:
+    """A dataset of the Hub with the commit that its revision, or its main branch, is at now; other places as they are.
+
+    Raises:
+        DataError: there is no such dataset or revision, or the Hub cannot be asked.
+    """
+    match = DATASET_NAME.fullmatch(place)
+    if is_local(place) or match is None:
+        return place
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().dataset_info(match["path"], revision=match["revision"], timeout=60).sha
+    except Exception as error:  # of whatever client huggingface_hub has
+        reason = " ".join(str(error).split())
+        raise DataError(f"{place}: no such file, nor a dataset to be had ({reason}).") from error
+    rest = place[len(match["path"]) + (len(match["revision"]) + 1 if match["revision"] else 0) :]
+    return f"{match['path']}@{commit}{rest}"
+
+
+def digest_places(places: Sequence[str]) -> str:
+    """A digest of all that decides which rows are read, whatever the files are called and wherever they lie.
+
+    Of files that is their bytes, read through; of folders those of all files in them; of datasets of the Hub the
+    commit.
+
+    Args:
+        places: pinned, see [`pin`].
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for place in places:
+        # Repeated ids are looked for from one file to the next if they are one: so this decides too.
+        digest.update(f"\0{places.index(place)}\0{_kind(place)}\0".encode())
+        path = Path(place)
+        if path.is_dir():
+            for file in sorted(found for found in path.rglob("*") if found.is_file()):
+                digest.update(f"\0{file.relative_to(path)}\0{digest_file(file)}".encode())
+        elif is_local(place):
+            digest.update(digest_file(path).encode())
+        else:
+            digest.update(place.encode())
+    return digest.hexdigest()
+
+
+def _kind(place: str) -> str:
+    return (
+        "folder" if Path(place).is_dir() else max((end for end in SUFFIXES if place.endswith(end)), key=len, default="")
+    )
+
+
+def digest_file(path: Path) -> str:
+    """xxh3-128 of all bytes of a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    try:
+        with path.open("rb", buffering=0) as file:
+            buffer = memoryview(bytearray(_BLOCK))
+            while size := file.readinto(buffer):
+                digest.update(buffer[:size])
+        return digest.hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}.") from error
+
+
+def as_places(files: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
+    """One or several places, as texts."""
+    return (os.fspath(files),) if isinstance(files, str | Path) else tuple(os.fspath(file) for file in files)
+
+
+__all__ = ["Source", "as_places", "digest_file", "digest_places", "is_local", "parse_sources", "pin"]

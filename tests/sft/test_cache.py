@@ -1,0 +1,167 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""One makes an entry, whoever dies; no other takes half of one for whole, and nobody waits for the dead."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sft.data.cache import Cache, CacheError, default_folder
+from sft.data.formats import DataError
+
+ROOT = Path(__file__).parents[2]
+# A process that asks for the entry `key`, and notes in the file `made` that it makes it. `how` is done while it does.
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from sft.data.cache import Cache
+from sft.data.formats import DataError
+folder, how = Path(sys.argv[1]), sys.argv[2]
+def build(entry):
+    (entry / "half").write_text("half")
+    with open(folder / "made", "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    exec(how)
+    (entry / "content").write_text("all")
+try:
+    print(Cache(folder / "cache").get("key", build, lambda entry: (entry / "content").read_text()))
+except DataError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def start(folder, how):
+    command = [sys.executable, "-c", WORKER, str(folder), how]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path, what=Path.exists, seconds=30):
+    end = time.monotonic() + seconds
+    while not what(path):
+        assert time.monotonic() < end, path
+        time.sleep(0.02)
+
+
+def read(entry):
+    return (entry / "content").read_text()
+
+
+def write(entry):
+    (entry / "content").write_text("all")
+
+
+def never(entry):
+    raise AssertionError("it is there")
+
+
+def test_one_of_many_makes_it(tmp_path):
+    workers = [start(tmp_path, "time.sleep(1)") for _ in range(4)]
+    assert [worker.communicate()[0].strip() for worker in workers] == ["all"] * 4
+    assert len((tmp_path / "made").read_text().splitlines()) == 1
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["key"], "no lock and nothing partial stays"
+    before = [(path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")]
+    assert Cache(tmp_path / "cache").get("key", never, read) == "all"
+    assert [(path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")] == before, (
+        "opening needs no right to write"
+    )
+
+
+def test_those_who_wait_fail_with_the_words_of_who_failed(tmp_path):
+    first = start(tmp_path, "time.sleep(2); raise DataError('row 7 is bad')")
+    wait_for(tmp_path / "made")
+    others = [start(tmp_path, "raise AssertionError") for _ in range(2)]
+    ends = [worker.communicate()[1].strip() for worker in (first, *others)]
+    assert ends == ["error: row 7 is bad"] * 3
+    assert len((tmp_path / "made").read_text().splitlines()) == 1
+    assert Cache(tmp_path / "cache").get("key", write, read) == "all", "a later run tries again"
+
+
+def test_any_error_of_who_makes_it_ends_the_others(tmp_path):
+    first = start(tmp_path, "time.sleep(2); 1 / 0")
+    wait_for(tmp_path / "made")
+    other = start(tmp_path, "raise AssertionError")
+    assert "ZeroDivisionError" in first.communicate()[1]
+    (line,) = other.communicate()[1].splitlines()
+    assert line.startswith("error: ")
+    assert "ZeroDivisionError: division by zero" in line
+
+
+def test_a_process_that_is_killed_leaves_nothing_that_counts(tmp_path):
+    first = start(tmp_path, "time.sleep(60)")
+    wait_for(tmp_path / "made")
+    second = start(tmp_path, "pass")
+    time.sleep(0.5)
+    first.kill()
+    killed = time.monotonic()
+    assert second.communicate()[0].strip() == "all"
+    assert time.monotonic() - killed < 20, "not after the patience for other machines, of a minute"
+    first.communicate()
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["key"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"owner": "x", "host": "elsewhere", "pid": 1, "system": "other"}'])
+def test_a_lock_that_never_changes_is_taken_over(content, tmp_path):
+    (tmp_path / ".key.lock").write_text(content)
+    assert Cache(tmp_path, patience=0.5).get("key", write, read) == "all"
+
+
+def test_a_lock_that_changes_is_waited_for(tmp_path):
+    """As long as it takes: eight times the patience here."""
+    worker = start(tmp_path, "time.sleep(8)")
+    wait_for(tmp_path / "made")
+    assert Cache(tmp_path / "cache", patience=2.5).get("key", never, read) == "all"
+    worker.communicate()
+
+
+def test_a_paused_process_that_was_taken_for_dead_finds_the_entry(tmp_path):
+    cache = Cache(tmp_path, patience=0.5)
+
+    def paused(entry):
+        write(entry)
+        lock = json.loads((tmp_path / ".key.lock").read_text())
+        (tmp_path / ".key.lock").write_text(json.dumps({**lock, "owner": "another"}))
+        (tmp_path / "key").mkdir()
+        (tmp_path / "key" / "content").write_text("of the other")
+
+    assert cache.get("key", paused, read) == "of the other"
+    assert json.loads((tmp_path / ".key.lock").read_text())["owner"] == "another", "its lock is not ours to remove"
+
+
+def test_what_is_damaged_is_made_again(tmp_path, caplog):
+    cache, opened = Cache(tmp_path), []
+
+    def open_entry(entry):
+        opened.append(read(entry))
+        if opened[-1] != "all":
+            raise DataError(f"{entry}: is damaged.")
+        return opened[-1]
+
+    cache.get("key", write, open_entry)
+    (tmp_path / "key" / "content").write_text("other")
+    assert cache.get("key", write, open_entry) == "all"
+    assert "key: is damaged. It is made again." in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheError, match=r"dataset_cache_dir .*file/cache cannot be written \(Not a directory\); give"):
+        Cache(tmp_path / "file" / "cache").get("key", write, read)
+
+
+def test_it_is_where_datasets_keeps_its_own(tmp_path):
+    command = [sys.executable, "-c", "from sft.data.cache import default_folder; print(default_folder())"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path)}
+    environment.pop("HF_DATASETS_CACHE", None)
+    found = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert found == f"{tmp_path}/datasets/teleflm"
+    assert default_folder().name == "teleflm"

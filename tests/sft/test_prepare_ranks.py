@@ -1,0 +1,172 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""`sft prepare` by several processes, or by one that was killed: the same bytes."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from sft.data import prepare as module
+from sft.data.dataset import prepare_dataset
+from sft.data.labels import DataError, Labelling
+from sft.data.prepare import prepare
+from tests.fixtures.tiny import tiny_tokenizer
+from tests.sft.test_data import ANSWER, ASK, chat, write
+
+ROOT = Path(__file__).parents[2]
+LABELLING = Labelling(max_length=64)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(module, "_PART_ROWS", 7)
+
+
+@pytest.fixture
+def rows_file(conversations, tmp_path):
+    """Invalid rows, a repeated id whose first is in another part, and weights in one part alone."""
+    rows = [{**row, "id": index} for index, row in enumerate(conversations)]
+    rows[3], rows[40] = {}, {**rows[40], "id": 1}
+    rows[20] = chat(ASK, ANSWER, ASK, ANSWER, weights={1: 0.5})
+    return write(tmp_path / "data.jsonl", rows)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def prepare_together(world, data, out, tokenizer, **settings):
+    def one(rank):
+        return prepare(data, out, tokenizer, LABELLING, rank=rank, world_size=world, **settings)
+
+    with ThreadPoolExecutor(world) as pool:
+        futures = [pool.submit(one, rank) for rank in range(world)]
+        return [future.exception() or future.result() for future in futures]
+
+
+def test_the_bytes_do_not_depend_on_how_many_share_the_work(rows_file, tokenizer, tmp_path):
+    for world in (1, 2, 5, 9):
+        (first, *others) = prepare_together(world, rows_file, tmp_path / f"out{world}", tokenizer, allow_rejects=True)
+        assert others == [first] * (world - 1)
+        assert contents(tmp_path / f"out{world}") == contents(tmp_path / "out1")
+    assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "out1", "out2", "out5", "out9"}
+    opened, report = prepare_dataset(tmp_path / "out5", tokenizer, max_length=64)
+    fresh, fresh_report = prepare_dataset(rows_file, tokenizer, max_length=64, allow_rejects=True)
+    assert opened[:] == fresh[:]
+    assert report == fresh_report
+    assert [reject.reason for reject in report.rejects] == ["missing_columns", "duplicate_id"]
+
+
+def test_large_folders_are_in_several_files(rows_file, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_SHARD_BYTES", 4000)
+    prepare(rows_file, tmp_path / "out", tokenizer, LABELLING, allow_rejects=True)
+    assert len([*(tmp_path / "out").glob("data-*")]) > 2
+    opened, _ = prepare_dataset(tmp_path / "out", tokenizer, max_length=64)
+    assert opened[:] == prepare_dataset(rows_file, tokenizer, max_length=64, allow_rejects=True)[0][:]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from sft.data import prepare as module
+from sft.data.labels import Labelling
+from tests.fixtures.tiny import tiny_tokenizer
+module._PART_ROWS = 7
+write, written = module._write_part, []
+def write_part(*args):
+    if len(written) == 4:
+        os.kill(os.getpid(), 9)
+    written.append(write(*args))
+module._write_part = write_part
+data, out, tokenizer = map(Path, sys.argv[1:])
+module.prepare(data, out, tiny_tokenizer(tokenizer), Labelling(max_length=64), allow_rejects=True)
+"""
+
+
+def test_one_that_was_killed_goes_on_and_makes_damaged_parts_again(rows_file, tokenizer, tmp_path, monkeypatch):
+    command = [sys.executable, "-c", KILLED, str(rows_file), str(tmp_path / "out"), str(tmp_path / "tokenizer")]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == -9
+    parts = tmp_path / ".out.parts"
+    assert not (tmp_path / "out").exists()
+    assert len([*parts.glob("part-*.json")]) == 4
+    damaged = parts / "part-000002.arrow"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    (parts / "part-000004.arrow").write_bytes(b"half of one")
+    written, write_part = [], module._write_part
+    monkeypatch.setattr(module, "_write_part", lambda *args: written.append(args[1]) or write_part(*args))
+    prepare(rows_file, tmp_path / "out", tokenizer, LABELLING, allow_rejects=True)
+    assert written == [2, 4, 5, 6]
+    assert not parts.exists()
+    prepare(rows_file, tmp_path / "whole", tokenizer, LABELLING, allow_rejects=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_parts_of_other_data_are_not_gone_on_with(rows_file, conversations, tokenizer, tmp_path, monkeypatch):
+    write_part = module._write_part
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_write_part", fail)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(rows_file, tmp_path / "out", tokenizer, LABELLING)
+    assert (tmp_path / ".out.parts").is_dir()
+    monkeypatch.setattr(module, "_write_part", write_part)
+    other = write(tmp_path / "other.jsonl", conversations)
+    prepare(other, tmp_path / "out", tokenizer, LABELLING)
+    assert prepare_dataset(tmp_path / "out", tokenizer, max_length=64)[1].rows == 48
+    (tmp_path / ".new.parts").mkdir()
+    (tmp_path / ".new.parts" / "mine").write_text("")
+    with pytest.raises(DataError, match=r"\.new\.parts is where parts are written, and it holds something else"):
+        prepare(other, tmp_path / "new", tokenizer, LABELLING)
+    assert (tmp_path / ".new.parts" / "mine").exists()
+
+
+def test_if_one_fails_all_do_with_its_words(rows_file, tokenizer, tmp_path):
+    first, *others = prepare_together(3, rows_file, tmp_path / "out", tokenizer)
+    assert str(first).startswith("2 invalid rows (1 missing_columns, 1 duplicate_id): ")
+    assert [str(other) for other in others] == [f"rank 0 failed: {first}"] * 2
+    assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl"}
+
+
+def test_a_full_disk_says_how_much_it_takes_and_what_was_done_stays(rows_file, tokenizer, tmp_path, monkeypatch):
+    write_part, written = module._write_part, []
+
+    def fill(*args):
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        written.append(write_part(*args))
+
+    monkeypatch.setattr(module, "_write_part", fill)
+    with pytest.raises(
+        DataError, match=r"No space left on device after [\d,]+ bytes of the tokens of \d+ rows.*larger"
+    ):
+        prepare(rows_file, tmp_path / "out", tokenizer, LABELLING, allow_rejects=True)
+    monkeypatch.setattr(module, "_write_part", lambda *args: written.append(1) or write_part(*args))
+    prepare(rows_file, tmp_path / "out", tokenizer, LABELLING, allow_rejects=True)
+    assert len(written) == 7
+
+
+def test_the_launcher_says_who_is_who(data_file, model_dir, tmp_path):
+    options = ["--model", str(model_dir), "--max-length", "64"]
+    teleflm = [sys.executable, "-m", "teleflm", "sft", "prepare", str(data_file), str(tmp_path / "out"), *options]
+    environments = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    both = [subprocess.Popen(teleflm, env=environment, **pipes) for environment in environments]
+    (out, first), (silent, second) = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], first + second
+    assert out.startswith(f"{tmp_path}/out: 48 of 48 rows")
+    assert silent == ""
+    assert json.loads((tmp_path / "out" / module.PREPARED).read_text())["report"]["rows"] == 48
