@@ -8,7 +8,8 @@ There is a sandbox on Linux alone. What the code cannot do there: run longer tha
 processor; take more memory, write larger files or open more of them than its limits; see this process's environment;
 read its input; leave processes of its group behind; be believed for exiting with status 0.
 
-With `namespaces` (where an unprivileged user may make them) it also has no network, a file system that cannot be
+With `namespaces` (where an unprivileged user may make them) it also has no network, no sockets (of
+daemons neither), a file system that cannot be
 written but for an empty folder of its own that is gone afterwards, no /proc, no view of other processes and no way to
 outlive its own; and so many processes at most. Root first becomes nobody, if nobody can read Python's library; else
 the number of processes is not limited.

@@ -434,9 +434,11 @@ def run(config: str, overrides: Sequence[str], *, as_json: bool = False, debug: 
 def _summary(result: TrainResult) -> str:
     loss, seconds = result.metrics["train_loss"], result.metrics["train_runtime"]
     many = f" on {result.num_processes} processes ({result.distributed_type})" if result.num_processes > 1 else ""
+    rewards = [entry["reward"] for entry in result.log_history if "reward" in entry]
+    # GRPO's loss is about 0 whatever is learned.
+    learned = f"reward {rewards[0]:.3f} at first, {rewards[-1]:.3f} at last" if rewards else f"mean loss {loss:.4f}"
     return (
-        f"{result.output_dir}: {result.global_step} steps in {seconds:.0f} s{many}, mean loss {loss:.4f}\n"
-        f"trained on {result.data}"
+        f"{result.output_dir}: {result.global_step} steps in {seconds:.0f} s{many}, {learned}\ntrained on {result.data}"
     )
 
 
