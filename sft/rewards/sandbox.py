@@ -9,9 +9,9 @@ the processor; each of its processes has so much memory and so many open files, 
 most; it inherits nothing of this environment and input; and it is not believed for exiting with status 0.
 
 With `namespaces` (where an unprivileged user may make them) it also has no network and no sockets, those of daemons
-included; a file system that it cannot write, but for an empty folder of its own that is gone afterwards; no /proc and no
-view of other processes; none of its own that outlives it, and so many at most. Root first becomes nobody, if nobody can
-read Python's library; else the number of processes is not limited.
+included; a file system that it cannot write, but for an empty folder of its own that is gone afterwards; no /proc and
+no view of other processes; none of its own that outlives it, and so many at most. Root first becomes nobody, if nobody
+can read Python's library; else the number of processes is not limited.
 
 Without them it can do what the user can: reach the network, write files, see other processes and their environments,
 leave processes of another session behind; and root can raise its limits.
