@@ -218,7 +218,7 @@ class PythonTests(Reward):
         except SandboxError as error:
             raise RewardError(
                 f"reward function {self.name}: code cannot be run here as it is to be: {error}. With namespaces: false "
-                "it runs with limits alone, and can reach the network and write what you can write."
+                "it runs with limits alone, and can reach the network, write what you can write and see your processes."
             ) from error
 
     def applies(self, columns: Mapping[str, Any]) -> bool:

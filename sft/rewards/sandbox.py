@@ -4,18 +4,21 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Run Python code that a model wrote, with limits, in a process of its own.
 
-There is a sandbox on Linux alone. What the code cannot do there: run longer than its time, of the wall and of the
-processor; take more memory, write larger files or open more of them than its limits; see this process's environment;
-read its input; leave processes of its group behind; be believed for exiting with status 0.
+There is a sandbox on Linux alone. In any case the code and its process group end when its time is up, of the wall or of
+the processor; each of its processes has so much memory and so many open files, and each of its files such a size, at
+most; it inherits nothing of this environment and input; and it is not believed for exiting with status 0.
 
-With `namespaces` (where an unprivileged user may make them) it also has no network, a file system that cannot be
-written but for an empty folder of its own that is gone afterwards, no /proc, no view of other processes and no way to
-outlive its own; and so many processes at most. Root first becomes nobody, if nobody can read Python's library; else
-the number of processes is not limited.
+With `namespaces` (where an unprivileged user may make them) it also has no network and no sockets, those of daemons
+included; a file system that it cannot write, but for an empty folder of its own that is gone afterwards; no /proc and
+no view of other processes; none of its own that outlives it, and so many at most. Root first becomes nobody, if nobody
+can read Python's library; else the number of processes is not limited.
 
-What it can do all the same: read every file that the user can read; use a fault of the kernel, which it shares; look
-in its own process for how tests are run and report what did not happen. A container or a virtual machine without
-secrets is the place to run this in.
+Without them it can do what the user can: reach the network, write files, see other processes and their environments,
+leave processes of another session behind; and root can raise its limits.
+
+What it can do with them all the same: read every file that the user can read; use a fault of the kernel, which it
+shares; look in its own process for how tests are run and report what did not happen. A container or a virtual machine
+without secrets is the place to run this in.
 """
 
 import contextlib

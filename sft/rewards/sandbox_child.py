@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import signal
+import struct
 import sys
 from typing import Any
 
@@ -20,7 +21,7 @@ _NEW_MOUNTS, _NEW_IPC, _NEW_USERS, _NEW_PROCESSES, _NEW_NETWORK = 0x20000, 0x800
 _PRIVATE, _NO_SET_ID, _NO_DEVICES, _NO_PROGRAMS, _READ_ONLY, _RECURSIVE = 0x40000, 2, 4, 8, 1, 0x4000
 _SYS_MOUNT_SETATTR, _AT_RECURSIVE, _ATTR_READ_ONLY = 442, 0x8000, 1
 _NOBODY = 65534
-_DIE_WITH_PARENT, _NO_NEW_PRIVILEGES, _DROP_CAPABILITY = 1, 38, 24
+_DIE_WITH_PARENT, _NO_NEW_PRIVILEGES, _DROP_CAPABILITY, _SET_SECCOMP, _SECCOMP_FILTER = 1, 38, 24, 22, 2
 
 
 def main() -> None:
@@ -96,7 +97,7 @@ def _watch(seconds: float) -> None:
 
 
 def _cut_off(folder: str, file_mb: int) -> None:
-    """Go on as a process without network, capabilities, other processes, or files that can be written outside a folder.
+    """Go on as a process without network, sockets, capabilities, other processes, or files to write outside a folder.
 
     The process that called waits for that one.
     """
@@ -130,6 +131,36 @@ def _cut_off(folder: str, file_mb: int) -> None:
     call("prctl", _NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     call("capset", ctypes.byref(header), ctypes.byref((ctypes.c_uint32 * 6)()))
+    code = _no_sockets(os.uname().machine)
+    program = _Program(len(code) // 8, code)
+    call("prctl", _SET_SECCOMP, _SECCOMP_FILTER, ctypes.byref(program), 0, 0)
+
+
+class _Program(ctypes.Structure):
+    """The kernel's struct sock_fprog."""
+
+    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
+
+
+def _no_sockets(machine: str) -> bytes:
+    """A filter of system calls without `socket`: one in the file system, such as a daemon's, is on no network.
+
+    Pairs of sockets stay. Rings (io_uring), in which sockets could be opened too, do not; nor do the calls of another
+    kind of program, which are numbered otherwise.
+    """
+    kind, socket_call = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}[machine]
+    load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06
+    instructions = (
+        (load, 0, 0, 4),  # the kind of program
+        (equal, 0, 5, kind),
+        (load, 0, 0, 0),  # the number of the call
+        (at_least, 3, 0, 0x40000000),  # of x32
+        (equal, 2, 0, socket_call),
+        (equal, 1, 0, 425),  # io_uring_setup
+        (end, 0, 0, 0x7FFF0000),  # allowed
+        (end, 0, 0, 0x00050001),  # EPERM
+    )
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in instructions)
 
 
 def _write(path: str, text: str) -> None:

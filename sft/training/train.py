@@ -446,7 +446,11 @@ def _summary(result: TrainResult) -> str:
     steps = f"{result.global_step} steps"
     if result.resumed_step:
         steps = f"{result.global_step - result.resumed_step} steps after the {result.resumed_step} of its checkpoint"
-    return f"{result.output_dir}: {steps} in {seconds:.0f} s{many}, mean loss {loss:.4f}\ntrained on {result.data}"
+    new = [entry for entry in result.log_history if entry.get("step", 0) > result.resumed_step]
+    rewards = [entry["reward"] for entry in new if "reward" in entry]
+    # GRPO's loss is about 0 whatever is learned.
+    learned = f"reward {rewards[0]:.3f} at first, {rewards[-1]:.3f} at last" if rewards else f"mean loss {loss:.4f}"
+    return f"{result.output_dir}: {steps} in {seconds:.0f} s{many}, {learned}\ntrained on {result.data}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -284,7 +284,9 @@ def test_the_command_says_what_failed(file, model_dir, prompts_file, tmp_path, c
     arguments += ["--data_files", str(prompts_file), "--output_dir", str(tmp_path / "out"), "--bf16", "false"]
     assert main([*arguments, "--reward_funcs", f"{file}:infinite"]) == 2
     assert "error: reward function" in capsys.readouterr().err.splitlines()[-1]
-    assert main([*arguments, "--reward_funcs", "{regex: {pattern: e}}"]) == 0
+    assert main([*arguments, "--reward_funcs", "{regex: {pattern: ''}}"]) == 0
+    assert "1 steps in" in (said := capsys.readouterr().out)
+    assert "reward 1.000 at first, 1.000 at last\ntrained on 4 of 4 rows, " in said
 
 
 def test_weights_of_rewards_are_those_of_the_recipe(file, grpo):

@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """What the sandbox says it stops is tried, each way to pass for what it is not as well."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -112,6 +113,25 @@ def test_without_a_network_and_with_nothing_to_write(tmp_path):
         assert run_tests("", [reach, write, shared], Limits()).passed == 0
         assert run_tests("", [reach], Limits(namespaces=False)).passed == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_namespaces
+def test_daemons_cannot_be_asked(tmp_path):
+    """A socket in the file system is on no network: of Docker, for example, it would be a way out."""
+    for folder in [tmp_path, *tmp_path.parents]:
+        with contextlib.suppress(PermissionError):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    ask = "import socket\nwith socket.socket(socket.AF_UNIX) as it: it.connect({!r})"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s"))
+        server.listen(2)
+        code = ask.format(str(tmp_path / "s"))
+        assert run_tests("", [code], Limits(namespaces=False)).passed == 1
+        assert run_tests("", [code], Limits()).passed == 0
+    for call in (41 if os.uname().machine == "x86_64" else 198, 425):
+        denied = f"import ctypes; l = ctypes.CDLL(None, use_errno=True); l.syscall({call}, 1, 1, 0)\n"
+        assert run_tests("", [denied + "assert ctypes.get_errno() == 1"], Limits()).passed == 1
+    assert run_tests("", ["import asyncio; asyncio.run(asyncio.sleep(0))"], Limits()).passed == 1
 
 
 @needs_namespaces
