@@ -357,6 +357,7 @@ def test_a_template_that_is_none_is_named(make_recipe, tmp_path, monkeypatch):
         train(make_recipe(chat_template_path="publishd"))
     Path("published").write_text("a file here comes first")
     assert find_template("published") == Path("published")
+    Path("data.jsonl").write_text('{"messages": []}\n')
     status, _, err = sft("validate", "data.jsonl", "--model", "x", "--chat-template-path", "fsdp2")
     assert (status, "x" in err) == (2, True)
 
