@@ -32,12 +32,16 @@ from trl.trainer.utils import pad
 from growth.training.mup import MupMixin
 from growth.training.sharded import ShardedSaveMixin
 from sft.training.recipe import RecipeError
+from sft.training.watch import WatchMixin
 
 WEIGHTS = "weights"
+SOURCES = "sources"
 
 
-class WeightedSFTTrainer(ShardedSaveMixin, MupMixin, SFTTrainer):
+class WeightedSFTTrainer(WatchMixin, ShardedSaveMixin, MupMixin, SFTTrainer):
     """An SFTTrainer that honours a column `weights` and, given a `base_width`, trains under muP.
+
+    A column `sources` has for each token the index of its source in `source_names`; the loss of each is logged.
 
     Args:
         base_width: see [`growth.training.mup.MupMixin`].
@@ -51,25 +55,38 @@ class WeightedSFTTrainer(ShardedSaveMixin, MupMixin, SFTTrainer):
     def __init__(self, *, base_width: int | None = None, **kwargs: Any) -> None:
         super().__init__(base_width=base_width, **kwargs)
         datasets: list[Any] = [self.train_dataset, self.eval_dataset]
-        if not any(WEIGHTS in dataset.column_names for dataset in datasets if dataset is not None):
+        columns = {name for dataset in datasets if dataset is not None for name in dataset.column_names}
+        if columns & {WEIGHTS, SOURCES}:
+            # TRL takes no collator where rows are flattened, and makes the right one of its own.
+            self.data_collator = WeightCollator(**vars(self.data_collator))
+        if WEIGHTS not in columns:
             return
         if self.args.loss_type != "nll" or self.args.label_smoothing_factor:
             raise ValueError(
                 f"messages have weights, and loss_type is {self.args.loss_type} with label_smoothing_factor "
                 f"{self.args.label_smoothing_factor}; weights need nll and 0."
             )
-        # TRL takes no collator where rows are flattened, and makes the right one of its own.
-        self.data_collator = WeightCollator(**vars(self.data_collator))
         model: Any = self.model
         weigh_log_probs(model.get_base_model() if isinstance(model, PeftModel) else model)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        self._signature_columns: Any = list(dict.fromkeys([*columns, WEIGHTS]))
+        self._signature_columns: Any = list(dict.fromkeys([*columns, WEIGHTS, SOURCES]))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss; what it is of each source is counted on the way, from the log-probabilities that there are."""
+        sources = inputs.pop(SOURCES, None)
+        found = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        loss, outputs = found
+        if sources is not None and self.model.training:
+            self.add_source_losses(-outputs.log_probs.detach(), sources[:, 1:], outputs.label_mask)
+        return found if return_outputs else loss
 
 
-class PreferenceTrainer(ShardedSaveMixin, DPOTrainer):
+class PreferenceTrainer(WatchMixin, ShardedSaveMixin, DPOTrainer):
     """A DPOTrainer that saves whole models where they are sharded."""
 
 
@@ -95,17 +112,18 @@ def arrange(dataset: Dataset, args: SFTConfig, *, packing: bool) -> Dataset:
 
 @dataclass
 class WeightCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, with `weights` [batch, length] beside the labels; 0 where there is padding."""
+    """TRL's collator, with `weights` and `sources` [batch, length] beside the labels; 0 where there is padding."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate rows of `input_ids`, `labels` and perhaps `weights`."""
+        """Collate rows of `input_ids`, `labels`, and perhaps `weights` and `sources`."""
         batch = super().torch_call(examples)
-        if WEIGHTS not in examples[0]:
-            return batch
-        weights = [torch.tensor(example[WEIGHTS], dtype=torch.float32) for example in examples]
-        if self.padding_free:
-            weights = [torch.cat(weights)]
-        batch[WEIGHTS] = pad(weights, padding_value=0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
+        for column, dtype in ((WEIGHTS, torch.float32), (SOURCES, torch.int64)):
+            if column not in examples[0]:
+                continue
+            rows = [torch.tensor(example[column], dtype=dtype) for example in examples]
+            if self.padding_free:
+                rows = [torch.cat(rows)]
+            batch[column] = pad(rows, padding_value=0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
         return batch
 
 
@@ -127,4 +145,4 @@ def weigh_log_probs(model: nn.Module) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-__all__ = ["WEIGHTS", "PreferenceTrainer", "WeightCollator", "WeightedSFTTrainer", "arrange", "weigh_log_probs"]
+__all__ = ["SOURCES", "WEIGHTS", "PreferenceTrainer", "WeightCollator", "WeightedSFTTrainer", "arrange", "weigh_log_probs"]
