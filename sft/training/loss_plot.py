@@ -7,6 +7,7 @@
 import io
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOSS_PLOT = "loss.png"
-# Weight of a new point in the moving average, and how many points there have to be for one.
-SMOOTHING, _LEAST = 0.1, 20
+# How many points there have to be for a moving average, and which part of them it reaches to either side.
+_LEAST, _REACH = 20, 0.03
 _BLUE, _GREY, _ORANGE = "#2563eb", "#94a3b8", "#ea580c"
 _COLORS = (_BLUE, _ORANGE, "#15803d", "#9333ea", "#0891b2", "#be123c", "#a16207", "#475569", "#db2777", "#4d7c0f")
 SOURCE_PREFIX = "loss/"
@@ -93,19 +94,24 @@ def loss_figure(history: RunHistory, *, width: float = 9.0) -> "Figure":
 
 
 def smoothed(values: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """An exponential moving average of points, without the bias of its start; none of too few points.
+    """Means of neighbouring points, as many before as after, so that a trend is not shifted; none of too few points.
 
-    Each new point has weight [`SMOOTHING`], and those that are not finite are left out.
+    [`neighbours`] to either side, fewer at the ends. Points that are not finite are left out.
     """
     finite = [(step, value) for step, value in values if math.isfinite(value)]
     if len(finite) < _LEAST:
         return []
-    result, mean, weight = [], 0.0, 0.0
-    for step, value in finite:
-        mean = (1 - SMOOTHING) * mean + SMOOTHING * value
-        weight = (1 - SMOOTHING) * weight + SMOOTHING
-        result.append((step, mean / weight))
+    sums = list(accumulate((value for _, value in finite), initial=0.0))
+    result = []
+    for index, (step, _) in enumerate(finite):
+        reach = min(neighbours(len(finite)), index, len(finite) - 1 - index)
+        result.append((step, (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)))
     return result
+
+
+def neighbours(count: int) -> int:
+    """How many points to either side the moving average of so many points takes in."""
+    return max(2, round(_REACH * count))
 
 
 def other_figures(history: RunHistory, *, width: float = 9.0) -> dict[str, "Figure"]:
@@ -240,9 +246,9 @@ def _literal(text: str) -> str:
 
 __all__ = [
     "LOSS_PLOT",
-    "SMOOTHING",
     "SOURCE_PREFIX",
     "loss_figure",
+    "neighbours",
     "other_figures",
     "other_names",
     "png_of",

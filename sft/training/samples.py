@@ -17,6 +17,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -250,9 +251,7 @@ class SampleCallback(TrainerCallback):
         rank, world = args.process_index, args.world_size
         with self.trainer.stopwatch.excluded():
             mine = list(range(rank, len(self.prompts), world))
-            texts = generate_texts(
-                self.trainer.model, self.tokenizer, [self.prompts[number] for number in mine], self.config
-            )
+            texts = self._generate([self.prompts[number] for number in mine])
             lines = [
                 {
                     "step": step,
@@ -261,13 +260,26 @@ class SampleCallback(TrainerCallback):
                     **text,
                     "session": self.trainer.session,
                 }
-                for number, text in zip(mine, texts, strict=True)
+                for number, text in zip(mine, texts, strict=False)
             ]
             everyones = gather_object(lines) if world > 1 else lines
             if state.is_world_process_zero:
                 ordered = sorted(everyones, key=lambda line: line["prompt"])
                 self._write(ordered)
                 self._report(args, state, control, ordered)
+
+    def _generate(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        """The texts; none if that fails, as without memory for them, which is no reason to end a run."""
+        try:
+            return generate_texts(self.trainer.model, self.tokenizer, prompts, self.config)
+        except Exception as error:  # of a model and a tokenizer that may be anything
+            self._warn(f"no samples: {one_line(error)}")
+            return []
+
+    def _warn(self, what: str) -> None:
+        if not self._broken:
+            logger.warning("%s: %s; the run goes on", self.trainer.args.output_dir, what)
+        self._broken = True
 
     def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
         path = Path(str(self.trainer.args.output_dir)) / SAMPLES
@@ -276,9 +288,7 @@ class SampleCallback(TrainerCallback):
             for line in lines:
                 append_line(path, line)
         except OSError as error:
-            if not self._broken:
-                logger.warning("%s: cannot be written, the run goes on: %s", path, one_line(error))
-            self._broken = True
+            self._warn(f"{SAMPLES} cannot be written: {one_line(error)}")
 
     def _report(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, lines: Sequence[Mapping[str, Any]]
@@ -309,9 +319,20 @@ def generate_texts(
             )
             new = whole[0, ids.shape[1] :].tolist()
             ended = bool(new) and new[-1] in stops
-            text = tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=False)
-            texts.append({"text": str(text), "new_tokens": len(new), "ended": ended})
+            text = decode(tokenizer, new[:-1] if ended else new)
+            texts.append({"text": text, "new_tokens": len(new), "ended": ended})
     return texts
+
+
+def decode(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
+    """The text of token ids; special tokens are shown, and so are ids that no token has, as `<id 80001>`.
+
+    A model's vocabulary is larger than its tokenizer's where it was padded, and an untrained model says anything.
+    """
+    parts = []
+    for known, run in groupby(ids, key=lambda token: token < len(tokenizer)):
+        parts += [str(tokenizer.decode(list(run)))] if known else [f"<id {token}>" for token in run]
+    return "".join(parts)
 
 
 @contextmanager
@@ -338,6 +359,7 @@ __all__ = [
     "SampleError",
     "as_it_was",
     "check_whole",
+    "decode",
     "generate_texts",
     "read_prompts",
 ]

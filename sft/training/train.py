@@ -70,7 +70,7 @@ from sft.training.recipe import Recipe, RecipeError, parse_overrides, read_recip
 from sft.training.samples import Prompt, SampleCallback, check_whole, read_prompts
 from sft.training.trackers import check_trackers
 from sft.training.trainer import PreferenceTrainer, WeightedSFTTrainer, arrange
-from sft.training.watch import MeasureCallback, Picture, WatchCallback, describe_data, public_name
+from sft.training.watch import MeasureCallback, Picture, WatchCallback, describe_data, public_name, source_names
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ def build_trainer(
         check_spread(trainer, launched)
     if measured:
         check_dtype(compute_dtype(trainer))
-    trainer.source_names = [source.name for source in getattr(report, "sources", ())]
+    trainer.source_names = source_names(report)
     trainer.measured, trainer.prompts, trainer.stop_ids = measured, prompts, sorted(stop_ids)
     trainer.add_callback(FusedLossGuard(trainer))
     return trainer, report, eval_report

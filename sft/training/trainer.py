@@ -59,31 +59,24 @@ class WeightedSFTTrainer(WatchMixin, ShardedSaveMixin, MupMixin, SFTTrainer):
         if columns & {WEIGHTS, SOURCES}:
             # TRL takes no collator where rows are flattened, and makes the right one of its own.
             self.data_collator = WeightCollator(**vars(self.data_collator))
-        if WEIGHTS not in columns:
-            return
-        if self.args.loss_type != "nll" or self.args.label_smoothing_factor:
+            model: Any = self.model
+            base = model.get_base_model() if isinstance(model, PeftModel) else model
+            weigh_log_probs(base, self._count_sources if SOURCES in columns else None)
+        if WEIGHTS in columns and (self.args.loss_type != "nll" or self.args.label_smoothing_factor):
             raise ValueError(
                 f"messages have weights, and loss_type is {self.args.loss_type} with label_smoothing_factor "
                 f"{self.args.label_smoothing_factor}; weights need nll and 0."
             )
-        model: Any = self.model
-        weigh_log_probs(model.get_base_model() if isinstance(model, PeftModel) else model)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
         self._signature_columns: Any = list(dict.fromkeys([*columns, WEIGHTS, SOURCES]))
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The loss; what it is of each source is counted on the way, from the log-probabilities that there are."""
-        sources = inputs.pop(SOURCES, None)
-        found = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        loss, outputs = found
-        if sources is not None and self.model.training:
+    def _count_sources(self, outputs: Any, sources: torch.Tensor) -> None:
+        """Count the losses of a batch to their sources, from the log-probabilities that the loss is made of."""
+        if self.model.training:  # type: ignore[union-attr]
             self.add_source_losses(-outputs.log_probs.detach(), sources[:, 1:], outputs.label_mask)
-        return found if return_outputs else loss
 
 
 class PreferenceTrainer(WatchMixin, ShardedSaveMixin, DPOTrainer):
@@ -127,19 +120,32 @@ class WeightCollator(DataCollatorForLanguageModeling):
         return batch
 
 
-def weigh_log_probs(model: nn.Module) -> None:
-    """Let a model with TRL's fused head take `weights` [batch, length] beside `labels`.
+def weigh_log_probs(model: nn.Module, count: Callable[[Any, torch.Tensor], None] | None = None) -> None:
+    """Let a model with TRL's fused head take `weights` and `sources`, [batch, length], beside `labels`.
 
     The weight at a position goes with the label there, so the fused head's `log_probs` [batch, length - 1], which are
     those of the labels from the second on, are multiplied by the weights from the second on.
+
+    Args:
+        model: that is patched.
+        count: called with the outputs, after that, and the sources. TRL's loss hands no outputs on without computing
+            the logits again.
     """
     fused: Callable[..., Any] = model.forward
 
     @functools.wraps(type(model).forward)
-    def forward(self: nn.Module, *args: Any, weights: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: nn.Module,
+        *args: Any,
+        weights: torch.Tensor | None = None,
+        sources: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         outputs = fused(*args, **kwargs)
         if weights is not None and kwargs.get("fused_lm_head"):
             outputs.log_probs = outputs.log_probs * weights[:, 1:].to(outputs.log_probs.device)
+        if sources is not None and count is not None and kwargs.get("fused_lm_head"):
+            count(outputs, sources.to(outputs.log_probs.device))
         return outputs
 
     model.forward = types.MethodType(forward, model)

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 TOKENS_PER_SECOND = "tokens_per_second"
 _REFRESH = 300.0  # seconds between pictures of a run that goes on: one takes about a second
 _SHOWN_REJECTS, _SHOWN_DETAIL = 5, 300
+_SOURCE_COUNTS = ("weight", "rows", "rejected", "held_out", "taken", "tokens", "trained_tokens")
 # Called with the output folder on process 0; makes a picture or a page of what is in it.
 Picture = Callable[[Path], object]
 
@@ -361,7 +362,18 @@ def describe_data(report: DataReport) -> dict[str, Any]:
         "tokens": report.tokens,
         "trained_tokens": report.trained_tokens,
         "left_out": reasons,
+        "sources": [
+            {"name": name, **{key: getattr(source, key) for key in _SOURCE_COUNTS}}
+            for name, source in zip(source_names(report), getattr(report, "sources", ()), strict=True)
+        ],
     }
+
+
+def source_names(report: DataReport) -> list[str]:
+    """What to call the sources of the data, if there are several: without folders, unless two would be called alike."""
+    names = [source.name for source in getattr(report, "sources", ())]
+    short = [", ".join(public_name(part) for part in name.split(", ")) for name in names]
+    return short if len(set(short)) == len(short) else names
 
 
 def public_name(name: str) -> str:
@@ -381,5 +393,6 @@ __all__ = [
     "describe_data",
     "draw_loss",
     "public_name",
+    "source_names",
     "sums_by_source",
 ]

@@ -14,8 +14,16 @@ from typing import Any
 from conversion.checkpoint.atomic_file import write_atomically
 from sft.data.preview import visible
 from sft.training.comparison import comparison
-from sft.training.loss_plot import LOSS_PLOT, SMOOTHING, loss_figure, other_figures, png_of, smoothed, write_loss_plot
-from sft.training.run_log import RunHistory, read_history
+from sft.training.loss_plot import (
+    LOSS_PLOT,
+    loss_figure,
+    neighbours,
+    other_figures,
+    png_of,
+    smoothed,
+    write_loss_plot,
+)
+from sft.training.run_log import RunHistory, points, read_history
 from teleflm.reports.page import render_page
 
 RUN_PAGE = "training_report.html"
@@ -87,7 +95,8 @@ def write_loss(history: RunHistory) -> Path | None:
 def render_run(history: RunHistory) -> str:
     """The page of a run. Everything that comes from data or models is escaped, what would not show is written out."""
     facts = history.facts
-    lost = sum(len(session.lost) for session in history.sessions)
+    lost = sum(len(points(session.lost, "loss")) for session in history.sessions)
+    smooth = smoothed(history.points("loss"))
     return render_page(
         _TEMPLATE,
         title=visible(str(facts.get("base") or history.folder.resolve().name)),
@@ -99,7 +108,7 @@ def render_run(history: RunHistory) -> str:
         eval_data=facts.get("eval_data") if isinstance(facts.get("eval_data"), Mapping) else None,
         figures=_headline(history),
         loss=_loss_plot(history),
-        smoothing=SMOOTHING if smoothed(history.points("loss")) else None,
+        reach=neighbours(len(smooth)) if smooth else None,
         plots=_plots(history),
         unfinite=_unfinite(history),
         lost=lost,
