@@ -294,9 +294,9 @@ def _read_samples(path: Path, sessions: list[Session], first: int) -> tuple[list
     ends = [min((later.start for later in sessions[n + 1 :]), default=math.inf) for n in range(len(sessions))]
     kept = []
     for line in lines:
-        number = line.get("session")
-        well_formed = isinstance(number, int) and isinstance(line.get("messages"), list)
-        if not (well_formed and isinstance(line.get("text"), str) and isinstance(line.get("prompt"), int)):
+        number, prompt = line.get("session"), line.get("prompt")
+        said = isinstance(line.get("messages"), list) and isinstance(line.get("text"), str)
+        if not (isinstance(number, int) and isinstance(prompt, int) and said):
             bad += 1
         elif first <= number < first + len(sessions) and line["step"] <= ends[number - first]:
             kept.append(line)

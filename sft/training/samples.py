@@ -296,7 +296,8 @@ class SampleCallback(TrainerCallback):
         """Hand the texts to the trackers that take some."""
         logs = {f"sample_{line['prompt'] + 1}": str(line["text"]) for line in lines}
         kinds = tuple(INTEGRATION_TO_CALLBACK[name] for name in _TEXT_TRACKERS)
-        for callback in self.trainer.callback_handler.callbacks:
+        callbacks: Any = self.trainer.callback_handler.callbacks
+        for callback in callbacks:
             if isinstance(callback, kinds):
                 callback.on_log(args, state, control, logs=dict(logs), model=self.trainer.model)
 
@@ -331,7 +332,8 @@ def decode(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
     """
     parts = []
     for known, run in groupby(ids, key=lambda token: token < len(tokenizer)):
-        parts += [str(tokenizer.decode(list(run)))] if known else [f"<id {token}>" for token in run]
+        tokens = list(run)
+        parts += [str(tokenizer.decode(tokens))] if known else [f"<id {token}>" for token in tokens]
     return "".join(parts)
 
 

@@ -39,7 +39,7 @@ from transformers import (
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging as transformers_logging
-from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, get_peft_config, get_quantization_config
+from trl import DPOConfig, ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
 from conversion.checkpoint.errors import CheckpointError, one_line
@@ -163,7 +163,7 @@ def train(
 
 def build_trainer(
     recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()
-) -> tuple[WeightedSFTTrainer | DPOTrainer, DataReport, DataReport | None]:
+) -> tuple[WeightedSFTTrainer | PreferenceTrainer, DataReport, DataReport | None]:
     """Build the trainer of a recipe, checked and ready for `trainer.train()`; what [`train`] does before training.
 
     Returns:
@@ -207,7 +207,7 @@ def build_trainer(
         "peft_config": get_peft_config(recipe.model),
         "callbacks": list(callbacks),
     }
-    trainer: WeightedSFTTrainer | DPOTrainer
+    trainer: WeightedSFTTrainer | PreferenceTrainer
     try:
         if isinstance(args, DPOConfig):
             trainer = PreferenceTrainer(
@@ -353,7 +353,7 @@ def _measured(recipe: Recipe) -> Measured | None:
 
 def _watch(
     recipe: Recipe,
-    trainer: WeightedSFTTrainer | DPOTrainer,
+    trainer: WeightedSFTTrainer | PreferenceTrainer,
     data: DataReport,
     eval_data: DataReport | None,
     pictures: Sequence[Picture],
@@ -424,7 +424,7 @@ def _describe_run(recipe: Recipe, data: DataReport, base: Mapping[str, Any], sta
 
 
 def _identify_run(
-    recipe: Recipe, trainer: WeightedSFTTrainer | DPOTrainer, data: DataReport, base: Mapping[str, Any]
+    recipe: Recipe, trainer: WeightedSFTTrainer | PreferenceTrainer, data: DataReport, base: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What has to be the same when a checkpoint of this run is resumed."""
     ours = {

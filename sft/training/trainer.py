@@ -75,7 +75,7 @@ class WeightedSFTTrainer(WatchMixin, ShardedSaveMixin, MupMixin, SFTTrainer):
 
     def _count_sources(self, outputs: Any, sources: torch.Tensor) -> None:
         """Count the losses of a batch to their sources, from the log-probabilities that the loss is made of."""
-        if self.model.training:  # type: ignore[union-attr]
+        if self.model.training:
             self.add_source_losses(-outputs.log_probs.detach(), sources[:, 1:], outputs.label_mask)
 
 
@@ -151,4 +151,12 @@ def weigh_log_probs(model: nn.Module, count: Callable[[Any, torch.Tensor], None]
     model.forward = types.MethodType(forward, model)
 
 
-__all__ = ["SOURCES", "WEIGHTS", "PreferenceTrainer", "WeightCollator", "WeightedSFTTrainer", "arrange", "weigh_log_probs"]
+__all__ = [
+    "SOURCES",
+    "WEIGHTS",
+    "PreferenceTrainer",
+    "WeightCollator",
+    "WeightedSFTTrainer",
+    "arrange",
+    "weigh_log_probs",
+]

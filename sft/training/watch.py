@@ -156,9 +156,7 @@ def count_tokens(inputs: Any) -> torch.Tensor | int:
     return inputs["input_ids"].numel() if "input_ids" in inputs else 0  # rows without padding, one after another
 
 
-def sums_by_source(
-    losses: torch.Tensor, sources: torch.Tensor, trained: torch.Tensor, count: int
-) -> torch.Tensor:
+def sums_by_source(losses: torch.Tensor, sources: torch.Tensor, trained: torch.Tensor, count: int) -> torch.Tensor:
     """Sums of losses and numbers of trained tokens, float64 [2, count], for each source.
 
     A product with a matrix of zeros and ones: `bincount` adds in any order on a GPU.
@@ -347,9 +345,7 @@ def describe_data(report: DataReport) -> dict[str, Any]:
     """What became of the rows, as JSON: counts, and of each reason to leave rows out the first few. No paths."""
     reasons: dict[str, dict[str, Any]] = {}
     for reject in report.rejects:
-        found = reasons.setdefault(
-            reject.reason, {"rows": 0, "means": REASONS.get(reject.reason, ""), "first": []}
-        )
+        found = reasons.setdefault(reject.reason, {"rows": 0, "means": REASONS.get(reject.reason, ""), "first": []})
         found["rows"] += 1
         if len(found["first"]) < _SHOWN_REJECTS:
             detail = reject.detail

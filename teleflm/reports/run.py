@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import UndefinedError
+
 from conversion.checkpoint.atomic_file import write_atomically
+from conversion.checkpoint.errors import one_line
 from sft.data.preview import visible
 from sft.training.comparison import comparison
 from sft.training.loss_plot import (
@@ -23,7 +26,7 @@ from sft.training.loss_plot import (
     smoothed,
     write_loss_plot,
 )
-from sft.training.run_log import RunHistory, points, read_history
+from sft.training.run_log import RunHistory, RunLogError, points, read_history
 from teleflm.reports.page import render_page
 
 RUN_PAGE = "training_report.html"
@@ -82,7 +85,11 @@ def write_run_page(folder: Path, output: Path | None = None) -> tuple[Path, RunH
     """
     history = read_history(folder)
     target = output or Path(folder) / RUN_PAGE
-    write_atomically(target, render_run(history).encode("utf-8"))
+    try:
+        page = render_run(history)
+    except (TypeError, ValueError, LookupError, AttributeError, UndefinedError) as error:
+        raise RunLogError(f"{folder}: its log holds what no run of this version writes: {one_line(error)}") from error
+    write_atomically(target, page.encode("utf-8"))
     return target, history
 
 
@@ -212,7 +219,9 @@ def _prompts(history: RunHistory) -> list[dict[str, Any]]:
     by_prompt: dict[int, dict[str, Any]] = {}
     for sample in history.samples:
         messages = [message for message in sample["messages"] if isinstance(message, Mapping)]
-        said = [{"role": _shown(message.get("role")), "content": _shown(message.get("content"))} for message in messages]
+        said = [
+            {"role": _shown(message.get("role")), "content": _shown(message.get("content"))} for message in messages
+        ]
         entry = by_prompt.setdefault(sample["prompt"], {"messages": said, "texts": {}})
         entry["texts"][sample["step"]] = {
             "step": sample["step"],

@@ -74,10 +74,14 @@ def test_modes_and_random_states_are_put_back_even_after_a_failure():
     model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout()))
     model[0].eval()
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    with pytest.raises(RuntimeError, match="planted"), as_it_was(model):
+
+    def draw_and_fail():
         assert not any(module.training for module in model.modules())
         torch.rand(3), random.random(), np.random.random()
         raise RuntimeError("planted")
+
+    with pytest.raises(RuntimeError, match="planted"), as_it_was(model):
+        draw_and_fail()
     assert [module.training for module in model.modules()] == [True, False, True, True]
     assert torch.equal(before[0], torch.get_rng_state())
     assert (before[1], before[2]) == (random.getstate(), np.random.get_state()[1].tolist())

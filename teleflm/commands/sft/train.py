@@ -17,8 +17,8 @@ def train(context: typer.Context, config: Config, as_json: Json = False, debug: 
     """Fine-tune a model as a recipe says.
 
     Any key of the recipe can be given as --key value. OUT gets loss.png and training_report.html, also of a run that
-    fails or is interrupted; sft report makes them while it goes on. On several devices: accelerate launch --no_python teleflm sft
-    train, with the same arguments.
+    fails or is interrupted; sft report makes them while it goes on. On several devices: accelerate launch --no_python
+    teleflm sft train, with the same arguments.
     """
     from sft.training.train import run
     from teleflm.reports.run import draw_page
