@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.sources import open_checkpoint
@@ -29,7 +29,9 @@ from evaluation.measure import Evaluation, describe, evaluate
 from evaluation.passages import Passage
 from evaluation.results_file import results_of, write_results
 from sft import SFTError
+from sft.training.run_log import RunLogError, read_history
 from sft.training.samples import as_it_was
+from sft.training.watch import WatchCallback, WatchMixin
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +102,51 @@ def measure(trainer: Trainer, what: Measured) -> Evaluation:
     return evaluate(what.base, texts=what.texts, tasks=what.tasks, dtype=compute_dtype(trainer), score=score)
 
 
+class MeasureCallback(TrainerCallback):
+    """Measures texts and tasks before the first step and, by [`after`], when the model is saved.
+
+    Attributes:
+        found: `before`, `after` -> results. A resumed run has measured `before` in its first session.
+    """
+
+    def __init__(self, trainer: WatchMixin, watch: WatchCallback, what: Measured) -> None:
+        self.trainer, self.watch, self.what = trainer, watch, what
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure the model before training."""
+        if state.global_step:
+            self.found |= self._earlier()
+            return
+        with self.trainer.stopwatch.excluded():
+            evaluation = measure(self.trainer, self.what)
+            self.found["before"] = describe(evaluation)
+            self.watch.measured("before", self.found["before"])
+            if state.is_world_process_zero:
+                with self.watch.harmless("results before training"):
+                    write_base_results(evaluation, self.what, self.watch.folder)
+
+    def _earlier(self) -> dict[str, dict[str, Any]]:
+        if not self.trainer.is_world_process_zero():
+            return {}
+        try:
+            known = read_history(self.watch.folder).measured
+        except RunLogError:
+            return {}
+        return {"before": known["before"]} if "before" in known else {}
+
+    def after(self) -> None:
+        """Measure the model that was just saved; every process has to call it. It is saved: nothing fails any more."""
+        with self.watch.harmless("results after training"):
+            evaluation = measure(self.trainer, self.what)
+            self.found["after"] = describe(evaluation)
+            self.watch.measured("after", self.found["after"])
+            if self.trainer.is_world_process_zero():
+                write_saved_results(evaluation, self.watch.folder, quantized=self.what.quantized)
+
+
 def compute_dtype(trainer: Trainer) -> str:
     """What the model of a trainer computes in: that of mixed precision, or that of its weights."""
     mixed = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision)
@@ -143,11 +190,11 @@ def write_saved_results(evaluation: Evaluation, output: Path, *, quantized: bool
 
 __all__ = [
     "BASE_RESULTS",
+    "MeasureCallback",
     "MeasureError",
     "Measured",
     "check_dtype",
     "compute_dtype",
-    "describe",
     "measure",
     "write_base_results",
     "write_saved_results",

@@ -295,7 +295,7 @@ class SampleCallback(TrainerCallback):
     ) -> None:
         """Hand the texts to the trackers that take some."""
         logs = {f"sample_{line['prompt'] + 1}": str(line["text"]) for line in lines}
-        kinds = tuple(INTEGRATION_TO_CALLBACK[name] for name in _TEXT_TRACKERS)
+        kinds: Any = tuple(INTEGRATION_TO_CALLBACK[name] for name in _TEXT_TRACKERS)
         callbacks: Any = self.trainer.callback_handler.callbacks
         for callback in callbacks:
             if isinstance(callback, kinds):

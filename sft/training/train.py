@@ -61,7 +61,7 @@ from sft import tokenizer as tokenizers
 from sft.data.dataset import prepare_dataset
 from sft.data.labels import DataReport
 from sft.export import find_model
-from sft.training.before_after import Measured, MeasureError, check_dtype, compute_dtype
+from sft.training.before_after import MeasureCallback, Measured, MeasureError, check_dtype, compute_dtype
 from sft.training.comparison import comparison, comparison_text
 from sft.training.dpo import prepare_preferences
 from sft.training.guards import FusedLossGuard, GuardError, check_trained_tokens
@@ -70,7 +70,7 @@ from sft.training.recipe import Recipe, RecipeError, parse_overrides, read_recip
 from sft.training.samples import Prompt, SampleCallback, check_whole, read_prompts
 from sft.training.trackers import check_trackers
 from sft.training.trainer import PreferenceTrainer, WeightedSFTTrainer, arrange
-from sft.training.watch import MeasureCallback, Picture, WatchCallback, describe_data, public_name, source_names
+from sft.training.watch import Picture, WatchCallback, describe_data, public_name, source_names
 
 logger = logging.getLogger(__name__)
 

@@ -22,10 +22,8 @@ from conversion.checkpoint.errors import one_line
 from growth.training.mup import KINDS
 from sft.data.checks import REASONS
 from sft.data.labels import DataReport
-from sft.training.before_after import Measured, describe, measure, write_base_results, write_saved_results
 from sft.training.loss_plot import LOSS_PLOT, SOURCE_PREFIX, write_loss_plot
-from sft.training.run_log import RunLogError, append_event, count_sessions, read_history
-from sft.training.samples import Prompt
+from sft.training.run_log import append_event, count_sessions, read_history
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +86,8 @@ class WatchMixin(Trainer):
         self.stopwatch = Stopwatch()
         self.session = 0
         # What [`sft.training.train.build_trainer`] has read of what is to be measured and sampled.
-        self.measured: Measured | None = None
-        self.prompts: Sequence[Prompt] = ()
+        self.measured: Any = None
+        self.prompts: Sequence[Any] = ()
         self.stop_ids: Sequence[int] = ()
         self.source_names: Sequence[str] = ()
         self._read_tokens: Any = 0
@@ -288,51 +286,6 @@ class WatchCallback(TrainerCallback):
                 logger.warning("%s: %s cannot be written, the run goes on: %s", self.folder, what, one_line(error))
 
 
-class MeasureCallback(TrainerCallback):
-    """Measures texts and tasks before the first step and, by [`after`], when the model is saved.
-
-    Attributes:
-        found: `before`, `after` -> results. A resumed run has measured `before` in its first session.
-    """
-
-    def __init__(self, trainer: WatchMixin, watch: WatchCallback, what: Measured) -> None:
-        self.trainer, self.watch, self.what = trainer, watch, what
-        self.found: dict[str, dict[str, Any]] = {}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Measure the model before training."""
-        if state.global_step:
-            self.found |= self._earlier()
-            return
-        with self.trainer.stopwatch.excluded():
-            evaluation = measure(self.trainer, self.what)
-            self.found["before"] = describe(evaluation)
-            self.watch.measured("before", self.found["before"])
-            if state.is_world_process_zero:
-                with self.watch.harmless("results before training"):
-                    write_base_results(evaluation, self.what, self.watch.folder)
-
-    def _earlier(self) -> dict[str, dict[str, Any]]:
-        if not self.trainer.is_world_process_zero():
-            return {}
-        try:
-            known = read_history(self.watch.folder).measured
-        except RunLogError:
-            return {}
-        return {"before": known["before"]} if "before" in known else {}
-
-    def after(self) -> None:
-        """Measure the model that was just saved; every process has to call it. It is saved: nothing fails any more."""
-        with self.watch.harmless("results after training"):
-            evaluation = measure(self.trainer, self.what)
-            self.found["after"] = describe(evaluation)
-            self.watch.measured("after", self.found["after"])
-            if self.trainer.is_world_process_zero():
-                write_saved_results(evaluation, self.watch.folder, quantized=self.what.quantized)
-
-
 def draw_loss(folder: Path) -> None:
     """Write `loss.png` of the run in a folder."""
     write_loss_plot(read_history(folder), folder / LOSS_PLOT)
@@ -380,7 +333,6 @@ def public_name(name: str) -> str:
 
 __all__ = [
     "TOKENS_PER_SECOND",
-    "MeasureCallback",
     "Picture",
     "Stopwatch",
     "WatchCallback",

@@ -158,7 +158,7 @@ def test_a_model_that_computes_in_float16_is_refused(make_recipe, text, monkeypa
 
 
 def test_a_failure_after_training_loses_no_model(make_recipe, text, tmp_path, monkeypatch, caplog):
-    real, calls = sft.training.watch.measure, []
+    real, calls = sft.training.before_after.measure, []
 
     def fail_the_second_time(*args):
         calls.append(1)
@@ -166,7 +166,7 @@ def test_a_failure_after_training_loses_no_model(make_recipe, text, tmp_path, mo
             raise RuntimeError("planted")
         return real(*args)
 
-    monkeypatch.setattr(sft.training.watch, "measure", fail_the_second_time)
+    monkeypatch.setattr(sft.training.before_after, "measure", fail_the_second_time)
     with caplog.at_level(logging.WARNING):
         result = train(make_recipe(**RUN, eval_texts=str(text)), progress=False)
     assert list(result.measured) == ["before"]
