@@ -22,7 +22,7 @@ LOSS_PLOT = "loss.png"
 _LEAST, _REACH = 20, 0.03
 _BLUE, _GREY, _ORANGE = "#2563eb", "#94a3b8", "#ea580c"
 _COLORS = (_BLUE, _ORANGE, "#15803d", "#9333ea", "#0891b2", "#be123c", "#a16207", "#475569", "#db2777", "#4d7c0f")
-SOURCE_PREFIX = "loss/"
+SOURCE_PREFIX = "source_loss/"  # not loss/: trackers that keep a file for each number have one called loss
 _RATES = ("learning_rate", "learning_rate_matrix")
 # Key, label of the axis. What is not here is drawn under its own name.
 _KNOWN = {

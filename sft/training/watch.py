@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 TOKENS_PER_SECOND = "tokens_per_second"
 _REFRESH = 300.0  # seconds between pictures of a run that goes on: one takes about a second
 _SHOWN_REJECTS, _SHOWN_DETAIL = 5, 300
-_SOURCE_COUNTS = ("weight", "rows", "rejected", "held_out", "taken", "tokens", "trained_tokens")
+_SOURCE_COUNTS = ("weight", "rows", "rejected", "held_out", "overlapping", "taken", "tokens", "trained_tokens")
 # Called with the output folder on process 0; makes a picture or a page of what is in it.
 Picture = Callable[[Path], object]
 
@@ -73,12 +73,13 @@ class Stopwatch:
 class WatchMixin(Trainer):
     """A Trainer that also logs tokens per second, the learning rate of each group of muP, and the loss per source.
 
-    - `tokens_per_second`: tokens of the rows that all processes read since the last log, prompts among them and padding
-      not, over the seconds since then that were not spent on evaluating, saving, sampling or drawing.
+    - `tokens_per_second`: tokens of the rows that all processes read since the last log, as `num_tokens` counts them:
+      prompts among them, and what pads short rows not; over the seconds since then that were not spent on evaluating,
+      saving, sampling or drawing.
     - `learning_rate_matrix`: under muP, of the step that was just done, as `learning_rate`, that of vectors, is.
-    - `loss/SOURCE`: where the data have sources, the loss of the tokens of each, since the last log: of the weighted
-      tokens their sum over the number of all trained ones, as in the loss. A source of which nothing was trained on
-      is left out.
+    - `source_loss/NAME`: where the data have sources, the negative log-likelihood of the tokens of each since the last
+      log: the sum of the weighted ones over the number of all trained ones, as in the loss. A source of which nothing
+      was trained on is left out.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -146,12 +147,12 @@ class WatchMixin(Trainer):
 
 
 def count_tokens(inputs: Any) -> torch.Tensor | int:
-    """The tokens of a batch, without padding; 0 of one that is not tokenized yet."""
+    """The tokens of a batch, without the padding of short rows; 0 of one that is not tokenized yet."""
     if not isinstance(inputs, Mapping):
         return 0
     if "attention_mask" in inputs:
         return inputs["attention_mask"].sum()
-    return inputs["input_ids"].numel() if "input_ids" in inputs else 0  # rows without padding, one after another
+    return inputs["position_ids"].numel() if "position_ids" in inputs else 0  # rows in a row, none of them padded
 
 
 def sums_by_source(losses: torch.Tensor, sources: torch.Tensor, trained: torch.Tensor, count: int) -> torch.Tensor:
@@ -319,9 +320,10 @@ def describe_data(report: DataReport) -> dict[str, Any]:
 
 
 def source_names(report: DataReport) -> list[str]:
-    """What to call the sources of the data, if there are several: without folders, unless two would be called alike."""
+    """What to call the sources of the data, if there are several: without folders and slashes, which trackers take for
+    folders of their own; as they are if two would be called alike."""
     names = [source.name for source in getattr(report, "sources", ())]
-    short = [", ".join(public_name(part) for part in name.split(", ")) for name in names]
+    short = [", ".join(public_name(part).replace("/", "_") for part in name.split(", ")) for name in names]
     return short if len(set(short)) == len(short) else names
 
 

@@ -39,8 +39,8 @@ _TITLES = {
     "grad_norm": ("Gradient norm", ""),
     "tokens_per_second": (
         "Tokens per second",
-        "All tokens that all processes read, those of prompts too and padding not, over the time between two logs "
-        "without evaluating, saving, sampling and drawing.",
+        "All tokens that all processes read, as num_tokens counts them: those of prompts too, those that pad short "
+        "rows not. Over the time between two logs without evaluating, saving, sampling and drawing.",
     ),
     "sources": (
         "Loss per source",

@@ -46,6 +46,9 @@ HOSTILE = (
 )
 
 
+SOURCE_COUNTS = ("rows", "rejected", "held_out", "overlapping", "taken", "trained_tokens")
+
+
 @pytest.fixture
 def hostile(tmp_path):
     """Every text that comes from data, models or files is hostile."""
@@ -60,14 +63,12 @@ def hostile(tmp_path):
             "tokens": 9,
             "trained_tokens": 4,
             "left_out": {HOSTILE: {"rows": 2, "means": HOSTILE, "first": [{"row": HOSTILE, "detail": HOSTILE}]}},
-            "sources": [
-                {"name": HOSTILE, "weight": 1, "rows": 1, "rejected": 0, "held_out": 0, "taken": 1, "trained_tokens": 4}
-            ],
+            "sources": [{"name": HOSTILE, "weight": 1, **dict.fromkeys(SOURCE_COUNTS, 1)}],
         },
     }
     append_event(tmp_path, "begin", {"step": 0, "facts": facts})
     for step in (1, 2):
-        append_event(tmp_path, "log", {"step": step, "loss": 3.0 - step, f"loss/{HOSTILE}": 1.0, HOSTILE: 2.0})
+        append_event(tmp_path, "log", {"step": step, "loss": 3.0 - step, f"source_loss/{HOSTILE}": 1.0, HOSTILE: 2.0})
     results = {"texts": [{"name": HOSTILE, "bits_per_byte": 1.0}], "notes": [HOSTILE], "dtype": HOSTILE}
     append_event(tmp_path, "measured", {"when": "before", "step": 0, "results": results})
     sample = {"messages": [{"role": HOSTILE, "content": HOSTILE}], "text": HOSTILE, "new_tokens": HOSTILE}

@@ -20,6 +20,7 @@ from sft.training.loss_plot import LOSS_PLOT
 from sft.training.recipe import RecipeError
 from sft.training.run_log import RUN_LOG, read_history
 from sft.training.train import build_trainer, train
+from sft.training.trainer import WeightedSFTTrainer
 from sft.training.watch import Stopwatch, count_tokens, public_name, source_names, sums_by_source
 from tests.sft.test_dpo import dpo, pairs, pairs_file  # noqa: F401
 from tests.sft.test_train import losses, weighted_file, weights  # noqa: F401
@@ -131,16 +132,17 @@ def test_the_rate_of_matrices_is_logged_under_mup(make_recipe):
 
 @pytest.fixture
 def with_sources(monkeypatch):
-    """Rows belong to one of three sources in turn; nothing is trained on of the fourth."""
-    prepare = sft.training.train.prepare_dataset
+    """Every few tokens another of three sources; nothing is trained on of a fourth."""
+    build = WeightedSFTTrainer.__init__
 
-    def prepare_with_sources(*args, **keys):
-        dataset, report = prepare(*args, **keys)
-        numbers = [[index % 3] * len(row["input_ids"]) for index, row in enumerate(dataset)]
-        table = Dataset.from_dict({**dataset.to_dict(), "sources": numbers})
-        return table, report
+    def build_with_sources(self, **keys):
+        rows = keys["train_dataset"].to_dict()
+        numbers = [
+            [(index + place // 7) % 3 for place in range(len(ids))] for index, ids in enumerate(rows["input_ids"])
+        ]
+        build(self, **{**keys, "train_dataset": Dataset.from_dict({**rows, "sources": numbers})})
 
-    monkeypatch.setattr(sft.training.train, "prepare_dataset", prepare_with_sources)
+    monkeypatch.setattr(WeightedSFTTrainer, "__init__", build_with_sources)
     monkeypatch.setattr(sft.training.train, "source_names", lambda report: ["a", "b", "c", "d"])
 
 
@@ -171,8 +173,10 @@ def test_the_loss_of_a_source_is_that_of_its_tokens(keys, make_recipe, with_sour
                     found[1] += 1
     trainer.train()
     logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    expected = {f"loss/{'abcd'[number]}": total / count for number, (total, count) in sums.items() if count}
-    assert {name: value for name, value in logged.items() if name.startswith("loss/")} == pytest.approx(expected, 1e-5)
+    expected = {f"source_loss/{'abcd'[number]}": total / count for number, (total, count) in sums.items() if count}
+    assert {name: value for name, value in logged.items() if name.startswith("source_loss/")} == pytest.approx(
+        expected, 1e-5
+    )
     assert len(expected) == 3
     whole = sum(total for total, _ in sums.values()) / sum(count for _, count in sums.values())
     assert logged["loss"] == pytest.approx(whole, rel=1e-5)
@@ -197,7 +201,7 @@ def test_sources_change_no_loss_and_no_weight_and_cost_no_forward_pass(
     without = train(make_recipe(**RUN, output_dir=str(tmp_path / "plain")), progress=False)
     assert len(passes) == 2 * first
     assert losses(with_them) == losses(without)
-    assert not any(name.startswith("loss/") for entry in without.log_history for name in entry)
+    assert not any(name.startswith("source_loss/") for entry in without.log_history for name in entry)
     plain = weights(without.output_dir)
     assert all(torch.equal(weight, plain[name]) for name, weight in weights(with_them.output_dir).items())
 
@@ -354,7 +358,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_its_extra(name, make_re
     assert str(error.value).endswith(f'; pip install "teleflm[{name}]".')
     config = configparser.ConfigParser()
     config.read(Path(sft.__file__).parents[1] / "setup.cfg")
-    assert name in config["options.extras_require"][name]
+    assert config["options.extras_require"][name].split(">=")[0].strip() in (name, f"{name}-skinny")
 
 
 def test_an_unknown_tracker_is_refused(make_recipe):
