@@ -223,7 +223,7 @@ def test_sources_are_called_without_their_folders_unless_two_are_alike():
         return source_names(types.SimpleNamespace(sources=[types.SimpleNamespace(name=name) for name in given]))
 
     assert names("/data/me/a.jsonl", "maths", "owner/name", "./x/b.jsonl, ./x/c.jsonl") == [
-        "a.jsonl", "maths", "owner/name", "b.jsonl, c.jsonl"
+        "a.jsonl", "maths", "owner_name", "b.jsonl, c.jsonl"
     ]  # fmt: skip
     assert names("/data/one/a.jsonl", "/data/two/a.jsonl") == ["/data/one/a.jsonl", "/data/two/a.jsonl"]
     assert names() == []
