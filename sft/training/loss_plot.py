@@ -46,7 +46,7 @@ _LEFT_OUT = {
     "train_steps_per_second",
     "train_tokens_per_second",
 }
-_MOST_OTHERS = 16
+MOST_OTHERS = 40
 
 
 def write_loss_plot(history: RunHistory, path: Path, *, dpi: int = 160) -> bool:
@@ -80,7 +80,7 @@ def loss_figure(history: RunHistory, *, width: float = 9.0) -> "Figure":
         _draw(axes, points(session.logs, "loss"), _GREY, "loss" if number == 0 else "", linewidth=0.9)
         lost = points(session.lost, "loss")
         first = not any(points(earlier.lost, "loss") for earlier in history.sessions[:number])
-        _draw(axes, lost, "#cbd5e1", "done again after a resume" if first else "", linewidth=0.9, linestyle=":")
+        _draw(axes, lost, "#d97706", "done again after a resume" if first else "", linewidth=0.9, linestyle=":")
     smooth = smoothed([point for session in history.sessions for point in points(session.logs, "loss")])
     if smooth:
         _draw_average(axes, history.sessions, smooth)
@@ -138,7 +138,7 @@ def other_figures(history: RunHistory, *, width: float = 9.0) -> dict[str, "Figu
             figures[key] = _lines_figure(history, found, told, label, width)
     others = other_names(history)
     if others:
-        figures["other"] = _grid_figure(history, others[:_MOST_OTHERS], width)
+        figures["other"] = _grid_figure(history, others[:MOST_OTHERS], width)
     return figures
 
 
@@ -246,6 +246,7 @@ def _literal(text: str) -> str:
 
 __all__ = [
     "LOSS_PLOT",
+    "MOST_OTHERS",
     "SOURCE_PREFIX",
     "loss_figure",
     "neighbours",

@@ -233,13 +233,14 @@ def _parsed(value: Any) -> Any:
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a file of JSON Lines, and how many lines are none."""
+    """The objects of a file of JSON Lines, and how many lines are none; a last line without its end is left out."""
     found, bad = [], 0
     try:
         content = path.read_bytes()
     except OSError as error:
         raise RunLogError(f"{path}: {error.strerror}.") from None
-    for line in content.split(b"\n"):
+    *whole, _ = content.split(b"\n")  # what has no end yet is being written, or was cut by a kill
+    for line in whole:
         if not line.strip():
             continue
         try:

@@ -7,7 +7,7 @@
 import base64
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from sft.data.preview import visible
 from sft.training.comparison import comparison
 from sft.training.loss_plot import (
     LOSS_PLOT,
+    MOST_OTHERS,
     loss_figure,
     neighbours,
     other_figures,
+    other_names,
     png_of,
     smoothed,
     write_loss_plot,
@@ -183,7 +185,11 @@ def _plots(history: RunHistory) -> list[Plot]:
         {name: _encoded(figure, width) for name, figure in other_figures(history, width=width).items()}
         for width in (_WIDE, _NARROW)
     )
-    return [Plot(name, *_TITLES[name], wide[name], narrow[name]) for name in wide]
+    plots = [Plot(name, *_TITLES[name], wide[name], narrow[name]) for name in wide]
+    if left := other_names(history)[MOST_OTHERS:]:
+        note = f"{len(left)} more numbers have no plot here: {', '.join(map(visible, left))}."
+        plots = [replace(plot, note=note) if plot.name == "other" else plot for plot in plots]
+    return plots
 
 
 def _encoded(figure: Any, width: float) -> str:

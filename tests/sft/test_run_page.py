@@ -8,13 +8,16 @@ import html.parser
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from typer.testing import CliRunner
 
-from sft.training.run_log import SAMPLES, RunLogError, append_event, append_line, read_history
+from sft.training.loss_plot import MOST_OTHERS
+from sft.training.run_log import RUN_LOG, SAMPLES, RunLogError, append_event, append_line, read_history
 from teleflm.commands.sft import app
 from teleflm.reports.run import RUN_PAGE, render_run, write_run_page
 from tests.sft.test_run_log import write_log
@@ -117,6 +120,14 @@ def test_a_log_of_another_kind_is_refused_in_one_line(facts, tmp_path):
     assert not (tmp_path / RUN_PAGE).exists()
 
 
+def test_numbers_without_a_plot_are_named(tmp_path):
+    for step in (1, 2):
+        append_event(tmp_path, "log", {"step": step, **{f"number_{index}": 1.0 for index in range(MOST_OTHERS + 2)}})
+    text = Page(render_run(read_history(tmp_path))).text
+    assert f"2 more numbers have no plot here: number_{MOST_OTHERS}, number_{MOST_OTHERS + 1}." in text
+    assert "No loss was logged yet." in text
+
+
 STATES = {
     "going on": ([], "No end is recorded: it goes on, or was killed. The last log is of step 2."),
     "interrupted": ([("interrupted", "")], "Interrupted; the last log is of step 2."),
@@ -203,6 +214,32 @@ def test_the_command_needs_no_torch(tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_run_that_is_interrupted_leaves_its_page(model_dir, data_file, tmp_path):
+    """As Ctrl-C does it."""
+    out = tmp_path / "out"
+    keys = {"model_name_or_path": model_dir, "data_files": data_file, "output_dir": out, "use_cpu": "true"}
+    keys |= {"bf16": "false", "logging_steps": 1, "max_steps": 100_000, "save_strategy": "no", "max_length": 64}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("learning_rate: 0.05\n")
+    arguments = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "teleflm", "sft", "train", "--config", str(recipe), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            for _ in range(1200):
+                if (out / RUN_LOG).is_file() and (out / RUN_LOG).read_text().count('"log"') > 2:
+                    break
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            stderr = process.communicate(timeout=120)[1]
+        finally:
+            process.kill()
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert read_history(out).status == "interrupted"
+    assert "Interrupted; the last log is of step" in Page((out / RUN_PAGE).read_text()).text
+    assert (out / "loss.png").is_file()
 
 
 def test_two_processes_make_one_page_one_log_and_each_sample_once(model_dir, data_file, tmp_path):
