@@ -13,11 +13,17 @@ def comparison(before: dict[str, Any] | None, after: dict[str, Any] | None) -> l
 
     Args:
         before, after: from [`evaluation.measure.describe`]; None of what was not measured (yet).
+
+    Returns:
+        values of what was not measured are None; so is the difference if a resumed run measured another file of that
+        name than its first session, or in another way.
     """
     rows = []
-    for name, metric, better in _metrics(before or after or {}):
-        values = [_value(found, name, metric) for found in (before, after)]
-        difference = values[1] - values[0] if values[0] is not None and values[1] is not None else None
+    same_way = all((before or {}).get(key) == (after or {}).get(key) for key in _HOW)
+    for name, metric, better in dict.fromkeys([*_metrics(before or {}), *_metrics(after or {})]):
+        first, second = (_entry(found, name) for found in (before, after))
+        values = [_number(entry.get(metric)) for entry in (first, second)]
+        comparable = same_way and first.get("sha256") == second.get("sha256")
         rows.append(
             {
                 "name": name,
@@ -25,10 +31,13 @@ def comparison(before: dict[str, Any] | None, after: dict[str, Any] | None) -> l
                 "better": better,
                 "before": values[0],
                 "after": values[1],
-                "difference": difference,
+                "difference": _difference(*values) if comparable else None,
             }
         )
     return rows
+
+
+_HOW = ("dtype", "window", "stride")
 
 
 def _metrics(found: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -37,11 +46,17 @@ def _metrics(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [*texts, *tasks]
 
 
-def _value(found: dict[str, Any] | None, name: str, metric: str) -> float | None:
-    for entry in (*(found or {}).get("texts", ()), *(found or {}).get("tasks", ())):
-        if entry["name"] == name and isinstance(entry.get(metric), int | float):
-            return float(entry[metric])
-    return None
+def _entry(found: dict[str, Any] | None, name: str) -> dict[str, Any]:
+    entries = (*(found or {}).get("texts", ()), *(found or {}).get("tasks", ()))
+    return next((entry for entry in entries if entry["name"] == name), {})
+
+
+def _difference(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
 
 
 def comparison_text(rows: Sequence[dict[str, Any]]) -> str:

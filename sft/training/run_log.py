@@ -42,7 +42,7 @@ class Session:
     Args:
         start: steps done before.
         began: when, in ISO 8601; empty if nothing says so.
-        facts: see [`sft.training.watch.describe_facts`].
+        facts: what is trained on what, see [`sft.training.watch.WatchCallback`].
         logs: what was logged, with `step`; steps that count.
         lost: what was logged of steps after the checkpoint from which a later session went on.
         status: `done`, `interrupted` or `failed`; None if no end is recorded: it goes on, or was killed.

@@ -258,13 +258,13 @@ class SampleCallback(TrainerCallback):
                     "prompt": number,
                     "messages": self.prompts[number].messages,
                     **text,
-                    "session": self.trainer.session,
                 }
                 for number, text in zip(mine, texts, strict=False)
             ]
             everyones = gather_object(lines) if world > 1 else lines
             if state.is_world_process_zero:
-                ordered = sorted(everyones, key=lambda line: line["prompt"])
+                session = self.trainer.session  # which process 0 alone knows
+                ordered = [{**line, "session": session} for line in sorted(everyones, key=lambda line: line["prompt"])]
                 self._write(ordered)
                 self._report(args, state, control, ordered)
 

@@ -96,6 +96,11 @@ class WatchMixin(Trainer):
         self._rates: list[float] = []
         self._source_sums: torch.Tensor | None = None
 
+    def start_watch(self) -> None:
+        """Begin to count."""
+        self.stopwatch.start()
+        self._read_tokens, self._read_until, self._source_sums = 0, 0.0, None
+
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Count what is read, and do the step."""
         self._read_tokens = self._read_tokens + count_tokens(inputs)
@@ -171,7 +176,7 @@ class WatchCallback(TrainerCallback):
 
     Args:
         trainer: of the run; its stopwatch is started and stopped.
-        facts: from [`describe_facts`].
+        facts: what is trained on what, as JSON; `data` from [`describe_data`].
         pictures: drawn after a save, now and then, and in the end.
     """
 
@@ -194,11 +199,13 @@ class WatchCallback(TrainerCallback):
         """Note what begins, and start the stopwatch."""
         if not self.trainer.session and state.global_step:
             self._take_over(state)
+        if self.began:  # again, with a smaller batch (auto_find_batch_size)
+            self.trainer.session += self._writes()
         resumed = state.global_step > 0
         values = {"resumed": resumed, "max_steps": state.max_steps, "facts": dict(self.facts)}
         self._note("begin", {"step": state.global_step, **values})
         self.began = True
-        self.trainer.stopwatch.start()
+        self.trainer.start_watch()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Training went on."""

@@ -133,7 +133,7 @@ def _state(history: RunHistory) -> tuple[str, str]:
     last, steps = history.sessions[-1], history.step
     match history.status:
         case "done":
-            return "good", f"Done after {steps} steps, and saved."
+            return "good", f"Done after {steps} steps."
         case "interrupted":
             return "unknown", f"Interrupted; the last log is of step {steps}."
         case "failed":

@@ -191,6 +191,22 @@ def test_the_table(make_recipe, model_dir, data_file, text, quiz, tmp_path, caps
     assert [line.split()[1] for line in lines[-2:]] == ["acc", "acc_norm"]
 
 
+@pytest.mark.parametrize("changed", ["sha256", "dtype", "window"])
+def test_what_was_not_measured_alike_has_no_difference(changed):
+    """As of a resumed run, whose files and precision may be others."""
+
+    def found(bits, mark):
+        text = {"name": "t", "bits_per_byte": bits, "sha256": mark if changed == "sha256" else "same"}
+        return {"texts": [text], "tasks": [], changed: mark}
+
+    (row,) = comparison(found(1.5, "one"), found(1.25, "two"))
+    assert (row["before"], row["after"], row["difference"]) == (1.5, 1.25, None)
+    (row,) = comparison(found(1.5, "one"), found(1.25, "one"))
+    assert row["difference"] == -0.25
+    rows = comparison(found(1.5, "one"), {"texts": [{"name": "u", "bits_per_byte": 1.0}]})
+    assert [(row["name"], row["before"], row["after"]) for row in rows] == [("t", 1.5, None), ("u", None, 1.0)]
+
+
 def test_a_table_without_after_has_no_difference():
     before = {"texts": [{"name": "t", "bits_per_byte": 1.5}], "tasks": []}
     (row,) = comparison(before, None)

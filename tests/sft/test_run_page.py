@@ -99,7 +99,7 @@ def test_the_page_says_what_was_logged(tmp_path):
     losses = {step: 5.0 - 0.1 * step for step in range(1, 31)}
     write_log(tmp_path, (0, False, losses), (25, True, {26: 2.0, 27: 1.25}))
     page = Page(write_run_page(tmp_path)[0].read_text())
-    assert "Done after 27 steps, and saved." in page.text
+    assert "Done after 27 steps." in page.text
     assert "steps 27" in page.text
     assert "last loss 1.25" in page.text
     assert "5 logs of steps after that checkpoint, which were done again and do not count" in page.text

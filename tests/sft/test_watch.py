@@ -302,6 +302,26 @@ def test_a_checkpoint_of_another_folder_brings_what_it_has_logged(make_recipe, t
     assert [session.start for session in history.sessions] == [0, 2]
 
 
+def test_a_run_begun_again_with_a_smaller_batch_is_one_run(make_recipe, tmp_path):
+    """As `auto_find_batch_size` does it, when memory ran out."""
+
+    class Full(TrainerCallback):
+        failed = False
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2 and not self.failed:
+                self.failed = True
+                raise RuntimeError("CUDA out of memory. planted")
+
+    keys = {**RUN, "auto_find_batch_size": True, "sample_prompts": ["Who?"], "sample_max_new_tokens": 2}
+    train(make_recipe(**keys), callbacks=[Full()], progress=False)
+    history = read_history(tmp_path / "out")
+    assert (history.earlier, len(history.sessions), history.status) == (1, 1, "done")
+    assert [step for step, _ in history.points("loss")] == [1, 2, 3, 4]
+    assert len(history.points("tokens_per_second")) == 4
+    assert [sample["step"] for sample in history.samples] == [0, 4]
+
+
 def test_what_cannot_be_drawn_or_written_is_said_once_and_the_model_is_saved(
     make_recipe, tmp_path, monkeypatch, caplog
 ):  # fmt: skip
