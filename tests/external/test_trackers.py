@@ -6,6 +6,7 @@
 
 import json
 import sqlite3
+import time
 
 import pytest
 from datasets import Dataset
@@ -82,11 +83,17 @@ def test_wandb_works_without_its_server(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     train(recipe(report_to="wandb"), progress=False)
-    wandb.finish()  # it writes when it likes to
-    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    content = file.read_bytes()
-    for name in ("train/source_loss/one", "train/tokens_per_second", "train/sample_1"):
-        assert name.encode() in content
+    wandb.finish()  # a process of its own writes, when it likes to
+    names = [name.encode() for name in ("train/source_loss/one", "train/tokens_per_second", "train/sample_1")]
+    missing = names
+    for _ in range(100):
+        files = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+        content = b"".join(file.read_bytes() for file in files)
+        missing = [name for name in names if name not in content]
+        if not missing:
+            break
+        time.sleep(0.3)
+    assert missing == []
 
 
 def test_mlflow_works_on_a_folder(recipe, tmp_path, monkeypatch):
