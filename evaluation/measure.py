@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 COMPUTE_DTYPES = ("float64", "float32", "bfloat16")
 DEFAULT_MEMORY = 4 * 10**9
 _DEFAULT_WINDOW = 2048  # where a configuration says nothing
+# Passages -> log-likelihoods [scored] of each, and the device that they were computed on.
+Scorer = Callable[[Sequence[Passage]], tuple[list[np.ndarray], str]]
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ def evaluate(
     workers: int = default_workers(),
     progress: Progress = no_progress,
     notify: Callable[[str], None] = lambda note: None,
+    score: Scorer | None = None,
 ) -> Evaluation:
     """Measure a model on texts and on questions with choices.
 
@@ -161,6 +164,8 @@ def evaluate(
         workers: threads.
         progress: makes a progress display, see `teleflm.terminal.byte_progress`.
         notify: told, before it starts, what will be computed.
+        score: computes with a model that the caller has loaded, in `dtype`, as `loaded_scores.score_loaded` does; the
+            folder `model` then gives its tokenizer and its numbers.
 
     Raises:
         CheckpointError: the model, a file, or an option cannot be used, or the model gives no finite number.
@@ -190,7 +195,9 @@ def evaluate(
             identity = model_identity(checkpoint, workers=workers, progress=advance)
     begin = time.perf_counter()
     device = "cpu"
-    if loaded:
+    if score is not None:
+        scores, device = score(passages)
+    elif loaded:
         scores, device = _score_loaded(model, passages, dtype, progress, notify)
     else:
         scores = score_streamed(
@@ -216,7 +223,7 @@ def evaluate(
         for task, (_, shortened), part in zip(task_files, cut, parts[len(of_texts) :], strict=True)
     )
     notes = (*_window_notes(window, checkpoint), *_result_notes(text_results, task_results))
-    forward = "loaded" if loaded else "streamed"
+    forward = "loaded" if loaded or score is not None else "streamed"
     return Evaluation(text_results, task_results, forward, device, dtype, window, stride, seconds, identity, notes)
 
 
@@ -373,4 +380,4 @@ def describe(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-__all__ = ["DEFAULT_MEMORY", "Evaluation", "TaskResult", "TextResult", "describe", "evaluate"]
+__all__ = ["DEFAULT_MEMORY", "Evaluation", "Scorer", "TaskResult", "TextResult", "describe", "evaluate"]

@@ -24,7 +24,7 @@ ALLOWED = {
     "evaluation": {"conversion", "evaluation", "modeling_teleflm"},
     "growth.verification": {"conversion", "evaluation", "growth.verification"},
     "growth": {"conversion", "evaluation", "growth", "modeling_teleflm"},
-    "sft": {"conversion", "growth", "modeling_teleflm", "sft"},
+    "sft": {"conversion", "evaluation", "growth", "modeling_teleflm", "sft"},
     "modeling_teleflm": {"modeling_teleflm"},
 }
 HEAVY = ("torch", "transformers", "trl", "datasets", "matplotlib")

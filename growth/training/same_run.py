@@ -41,7 +41,7 @@ MAY_CHANGE = "|".join(
     (
         LENGTH,
         "output_dir|resume_from_checkpoint|overwrite_output_dir|restore_callback_states_from_checkpoint",
-        "(logging|log|save|eval|hub|trackio|ddp|dataloader_(num|pin|persistent|prefetch|multiprocessing))_.*",
+        "(logging|log|save|eval|sample|hub|trackio|ddp|dataloader_(num|pin|persistent|prefetch|multiprocessing))_.*",
         "report_to|run_name|project|disable_tqdm|debug|skip_memory_metrics|include_.*|enable_jit_checkpoint|push_to_hub",
         "load_best_model_at_end|metric_for_best_model|greater_is_better|(bf16|fp16)_full_eval|per_device_eval_batch_size",
         "prediction_loss_only|batch_eval_metrics",

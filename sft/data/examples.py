@@ -39,9 +39,12 @@ MORE_REASONS = {
 }
 
 
+ALL_REASONS = REASONS | MORE_REASONS
+
+
 def reason(code: str) -> str:
     """What a code of a problem means."""
-    return (REASONS | MORE_REASONS)[code]
+    return ALL_REASONS[code]
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +216,7 @@ def preview_examples(
 
 
 __all__ = [
+    "ALL_REASONS",
     "MORE_REASONS",
     "DataError",
     "Example",

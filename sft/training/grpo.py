@@ -23,11 +23,12 @@ from trl.trainer.utils import RepeatSampler
 
 from growth.training.sharded import ShardedSaveMixin
 from sft.rewards.reward import Reward
+from sft.training.watch import WatchMixin
 
 logger = logging.getLogger(__name__)
 
 
-class PolicyTrainer(ShardedSaveMixin, GRPOTrainer):
+class PolicyTrainer(WatchMixin, ShardedSaveMixin, GRPOTrainer):
     """A GRPOTrainer that saves whole models where they are sharded, and is told its reference model.
 
     Args:

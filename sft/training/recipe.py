@@ -64,6 +64,11 @@ class RunArguments:
             (both replicate the model), `FSDP`, `DEEPSPEED`; anything else is an error.
         use_kernels: let layers take fused kernels of the Hub, as transformers' `from_pretrained` does; on accelerators,
             with the package kernels.
+        sample_prompts: texts or conversations that the model is to continue, before, while and after it is trained, or
+            a file of them (see [`sft.training.samples`]).
+        sample_steps: how often; unset: before the first step and after the last.
+        sample_max_new_tokens: of a text that is sampled.
+        eval_texts, eval_tasks: files that are measured before and after, as `teleflm eval --text` and `--tasks` do.
     """
 
     trainer: Literal["sft", "dpo", "kto", "grpo"] = "sft"
@@ -73,9 +78,14 @@ class RunArguments:
     num_processes: int | None = None
     distributed_type: DistributedName | None = None
     use_kernels: bool = False
+    sample_prompts: str | list[Any] | None = None
+    sample_steps: int | None = None
+    sample_max_new_tokens: int = 128
+    eval_texts: str | list[str] | None = None
+    eval_tasks: str | list[str] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("mup_base_width", "num_processes"):
+        for name in ("mup_base_width", "num_processes", "sample_steps", "sample_max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1.")
@@ -475,6 +485,7 @@ _NEEDS = (
     _Need("lora_.*|use_rslora|use_dora", "use_peft"),
     _Need("hub_.*", "push_to_hub"),
     _Need("fsdp_config", "fsdp"),
+    _Need("sample_(steps|max_new_tokens)", "sample_prompts"),
     _Need("activation_checkpointing_kwargs", "activation_checkpointing"),
     _Need("label_smoothing_factor", "loss_type", ("nll",)),
     _Need("precompute_ref_batch_size", "precompute_ref_log_probs"),

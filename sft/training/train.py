@@ -38,7 +38,6 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging as transformers_logging
@@ -64,10 +63,15 @@ from sft import SFTError
 from sft import tokenizer as tokenizers
 from sft.data.labels import DataReport
 from sft.export import find_model
+from sft.training.before_after import MeasureCallback, Measured, MeasureError, check_dtype, compute_dtype
+from sft.training.comparison import comparison, comparison_text
 from sft.training.guards import FusedLossGuard, GuardError, check_same_data
 from sft.training.lineage import describe_base
 from sft.training.recipe import Recipe, RecipeError, parse_overrides, read_recipe
+from sft.training.samples import Prompt, SampleCallback, check_whole, read_prompts
+from sft.training.trackers import check_trackers
 from sft.training.trainers import TRAINERS, AnyTrainer
+from sft.training.watch import Picture, WatchCallback, describe_data, public_name, source_names
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +89,8 @@ class TrainResult:
         data, eval_data: what became of the rows.
         distributed_type: what the run was spread by, in accelerate's words, over `num_processes`.
         wrapped: how the model was, see [`growth.training.launch.count_wrapped`].
+        measured: `before` and `after` -> results of `eval_texts` and `eval_tasks`, as [`evaluation.measure.describe`]
+            gives them; empty without these.
     """
 
     output_dir: str
@@ -97,15 +103,23 @@ class TrainResult:
     num_processes: int
     wrapped: dict[str, int]
     resumed_step: int = 0
+    measured: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
-def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), progress: bool = True) -> TrainResult:
+def train(
+    recipe: Recipe,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: bool = True,
+    pictures: Sequence[Picture] = (),
+) -> TrainResult:
     """Fine-tune a model and save it, with a record that says what it was made from.
 
     Args:
         recipe: from [`sft.training.recipe.read_recipe`] or [`sft.training.recipe.Recipe.from_dict`].
         callbacks: transformers' callbacks, for example a progress bar of one's own.
         progress: show the bars of transformers and datasets, and print the logs.
+        pictures: drawn of the output folder beside `loss.png`, see [`sft.training.watch.WatchCallback`].
 
     Raises:
         SFTError: the recipe, the data or the model is refused; no step was done and nothing was saved.
@@ -127,13 +141,15 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), progress
             base=name,
         )
         trainer.add_callback(record)
+        watch, measure = _watch(recipe, trainer, data, eval_data, pictures)
         if not progress:
             trainer.remove_callback(ProgressCallback)
             trainer.remove_callback(PrinterCallback)
-        with _run_errors():
+        with _run_errors(), watch.recorded():
             output = trainer.train(resume_from_checkpoint=checkpoint)
-        with _run_errors():
             record.save_model()
+            if measure:
+                measure.after()
     return TrainResult(
         output_dir=str(recipe.training.output_dir),
         global_step=output.global_step,
@@ -145,6 +161,7 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), progress
         num_processes=trainer.accelerator.num_processes,
         wrapped=guard.wrapped,
         resumed_step=step_of(checkpoint) if checkpoint else 0,
+        measured=measure.found if measure else {},
     )
 
 
@@ -172,7 +189,11 @@ def build_trainer(
             logger.info("%s checkpoints the activations, of FSDP and the model, which were both told to", who)
     _refuse_used_output(recipe)
     _check_packages(args)
+    run = recipe.run
+    check_whole(launched, [key for key in ("sample_prompts", "eval_texts", "eval_tasks") if getattr(run, key)])
+    measured = _measured(recipe)
     tokenizer, stop_ids = load_tokenizer(recipe)
+    prompts = _prompts(recipe, tokenizer)
     kind = TRAINERS[recipe.run.trainer]
     masked = recipe.data.assistant_only_loss and kind.marks_answers
     tokenizers.check_stop_token(tokenizer, stop_ids, masked, recipe.data.last_turn_only)
@@ -198,6 +219,10 @@ def build_trainer(
         raise RecipeError(" ".join(str(error).split())) from error
     with _run_errors():
         check_spread(trainer, launched)
+    if measured:
+        check_dtype(compute_dtype(trainer))
+    trainer.source_names = source_names(report)
+    trainer.measured, trainer.prompts, trainer.stop_ids = measured, prompts, sorted(stop_ids)
     trainer.add_callback(FusedLossGuard(trainer))
     return trainer, report, eval_report
 
@@ -272,6 +297,72 @@ def _load_data(
             for source in one.sources:
                 print(f"{what}: {source}", file=sys.stderr)
     return loaded
+
+
+def _prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """What is sampled, read before a weight is loaded."""
+    run, model = recipe.run, recipe.model
+    if run.sample_prompts is None:
+        return []
+    config = AutoConfig.from_pretrained(
+        str(model.model_name_or_path), revision=model.model_revision, trust_remote_code=False
+    )
+    positions = getattr(config, "max_position_embeddings", None)
+    return read_prompts(
+        run.sample_prompts, tokenizer, max_new_tokens=run.sample_max_new_tokens, max_positions=positions
+    )
+
+
+def _measured(recipe: Recipe) -> Measured | None:
+    """What is measured before and after; its files are read before a weight is loaded."""
+    texts, tasks = (
+        tuple([given] if isinstance(given, str) else given or ())
+        for given in (recipe.run.eval_texts, recipe.run.eval_tasks)
+    )
+    if not (texts or tasks):
+        return None
+    name = str(recipe.model.model_name_or_path)
+    base = find_model(name, recipe.model.model_revision)
+    if base is None:
+        raise MeasureError(f"eval_texts, eval_tasks: {name} is not on this machine; download it, and name its folder.")
+    quantized = recipe.model.load_in_4bit or recipe.model.load_in_8bit
+    measured = Measured(texts, tasks, base, quantized)
+    measured.check()
+    return measured
+
+
+def _watch(
+    recipe: Recipe,
+    trainer: AnyTrainer,
+    data: DataReport,
+    eval_data: DataReport | None,
+    pictures: Sequence[Picture],
+) -> tuple[WatchCallback, MeasureCallback | None]:
+    """Give a trainer what logs the run, measures and samples; in this order, so that the log begins first."""
+    args, run = recipe.training, recipe.run
+    facts = {
+        **_describe_run(recipe, data, {}, trainer.state),
+        "base": public_name(str(recipe.model.model_name_or_path)),
+        "data": describe_data(data),
+        "eval_data": describe_data(eval_data) if eval_data else None,
+        "logging_steps": args.logging_steps,
+        "max_grad_norm": args.max_grad_norm,
+        "nan_filter": args.logging_nan_inf_filter,
+        "processes": trainer.accelerator.num_processes,
+        "distributed_type": trainer.accelerator.distributed_type.value,
+    }
+    watch = WatchCallback(trainer, facts, pictures)
+    trainer.add_callback(watch)
+    measure = MeasureCallback(trainer, watch, trainer.measured) if trainer.measured else None
+    if measure:
+        trainer.add_callback(measure)
+    if trainer.prompts:
+        every, length = run.sample_steps or 0, run.sample_max_new_tokens
+        sampler = SampleCallback(
+            trainer, trainer.prompts, every=every, max_new_tokens=length, stop_ids=trainer.stop_ids
+        )
+        trainer.add_callback(sampler)
+    return watch, measure
 
 
 def _describe_base(recipe: Recipe) -> dict[str, Any]:
@@ -359,9 +450,8 @@ def _refuse_used_output(recipe: Recipe) -> None:
 
 def _check_packages(args: TrainingArguments) -> None:
     """That what the recipe names is installed; a Trainer finds out when the model is loaded, or at the first step."""
-    reporters: Any = args.report_to
+    check_trackers(args.report_to)
     checks: list[tuple[str, str, Callable[[], Any]]] = [
-        ("report_to", ", ".join(reporters), lambda: [cls() for cls in get_reporting_integration_callbacks(reporters)]),
         ("optim", OptimizerNames(args.optim).value, lambda: Trainer.get_optimizer_cls_and_kwargs(args)),
     ]
     for key, value, make in checks:
@@ -409,7 +499,14 @@ def _progress_bars(shown: bool) -> Iterator[None]:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def run(config: str, overrides: Sequence[str], *, as_json: bool = False, debug: bool = False) -> int:
+def run(
+    config: str,
+    overrides: Sequence[str],
+    *,
+    as_json: bool = False,
+    debug: bool = False,
+    pictures: Sequence[Picture] = (),
+) -> int:
     """Train as a command line says, and print what was done, as text or as one JSON object.
 
     Args:
@@ -417,6 +514,7 @@ def run(config: str, overrides: Sequence[str], *, as_json: bool = False, debug: 
         overrides: see [`sft.training.recipe.parse_overrides`].
         as_json: print [`TrainResult`] as JSON. In either case only the result goes to stdout.
         debug: let errors through with their traceback.
+        pictures: see [`train`].
 
     Returns:
         the exit status: 0 done, 2 refused before the first step with nothing saved, or stopped by a reward function
@@ -425,7 +523,7 @@ def run(config: str, overrides: Sequence[str], *, as_json: bool = False, debug: 
     status = 0
     try:
         with redirect_stdout(sys.stderr):
-            result = train(read_recipe(config, parse_overrides(overrides)))
+            result = train(read_recipe(config, parse_overrides(overrides)), pictures=pictures)
     except SFTError as error:
         if debug:
             raise
@@ -450,7 +548,10 @@ def _summary(result: TrainResult) -> str:
     rewards = [entry["reward"] for entry in new if "reward" in entry]
     # GRPO's loss is about 0 whatever is learned.
     learned = f"reward {rewards[0]:.3f} at first, {rewards[-1]:.3f} at last" if rewards else f"mean loss {loss:.4f}"
-    return f"{result.output_dir}: {steps} in {seconds:.0f} s{many}, {learned}\ntrained on {result.data}"
+    text = f"{result.output_dir}: {steps} in {seconds:.0f} s{many}, {learned}\ntrained on {result.data}"
+    if result.measured:
+        text += "\n" + comparison_text(comparison(result.measured.get("before"), result.measured.get("after")))
+    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,12 +32,16 @@ from trl.trainer.utils import pad
 from growth.training.mup import MupMixin
 from growth.training.sharded import ShardedSaveMixin
 from sft.training.recipe import RecipeError
+from sft.training.watch import WatchMixin
 
 WEIGHTS = "weights"
+SOURCES = "sources"
 
 
-class WeightedSFTTrainer(ShardedSaveMixin, MupMixin, SFTTrainer):
+class WeightedSFTTrainer(WatchMixin, ShardedSaveMixin, MupMixin, SFTTrainer):
     """An SFTTrainer that honours a column `weights` and, given a `base_width`, trains under muP.
+
+    A column `sources` has for each token the index of its source in `source_names`; the loss of each is logged.
 
     Args:
         base_width: see [`growth.training.mup.MupMixin`].
@@ -51,29 +55,35 @@ class WeightedSFTTrainer(ShardedSaveMixin, MupMixin, SFTTrainer):
     def __init__(self, *, base_width: int | None = None, **kwargs: Any) -> None:
         super().__init__(base_width=base_width, **kwargs)
         datasets: list[Any] = [self.train_dataset, self.eval_dataset]
-        if not any(WEIGHTS in dataset.column_names for dataset in datasets if dataset is not None):
-            return
-        if self.args.loss_type != "nll" or self.args.label_smoothing_factor:
+        columns = {name for dataset in datasets if dataset is not None for name in dataset.column_names}
+        if columns & {WEIGHTS, SOURCES}:
+            # TRL takes no collator where rows are flattened, and makes the right one of its own.
+            self.data_collator = WeightCollator(**vars(self.data_collator))
+            model: Any = self.model
+            base = model.get_base_model() if isinstance(model, PeftModel) else model
+            weigh_log_probs(base, self._count_sources if SOURCES in columns else None)
+        if WEIGHTS in columns and (self.args.loss_type != "nll" or self.args.label_smoothing_factor):
             raise ValueError(
                 f"messages have weights, and loss_type is {self.args.loss_type} with label_smoothing_factor "
                 f"{self.args.label_smoothing_factor}; weights need nll and 0."
             )
-        # TRL takes no collator where rows are flattened, and makes the right one of its own.
-        self.data_collator = WeightCollator(**vars(self.data_collator))
-        model: Any = self.model
-        weigh_log_probs(model.get_base_model() if isinstance(model, PeftModel) else model)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        self._signature_columns: Any = list(dict.fromkeys([*columns, WEIGHTS]))
+        self._signature_columns: Any = list(dict.fromkeys([*columns, WEIGHTS, SOURCES]))
+
+    def _count_sources(self, outputs: Any, sources: torch.Tensor) -> None:
+        """Count the losses of a batch to their sources, from the log-probabilities that the loss is made of."""
+        if self.model.training:
+            self.add_source_losses(-outputs.log_probs.detach(), sources[:, 1:], outputs.label_mask)
 
 
-class PreferenceTrainer(ShardedSaveMixin, DPOTrainer):
+class PreferenceTrainer(WatchMixin, ShardedSaveMixin, DPOTrainer):
     """A DPOTrainer that saves whole models where they are sharded."""
 
 
-class LikingTrainer(ShardedSaveMixin, KTOTrainer):
+class LikingTrainer(WatchMixin, ShardedSaveMixin, KTOTrainer):
     """A KTOTrainer that saves whole models where they are sharded."""
 
 
@@ -100,39 +110,54 @@ def arrange(dataset: Dataset, args: SFTConfig, *, packing: bool) -> Dataset:
 
 @dataclass
 class WeightCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, with `weights` [batch, length] beside the labels; 0 where there is padding."""
+    """TRL's collator, with `weights` and `sources` [batch, length] beside the labels; 0 where there is padding."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate rows of `input_ids`, `labels` and perhaps `weights`."""
+        """Collate rows of `input_ids`, `labels`, and perhaps `weights` and `sources`."""
         batch = super().torch_call(examples)
-        if WEIGHTS not in examples[0]:
-            return batch
-        weights = [torch.tensor(example[WEIGHTS], dtype=torch.float32) for example in examples]
-        if self.padding_free:
-            weights = [torch.cat(weights)]
-        batch[WEIGHTS] = pad(weights, padding_value=0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
+        for column, dtype in ((WEIGHTS, torch.float32), (SOURCES, torch.int64)):
+            if column not in examples[0]:
+                continue
+            rows = [torch.tensor(example[column], dtype=dtype) for example in examples]
+            if self.padding_free:
+                rows = [torch.cat(rows)]
+            batch[column] = pad(rows, padding_value=0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
         return batch
 
 
-def weigh_log_probs(model: nn.Module) -> None:
-    """Let a model with TRL's fused head take `weights` [batch, length] beside `labels`.
+def weigh_log_probs(model: nn.Module, count: Callable[[Any, torch.Tensor], None] | None = None) -> None:
+    """Let a model with TRL's fused head take `weights` and `sources`, [batch, length], beside `labels`.
 
     The weight at a position goes with the label there, so the fused head's `log_probs` [batch, length - 1], which are
     those of the labels from the second on, are multiplied by the weights from the second on.
+
+    Args:
+        model: that is patched.
+        count: called with the outputs, after that, and the sources. TRL's loss hands no outputs on without computing
+            the logits again.
     """
     fused: Callable[..., Any] = model.forward
 
     @functools.wraps(type(model).forward)
-    def forward(self: nn.Module, *args: Any, weights: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: nn.Module,
+        *args: Any,
+        weights: torch.Tensor | None = None,
+        sources: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         outputs = fused(*args, **kwargs)
         if weights is not None and kwargs.get("fused_lm_head"):
             outputs.log_probs = outputs.log_probs * weights[:, 1:].to(outputs.log_probs.device)
+        if sources is not None and count is not None and kwargs.get("fused_lm_head"):
+            count(outputs, sources.to(outputs.log_probs.device))
         return outputs
 
     model.forward = types.MethodType(forward, model)
 
 
 __all__ = [
+    "SOURCES",
     "WEIGHTS",
     "LikingTrainer",
     "PreferenceTrainer",

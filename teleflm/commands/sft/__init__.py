@@ -13,6 +13,7 @@ from .plan import plan
 from .prepare import prepare
 from .preview import preview
 from .recipes import recipes
+from .report import report
 from .select import select
 from .train import train
 from .validate import validate
@@ -25,4 +26,5 @@ app.command()(preview)
 app.command()(recipes)
 app.command()(plan)
 app.command(context_settings=FORWARDED)(train)
+app.command()(report)
 app.command()(export)

@@ -16,12 +16,14 @@ Config = Annotated[str, typer.Option(metavar="RECIPE", help="A YAML file, or a n
 def train(context: typer.Context, config: Config, as_json: Json = False, debug: Debug = False) -> None:
     """Fine-tune a model as a recipe says.
 
-    Any key of the recipe can be given as --key value. On several devices: accelerate launch --no_python teleflm sft
-    train, with the same arguments.
+    Any key of the recipe can be given as --key value. OUT gets loss.png and training_report.html, also of a run that
+    fails or is interrupted; sft report makes them while it goes on. On several devices: accelerate launch --no_python
+    teleflm sft train, with the same arguments.
     """
     from sft.training.train import run
+    from teleflm.reports.run import draw_page
 
-    raise typer.Exit(run(config, context.args, as_json=as_json, debug=debug))
+    raise typer.Exit(run(config, context.args, as_json=as_json, debug=debug, pictures=[draw_page]))
 
 
 __all__ = ["train"]

@@ -1,0 +1,338 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What a run has logged so far, on disk: written line by line while it goes on, read for plots and pages.
+
+`training_log.jsonl` in the output folder has a line for each of these, in the order in which they came about:
+
+    begin       step from which training goes on, 0 or that of a checkpoint; `resumed`; `facts`, what is trained on what
+    log         what the Trainer logged at a step: loss, learning_rate, grad_norm, eval_loss, ...
+    measured    results of texts and tasks, `when`: before the first step or after the last
+    end         `status`: done, interrupted or failed; `error`, why
+
+A process that is killed writes no `end`. Lines of steps that a resumed run did again stay in the file; [`RunHistory`]
+tells them from those that count. Numbers that JSON does not have, NaN and infinities, stand as their names.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sft import SFTError
+
+RUN_LOG = "training_log.jsonl"
+SAMPLES = "samples.jsonl"
+_STATE = "trainer_state.json"
+_NAMES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class RunLogError(SFTError):
+    """A folder holds no run that can be shown."""
+
+
+@dataclass
+class Session:
+    """One start of a run: from its beginning, or from a checkpoint.
+
+    Args:
+        start: steps done before.
+        began: when, in ISO 8601; empty if nothing says so.
+        facts: what is trained on what, see [`sft.training.watch.WatchCallback`].
+        logs: what was logged, with `step`; steps that count.
+        lost: what was logged of steps after the checkpoint from which a later session went on.
+        status: `done`, `interrupted` or `failed`; None if no end is recorded: it goes on, or was killed.
+        error: why it failed.
+        last: when the last line was written.
+    """
+
+    start: int = 0
+    began: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    logs: list[dict[str, Any]] = field(default_factory=list)
+    lost: list[dict[str, Any]] = field(default_factory=list)
+    status: str | None = None
+    error: str = ""
+    last: str = ""
+
+
+@dataclass
+class RunHistory:
+    """A run with all its sessions.
+
+    Args:
+        folder: that it was read from.
+        sessions: of the run, one at least; attempts before its beginning are not among them.
+        earlier: attempts in the same folder that were begun anew.
+        samples: texts that were generated, of steps that count; see [`sft.training.samples`].
+        measured: `before`, `after` -> results, as [`evaluation.measure.describe`] gives them.
+        unreadable: lines of the files that are no JSON objects of ours.
+        from_state: whether only the Trainer's own state was there, which tells nothing of sessions and data.
+    """
+
+    folder: Path
+    sessions: list[Session]
+    earlier: int = 0
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unreadable: int = 0
+    from_state: bool = False
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Those of the last session."""
+        return self.sessions[-1].facts
+
+    @property
+    def status(self) -> str | None:
+        """That of the last session."""
+        return self.sessions[-1].status
+
+    @property
+    def step(self) -> int:
+        """The last step that anything was logged of."""
+        return max((entry["step"] for entry in self.entries()), default=self.sessions[-1].start)
+
+    def entries(self) -> list[dict[str, Any]]:
+        """All that was logged of steps that count."""
+        return [entry for session in self.sessions for entry in session.logs]
+
+    def numbers(self) -> list[str]:
+        """The names of all numbers that were logged, in the order in which they came about."""
+        return list(
+            dict.fromkeys(
+                name
+                for entry in self.entries()
+                for name, value in entry.items()
+                if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+            )
+        )
+
+    def points(self, name: str) -> list[tuple[int, float]]:
+        """Steps and values of a number, over all sessions."""
+        return points(self.entries(), name)
+
+
+def points(entries: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """Steps and values of a number that was logged."""
+    return [
+        (entry["step"], float(entry[name]))
+        for entry in entries
+        if isinstance(entry.get(name), int | float) and not isinstance(entry[name], bool)
+    ]
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def append_line(path: Path, values: Mapping[str, Any]) -> None:
+    """Append one line of JSON, and mend the file first if a killed process left a part of a line.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    line = json.dumps(_named(dict(values)), ensure_ascii=True, default=str) + "\n"
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                line = "\n" + line
+        file.write(line.encode())
+
+
+def append_event(folder: Path, event: str, values: Mapping[str, Any]) -> None:
+    """Append a line to the log of the run in a folder, with the time.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    append_line(folder / RUN_LOG, {"event": event, "time": now(), **values})
+
+
+def now() -> str:
+    """The time, in ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _named(value: Any) -> Any:
+    """Numbers that JSON does not have as their names."""
+    match value:
+        case dict():
+            return {str(key): _named(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_named(item) for item in value]
+        case float() if not math.isfinite(value):
+            return next(name for name, number in _NAMES.items() if repr(number) == repr(value))
+    return value
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_history(folder: str | Path) -> RunHistory:
+    """Read what a run has logged so far.
+
+    Args:
+        folder: the output folder of a run, finished, interrupted or going on; or a `checkpoint-N` of one: then what was
+            logged up to it. A folder of another Trainer will do if it has a `trainer_state.json`.
+
+    Raises:
+        RunLogError: there is nothing of a run.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise RunLogError(f"{place}: no such folder; give the output_dir of a run, or a checkpoint-N in it.")
+    if (place / RUN_LOG).is_file():
+        return _from_log(place, place)
+    state = _find_state(place)
+    if state is None:
+        raise RunLogError(f"{place}: holds neither {RUN_LOG} nor {_STATE}; give the output_dir of a run.")
+    logs, step = _read_state(state)
+    if (state.parent.parent / RUN_LOG).is_file() and state.parent.name.startswith("checkpoint-"):
+        return _cut(_from_log(state.parent.parent, state.parent), step)
+    return RunHistory(place, [Session(logs=logs)], from_state=True)
+
+
+def _find_state(place: Path) -> Path | None:
+    """The Trainer's state in a folder, or that of its last checkpoint."""
+    steps = {
+        int(path.parent.name.removeprefix("checkpoint-")): path
+        for path in place.glob(f"checkpoint-*/{_STATE}")
+        if path.parent.name.removeprefix("checkpoint-").isdecimal()
+    }
+    own = place / _STATE
+    return own if own.is_file() else steps[max(steps)] if steps else None
+
+
+def _read_state(path: Path) -> tuple[list[dict[str, Any]], int]:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        logs = [_parsed(entry) for entry in state["log_history"] if _is_entry(entry)]
+        return logs, int(state["global_step"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise RunLogError(f"{path}: is no state of a Trainer ({error!r}).") from None
+
+
+def _is_entry(entry: Any) -> bool:
+    step = entry.get("step") if isinstance(entry, dict) else None
+    return isinstance(step, int) and not isinstance(step, bool)
+
+
+def _parsed(value: Any) -> Any:
+    """The other way round than [`_named`]; texts that are no names stay."""
+    match value:
+        case dict():
+            return {key: _parsed(item) for key, item in value.items()}
+        case str() if value in _NAMES:
+            return _NAMES[value]
+    return value
+
+
+def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a file of JSON Lines, and how many lines are none; a last line without its end is left out."""
+    found, bad = [], 0
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunLogError(f"{path}: {error.strerror}.") from None
+    *whole, _ = content.split(b"\n")  # what has no end yet is being written, or was cut by a kill
+    for line in whole:
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict) and _is_entry(value):
+            found.append(value)
+        else:
+            bad += 1
+    return found, bad
+
+
+def _from_log(folder: Path, shown: Path) -> RunHistory:
+    lines, bad = _lines(folder / RUN_LOG)
+    sessions: list[Session] = []
+    measured: dict[str, dict[str, Any]] = {}
+    first = 0
+    for line in lines:
+        event, time = line.pop("event", None), str(line.pop("time", ""))
+        if event == "begin" or not sessions:
+            resumed = bool(line.get("resumed"))
+            if not resumed:
+                first, measured = len(sessions), {}
+            facts = line.get("facts")
+            sessions.append(Session(line["step"], time, facts if isinstance(facts, dict) else {}))
+        session = sessions[-1]
+        session.last = time
+        if event == "log":
+            session.logs.append({name: _parsed(value) for name, value in line.items()})
+        elif event == "measured" and isinstance(line.get("results"), dict):
+            measured[str(line.get("when"))] = line["results"]
+        elif event == "end":
+            session.status, session.error = str(line.get("status")), str(line.get("error") or "")
+        elif event != "begin":
+            bad += 1
+    if not sessions:
+        raise RunLogError(f"{folder / RUN_LOG}: holds nothing of a run yet.")
+    of_run = sessions[first:]
+    for number, session in enumerate(of_run):
+        end = min((later.start for later in of_run[number + 1 :]), default=math.inf)
+        session.lost = [entry for entry in session.logs if entry["step"] > end]
+        session.logs = [entry for entry in session.logs if entry["step"] <= end]
+    samples, more = _read_samples(folder / SAMPLES, of_run, first)
+    return RunHistory(shown, of_run, first, samples, measured, bad + more)
+
+
+def _read_samples(path: Path, sessions: list[Session], first: int) -> tuple[list[dict[str, Any]], int]:
+    if not path.is_file():
+        return [], 0
+    lines, bad = _lines(path)
+    ends = [min((later.start for later in sessions[n + 1 :]), default=math.inf) for n in range(len(sessions))]
+    kept = []
+    for line in lines:
+        number, prompt = line.get("session"), line.get("prompt")
+        said = isinstance(line.get("messages"), list) and isinstance(line.get("text"), str)
+        if not (isinstance(number, int) and isinstance(prompt, int) and said):
+            bad += 1
+        elif first <= number < first + len(sessions) and line["step"] <= ends[number - first]:
+            kept.append(line)
+    return kept, bad
+
+
+def _cut(history: RunHistory, step: int) -> RunHistory:
+    """A run as it was at the step of a checkpoint."""
+    history.sessions = [session for session in history.sessions if session.start <= step] or history.sessions[:1]
+    for session in history.sessions:
+        session.logs = [entry for entry in session.logs if entry["step"] <= step]
+        session.lost = []
+    history.samples = [sample for sample in history.samples if sample["step"] <= step]
+    history.measured.pop("after", None)
+    history.sessions[-1].status, history.sessions[-1].error = "checkpoint", ""
+    return history
+
+
+def count_sessions(folder: Path) -> int:
+    """How many sessions the log in a folder has; 0 without one."""
+    if not (folder / RUN_LOG).is_file():
+        return 0
+    return sum(line.get("event") == "begin" for line in _lines(folder / RUN_LOG)[0])
+
+
+__all__ = [
+    "RUN_LOG",
+    "SAMPLES",
+    "RunHistory",
+    "RunLogError",
+    "Session",
+    "append_event",
+    "append_line",
+    "count_sessions",
+    "now",
+    "points",
+    "read_history",
+]
