@@ -50,6 +50,7 @@ MAY_CHANGE = "|".join(
         # how memory and time are saved
         "(activation|gradient)_checkpointing(_kwargs)?|activation_offloading|torch_empty_cache_steps|torch_compile.*",
         "attn_implementation|use_kernels|dataset_num_proc|use_cache|allow_rejects",
+        "ignore_memory_plan",
         # where things lie
         "model_name_or_path|model_revision|data_files|eval_data_files|train_files|eval_files|chat_template_path",
         "fresh_optimizer",  # a checkpoint has its own

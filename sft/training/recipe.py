@@ -57,6 +57,7 @@ class RunArguments:
             (both replicate the model), `FSDP`, `DEEPSPEED`; anything else is an error.
         use_kernels: let layers take fused kernels of the Hub, as transformers' `from_pretrained` does; on accelerators,
             with the package kernels.
+        ignore_memory_plan: begin also where [`sft.training.memory`] finds that the run needs more memory than there is.
     """
 
     trainer: Literal["sft", "dpo"] = "sft"
@@ -65,6 +66,7 @@ class RunArguments:
     num_processes: int | None = None
     distributed_type: DistributedName | None = None
     use_kernels: bool = False
+    ignore_memory_plan: bool = False
 
     def __post_init__(self) -> None:
         for name in ("mup_base_width", "num_processes"):

@@ -65,6 +65,7 @@ from sft.export import find_model
 from sft.training.dpo import prepare_preferences
 from sft.training.guards import FusedLossGuard, GuardError, check_trained_tokens
 from sft.training.lineage import describe_base
+from sft.training.memory import check_memory
 from sft.training.recipe import Recipe, RecipeError, parse_overrides, read_recipe
 from sft.training.trainer import PreferenceTrainer, WeightedSFTTrainer, arrange
 
@@ -176,6 +177,7 @@ def build_trainer(
     eval_dataset, eval_report = None, None
     if recipe.data.eval_data_files:
         eval_dataset, eval_report = _prepare(recipe, recipe.data.eval_data_files, tokenizer, evaluation=True)
+    check_memory(recipe, launched, os.environ, train_dataset, ignore=recipe.run.ignore_memory_plan)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token  # not before: it would count in the data's digest
 
     common: dict[str, Any] = {
