@@ -29,15 +29,16 @@ from conversion.convert import convert_checkpoint
 from conversion.hub.saved_model import ADAPTER_WEIGHTS
 
 from .grown_adam import on_every_process
+from .schedule import ScheduleMixin
 
 _CHECKPOINTED = "_checkpoint_wrapped_module."  # torch's name
 _PARTS = "pytorch_model_fsdp_0"  # accelerate's name
 
 
-class ShardedSaveMixin:
+class ShardedSaveMixin(ScheduleMixin):
     """Gives a Trainer, or a trainer derived from it, models that are saved whole under SHARDED_STATE_DICT.
 
-    Adapters, which are small, are gathered.
+    Adapters, which are small, are gathered. And schedules that every way of sharding can have.
     """
 
     accelerator: Any

@@ -92,9 +92,9 @@ def check_memory(
     if needed > available:
         sizes = ", ".join(f"{part} {format_bytes(getattr(parts, part))}" for part in described.certain)
         message = (
-            f"this run needs at least {format_bytes(needed)} on each {device}, which has {format_bytes(available)} "
-            f"(by the plan: {sizes}{left_out if described.unknown else ''}). {_ways_out(architecture, setup, available)}"
-            "ignore_memory_plan: true tries it nevertheless."
+            f"this run needs at least {format_bytes(needed)} on each {device}, which has {format_bytes(available)} (by "
+            f"the plan: {sizes}{left_out if described.unknown else ''}). "
+            f"{_ways_out(architecture, setup, available)}ignore_memory_plan: true tries it nevertheless."
         )
         if not ignore:
             raise MemoryPlanError(message)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -28,6 +28,7 @@ from conversion import inspect_checkpoint
 from conversion.checkpoint.errors import CheckpointError
 from growth.training.sharded import find_adapter
 from sft.export import export_model
+from sft.shipped import find_shipped
 from tests.fixtures.tiny import tiny_model
 
 FOLDER = Path(sft.__file__).parent
@@ -47,27 +48,32 @@ SMALL = {
 }
 
 
-def environment_of(name: str) -> dict[str, str]:
-    """What `accelerate launch --config_file` sets for a shipped file."""
-    options = ["--config_file", str(FOLDER / f"accelerate_configs/{name}.yaml"), "--num_processes", "2"]
-    parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args([*options, "script.py"]))
-    found = prepare_multi_gpu_env(parsed)
-    return {key: value for key, value in found.items() if key.startswith(("FSDP_", "ACCELERATE_"))}
+def environment_of(file: str | Path) -> dict[str, str]:
+    """What `accelerate launch --config_file` sets for a file, shipped ones by name."""
+    path = file if isinstance(file, Path) else find_shipped(file, "accelerate")
+    options = ["--config_file", str(path), "--num_processes", "2"]
+    parsed, told, _ = _validate_launch_command(launch_command_parser().parse_args([*options, "script.py"]))
+    if parsed.use_deepspeed:
+        parsed.deepspeed_fields_from_accelerate_config = ",".join([*told.deepspeed_config, "mixed_precision"])
+        found = prepare_deepspeed_cmd_env(parsed)[1]
+    else:
+        found = prepare_multi_gpu_env(parsed)
+    return {key: value for key, value in found.items() if key.startswith(("FSDP_", "ACCELERATE_", "PARALLELISM_"))}
 
 
-def launch(name: str, runs: list[tuple[str, dict, dict]], folder: Path) -> list[dict]:
+def launch(file: str | Path, runs: list[tuple[str, dict, dict]], folder: Path) -> list[dict]:
     """What came of some runs, each a recipe, keys that replace its own, and variables that replace the file's."""
     described = []
     for recipe, keys, changes in runs:
         words = [word for key, value in keys.items() for word in (f"--{key}", json.dumps(value).strip('"'))]
-        arguments = ["--config", str(FOLDER / f"recipes/{recipe}.yaml"), "--json", *words]
-        described.append((arguments, {**environment_of(name), **changes}))
+        arguments = ["--config", str(recipe), "--json", *words]
+        described.append((arguments, {**environment_of(file), **changes}))
     (folder / "runs.json").write_text(json.dumps(described))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run(
         [*torchrun, "-m", "tests.sft.cluster_worker", folder / "runs.json"],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
         timeout=300,
