@@ -77,6 +77,7 @@ def check_launch(
                 "out. Delete use_cpu from its file; on CPUs set it in the run's settings, and DS_ACCELERATOR=cpu."
             )
         found = DistributedType.DEEPSPEED
+        _check_precision(args, environment)
     launched = environment.get("WORLD_SIZE", "")
     if launched.isdigit() and int(launched) != state.num_processes:
         raise RunError(
@@ -91,6 +92,17 @@ def check_launch(
     if distributed_type not in (None, found.value):
         raise RunError(f"distributed_type is {distributed_type} in the settings, but this run is {found.value}.")
     return found
+
+
+def _check_precision(args: TrainingArguments, environment: Mapping[str, str]) -> None:
+    """That DeepSpeed computes in what the settings say; a Trainer finds out after the model is loaded."""
+    told = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    own = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    if "mixed_precision" in environment.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",") and told != own:
+        raise RunError(
+            f"mixed_precision is {told} in accelerate's file, and {own} in the settings (bf16: {str(args.bf16).lower()}, "
+            f"fp16: {str(args.fp16).lower()}); DeepSpeed takes the one, and the run the other. Make them equal."
+        )
 
 
 def settle_checkpointing(
