@@ -10,6 +10,7 @@
 """
 
 import gc
+import os
 from collections.abc import Mapping, MutableMapping
 from typing import Any, Literal, TypeAlias
 
@@ -23,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from .errors import RunError
+from .parallel import check_split, read_parallelism
 
 # How a run may be asked to be spread, in accelerate's words.
 DistributedName: TypeAlias = Literal["NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED"]
@@ -100,8 +102,9 @@ def _check_precision(args: TrainingArguments, environment: Mapping[str, str]) ->
     own = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     if "mixed_precision" in environment.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",") and told != own:
         raise RunError(
-            f"mixed_precision is {told} in accelerate's file, and {own} in the settings (bf16: {str(args.bf16).lower()}, "
-            f"fp16: {str(args.fp16).lower()}); DeepSpeed takes the one, and the run the other. Make them equal."
+            f"mixed_precision is {told} in accelerate's file, and {own} in the settings (bf16: "
+            f"{str(args.bf16).lower()}, fp16: {str(args.fp16).lower()}); DeepSpeed takes the one, and the run the other. "
+            "Make them equal."
         )
 
 
@@ -160,7 +163,10 @@ class WrappingGuard(TrainerCallback):
         plugin = accelerator.state.deepspeed_plugin
         model: Any = self.trainer.model
         stage = plugin.zero_stage if plugin else 0
-        check_wrapped(self.wrapped, accelerator.distributed_type, model.config.num_hidden_layers, zero_stage=stage)
+        parallelism, layers = read_parallelism(os.environ), model.config.num_hidden_layers
+        check_split(model, parallelism, layers)
+        if parallelism.tensor == 1 or args.world_size > parallelism.tensor:  # else there is nothing to exchange
+            check_wrapped(self.wrapped, accelerator.distributed_type, layers, zero_stage=stage)
 
 
 def count_wrapped(model: nn.Module) -> dict[str, int]:

@@ -30,6 +30,7 @@ from conversion.checkpoint.atomic_file import write_atomically
 
 from .errors import RunError
 from .grown_adam import on_every_process
+from .parallel import data_parallel_size
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def describe_run(args: TrainingArguments, others: Mapping[str, Any], made_from: 
     secret = re.compile(r"<\w+_TOKEN>")
     return {
         "made_from": json.loads(json.dumps(dict(made_from))),
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * data_parallel_size(args),
         "keys": {
             key: value
             for key, value in sorted(keys.items())

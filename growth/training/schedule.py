@@ -49,8 +49,8 @@ def _check_decay(args: Any, steps: int) -> None:
     warmup = args.get_warmup_steps(steps)
     if SchedulerType(args.lr_scheduler_type) == SchedulerType.POLYNOMIAL and warmup >= steps:
         raise RunError(
-            f"warmup_steps is {args.warmup_steps}, {warmup} of {steps} steps, and lr_scheduler_type polynomial: there is "
-            "nothing left to decay in. Set warmup_steps: 0, or train for more steps."
+            f"warmup_steps is {args.warmup_steps}, {warmup} of {steps} steps, and lr_scheduler_type polynomial: there "
+            "is nothing left to decay in. Set warmup_steps: 0, or train for more steps."
         )
 
 

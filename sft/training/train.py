@@ -55,6 +55,7 @@ from growth.training.launch import (
     leave_processes,
     settle_checkpointing,
 )
+from growth.training.parallel import check_parallelism, data_parallel_size, loading_of, read_parallelism
 from growth.training.record import RecordCallback, digest_examples
 from growth.training.same_run import describe_run, hold_to_run
 from sft import SFTError
@@ -164,6 +165,8 @@ def build_trainer(
             num_processes=recipe.run.num_processes,
             distributed_type=recipe.run.distributed_type,
         )
+        parallelism, trainer_name = read_parallelism(os.environ), recipe.run.trainer
+        check_parallelism(parallelism, args, launched, adapters=recipe.model.use_peft, trainer=trainer_name)
         check_kernels(args, recipe.run.use_kernels)
         if who := settle_checkpointing(args, os.environ, adapters=recipe.model.use_peft):
             logger.info("%s checkpoints the activations, of FSDP and the model, which were both told to", who)
@@ -235,6 +238,7 @@ def load_model(arguments: ModelConfig, *, use_kernels: bool = False) -> PreTrain
             use_kernels=use_kernels,
             trust_remote_code=False,
             **placement,
+            **loading_of(read_parallelism(os.environ)),
         )
     if use_kernels:
         with _run_errors():
@@ -326,7 +330,7 @@ def _describe_run(recipe: Recipe, data: DataReport, base: Mapping[str, Any], sta
         "method": "full" if not model.use_peft else f"q{adapter}" if model.load_in_4bit else adapter,
         "data": {"rows": data.kept, "trained_tokens": data.trained_tokens, "digest": data.digest},
         "steps": state.global_step,
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * data_parallel_size(args),
         "max_length": args.max_length,
         "learning_rate": args.learning_rate,
         "lr_scheduler": {"type": SchedulerType(args.lr_scheduler_type).value, "settings": args.lr_scheduler_kwargs},

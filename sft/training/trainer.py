@@ -16,6 +16,7 @@ sum, as `torch.nn.functional.cross_entropy` would: a row that is alone in its ba
 """
 
 import functools
+import os
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
 from growth.training.mup import MupMixin
+from growth.training.parallel import read_parallelism
 from growth.training.sharded import ShardedSaveMixin
 from sft.training.recipe import RecipeError
 
@@ -57,6 +59,11 @@ class WeightedSFTTrainer(ShardedSaveMixin, MupMixin, SFTTrainer):
             raise ValueError(
                 f"messages have weights, and loss_type is {self.args.loss_type} with label_smoothing_factor "
                 f"{self.args.label_smoothing_factor}; weights need nll and 0."
+            )
+        if (whole := read_parallelism(os.environ)).context * whole.sequence > 1:
+            raise ValueError(
+                "messages have weights, and accelerate's file cuts rows into parts (cp_size or sp_size), of which the "
+                "labels are shifted and the weights are not; take tp, fsdp2 or zero3, or leave out the weights."
             )
         # TRL takes no collator where rows are flattened, and makes the right one of its own.
         self.data_collator = WeightCollator(**vars(self.data_collator))

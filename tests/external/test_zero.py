@@ -27,7 +27,7 @@ WHOLE = {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
 
 @pytest.fixture(scope="module", params=["zero2", "zero3"])
 def runs(request, model_dir, data_file, tmp_path_factory):  # noqa: F811
-    """All weights, saved as shipped; resumed from a checkpoint; saved whole by DeepSpeed; adapters, and these resumed."""
+    """All weights, saved as shipped; resumed from a checkpoint; saved whole by DeepSpeed; adapters, and resumed."""
     out = tmp_path_factory.mktemp(request.param)
     keys = {**OF_ZERO, "model_name_or_path": str(model_dir), "data_files": str(data_file)}
     plans = {
