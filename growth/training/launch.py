@@ -103,8 +103,8 @@ def _check_precision(args: TrainingArguments, environment: Mapping[str, str]) ->
     if "mixed_precision" in environment.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",") and told != own:
         raise RunError(
             f"mixed_precision is {told} in accelerate's file, and {own} in the settings (bf16: "
-            f"{str(args.bf16).lower()}, fp16: {str(args.fp16).lower()}); DeepSpeed takes the one, and the run the other. "
-            "Make them equal."
+            f"{str(args.bf16).lower()}, fp16: {str(args.fp16).lower()}); DeepSpeed takes the one, and the run the "
+            "other. Make them equal."
         )
 
 
