@@ -8,6 +8,8 @@ Only the model, the data, the device and the length of the run are replaced. The
 saves whole, its own zero_to_fp32, and one process. DeepSpeed compiles its operators at the first run, for some minutes.
 """
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -136,3 +138,34 @@ def test_precision_that_differs_from_the_file_is_one_line(model_dir, data_file, 
     keys = {**OF_ZERO, "bf16": False, "model_name_or_path": str(model_dir), "data_files": str(data_file)}
     with pytest.raises(AssertionError, match="mixed_precision is bf16 in accelerate's file, and no in the settings"):
         launch("zero3", [("flm-2-52b-full", {**keys, "output_dir": str(tmp_path / "out")}, {})], tmp_path)
+
+
+def test_halves_of_rows_train_as_whole_ones(model_dir, data_file, make_recipe, tmp_path):  # noqa: F811
+    """Ulysses, through the shipped recipe and file; gloo needs rows of one length, hence the multiple."""
+    keys = {**OF_ZERO, "model_name_or_path": str(model_dir), "data_files": str(data_file), "save_steps": 2}
+    keys |= {"dtype": "float32", "bf16": False, "pad_to_multiple_of": 128, "output_dir": str(tmp_path / "two")}
+    (two,) = launch("zero3-ulysses", [("flm-2-52b-full-long", keys, {"ACCELERATE_MIXED_PRECISION": "no"})], tmp_path)
+    assert (two["distributed_type"], two["num_processes"]) == ("DEEPSPEED", 2)
+    one = train(
+        make_recipe(
+            max_length=128,
+            pad_to_multiple_of=128,
+            activation_checkpointing=True,
+            max_steps=3,
+            learning_rate=1e-2,
+            warmup_steps=0.03,
+            lr_scheduler_type="polynomial",
+            lr_scheduler_kwargs={"lr_end": 1e-9, "power": 1.0},
+            per_device_train_batch_size=1,
+            output_dir=str(tmp_path / "one"),
+        ),
+        progress=False,
+    )
+    assert [entry["loss"] for entry in two["log_history"] if "loss" in entry] == pytest.approx(losses(one), rel=1e-5)
+    norms = [[entry["grad_norm"] for entry in log if "loss" in entry] for log in (two["log_history"], one.log_history)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    assert all(torch.allclose(before[name], weight, atol=1e-5) for name, weight in after.items())
+    lineage = json.loads((tmp_path / "two/teleflm_manifest.json").read_text())["lineage"]
+    assert lineage["batch_size"] == 1, "the two compute one row together"
+    export_model(tmp_path / "two/checkpoint-2", tmp_path / "hub")

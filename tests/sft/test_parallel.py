@@ -124,7 +124,7 @@ def test_matrices_that_are_whole_are_noticed():
 
 
 def test_weights_of_rows_that_are_cut_are_refused(make_recipe, conversations, tmp_path, monkeypatch):
-    weigh = {"system": {}, "user": {}, "assistant": {"weight": 1}}
+    weigh = {"system": {}, "user": {}, "assistant": {"weight": 0.5}}
     rows = [
         {"messages": [{**message, **weigh[message["role"]]} for message in row["messages"]]}
         for row in conversations[:8]
