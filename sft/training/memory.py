@@ -144,7 +144,8 @@ def describe_setup(
     """
     args, model = recipe.training, recipe.model
     method: Method = "full" if not model.use_peft else "qlora" if model.load_in_4bit else "lora"
-    is_mixed = bool(args.bf16 or args.fp16)
+    # The launcher's word counts where the recipe's is false: accelerate does not tell unset from false.
+    is_mixed = bool(args.bf16 or args.fp16) or environment.get("ACCELERATE_MIXED_PRECISION") in ("bf16", "fp16")
     weight_bytes = _BYTES.get(str(model.dtype), 2)
     if launched == DistributedType.DEEPSPEED and is_mixed:
         weight_bytes = 2  # it casts the whole model

@@ -126,6 +126,12 @@ def test_what_the_plan_does_not_model_is_not_counted(keys, environment, launched
     assert bool(described.unknown) == bool(left_out)
 
 
+def test_the_launcher_s_precision_counts(make_recipe):
+    told = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    setups = [describe_setup(make_recipe(), DistributedType.NO, environment, 9).setup for environment in ({}, told)]
+    assert [setup.compute_bytes for setup in setups] == [4, 2]
+
+
 def test_rows_of_unknown_length_are_not_counted(make_recipe, of_machine):
     described = describe_setup(make_recipe(), DistributedType.NO, {})
     assert set(memory._ALL) - set(described.certain) == WITHIN
