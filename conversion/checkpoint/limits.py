@@ -15,6 +15,7 @@ DEFAULT_MEMORY = "256MB"  # of all threads together
 _MOST = 16  # more threads are of no use: they write to one file system, and share one interpreter
 _GROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
+_MEMORY = Path("/proc/meminfo")
 
 
 def default_workers() -> int:
@@ -37,6 +38,12 @@ def _affinity() -> int:
 
 def _quotas(groups: Path, own: Path) -> Iterator[int]:
     """Processors that each cgroup of this process may keep busy, of those that have a limit."""
+    for group in _own_groups(groups, own, "cpu"):
+        yield from _quota(group)
+
+
+def _own_groups(groups: Path, own: Path, controller: str) -> Iterator[Path]:
+    """The folders of the cgroups of this process and of those around them, that may limit something."""
     try:
         lines = own.read_text().splitlines()
     except OSError:  # no Linux
@@ -45,8 +52,8 @@ def _quotas(groups: Path, own: Path) -> Iterator[int]:
         _, controllers, path = (*line.split(":", 2), "", "", "")[:3]
         if controllers == "":  # version 2
             folders = [groups]
-        elif "cpu" in controllers.split(","):
-            folders = [groups / name for name in (controllers, "cpu")]
+        elif controller in controllers.split(","):
+            folders = [groups / name for name in (controllers, controller)]
         else:
             continue
         for folder in folders:
@@ -54,7 +61,7 @@ def _quotas(groups: Path, own: Path) -> Iterator[int]:
             below = folder / path.lstrip("/")
             for group in (below, *below.parents):
                 if group == folder or folder in group.parents:
-                    yield from _quota(group)
+                    yield group
 
 
 def _quota(group: Path) -> Iterator[int]:
@@ -66,6 +73,34 @@ def _quota(group: Path) -> Iterator[int]:
         quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         if int(quota) > 0:
             yield max(1, -(-int(quota) // int(period)))
+
+
+def usable_memory() -> int | None:
+    """Bytes that the processes of this machine, or of the cgroup they are in, can have together; swap counts.
+
+    None where the system does not say.
+    """
+    try:
+        physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+    swap = _swap()
+    limits = (limit for group in _own_groups(_GROUPS, _OWN_GROUPS, "memory") for limit in _memory_limit(group))
+    return min([physical + swap, *(limit + swap for limit in limits)])
+
+
+def _swap() -> int:
+    with suppress(OSError):
+        if match := re.search(r"SwapTotal:\s*(\d+) kB", _MEMORY.read_text()):
+            return int(match[1]) * 1024
+    return 0
+
+
+def _memory_limit(group: Path) -> Iterator[int]:
+    """What one cgroup may have without swap; none where there is no limit."""
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):
+            yield int((group / name).read_text())  # "max" is no number
 
 
 def _ranks_here(environment: Mapping[str, str], affinity: int) -> int:

@@ -10,6 +10,7 @@
 """
 
 import gc
+import os
 from collections.abc import Mapping, MutableMapping
 from typing import Any, Literal, TypeAlias
 
@@ -23,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from .errors import RunError
+from .parallel import check_split, read_parallelism
 
 # How a run may be asked to be spread, in accelerate's words.
 DistributedName: TypeAlias = Literal["NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED"]
@@ -77,6 +79,7 @@ def check_launch(
                 "out. Delete use_cpu from its file; on CPUs set it in the run's settings, and DS_ACCELERATOR=cpu."
             )
         found = DistributedType.DEEPSPEED
+        _check_precision(args, environment)
     launched = environment.get("WORLD_SIZE", "")
     if launched.isdigit() and int(launched) != state.num_processes:
         raise RunError(
@@ -91,6 +94,18 @@ def check_launch(
     if distributed_type not in (None, found.value):
         raise RunError(f"distributed_type is {distributed_type} in the settings, but this run is {found.value}.")
     return found
+
+
+def _check_precision(args: TrainingArguments, environment: Mapping[str, str]) -> None:
+    """That DeepSpeed computes in what the settings say; a Trainer finds out after the model is loaded."""
+    told = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    own = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    if "mixed_precision" in environment.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",") and told != own:
+        raise RunError(
+            f"mixed_precision is {told} in accelerate's file, and {own} in the settings (bf16: "
+            f"{str(args.bf16).lower()}, fp16: {str(args.fp16).lower()}); DeepSpeed takes the one, and the run the "
+            "other. Make them equal."
+        )
 
 
 def settle_checkpointing(
@@ -148,7 +163,10 @@ class WrappingGuard(TrainerCallback):
         plugin = accelerator.state.deepspeed_plugin
         model: Any = self.trainer.model
         stage = plugin.zero_stage if plugin else 0
-        check_wrapped(self.wrapped, accelerator.distributed_type, model.config.num_hidden_layers, zero_stage=stage)
+        parallelism, layers = read_parallelism(os.environ), model.config.num_hidden_layers
+        check_split(model, parallelism, layers)
+        if parallelism.tensor == 1 or args.world_size > parallelism.tensor:  # else there is nothing to exchange
+            check_wrapped(self.wrapped, accelerator.distributed_type, layers, zero_stage=stage)
 
 
 def count_wrapped(model: nn.Module) -> dict[str, int]:

@@ -42,6 +42,7 @@ from conversion.hub.saved_model import ADAPTER_WEIGHTS, has_saved_weights, recor
 from ..fold import MASKED_MODEL_TYPE
 from .grown_adam import AdamStart, on_every_process
 from .masks import MaskCallback, find_masked_model
+from .parallel import data_parallel_size
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +208,7 @@ def describe_training(trainer: Trainer, state: TrainerState, made_from: Mapping[
         "operation": "train",
         "steps": state.global_step,
         "tokens": state.num_input_tokens_seen or None,
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * data_parallel_size(args),
         "learning_rate": args.learning_rate,
         "mup_base_width": getattr(trainer, "base_width", None),
         "lr_scheduler": {

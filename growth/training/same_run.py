@@ -31,6 +31,7 @@ from conversion.checkpoint.manifest import is_edited, seal
 
 from .errors import RunError
 from .grown_adam import on_every_process
+from .parallel import data_parallel_size
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ MAY_CHANGE = "|".join(
         # how memory and time are saved
         "(activation|gradient)_checkpointing(_kwargs)?|activation_offloading|torch_empty_cache_steps|torch_compile.*",
         "attn_implementation|use_kernels|dataset_num_proc|use_cache|allow_rejects",
+        "ignore_memory_plan",
         # where things lie
         "model_name_or_path|model_revision|dataset_cache_dir|data_files|eval_data_files|train_files|eval_files|chat_template_path",
         "fresh_optimizer",  # a checkpoint has its own
@@ -70,7 +72,7 @@ def describe_run(args: TrainingArguments, others: Mapping[str, Any], made_from: 
     secret = re.compile(r"<\w+_TOKEN>")
     return {
         "made_from": json.loads(json.dumps(dict(made_from))),
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * data_parallel_size(args),
         "order": _order(args),
         "keys": {
             key: value

@@ -48,6 +48,7 @@ from .loading import check_model, load_model, load_tokenizer
 from .masks import MaskCallback, TeleFLMMaskedForCausalLM
 from .mup import MupMixin
 from .optimizer_layout import parameter_shapes
+from .parallel import check_parallelism, read_parallelism
 from .record import count_tokens, digest_examples, start_record
 from .resume import checkpoints
 from .resume import find_checkpoint as find_resumed
@@ -195,6 +196,7 @@ def build_trainer(
         num_processes=growth.num_processes,
         distributed_type=growth.distributed_type,
     )
+    check_parallelism(read_parallelism(os.environ), args, launched, adapters=False, trainer="pretraining")
     check_kernels(args, growth.use_kernels)
     settle_checkpointing(args, os.environ)
     count_tokens(args)

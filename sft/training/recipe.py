@@ -69,6 +69,7 @@ class RunArguments:
         sample_steps: how often; unset: before the first step and after the last.
         sample_max_new_tokens: of a text that is sampled.
         eval_texts, eval_tasks: files that are measured before and after, as `teleflm eval --text` and `--tasks` do.
+        ignore_memory_plan: begin also where [`sft.training.memory`] finds that the run needs more memory than there is.
     """
 
     trainer: Literal["sft", "dpo", "kto", "grpo"] = "sft"
@@ -83,6 +84,7 @@ class RunArguments:
     sample_max_new_tokens: int = 128
     eval_texts: str | list[str] | None = None
     eval_tasks: str | list[str] | None = None
+    ignore_memory_plan: bool = False
 
     def __post_init__(self) -> None:
         for name in ("mup_base_width", "num_processes", "sample_steps", "sample_max_new_tokens"):

@@ -56,6 +56,7 @@ from growth.training.launch import (
     leave_processes,
     settle_checkpointing,
 )
+from growth.training.parallel import check_parallelism, data_parallel_size, loading_of, read_parallelism
 from growth.training.record import RecordCallback
 from growth.training.resume import find_checkpoint, step_of
 from growth.training.same_run import describe_run, hold_to_run
@@ -67,6 +68,7 @@ from sft.training.before_after import MeasureCallback, Measured, MeasureError, c
 from sft.training.comparison import comparison, comparison_text
 from sft.training.guards import FusedLossGuard, GuardError, check_same_data
 from sft.training.lineage import describe_base
+from sft.training.memory import check_memory
 from sft.training.recipe import Recipe, RecipeError, parse_overrides, read_recipe
 from sft.training.samples import Prompt, SampleCallback, check_whole, read_prompts
 from sft.training.trackers import check_trackers
@@ -184,6 +186,8 @@ def build_trainer(
             num_processes=recipe.run.num_processes,
             distributed_type=recipe.run.distributed_type,
         )
+        parallelism, trainer_name = read_parallelism(os.environ), recipe.run.trainer
+        check_parallelism(parallelism, args, launched, adapters=recipe.model.use_peft, trainer=trainer_name)
         check_kernels(args, recipe.run.use_kernels)
         if who := settle_checkpointing(args, os.environ, adapters=recipe.model.use_peft):
             logger.info("%s checkpoints the activations, of FSDP and the model, which were both told to", who)
@@ -200,6 +204,7 @@ def build_trainer(
 
     train_dataset, report, eval_dataset, eval_report = _load_data(recipe, tokenizer)
     check_same_data(report.digest)
+    check_memory(recipe, launched, os.environ, train_dataset, ignore=recipe.run.ignore_memory_plan)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token  # not before: it would count in the data's digest
 
     common: dict[str, Any] = {
@@ -252,6 +257,7 @@ def load_model(arguments: ModelConfig, *, use_kernels: bool = False) -> PreTrain
             use_kernels=use_kernels,
             trust_remote_code=False,
             **placement,
+            **loading_of(read_parallelism(os.environ)),
         )
     if use_kernels:
         with _run_errors():
@@ -391,7 +397,7 @@ def _describe_run(recipe: Recipe, data: DataReport, base: Mapping[str, Any], sta
             **_describe_data(data),
         },
         "steps": state.global_step,
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * data_parallel_size(args),
         **TRAINERS[recipe.run.trainer].describe(recipe),
         "learning_rate": args.learning_rate,
         "lr_scheduler": {"type": SchedulerType(args.lr_scheduler_type).value, "settings": args.lr_scheduler_kwargs},

@@ -16,6 +16,7 @@ sum, as `torch.nn.functional.cross_entropy` would: a row that is alone in its ba
 """
 
 import functools
+import os
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
 from growth.training.mup import MupMixin
+from growth.training.parallel import read_parallelism
 from growth.training.sharded import ShardedSaveMixin
 from sft.training.recipe import RecipeError
 from sft.training.watch import WatchMixin
@@ -56,7 +58,12 @@ class WeightedSFTTrainer(WatchMixin, ShardedSaveMixin, MupMixin, SFTTrainer):
         super().__init__(base_width=base_width, **kwargs)
         datasets: list[Any] = [self.train_dataset, self.eval_dataset]
         columns = {name for dataset in datasets if dataset is not None for name in dataset.column_names}
-        if columns & {WEIGHTS, SOURCES}:
+        if WEIGHTS in columns and _cuts_rows():
+            raise ValueError(
+                "messages have weights, and accelerate's file cuts rows into parts (cp_size or sp_size), of which the "
+                "labels are shifted and the weights are not; take tp, fsdp2 or zero3, or leave out the weights."
+            )
+        if columns & {WEIGHTS, SOURCES} and not _cuts_rows():
             # TRL takes no collator where rows are flattened, and makes the right one of its own.
             self.data_collator = WeightCollator(**vars(self.data_collator))
             model: Any = self.model
@@ -71,12 +78,19 @@ class WeightedSFTTrainer(WatchMixin, ShardedSaveMixin, MupMixin, SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        self._signature_columns: Any = list(dict.fromkeys([*columns, WEIGHTS, SOURCES]))
+        ours = () if _cuts_rows() else (WEIGHTS, SOURCES)  # of parts of rows the losses of sources are not told
+        self._signature_columns: Any = list(dict.fromkeys([*columns, *ours]))
 
     def _count_sources(self, outputs: Any, sources: torch.Tensor) -> None:
         """Count the losses of a batch to their sources, from the log-probabilities that the loss is made of."""
         if self.model.training:
             self.add_source_losses(-outputs.log_probs.detach(), sources[:, 1:], outputs.label_mask)
+
+
+def _cuts_rows() -> bool:
+    """Whether each process computes with a part of each row."""
+    whole = read_parallelism(os.environ)
+    return whole.context * whole.sequence > 1
 
 
 class PreferenceTrainer(WatchMixin, ShardedSaveMixin, DPOTrainer):

@@ -137,3 +137,20 @@ def test_high_water():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     assert 120 <= int(done.stdout) <= 135
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "limit"),
+    [
+        ("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": "1000"}, 1000),
+        ("0::/a/b", {"a/b/memory.max": "500", "a/memory.max": "1000"}, 500),
+        ("4:memory:/job", {"memory/job/memory.limit_in_bytes": "700"}, 700),
+        ("0::/", {"memory.max": "max"}, None),
+    ],
+)
+def test_memory_of_the_cgroup(own, files, limit, machine, monkeypatch):
+    (machine / "meminfo").write_text("MemTotal: 1 kB\nSwapTotal:       2 kB\n")
+    monkeypatch.setattr(limits, "_MEMORY", machine / "meminfo")
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    write(machine, own, files)
+    assert limits.usable_memory() == (limit or physical) + 2048

@@ -23,6 +23,7 @@ from sft.training.recipe import RecipeError
 from sft.training.train import build_trainer, train
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
 from tests.sft.conftest import STRICT, conversations, data_file, make_recipe, model_dir  # noqa: F401
+from tests.sft.test_cluster import SMALL, launch
 from tests.sft.test_train import losses
 
 pytestmark = pytest.mark.external
@@ -96,6 +97,20 @@ def test_qlora_trains_adapters_on_four_bits(keys, make_recipe, tmp_path):  # noq
         "method"
     ]
     assert method == ("qdora" if "use_dora" in keys else "qlora")
+
+
+@needs("bitsandbytes")
+def test_the_shipped_qlora_recipe_on_two_processes(data_file, tmp_path):  # noqa: F811
+    config = tiny_config(num_hidden_layers=2, hidden_size=64, intermediate_size=192)  # blocks of 64 are quantized
+    tiny_model(config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer(tmp_path / "base").save_pretrained(tmp_path / "base")
+    keys = {**SMALL, "model_name_or_path": str(tmp_path / "base"), "data_files": str(data_file), "bf16": True}
+    changes = {"ACCELERATE_BYPASS_DEVICE_MAP": "true"}  # accelerate would put the models on GPUs 0 and 1
+    runs = [("flm-2-52b-qlora", {**keys, "output_dir": str(tmp_path / "out")}, changes)]
+    (found,) = launch("multi-gpu", runs, tmp_path)
+    assert (found["distributed_type"], found["num_processes"], found["wrapped"]["replicated"]) == ("MULTI_GPU", 2, 1)
+    assert found["global_step"] == 3
+    assert export_model(tmp_path / "out", tmp_path / "hub", merge=True).merged == 14
 
 
 def test_quantization_without_its_library_is_one_line(make_recipe, monkeypatch):  # noqa: F811

@@ -20,6 +20,10 @@ from growth.training.launch import check_launch, check_wrapped, count_wrapped, s
 from tests.fixtures.tiny import tiny_model
 
 FSDP, DEEPSPEED = {"ACCELERATE_USE_FSDP": "true"}, {"ACCELERATE_USE_DEEPSPEED": "true"}
+IN_BF16, IN_NO = (
+    {"ACCELERATE_MIXED_PRECISION": name, "ACCELERATE_CONFIG_DS_FIELDS": "zero_stage,mixed_precision"}
+    for name in ("bf16", "no")
+)
 GPUS = ("MULTI_GPU", 8, "cuda")
 
 
@@ -31,7 +35,8 @@ def launch(settings, found, environment):
         distributed_type=DistributedType(distributed_type), num_processes=num_processes, device=torch.device(device)
     )
     keys = {"fsdp_plugin_args": settings.pop("fsdp", None), "deepspeed_plugin": settings.pop("deepspeed", None)}
-    check_launch(SimpleNamespace(distributed_state=state, **keys), environment, **settings)
+    precision = {"bf16": settings.pop("bf16", False), "fp16": False}
+    check_launch(SimpleNamespace(distributed_state=state, **keys, **precision), environment, **settings)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +44,13 @@ def launch(settings, found, environment):
     [
         ({}, ("MULTI_CPU", 2, "cpu"), FSDP, "told to shard with FSDP, but this run is MULTI_CPU on cpu"),
         ({}, ("NO", 1, "cpu"), FSDP, "told to shard with FSDP, but this run is NO on cpu"),
+        ({}, ("NO", 1, "cpu"), {**DEEPSPEED, **IN_BF16}, "mixed_precision is bf16 in accelerate's file, and no in"),
+        (
+            {"bf16": True},
+            ("NO", 1, "cpu"),
+            {**DEEPSPEED, **IN_NO},
+            "mixed_precision is no in accelerate's file, and bf16",
+        ),
         ({}, ("MULTI_CPU", 2, "cpu"), {**DEEPSPEED, "ACCELERATE_USE_CPU": "True"}, "use_cpu, so this run is MULTI_CPU"),
         ({}, ("NO", 1, "cpu"), {"WORLD_SIZE": "2"}, "started 2 processes, but each believes it is one of 1"),
         (

@@ -26,7 +26,8 @@ read_recipe = module.read_recipe
 
 def read_and_pretend(*args, **kwargs):
     recipe = read_recipe(*args, **kwargs)  # which makes the settings, and with them accelerate's state
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if "ACCELERATE_USE_DEEPSPEED" not in os.environ:  # which runs on CPUs too
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return recipe
 
 
@@ -39,8 +40,9 @@ def main(file: str) -> int:
         module.leave_processes = leave if is_last else lambda together: dist.barrier()
         if status := module.main(arguments):
             return status
-        AcceleratorState._reset_state()
-        GradientState._reset_state()
+        if "ACCELERATE_USE_DEEPSPEED" not in os.environ:
+            AcceleratorState._reset_state()
+            GradientState._reset_state()
     return 0
 
 

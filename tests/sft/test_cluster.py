@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -28,6 +28,8 @@ from conversion import inspect_checkpoint
 from conversion.checkpoint.errors import CheckpointError
 from growth.training.sharded import find_adapter
 from sft.export import export_model
+from sft.shipped import find_shipped
+from sft.training.train import train
 from tests.fixtures.tiny import tiny_model
 
 FOLDER = Path(sft.__file__).parent
@@ -47,27 +49,32 @@ SMALL = {
 }
 
 
-def environment_of(name: str) -> dict[str, str]:
-    """What `accelerate launch --config_file` sets for a shipped file."""
-    options = ["--config_file", str(FOLDER / f"accelerate_configs/{name}.yaml"), "--num_processes", "2"]
-    parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args([*options, "script.py"]))
-    found = prepare_multi_gpu_env(parsed)
-    return {key: value for key, value in found.items() if key.startswith(("FSDP_", "ACCELERATE_"))}
+def environment_of(file: str | Path) -> dict[str, str]:
+    """What `accelerate launch --config_file` sets for a file, shipped ones by name."""
+    path = file if isinstance(file, Path) else find_shipped(file, "accelerate")
+    options = ["--config_file", str(path), "--num_processes", "2"]
+    parsed, told, _ = _validate_launch_command(launch_command_parser().parse_args([*options, "script.py"]))
+    if parsed.use_deepspeed:
+        parsed.deepspeed_fields_from_accelerate_config = ",".join([*told.deepspeed_config, "mixed_precision"])
+        found = prepare_deepspeed_cmd_env(parsed)[1]
+    else:
+        found = prepare_multi_gpu_env(parsed)
+    return {key: value for key, value in found.items() if key.startswith(("FSDP_", "ACCELERATE_", "PARALLELISM_"))}
 
 
-def launch(name: str, runs: list[tuple[str, dict, dict]], folder: Path) -> list[dict]:
+def launch(file: str | Path, runs: list[tuple[str, dict, dict]], folder: Path) -> list[dict]:
     """What came of some runs, each a recipe, keys that replace its own, and variables that replace the file's."""
     described = []
     for recipe, keys, changes in runs:
         words = [word for key, value in keys.items() for word in (f"--{key}", json.dumps(value).strip('"'))]
-        arguments = ["--config", str(FOLDER / f"recipes/{recipe}.yaml"), "--json", *words]
-        described.append((arguments, {**environment_of(name), **changes}))
+        arguments = ["--config", str(recipe), "--json", *words]
+        described.append((arguments, {**environment_of(file), **changes}))
     (folder / "runs.json").write_text(json.dumps(described))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run(
         [*torchrun, "-m", "tests.sft.cluster_worker", folder / "runs.json"],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -110,6 +117,56 @@ def test_the_shipped_files_shard_every_layer_and_train(runs):
         assert [entry["step"] for entry in found["log_history"] if "loss" in entry] == [1, 2, 3]
     losses = [entry["loss"] for entry in results["parts"]["log_history"] if "loss" in entry]
     assert losses[-1] < losses[0]
+
+
+def one_process(make_recipe, out: Path, **keys):
+    """The same steps, both rows in one process."""
+    return train(
+        make_recipe(
+            max_length=128,
+            packing=True,
+            activation_checkpointing=True,
+            max_steps=3,
+            learning_rate=1e-2,
+            warmup_steps=0.03,
+            lr_scheduler_type="polynomial",
+            lr_scheduler_kwargs={"lr_end": 1e-9, "power": 1.0},
+            per_device_train_batch_size=2,
+            output_dir=str(out),
+            **keys,
+        ),
+        progress=False,
+    )
+
+
+def assert_same_steps(found: list[dict], expected: list[dict]) -> None:
+    """Losses and norms of the gradients, of all three steps."""
+    for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
+        of_two, of_one = ([entry[key] for entry in entries if "loss" in entry] for entries in (found, expected))
+        assert len(of_two) == len(of_one) == 3
+        assert of_two == pytest.approx(of_one, rel=tolerance)
+
+
+def test_two_shards_train_as_one_process(make_recipe, model_dir, data_file, tmp_path):
+    keys = {**SMALL, "model_name_or_path": str(model_dir), "data_files": str(data_file), "dtype": "float32"}
+    keys |= {"save_strategy": "no", "output_dir": str(tmp_path / "two")}
+    (two,) = launch("fsdp2", [("flm-2-52b-full", keys, {"ACCELERATE_MIXED_PRECISION": "no"})], tmp_path)
+    assert_same_steps(two["log_history"], one_process(make_recipe, tmp_path / "one").log_history)
+
+
+def test_two_copies_train_as_one_process(make_recipe, model_dir, data_file, tmp_path):
+    """The file for copies, with adapters; without dropout, which two processes draw differently from one."""
+    keys = {**SMALL, "model_name_or_path": str(model_dir), "data_files": str(data_file), "dtype": "float32"}
+    keys |= {"distributed_type": "MULTI_GPU", "lora_dropout": 0.0, "save_strategy": "no"}
+    # accelerate would put the models on GPUs 0 and 1.
+    changes = {"ACCELERATE_BYPASS_DEVICE_MAP": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+    (two,) = launch("multi-gpu", [("flm-2-52b-lora", {**keys, "output_dir": str(tmp_path / "two")}, changes)], tmp_path)
+    assert (two["distributed_type"], two["num_processes"], two["wrapped"]["replicated"]) == ("MULTI_GPU", 2, 1)
+    one = one_process(make_recipe, tmp_path / "one", use_peft=True, lora_r=16, lora_alpha=32, lora_dropout=0.0)
+    assert_same_steps(two["log_history"], one.log_history)
+    saved, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "one"))
+    for name, weight in expected.items():
+        torch.testing.assert_close(saved[name], weight, rtol=1e-3, atol=1e-5)
 
 
 def test_what_is_saved_in_parts_is_what_transformers_gathers(runs):

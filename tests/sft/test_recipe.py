@@ -278,7 +278,8 @@ def test_the_shipped_recipes_are_for_every_way_to_train():
 def test_shipped_accelerate_configs_are_accepted(path):
     config = load_config_from_file(str(path))
     assert config.num_processes == (1 if path.stem == "cpu" else 8)
-    kinds = {"fsdp2": "FSDP", "zero3": "DEEPSPEED", "multi-gpu": "MULTI_GPU", "cpu": "NO"}
+    kinds = {"multi-gpu": "MULTI_GPU", "tp": "MULTI_GPU", "cpu": "NO", "fsdp2": "FSDP", "fsdp2-cp": "FSDP"}
+    kinds |= dict.fromkeys(("zero2", "zero3", "zero3-ulysses"), "DEEPSPEED")
     assert str(config.distributed_type.value) == kinds[path.stem]
     if config.fsdp_config:
         layers = {type(module).__name__ for module in tiny_model().modules()}
