@@ -283,7 +283,7 @@ def open_conversation(
     tokenizer = _load_tokenizer(str(adapter) if has_own else model, completion)
     from transformers import set_seed
 
-    network: Any = load_model(model, dtype)
+    network: Any = load_model(model, dtype=dtype)
     if adapter is not None:
         network = _with_adapter(network, Path(adapter))
     configured = getattr(network.config, "max_position_embeddings", None)

@@ -23,11 +23,12 @@ _BATCH_TOKENS = 4096  # padding included
 _ROWS = 256  # of logits in float64 at a time
 
 
-def load_model(name: str, dtype: str = "float32") -> "PreTrainedModel":
+def load_model(name: str, revision: str | None = None, *, dtype: str = "float32") -> "PreTrainedModel":
     """Load a model to compute with: on the GPUs that there are, or else in memory. No code of its folder is executed.
 
     Args:
         name: a Hub folder, or the name of a model on the Hub.
+        revision: of the Hub, if it is there.
         dtype: of its weights, or `auto`: as they are.
 
     Raises:
@@ -45,7 +46,9 @@ def load_model(name: str, dtype: str = "float32") -> "PreTrainedModel":
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # stderr is for what the caller shows
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=kind, trust_remote_code=False, **placement)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision or "main", dtype=kind, trust_remote_code=False, **placement
+        )
     except Exception as error:  # transformers, safetensors and torch have no family of errors between them
         raise CheckpointError(f"{name}: cannot be loaded: {one_line(error)}") from error
     finally:

@@ -18,11 +18,13 @@ import numpy as np
 from conversion.architecture import MODEL_TYPE
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.limits import default_workers
+from conversion.checkpoint.mirror import origin
 from conversion.checkpoint.sources import Source, open_checkpoint
 from conversion.hub.contents import open_pieces
 from conversion.hub.remote import is_remote, local_view
-from conversion.model_identity import ModelIdentity, model_identity
+from conversion.model_identity import ModelIdentity, model_identity, tensor_digests
 
+from .held_files import HeldFiles
 from .multiple_choice import Accuracy, accuracies, choice_passages, read_task
 from .passages import Passage, check_window, document_passages
 from .streamed_scores import Progress, score_streamed
@@ -78,7 +80,7 @@ class TaskResult:
         name: of the task.
         sha256: of its files.
         questions: in it.
-        shortened: of the passages, those that lost the beginning of the question to the window.
+        shortened: of these, those that lost their beginning to the window, before one of their choices at least.
         metrics: `acc`, `acc_norm` and `acc_bytes`, see `multiple_choice`.
     """
 
@@ -157,13 +159,15 @@ def evaluate(
         window: tokens that the model reads at a time, at most; `max_position_embeddings` unless given.
         stride: tokens from the begin of a window to that of the next; half a window unless given.
         memory, work: of a model that is not loaded, see `streamed_scores.score_streamed`.
-        identify: read all weights once more, for the digests by which results are known to be this model's.
+        identify: take the digests by which results are known to be this model's: of a model that is not loaded, of the
+            bytes as they are computed with; for a loaded one, all weights are read once more.
         workers: threads.
         progress: makes a progress display, see `teleflm.terminal.byte_progress`.
         notify: told, before it starts, what will be computed.
 
     Raises:
         CheckpointError: the model, a file, or an option cannot be used, or the model gives no finite number.
+        CorruptData: the model was changed while it was measured, or since a killed run that this one goes on with.
     """
     if dtype not in COMPUTE_DTYPES:
         raise CheckpointError(f"dtype is {dtype!r}, expected one of {', '.join(COMPUTE_DTYPES)}.")
@@ -173,6 +177,7 @@ def evaluate(
     task_files = [read_task(Path(task)) for task in tasks]
     _refuse_same_names([*(file.name for file in text_files), *(task.name for task in task_files)])
     checkpoint = _open(model, loaded)
+    held = HeldFiles.of(checkpoint)
     window = window or _configured_window(checkpoint)
     stride = stride or window // 2
     check_window(window, stride)
@@ -184,14 +189,16 @@ def evaluate(
     passages = [passage for group in (*of_texts, *of_tasks) for passage in group]
     _check_ids(passages, checkpoint)
 
-    identity = None
-    if identify:
+    digests: dict[str, str] = {}
+    if identify and loaded:
         with progress("hashing") as advance:
-            identity = model_identity(checkpoint, workers=workers, progress=advance)
+            digests = tensor_digests(checkpoint.tensors, workers=workers, progress=advance)
     begin = time.perf_counter()
     device = "cpu"
     if loaded:
-        scores, device = _score_loaded(model, passages, dtype, progress, notify)
+        scores, device = _score_loaded(model, checkpoint, passages, dtype, progress, notify)
+        with progress("comparing the weights") as advance:
+            held.require_same(digests, advance)
     else:
         scores = score_streamed(
             checkpoint,
@@ -200,9 +207,12 @@ def evaluate(
             memory=memory,
             work=Path(work) if work else None,
             workers=workers,
+            digests=digests,
             progress=progress,
             notify=notify,
         )
+    identity = model_identity(checkpoint, known=digests, workers=workers) if identify else None
+    held.require_small_same()
     seconds = time.perf_counter() - begin
 
     ends = np.cumsum([len(group) for group in (*of_texts, *of_tasks)])
@@ -241,6 +251,17 @@ def _open(model: str | os.PathLike[str], loaded: bool) -> Source:
             "transformers can load."
         )
     return checkpoint
+
+
+def name_and_revision(model: str, folder: str) -> tuple[str, str | None]:
+    """By which transformers loads the very commit of a model of the Hub that was opened; a folder by its path.
+
+    Args:
+        model: as the user named it.
+        folder: that stands for it here.
+    """
+    place = origin(folder) or {}
+    return (place["hub"], place["commit"]) if "hub" in place else (model, None)
 
 
 def _open_tokenizer(checkpoint: Source) -> "SentencePieceProcessor":
@@ -289,6 +310,7 @@ def _text_passages(
 
 def _score_loaded(
     model: str | os.PathLike[str],
+    checkpoint: Source,
     passages: Sequence[Passage],
     dtype: str,
     progress: Progress,
@@ -296,7 +318,7 @@ def _score_loaded(
 ) -> tuple[list[np.ndarray], str]:
     from .loaded_scores import load_model, score_loaded
 
-    network = load_model(os.fspath(model), dtype)
+    network = load_model(*name_and_revision(os.fspath(model), checkpoint.folder), dtype=dtype)
     device = network.device.type
     tokens = sum(len(passage.inputs) for passage in passages)
     notify(f"{tokens:,} tokens in {dtype}, by the loaded model on {device}.")
@@ -327,8 +349,8 @@ def _result_notes(texts: Sequence[TextResult], tasks: Sequence[TaskResult]) -> l
         if text.unknown
     ]
     shortened = [
-        f"{task.name}: of {task.shortened} questions with their choices the beginning was cut off, as they exceed the "
-        "window."
+        f"{task.name}: {task.shortened:,} of {task.questions:,} questions lost their beginning, as they exceed the "
+        "window with a choice."
         for task in tasks
         if task.shortened
     ]

@@ -89,7 +89,7 @@ def read_task(path: Path) -> Task:
     Raises:
         CheckpointError: a file cannot be read, or a field is missing or is not what it has to be.
     """
-    if path.suffix not in _YAML:
+    if path.suffix.lower() not in _YAML:
         content = read_content(path, _MAX_BYTES)
         return Task(printable(path.stem), hashlib.sha256(content).hexdigest(), _questions(content, path, {}))
     settings_content = read_content(path, _MAX_BYTES)
@@ -183,7 +183,7 @@ def _shown(value: Any) -> str:
 def choice_passages(
     task: Task, encode: Callable[[str], list[int]], start: int | None, window: int
 ) -> tuple[list[Passage], int]:
-    """The passages of a task, for each question one for each choice; and how many lost their beginning to the window.
+    """The passages of a task, for each question one for each choice; and how many questions the window cut.
 
     Question and choice are encoded together and cut where the question's own tokens end; spaces at the end of the
     question belong to the choice.
@@ -203,6 +203,7 @@ def choice_passages(
         context = question.context.rstrip()
         before = [*begin, *encode(context)]
         spaces = question.context[len(context) :]
+        is_cut = False
         for number, choice in enumerate(question.choices):
             continuation = spaces + task.delimiter + choice
             after = [*begin, *encode(context + continuation)][len(before) :] if context else encode(continuation)
@@ -213,7 +214,8 @@ def choice_passages(
                 passages.append(continuation_passage(before, after, window))
             except CheckpointError as error:
                 raise CheckpointError(f"{question.where}: {error}") from None
-            shortened += len(before) + len(after) > window + 1
+            is_cut |= len(before) + len(after) > window + 1
+        shortened += is_cut
     return passages, shortened
 
 

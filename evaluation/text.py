@@ -47,7 +47,7 @@ def read_documents(path: Path) -> TextFile:
         CheckpointError: there is no such file, it is no text, or too large; a row or all of it is empty.
     """
     content = read_content(path)
-    if path.suffix in _JSON_LINES:
+    if path.suffix.lower() in _JSON_LINES:
         documents = tuple(_row_text(row, where) for where, row in json_lines(content, path))
     else:
         documents = (decode(content, path),)
