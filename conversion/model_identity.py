@@ -136,6 +136,22 @@ class TensorDigest:
         self._hash, self._size = xxhash.xxh3_128(), 0
 
 
+def base_digest(base: Source) -> str:
+    """A digest that tells one base model from another, at the cost of the first row of each of its tensors.
+
+    Values count as bfloat16, so that a base is the same in every dtype and container that holds these.
+    """
+    import ml_dtypes
+
+    digest = xxhash.xxh3_128()
+    with FileReader() as reader:
+        for name, view in sorted(base.tensors.items()):
+            digest.update(f"{name} {list(view.shape)}".encode())
+            row = reader.read(view[:1] if view.shape else view)
+            digest.update(row.astype(ml_dtypes.bfloat16).tobytes())
+    return digest.hexdigest()
+
+
 def _recorded(source: Source, record: Mapping[str, Any]) -> dict[str, str] | None:
     how, listed = record.get("digest"), record.get("tensors")
     if not isinstance(how, Mapping) or how.get("block_elements") != BLOCK or not isinstance(listed, Mapping):
@@ -175,4 +191,4 @@ def _tokenizer_digest(folder: str) -> str | None:
     return None
 
 
-__all__ = ["ModelIdentity", "TensorDigest", "model_identity", "tensor_digests"]
+__all__ = ["ModelIdentity", "TensorDigest", "base_digest", "model_identity", "tensor_digests"]

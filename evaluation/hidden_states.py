@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from conversion.checkpoint.atomic_file import write_atomically
 from conversion.checkpoint.errors import CheckpointError, CorruptData
 
 try:
@@ -148,8 +149,8 @@ class HiddenStates:
 
     def remove(self) -> None:
         """Remove the folder, when its numbers are where they belong; a file of others in it stays."""
-        for name in _FILES:
-            (self.folder / name).unlink(missing_ok=True)
+        for path in (*(self.folder / name for name in _FILES), *self.folder.glob(f".{_JOB}-*")):
+            path.unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
 
@@ -175,7 +176,7 @@ class HiddenStates:
 
     def _claim(self, job: dict[str, Any]) -> None:
         path = self.folder / _JOB
-        if path.is_file():
+        if path.is_file() and path.stat().st_size:  # an empty one is what a machine that went down left of it
             try:
                 found = json.loads(path.read_bytes())
             except ValueError:
@@ -189,9 +190,9 @@ class HiddenStates:
                     "another --work, or remove that folder."
                 )
             return
-        if others := sorted(entry.name for entry in self.folder.iterdir()):
+        if others := sorted(entry.name for entry in self.folder.iterdir() if not _is_start(entry.name)):
             raise CheckpointError(f"{self.folder}: holds {others[0]}, and no evaluation; give another --work.")
-        path.write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
+        write_atomically(path, (json.dumps(job, indent=2) + "\n").encode())  # a kill leaves all of it or nothing
 
     def _read_journal(self) -> dict[int, dict[int, str]]:
         """What is there, and is what the journal says: the last whole state, and what there is of the next."""
@@ -229,6 +230,11 @@ class HiddenStates:
         except OSError:
             return None
         return None if size else digest.hexdigest()
+
+
+def _is_start(name: str) -> bool:
+    """Whether a file is what a run leaves that was killed before it had begun."""
+    return name == _JOB or name.startswith(f".{_JOB}-")
 
 
 def check_space(folder: Path, need: int) -> None:

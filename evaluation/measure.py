@@ -18,13 +18,13 @@ import numpy as np
 from conversion.architecture import MODEL_TYPE
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.limits import default_workers
-from conversion.checkpoint.mirror import origin
 from conversion.checkpoint.sources import Source, open_checkpoint
 from conversion.hub.contents import open_pieces
 from conversion.hub.remote import is_remote, local_view
 from conversion.model_identity import ModelIdentity, model_identity, tensor_digests
 
 from .held_files import HeldFiles
+from .loaded_scores import check_model_type
 from .multiple_choice import Accuracy, accuracies, choice_passages, read_task
 from .passages import Passage, check_window, document_passages
 from .streamed_scores import Progress, score_streamed
@@ -138,6 +138,7 @@ def evaluate(
     work: str | os.PathLike[str] | None = None,
     identify: bool = False,
     workers: int = default_workers(),
+    keep: Callable[[Evaluation], None] = lambda evaluation: None,
     progress: Progress = no_progress,
     notify: Callable[[str], None] = lambda note: None,
 ) -> Evaluation:
@@ -162,6 +163,8 @@ def evaluate(
         identify: take the digests by which results are known to be this model's: of a model that is not loaded, of the
             bytes as they are computed with; for a loaded one, all weights are read once more.
         workers: threads.
+        keep: called with the result, before what a killed run would go on from is removed: where it fails to keep the
+            result, the same call has only that to do again.
         progress: makes a progress display, see `teleflm.terminal.byte_progress`.
         notify: told, before it starts, what will be computed.
 
@@ -194,13 +197,34 @@ def evaluate(
         with progress("hashing") as advance:
             digests = tensor_digests(checkpoint.tensors, workers=workers, progress=advance)
     begin = time.perf_counter()
-    device = "cpu"
+    made: list[Evaluation] = []
+
+    def conclude(scores: Sequence[np.ndarray], device: str) -> None:
+        identity = model_identity(checkpoint, known=digests, workers=workers) if identify else None
+        held.require_small_same()
+        seconds = time.perf_counter() - begin
+        ends = np.cumsum([len(group) for group in (*of_texts, *of_tasks)])
+        parts = [scores[end - len(group) : end] for end, group in zip(ends, (*of_texts, *of_tasks), strict=True)]
+        text_results = tuple(
+            _text_result(file, group, part, pieces)
+            for file, group, part in zip(text_files, of_texts, parts[: len(of_texts)], strict=True)
+        )
+        task_results = tuple(
+            TaskResult(task.name, task.sha256, len(task.questions), count, accuracies(task, [x.sum() for x in part]))
+            for task, (_, count), part in zip(task_files, cut, parts[len(of_texts) :], strict=True)
+        )
+        notes = (*_window_notes(window, checkpoint), *_result_notes(text_results, task_results))
+        how = ("loaded" if loaded else "streamed", device, dtype, window, stride)
+        made.append(Evaluation(text_results, task_results, *how, seconds, identity, notes))
+        keep(made[0])
+
     if loaded:
         scores, device = _score_loaded(model, checkpoint, passages, dtype, progress, notify)
         with progress("comparing the weights") as advance:
             held.require_same(digests, advance)
+        conclude(scores, device)
     else:
-        scores = score_streamed(
+        score_streamed(
             checkpoint,
             passages,
             dtype=dtype,
@@ -208,26 +232,11 @@ def evaluate(
             work=Path(work) if work else None,
             workers=workers,
             digests=digests,
+            keep=lambda scores: conclude(scores, "cpu"),
             progress=progress,
             notify=notify,
         )
-    identity = model_identity(checkpoint, known=digests, workers=workers) if identify else None
-    held.require_small_same()
-    seconds = time.perf_counter() - begin
-
-    ends = np.cumsum([len(group) for group in (*of_texts, *of_tasks)])
-    parts = [scores[end - len(group) : end] for end, group in zip(ends, (*of_texts, *of_tasks), strict=True)]
-    text_results = tuple(
-        _text_result(file, group, part, pieces)
-        for file, group, part in zip(text_files, of_texts, parts[: len(of_texts)], strict=True)
-    )
-    task_results = tuple(
-        TaskResult(task.name, task.sha256, len(task.questions), shortened, accuracies(task, [x.sum() for x in part]))
-        for task, (_, shortened), part in zip(task_files, cut, parts[len(of_texts) :], strict=True)
-    )
-    notes = (*_window_notes(window, checkpoint), *_result_notes(text_results, task_results))
-    forward = "loaded" if loaded else "streamed"
-    return Evaluation(text_results, task_results, forward, device, dtype, window, stride, seconds, identity, notes)
+    return made[0]
 
 
 # The model and its tokenizer.
@@ -244,6 +253,7 @@ def _open(model: str | os.PathLike[str], loaded: bool) -> Source:
             "merge it with `teleflm sft export --merge` first."
         )
     checkpoint = open_checkpoint(folder)
+    check_model_type(checkpoint.config or {}, checkpoint.folder)
     kind = (checkpoint.config or {}).get("model_type")
     if kind != MODEL_TYPE and not loaded:
         raise CheckpointError(
@@ -251,17 +261,6 @@ def _open(model: str | os.PathLike[str], loaded: bool) -> Source:
             "transformers can load."
         )
     return checkpoint
-
-
-def name_and_revision(model: str, folder: str) -> tuple[str, str | None]:
-    """By which transformers loads the very commit of a model of the Hub that was opened; a folder by its path.
-
-    Args:
-        model: as the user named it.
-        folder: that stands for it here.
-    """
-    place = origin(folder) or {}
-    return (place["hub"], place["commit"]) if "hub" in place else (model, None)
 
 
 def _open_tokenizer(checkpoint: Source) -> "SentencePieceProcessor":
@@ -316,7 +315,7 @@ def _score_loaded(
     progress: Progress,
     notify: Callable[[str], None],
 ) -> tuple[list[np.ndarray], str]:
-    from .loaded_scores import load_model, score_loaded
+    from .loaded_scores import load_model, name_and_revision, score_loaded
 
     network = load_model(*name_and_revision(os.fspath(model), checkpoint.folder), dtype=dtype)
     device = network.device.type

@@ -24,7 +24,7 @@ import numpy as np
 from conversion.checkpoint.errors import CheckpointError, one_line, printable
 
 from .passages import Passage, continuation_passage
-from .text import decode, json_lines, read_content
+from .text import decode, json_lines, read_content, without_nul
 
 _MAX_BYTES = 64 * 2**20
 _YAML = (".yaml", ".yml")
@@ -118,6 +118,7 @@ def _read_settings(text: str, path: Path) -> dict[str, str]:
             )
         if not isinstance(value, str):
             raise CheckpointError(f"{path}: {key} is a {type(value).__name__}, expected a text.")
+        without_nul(value, f"{path}: {key}")
     if "data" not in settings:
         raise CheckpointError(f"{path}: data is missing: the JSON Lines file with the questions.")
     return settings
@@ -135,8 +136,8 @@ def _question(row: Mapping[str, Any], where: str, settings: Mapping[str, str]) -
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
         raise CheckpointError(f"{where}: choices is {_shown(choices)}, expected two texts at least, none empty.")
     return Question(
-        settings.get("description", "") + _context(row, where, settings.get("doc_to_text")),
-        tuple(choices),
+        without_nul(settings.get("description", "") + _context(row, where, settings.get("doc_to_text")), where),
+        tuple(without_nul(choice, f"{where}: choice {number}") for number, choice in enumerate(choices)),
         _answer(row.get("answer"), choices, where),
         where,
     )

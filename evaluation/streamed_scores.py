@@ -46,6 +46,7 @@ def score_streamed(
     work: Path | None = None,
     workers: int = default_workers(),
     digests: dict[str, str] | None = None,
+    keep: Callable[[list[np.ndarray]], None] = lambda scores: None,
     progress: Progress,
     notify: Callable[[str], None] = lambda note: None,
 ) -> list[np.ndarray]:
@@ -65,6 +66,7 @@ def score_streamed(
         workers: threads that read ahead.
         digests: is given the digest of every tensor that was computed with, by its name, see
             `conversion.model_identity.TensorDigest`.
+        keep: called with the result, before the states are removed; they stay if it raises anything.
         progress: makes a progress display, see `teleflm.terminal.byte_progress`.
         notify: told what will be read, and where a run goes on.
 
@@ -116,9 +118,11 @@ def score_streamed(
             held.require_same(read, advance)
         if digests is not None:
             digests |= read
-        scores = [states.read(layers, number, np.dtype(np.float64)) for number in range(len(groups))]
+        of_groups = [states.read(layers, number, np.dtype(np.float64)) for number in range(len(groups))]
+        scores = _by_passage(of_groups, passages, groups)
+        keep(scores)
         states.remove()
-    return _by_passage(scores, passages, groups)
+    return scores
 
 
 def memory_need(architecture: Architecture, tokens: int, longest: int, dtype: str, memory: int) -> int:

@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """A streamed evaluation that is killed goes on, and what lies between the layers is trusted by its digest alone."""
 
+import errno
 import json
 import os
 import shutil
@@ -182,7 +183,7 @@ def large(tmp_path) -> Path:
 
 
 def test_weights_that_were_swapped_between_two_runs(large, tmp_path):
-    """With the size, time and samples of the first: nothing is said of either, and the first goes on when it is back."""
+    """With the size, time and samples of the first: no number of either, and the first goes on when it is back."""
     work, kept = tmp_path / "work", (large / "model.safetensors").read_bytes()
     expected, identity = score(large, tmp_path / "other"), source_identity(large / "model.safetensors")
     times = (large / "model.safetensors").stat().st_mtime_ns
@@ -295,6 +296,32 @@ def test_another_evaluation_is_not_mixed_in(folder, tmp_path):
     with pytest.raises(CheckpointError, match="architecture"):
         score(changed, work)
     assert len(score(folder, work)) == 3  # the first one goes on
+
+
+def test_a_run_that_was_killed_before_it_had_begun(folder, tmp_path):
+    """What it left of the job is in the way of nothing."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/job.json").touch()
+    (tmp_path / "work/.job.json-abc").write_text("{")
+    assert len(score(folder, tmp_path / "work")) == 3
+    assert not (tmp_path / "work").exists()
+
+
+def test_what_was_computed_stays_until_it_is_kept(folder, text, tmp_path, computed):
+    """Where results cannot be written, the same call has only that to do again."""
+
+    def refuse(evaluation: measure.Evaluation) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "results.json")
+
+    with pytest.raises(OSError, match="No space left"):
+        evaluate(folder, texts=[text], work=tmp_path / "work", keep=refuse)
+    assert set(computed) == {0, 1, 2}
+    computed.clear()
+    kept: list[measure.Evaluation] = []
+    result = evaluate(folder, texts=[text], work=tmp_path / "work", keep=kept.append)
+    assert (computed, kept) == ([], [result])
+    assert not (tmp_path / "work").exists()
+    assert result.texts == evaluate(folder, texts=[text], work=tmp_path / "other").texts
 
 
 def test_a_folder_of_somebody_else(folder, tmp_path):
