@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import xxhash
+
 from .architecture import MODEL_TYPE, Architecture, rope_parameters
 from .checkpoint.assemble import BLOCK
 from .checkpoint.limits import default_workers
@@ -20,6 +23,8 @@ from .checkpoint.plan import View
 from .checkpoint.reader import FileReader
 from .checkpoint.sources import Source
 
+_SPREAD = "spread:"  # before a digest of rows all over each tensor; older ones are of the first row alone
+_ROWS = 16
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 _WORDS = {"weights": "other weights", "config": "another config.json", "tokenizer": "another tokenizer"}
 # Of a config.json that is not a Tele-FLM's, what decides nothing of what is computed.
@@ -50,6 +55,7 @@ def model_identity(
     source: Source,
     *,
     record: Mapping[str, Any] | None = None,
+    known: Mapping[str, str] | None = None,
     workers: int = default_workers(),
     progress: Callable[[int, int], None] = lambda nbytes, total: None,
 ) -> ModelIdentity:
@@ -59,25 +65,113 @@ def model_identity(
         source: the checkpoint, open.
         record: of its folder, whose digests are taken where it has some for all tensors, and nothing is read. That they
             are those of the weights is for the caller to know.
+        known: digests of tensors by name, as `TensorDigest` takes them, that the caller has read; these are not read.
         workers: threads.
         progress: called with the bytes just read and those in all.
 
     Raises:
         CheckpointError: it cannot be read.
     """
-    known = _recorded(source, record or {})
-    if known is None:
-        total = sum(view.nbytes for view in source.tensors.values())
-        with FileReader() as reader, ThreadPoolExecutor(workers) as pool:
-            hashed = pool.map(
-                lambda view: tensor_digest(_blocks(view, reader, lambda nbytes: progress(nbytes, total))),
-                source.tensors.values(),
-            )
-            known = dict(zip(source.tensors, hashed, strict=True))
+    digests = _recorded(source, record or {}) or dict(known or {})
+    unknown = {name: view for name, view in source.tensors.items() if name not in digests}
+    digests |= tensor_digests(unknown, workers=workers, progress=progress)
     digest = hashlib.sha256()
     for name, view in sorted(source.tensors.items()):
-        digest.update(json.dumps([name, view.dtype.name, list(view.shape), known[name]]).encode() + b"\n")
+        digest.update(json.dumps([name, view.dtype.name, list(view.shape), digests[name]]).encode() + b"\n")
     return ModelIdentity(digest.hexdigest(), _config_digest(source.config or {}), _tokenizer_digest(source.folder))
+
+
+def tensor_digests(
+    tensors: Mapping[str, View],
+    *,
+    workers: int = default_workers(),
+    progress: Callable[[int, int], None] = lambda nbytes, total: None,
+) -> dict[str, str]:
+    """The digest of each of some tensors, all of which are read.
+
+    Args:
+        tensors: windows of files, by name.
+        workers: threads.
+        progress: called with the bytes just read and those in all.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    total = sum(view.nbytes for view in tensors.values())
+    with FileReader() as reader, ThreadPoolExecutor(workers) as pool:
+        hashed = pool.map(
+            lambda view: tensor_digest(_blocks(view, reader, lambda nbytes: progress(nbytes, total))), tensors.values()
+        )
+        return dict(zip(tensors, hashed, strict=True))
+
+
+class TensorDigest:
+    """The digest of a tensor whose values come in order, in parts of any size, as somebody reads them.
+
+    It is that of `tensor_digests`, and of the records: blocks of `BLOCK` elements, each with a digest.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[bytes] = []
+        self._hash, self._size = xxhash.xxh3_128(), 0  # of the block that is not whole yet
+
+    def update(self, values: np.ndarray) -> None:
+        """Take the next values, in the dtype of the file; they are hashed, and kept no longer than this call."""
+        flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        block = BLOCK * values.dtype.itemsize
+        while flat.size:
+            part = flat[: block - self._size]
+            self._hash.update(part.data)
+            self._size += part.size
+            flat = flat[part.size :]
+            if self._size == block:
+                self._end_block()
+
+    def hexdigest(self) -> str:
+        """The digest of all values, of which the last have come."""
+        if self._size:
+            self._end_block()
+        return tensor_digest(self._blocks)
+
+    def _end_block(self) -> None:
+        self._blocks.append(self._hash.digest())
+        self._hash, self._size = xxhash.xxh3_128(), 0
+
+
+def base_digest(base: Source) -> str:
+    """A digest that tells one base model from another, at the cost of 16 rows of each tensor, spread evenly over it.
+
+    It cannot see a change of other rows alone. Values count as bfloat16, so that a base is the same in every dtype and
+    container that holds these.
+    """
+    return _SPREAD + _digest_rows(base, _ROWS)
+
+
+def is_base(base: Source, recorded: str) -> bool:
+    """Whether a base model is the one that a record names by its digest, of this version or of an older one."""
+    return recorded == (base_digest(base) if recorded.startswith(_SPREAD) else _digest_rows(base, 1))
+
+
+def _digest_rows(base: Source, most: int) -> str:
+    import ml_dtypes
+
+    digest = xxhash.xxh3_128()
+    with FileReader() as reader:
+        for name, view in sorted(base.tensors.items()):
+            digest.update(f"{name} {list(view.shape)}".encode())
+            for row in _rows(view, most):
+                digest.update(reader.read(row).astype(ml_dtypes.bfloat16).tobytes())
+    return digest.hexdigest()
+
+
+def _rows(view: View, most: int) -> Iterator[View]:
+    """Windows of a tensor: evenly spread rows, the first and the last among them, if there may be more than one."""
+    count = view.shape[0] if view.shape else 1
+    places = sorted({index * (count - 1) // max(1, most - 1) for index in range(min(most, count))})
+    if not view.shape:
+        yield view
+        return
+    yield from (view[place : place + 1] for place in places)
 
 
 def _recorded(source: Source, record: Mapping[str, Any]) -> dict[str, str] | None:
@@ -119,4 +213,4 @@ def _tokenizer_digest(folder: str) -> str | None:
     return None
 
 
-__all__ = ["ModelIdentity", "model_identity"]
+__all__ = ["ModelIdentity", "TensorDigest", "base_digest", "is_base", "model_identity", "tensor_digests"]

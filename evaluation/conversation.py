@@ -6,18 +6,19 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from conversion.architecture import MODEL_TYPE
 from conversion.checkpoint.errors import CheckpointError, one_line
 from conversion.checkpoint.sources import check_utf8
 from conversion.checkpoint.strict_json import read_json_object
 from conversion.hub.remote import is_remote
 
-from .loaded_scores import load_model, require_torch
+from .adapter import check_adapter, check_base, with_adapter
+from .loaded_scores import check_model_type, load_model, require_torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +27,10 @@ Stop: TypeAlias = Literal["end", "length", "interrupted"]
 Message: TypeAlias = dict[str, str]
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # in the place of bytes that are no character yet
+# Logits over a smaller temperature may exceed any float32, and over a larger one are all alike.
+_TEMPERATURES = (1e-4, 1e4)
+_MAX_SEED = 2**32 - 1
+_VOCABULARIES = ("tokenizer.model", "tokenizer.json", "vocab.json")
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
@@ -48,8 +53,13 @@ class Sampling:
     max_new_tokens: int = 512
 
     def __post_init__(self) -> None:
-        if self.temperature is not None and self.temperature < 0:
-            raise CheckpointError(f"--temperature is {self.temperature}; it is at least 0.")
+        low, high = _TEMPERATURES
+        if self.temperature is not None and not (self.temperature == 0 or low <= self.temperature <= high):
+            raise CheckpointError(
+                f"--temperature is {self.temperature}; it is 0 for the most likely token, or {low:g} to {high:g}."
+            )
+        if self.max_new_tokens < 1:
+            raise CheckpointError(f"--max-new-tokens is {self.max_new_tokens}; it is at least 1.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise CheckpointError(f"--top-p is {self.top_p}; it is above 0 and at most 1.")
         if self.top_p is not None and self.temperature == 0:
@@ -73,7 +83,7 @@ class Answer:
         tokens: that were made.
         seconds: that it took.
         stop: why it ended: the model ended it, its length or the window did, or it was interrupted.
-        forgotten: turns (a question and its answer) that no longer fitted into the window, and are gone.
+        forgotten: turns (a question and its answer) that are gone, so that the answer had room in the window.
     """
 
     text: str
@@ -90,7 +100,7 @@ class Answer:
 
 @dataclass
 class Conversation:
-    """Turns with a model. Where they exceed the window, the oldest are forgotten; what the system says stays.
+    """Turns with a model. Where they leave an answer too little room, the oldest are forgotten; the system's stays.
 
     Args:
         model: that answers.
@@ -100,6 +110,7 @@ class Conversation:
         system: what it is told first.
         completion: continue each text instead, on its own, without a chat template.
         messages: until now.
+        notes: what somebody should know who talks to it, a sentence each.
     """
 
     model: "PreTrainedModel"
@@ -109,6 +120,12 @@ class Conversation:
     system: str | None = None
     completion: bool = False
     messages: list[Message] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def room(self) -> int:
+        """Tokens that are kept free for an answer while there are turns to forget: of the window, half at most."""
+        return min(self.sampling.max_new_tokens, self.window // 2)
 
     def reset(self) -> None:
         """Forget all turns."""
@@ -147,7 +164,7 @@ class Conversation:
         kept = list(self.messages)
         while True:
             prompt = self._render([*kept, {"role": "user", "content": text}])
-            if not kept or len(prompt) + self.sampling.max_new_tokens <= self.window:
+            if not kept or len(prompt) + self.room <= self.window:
                 return kept, self._fitting(prompt)
             kept = kept[2:]
 
@@ -164,7 +181,9 @@ class Conversation:
     def _fitting(self, prompt: list[int]) -> list[int]:
         if not prompt:
             raise TooLong("the text has no token to continue; say something.")
-        if len(prompt) >= self.window:
+        if len(prompt) == self.window:
+            raise TooLong(f"this takes all {self.window} tokens of the window, and leaves none to answer; shorten it.")
+        if len(prompt) > self.window:
             raise TooLong(f"this takes {len(prompt)} tokens, and the window has {self.window}; shorten it.")
         return prompt
 
@@ -181,7 +200,7 @@ class Conversation:
         suppressed = list(range(len(self.tokenizer), rows))
         ids = torch.tensor([prompt], device=self.model.device)
         pad = self.tokenizer.pad_token_id
-        with torch.inference_mode():
+        with torch.inference_mode(), _failures_in_one_line():
             self.model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -204,6 +223,20 @@ class Conversation:
         if said is None:
             raise CheckpointError("the model has no eos_token_id in generation_config.json or config.json; add one.")
         return list(said) if isinstance(said, list) else [int(said)]
+
+
+@contextmanager
+def _failures_in_one_line() -> Iterator[None]:
+    """What a model, its settings or its machine make of a question that they cannot answer."""
+    try:
+        yield
+    except (CheckpointError, OSError):  # the latter are of whoever shows the answer
+        raise
+    except Exception as error:  # torch and transformers have no family of errors between them
+        raise CheckpointError(
+            f"the model cannot answer: {one_line(error)}. Its weights may hold NaN or infinity (teleflm inspect "
+            "--check), its generation_config.json may ask for what is not possible, or memory was too little."
+        ) from error
 
 
 class _Streamer:
@@ -275,21 +308,26 @@ def open_conversation(
         raise CheckpointError(f"--dtype is {dtype}, expected auto, float32, bfloat16 or float16.")
     if completion and system:
         raise CheckpointError("--system does nothing with --completion: there is no chat; leave one of them out.")
+    if not 0 <= seed <= _MAX_SEED:
+        raise CheckpointError(f"--seed is {seed}; it is 0 to {_MAX_SEED}.")
     _check_model(model)
+    notes: list[str] = []
     if adapter is not None:
-        _check_adapter(Path(adapter))
+        check_adapter(Path(adapter))
+        notes = check_base(Path(adapter), model)
     require_torch()
     has_own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
     tokenizer = _load_tokenizer(str(adapter) if has_own else model, completion)
     from transformers import set_seed
 
-    network: Any = load_model(model, dtype)
+    network: Any = load_model(model, dtype=dtype)
     if adapter is not None:
-        network = _with_adapter(network, Path(adapter))
+        network = with_adapter(network, Path(adapter))
+    _check_vocabulary(tokenizer, network, model)
     configured = getattr(network.config, "max_position_embeddings", None)
     set_seed(seed)
     window = configured if isinstance(configured, int) and configured > 1 else 2048
-    return Conversation(network, tokenizer, window, sampling, system, completion)
+    return Conversation(network, tokenizer, window, sampling, system, completion, notes=tuple(notes))
 
 
 def _check_model(model: str) -> None:
@@ -305,18 +343,7 @@ def _check_model(model: str) -> None:
         )
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}/config.json: no such file; there is no model in this folder.")
-    kind = read_json_object(folder / "config.json", infinite=True).get("model_type")
-    if kind == f"{MODEL_TYPE}Masked":
-        raise CheckpointError(f"{folder}: grows by masks (model_type is {kind}); `teleflm fold` it first.")
-
-
-def _check_adapter(folder: Path) -> None:
-    if not (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"{folder}/adapter_config.json: no such file; --adapter is a folder that peft saved.")
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        raise CheckpointError("--adapter needs peft, which is not installed; pip install peft.") from None
+    check_model_type(read_json_object(folder / "config.json", infinite=True), folder)
 
 
 def _load_tokenizer(name: str, completion: bool) -> "PreTrainedTokenizerBase":
@@ -332,7 +359,20 @@ def _load_tokenizer(name: str, completion: bool) -> "PreTrainedTokenizerBase":
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # sentencepiece, tokenizers and transformers have no family of errors between them
+        if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _VOCABULARIES):
+            names = " nor ".join(_VOCABULARIES)
+            raise CheckpointError(f"{name}: has no tokenizer, neither {names}; copy the model's there.") from error
         raise CheckpointError(f"{name}: its tokenizer cannot be loaded: {one_line(error)}") from error
+
+
+def _check_vocabulary(tokenizer: "PreTrainedTokenizerBase", network: Any, model: str) -> None:
+    """Refuse a tokenizer that makes ids of which the model has no embedding."""
+    rows = network.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values(), default=-1)  # not their number: they may have gaps
+    if largest >= rows:
+        raise CheckpointError(
+            f"{model}: has {rows} rows of embeddings, and the tokenizer makes id {largest}; it is another model's."
+        )
 
 
 def has_chat_template(name: str) -> bool:
@@ -354,15 +394,6 @@ def has_chat_template(name: str) -> bool:
         return bool(settings and json.loads(Path(settings).read_bytes()).get("chat_template"))
     except (ValueError, AttributeError, OSError):
         return False
-
-
-def _with_adapter(network: Any, folder: Path) -> Any:
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(network, str(folder)).eval()
-    except Exception as error:  # peft, safetensors and torch have no family of errors between them
-        raise CheckpointError(f"{folder}: does not fit this model: {one_line(error)}") from error
 
 
 __all__ = ["Answer", "Conversation", "Sampling", "TooLong", "has_chat_template", "open_conversation"]

@@ -10,21 +10,107 @@ counts how badly the first is predicted after it. Here a whole text is tokenized
 harness puts there is the only one. The context of a question keeps the tokenizer's own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from conversion.architecture import MODEL_TYPE, Architecture
 from conversion.checkpoint.errors import CheckpointError, one_line
-from conversion.checkpoint.sources import check_utf8
+from conversion.checkpoint.limits import default_workers
+from conversion.checkpoint.sources import Source, check_utf8, open_checkpoint
+from conversion.hub.remote import is_remote, local_view
+from conversion.mapping import check_tensors
+from conversion.model_identity import ModelIdentity, model_identity, tensor_digests
 
-from .loaded_scores import require_torch
+from .held_files import HeldFiles
+from .loaded_scores import check_model_type, name_and_revision, require_torch
+
+Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+
+
+def measure_by_harness(
+    model: str,
+    tasks: Sequence[str],
+    *,
+    identify: bool = False,
+    workers: int = default_workers(),
+    progress: Progress = lambda what: nullcontext(lambda done, total: None),
+    **options: Any,
+) -> tuple[dict[str, Any], ModelIdentity | None]:
+    """Run tasks of the harness on a model, and find that it was one and the same all the while.
+
+    Args:
+        model: a Hub folder, or the name of a model on the Hub.
+        tasks: their names.
+        identify: read all weights once more, for the digests by which results are known to be this model's.
+        workers: threads.
+        progress: makes a progress display, see `teleflm.terminal.byte_progress`.
+        options: of `run_harness`.
+
+    Returns:
+        What the harness returns, and what the model is.
+
+    Raises:
+        CheckpointError: see `run_harness`.
+        CorruptData: the model was changed while it was measured.
+    """
+    require_harness()
+    checkpoint = _opened(model, required=identify)
+    if checkpoint is None:
+        return run_harness(model, tasks, **options), None
+    held, digests = HeldFiles.of(checkpoint), {}
+    if identify:
+        with progress("hashing") as advance:
+            digests = tensor_digests(checkpoint.tensors, workers=workers, progress=advance)
+    name, revision = name_and_revision(model, checkpoint.folder)
+    found = run_harness(name, tasks, revision=revision, **options)
+    with progress("comparing the weights") as advance:
+        held.require_same(digests, advance)
+    identity = model_identity(checkpoint, known=digests, workers=workers) if identify else None
+    held.require_small_same()
+    return found, identity
+
+
+def _opened(model: str, *, required: bool) -> Source | None:
+    """The checkpoint, if it is here; one that only transformers can open is looked at where results are to name it."""
+    if is_remote(model) and not required:
+        return None
+    try:
+        checkpoint = open_checkpoint(local_view(model))
+    except CheckpointError:
+        if required:
+            raise
+        return None
+    config = checkpoint.config or {}
+    check_model_type(config, checkpoint.folder)
+    if config.get("model_type") == MODEL_TYPE:
+        where = f"{checkpoint.folder}/config.json"
+        check_tensors(checkpoint.tensors, Architecture.from_config(config, where), checkpoint.folder)
+    return checkpoint
+
+
+def require_harness() -> None:
+    """Check that the harness is installed.
+
+    Raises:
+        CheckpointError: it is not, or torch is not.
+    """
+    require_torch()
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise CheckpointError(
+            f'--harness needs lm-evaluation-harness ({one_line(error)}); pip install "teleflm[eval]".'
+        ) from None
 
 
 def run_harness(
     model: str,
     tasks: Sequence[str],
     *,
+    revision: str | None = None,
     dtype: str = "auto",
     shots: int | None = None,
     limit: int | None = None,
@@ -40,6 +126,7 @@ def run_harness(
     Args:
         model: a Hub folder, or the name of a model on the Hub.
         tasks: their names.
+        revision: of the model on the Hub, if it is there.
         dtype: of the weights, or `auto`: as they are.
         shots: examples before each question; as the task says unless given.
         limit: questions of each task, at most: a try, no result.
@@ -54,14 +141,11 @@ def run_harness(
         CheckpointError: the harness is not installed, knows no such task, or fails.
     """
     torch = require_torch()
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise CheckpointError(
-            f'--harness needs lm-evaluation-harness ({one_line(error)}); pip install "teleflm[eval]".'
-        ) from None
+    require_harness()
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
 
     check_utf8(model)
@@ -85,6 +169,7 @@ def run_harness(
             )
         loaded = Model(
             pretrained=model,
+            revision=revision or "main",
             dtype=dtype,
             device="cuda" if torch.cuda.is_available() else "cpu",
             parallelize=torch.cuda.device_count() > 1,
@@ -113,4 +198,4 @@ def run_harness(
     return result
 
 
-__all__ = ["run_harness"]
+__all__ = ["measure_by_harness", "require_harness", "run_harness"]

@@ -8,10 +8,11 @@
     states-0     the residual stream after an even number of layers, of one group of passages after another; float32,
     states-1     or float64; after an odd number. One is read while the other is written
     scores       log-likelihoods after the last layer, float64
-    journal      a line for each group that was written: its state, its number, its digest
+    journal      a line for each group that was written: its state, its number, its digest, and those of the weights
+                 that the layer was computed with
 
 A process may be killed at any moment: what the journal says is checked against the digests before it is used, and what
-it does not say is computed again.
+it does not say is computed again. All groups of a state are of the same weights, or there is no state.
 """
 
 import json
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from conversion.checkpoint.atomic_file import write_atomically
 from conversion.checkpoint.errors import CheckpointError, CorruptData
 
 try:
@@ -49,6 +51,9 @@ class HiddenStates:
         score_sizes: bytes of each group in the last state.
         layers: of the model.
 
+    Attributes:
+        weights: of each state that is there or was, the digests of the weights of its layer, by their names.
+
     Raises:
         CheckpointError: the folder is another computation's, is used at this moment, or holds other files.
         OSError: it cannot be written.
@@ -63,8 +68,10 @@ class HiddenStates:
         self._lock = self._hold()
         try:
             self._claim(dict(job))
+            self.weights: dict[int, dict[str, str]] = {}
             self._done = self._read_journal()
-            self._journal = (folder / _JOURNAL).open("a", encoding="ascii")
+            # From the beginning, nothing that an earlier run noted counts.
+            self._journal = (folder / _JOURNAL).open("a" if self._done else "w", encoding="utf-8")
             self._journal.write("\n")  # ends the line that a kill cut, which would spoil the next
         except BaseException:
             os.close(self._lock)
@@ -103,8 +110,23 @@ class HiddenStates:
             raise CorruptData(f"{path}: does not hold what was written; remove {self.folder}, and run this again.")
         return values
 
-    def write(self, state: int, group: int, values: np.ndarray) -> None:
-        """Keep a group of a state; the state before the last one goes as this one comes."""
+    def write(self, state: int, group: int, values: np.ndarray, weights: Mapping[str, str]) -> None:
+        """Keep a group of a state; the state before the last one goes as this one comes.
+
+        Args:
+            state, group: which.
+            values: of it.
+            weights: digests of the weights that it was computed with, by their names.
+
+        Raises:
+            CorruptData: another group of the state was computed with other weights.
+        """
+        known = self.weights.setdefault(state, dict(weights))
+        if different := next((name for name in known if known[name] != weights.get(name)), None):
+            raise CorruptData(
+                f"{different} has other values than when another part of the texts was computed: the model was changed "
+                f"meanwhile. Remove {self.folder}, and run this again."
+            )
         path, offset, size = self._place(state, group)
         values = np.ascontiguousarray(values)
         if values.nbytes != size:
@@ -120,15 +142,15 @@ class HiddenStates:
         finally:
             os.close(descriptor)
         digest = xxhash.xxh3_128_hexdigest(values.data)
-        self._journal.write(json.dumps([state, group, digest]) + "\n")
+        self._journal.write(json.dumps([state, group, digest, dict(weights)]) + "\n")
         self._journal.flush()
         self._done.setdefault(state, {})[group] = digest
         self._done.pop(state - 2, None)
 
     def remove(self) -> None:
         """Remove the folder, when its numbers are where they belong; a file of others in it stays."""
-        for name in _FILES:
-            (self.folder / name).unlink(missing_ok=True)
+        for path in (*(self.folder / name for name in _FILES), *self.folder.glob(f".{_JOB}-*")):
+            path.unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
 
@@ -154,7 +176,7 @@ class HiddenStates:
 
     def _claim(self, job: dict[str, Any]) -> None:
         path = self.folder / _JOB
-        if path.is_file():
+        if path.is_file() and path.stat().st_size:  # an empty one is what a machine that went down left of it
             try:
                 found = json.loads(path.read_bytes())
             except ValueError:
@@ -168,26 +190,30 @@ class HiddenStates:
                     "another --work, or remove that folder."
                 )
             return
-        if others := sorted(entry.name for entry in self.folder.iterdir()):
+        if others := sorted(entry.name for entry in self.folder.iterdir() if not _is_start(entry.name)):
             raise CheckpointError(f"{self.folder}: holds {others[0]}, and no evaluation; give another --work.")
-        path.write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
+        write_atomically(path, (json.dumps(job, indent=2) + "\n").encode())  # a kill leaves all of it or nothing
 
     def _read_journal(self) -> dict[int, dict[int, str]]:
         """What is there, and is what the journal says: the last whole state, and what there is of the next."""
         written: dict[int, dict[int, str]] = {}
         path = self.folder / _JOURNAL
-        for line in path.read_text(encoding="ascii", errors="replace").splitlines() if path.is_file() else ():
+        weights: dict[int, dict[str, str]] = {}
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
             try:
-                state, group, digest = json.loads(line)
+                state, group, digest, read = json.loads(line)
                 self._place(state, group)
+                weights.setdefault(state, {}).update(read)
             except (ValueError, TypeError, IndexError):
                 continue  # empty, or cut by a kill
             written.setdefault(state, {})[group] = digest
             written.pop(state - 2, None)
         last = max((state for state, groups in written.items() if len(groups) == len(self._sizes)), default=0)
         found = {state: self._intact(state, written[state]) for state in (last, last + 1) if state in written}
-        is_whole = last == 0 or len(found[last]) == len(self._sizes)
-        return found if is_whole else {}
+        if last and len(found[last]) < len(self._sizes):
+            return {}
+        self.weights = {state: weights[state] for state in weights if state <= last or found.get(state)}
+        return {state: groups for state, groups in found.items() if groups}
 
     def _intact(self, state: int, groups: Mapping[int, str]) -> dict[int, str]:
         return {group: digest for group, digest in groups.items() if self._digest(state, group) == digest}
@@ -204,6 +230,11 @@ class HiddenStates:
         except OSError:
             return None
         return None if size else digest.hexdigest()
+
+
+def _is_start(name: str) -> bool:
+    """Whether a file is what a run leaves that was killed before it had begun."""
+    return name == _JOB or name.startswith(f".{_JOB}-")
 
 
 def check_space(folder: Path, need: int) -> None:

@@ -4,12 +4,15 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Log-likelihoods by a loaded model, on a GPU where there is one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from conversion.architecture import MODEL_TYPE
 from conversion.checkpoint.errors import CheckpointError, one_line
+from conversion.checkpoint.mirror import origin
 from conversion.checkpoint.sources import check_utf8
 
 from .passages import Passage
@@ -23,15 +26,17 @@ _BATCH_TOKENS = 4096  # padding included
 _ROWS = 256  # of logits in float64 at a time
 
 
-def load_model(name: str, dtype: str = "float32") -> "PreTrainedModel":
+def load_model(name: str, revision: str | None = None, *, dtype: str = "float32") -> "PreTrainedModel":
     """Load a model to compute with: on the GPUs that there are, or else in memory. No code of its folder is executed.
 
     Args:
         name: a Hub folder, or the name of a model on the Hub.
+        revision: of the Hub, if it is there.
         dtype: of its weights, or `auto`: as they are.
 
     Raises:
-        CheckpointError: torch is not installed, there is no such model, or it cannot be loaded.
+        CheckpointError: torch is not installed, there is no such model, it cannot be loaded, or some of its weights are
+            not there, which transformers would make up.
     """
     torch = require_torch()
     from transformers import AutoModelForCausalLM
@@ -42,16 +47,59 @@ def load_model(name: str, dtype: str = "float32") -> "PreTrainedModel":
     check_utf8(name)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     placement: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()  # stderr is for what the caller shows
+    logging.set_verbosity_error()  # and what is missing is refused below
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=kind, trust_remote_code=False, **placement)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision or "main",
+            dtype=kind,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **placement,
+        )
     except Exception as error:  # transformers, safetensors and torch have no family of errors between them
         raise CheckpointError(f"{name}: cannot be loaded: {one_line(error)}") from error
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
+    _require_whole(name, model, loading)
     return model.eval()
+
+
+def _require_whole(name: str, model: "PreTrainedModel", loading: Mapping[str, Any]) -> None:
+    """Refuse a model that is not the weights of its files, and these alone."""
+    missing = sorted(loading["missing_keys"])
+    others = sorted(loading["unexpected_keys"]) if model.config.model_type == MODEL_TYPE else []
+    mismatched = sorted(str(entry[0]) for entry in loading["mismatched_keys"])
+    for names, what in ((missing, "is missing"), (mismatched, "has another shape"), (others, "has no place in it")):
+        if names:
+            more = f" (and so for {len(names) - 1} more)" if len(names) > 1 else ""
+            raise CheckpointError(f"{name}: of the model that config.json describes, {names[0]} {what}{more}.")
+
+
+def check_model_type(config: Mapping[str, Any], folder: str | Path) -> None:
+    """Refuse what transformers loads with code of its folder alone.
+
+    Raises:
+        CheckpointError: the model grows by masks.
+    """
+    kind = config.get("model_type")
+    if kind == f"{MODEL_TYPE}Masked":
+        raise CheckpointError(f"{folder}: grows by masks (model_type is {kind}); `teleflm fold` it first.")
+
+
+def name_and_revision(model: str, folder: str) -> tuple[str, str | None]:
+    """By which transformers loads the very commit of a model of the Hub that was opened; a folder by its path.
+
+    Args:
+        model: as the user named it.
+        folder: that stands for it here.
+    """
+    place = origin(folder) or {}
+    return (place["hub"], place["commit"]) if "hub" in place else (model, None)
 
 
 def require_torch() -> Any:
@@ -126,4 +174,4 @@ def _picked(logits: "torch.Tensor", targets: "torch.Tensor") -> np.ndarray:
     return torch.cat(parts).cpu().numpy()
 
 
-__all__ = ["load_model", "require_torch", "score_loaded"]
+__all__ = ["check_model_type", "load_model", "name_and_revision", "require_torch", "score_loaded"]

@@ -21,8 +21,10 @@ from conversion.checkpoint.limits import default_workers
 from conversion.checkpoint.sources import Source, open_checkpoint
 from conversion.hub.contents import open_pieces
 from conversion.hub.remote import is_remote, local_view
-from conversion.model_identity import ModelIdentity, model_identity
+from conversion.model_identity import ModelIdentity, model_identity, tensor_digests
 
+from .held_files import HeldFiles
+from .loaded_scores import check_model_type
 from .multiple_choice import Accuracy, accuracies, choice_passages, read_task
 from .passages import Passage, check_window, document_passages
 from .streamed_scores import Progress, score_streamed
@@ -80,7 +82,7 @@ class TaskResult:
         name: of the task.
         sha256: of its files.
         questions: in it.
-        shortened: of the passages, those that lost the beginning of the question to the window.
+        shortened: of these, those that lost their beginning to the window, before one of their choices at least.
         metrics: `acc`, `acc_norm` and `acc_bytes`, see `multiple_choice`.
     """
 
@@ -138,6 +140,7 @@ def evaluate(
     work: str | os.PathLike[str] | None = None,
     identify: bool = False,
     workers: int = default_workers(),
+    keep: Callable[[Evaluation], None] = lambda evaluation: None,
     progress: Progress = no_progress,
     notify: Callable[[str], None] = lambda note: None,
     score: Scorer | None = None,
@@ -160,8 +163,11 @@ def evaluate(
         window: tokens that the model reads at a time, at most; `max_position_embeddings` unless given.
         stride: tokens from the begin of a window to that of the next; half a window unless given.
         memory, work: of a model that is not loaded, see `streamed_scores.score_streamed`.
-        identify: read all weights once more, for the digests by which results are known to be this model's.
+        identify: take the digests by which results are known to be this model's: of a model that is not loaded, of the
+            bytes as they are computed with; for a loaded one, all weights are read once more.
         workers: threads.
+        keep: called with the result, before what a killed run would go on from is removed: where it fails to keep the
+            result, the same call has only that to do again.
         progress: makes a progress display, see `teleflm.terminal.byte_progress`.
         notify: told, before it starts, what will be computed.
         score: computes with a model that the caller has loaded, in `dtype`, as `loaded_scores.score_loaded` does; the
@@ -169,6 +175,7 @@ def evaluate(
 
     Raises:
         CheckpointError: the model, a file, or an option cannot be used, or the model gives no finite number.
+        CorruptData: the model was changed while it was measured, or since a killed run that this one goes on with.
     """
     if dtype not in COMPUTE_DTYPES:
         raise CheckpointError(f"dtype is {dtype!r}, expected one of {', '.join(COMPUTE_DTYPES)}.")
@@ -178,6 +185,7 @@ def evaluate(
     task_files = [read_task(Path(task)) for task in tasks]
     _refuse_same_names([*(file.name for file in text_files), *(task.name for task in task_files)])
     checkpoint = _open(model, loaded)
+    held = HeldFiles.of(checkpoint)
     window = window or _configured_window(checkpoint)
     stride = stride or window // 2
     check_window(window, stride)
@@ -189,42 +197,54 @@ def evaluate(
     passages = [passage for group in (*of_texts, *of_tasks) for passage in group]
     _check_ids(passages, checkpoint)
 
-    identity = None
-    if identify:
+    digests: dict[str, str] = {}
+    if identify and (loaded or score is not None):
         with progress("hashing") as advance:
-            identity = model_identity(checkpoint, workers=workers, progress=advance)
+            digests = tensor_digests(checkpoint.tensors, workers=workers, progress=advance)
     begin = time.perf_counter()
-    device = "cpu"
+    made: list[Evaluation] = []
+
+    def conclude(scores: Sequence[np.ndarray], device: str) -> None:
+        identity = model_identity(checkpoint, known=digests, workers=workers) if identify else None
+        held.require_small_same()
+        seconds = time.perf_counter() - begin
+        ends = np.cumsum([len(group) for group in (*of_texts, *of_tasks)])
+        parts = [scores[end - len(group) : end] for end, group in zip(ends, (*of_texts, *of_tasks), strict=True)]
+        text_results = tuple(
+            _text_result(file, group, part, pieces)
+            for file, group, part in zip(text_files, of_texts, parts[: len(of_texts)], strict=True)
+        )
+        task_results = tuple(
+            TaskResult(task.name, task.sha256, len(task.questions), count, accuracies(task, [x.sum() for x in part]))
+            for task, (_, count), part in zip(task_files, cut, parts[len(of_texts) :], strict=True)
+        )
+        notes = (*_window_notes(window, checkpoint), *_result_notes(text_results, task_results))
+        forward = "loaded" if loaded or score is not None else "streamed"
+        how = (forward, device, dtype, window, stride)
+        made.append(Evaluation(text_results, task_results, *how, seconds, identity, notes))
+        keep(made[0])
+
     if score is not None:
-        scores, device = score(passages)
+        conclude(*score(passages))
     elif loaded:
-        scores, device = _score_loaded(model, passages, dtype, progress, notify)
+        scores, device = _score_loaded(model, checkpoint, passages, dtype, progress, notify)
+        with progress("comparing the weights") as advance:
+            held.require_same(digests, advance)
+        conclude(scores, device)
     else:
-        scores = score_streamed(
+        score_streamed(
             checkpoint,
             passages,
             dtype=dtype,
             memory=memory,
             work=Path(work) if work else None,
             workers=workers,
+            digests=digests,
+            keep=lambda scores: conclude(scores, "cpu"),
             progress=progress,
             notify=notify,
         )
-    seconds = time.perf_counter() - begin
-
-    ends = np.cumsum([len(group) for group in (*of_texts, *of_tasks)])
-    parts = [scores[end - len(group) : end] for end, group in zip(ends, (*of_texts, *of_tasks), strict=True)]
-    text_results = tuple(
-        _text_result(file, group, part, pieces)
-        for file, group, part in zip(text_files, of_texts, parts[: len(of_texts)], strict=True)
-    )
-    task_results = tuple(
-        TaskResult(task.name, task.sha256, len(task.questions), shortened, accuracies(task, [x.sum() for x in part]))
-        for task, (_, shortened), part in zip(task_files, cut, parts[len(of_texts) :], strict=True)
-    )
-    notes = (*_window_notes(window, checkpoint), *_result_notes(text_results, task_results))
-    forward = "loaded" if loaded or score is not None else "streamed"
-    return Evaluation(text_results, task_results, forward, device, dtype, window, stride, seconds, identity, notes)
+    return made[0]
 
 
 # The model and its tokenizer.
@@ -241,6 +261,7 @@ def _open(model: str | os.PathLike[str], loaded: bool) -> Source:
             "merge it with `teleflm sft export --merge` first."
         )
     checkpoint = open_checkpoint(folder)
+    check_model_type(checkpoint.config or {}, checkpoint.folder)
     kind = (checkpoint.config or {}).get("model_type")
     if kind != MODEL_TYPE and not loaded:
         raise CheckpointError(
@@ -296,14 +317,15 @@ def _text_passages(
 
 def _score_loaded(
     model: str | os.PathLike[str],
+    checkpoint: Source,
     passages: Sequence[Passage],
     dtype: str,
     progress: Progress,
     notify: Callable[[str], None],
 ) -> tuple[list[np.ndarray], str]:
-    from .loaded_scores import load_model, score_loaded
+    from .loaded_scores import load_model, name_and_revision, score_loaded
 
-    network = load_model(os.fspath(model), dtype)
+    network = load_model(*name_and_revision(os.fspath(model), checkpoint.folder), dtype=dtype)
     device = network.device.type
     tokens = sum(len(passage.inputs) for passage in passages)
     notify(f"{tokens:,} tokens in {dtype}, by the loaded model on {device}.")
@@ -334,8 +356,8 @@ def _result_notes(texts: Sequence[TextResult], tasks: Sequence[TaskResult]) -> l
         if text.unknown
     ]
     shortened = [
-        f"{task.name}: of {task.shortened} questions with their choices the beginning was cut off, as they exceed the "
-        "window."
+        f"{task.name}: {task.shortened:,} of {task.questions:,} questions lost their beginning, as they exceed the "
+        "window with a choice."
         for task in tasks
         if task.shortened
     ]

@@ -24,7 +24,7 @@ import numpy as np
 from conversion.checkpoint.errors import CheckpointError, one_line, printable
 
 from .passages import Passage, continuation_passage
-from .text import decode, json_lines, read_content
+from .text import decode, json_lines, read_content, without_nul
 
 _MAX_BYTES = 64 * 2**20
 _YAML = (".yaml", ".yml")
@@ -89,7 +89,7 @@ def read_task(path: Path) -> Task:
     Raises:
         CheckpointError: a file cannot be read, or a field is missing or is not what it has to be.
     """
-    if path.suffix not in _YAML:
+    if path.suffix.lower() not in _YAML:
         content = read_content(path, _MAX_BYTES)
         return Task(printable(path.stem), hashlib.sha256(content).hexdigest(), _questions(content, path, {}))
     settings_content = read_content(path, _MAX_BYTES)
@@ -118,6 +118,7 @@ def _read_settings(text: str, path: Path) -> dict[str, str]:
             )
         if not isinstance(value, str):
             raise CheckpointError(f"{path}: {key} is a {type(value).__name__}, expected a text.")
+        without_nul(value, f"{path}: {key}")
     if "data" not in settings:
         raise CheckpointError(f"{path}: data is missing: the JSON Lines file with the questions.")
     return settings
@@ -135,8 +136,8 @@ def _question(row: Mapping[str, Any], where: str, settings: Mapping[str, str]) -
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
         raise CheckpointError(f"{where}: choices is {_shown(choices)}, expected two texts at least, none empty.")
     return Question(
-        settings.get("description", "") + _context(row, where, settings.get("doc_to_text")),
-        tuple(choices),
+        without_nul(settings.get("description", "") + _context(row, where, settings.get("doc_to_text")), where),
+        tuple(without_nul(choice, f"{where}: choice {number}") for number, choice in enumerate(choices)),
         _answer(row.get("answer"), choices, where),
         where,
     )
@@ -183,7 +184,7 @@ def _shown(value: Any) -> str:
 def choice_passages(
     task: Task, encode: Callable[[str], list[int]], start: int | None, window: int
 ) -> tuple[list[Passage], int]:
-    """The passages of a task, for each question one for each choice; and how many lost their beginning to the window.
+    """The passages of a task, for each question one for each choice; and how many questions the window cut.
 
     Question and choice are encoded together and cut where the question's own tokens end; spaces at the end of the
     question belong to the choice.
@@ -203,6 +204,7 @@ def choice_passages(
         context = question.context.rstrip()
         before = [*begin, *encode(context)]
         spaces = question.context[len(context) :]
+        is_cut = False
         for number, choice in enumerate(question.choices):
             continuation = spaces + task.delimiter + choice
             after = [*begin, *encode(context + continuation)][len(before) :] if context else encode(continuation)
@@ -213,7 +215,8 @@ def choice_passages(
                 passages.append(continuation_passage(before, after, window))
             except CheckpointError as error:
                 raise CheckpointError(f"{question.where}: {error}") from None
-            shortened += len(before) + len(after) > window + 1
+            is_cut |= len(before) + len(after) > window + 1
+        shortened += is_cut
     return passages, shortened
 
 

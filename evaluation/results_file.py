@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from conversion.checkpoint.atomic_file import write_atomically
-from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.errors import CheckpointError, printable
 from conversion.checkpoint.manifest import package_version
 from conversion.checkpoint.strict_json import read_json_object
+from conversion.checkpoint.workspace import naming_errors
 from conversion.hub.results import RESULTS_FORMAT
 from conversion.model_identity import ModelIdentity
 
@@ -132,6 +133,8 @@ def _versions(*names: str) -> dict[str, str]:
 def write_results(path: Path, content: Mapping[str, Any]) -> list[str]:
     """Write a results file; what one that is there says of other tasks of the same model stays.
 
+    That it is the same is known by digests alone: a file without them is never added to, nor are results without.
+
     Args:
         path: the file.
         content: of it.
@@ -140,27 +143,64 @@ def write_results(path: Path, content: Mapping[str, Any]) -> list[str]:
         Notes: what was replaced.
 
     Raises:
-        CheckpointError: what is there is no results file of ours.
+        CheckpointError: what is there is no results file of ours, or the results name no weights and others are there.
         OSError: it cannot be written.
     """
-    before, notes = check_results_file(path), []
+    before, notes = check_results_file(path, has_digests=content["model"] is not None), []
     merged = dict(content)
-    if before and before.get("model") != content["model"]:
-        notes = [f"{path}: had results of another model, or of weights that have changed since; they are gone."]
+    if before and (what := _difference(before.get("model"), content["model"])):
+        notes = [f"{path}: had results of {_named(before['results'])} {what}; they are gone."]
     elif before:
-        merged |= {part: {**before.get(part, {}), **content[part]} for part in _PARTS}
-    write_atomically(path, (json.dumps(merged, indent=2, ensure_ascii=False) + "\n").encode())
+        measured = {name for part in _PARTS for name in content[part]}
+        notes = [
+            f"{path}: had results of another {name}, of other content; they are gone."
+            for name in sorted(measured & before["configs"].keys())
+            if _text_digest(before, name) != _text_digest(content, name)
+        ]
+        for part in _PARTS:  # of a task that is measured anew, nothing of before stays in any of them
+            kept = {name: value for name, value in before[part].items() if name not in measured}
+            merged[part] = {**kept, **content[part]}
+    with naming_errors(path):
+        write_atomically(path, (json.dumps(merged, indent=2, ensure_ascii=False) + "\n").encode())
     return notes
 
 
-def check_results_file(path: Path) -> dict[str, Any] | None:
+def _difference(before: Any, now: Mapping[str, Any]) -> str | None:
+    """How earlier results are not of the model that was measured now, in words; None if they are of it."""
+    if before is None:
+        return "that name no weights (--no-digest)"
+    if before == now:
+        return None
+    try:
+        what = ModelIdentity(**before).difference(ModelIdentity(**now))
+    except TypeError:  # of no shape of ours
+        what = "another model"
+    return f"that were measured with {what or 'another model'}"
+
+
+def _named(results: Mapping[str, Any]) -> str:
+    names = [printable(name) for name in results]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _text_digest(content: Mapping[str, Any], name: str) -> Any:
+    config = content["configs"].get(name)
+    return config.get("sha256") if isinstance(config, dict) else None
+
+
+def check_results_file(path: Path, *, has_digests: bool) -> dict[str, Any] | None:
     """Check, before anything is computed, that results can be written to a file.
+
+    Args:
+        path: the file.
+        has_digests: whether the results will name the weights that they are of.
 
     Returns:
         its content, if it is there.
 
     Raises:
-        CheckpointError: its folder is not there, or what is there is no results file of ours.
+        CheckpointError: its folder is not there, what is there is no results file of ours, or there are results and
+            these would name no weights.
     """
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: there is no such folder; make it first.")
@@ -176,6 +216,11 @@ def check_results_file(path: Path) -> dict[str, Any] | None:
         found = {}
     if found.get("format") != RESULTS_FORMAT or not all(isinstance(found.get(part), dict) for part in _PARTS):
         raise CheckpointError(f"{path}: is there already, and no results file of teleflm eval; give another --output.")
+    if not has_digests:
+        raise CheckpointError(
+            f"{path}: has results already, and without digests nothing tells whether others are of the same model; "
+            "leave --no-digest out, or give another --output."
+        )
     return found
 
 

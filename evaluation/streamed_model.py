@@ -26,6 +26,7 @@ from conversion.checkpoint.plan import View
 from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.sources import Source
 from conversion.mapping import EMBED_TOKENS, LM_HEAD, NORM, check_tensors
+from conversion.model_identity import TensorDigest
 
 BLOCK = 1 << 22  # elements of a weight in memory at a time, twice: one multiplies while the next is read
 
@@ -129,6 +130,7 @@ class StreamedModel:
         self._theta = rope["rope_theta"]
         self._tensors, self._reader, self._pool = checkpoint.tensors, reader, pool
         self.progress: Callable[[int], None] = lambda nbytes: None  # called with the bytes just read
+        self._digests: dict[str, str] = {}
         self.precision = Precision(dtype)
 
     @property
@@ -145,11 +147,24 @@ class StreamedModel:
     @property
     def head_nbytes(self) -> int:
         """Bytes of weights that the logits read."""
-        return self._head.nbytes + self._tensors[NORM.name].nbytes
+        return self._tensors[self._head].nbytes + self._tensors[NORM.name].nbytes
 
     @property
-    def _head(self) -> View:
-        return self._tensors[EMBED_TOKENS.name if self.architecture.tie_word_embeddings else LM_HEAD.name]
+    def embedding_nbytes(self) -> int:
+        """Bytes of the embedding."""
+        return self._tensors[EMBED_TOKENS.name].nbytes
+
+    @property
+    def _head(self) -> str:
+        return EMBED_TOKENS.name if self.architecture.tie_word_embeddings else LM_HEAD.name
+
+    def take_digests(self) -> dict[str, str]:
+        """Digests of the weights that were read from end to end since this was last asked, by name.
+
+        They are taken of the very values that were computed with; see `conversion.model_identity.TensorDigest`.
+        """
+        taken, self._digests = self._digests, {}
+        return taken
 
     def hidden_states(self, input_ids: np.ndarray) -> Iterator[np.ndarray]:
         """The residual stream [T, hidden_size]: after the embedding, then after each layer, as it is computed."""
@@ -159,12 +174,25 @@ class StreamedModel:
             hidden = self.layer(layer, hidden, [len(input_ids)])
             yield hidden
 
-    def embed(self, input_ids: np.ndarray) -> np.ndarray:
-        """The residual stream [T, hidden_size] that the first layer reads, of token ids [T]."""
+    def embed(self, input_ids: np.ndarray, *, whole: bool = False) -> np.ndarray:
+        """The residual stream [T, hidden_size] that the first layer reads, of token ids [T].
+
+        Args:
+            input_ids: the ids.
+            whole: read all of the embedding, for its digest, and not only the rows of these tokens.
+        """
         table = self._tensors[EMBED_TOKENS.name]
         tokens, places = np.unique(input_ids, return_inverse=True)
-        rows = np.concatenate([self._reader.read(table[token : token + 1]) for token in map(int, tokens)])
-        return self.precision.round(self.precision.round(rows) * self.architecture.embedding_scale)[places]
+        if whole:
+            rows, start = np.empty((len(tokens), table.shape[1]), self.precision.compute), 0
+            for block in self._blocks(EMBED_TOKENS.name):
+                here = slice(*np.searchsorted(tokens, (start, start + len(block))))
+                rows[here] = block[tokens[here] - start]
+                start += len(block)
+        else:
+            read = [self._reader.read(table[token : token + 1]) for token in map(int, tokens)]
+            rows = self.precision.round(np.concatenate(read))
+        return self.precision.round(rows * self.architecture.embedding_scale)[places]
 
     def layer(self, number: int, hidden: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
         """The residual stream [T, hidden_size] after a layer; of sequences of these lengths, whose sum is T."""
@@ -199,11 +227,11 @@ class StreamedModel:
         view = view[: block_rows(view.shape[1])]
         hidden = np.ones((tokens, view.shape[1]), self.precision.compute)
         begin = time.perf_counter()
-        self.precision.round(hidden @ self._read(view).T)
+        self.precision.round(hidden @ self.precision.round(self._reader.read(view)).T)
         return (time.perf_counter() - begin) / view.nbytes
 
     def _norm(self, hidden: np.ndarray, name: str) -> np.ndarray:
-        weight = self._read(self._tensors[name])
+        (weight,) = self._blocks(name)
         return rms_norm(hidden, weight, self.architecture.rms_norm_eps, self.precision)
 
     def _heads(self, hidden: np.ndarray, name: str) -> np.ndarray:
@@ -215,25 +243,36 @@ class StreamedModel:
         """values [T, in] times the transpose of a weight [out, in]."""
         view = self._tensors[name]
         output, start = np.empty((len(values), view.shape[0]), self.precision.compute), 0
-        for block in self._blocks(view):
+        for block in self._blocks(name):
             output[:, start : start + len(block)] = values @ block.T
             start += len(block)
         return self.precision.round(output)
 
-    def _blocks(self, view: View, rows: int = 0) -> Iterator[np.ndarray]:
-        """A weight's rows in blocks, the next one being read while one is used."""
-        rows = rows or block_rows(view.shape[1])
-        ahead: deque[Future[np.ndarray]] = deque()
+    def _blocks(self, name: str, rows: int = 0) -> Iterator[np.ndarray]:
+        """A weight's rows in blocks, the next one being read while one is used; all of them, for its digest."""
+        view = self._tensors[name]
+        rows = rows or (block_rows(view.shape[1]) if len(view.shape) > 1 else view.shape[0])
+        digest = TensorDigest()
+        ahead: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
         for start in range(0, view.shape[0], rows):
             ahead.append(self._pool.submit(self._read, view[start : min(start + rows, view.shape[0])]))
             if len(ahead) > 1:
-                yield ahead.popleft().result()
-        yield from (future.result() for future in ahead)
+                yield self._hashed(ahead.popleft(), digest)
+        while ahead:
+            yield self._hashed(ahead.popleft(), digest)
+        self._digests[name] = digest.hexdigest()
 
-    def _read(self, view: View) -> np.ndarray:
+    @staticmethod
+    def _hashed(read: "Future[tuple[np.ndarray, np.ndarray]]", digest: TensorDigest) -> np.ndarray:
+        values, rounded = read.result()
+        digest.update(values)
+        return rounded
+
+    def _read(self, view: View) -> tuple[np.ndarray, np.ndarray]:
+        """Values of a weight: as the file has them, and as they are computed with."""
         values = self._reader.read(view)
         self.progress(values.nbytes)
-        return self.precision.round(values)
+        return values, self.precision.round(values)
 
 
 def available_memory() -> int:

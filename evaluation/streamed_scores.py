@@ -22,12 +22,14 @@ import numpy as np
 
 from conversion.architecture import Architecture, rope_parameters
 from conversion.checkpoint.dtypes import parse_dtype
-from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.errors import CheckpointError, CorruptData
 from conversion.checkpoint.limits import default_workers
+from conversion.checkpoint.manifest import package_version
 from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.sizes import format_bytes
 from conversion.checkpoint.sources import Source
 
+from .held_files import HeldFiles, require_digests
 from .hidden_states import HiddenStates, check_space
 from .passages import Passage, digest_of, pack
 from .streamed_model import BLOCK, StreamedModel, block_rows
@@ -43,12 +45,16 @@ def score_streamed(
     memory: int = 4 * 10**9,
     work: Path | None = None,
     workers: int = default_workers(),
+    digests: dict[str, str] | None = None,
+    keep: Callable[[list[np.ndarray]], None] = lambda scores: None,
     progress: Progress,
     notify: Callable[[str], None] = lambda note: None,
 ) -> list[np.ndarray]:
     """Log-likelihoods of the predicted tokens of passages, layer by layer from the files.
 
-    A run that was killed goes on where it was, by the same call.
+    A run that was killed goes on where it was, by the same call. Of all weights that are read the digests are kept with
+    the states; those of layers that an earlier run computed are compared with the files before anything goes on. So
+    all numbers are of one model, or there are none.
 
     Args:
         checkpoint: the model, open.
@@ -58,6 +64,9 @@ def score_streamed(
         work: folder for what lies between two layers; one of the user's cache that is this computation's own unless
             given. It goes when all is computed.
         workers: threads that read ahead.
+        digests: is given the digest of every tensor that was computed with, by its name, see
+            `conversion.model_identity.TensorDigest`.
+        keep: called with the result, before the states are removed; they stay if it raises anything.
         progress: makes a progress display, see `teleflm.terminal.byte_progress`.
         notify: told what will be read, and where a run goes on.
 
@@ -67,7 +76,9 @@ def score_streamed(
     Raises:
         CheckpointError: the memory is too little for a passage, the disk for the states; or the weights are not those
             of the configuration, or give no finite number.
+        CorruptData: the weights were changed meanwhile, or since the run that is gone on with.
     """
+    held = HeldFiles.of(checkpoint)
     architecture = Architecture.from_config(checkpoint.config or {}, f"{checkpoint.folder}/config.json")
     longest = max(len(passage.inputs) for passage in passages)
     groups = pack(passages, group_tokens(architecture, longest, dtype, memory))
@@ -95,12 +106,23 @@ def score_streamed(
             f"{tokens:,} tokens in {dtype}, layer by layer of {layers}{goes_on}: {format_bytes(total - done)} to read "
             f"in {times}, {format_bytes(need)} of memory, {format_bytes(disk)} of disk in {folder}."
         )
+        if states.next_layer:
+            since = f"since these were computed. Remove {folder}, and run this again"
+            with progress("comparing the weights of the layers that are done") as advance:
+                require_digests(checkpoint, _digests(states), since, advance)
         with progress("computing") as advance:
             model.progress = lambda nbytes: advance(nbytes, total - done)
             _run(model, states, passages, groups)
-        scores = [states.read(layers, number, np.dtype(np.float64)) for number in range(len(groups))]
+        read = _digests(states)
+        with progress("comparing the weights") as advance:
+            held.require_same(read, advance)
+        if digests is not None:
+            digests |= read
+        of_groups = [states.read(layers, number, np.dtype(np.float64)) for number in range(len(groups))]
+        scores = _by_passage(of_groups, passages, groups)
+        keep(scores)
         states.remove()
-    return _by_passage(scores, passages, groups)
+    return scores
 
 
 def memory_need(architecture: Architecture, tokens: int, longest: int, dtype: str, memory: int) -> int:
@@ -165,6 +187,7 @@ def _job(
         "dtype": dtype,
         "passages": digest_of(passages),
         "groups": len(groups),
+        "version": package_version(),
     }
     return {**job, "digest": hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()}
 
@@ -173,12 +196,27 @@ def _bytes_to_read(model: StreamedModel, states: HiddenStates, groups: int) -> t
     """Bytes of weights that all of it reads, and those of what is done."""
     layers = states.layers
     done = sum(
-        model.layer_nbytes + (model.head_nbytes if layer == layers - 1 else 0)
+        model.layer_nbytes
+        + (model.embedding_nbytes if layer == 0 else 0)
+        + (model.head_nbytes if layer == layers - 1 else 0)
         for layer in range(layers)
         for group in range(groups)
         if layer < states.next_layer or states.has(layer + 1, group)
     )
-    return groups * (layers * model.layer_nbytes + model.head_nbytes), done
+    return groups * (model.embedding_nbytes + layers * model.layer_nbytes + model.head_nbytes), done
+
+
+def _digests(states: HiddenStates) -> dict[str, str]:
+    """Of the weights of all states that are whole, by their names."""
+    found: dict[str, str] = {}
+    for state in range(1, states.next_layer + 1):
+        for name, digest in states.weights.get(state, {}).items():
+            if found.setdefault(name, digest) != digest:  # the embedding, where it is the head too
+                raise CorruptData(
+                    f"{name} has other values than when it was read first: the model was changed meanwhile. Remove "
+                    f"{states.folder}, and run this again."
+                )
+    return found
 
 
 def _run(model: StreamedModel, states: HiddenStates, passages: Sequence[Passage], groups: Sequence[range]) -> None:
@@ -189,14 +227,12 @@ def _run(model: StreamedModel, states: HiddenStates, passages: Sequence[Passage]
                 continue
             members = [passages[index] for index in group]
             if layer == 0:
-                hidden = model.embed(np.concatenate([passage.inputs for passage in members]))
+                hidden = model.embed(np.concatenate([passage.inputs for passage in members]), whole=True)
             else:
                 hidden = states.read(layer, number, model.precision.compute).reshape(-1, width)
             hidden = model.layer(layer, hidden, [len(passage.inputs) for passage in members])
-            if layer == states.layers - 1:
-                states.write(layer + 1, number, _scores(model, hidden, members))
-            else:
-                states.write(layer + 1, number, hidden)
+            made = _scores(model, hidden, members) if layer == states.layers - 1 else hidden
+            states.write(layer + 1, number, made, model.take_digests())
 
 
 def _scores(model: StreamedModel, hidden: np.ndarray, members: Sequence[Passage]) -> np.ndarray:

@@ -47,7 +47,7 @@ def read_documents(path: Path) -> TextFile:
         CheckpointError: there is no such file, it is no text, or too large; a row or all of it is empty.
     """
     content = read_content(path)
-    if path.suffix in _JSON_LINES:
+    if path.suffix.lower() in _JSON_LINES:
         documents = tuple(_row_text(row, where) for where, row in json_lines(content, path))
     else:
         documents = (decode(content, path),)
@@ -78,7 +78,7 @@ def decode(content: bytes, path: Path) -> str:
     """
     with _readable(path):
         text = content.decode("utf-8").removeprefix("\ufeff")
-    return _without_nul(text, path)
+    return without_nul(text, path)
 
 
 def json_lines(content: bytes, path: Path) -> Iterator[tuple[str, dict[str, object]]]:
@@ -99,7 +99,7 @@ def _row_text(row: dict[str, object], where: str) -> str:
     if not isinstance(text, str) or not text:
         found = "missing" if text is None else "empty" if text == "" else f"a {type(text).__name__}"
         raise CheckpointError(f"{where}: text is {found}, expected a text; repair or remove the line.")
-    return text
+    return without_nul(text, f"{where}: text")
 
 
 def tokenize(checkpoint: Source, text: Path, max_tokens: int) -> np.ndarray:
@@ -131,12 +131,17 @@ def encode_beginning(vocabulary: Path, text: Path, max_tokens: int) -> list[int]
     """
     with _readable(text), text.open(encoding="utf-8") as file:
         beginning = file.read(_PIECE * max_tokens)
-    return open_pieces(vocabulary).encode(_without_nul(beginning, text))[:max_tokens]
+    return open_pieces(vocabulary).encode(without_nul(beginning, text))[:max_tokens]
 
 
-def _without_nul(text: str, path: Path) -> str:
+def without_nul(text: str, where: Path | str) -> str:
+    """A text, whether it stood in a file as it is or was written in JSON or YAML.
+
+    Raises:
+        CheckpointError: it holds NUL, which no text does.
+    """
     if "\0" in text:
-        raise CheckpointError(f"{path}: holds NUL at character {text.index(chr(0))}: it is no text.")
+        raise CheckpointError(f"{where}: holds NUL at character {text.index(chr(0))}: it is no text.")
     return text
 
 
@@ -153,4 +158,13 @@ def _readable(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {error.strerror}.") from None
 
 
-__all__ = ["TextFile", "decode", "encode_beginning", "json_lines", "read_content", "read_documents", "tokenize"]
+__all__ = [
+    "TextFile",
+    "decode",
+    "encode_beginning",
+    "json_lines",
+    "read_content",
+    "read_documents",
+    "tokenize",
+    "without_nul",
+]

@@ -30,8 +30,8 @@ from conversion.hub.card import CARD, CardFacts, adapter_facts, is_repo_id, mode
 from conversion.hub.contents import hub_sidecars
 from conversion.hub.saved_model import ADAPTER_WEIGHTS, record_saved_model
 from conversion.hub.small_files import is_text, small_files
+from conversion.model_identity import base_digest, is_base
 from sft import SFTError
-from sft.training.lineage import base_digest, is_base
 
 ADAPTER_CONFIG = "adapter_config.json"
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"

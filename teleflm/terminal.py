@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event
@@ -23,7 +24,10 @@ from conversion.checkpoint.sizes import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
+_TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # embeddings, overrides, isolates
+_WIDEST = 10_000  # columns of a table
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_NO, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 # The options that mean the same wherever they apply.
@@ -153,6 +157,18 @@ def make_console(*, soft_wrap: bool = True, stderr: bool = False) -> "Console":
     return Console(markup=False, emoji=False, highlight=False, soft_wrap=soft_wrap, stderr=stderr)
 
 
+def print_table(table: "Table", *, stderr: bool = False) -> None:
+    """Print a table with every cell whole: a terminal that is narrower breaks the lines, and no number is cut."""
+    from rich.measure import Measurement
+
+    console = make_console(stderr=stderr)
+    wide = console.options.update(max_width=_WIDEST)
+    table.title, title = None, table.title
+    console.width = max(console.width, Measurement.get(console, wide, table).maximum)
+    table.title = title
+    console.print(table)
+
+
 @contextmanager
 def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr with bytes a second and the time left; one plain line when stderr is no terminal.
@@ -248,5 +264,20 @@ def process_rank(rank: int | None = None, world_size: int | None = None) -> tupl
 
 def print_json(value: Any) -> None:
     """One JSON object on stdout, of plain ASCII where its encoding is no Unicode."""
-    is_unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-    print(json.dumps(value, indent=2, ensure_ascii=not is_unicode))
+    print(json_text(value, indent=2))
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """JSON as stdout can have it: plain ASCII where its encoding is no Unicode, and nothing that steers a terminal."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # it may be closed
+    text = json.dumps(value, indent=indent, ensure_ascii=not encoding.lower().startswith("utf"))
+    # What is left to escape stands in texts, and JSON has one way to write it.
+    return "".join(f"\\u{ord(c):04x}" if c != "\n" and steers_terminal(c) else c for c in text)
+
+
+def steers_terminal(char: str) -> bool:
+    """Whether a terminal obeys a character, and does not show it: control characters, and those that turn text around.
+
+    Spaces of any width, joiners and the marks that Arabic and Hebrew are written with are text.
+    """
+    return unicodedata.category(char) in ("Cc", "Cs") or unicodedata.bidirectional(char) in _TURNS

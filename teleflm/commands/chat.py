@@ -4,7 +4,6 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The command `teleflm chat`."""
 
-import json
 import signal
 import sys
 import threading
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from teleflm.terminal import EXIT_INTERRUPTED, Debug, Seed, exit_codes
+from teleflm.terminal import EXIT_INTERRUPTED, Debug, Seed, exit_codes, json_text, steers_terminal
 
 if TYPE_CHECKING:
     from evaluation.conversation import Answer, Conversation
@@ -23,9 +22,9 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub folder, or OWNER/NAME on the Hub.")]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told first.")]
 Adapter = Annotated[Path | None, typer.Option(metavar="FOLDER", help="An adapter (peft) for the model.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Of an answer.", min=1)]
+MaxNewTokens = Annotated[int, typer.Option(help="Of an answer.")]
 Temperature = Annotated[
-    float | None, typer.Option(help="0 takes the likeliest token; as generation_config.json says, unless given.", min=0)
+    float | None, typer.Option(help="0 takes the likeliest token; as generation_config.json says, unless given.")
 ]
 TopP = Annotated[float | None, typer.Option("--top-p", help="Share of the likelihood to choose from.")]
 Completion = Annotated[bool, typer.Option("--completion", help="Continue each text, without a chat template.")]
@@ -33,6 +32,7 @@ Dtype = Annotated[str, typer.Option(help="Of the weights: auto (as they are), bf
 Json = Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")]
 
 _COMMANDS = {"/reset": "forget", "/exit": "leave"}
+_LONGEST = 1 << 24  # characters of a line from a pipe
 
 
 def chat(
@@ -51,10 +51,11 @@ def chat(
     """Talk to a model in the terminal.
 
     /reset forgets the conversation, /exit leaves. Ctrl-C ends an answer; a second one, or one before it begins, leaves.
-    Where the conversation exceeds the window, its oldest turns are forgotten, which is said. From a pipe, each line is
-    a turn, and only answers are printed.
+    Where the conversation and the room of an answer exceed the window, its oldest turns are forgotten, which is said.
+    From a pipe, each line is a turn, and only answers are printed.
     """
     with exit_codes(debug=debug):
+        _require_streams()
         from evaluation.conversation import Sampling, open_conversation
 
         try:
@@ -76,6 +77,12 @@ def chat(
             raise typer.Exit from None
 
 
+def _require_streams() -> None:
+    for name in ("stdin", "stdout"):
+        if getattr(sys, name) is None:  # whoever started this has closed it
+            raise ValueError(f"{name}: is closed; a conversation needs both stdin and stdout.")
+
+
 def _talk(conversation: "Conversation", as_json: bool) -> None:
     from evaluation.conversation import TooLong
 
@@ -83,6 +90,8 @@ def _talk(conversation: "Conversation", as_json: bool) -> None:
     if is_terminal:
         kind, device = str(conversation.model.dtype).removeprefix("torch."), conversation.model.device.type
         _say(f"{kind} on {device}, window {conversation.window}. /reset forgets, /exit leaves.")
+    for note in conversation.notes:
+        _say(note)
     for line in _lines(is_terminal):
         if line == "/exit":
             return
@@ -90,7 +99,7 @@ def _talk(conversation: "Conversation", as_json: bool) -> None:
             conversation.reset()
             continue
         if line.startswith("/") and is_terminal and " " not in line:
-            _say(f"{line} is no command; there are {', '.join(_COMMANDS)}.")
+            _say(f"{_shown(line)} is no command; there are {', '.join(_COMMANDS)}.")
             continue
         try:
             with _stoppable(is_terminal) as is_stopped:
@@ -100,43 +109,64 @@ def _talk(conversation: "Conversation", as_json: bool) -> None:
                 raise
             _say(str(error))
             continue
-        _finish(line, answer, is_terminal, as_json)
+        _finish(conversation, line, answer, is_terminal, as_json)
 
 
 def _lines(is_terminal: bool) -> Iterator[str]:
     """What the user says, line by line; blank lines are nothing."""
     while True:
         try:
-            line = input("> ") if is_terminal and sys.stdout.isatty() else sys.stdin.readline()
+            line = input("> ") if is_terminal and sys.stdout.isatty() else sys.stdin.readline(_LONGEST + 1)
             line.encode()  # in a C locale, bytes that are no text come as halves of surrogate pairs
         except EOFError:  # Ctrl-D
             print(file=sys.stderr)
             return
         except UnicodeError:
-            raise ValueError("stdin: is not UTF-8; convert it.") from None
+            raise ValueError(_not_decoded(sys.stdin.encoding)) from None
+        except BrokenPipeError:  # of the prompt
+            raise
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), "stdin") from None
+        if len(line) > _LONGEST:
+            raise ValueError(f"stdin: has a line of more than {_LONGEST} characters; shorten it.")
         if not line and not (is_terminal and sys.stdout.isatty()):
             return
         if line.strip():
             yield line.strip("\r\n") if not line.strip().startswith("/") else line.strip()
 
 
+def _not_decoded(encoding: str) -> str:
+    """What is wrong with input that cannot be decoded: it, or the encoding that it is said to have."""
+    if encoding.lower().replace("-", "").replace("_", "") == "utf8":
+        return "stdin: is not UTF-8; convert it."
+    return (
+        f"stdin: is not {encoding}, which the locale or PYTHONIOENCODING says that it is; convert it, or if it is "
+        "UTF-8, set PYTHONIOENCODING=utf-8."
+    )
+
+
 def _show(piece: str) -> None:
-    if sys.stdout.isatty():  # what would command a terminal is not for it
-        piece = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in piece)
-    print(piece, end="", flush=True)
+    print(_shown(piece) if sys.stdout.isatty() else piece, end="", flush=True)
 
 
-def _finish(line: str, answer: "Answer", is_terminal: bool, as_json: bool) -> None:
+def _shown(text: str) -> str:
+    """A text as a terminal shows it: what it would obey is written out, all else is text."""
+    return "".join(repr(c)[1:-1] if steers_terminal(c) and c not in "\n\t" else c for c in text)
+
+
+def _finish(conversation: "Conversation", line: str, answer: "Answer", is_terminal: bool, as_json: bool) -> None:
     if as_json:
         said = {"question": line, "answer": answer.text, "tokens": answer.tokens, "stop": answer.stop}
         said |= {"seconds": round(answer.seconds, 3), "forgotten_turns": answer.forgotten}
-        is_unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-        print(json.dumps(said, ensure_ascii=not is_unicode), flush=True)
+        print(json_text(said), flush=True)
     else:
         print(flush=True)
     if answer.forgotten:
-        turns = "turn no longer fits" if answer.forgotten == 1 else f"{answer.forgotten} turns no longer fit"
-        _say(f"The oldest {turns} into the window, and the model has not seen them.")
+        turns = "turn is" if answer.forgotten == 1 else f"{answer.forgotten} turns are"
+        _say(
+            f"The oldest {turns} forgotten, and the model has not seen what was said there: with more, less than "
+            f"{conversation.room} tokens of the window of {conversation.window} were left for the answer."
+        )
     if is_terminal:
         ended = {"end": "", "length": ", cut off at its length", "interrupted": ", interrupted"}[answer.stop]
         _say(f"{answer.tokens} tokens, {answer.tokens_per_second:.1f} tokens/s{ended}")

@@ -5,8 +5,8 @@
 """The command `teleflm eval`."""
 
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +22,7 @@ from teleflm.terminal import (
     exit_codes,
     make_console,
     print_json,
+    print_table,
     token_progress,
 )
 
@@ -102,23 +103,25 @@ def evaluate(
         mine |= {"--work": work}
         theirs: dict[str, object] = {"--shots": shots, "--limit": limit, "--include-path": include_path}
         _refuse_idle(names, mine, theirs)
-        where = _results_file(model, record, output)
+        where = _results_file(model, record, output, has_digests=not no_digest)
         identify = where is not None and not no_digest
         if names:
             if limit and where:
                 raise ValueError("--limit is for a try: its numbers are not written; leave out --record and --output.")
-            found = _run_harness(
+            found, identity = _run_harness(
                 model,
                 names,
                 {"dtype": dtype or "auto", "shots": shots, "limit": limit, "batch_size": batch_size}
                 | {"include_path": include_path, "seed": seed},
+                identify,
+                workers,
             )
-            _finish_harness(model, found, where, identify, workers, as_json)
+            _finish_harness(found, identity, where, as_json)
             return
         from conversion.checkpoint.containers import parse_size
         from evaluation.measure import evaluate as measure
 
-        evaluation = measure(
+        measure(
             model,
             texts=text or (),
             tasks=tasks or (),
@@ -130,10 +133,10 @@ def evaluate(
             work=work,
             identify=identify,
             workers=workers,
+            keep=lambda evaluation: _finish(evaluation, where, as_json),
             progress=byte_progress if not loaded else token_progress,
             notify=lambda note: print(note, file=sys.stderr),
         )
-        _finish(evaluation, where, as_json)
 
 
 def _refuse_idle(names: Sequence[str], mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -146,7 +149,7 @@ def _refuse_idle(names: Sequence[str], mine: Mapping[str, Any], theirs: Mapping[
         raise ValueError("nothing to measure: give --text FILE, --tasks FILE or --harness TASK.")
 
 
-def _results_file(model: str, record: bool, output: Path | None) -> Path | None:
+def _results_file(model: str, record: bool, output: Path | None, *, has_digests: bool) -> Path | None:
     """Where results are written, checked before anything is computed; None if nowhere."""
     from conversion.hub.remote import is_remote
     from conversion.hub.results import RESULTS
@@ -158,7 +161,7 @@ def _results_file(model: str, record: bool, output: Path | None) -> Path | None:
         raise ValueError(f"{model}: is not on this machine, and nothing can be written there; give --output FILE.")
     where = Path(model) / RESULTS if record else output
     if where:
-        check_results_file(where)
+        check_results_file(where, has_digests=has_digests)
     return where
 
 
@@ -167,18 +170,31 @@ def _results_file(model: str, record: bool, output: Path | None) -> Path | None:
 
 def _finish(evaluation: "Evaluation", where: Path | None, as_json: bool) -> None:
     from evaluation.measure import describe
-    from evaluation.results_file import results_of, write_results
+    from evaluation.results_file import results_of
 
-    notes = write_results(where, results_of(evaluation)) if where else []
-    if as_json:
-        print_json({**describe(evaluation), "model": _digests(evaluation.identity), "results_file": _name(where)})
-        for note in notes:
-            print(note, file=sys.stderr)
-        return
-    _print(evaluation)
-    for note in notes:
-        print(note)
-    if where:
+    with _then_written(where, results_of(evaluation), as_json):
+        if as_json:
+            print_json({**describe(evaluation), "model": _digests(evaluation.identity), "results_file": _name(where)})
+        else:
+            _print(evaluation)
+
+
+@contextmanager
+def _then_written(where: Path | None, content: Mapping[str, Any], as_json: bool) -> Iterator[None]:
+    """Write results after they were shown: whatever becomes of one, the other is there."""
+    from evaluation.results_file import write_results
+
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # of stdout; it is raised again when the file is there
+        if where:
+            write_results(where, content)
+        raise
+    for note in write_results(where, content) if where else []:
+        print(note, file=sys.stderr if as_json else sys.stdout)
+    if where and not as_json:
         print(f"Results: {where}")
 
 
@@ -205,7 +221,7 @@ def _print(evaluation: "Evaluation") -> None:
         for text in evaluation.texts:
             counts = (f"{count:,}" for count in (text.tokens, text.nbytes, text.documents))
             table.add_row(text.name, f"{text.bits_per_byte:.4f}", f"{text.perplexity:,.4g}", *counts)
-        console.print(table)
+        print_table(table)
     if evaluation.tasks:
         title = f"Multiple choice: {how}, {evaluation.seconds:.1f} s"
         table = Table(
@@ -214,7 +230,7 @@ def _print(evaluation: "Evaluation") -> None:
         for task in evaluation.tasks:
             values = (_with_error(task.metrics[name].value, task.metrics[name].stderr) for name in task.metrics)
             table.add_row(task.name, f"{task.questions:,}", *values)
-        console.print(table)
+        print_table(table)
     for note in evaluation.notes:
         console.print(f"- {note}")
 
@@ -226,36 +242,27 @@ def _with_error(value: float, stderr: float | None) -> str:
 # The harness.
 
 
-def _run_harness(model: str, names: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the harness returns; whatever it prints goes to stderr."""
-    from evaluation.harness import run_harness
+def _run_harness(
+    model: str, names: Sequence[str], options: Mapping[str, Any], identify: bool, workers: int
+) -> "tuple[dict[str, Any], ModelIdentity | None]":
+    """What the harness returns, and of which model; whatever it prints goes to stderr."""
+    from evaluation.harness import measure_by_harness
 
     with redirect_stdout(sys.stderr):
-        return run_harness(model, names, **options)
+        return measure_by_harness(model, names, identify=identify, workers=workers, progress=byte_progress, **options)
 
 
 def _finish_harness(
-    model: str, found: Mapping[str, Any], where: Path | None, identify: bool, workers: int, as_json: bool
+    found: Mapping[str, Any], identity: "ModelIdentity | None", where: Path | None, as_json: bool
 ) -> None:
-    from conversion.checkpoint.sources import open_checkpoint
-    from conversion.hub.remote import local_view
-    from conversion.model_identity import model_identity
-    from evaluation.results_file import harness_results_of, write_results
+    from evaluation.results_file import harness_results_of
 
-    identity = None
-    if identify:
-        with byte_progress("hashing") as advance:
-            identity = model_identity(open_checkpoint(local_view(model)), workers=workers, progress=advance)
     content = harness_results_of(found, identity)
-    notes = write_results(where, content) if where else []
-    if as_json:
-        print_json({**content, "results_file": _name(where)})
-    else:
-        _print_harness(content)
-    for note in notes:
-        print(note, file=sys.stderr)
-    if where and not as_json:
-        print(f"Results: {where}")
+    with _then_written(where, content, as_json):
+        if as_json:
+            print_json({**content, "results_file": _name(where)})
+        else:
+            _print_harness(content)
 
 
 def _print_harness(content: Mapping[str, Any]) -> None:
@@ -272,7 +279,7 @@ def _print_harness(content: Mapping[str, Any]) -> None:
             error = metrics.get(f"{metric}_stderr,{filter}")
             shots = content["n-shot"].get(task, "")
             table.add_row(task, str(shots), metric, "" if filter == "none" else filter, _with_error(value, error))
-    make_console().print(table)
+    print_table(table)
 
 
 __all__ = ["evaluate"]

@@ -28,7 +28,7 @@ from teleflm.terminal import (
     VerifySource,
     Workers,
     WorldSize,
-    make_console,
+    print_table,
 )
 
 if TYPE_CHECKING:
@@ -166,11 +166,10 @@ def print_growth(result: "GrowthResult", out: Path, options: "WriteOptions") -> 
         if old[field] != new[field]:
             fields.add_row(field, f"{old[field]:,}", f"{new[field]:,}")
     fields.add_row("parameters", f"{result.growth.source.num_parameters:,}", f"{result.growth.target.num_parameters:,}")
-    console = make_console(soft_wrap=False)
-    console.print(fields)
+    print_table(fields)
     if result.distances:
         distances = Table("layer", "1 - cos", "moved by", title="Layer distances", title_justify="left")
         for distance in result.distances:
             distances.add_row(str(distance.layer), f"{distance.cosine:.4f}", f"{distance.relative:.4f}")
-        console.print(distances)
+        print_table(distances)
     print_result(result, out, options)

@@ -21,6 +21,7 @@ from teleflm.terminal import (
     exit_codes,
     make_console,
     print_json,
+    print_table,
 )
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def _print_certificate(console: "Console", certificate: "Certificate") -> None:
     for line in summarise(certificate):
         holds = "yes" if line.holds else Text("no", "bold red")
         table.add_row(line.weight.replace("layers.", ""), line.condition, f"{line.elements:,}", line.worst, holds)
-    console.print(table)
+    print_table(table)
     for broken in [*certificate.broken_fields, *certificate.violations]:
         console.print(str(broken), style="red")
 
@@ -146,5 +147,5 @@ def _print_numbers(console: "Console", numbers: "Numbers") -> None:
     for name, result in (("B beside A", numbers.difference), (f"A, {coarse} beside {fine}", numbers.floor)):
         share = f"{result.same_argmax:.2%}"
         table.add_row(f"{name}", f"{result.max_difference:.3g}", f"{result.rms_difference:.3g}", share)
-    console.print(table)
+    print_table(table)
     console.print(numbers.reason)

@@ -7,6 +7,9 @@
 import importlib.util
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from teleflm.app import app
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: str | Path) -> Result:
@@ -74,6 +79,38 @@ def test_a_name_is_shown_as_text_and_written(folder, tmp_path):
         assert result.exit_code == 0, result.output
         assert "\x1b[31m" not in result.stdout
     assert json.loads((tmp_path / "results.json").read_bytes())["results"].keys() == {"a\\x1b[31m", "b\\udcff"}
+
+
+def test_no_number_is_cut(folder, text, tmp_path, monkeypatch):
+    """However narrow the terminal."""
+    (tmp_path / "quiz.jsonl").write_text('{"question": "What?", "choices": ["a", "b"], "answer": 0}\n' * 2)
+    options = ("--text", text, "--tasks", tmp_path / "quiz.jsonl")
+    said = json.loads(run(folder, *options, "--json").stdout)["texts"][0]
+    monkeypatch.setenv("COLUMNS", "20")
+    shown = run(folder, *options).stdout
+    assert "…" not in shown
+    assert f"{said['bits_per_byte']:.4f}" in shown
+    assert f"{said['tokens']:,}" in shown
+    assert "0.5000" in shown or "1.0000" in shown or "0.0000" in shown
+
+
+def test_a_masked_model_is_to_be_folded(folder, text, tmp_path):
+    masked = Path(shutil.copytree(folder, tmp_path / "masked"))
+    config = json.loads((masked / "config.json").read_bytes())
+    (masked / "config.json").write_text(json.dumps({**config, "model_type": "TeleFLMMasked"}))
+    for options in ((), ("--loaded",)):
+        result = run(masked, "--text", text, *options)
+        said = f"teleflm: {masked}: grows by masks (model_type is TeleFLMMasked); `teleflm fold` it first.\n"
+        assert (result.exit_code, result.stderr) == (2, said)
+
+
+def test_closed_streams(folder, text, tmp_path):
+    """Of eval, whose results are a file; numbers that nobody can read are no failure."""
+    command = '"$0" -m teleflm eval "$1" --text "$2" --output "$3" --json <&- >&-'
+    arguments = ["bash", "-c", command, sys.executable, folder, text, tmp_path / "results.json"]
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, "Traceback" in result.stderr) == (0, False)
+    assert (tmp_path / "results.json").is_file()
 
 
 def test_tables_say_what_json_says(folder, text, tmp_path):

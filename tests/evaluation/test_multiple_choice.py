@@ -110,8 +110,8 @@ def test_a_yaml_file_says_how_questions_are_put(tmp_path):
     task = read_task(tmp_path / "task.yaml")
     (question,) = task.questions
     assert (task.name, task.delimiter, question.context, question.answer) == ("my task", "", "Say. 3. Is {{it}}? A:", 1)
-    (tmp_path / "plain.yaml").write_text("data: rows.jsonl\n")
-    plain = read_task(tmp_path / "plain.yaml")
+    (tmp_path / "plain.YAML").write_text("data: rows.jsonl\n")
+    plain = read_task(tmp_path / "plain.YAML")
     assert (plain.name, plain.delimiter, plain.questions[0].context) == ("plain", " ", "C")
     assert plain.sha256 != task.sha256
     both = write(tmp_path / "both.jsonl", [{"question": "Q", "context": "C", "choices": ["a", "b"], "answer": 0}])
@@ -133,6 +133,8 @@ GOOD = {"question": "What?", "choices": ["a", "b"], "answer": 0}
         ({"answer": -1}, "answer is -1"),
         ({"answer": True}, "answer is True"),
         ({"answer": "C"}, "answer is 'C'"),
+        ({"question": "a\0"}, "holds NUL at character 1"),
+        ({"choices": ["a", "\0"]}, "choice 1: holds NUL at character 0"),
         ({"question": 3}, "has neither question nor context as a text"),
     ],
     ids=str,
@@ -153,6 +155,7 @@ def test_rows_that_are_no_questions(change, message, tmp_path):
         ("task: x", "data is missing"),
         ("data: 3", "data is a int, expected a text"),
         ("data: rows.jsonl\noutput_type: multiple_choice", "has a key output_type.*is for --harness"),
+        ('data: rows.jsonl\ndescription: "a\\0"', "a.yaml: description: holds NUL"),
         ("data: nowhere.jsonl", "nowhere.jsonl: no such file"),
         ('data: rows.jsonl\ndoc_to_text: "{{it}}"', "rows.jsonl: line 1: it is missing, and doc_to_text needs it"),
         ("data: !!python/object/apply:os.system ['touch harm']", "is no YAML"),
@@ -171,8 +174,8 @@ def test_questions_longer_than_the_window(folder, tmp_path):
     """They lose their beginning, which is said; a choice that is longer has no place at all."""
     long = {**GOOD, "question": "the value " * 200}
     result = evaluate(folder, tasks=[write(tmp_path / "q.jsonl", [long, GOOD])], window=32)
-    assert result.tasks[0].shortened == 2
-    assert "of 2 questions with their choices the beginning was cut off" in result.notes[0]
+    assert result.tasks[0].shortened == 1
+    assert result.notes == ("q: 1 of 2 questions lost their beginning, as they exceed the window with a choice.",)
     with pytest.raises(CheckpointError, match=r"q.jsonl: line 1: has a choice of \d+ tokens, and the window has 32"):
         evaluate(folder, tasks=[write(tmp_path / "q.jsonl", [{**GOOD, "choices": ["x", "天" * 40]}])], window=32)
 

@@ -4,7 +4,9 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Results in a file, and in a card: of the model that they were measured of, and of no other."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -151,8 +153,59 @@ def test_later_results_are_added_and_those_of_other_weights_go(measured, text, t
     assert json.loads((measured / RESULTS).read_bytes())["results"].keys() == {"text", "quiz", "more"}
     change_weight(measured)
     said = teleflm("eval", measured, "--text", tmp_path / "more.txt", "--record")
-    assert "had results of another model, or of weights that have changed since; they are gone." in said
+    assert "had results of text, quiz, more that were measured with other weights; they are gone." in said
     assert json.loads((measured / RESULTS).read_bytes())["results"].keys() == {"more"}
+
+
+def test_results_without_digests_are_never_mixed(measured, text, tmp_path):
+    """Neither with each other nor with those of digests: nothing tells whether they are of one model."""
+    (tmp_path / "more.txt").write_text("more")
+    before = (measured / RESULTS).read_bytes()
+    refused = "has results already, and without digests nothing tells whether others are of the same model"
+    more = ("eval", measured, "--text", tmp_path / "more.txt", "--no-digest")
+    assert refused in teleflm(*more, "--record", status=2)
+    assert (measured / RESULTS).read_bytes() == before
+    out = tmp_path / "results.json"
+    teleflm(*more, "--output", out)
+    other = tmp_path / "other"
+    shutil.copytree(measured, other)
+    change_weight(other)
+    assert refused in teleflm("eval", other, "--text", text, "--no-digest", "--output", out, status=2)
+    assert json.loads(out.read_bytes())["results"].keys() == {"more"}
+    said = teleflm("eval", other, "--text", text, "--output", out)
+    assert f"{out}: had results of more that name no weights (--no-digest); they are gone." in said
+    assert json.loads(out.read_bytes())["results"].keys() == {"text"}
+    content = results_of(evaluate(other, texts=[text]))  # nor by somebody who calls the function
+    with pytest.raises(CheckpointError, match=refused):
+        write_results(out, content)
+
+
+def test_of_a_task_that_is_measured_anew_nothing_stays(measured, tmp_path):
+    """A text that has its name is of no examples, and of another file, which is said."""
+    path = tmp_path / "quiz.txt"
+    path.write_text("What?")
+    said = teleflm("eval", measured, "--text", path, "--record")
+    assert f"{measured}/{RESULTS}: had results of another quiz, of other content; they are gone." in said
+    content = json.loads((measured / RESULTS).read_bytes())
+    assert content["n-shot"] == {}
+    assert content["results"]["quiz"].keys() == {"bits_per_byte,none", "perplexity,none"}
+    assert "questions" not in content["configs"]["quiz"]
+    assert "had results" not in teleflm("eval", measured, "--text", path, "--record")
+
+
+def test_numbers_are_shown_even_if_they_cannot_be_written(model, text, tmp_path, monkeypatch):
+    """And the file is named; as on a full disk."""
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("evaluation.results_file.write_atomically", full)
+    options = ("--text", str(text), "--work", str(tmp_path / "work"), "--output", str(tmp_path / "r.json"), "--json")
+    result = CliRunner().invoke(app, ["eval", str(model), *options])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["texts"][0]["name"] == "text"
+    assert f"teleflm: {tmp_path}/r.json: No space left on device" in result.stderr
+    assert (tmp_path / "work/scores").is_file()
 
 
 def test_a_file_of_somebody_else_is_not_replaced(model, text, tmp_path):

@@ -31,6 +31,8 @@ def test_a_row_is_a_document(tmp_path):
     path.write_text('{"text": "one\\n", "id": 1}\n\n{"text": "天"}')
     found = read_documents(path)
     assert (found.documents, found.nbytes) == (("one\n", "天"), 7)
+    upper = path.rename(tmp_path / "A.JSONL")  # as some systems write it
+    assert read_documents(upper).documents == found.documents
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,11 @@ def test_a_row_is_a_document(tmp_path):
         ("a.jsonl", b'["x"]', "a.jsonl: line 1 is a JSON list"),
         ("a.jsonl", b'{"text": "x"', "a.jsonl: line 1 is not valid JSON"),
         ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl: line 1 is not valid JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "a\\u0000b"}',
+            "a.jsonl: line 2: text: holds NUL at character 1: it is no",
+        ),
         ("a.jsonl", b"[" * 10**6, "a.jsonl: line 1 nests deeper"),
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else None,

@@ -27,8 +27,8 @@ from conversion.checkpoint.sources import open_checkpoint
 from conversion.hub.card_check import check_card
 from conversion.hub.published_card import CardOptions
 from conversion.hub.publishing import publish
+from conversion.model_identity import base_digest, is_base
 from sft.export import ExportError, _read_adapter, _write_adapter, export_model
-from sft.training.lineage import base_digest, is_base
 from sft.training.recipe import Recipe
 from sft.training.train import train
 from teleflm.commands.sft import app
