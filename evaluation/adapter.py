@@ -76,7 +76,7 @@ def check_base(folder: Path, model: str) -> list[str]:
         return [*notes, f"The files of {model} cannot be compared with the base that {folder} was trained on."]
     if not is_base(base, recorded):
         raise CheckpointError(
-            f"{folder}: is an adapter for another base: {model} has other weights (digest {base_digest(base)}, expected "
+            f"{folder}: is an adapter for another base: {model} has other weights (digest {base_digest(base)}, not "
             f"{printable(recorded)[:40]}); name the model that it was trained on."
         )
     return notes

@@ -15,7 +15,7 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import DPOTrainer, GRPOConfig, KTOTrainer, SFTConfig
+from trl import GRPOConfig, SFTConfig
 
 from growth.training.record import digest_examples
 from sft import tokenizer as tokenizers
@@ -33,7 +33,7 @@ from sft.training.guards import check_trained_tokens
 from sft.training.recipe import Recipe
 from sft.training.trainer import LikingTrainer, PreferenceTrainer, WeightedSFTTrainer, arrange
 
-AnyTrainer = WeightedSFTTrainer | DPOTrainer | KTOTrainer | PolicyTrainer
+AnyTrainer = WeightedSFTTrainer | PreferenceTrainer | LikingTrainer | PolicyTrainer
 Prepared = tuple[Dataset, DataReport]
 Loaded = tuple[Dataset, DataReport, Dataset | None, DataReport | None]
 
@@ -147,7 +147,7 @@ def _prepare_answers(
 
 def _build_preferences(
     recipe: Recipe, load: Callable[[], PreTrainedModel], common: Mapping[str, Any], report: DataReport
-) -> DPOTrainer | KTOTrainer:
+) -> PreferenceTrainer | LikingTrainer:
     args: Any = recipe.training
     # The model as it was; an adapter has it in the model that is trained.
     has_reference = not recipe.model.use_peft and not args.precompute_ref_log_probs
