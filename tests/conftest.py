@@ -5,7 +5,9 @@
 """Settings of the whole suite."""
 
 import os
+import sys
 
+import pytest
 from hypothesis import settings
 
 # Before torch is imported, here or in a child: models this small lose by a second thread, a thousandfold where the
@@ -15,3 +17,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Shared machines stall at any moment, so the time of an example says nothing; and a suite that gates rolls no dice.
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory):
+    """What runs tokenize is kept with the tests, not in the user's cache; processes that they start have it too."""
+    folder = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(folder))
+        if "datasets" in sys.modules:  # which has read the variable
+            patch.setattr(sys.modules["datasets"].config, "HF_DATASETS_CACHE", folder)
+        yield folder

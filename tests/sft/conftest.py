@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from pydoc_data import topics
 
-import datasets
 import pytest
 import torch
 
@@ -25,16 +24,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="package", autouse=True)
-def tokenized_here(tmp_path_factory):
-    """What runs tokenize is kept with the tests, not in the user's cache; processes that they start have it too."""
-    folder = tmp_path_factory.mktemp("datasets")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(folder))
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-        yield folder
 
 
 @pytest.fixture(scope="session")

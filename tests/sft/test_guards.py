@@ -140,13 +140,13 @@ def test_every_counted_token_reaches_the_trainer_whatever_the_packing(packing_st
     assert bool(report.truncated) == cuts
 
 
-def test_tokens_lost_on_the_way_to_the_trainer_are_noticed(make_recipe, monkeypatch):
+def test_tokens_lost_on_the_way_to_the_trainer_are_noticed(make_recipe, monkeypatch, tmp_path):
     arrange = sft.training.trainers.arrange
     monkeypatch.setattr(
         sft.training.trainers, "arrange", lambda *args, **kwargs: arrange(*args, **kwargs).select(range(40))
     )
     with pytest.raises(GuardError, match=r"\d+ tokens .* are to be trained on, but \d+ reached the trainer"):
-        train(make_recipe())
+        train(make_recipe(shuffle_dataset=True, dataset_cache_dir=str(tmp_path)))
     with pytest.raises(GuardError, match=r"1 tokens .* 0 reached the trainer"):
         check_trained_tokens(Dataset.from_dict({"labels": [[-100, -100]]}), 1)
 

@@ -4,7 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """How often an epoch has each row, and which rows are held out, by formulas written out again here."""
 
-from decimal import ROUND_HALF_UP, Decimal
+from decimal import ROUND_CEILING, ROUND_HALF_UP, Decimal
 
 import numpy as np
 import pytest
@@ -89,6 +89,22 @@ def test_several_sources_are_mixed_and_one_keeps_its_order():
     assert both.tolist() == order_rows(counts, seed=0).tolist() != order_rows(counts, seed=1).tolist()
 
 
+def share(size, rows):
+    """How many rows of each source: a share rounded up, or a number by the greatest remainders."""
+    if size < 1:
+        return [int((Decimal(str(size)) * count).to_integral_value(ROUND_CEILING)) for count in rows]
+    counts = [size * count // sum(rows) for count in rows]
+    remainders = [size * count % sum(rows) for count in rows]
+    for index in sorted(range(len(rows)), key=lambda index: (-remainders[index], index))[: size - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
+def lowest(columns, counts):
+    """The questions of so many rows of each source with the least hashes."""
+    return {int(number) for column, count in zip(columns, counts, strict=True) for number in sorted(column)[:count]}
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     questions=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=60), min_size=1, max_size=4),
@@ -97,19 +113,20 @@ def test_several_sources_are_mixed_and_one_keeps_its_order():
 def test_a_question_is_on_one_side_wherever_it_stands(questions, size):
     numbers = hashes(61, seed=1)
     columns = [numbers[column] for column in questions]
-    try:
-        held = hold_out(columns, size, [len(column) for column in columns])
-    except DataError:
-        # Fewer rows are left than are asked for, or as many questions as it takes are all.
-        assert size >= 1 or any(len(set(column)) <= 7 for column in questions)
+    rows = [len(column) for column in questions]
+    expected = lowest(columns, share(size, rows))
+    if all(int(number) in expected for column in columns for number in column):
+        with pytest.raises(DataError, match="rows with one question come on one side"):
+            hold_out(columns, size, rows)
         return
+    held = hold_out(columns, size, rows)
+    assert set(held.tolist()) == expected
     sides = [is_held(column, held) for column in columns]
     asked = {question for column, side in zip(questions, sides, strict=True) for question in np.array(column)[side]}
     trained = {question for column, side in zip(questions, sides, strict=True) for question in np.array(column)[~side]}
     assert asked
     assert trained
     assert not asked & trained
-    rows = [len(column) for column in questions]
     if size < 1:
         assert all(side.sum() >= -(-Decimal(str(size)) * len(side) // 1) for side in sides)
     else:
