@@ -84,15 +84,15 @@ def check_parallelism(
         RunError: it cannot, with the way out.
     """
     tensor, context, sequence = parallelism.tensor, parallelism.context, parallelism.sequence
-    if parallelism.together > 1 and args.world_size % parallelism.together:
-        raise RunError(
-            f"parallelism_config has {parallelism.together} processes compute the same rows, and {args.world_size} "
-            "run: start a multiple."
-        )
     if parallelism.together > 1 and trainer != "sft":
         raise RunError(
             f"accelerate's file has a parallelism_config, of {parallelism.together} processes that compute the same "
             f"rows; that is for fine-tuning with trainer sft, not for {trainer}."
+        )
+    if parallelism.together > 1 and args.world_size % parallelism.together:
+        raise RunError(
+            f"parallelism_config has {parallelism.together} processes compute the same rows, and {args.world_size} "
+            "run: start a multiple."
         )
     if tensor > 1 and adapters:
         raise RunError(

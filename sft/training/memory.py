@@ -83,7 +83,7 @@ def check_memory(
     architecture = _architecture(recipe)
     if available is None or architecture is None:
         return
-    described = describe_setup(recipe, launched, environment, longest_row(dataset))
+    described = describe_setup(recipe, launched, environment, measure_rows(dataset))
     setup = described.setup
     parts = estimate_memory(architecture, setup, overhead=False)
     needed = sum(getattr(parts, part) for part in described.certain) / GREATEST_EXCESS
@@ -123,16 +123,27 @@ def available_memory(device: torch.device, environment: Mapping[str, str]) -> in
     return memory // max(1, int(here)) if memory is not None and here.isdigit() else memory
 
 
-def longest_row(dataset: Any) -> int | None:
-    """Tokens of the longest row; None if that cannot be told without reading all of them."""
-    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+@dataclass(frozen=True)
+class Rows:
+    """How many rows there are, and the tokens of the longest and of the mean one."""
+
+    count: int
+    longest: int
+    mean: int
+
+
+def measure_rows(dataset: Any) -> Rows | None:
+    """The rows of a dataset; None if that cannot be told without reading all of them, or if there are none."""
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names or not len(dataset):
         return None
-    rows = dataset.select_columns("input_ids").with_format("arrow")
-    return max((pc.max(pc.list_value_length(batch["input_ids"])).as_py() for batch in rows.iter(10_000)), default=None)
+    batches = dataset.select_columns("input_ids").with_format("arrow").iter(10_000)
+    lengths = [pc.list_value_length(batch["input_ids"]) for batch in batches]
+    total = sum(pc.sum(length).as_py() for length in lengths)
+    return Rows(len(dataset), max(pc.max(length).as_py() for length in lengths), total // len(dataset))
 
 
 def describe_setup(
-    recipe: Recipe, launched: DistributedType, environment: Mapping[str, str], longest: int | None = None
+    recipe: Recipe, launched: DistributedType, environment: Mapping[str, str], rows: Rows | None = None
 ) -> Described:
     """A run as [`sft.plan`] knows it.
 
@@ -140,7 +151,7 @@ def describe_setup(
         recipe: of the run.
         launched: how it is spread.
         environment: the variables with which a launcher says what it was told.
-        longest: tokens of the longest row; unless given, of the longest that the recipe allows.
+        rows: that are trained on; unless given, as long as the recipe allows.
     """
     args, model = recipe.training, recipe.model
     method: Method = "full" if not model.use_peft else "qlora" if model.load_in_4bit else "lora"
@@ -152,12 +163,18 @@ def describe_setup(
     by_fsdp = launched == DistributedType.FSDP and _fsdp(args, environment, "activation_checkpointing")
     strategies: dict[DistributedType, Strategy] = {DistributedType.FSDP: "fsdp2", DistributedType.DEEPSPEED: "zero3"}
     stage = _zero_stage(args) if launched == DistributedType.DEEPSPEED else None
+    micro_batch_size = 1 if args.auto_find_batch_size else args.per_device_train_batch_size
+    length = args.max_length
+    if rows:
+        micro_batch_size = min(micro_batch_size, rows.count)
+        # Padded, all rows of some batch are as long as the longest; one after the other, those of some as the mean.
+        length = rows.mean if _is_flat(args) and micro_batch_size > 1 else rows.longest
     setup = Setup(
         method=method,
         gpus=args.world_size,
         strategy="ddp" if stage is not None and stage < 3 else strategies.get(launched, "ddp"),
-        micro_batch_size=1 if args.auto_find_batch_size else args.per_device_train_batch_size,
-        max_length=max(1, longest or args.max_length or 1),
+        micro_batch_size=micro_batch_size,
+        max_length=max(1, length or 1),
         activation_checkpointing=bool(args.activation_checkpointing or by_fsdp),
         weight_bytes=weight_bytes,
         compute_bytes=2 if is_mixed else weight_bytes,
@@ -166,14 +183,18 @@ def describe_setup(
     )
     unknown = {
         **_unknown_of_launch(args, launched, environment, is_mixed=is_mixed, stage=stage),
-        **_unknown_of_recipe(recipe, longest),
+        **_unknown_of_recipe(recipe, rows),
     }
     if not setup.on_gpu and model.use_peft:
         unknown["frozen weights, which stay in their files"] = ("weights",)
     return Described(setup, unknown)
 
 
-def _unknown_of_recipe(recipe: Recipe, longest: int | None) -> dict[str, tuple[str, ...]]:
+def _is_flat(args: Any) -> bool:
+    return bool(getattr(args, "packing", False) or getattr(args, "padding_free", False))
+
+
+def _unknown_of_recipe(recipe: Recipe, rows: Rows | None) -> dict[str, tuple[str, ...]]:
     args, model = recipe.training, recipe.model
     unknown: dict[str, tuple[str, ...]] = {}
     if str(model.dtype) not in _BYTES:
@@ -186,7 +207,7 @@ def _unknown_of_recipe(recipe: Recipe, longest: int | None) -> dict[str, tuple[s
         unknown["lora_target_modules"] = ("gradients", "optimizer", *_WITHIN_LAYERS)
     if recipe.run.trainer != "sft":
         unknown[f"the rows of {recipe.run.trainer}"] = _WITHIN_LAYERS
-    if longest is None and not getattr(args, "packing", False):
+    if rows is None and not getattr(args, "packing", False):
         unknown["the length of the rows"] = _WITHIN_LAYERS
     if args.activation_offloading:
         unknown["activation_offloading"] = _WITHIN_LAYERS
@@ -272,8 +293,9 @@ def _ways_out(architecture: Architecture, setup: Setup, available: int) -> str:
 __all__ = [
     "Described",
     "MemoryPlanError",
+    "Rows",
     "available_memory",
     "check_memory",
     "describe_setup",
-    "longest_row",
+    "measure_rows",
 ]

@@ -445,3 +445,11 @@ def test_a_second_run_does_not_mix_with_the_first(arguments):
     train(*split(keys))
     with pytest.raises(CheckpointError, match=r"already holds .*checkpoint-1; choose another, or go on"):
         train(*split(keys))
+
+
+def test_matrices_that_are_split_are_refused(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(arguments()))
+    assert main([str(tmp_path / "run.yaml")]) == 2
+    assert "that is for fine-tuning with trainer sft, not for pretraining" in capsys.readouterr().err

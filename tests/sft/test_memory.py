@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 
 from sft.plan import GREATEST_EXCESS, Setup, estimate_memory, load_architecture
 from sft.training import memory, train
-from sft.training.memory import MemoryPlanError, check_memory, describe_setup, longest_row
+from sft.training.memory import MemoryPlanError, Rows, check_memory, describe_setup, measure_rows
 
 UNPACKED = {"activation_checkpointing": False}
 
@@ -88,11 +88,18 @@ def test_a_gpu_has_its_own_memory(monkeypatch):
     assert memory.available_memory(torch.device("cuda", 1), {"LOCAL_WORLD_SIZE": "8"}) == 7
 
 
-def test_the_longest_row_is_what_counts(make_recipe):
-    recipe = make_recipe(max_length=5000)
+def test_the_rows_that_there_are_count(make_recipe):
+    recipe = make_recipe(max_length=5000, per_device_train_batch_size=4)
     data, _ = train._prepare(recipe, recipe.data.data_files, train.load_tokenizer(recipe)[0])
-    assert longest_row(data) == max(map(len, data["input_ids"])) < 5000
-    assert longest_row(data.to_iterable_dataset()) is None
+    lengths = [len(row) for row in data["input_ids"]]
+    rows = measure_rows(data)
+    assert rows == Rows(len(lengths), max(lengths), sum(lengths) // len(lengths))
+    assert measure_rows(data.to_iterable_dataset()) is None
+    padded = describe_setup(recipe, DistributedType.NO, {}, rows).setup
+    assert padded.tokens == 4 * max(lengths)
+    packed = make_recipe(packing=True, per_device_train_batch_size=4)
+    assert describe_setup(packed, DistributedType.NO, {}, rows).setup.tokens == 4 * rows.mean
+    assert describe_setup(recipe, DistributedType.NO, {}, Rows(2, 9, 8)).setup.tokens == 2 * 9
 
 
 # Each is a way to need less than the plan knows: whatever the memory, it may not be refused for the parts left out.
@@ -121,14 +128,17 @@ WITHIN = {"activations", "working"}
 )
 def test_what_the_plan_does_not_model_is_not_counted(keys, environment, launched, left_out, make_recipe):
     recipe = make_recipe(**keys)
-    described = describe_setup(recipe, DistributedType(launched), environment, longest=100)
+    described = describe_setup(recipe, DistributedType(launched), environment, Rows(100, 100, 100))
     assert set(memory._ALL) - set(described.certain) == left_out
     assert bool(described.unknown) == bool(left_out)
 
 
 def test_the_launcher_s_precision_counts(make_recipe):
     told = {"ACCELERATE_MIXED_PRECISION": "bf16"}
-    setups = [describe_setup(make_recipe(), DistributedType.NO, environment, 9).setup for environment in ({}, told)]
+    setups = [
+        describe_setup(make_recipe(), DistributedType.NO, environment, Rows(9, 9, 9)).setup
+        for environment in ({}, told)
+    ]
     assert [setup.compute_bytes for setup in setups] == [4, 2]
 
 

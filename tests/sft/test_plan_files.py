@@ -22,7 +22,7 @@ from conversion.architecture import Architecture, load_preset
 from sft.plan import PlanError, Setup, estimate_memory, plan_training
 from sft.plan_files import Run, choose_setup, write_run
 from sft.shipped import find_shipped
-from sft.training.memory import describe_setup
+from sft.training.memory import Rows, describe_setup
 from sft.training.recipe import read_recipe
 from sft.yaml_text import load_yaml
 from tests.sft.test_cluster import SMALL, environment_of, launch
@@ -63,7 +63,8 @@ def test_the_recipe_is_the_plan(method, gpus, strategy, expected, data_file, tmp
     assert read.run.distributed_type == launched
     rows = read.training.per_device_train_batch_size * read.training.gradient_accumulation_steps * gpus
     assert rows == 128
-    described = describe_setup(read, DistributedType(launched), environment)
+    rows = Rows(1000, 2048, 2048)
+    described = describe_setup(read, DistributedType(launched), environment, rows)
     assert dataclasses.replace(described.setup, gpus=gpus, on_gpu=True) == plan.setup
     config = load_config_from_file(str(accelerate))
     assert (config.num_processes, config.num_machines, str(config.distributed_type.value)) == (gpus, 1, launched)
