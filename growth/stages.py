@@ -358,8 +358,10 @@ def read_schedule(values: Any, where: str) -> Schedule:
     stages: list[Stage] = []
     for number, row in enumerate(rows, start=1):
         stages.append(_read_stage(row, stages[-1] if stages else None, f"{where}: stage {number}", values))
-    sizes = {name: _size(values[name], f"{where}: {name}") for name in ("gpu_memory", "disk_speed") if name in values}
-    numbers = {
+    sizes: dict[str, Any] = {
+        name: _size(values[name], f"{where}: {name}") for name in ("gpu_memory", "disk_speed") if name in values
+    }
+    numbers: dict[str, Any] = {
         name: _number(values[name], f"{where}: {name}", whole=name == "sequence_length")
         for name in ("sequence_length", "gpu_tflops", "mfu")
         if name in values

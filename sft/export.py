@@ -193,7 +193,7 @@ def _check_complete(adapter: _Adapter, base: Source) -> None:
     from peft import PeftConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    config = PeftConfig.from_pretrained(adapter.folder)
+    config = PeftConfig.from_pretrained(str(adapter.folder))
     for name, view in base.tensors.items():
         module = name.removesuffix(".weight")
         if len(view.shape) != 2 or not check_target_module_exists(config, module):

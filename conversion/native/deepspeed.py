@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..checkpoint.bytes import read_start
 from ..checkpoint.dtypes import FLOAT32, DType
@@ -527,7 +527,7 @@ def _adam_entries(path: Path, is_zero3: bool) -> list[Mapping[str, Any]]:
     return entries
 
 
-def _are_numbered(states: Any) -> bool:
+def _are_numbered(states: Any) -> TypeGuard[dict[int, Any]]:
     return isinstance(states, dict) and all(type(index) is int for index in states)
 
 

@@ -209,7 +209,7 @@ def _unknown_of_recipe(recipe: Recipe, rows: Rows | None) -> dict[str, tuple[str
         unknown[f"the rows of {recipe.run.trainer}"] = _WITHIN_LAYERS
     if rows is None and not getattr(args, "packing", False):
         unknown["the length of the rows"] = _WITHIN_LAYERS
-    if args.activation_offloading:
+    if getattr(args, "activation_offloading", False):
         unknown["activation_offloading"] = _WITHIN_LAYERS
     if args.activation_checkpointing and args.activation_checkpointing_kwargs:
         unknown["activation_checkpointing_kwargs"] = _WITHIN_LAYERS
