@@ -285,6 +285,14 @@ def test_what_lies_beside_the_weights_and_is_swapped(name, loaded, large, text, 
         evaluate(large, texts=[text], loaded=loaded, identify=True)
 
 
+def test_groups_of_a_state_are_of_the_same_weights(tmp_path):
+    with HiddenStates(tmp_path / "work", {}, [16, 16], [8, 8], 3) as states:
+        states.write(1, 0, np.arange(4, dtype=np.float32), {"a": "0", "b": "1"})
+        with pytest.raises(CorruptData, match="b has other values than when another part of the texts was computed"):
+            states.write(1, 1, np.arange(4, dtype=np.float32), {"a": "0", "b": "2"})
+        assert not states.has(1, 1)
+
+
 def test_another_evaluation_is_not_mixed_in(folder, tmp_path):
     work = tmp_path / "work"
     kill(folder, work, 5)
