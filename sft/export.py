@@ -185,14 +185,6 @@ def _check_fit(adapter: _Adapter, base: Source) -> None:
             f"{adapter.folder} is an adapter for another base: {base.folder} has the same shapes and other weights "
             f"(digest {base_digest(base)}, expected {recorded}). Name the base that it was trained on: --base."
         )
-    from sft.merge import adapter_tensors
-
-    if missing := sorted(adapter_tensors(adapter.folder, base) - adapter.tensors.keys()):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ExportError(
-            f"{adapter.folder} is not whole: by its {ADAPTER_CONFIG} it has {missing[0]}{more}, and {ADAPTER_WEIGHTS} "
-            "has not. Copy or train it again."
-        )
 
 
 def _place(name: str, shape: tuple[int, ...], tensors: dict[str, View]) -> tuple[str, tuple[int, ...] | None]:

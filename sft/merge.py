@@ -9,7 +9,6 @@ with the merged weights. In both a module is given its parameters when it is cal
 that a model merges on a machine that could not load it: a few times its largest weight is in memory.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -59,18 +58,6 @@ def merge_weights(adapter: Path, tensors: Mapping[str, View], base: Source, keep
         with _parameters_on_call(model, values, partial(_merge, keep=keep)):
             logits = model(input_ids=input_ids, use_cache=False).logits
     return ((logits - expected).square().mean().sqrt() / expected.std()).item()
-
-
-def adapter_tensors(adapter: Path, base: Source) -> set[str]:
-    """The tensors that an adapter has by its settings, by the names of its file; none is read.
-
-    Args:
-        adapter: its folder.
-        base: a Tele-FLM that it is for.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the base's name, which is compared by its weights
-        return set(get_peft_model_state_dict(_skeleton(adapter, base), save_embedding_layers=False))
 
 
 def _skeleton(adapter: Path, base: Source) -> PeftModel:

@@ -192,20 +192,6 @@ def test_an_adapter_for_another_base_is_refused(change, message, merge, trained,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_an_adapter_that_lacks_tensors_is_refused(merge, trained, tmp_path):
-    """Which peft would make up: the merged weights were NaN, or others than were trained."""
-    planted = Path(shutil.copytree(trained("lora"), tmp_path / "planted"))
-    (planted / MANIFEST).unlink()
-    tensors = load_file(planted / "adapter_model.safetensors")
-    kept = {name: value for name, value in tensors.items() if "layers.1.mlp.up_proj" not in name}
-    save_file(kept, planted / "adapter_model.safetensors", {"format": "pt"})
-    message = r"planted is not whole: by its adapter_config.json it has \S+up_proj.lora_A.weight and 1 more"
-    with pytest.raises(ExportError, match=message):
-        export_model(planted, tmp_path / "out", merge=merge)
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_base_in_another_dtype_is_the_same_base(trained, model_dir, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
