@@ -51,7 +51,7 @@ def load_model(name: str, revision: str | None = None, *, dtype: str = "float32"
     logging.disable_progress_bar()  # stderr is for what the caller shows
     logging.set_verbosity_error()  # and what is missing is refused below
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             revision=revision or "main",
             dtype=kind,
@@ -65,7 +65,8 @@ def load_model(name: str, revision: str | None = None, *, dtype: str = "float32"
         logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
-    _require_whole(name, model, loading)
+    model: PreTrainedModel = loaded[0]
+    _require_whole(name, model, loaded[1])
     return model.eval()
 
 

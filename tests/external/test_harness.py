@@ -6,11 +6,15 @@
 
 import json
 import random
+import shutil
+import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from conversion.checkpoint.errors import CorruptData
+from evaluation import harness
 from evaluation.harness import run_harness
 from evaluation.measure import evaluate
 from teleflm.app import app
@@ -103,3 +107,23 @@ def test_the_command(folder, tasks, tmp_path):
     assert "lm-evaluation-harness has no task no_such_task" in unknown.stderr
     limited = CliRunner().invoke(app, [*command, "--output", str(out), "--limit", "2"])
     assert "--limit is for a try" in limited.stderr
+
+
+@pytest.mark.parametrize("identify", [True, False])
+def test_a_model_that_is_swapped_while_the_harness_runs(identify, folder, tasks, tmp_path, monkeypatch):
+    model = Path(shutil.copytree(folder, tmp_path / "model"))
+    run = harness.run_harness
+
+    def swapping(*arguments, **options):
+        with (model / "model.safetensors").open("r+b") as file:
+            file.seek(-4, 2)
+            file.write(b"\0\0\0\x3f")
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(harness, "run_harness", swapping)
+    time.sleep(0.02)  # a step of the clock by which file systems note times
+    message = "it was changed or replaced meanwhile" if identify else "was written to or replaced"
+    with pytest.raises(CorruptData, match=message):
+        harness.measure_by_harness(
+            str(model), ["local_quiz"], identify=identify, include_path=tasks, limit=1, dtype="float32"
+        )
