@@ -164,7 +164,7 @@ def describe_setup(
     strategies: dict[DistributedType, Strategy] = {DistributedType.FSDP: "fsdp2", DistributedType.DEEPSPEED: "zero3"}
     stage = _zero_stage(args) if launched == DistributedType.DEEPSPEED else None
     micro_batch_size = 1 if args.auto_find_batch_size else args.per_device_train_batch_size
-    length = args.max_length
+    length = getattr(args, "max_length", None)  # GRPO has none
     if rows:
         micro_batch_size = min(micro_batch_size, rows.count)
         # Padded, all rows of some batch are as long as the longest; one after the other, those of some as the mean.

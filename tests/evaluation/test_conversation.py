@@ -202,7 +202,9 @@ def test_an_adapter_says_what_it_was_trained_on(model, adapter, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(model, other)
     tiny_model(tiny_config(max_position_embeddings=64), seed=4).save_pretrained(other)
-    with pytest.raises(CheckpointError, match=r"adapter for another base: .*other has other weights \(digest spread:\w+, not"):
+    with pytest.raises(
+        CheckpointError, match=r"adapter for another base: .*other has other weights \(digest spread:\w+, not"
+    ):
         open_conversation(str(other), adapter=adapter)
     unnamed = with_tensors(adapter, tmp_path / "unnamed", lambda tensors: tensors)
     (note,) = open_conversation(str(other), adapter=unnamed).notes

@@ -35,7 +35,7 @@ def of_machine(monkeypatch):
 def needed(make_recipe, model_dir):
     """Bytes of a full fine-tuning of the tiny model, written out: float32 weights, gradients, moments, activations."""
     recipe = make_recipe(output_dir="out")
-    data, _ = train._prepare(recipe, recipe.data.data_files, train.load_tokenizer(recipe)[0])
+    data, *_ = train._load_data(recipe, train.load_tokenizer(recipe)[0])
     setup = Setup(
         gpus=1,
         strategy="ddp",
@@ -90,7 +90,7 @@ def test_a_gpu_has_its_own_memory(monkeypatch):
 
 def test_the_rows_that_there_are_count(make_recipe):
     recipe = make_recipe(max_length=5000, per_device_train_batch_size=4)
-    data, _ = train._prepare(recipe, recipe.data.data_files, train.load_tokenizer(recipe)[0])
+    data, *_ = train._load_data(recipe, train.load_tokenizer(recipe)[0])
     lengths = [len(row) for row in data["input_ids"]]
     rows = measure_rows(data)
     assert rows == Rows(len(lengths), max(lengths), sum(lengths) // len(lengths))
