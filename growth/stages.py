@@ -296,8 +296,13 @@ def _warnings(cost: StageCost, before: Stage | None, schedule: Schedule) -> list
             f"batch_tokens {stage.batch_tokens:,} is {rows:.3g} rows of {schedule.sequence_length:,} tokens for each "
             f"of {cost.data_parallel} copies"
         )
+    for key, steps in (("masks that rise", stage.mask_steps), ("a warm-up", stage.warmup_steps)):
+        if steps > cost.steps:
+            found.append(f"{key} over {steps:,} steps, of {cost.steps:,} there are")
     if before is None:
-        return found
+        return [*found, *(["masks, where nothing has grown"] if stage.mask_steps else [])]
+    if cost.growth_factor == 1:
+        found.append(f"is of the sizes of {before.name}: nothing grows")
     if cost.growth_factor > _LARGEST_STEP:
         found.append(
             f"{cost.growth_factor:.1f} times the parameters in one growth: arXiv 2605.13405 finds 2 most reliable, and "
@@ -311,8 +316,6 @@ def _warnings(cost: StageCost, before: Stage | None, schedule: Schedule) -> list
         found.append("no warm-up and fresh moments: Adam's first steps are as large as the learning rate allows")
     if 0 < stage.mask_steps < _SHORT_MASK:
         found.append(f"masks that rise in {stage.mask_steps:,} steps: short ones postpone the damage, MSG takes 5,000")
-    if stage.mask_steps > cost.steps:
-        found.append(f"masks that rise in {stage.mask_steps:,} steps, of {cost.steps:,} there are")
     return found
 
 

@@ -92,6 +92,7 @@ def resolve(
     return Resolved(numbers, rows)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what is no finite number is told where it is written
 def measure(statistic: Statistic, reader: FileReader) -> float:
     """The mean or standard deviation of a window, over at most 4 Mi evenly spread elements.
 
@@ -108,8 +109,7 @@ def measure(statistic: Statistic, reader: FileReader) -> float:
         squares += float(values.sum()) + distance**2 * count * values.size / (count + values.size)
         mean += distance * values.size / (count + values.size)
         count += values.size
-    with np.errstate(over="ignore"):
-        return float(np.float32(mean if statistic.kind == "mean" else math.sqrt(squares / count))) * statistic.factor
+    return float(np.float32(mean if statistic.kind == "mean" else math.sqrt(squares / count))) * statistic.factor
 
 
 def _sample(view: View, reader: FileReader) -> Iterator[np.ndarray]:

@@ -484,11 +484,12 @@ def write_shards(
             stretch=share.stretch,
             allow_nonfinite=options.allow_nonfinite,
         )
-        data = _checked(block, data) if options.finite else data
+        looks = options.finite or block.file.is_state  # a moment that is no number is found by no loss until too late
+        data = _checked(block, data) if looks else data
         with naming_errors(block.file.path):
             if options.digest:
                 block.file.record(block.tensor.name, block.index, _write_hashed(block, data))
-            elif options.finite:
+            elif looks:
                 for _ in _written(block, data):
                     pass
             else:

@@ -324,6 +324,11 @@ class ShardFile:
             self.write(content, position)
 
     @property
+    def is_state(self) -> bool:
+        """Whether it holds no weights, see `Shard`."""
+        return self._shard.state
+
+    @property
     def resumed(self) -> bool:
         """Whether an interrupted run wrote parts of the file, so that nothing can be assumed of the rest."""
         return bool(self.claims)

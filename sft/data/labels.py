@@ -182,7 +182,7 @@ class DataReport:
         trained = f"{self.trained_tokens} trained of " if self.trained_tokens else ""  # of prompts, none is
         text = f"{self.kept} of {self.rows} rows, {trained}{self.tokens} tokens"
         if self.sources:
-            text = f"{self.taken} rows from {self.kept} of {self.rows}, {text.partition(', ')[2]}"
+            text = f"{self.taken} rows an epoch, of {self.kept} valid ones of {self.rows}; {text.partition(', ')[2]}"
         if self.truncated:
             text += f"; {self.truncated} cut at max_length"
         if dropped := self.dropped:

@@ -99,7 +99,15 @@ def measure(trainer: Trainer, what: Measured) -> Evaluation:
         of_all = {index: part for indices, parts, _ in everyones for index, part in zip(indices, parts, strict=True)}
         return [of_all[index] for index in range(len(passages))], model.device.type
 
-    return evaluate(what.base, texts=what.texts, tasks=what.tasks, dtype=compute_dtype(trainer), score=score)
+    found = evaluate(what.base, texts=what.texts, tasks=what.tasks, dtype=compute_dtype(trainer), score=score)
+    if model.dtype != getattr(torch, found.dtype, model.dtype):
+        weights = str(model.dtype).removeprefix("torch.")
+        note = (
+            f"Computed as it was trained, in {found.dtype} with weights in {weights}: `teleflm eval`, which rounds "
+            "them to its --dtype, may differ in the last digits."
+        )
+        found = replace(found, notes=(*found.notes, note))
+    return found
 
 
 class MeasureCallback(TrainerCallback):

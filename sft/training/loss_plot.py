@@ -77,7 +77,8 @@ def loss_figure(history: RunHistory, *, width: float = 9.0) -> "Figure":
     """
     figure, axes = _new_figure(width, 4.2 if width > 6 else 3.4)
     for number, session in enumerate(history.sessions):
-        _draw(axes, points(session.logs, "loss"), _GREY, "loss" if number == 0 else "", linewidth=0.9)
+        first = not any(points(earlier.logs, "loss") for earlier in history.sessions[:number])
+        _draw(axes, points(session.logs, "loss"), _GREY, "loss" if first else "", linewidth=0.9)
         lost = points(session.lost, "loss")
         first = not any(points(earlier.lost, "loss") for earlier in history.sessions[:number])
         _draw(axes, lost, "#d97706", "done again after a resume" if first else "", linewidth=0.9, linestyle=":")
@@ -187,7 +188,8 @@ def _draw_average(axes: Any, sessions: Sequence[Session], smooth: Sequence[tuple
     for number, session in enumerate(sessions):
         count = sum(math.isfinite(value) for _, value in points(session.logs, "loss"))
         part = [next(remaining) for _ in range(count)]
-        _draw(axes, part, _BLUE, "moving average" if number == 0 else "", linewidth=1.9)
+        first = not any(points(earlier.logs, "loss") for earlier in sessions[:number])
+        _draw(axes, part, _BLUE, "moving average" if first else "", linewidth=1.9)
 
 
 def _mark_resumes(axes: Any, history: RunHistory) -> None:
@@ -211,7 +213,8 @@ def _lines_figure(
     figure, axes = _new_figure(width, 2.8)
     for index, (name, label) in enumerate(zip(names, labels, strict=True)):
         for number, session in enumerate(history.sessions):
-            shown = _literal(label) if number == 0 else ""
+            first = not any(points(earlier.logs, name) for earlier in history.sessions[:number])
+            shown = _literal(label) if first else ""
             _draw(axes, points(session.logs, name), _COLORS[index % len(_COLORS)], shown, linewidth=1.2)
     _mark_resumes(axes, history)
     _finish(axes, what)

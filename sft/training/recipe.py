@@ -442,7 +442,8 @@ _KEYS = {
 def _training_defaults(training: Mapping[str, Any]) -> dict[str, Any]:
     """TRL's defaults, where the machine would refuse them, and under the names that will stay."""
     bf16 = is_torch_bf16_gpu_available() and not training.get("use_cpu") and not training.get("fp16")
-    return {"bf16": bf16, "activation_checkpointing": True}
+    # A loss that is no number is to be seen; transformers' filter would log the mean of those before it.
+    return {"bf16": bf16, "activation_checkpointing": True, "logging_nan_inf_filter": False}
 
 
 def _check(key: str, value: Any, keys: _Keys, origin: str) -> None:
@@ -525,6 +526,9 @@ def _check_combinations(values: Mapping[str, Any], keys: _Keys, origin: str) -> 
             raise RecipeError(f"{origin}: test_split_size and eval_data_files are both set; keep one.")
         if values.get("eval_strategy", "no") == "no" and not values.get("eval_on_start"):
             raise RecipeError(f"{origin}: test_split_size has no effect here; it needs eval_strategy: steps or epoch.")
+    evaluated = any(values.get(key) is not None for key in ("eval_data_files", "test_split_size"))
+    if values.get("eval_strategy", "no") != "no" and not evaluated:
+        raise RecipeError(f"{origin}: eval_strategy has no effect here; it needs eval_data_files.")
     if values.get("drop_eval_overlap") and not values.get("eval_data_files"):
         raise RecipeError(f"{origin}: drop_eval_overlap has no effect here; it needs eval_data_files.")
     defaults = {field.name: field.default for field in dataclasses.fields(keys.config)}
@@ -532,8 +536,10 @@ def _check_combinations(values: Mapping[str, Any], keys: _Keys, origin: str) -> 
     for need in _NEEDS:
         for key, value in values.items():
             if re.fullmatch(need.keys, key) and value is not None and not need.is_met(settings.get(need.switch)):
-                wanted = " or ".join(need.values) or "true"
-                raise RecipeError(f"{origin}: {key} has no effect here; it needs {need.switch}: {wanted}.")
+                is_switch = _is_a(True, keys.hints.get(need.switch, bool))
+                wanted = " or ".join(need.values) or ("true" if is_switch else "")
+                way = f"{need.switch}: {wanted}" if wanted else need.switch
+                raise RecipeError(f"{origin}: {key} has no effect here; it needs {way}.")
 
 
 def _check_rewards(values: Mapping[str, Any], origin: str) -> None:

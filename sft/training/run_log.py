@@ -72,6 +72,7 @@ class RunHistory:
         measured: `before`, `after` -> results, as [`evaluation.measure.describe`] gives them.
         unreadable: lines of the files that are no JSON objects of ours.
         from_state: whether only the Trainer's own state was there, which tells nothing of sessions and data.
+        cut: step of the checkpoint that it is shown at, if it is.
     """
 
     folder: Path
@@ -81,6 +82,7 @@ class RunHistory:
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
     unreadable: int = 0
     from_state: bool = False
+    cut: int | None = None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -94,7 +96,9 @@ class RunHistory:
 
     @property
     def step(self) -> int:
-        """The last step that anything was logged of."""
+        """The last step that anything was logged of; of a checkpoint its own."""
+        if self.cut is not None:
+            return self.cut
         return max((entry["step"] for entry in self.entries()), default=self.sessions[-1].start)
 
     def entries(self) -> list[dict[str, Any]]:
@@ -265,6 +269,7 @@ def _from_log(folder: Path, shown: Path) -> RunHistory:
             resumed = bool(line.get("resumed"))
             if not resumed:
                 first, measured = len(sessions), {}
+            measured.pop("after", None)  # of a run that was done and goes on: it is of another step
             facts = line.get("facts")
             sessions.append(Session(line["step"], time, facts if isinstance(facts, dict) else {}))
         session = sessions[-1]
@@ -312,6 +317,7 @@ def _cut(history: RunHistory, step: int) -> RunHistory:
         session.lost = []
     history.samples = [sample for sample in history.samples if sample["step"] <= step]
     history.measured.pop("after", None)
+    history.cut = step
     history.sessions[-1].status, history.sessions[-1].error = "checkpoint", ""
     return history
 

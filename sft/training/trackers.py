@@ -6,13 +6,10 @@
 
 from collections.abc import Sequence
 
-from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.integrations import INTEGRATION_TO_CALLBACK, integration_utils
 
 from conversion.checkpoint.errors import one_line
 from sft.training.recipe import RecipeError
-
-# Those that are extras of this package, by the same name.
-EXTRAS = ("tensorboard", "wandb", "mlflow", "trackio", "swanlab")
 
 
 def check_trackers(reporters: str | Sequence[str] | None) -> None:
@@ -28,11 +25,14 @@ def check_trackers(reporters: str | Sequence[str] | None) -> None:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
             raise RecipeError(f"report_to is {name}, which transformers does not know; it knows {known}, none.")
+        # Asked first: some of transformers' callbacks leave a traceback behind where their package is missing.
+        is_there = getattr(integration_utils, f"is_{name}_available", None)
+        if is_there is not None and not is_there():
+            raise RecipeError(f"report_to is {name}, whose package is not installed: pip install {name}.")
         try:
             INTEGRATION_TO_CALLBACK[name]()
         except Exception as error:  # a package that is there and broken fails in its own way
-            way_out = f'; pip install "teleflm[{name}]"' if name in EXTRAS else ""
-            raise RecipeError(f"report_to is {name}: {one_line(error).rstrip('.')}{way_out}.") from error
+            raise RecipeError(f"report_to is {name}: {one_line(error).rstrip('.')}.") from error
 
 
-__all__ = ["EXTRAS", "check_trackers"]
+__all__ = ["check_trackers"]

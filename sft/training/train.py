@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +45,7 @@ from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 import modeling_teleflm  # noqa: F401  (registers the architecture with the Auto classes)
-from conversion.checkpoint.errors import CheckpointError, one_line
+from conversion.checkpoint.errors import CheckpointError, one_line, printable
 from conversion.checkpoint.parent import parent_notes
 from conversion.checkpoint.sources import open_checkpoint
 from growth.training.errors import RunError
@@ -301,7 +302,7 @@ def _load_data(
         if one is not None:
             logger.log(logging.WARNING if one.rejects else logging.INFO, "%s: %s", what, one)
             for source in one.sources:
-                print(f"{what}: {source}", file=sys.stderr)
+                print(f"{what}: {printable(str(source))}", file=sys.stderr)
     return loaded
 
 
@@ -554,6 +555,9 @@ def _summary(result: TrainResult) -> str:
     rewards = [entry["reward"] for entry in new if "reward" in entry]
     # GRPO's loss is about 0 whatever is learned.
     learned = f"reward {rewards[0]:.3f} at first, {rewards[-1]:.3f} at last" if rewards else f"mean loss {loss:.4f}"
+    lost = [entry["step"] for entry in new if not math.isfinite(entry.get("loss", 0.0))]
+    if lost:
+        learned += f": from step {lost[0]} on the loss is no finite number, and the model is of no use"
     text = f"{result.output_dir}: {steps} in {seconds:.0f} s{many}, {learned}\ntrained on {result.data}"
     if result.measured:
         text += "\n" + comparison_text(comparison(result.measured.get("before"), result.measured.get("after")))

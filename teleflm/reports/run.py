@@ -95,6 +95,15 @@ def write_run_page(folder: Path, output: Path | None = None) -> tuple[Path, RunH
     return target, history
 
 
+def is_page(file: Path) -> bool:
+    """Whether a file is an HTML page, which may be replaced by another."""
+    try:
+        with file.open("rb") as content:
+            return content.read(64).lstrip().lower().startswith(b"<!doctype html")
+    except OSError:
+        return False
+
+
 def write_loss(history: RunHistory) -> Path | None:
     """Write `loss.png` of a run into its folder; None where no loss was logged."""
     target = history.folder / LOSS_PLOT
@@ -139,7 +148,7 @@ def _state(history: RunHistory) -> tuple[str, str]:
         case "failed":
             return "bad", f"Failed; the last log is of step {steps}. {visible(last.error)}"
         case "checkpoint":
-            return "unknown", f"As it was at a checkpoint: what was logged up to step {steps}."
+            return "unknown", f"As it was at the checkpoint of step {steps}."
     if history.from_state:
         return "unknown", f"From a Trainer's state: what was logged up to step {steps}."
     when = f" Last line of its log: {last.last}." if last.last else ""
@@ -205,7 +214,7 @@ def _unfinite(history: RunHistory) -> list[str]:
             shown = ", ".join(map(str, steps[:8])) + (", ..." if len(steps) > 8 else "")
             found.append(f"{name} is not a finite number at {len(steps)} logged steps: {shown}.")
     if found and history.facts.get("nan_filter"):
-        found.append("logging_nan_inf_filter leaves such losses out of the logged mean.")
+        found.append("With logging_nan_inf_filter a loss that is none is logged as the mean before it, or 0.")
     return found
 
 

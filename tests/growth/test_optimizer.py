@@ -777,3 +777,15 @@ def test_a_model_is_itself_without_its_moments(folder_with_moments):
     (out / "optimizer.pt").unlink()
     assert not inspect_checkpoint(out).chain[-1].problems
     assert inspect_checkpoint(out, check=True, with_state=False).damages == []
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_moments_that_are_no_numbers_are_refused(key, value, source, tmp_path):  # noqa: F811
+    save_state(source, tmp_path / "optimizer.pt")
+    saved = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    saved["state"][3][key][2, 1] = value
+    torch.save(saved, tmp_path / "optimizer.pt")
+    with pytest.raises(CheckpointError, match=rf"{key}.* is (nan|inf|NaN or infinite)"):
+        grow_checkpoint(source, tmp_path / "out", TARGET, optimizer=tmp_path)
+    assert not (tmp_path / "out/model.safetensors").exists()

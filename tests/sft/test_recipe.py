@@ -73,7 +73,7 @@ def test_keys_reach_the_dataclass_that_declares_them():
             "eval_data_files has no effect here; it needs eval_strategy: steps or epoch.",
         ),
         ("hub_model_id", "me/model", "hub_model_id has no effect here; it needs push_to_hub: true."),
-        ("fsdp_config", {"version": 2}, "fsdp_config has no effect here; it needs fsdp: true."),
+        ("fsdp_config", {"version": 2}, "fsdp_config has no effect here; it needs fsdp."),
         ("activation_offloading", True, "activation_offloading and use_cpu are both set; there is nowhere to offload"),
     ],
 )

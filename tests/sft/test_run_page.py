@@ -16,7 +16,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from sft.training.loss_plot import MOST_OTHERS
+from sft.training.loss_plot import MOST_OTHERS, loss_figure
 from sft.training.run_log import RUN_LOG, SAMPLES, RunLogError, append_event, append_line, read_history
 from teleflm.commands.sft import app
 from teleflm.reports.run import RUN_PAGE, render_run, write_run_page
@@ -151,7 +151,7 @@ def test_losses_that_are_no_numbers_are_told(tmp_path):
         append_event(tmp_path, "log", {"step": step, "loss": 2.0, "grad_norm": norm})
     text = Page(render_run(read_history(tmp_path))).text
     assert "grad_norm is not a finite number at 2 logged steps: 2, 3." in text
-    assert "logging_nan_inf_filter leaves such losses out of the logged mean." in text
+    assert "With logging_nan_inf_filter a loss that is none is logged as the mean before it, or 0." in text
     assert "loss is not a finite" not in text.replace("grad_norm is not a finite", "")
 
 
@@ -288,3 +288,34 @@ def test_two_processes_make_one_page_one_log_and_each_sample_once(model_dir, dat
     assert (out / RUN_PAGE).read_text().count("<h1>") == 1
     assert (out / "loss.png").is_file()
     shutil.rmtree(out)
+
+
+def test_after_a_resume_what_was_measured_after_is_of_another_step(tmp_path):
+    write_log(tmp_path, (0, False, {1: 1.0, 2: 0.9}))
+    results = {"texts": [{"name": "book", "bits_per_byte": 1.0}], "tasks": []}
+    for when in ("before", "after"):
+        append_event(tmp_path, "measured", {"when": when, "step": 2, "results": results})
+    write_log(tmp_path, (2, True, {3: 0.8}))
+    assert list(read_history(tmp_path).measured) == ["before"]
+
+
+def test_lines_have_names_where_the_first_session_logged_nothing(tmp_path):
+    write_log(tmp_path, (0, False, {}), (2, True, {step: 1.0 / step for step in range(3, 60)}))
+    figure = loss_figure(read_history(tmp_path))
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert "loss" in names
+    assert "moving average" in names
+
+
+def test_only_a_page_is_replaced(tmp_path):
+    write_log(tmp_path, (0, False, {1: 1.0}))
+    other = tmp_path / "adapter_config.json"
+    other.write_text("{}")
+    for output, message in ((other, "no page of a run"), (tmp_path / "no/where.html", "there is no folder")):
+        result = CliRunner().invoke(app, ["report", str(tmp_path), "--output", str(output)])
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.split())
+    assert other.read_text() == "{}"
+    for _ in range(2):
+        result = CliRunner().invoke(app, ["report", str(tmp_path), "--output", str(tmp_path / "p.html")])
+        assert result.exit_code == 0

@@ -3,6 +3,7 @@
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from growth.method import Mask
 from sft.data.labels import Labelling
 from sft.data.prepare import prepare
 from sft.training.recipe import RecipeError
-from sft.training.train import build_trainer, load_tokenizer, main, train
+from sft.training.train import _summary, build_trainer, load_tokenizer, main, train
 from teleflm.commands.sft import app
 from tests.fixtures.tiny import tiny_model
 
@@ -411,7 +412,7 @@ def test_an_output_folder_holds_one_run(make_recipe):
         ({"padding_free": True, "max_length": 64}, "padding_free=True. without packing"),
         ({"packing": True, "max_length": None}, "packing is True and max_length is null"),
         ({"mup_base_width": 32, "use_peft": True}, "muP has no rule for adapters"),
-        ({"report_to": "wandb"}, "report_to is wandb: .*pip install wandb"),
+        ({"report_to": "wandb"}, "report_to is wandb, .*pip install wandb"),
         ({"optim": "adamw_8bit"}, "optim is adamw_8bit: .*bitsandbytes"),
         ({"optim": "schedule_free_adamw"}, "optim is schedule_free_adamw: .*schedulefree"),
         ({"use_kernels": True}, "use_kernels is true, but this run is on CPUs"),
@@ -544,3 +545,11 @@ def test_accelerate_launches_it(arguments):
     assert "3 steps" in result.stdout
     state = json.loads((Path(arguments[-1]) / "trainer_state.json").read_text())
     assert state["global_step"] == 3
+
+
+def test_a_run_whose_loss_becomes_no_number_says_so(make_recipe):
+    """With transformers' default filter it would end with a mean loss like any other."""
+    result = train(make_recipe(max_steps=4, learning_rate=1e30), progress=False)
+    lost = [entry["step"] for entry in result.log_history if not math.isfinite(entry.get("loss", 0.0))]
+    assert lost
+    assert f"from step {lost[0]} on the loss is no finite number, and the model is of no use" in _summary(result)
