@@ -38,8 +38,8 @@ from typing import Any
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _REPORT_BYTES = 1 << 16
-# To start an interpreter and make namespaces; not of the code's own time.
-_STARTING_SECONDS = 5.0
+# To start an interpreter and make namespaces, and to end all of it; not of the code's own time.
+_STARTING_SECONDS, _ENDING_SECONDS = 30.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -116,21 +116,23 @@ def run_tests(code: str, tests: list[str], limits: Limits) -> Outcome:
             start_new_session=True,
         )
         try:
-            said, ended = _listen(process, json.dumps(job).encode(), limits.seconds)
+            said, ended = _listen(process, json.dumps(job).encode() + b"\n", limits.seconds, token)
         finally:
             _kill(process)
     return _read_report(said, ended, token, len(tests))
 
 
-def _listen(process: "subprocess.Popen[bytes]", job: bytes, seconds: float) -> tuple[bytes, str]:
-    """Hand the job over, and read what comes back until it ends, takes too long or says too much."""
+def _listen(process: "subprocess.Popen[bytes]", job: bytes, seconds: float, token: str) -> tuple[bytes, str]:
+    """Hand the job over, and read what comes back until it ends, takes too long or says too much.
+
+    The clock is here, where code in the sandbox cannot reach it; it starts when the code does.
+    """
     assert process.stdin is not None
     assert process.stdout is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(job)
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.close()
-    said, deadline = b"", time.monotonic() + _STARTING_SECONDS + seconds
+        process.stdin.flush()
+    said, deadline, begun = b"", time.monotonic() + _STARTING_SECONDS, False
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while (left := deadline - time.monotonic()) > 0:
@@ -144,11 +146,18 @@ def _listen(process: "subprocess.Popen[bytes]", job: bytes, seconds: float) -> t
                 return said, "finished"
             if len(said) > _REPORT_BYTES:
                 return said, "flooded"
-    return said, "timeout"
+            if not begun and any("begun" in report for report in _reports(said, token)):
+                begun, deadline = True, time.monotonic() + seconds
+    return said, "timeout" if begun else "unstarted"
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
     """End everything of the process's session that is still in its group; with namespaces that is all there is."""
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()  # which tells the guard to end the others and wait for their end
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_ENDING_SECONDS)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
@@ -157,18 +166,26 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
         process.stdout.close()
 
 
-def _read_report(said: bytes, ended: str, token: str, count: int) -> Outcome:
+def _reports(said: bytes, token: str) -> list[dict[str, Any]]:
+    """What was said by what knows the token."""
     reports: list[dict[str, Any]] = []
-    for line in said.splitlines() if ended in ("finished", "died") else ():
-        with contextlib.suppress(ValueError):
+    for line in said.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
             report = json.loads(line)
             if isinstance(report, dict) and report.get("token") == token:
                 reports.append(report)
+    return reports
+
+
+def _read_report(said: bytes, ended: str, token: str, count: int) -> Outcome:
+    reports = _reports(said, token) if ended != "flooded" else []
     for report in reports:
         if report.get("failed"):
             raise SandboxError(str(report["failed"]))
-    passed = reports[-1].get("passed") if reports else None
-    if not isinstance(passed, int) or not 0 <= passed <= count:
+    if ended == "unstarted":
+        raise SandboxError(f"it did not start in {_STARTING_SECONDS:g} seconds")
+    passed = reports[-1].get("passed") if reports and ended in ("finished", "died") else None
+    if isinstance(passed, bool) or not isinstance(passed, int) or not 0 <= passed <= count:
         return Outcome(None, "died" if ended == "finished" else ended)
     return Outcome(passed, "finished")
 
