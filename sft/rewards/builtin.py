@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The reward functions that come with the package: an exact answer, a pattern, tests that code has to pass."""
 
+import math
 import os
 import re
 import unicodedata
@@ -15,10 +16,12 @@ from typing import Any
 
 import regex
 
-from sft.rewards.reward import Reward, RewardError
-from sft.rewards.sandbox import Limits, SandboxError, check_sandbox, run_tests
+from sft.rewards.reward import Reward, RewardError, what_failed
+from sft.rewards.sandbox import LONGEST_SECONDS, Limits, SandboxError, check_sandbox, run_tests
 
-_NUMBER = re.compile(r"[-+]?(\d+|\d{1,3}(,\d{3})+)?(\.\d+)?")
+_NUMBER = re.compile(r"[-+]?(\d+|\d{1,3}(,\d{3})+)?(\.\d+)?(e[-+]?\d{1,3})?")
+# Digits of a number: all of any float's, written out, and a few more.
+_LONGEST_NUMBER = 1100
 # What may stand around an answer; a full stop before a digit is of the number.
 _BEFORE, _AFTER = " $", " $%.。"
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
@@ -30,7 +33,8 @@ class ExactMatch(Reward):
     The final answer of a text, completion or column alike: what the last `\\boxed{...}` holds; else what follows the
     last `####`; else, with `pattern`, what its first group, or all of it, matched last; else the whole text. Two
     answers are the same if they are equal as texts, in Unicode's normal form KC, without case, with single spaces, and
-    without `$` around and `%` and a full stop after them; or as decimal numbers, commas between thousands left out.
+    without `$` around and `%` and a full stop after them; or as decimal numbers, with an exponent (`1e-05`) or not, commas between
+    thousands left out.
 
     Args:
         column: holds a text or a number.
@@ -51,6 +55,8 @@ class ExactMatch(Reward):
         value = columns[self._column]
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             return f"{self._column} is of type {type(value).__name__}; expected a text or a number"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{self._column} is {value}; expected a text or a finite number"
         return None if normalized(self._answer(str(value)) or "") else f"{self._column} holds no answer"
 
     def rewards(self, texts: Sequence[str], columns: Sequence[Mapping[str, Any]], **given: Any) -> Sequence[Any]:
@@ -70,7 +76,7 @@ class ExactMatch(Reward):
             return text
         try:
             found = list(self._pattern.finditer(text, timeout=_SECONDS))
-        except TimeoutError:
+        except _UNKNOWN:
             return None
         return found[-1][1 if self._pattern.groups else 0] if found else None
 
@@ -101,12 +107,17 @@ def same_answer(answer: str | None, expected: str | None) -> bool:
 
 
 def _number(text: str) -> Fraction | None:
-    if len(text) > 100 or not any(char.isdigit() for char in text) or not _NUMBER.fullmatch(text):
+    if len(text) > _LONGEST_NUMBER or not _NUMBER.fullmatch(text):
         return None
-    return Fraction(text.replace(",", ""))
+    try:
+        return Fraction(text.replace(",", ""))
+    except ValueError:  # a sign, say, without a digit
+        return None
 
 
 _SECONDS = 1.0
+# How a search ends that does not find out: a pattern may call itself, or try, without end.
+_UNKNOWN = (TimeoutError, MemoryError, RecursionError)
 
 
 def compiled(pattern: Any, name: str) -> "regex.Pattern[str]":
@@ -115,14 +126,18 @@ def compiled(pattern: Any, name: str) -> "regex.Pattern[str]":
     Raises:
         RewardError: it is none.
     """
+    if not isinstance(pattern, str):
+        raise RewardError(f"reward function {name}: a pattern is of type {type(pattern).__name__}; expected a text.")
     try:
         return regex.compile(pattern)
-    except (regex.error, TypeError) as error:
-        raise RewardError(f"reward function {name}: {pattern!r:.80} is no regular expression: {error}.") from error
+    except Exception as error:  # beside its own kind, whatever a pattern can bring its parser to
+        raise RewardError(
+            f"reward function {name}: {pattern!r:.80} is no regular expression: {what_failed(error)}."
+        ) from error
 
 
 class Regex(Reward):
-    """1 if a pattern matches a completion, else 0; also 0 if that is not known in time.
+    """1 if a pattern matches a completion, else 0; also 0 if that is not known in time, or in memory.
 
     Args:
         pattern: regular expression, of the package regex; or
@@ -144,8 +159,11 @@ class Regex(Reward):
             raise RewardError(f"reward function {name} needs either a pattern or a column that holds one.")
         if match not in ("search", "fullmatch"):
             raise RewardError(f"reward function {name}: match is {match!r}; expected search or fullmatch.")
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
-            raise RewardError(f"reward function {name}: seconds is {seconds!r}; expected a number above 0.")
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= LONGEST_SECONDS:
+            raise RewardError(
+                f"reward function {name}: seconds is {seconds!r:.80}; expected a number above 0, at most "
+                f"{LONGEST_SECONDS}."
+            )
         self._pattern = compiled(pattern, name) if pattern is not None else None
         self._column, self._match, self._seconds = column, match, seconds
 
@@ -174,7 +192,7 @@ class Regex(Reward):
         find: Callable[..., Any] = pattern.search if self._match == "search" else pattern.fullmatch
         try:
             return float(find(text, timeout=self._seconds) is not None)
-        except TimeoutError:
+        except _UNKNOWN:
             return 0.0
 
 
@@ -212,14 +230,30 @@ class PythonTests(Reward):
         self._workers = workers or min(8, os.cpu_count() or 1)
 
     def check(self) -> None:
-        """Refuse a machine that has no such sandbox."""
+        """Refuse a machine that has no such sandbox, or limits in which nothing can run."""
         try:
             check_sandbox(self._limits)
         except SandboxError as error:
             raise RewardError(
-                f"reward function {self.name}: code cannot be run here as it is to be: {error}. With namespaces: false "
-                "it runs with limits alone, and can reach the network, write what you can write and see your processes."
+                f"reward function {self.name}: code cannot be run here as it is to be: {error}. {self._way_out()}"
             ) from error
+
+    def _way_out(self) -> str:
+        """What helps, by trying: other limits, or no namespaces, or neither."""
+        if _is_there(Limits(namespaces=self._limits.namespaces)):
+            default = Limits()
+            given = [
+                f"{field.name} is {getattr(self._limits, field.name)}, {getattr(default, field.name)} unless set"
+                for field in fields(Limits)
+                if field.name != "namespaces" and getattr(self._limits, field.name) != getattr(default, field.name)
+            ]
+            return f"The limits leave it no room ({'; '.join(given)}); the usual ones do."
+        if self._limits.namespaces and _is_there(Limits(namespaces=False)):
+            return (
+                "With namespaces: false it runs with limits alone, and can reach the network, write what you can write "
+                "and see your processes."
+            )
+        return "It cannot be run here with any limits; drop python_tests."
 
     def applies(self, columns: Mapping[str, Any]) -> bool:
         """Whether a row has tests."""
@@ -233,8 +267,8 @@ class PythonTests(Reward):
         for test in tests:
             try:
                 compile(test, self._column, "exec")
-            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-                return f"{self._column} is no Python: {error}"
+            except Exception as error:
+                return f"{self._column} is no Python: {what_failed(error)}"
         return None
 
     def rewards(self, texts: Sequence[str], columns: Sequence[Mapping[str, Any]], **given: Any) -> Sequence[Any]:
@@ -252,6 +286,14 @@ class PythonTests(Reward):
     def _tests(self, columns: Mapping[str, Any]) -> list[Any]:
         tests = columns[self._column]
         return list(tests) if isinstance(tests, list) else [tests]
+
+
+def _is_there(limits: Limits) -> bool:
+    try:
+        check_sandbox(limits)
+    except SandboxError:
+        return False
+    return True
 
 
 def code_of(text: str) -> str:

@@ -40,6 +40,15 @@ _CHILD = Path(__file__).with_name("sandbox_child.py")
 _REPORT_BYTES = 1 << 16
 # To start an interpreter and make namespaces, and to end all of it; not of the code's own time.
 _STARTING_SECONDS, _ENDING_SECONDS = 30.0, 2.0
+LONGEST_SECONDS = 86400
+# What can be set: days are no limit on a function, and the kernel takes no number of more than 63 bits of bytes.
+_MOST = {
+    "seconds": LONGEST_SECONDS,
+    "memory_mb": 1 << 30,
+    "file_mb": 1 << 30,
+    "processes": 1 << 22,
+    "open_files": 1 << 20,
+}
 
 
 @dataclass(frozen=True)
@@ -63,12 +72,12 @@ class Limits:
     namespaces: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("seconds", "memory_mb", "file_mb", "processes", "open_files"):
+        for name, most in _MOST.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise ValueError(f"{name} is {value!r}; expected a number above 0.")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+                raise ValueError(f"{name} is {value!r:.80}; expected a number above 0, at most {most}.")
             if name != "seconds" and not isinstance(value, int):
-                raise ValueError(f"{name} is {value!r}; expected a whole number.")
+                raise ValueError(f"{name} is {value!r:.80}; expected a whole number.")
         if not isinstance(self.namespaces, bool):
             raise ValueError(f"namespaces is {self.namespaces!r}; expected true or false.")
 
@@ -202,7 +211,7 @@ def check_sandbox(limits: Limits) -> None:
     except OSError as error:
         raise SandboxError(str(error)) from error
     if outcome.passed != 1:
-        raise SandboxError(f"a test that must pass did not within its limits: {outcome.ended}")
+        raise SandboxError(f"a test that must pass did not within its limits ({outcome.ended})")
 
 
-__all__ = ["Limits", "Outcome", "SandboxError", "check_sandbox", "run_tests"]
+__all__ = ["LONGEST_SECONDS", "Limits", "Outcome", "SandboxError", "check_sandbox", "run_tests"]
