@@ -24,7 +24,8 @@ _NUMBER = re.compile(r"[-+]?(\d+|\d{1,3}(,\d{3})+)?(\.\d+)?(e[-+]?\d{1,3})?")
 _LONGEST_NUMBER = 1100
 # What may stand around an answer; a full stop before a digit is of the number.
 _BEFORE, _AFTER = " $", " $%.。"
-_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+# The line that begins or ends a block of code in Markdown: its indent, its marks, and what follows them.
+_FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})[ \t]*([^`]*)")
 
 
 class ExactMatch(Reward):
@@ -33,8 +34,8 @@ class ExactMatch(Reward):
     The final answer of a text, completion or column alike: what the last `\\boxed{...}` holds; else what follows the
     last `####`; else, with `pattern`, what its first group, or all of it, matched last; else the whole text. Two
     answers are the same if they are equal as texts, in Unicode's normal form KC, without case, with single spaces, and
-    without `$` around and `%` and a full stop after them; or as decimal numbers, with an exponent (`1e-05`) or not, commas between
-    thousands left out.
+    without `$` around and `%` and a full stop after them; or as decimal numbers, with an exponent (`1e-05`) or not,
+    commas between thousands left out.
 
     Args:
         column: holds a text or a number.
@@ -199,9 +200,9 @@ class Regex(Reward):
 class PythonTests(Reward):
     """1 if the code of a completion passes all the tests of a column, in a sandbox, else 0.
 
-    The code is that of the last block between three backquotes (`python`, `py` or without a name), or, without one, the
-    whole completion. The standard library is there, nothing else. See [`sft.rewards.sandbox`] for what is stopped and
-    what is not.
+    The code is that of the last block of Markdown that is named `python`, `python3` or `py`; without one, of the last
+    that has no name; without one, the whole completion. The standard library is there, nothing else. See
+    [`sft.rewards.sandbox`] for what is stopped and what is not.
 
     Args:
         column: holds the tests, Python source: a text, or a list of texts, each a test, such as `assert f(2) == 4`.
@@ -298,8 +299,29 @@ def _is_there(limits: Limits) -> bool:
 
 def code_of(text: str) -> str:
     """The code of a completion; see [`PythonTests`]."""
-    blocks = _BLOCK.findall(text)
-    return str(blocks[-1]) if blocks else text
+    blocks = _blocks(text)
+    for names in (("python", "python3", "py"), ("",)):
+        if found := [code for name, code in blocks if name in names]:
+            return found[-1]
+    return text
+
+
+def _blocks(text: str) -> list[tuple[str, str]]:
+    """The blocks of code in a text in Markdown, with the name of their language; the last may lack its end."""
+    blocks: list[tuple[str, str]] = []
+    lines: list[str] = []
+    indent, marks, name = "", "", ""
+    for line in re.split(r"\r\n|\n", text):
+        fence = _FENCE.fullmatch(line)
+        if marks and fence and fence[2].startswith(marks) and not fence[3]:
+            blocks.append((name, "".join(lines)))
+            marks = ""
+        elif marks:
+            lines.append(line.removeprefix(indent) + "\n")
+        elif fence:
+            indent, marks, lines = fence[1], fence[2], []
+            name = re.split(r"[\s{:,]", fence[3], maxsplit=1)[0].lower()
+    return [*blocks, (name, "".join(lines))] if marks else blocks
 
 
 __all__ = ["ExactMatch", "PythonTests", "Regex", "code_of", "normalized", "same_answer"]

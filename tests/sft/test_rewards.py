@@ -112,8 +112,33 @@ def test_a_pattern_that_tries_without_end_is_stopped():
 
 
 def test_code_is_taken_from_the_last_block():
-    assert code_of("a\n```python\nx = 1\n```\nb\n```\ny = 2\n```") == "y = 2\n"
+    assert code_of("a\n```python\nx = 1\n```\nb\n```python\ny = 2\n```") == "y = 2\n"
     assert code_of("x = 1") == "x = 1"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("```bash\npip list\n```\nThen:\n```python\nx = 1\n```\n", "x = 1\n"),
+        ("```python\nx = 1\n```\nOutput:\n```text\n3\n```", "x = 1\n"),
+        ("```python\nx = 1\n```\nOutput:\n```\n3\n```", "x = 1\n"),
+        ("```python\nx = 0\n```\n```json\n{}\n```\nprose\n```python\nx = 1\n```", "x = 1\n"),
+        ("```python3\nx = 1\n```", "x = 1\n"),
+        ("``` Py\nx = 1\n```", "x = 1\n"),
+        ("```python\r\nx = 1\r\n```", "x = 1\n"),
+        ("```python title=a.py\nx = 1\n```", "x = 1\n"),
+        ("~~~python\nx = '''\n```\n'''\n~~~", "x = '''\n```\n'''\n"),
+        ("````python\n```\n````", "```\n"),
+        ("1. So:\n   ```python\n   if x:\n       y\n   ```", "if x:\n    y\n"),
+        ("```python\nx = 1", "x = 1\n"),
+        ("```\nx = 1\n```", "x = 1\n"),
+        ("```python\nx = '\u2028'\n```", "x = '\u2028'\n"),
+        ("```json\n{}\n```", "```json\n{}\n```"),
+        ("an ```inline``` one", "an ```inline``` one"),
+    ],
+)
+def test_blocks_are_those_of_markdown(text, code):
+    assert code_of(text) == code
 
 
 def test_tests_are_run():
@@ -131,12 +156,8 @@ def test_tests_are_run():
 def test_a_machine_without_the_sandbox_is_told_before_the_run(monkeypatch, tmp_path):
     check_sandbox.cache_clear()
     child = tmp_path / "child.py"
-    child.write_text(
-        Path(sandbox_child.__file__).read_text().replace("        if limits[", "        if 1 / (not limits[", 1)
-    )
-    child.write_text(
-        child.read_text().replace('1 / (not limits["namespaces"]:', '1 / (not limits["namespaces"]) < 0:', 1)
-    )
+    source = Path(sandbox_child.__file__).read_text()
+    child.write_text(source.replace("def _cut_off(", "def _cut_off(*_): 1 / 0\n\n\ndef _unused(", 1))
     monkeypatch.setattr("sft.rewards.sandbox._CHILD", child)
     with pytest.raises(
         RewardError, match=r"python_tests: code cannot be run here .*division by zero.* namespaces: false"

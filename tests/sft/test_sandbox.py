@@ -345,6 +345,21 @@ def test_the_clock_is_out_of_reach(code):
 
 
 @pytest.mark.parametrize("namespaces", BOTH)
+def test_code_cannot_say_that_the_sandbox_failed(namespaces):
+    """Which would end the run, in words of its own; it may say only that its tests passed, as is documented."""
+    code = (
+        "import sys, os, json\n"
+        "frame = sys._getframe()\n"
+        "while 'job' not in frame.f_locals: frame = frame.f_back\n"
+        "said = {'token': frame.f_locals['job']['token'], 'failed': 'disk full', 'begun': True, 'passed': True}\n"
+        "os.write(frame.f_locals['report'], json.dumps(said).encode() + b'\\n')\n"
+        "os._exit(0)"
+    )
+    assert run_tests(code, ["pass"], Limits(namespaces=namespaces)).passed is None
+    assert run_tests(code.replace("True}", "1}"), ["pass"], Limits(namespaces=namespaces)).passed == 1
+
+
+@pytest.mark.parametrize("namespaces", BOTH)
 def test_the_clock_starts_with_the_code(namespaces, monkeypatch):
     """A machine that starts processes slowly costs the code nothing."""
     original = Path(sandbox_child.__file__).read_text()
