@@ -34,8 +34,9 @@ class ExactMatch(Reward):
     The final answer of a text, completion or column alike: what the last `\\boxed{...}` holds; else what follows the
     last `####`; else, with `pattern`, what its first group, or all of it, matched last; else the whole text. Two
     answers are the same if they are equal as texts, in Unicode's normal form KC, without case, with single spaces, and
-    without `$` around and `%` and a full stop after them; or as decimal numbers, with an exponent (`1e-05`) or not,
-    commas between thousands left out.
+    without `$` around and `%` and a full stop after them, a minus sign as a hyphen; or as decimal numbers, with an
+    exponent (`1e-05`) or not, commas between thousands left out. A number in the column that is no whole one is a float
+    with 53 bits, and is that of every text that is rounded to it.
 
     Args:
         column: holds a text or a number.
@@ -63,9 +64,16 @@ class ExactMatch(Reward):
     def rewards(self, texts: Sequence[str], columns: Sequence[Mapping[str, Any]], **given: Any) -> Sequence[Any]:
         """1 or 0, or None for a row without the column."""
         return [
-            float(same_answer(self._answer(text), self._answer(str(row[self._column])))) if self.applies(row) else None
+            float(self._is_right(self._answer(text), row[self._column])) if self.applies(row) else None
             for text, row in zip(texts, columns, strict=True)
         ]
+
+    def _is_right(self, answer: str | None, value: Any) -> bool:
+        if same_answer(answer, self._answer(str(value))):
+            return True
+        # A file may write more digits of a number than a float keeps.
+        number = _number(normalized(answer or "")) if isinstance(value, float) else None
+        return number is not None and _as_float(number) == value
 
     def _answer(self, text: str) -> str | None:
         boxed = text.rpartition(r"\boxed{")
@@ -93,7 +101,8 @@ def _within_braces(text: str) -> str | None:
 
 def normalized(answer: str) -> str:
     """An answer without what does not make another of it; see [`ExactMatch`]."""
-    return " ".join(unicodedata.normalize("NFKC", answer).casefold().split()).lstrip(_BEFORE).rstrip(_AFTER)
+    plain = unicodedata.normalize("NFKC", answer).replace("\u2212", "-")
+    return " ".join(plain.casefold().split()).lstrip(_BEFORE).rstrip(_AFTER)
 
 
 def same_answer(answer: str | None, expected: str | None) -> bool:
@@ -114,6 +123,13 @@ def _number(text: str) -> Fraction | None:
         return Fraction(text.replace(",", ""))
     except ValueError:  # a sign, say, without a digit
         return None
+
+
+def _as_float(number: Fraction) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 _SECONDS = 1.0
