@@ -4,21 +4,22 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Run Python code that a model wrote, with limits, in a process of its own.
 
-There is a sandbox on Linux alone. In any case the code and its process group end when its time is up, of the wall or of
-the processor; each of its processes has so much memory and so many open files, and each of its files such a size, at
-most; it inherits nothing of this environment and input; and it is not believed for exiting with status 0.
+There is a sandbox on Linux alone. In any case the code and its process group are ended when their time is up, by a clock
+in the process that calls, which starts when the code does; each of its processes has so much memory, processor time and
+so many open files, and each of its files such a size, at most; it inherits nothing of this environment and input; and it
+is not believed for exiting with status 0.
 
-With `namespaces` (where an unprivileged user may make them) it also has no network and no sockets, those of daemons
-included; a file system that it cannot write, but for an empty folder of its own that is gone afterwards; no /proc and
-no view of other processes; none of its own that outlives it, and so many at most. Root first becomes nobody, if nobody
-can read Python's library; else the number of processes is not limited.
+With `namespaces` (where an unprivileged user may make them) it also sees no files but Python's library, shared libraries
+and five devices, none of which it can write, and an empty folder of its own in memory; it has no network, no view of
+other processes, none of its own that outlives it, and so many at most; and system calls are refused by which it could
+reach what it does not see, or hold memory that no limit counts. It is nobody if this is root.
 
 Without them it can do what the user can: reach the network, write files, see other processes and their environments,
-leave processes of another session behind; and root can raise its limits.
+leave processes of another session behind; and root, where nobody cannot read the library, can raise its limits.
 
-What it can do with them all the same: read every file that the user can read; use a fault of the kernel, which it
-shares; look in its own process for how tests are run and report what did not happen. A container or a virtual machine
-without secrets is the place to run this in.
+What it can do with them all the same: read these libraries; use a fault of the kernel, which it shares; look in its own
+process for how tests are run and report what did not happen. docs/preferences-and-rewards.md has all of it. A container
+or a virtual machine without secrets is the place to run this in.
 """
 
 import contextlib
@@ -59,7 +60,7 @@ class Limits:
         seconds: of wall-clock time, and of processor time.
         memory_mb: address space of each process, in MiB.
         file_mb: size of each file, and with namespaces of all of them together, in MiB.
-        processes: of the user at most, threads included; with namespaces, of this code.
+        processes: of the user at most, threads included; with namespaces, of this sandbox.
         open_files: at once, by each process.
         namespaces: cut it off from network and file system; an error where that cannot be done.
     """
