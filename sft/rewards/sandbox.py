@@ -4,15 +4,15 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Run Python code that a model wrote, with limits, in a process of its own.
 
-There is a sandbox on Linux alone. In any case the code and its process group are ended when their time is up, by a clock
-in the process that calls, which starts when the code does; each of its processes has so much memory, processor time and
-so many open files, and each of its files such a size, at most; it inherits nothing of this environment and input; and it
-is not believed for exiting with status 0.
+There is a sandbox on Linux alone. In any case the code and its process group are ended when their time is up, by a
+clock in the process that calls, which starts when the code does; each of its processes has so much memory, processor
+time and so many open files, and each of its files such a size, at most; it inherits nothing of this environment and
+input; and it is not believed for exiting with status 0.
 
-With `namespaces` (where an unprivileged user may make them) it also sees no files but Python's library, shared libraries
-and five devices, none of which it can write, and an empty folder of its own in memory; it has no network, no view of
-other processes, none of its own that outlives it, and so many at most; and system calls are refused by which it could
-reach what it does not see, or hold memory that no limit counts. It is nobody if this is root.
+With `namespaces` (where an unprivileged user may make them) it also sees no files but Python's library and shared
+libraries, which it cannot write, five devices such as `null`, and an empty folder of its own in memory; it has no
+network, no view of other processes, none of its own that outlives it, and so many at most; and system calls are refused
+by which it could reach what it does not see, or hold memory that no limit counts. It is nobody if this is root.
 
 Without them it can do what the user can: reach the network, write files, see other processes and their environments,
 leave processes of another session behind; and root, where nobody cannot read the library, can raise its limits.

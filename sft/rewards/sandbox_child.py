@@ -193,7 +193,8 @@ def _make_files(root: str, file_mb: int, pivot_root: int) -> None:
     _call("mount", b"none", root.encode(), b"tmpfs", _NO_SET_ID | _NO_DEVICES, b"size=1m,mode=755")
     sys.executable = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     library = [path for path in sys.path if os.path.exists(path)]
-    for path in dict.fromkeys((*_LIBRARIES, os.path.join(sys.base_prefix, "lib"), *library, sys.executable)):
+    own = [os.path.join(prefix, "lib") for prefix in (sys.base_prefix, os.path.realpath(sys.base_prefix))]
+    for path in dict.fromkeys((*_LIBRARIES, *own, *library, sys.executable)):
         _show(path, root)
     for path in library:
         for name in _PACKAGES:

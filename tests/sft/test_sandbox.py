@@ -211,6 +211,9 @@ def test_it_sees_the_library_and_nothing_else(tmp_path):
         "import os, stat; assert not [d for d in os.listdir('/dev') if stat.S_ISBLK(os.stat('/dev/' + d).st_mode)]",
         "import os; assert not {'proc', 'sys', 'home', 'run', 'var'} & set(os.listdir('/'))",
         "import os; assert os.listdir('.') == [] and os.getcwd() == os.environ['HOME'] == os.environ['TMPDIR']",
+        # What is open is the three devices that stand for input and output, and the pipe of the report.
+        "import os, stat\nkinds = []\nfor n in range(64):\n    try: kinds += [stat.S_IFMT(os.fstat(n).st_mode)]\n"
+        "    except OSError: pass\nassert sorted(kinds) == sorted([stat.S_IFCHR] * 3 + [stat.S_IFIFO])",
         "open('/dev/null', 'w').write('x'); assert len(open('/dev/urandom', 'rb').read(9)) == 9",
     ]
     assert run_tests("", seen, Limits()).passed == len(seen)
