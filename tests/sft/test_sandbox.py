@@ -214,6 +214,10 @@ def test_it_sees_the_library_and_nothing_else(tmp_path):
         # What is open is the three devices that stand for input and output, and the pipe of the report.
         "import os, stat\nkinds = []\nfor n in range(64):\n    try: kinds += [stat.S_IFMT(os.fstat(n).st_mode)]\n"
         "    except OSError: pass\nassert sorted(kinds) == sorted([stat.S_IFCHR] * 3 + [stat.S_IFIFO])",
+        "import os; assert os.listdir('/..') == os.listdir('/')",
+        "import os\nfor place in ('/', '/dev', os.path.dirname(os.__file__)):\n"
+        "    assert os.statvfs(place).f_flag & (os.ST_RDONLY | os.ST_NOSUID) == os.ST_RDONLY | os.ST_NOSUID",
+        "import os\nfor place in ('/', '.', os.path.dirname(os.__file__)): assert os.statvfs(place).f_flag & os.ST_NODEV",
         "open('/dev/null', 'w').write('x'); assert len(open('/dev/urandom', 'rb').read(9)) == 9",
     ]
     assert run_tests("", seen, Limits()).passed == len(seen)
