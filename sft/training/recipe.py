@@ -516,6 +516,11 @@ def _check_combinations(values: Mapping[str, Any], keys: _Keys, origin: str) -> 
         raise RecipeError(f"{origin}: packing_strategy has no effect here; it needs packing: true.")
     if values.get("eval_data_files") and values.get("eval_strategy", "no") == "no" and not values.get("eval_on_start"):
         raise RecipeError(f"{origin}: eval_data_files has no effect here; it needs eval_strategy: steps or epoch.")
+    evaluates = values.get("eval_strategy", "no") != "no" or values.get("eval_on_start")
+    if evaluates and not values.get("eval_data_files") and values.get("test_split_size") is None:
+        key = "eval_on_start" if values.get("eval_strategy", "no") == "no" else "eval_strategy"
+        rows = "eval_data_files" + (" or test_split_size" if "test_split_size" not in keys.refused else "")
+        raise RecipeError(f"{origin}: {key} has nothing to evaluate on; it needs {rows}.")
     if keys.config is GRPOConfig:
         _check_rewards(values, origin)
     if values.get("data") is not None and values.get("data_files") is not None:
@@ -532,8 +537,10 @@ def _check_combinations(values: Mapping[str, Any], keys: _Keys, origin: str) -> 
     for need in _NEEDS:
         for key, value in values.items():
             if re.fullmatch(need.keys, key) and value is not None and not need.is_met(settings.get(need.switch)):
-                wanted = " or ".join(need.values) or "true"
-                raise RecipeError(f"{origin}: {key} has no effect here; it needs {need.switch}: {wanted}.")
+                wanted = f"{need.switch}: {' or '.join(need.values) or 'true'}"
+                if not need.values and not _is_a(True, keys.hints.get(need.switch, bool)):
+                    wanted = f"{need.switch} above 0" if _is_a(0.5, keys.hints.get(need.switch, bool)) else need.switch
+                raise RecipeError(f"{origin}: {key} has no effect here; it needs {wanted}.")
 
 
 def _check_rewards(values: Mapping[str, Any], origin: str) -> None:
