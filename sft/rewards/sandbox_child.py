@@ -31,8 +31,10 @@ _DIE_WITH_PARENT, _NO_NEW_PRIVILEGES, _DROP_CAPABILITY, _SET_SECCOMP, _SECCOMP_F
 # Where the code works, in its own tree of files, and how many files it may make there.
 _WORK, _FILES = "/sandbox", 4096
 # What the standard library is made of, beside itself: shared libraries, and the rules of time zones.
-_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/lib64", "/nix/store")
-_LIBRARIES += ("/etc/ld.so.cache", "/usr/share/zoneinfo")
+_LIBRARIES = (
+    *("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/lib64", "/nix/store"),
+    *("/etc/ld.so.cache", "/usr/share/zoneinfo"),
+)
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _PACKAGES = ("site-packages", "dist-packages")
 

@@ -14,6 +14,7 @@ from sft.rewards.builtin import code_of, same_answer
 from sft.rewards.reward import RewardError
 from sft.rewards.sandbox import Limits, check_sandbox
 from sft.rewards.spec import load_rewards, parse_rewards
+from tests.sft.test_sandbox import needs_namespaces
 
 
 def reward(spec):
@@ -181,11 +182,12 @@ def test_a_machine_without_the_sandbox_is_told_before_the_run(monkeypatch, tmp_p
     assert Limits().namespaces, "the strict one is what is had without asking"
 
 
-@pytest.mark.parametrize("setting", [{"memory_mb": 1}, {"seconds": 1e-9}], ids=str)
-def test_limits_that_are_too_small_are_what_is_said_to_be_wrong(setting):
+@pytest.mark.parametrize("namespaces", [pytest.param(True, marks=needs_namespaces), False])
+@pytest.mark.parametrize("setting", [{"memory_mb": 1}, {"memory_mb": 16}, {"seconds": 1e-9}], ids=str)
+def test_limits_that_are_too_small_are_what_is_said_to_be_wrong(setting, namespaces):
     name, value = next(iter(setting.items()))
     with pytest.raises(RewardError, match=rf"leave it no room \({name} is {value}, .* unless set\)") as error:
-        reward({"python_tests": {**setting, "namespaces": False}}).check()
+        reward({"python_tests": {**setting, "namespaces": namespaces}}).check()
     assert "namespaces" not in str(error.value)
 
 
