@@ -33,6 +33,13 @@ def can_cut_off():
     return True
 
 
+def let_others_in(*places):
+    """Root that has become nobody, which it does where nobody can read Python's library, is one of the others."""
+    for place in {*places, *(parent for each in places for parent in each.parents)}:
+        with contextlib.suppress(PermissionError):
+            place.chmod(place.stat().st_mode | (0o055 if place.is_dir() else 0o066))
+
+
 needs_namespaces = pytest.mark.skipif(not can_cut_off(), reason="no namespaces may be made here")
 BOTH = [pytest.param(True, marks=needs_namespaces), False]
 
@@ -103,6 +110,7 @@ def test_the_environment_and_the_packages_are_not_there(namespaces, monkeypatch)
 
 @pytest.mark.parametrize("namespaces", BOTH)
 def test_nothing_is_left_in_the_folder_of_temporary_files(namespaces, tmp_path, monkeypatch):
+    let_others_in(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code = "open('a', 'w').write('b')\nimport tempfile; tempfile.mkdtemp()"
     assert run_tests(code, ["import os; assert len(os.listdir()) == 2"], Limits(namespaces=namespaces)).passed == 1
@@ -124,12 +132,10 @@ def test_without_a_network_and_with_nothing_to_write(tmp_path):
 @needs_namespaces
 def test_daemons_cannot_be_asked(tmp_path):
     """A socket in the file system is on no network: of Docker, for example, it would be a way out."""
-    for folder in [tmp_path, *tmp_path.parents]:
-        with contextlib.suppress(PermissionError):
-            folder.chmod(folder.stat().st_mode | 0o055)
     ask = "import socket\nwith socket.socket(socket.AF_UNIX) as it: it.connect({!r})"
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "s"))
+        let_others_in(tmp_path / "s")
         server.listen(2)
         code = ask.format(str(tmp_path / "s"))
         assert run_tests("", [code], Limits(namespaces=False)).passed == 1
@@ -188,9 +194,7 @@ def test_it_sees_the_library_and_nothing_else(tmp_path):
     secret, pipe = tmp_path / "secret", tmp_path / "pipe"
     secret.write_text("s")
     os.mkfifo(pipe)
-    for place in [secret, pipe, tmp_path, *tmp_path.parents]:
-        with contextlib.suppress(PermissionError):
-            place.chmod(place.stat().st_mode | 0o077 if place in (secret, pipe) else place.stat().st_mode | 0o055)
+    let_others_in(secret, pipe)
     end, terminal = os.openpty()
     held = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
     try:
