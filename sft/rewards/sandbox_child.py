@@ -273,9 +273,10 @@ _ARM = {
     "init_module": 105, "finit_module": 273, "kexec_load": 104,
 }  # fmt: skip
 _MACHINES = {"x86_64": _X86, "aarch64": _ARM}
-# From here on calls have one number everywhere. The C library does without all of them: rings (io_uring), in which
-# sockets could be opened, new ways to mount, to make processes and memory, and handles of processes.
-_NEW_CALLS = 424
+# From here on calls have one number everywhere. Those that may be made: close_range, without which glibc needs /proc,
+# openat2, faccessat2, epoll_pwait2. The C library does without the others: rings (io_uring), in which sockets could be
+# opened, new ways to mount, to make processes and memory, and handles of processes.
+_NEW_CALLS, _NEW_ALLOWED = 424, (436, 437, 439, 441)
 
 
 def _filter_calls() -> None:
@@ -292,16 +293,18 @@ class _Program(ctypes.Structure):
 
 
 def _program(machine: dict[str, int]) -> bytes:
-    """A filter for the calls of a processor: those named, and new namespaces, fail with EPERM, new calls as absent.
+    """A filter for the calls of a processor: those named, and new namespaces, fail with EPERM, most new ones as absent.
 
     Calls of another kind of program on it (x32, 32-bit), which are numbered otherwise, are refused as well.
     """
     load, equal, at_least, any_bit, end = 0x20, 0x15, 0x35, 0x45, 0x06
     number, kind, first_argument = 0, 4, 16
     denied = [call for name, call in machine.items() if name not in ("kind", "clone")]
-    instructions = [(load, 0, 0, kind), (equal, 0, len(denied) + 6, machine["kind"]), (load, 0, 0, number)]
-    instructions += [(at_least, len(denied) + 5, 0, _NEW_CALLS)]
-    instructions += [(equal, len(denied) - index + 3, 0, call) for index, call in enumerate(denied)]
+    some, many = len(_NEW_ALLOWED), len(denied)
+    instructions = [(load, 0, 0, kind), (equal, 0, some + many + 6, machine["kind"]), (load, 0, 0, number)]
+    instructions += [(equal, some + many - index + 3, 0, call) for index, call in enumerate(_NEW_ALLOWED)]
+    instructions += [(at_least, many + 5, 0, _NEW_CALLS)]
+    instructions += [(equal, many - index + 3, 0, call) for index, call in enumerate(denied)]
     instructions += [
         (equal, 0, 2, machine["clone"]),
         (load, 0, 0, first_argument),
