@@ -297,6 +297,15 @@ def tokenize_answers(
     }
 
 
+def _told_apart(parts: dict[str, Tokenized], max_length: int | None) -> dict[str, Tokenized] | Problem:
+    """Both answers of a pair, if their tokens differ where they are read."""
+    chosen, rejected = (parts[answer].input_ids for answer in _ANSWERS)
+    if chosen != rejected:
+        return parts
+    what = f"up to max_length {max_length}" if any(part.truncated for part in parts.values()) else "to the tokenizer"
+    return Problem("same_answers", f"chosen and rejected are the same {what}; there is nothing to prefer")
+
+
 def _common(left: list[int], right: list[int]) -> int:
     """How many leading tokens are the same."""
     same = 0
@@ -323,7 +332,9 @@ class PairJudge:
         """See [`tokenize_answers`]."""
         columns = example.columns
         answers = {answer: columns[answer] for answer in _ANSWERS}
-        return tokenize_answers(columns["prompt"], answers, tokenizer, max_length, example.source, columns.get("tools"))
+        tools = columns.get("tools")
+        parts = tokenize_answers(columns["prompt"], answers, tokenizer, max_length, example.source, tools)
+        return parts if isinstance(parts, Problem) else _told_apart(parts, max_length)
 
 
 class LabelledJudge:
@@ -363,7 +374,7 @@ class LabelledJudge:
             if isinstance(part, Problem):
                 return part
             parts |= part
-        return parts
+        return _told_apart(parts, max_length) if all(answer in parts for answer in _ANSWERS) else parts
 
 
 def is_pair(value: Any) -> bool:

@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The reward functions that come with the package: an exact answer, a pattern, tests that code has to pass."""
 
+import math
 import os
 import re
 import unicodedata
@@ -15,13 +16,16 @@ from typing import Any
 
 import regex
 
-from sft.rewards.reward import Reward, RewardError
-from sft.rewards.sandbox import Limits, SandboxError, check_sandbox, run_tests
+from sft.rewards.reward import Reward, RewardError, what_failed
+from sft.rewards.sandbox import LONGEST_SECONDS, Limits, SandboxError, check_sandbox, run_tests
 
-_NUMBER = re.compile(r"[-+]?(\d+|\d{1,3}(,\d{3})+)?(\.\d+)?")
+_NUMBER = re.compile(r"[-+]?(\d+|\d{1,3}(,\d{3})+)?(\.\d+)?(e[-+]?\d{1,3})?")
+# Digits of a number: all of any float's, written out, and a few more.
+_LONGEST_NUMBER = 1100
 # What may stand around an answer; a full stop before a digit is of the number.
 _BEFORE, _AFTER = " $", " $%.。"
-_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+# The line that begins or ends a block of code in Markdown: its indent, its marks, and what follows them.
+_FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})[ \t]*([^`]*)")
 
 
 class ExactMatch(Reward):
@@ -30,7 +34,9 @@ class ExactMatch(Reward):
     The final answer of a text, completion or column alike: what the last `\\boxed{...}` holds; else what follows the
     last `####`; else, with `pattern`, what its first group, or all of it, matched last; else the whole text. Two
     answers are the same if they are equal as texts, in Unicode's normal form KC, without case, with single spaces, and
-    without `$` around and `%` and a full stop after them; or as decimal numbers, commas between thousands left out.
+    without `$` around and `%` and a full stop after them, a minus sign as a hyphen; or as decimal numbers, with an
+    exponent (`1e-05`) or not, commas between thousands left out. A number in the column that is no whole one is a float
+    with 53 bits, and is that of every text that is rounded to it.
 
     Args:
         column: holds a text or a number.
@@ -51,14 +57,23 @@ class ExactMatch(Reward):
         value = columns[self._column]
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             return f"{self._column} is of type {type(value).__name__}; expected a text or a number"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{self._column} is {value}; expected a text or a finite number"
         return None if normalized(self._answer(str(value)) or "") else f"{self._column} holds no answer"
 
     def rewards(self, texts: Sequence[str], columns: Sequence[Mapping[str, Any]], **given: Any) -> Sequence[Any]:
         """1 or 0, or None for a row without the column."""
         return [
-            float(same_answer(self._answer(text), self._answer(str(row[self._column])))) if self.applies(row) else None
+            float(self._is_right(self._answer(text), row[self._column])) if self.applies(row) else None
             for text, row in zip(texts, columns, strict=True)
         ]
+
+    def _is_right(self, answer: str | None, value: Any) -> bool:
+        if same_answer(answer, self._answer(str(value))):
+            return True
+        # A file may write more digits of a number than a float keeps.
+        number = _number(normalized(answer or "")) if isinstance(value, float) else None
+        return number is not None and _as_float(number) == value
 
     def _answer(self, text: str) -> str | None:
         boxed = text.rpartition(r"\boxed{")
@@ -70,7 +85,7 @@ class ExactMatch(Reward):
             return text
         try:
             found = list(self._pattern.finditer(text, timeout=_SECONDS))
-        except TimeoutError:
+        except _UNKNOWN:
             return None
         return found[-1][1 if self._pattern.groups else 0] if found else None
 
@@ -86,7 +101,8 @@ def _within_braces(text: str) -> str | None:
 
 def normalized(answer: str) -> str:
     """An answer without what does not make another of it; see [`ExactMatch`]."""
-    return " ".join(unicodedata.normalize("NFKC", answer).casefold().split()).lstrip(_BEFORE).rstrip(_AFTER)
+    plain = unicodedata.normalize("NFKC", answer).replace("\u2212", "-")
+    return " ".join(plain.casefold().split()).lstrip(_BEFORE).rstrip(_AFTER)
 
 
 def same_answer(answer: str | None, expected: str | None) -> bool:
@@ -101,12 +117,24 @@ def same_answer(answer: str | None, expected: str | None) -> bool:
 
 
 def _number(text: str) -> Fraction | None:
-    if len(text) > 100 or not any(char.isdigit() for char in text) or not _NUMBER.fullmatch(text):
+    if len(text) > _LONGEST_NUMBER or not _NUMBER.fullmatch(text):
         return None
-    return Fraction(text.replace(",", ""))
+    try:
+        return Fraction(text.replace(",", ""))
+    except ValueError:  # a sign, say, without a digit
+        return None
+
+
+def _as_float(number: Fraction) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 _SECONDS = 1.0
+# How a search ends that does not find out: a pattern may call itself, or try, without end.
+_UNKNOWN = (TimeoutError, MemoryError, RecursionError)
 
 
 def compiled(pattern: Any, name: str) -> "regex.Pattern[str]":
@@ -115,14 +143,18 @@ def compiled(pattern: Any, name: str) -> "regex.Pattern[str]":
     Raises:
         RewardError: it is none.
     """
+    if not isinstance(pattern, str):
+        raise RewardError(f"reward function {name}: a pattern is of type {type(pattern).__name__}; expected a text.")
     try:
         return regex.compile(pattern)
-    except (regex.error, TypeError) as error:
-        raise RewardError(f"reward function {name}: {pattern!r:.80} is no regular expression: {error}.") from error
+    except Exception as error:  # beside its own kind, whatever a pattern can bring its parser to
+        raise RewardError(
+            f"reward function {name}: {pattern!r:.80} is no regular expression: {what_failed(error)}."
+        ) from error
 
 
 class Regex(Reward):
-    """1 if a pattern matches a completion, else 0; also 0 if that is not known in time.
+    """1 if a pattern matches a completion, else 0; also 0 if that is not known in time, or in memory.
 
     Args:
         pattern: regular expression, of the package regex; or
@@ -144,8 +176,11 @@ class Regex(Reward):
             raise RewardError(f"reward function {name} needs either a pattern or a column that holds one.")
         if match not in ("search", "fullmatch"):
             raise RewardError(f"reward function {name}: match is {match!r}; expected search or fullmatch.")
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
-            raise RewardError(f"reward function {name}: seconds is {seconds!r}; expected a number above 0.")
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= LONGEST_SECONDS:
+            raise RewardError(
+                f"reward function {name}: seconds is {seconds!r:.80}; expected a number above 0, at most "
+                f"{LONGEST_SECONDS}."
+            )
         self._pattern = compiled(pattern, name) if pattern is not None else None
         self._column, self._match, self._seconds = column, match, seconds
 
@@ -174,16 +209,16 @@ class Regex(Reward):
         find: Callable[..., Any] = pattern.search if self._match == "search" else pattern.fullmatch
         try:
             return float(find(text, timeout=self._seconds) is not None)
-        except TimeoutError:
+        except _UNKNOWN:
             return 0.0
 
 
 class PythonTests(Reward):
     """1 if the code of a completion passes all the tests of a column, in a sandbox, else 0.
 
-    The code is that of the last block between three backquotes (`python`, `py` or without a name), or, without one, the
-    whole completion. The standard library is there, nothing else. See [`sft.rewards.sandbox`] for what is stopped and
-    what is not.
+    The code is that of the last block of Markdown that is named `python`, `python3` or `py`; without one, of the last
+    that has no name; without one, the whole completion. The standard library is there, nothing else. See
+    [`sft.rewards.sandbox`] for what is stopped and what is not.
 
     Args:
         column: holds the tests, Python source: a text, or a list of texts, each a test, such as `assert f(2) == 4`.
@@ -212,14 +247,30 @@ class PythonTests(Reward):
         self._workers = workers or min(8, os.cpu_count() or 1)
 
     def check(self) -> None:
-        """Refuse a machine that has no such sandbox."""
+        """Refuse a machine that has no such sandbox, or limits in which nothing can run."""
         try:
             check_sandbox(self._limits)
         except SandboxError as error:
             raise RewardError(
-                f"reward function {self.name}: code cannot be run here as it is to be: {error}. With namespaces: false "
-                "it runs with limits alone, and can reach the network, write what you can write and see your processes."
+                f"reward function {self.name}: code cannot be run here as it is to be: {error}. {self._way_out()}"
             ) from error
+
+    def _way_out(self) -> str:
+        """What helps, by trying: other limits, or no namespaces, or neither."""
+        if _is_there(Limits(namespaces=self._limits.namespaces)):
+            default = Limits()
+            given = [
+                f"{field.name} is {getattr(self._limits, field.name)}, {getattr(default, field.name)} unless set"
+                for field in fields(Limits)
+                if field.name != "namespaces" and getattr(self._limits, field.name) != getattr(default, field.name)
+            ]
+            return f"The limits leave it no room ({'; '.join(given)}); the usual ones do."
+        if self._limits.namespaces and _is_there(Limits(namespaces=False)):
+            return (
+                "With namespaces: false it runs with limits alone, and can reach the network, write what you can write "
+                "and see your processes."
+            )
+        return "It cannot be run here with any limits; drop python_tests."
 
     def applies(self, columns: Mapping[str, Any]) -> bool:
         """Whether a row has tests."""
@@ -233,8 +284,8 @@ class PythonTests(Reward):
         for test in tests:
             try:
                 compile(test, self._column, "exec")
-            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-                return f"{self._column} is no Python: {error}"
+            except Exception as error:
+                return f"{self._column} is no Python: {what_failed(error)}"
         return None
 
     def rewards(self, texts: Sequence[str], columns: Sequence[Mapping[str, Any]], **given: Any) -> Sequence[Any]:
@@ -254,10 +305,39 @@ class PythonTests(Reward):
         return list(tests) if isinstance(tests, list) else [tests]
 
 
+def _is_there(limits: Limits) -> bool:
+    try:
+        check_sandbox(limits)
+    except SandboxError:
+        return False
+    return True
+
+
 def code_of(text: str) -> str:
     """The code of a completion; see [`PythonTests`]."""
-    blocks = _BLOCK.findall(text)
-    return str(blocks[-1]) if blocks else text
+    blocks = _blocks(text)
+    for names in (("python", "python3", "py"), ("",)):
+        if found := [code for name, code in blocks if name in names]:
+            return found[-1]
+    return text
+
+
+def _blocks(text: str) -> list[tuple[str, str]]:
+    """The blocks of code in a text in Markdown, with the name of their language; the last may lack its end."""
+    blocks: list[tuple[str, str]] = []
+    lines: list[str] = []
+    indent, marks, name = "", "", ""
+    for line in re.split(r"\r\n|\n", text):
+        fence = _FENCE.fullmatch(line)
+        if marks and fence and fence[2].startswith(marks) and not fence[3]:
+            blocks.append((name, "".join(lines)))
+            marks = ""
+        elif marks:
+            lines.append(line.removeprefix(indent) + "\n")
+        elif fence:
+            indent, marks, lines = fence[1], fence[2], []
+            name = re.split(r"[\s{:,]", fence[3], maxsplit=1)[0].lower()
+    return [*blocks, (name, "".join(lines))] if marks else blocks
 
 
 __all__ = ["ExactMatch", "PythonTests", "Regex", "code_of", "normalized", "same_answer"]

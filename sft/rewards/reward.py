@@ -17,20 +17,29 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conversion.checkpoint.errors import one_line
+from conversion.checkpoint.errors import one_line, printable
 from sft import SFTError
 from sft.data.prompts import COLUMNS, GIVEN, SOURCE
 
 
 class RewardError(SFTError):
-    """A reward function cannot be used, or failed. The message names it, and the row where there is one."""
+    """A reward function cannot be used, or failed. The message names it, and the row where there is one.
+
+    It is one line of what can be shown, whatever a file or an error of its code says.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class Reward:
     """A reward function, as TRL calls it.
 
+    `__name__` is its name in TRL's metrics, which no other reward function of a run has: see
+    [`sft.rewards.spec.load_rewards`].
+
     Args:
-        name: in the recipe, in logs and in errors.
+        name: in the recipe and in errors.
         settings: as the recipe gives them; None stands for what a file of the user's decides itself.
     """
 
@@ -73,9 +82,11 @@ class Reward:
             found = list(self.rewards(texts, columns, **given))
         except RewardError:
             raise
-        except Exception as error:
+        except KeyboardInterrupt:  # the user's, who wants the run to end
+            raise
+        except BaseException as error:  # SystemExit, for example, would end the run as if it were done
             place = self._find_failure(texts, columns, sources, given)
-            raise RewardError(f"reward function {self.name} failed on {place}: {one_line(error)}") from error
+            raise RewardError(f"reward function {self.name} failed on {place}: {what_failed(error)}") from error
         if len(found) != len(texts):
             raise RewardError(
                 f"reward function {self.name} returned {len(found)} rewards for {len(texts)} completions; return one "
@@ -87,12 +98,15 @@ class Reward:
         if value is None:
             return None
         try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
+            # A text may spell a number, but is none.
+            number = math.nan if isinstance(value, str | bytes | bytearray) else float(value)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # the value may be of a class of the user's, or a tensor of several numbers
             number = math.nan
         if not math.isfinite(number):
             raise RewardError(
-                f"reward function {self.name} returned {value!r:.80} for a completion of {source}; return a finite "
+                f"reward function {self.name} returned {_shown(value)} for a completion of {source}; return a finite "
                 "number, or None where it does not apply."
             )
         return number
@@ -107,9 +121,30 @@ class Reward:
             alone = {name: [values[index]] for name, values in lists.items()}
             try:
                 list(self.rewards([texts[index]], [columns[index]], **alone, **others))
-            except Exception:
+            except KeyboardInterrupt:
+                raise
+            except BaseException:
                 return source
         return f"{sources[0]} to {sources[-1]} together, on none of them alone"
+
+
+def what_failed(error: BaseException) -> str:
+    """What an error of a user's code says, as one line, whatever its class does when it is asked."""
+    try:
+        return one_line(error)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return type(error).__name__
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.80}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return f"a {type(value).__name__}"
 
 
 def text_of(completion: Any) -> str:
@@ -131,10 +166,13 @@ class FileReward(Reward):
 
     def __init__(self, name: str, function: Callable[..., Any], digest: str) -> None:
         super().__init__(name, {})
-        self.__name__ = name.rpartition(":")[2]
+        self.__name__ = self._called = name.rpartition(":")[2]
         self._function = function
         self._digest = digest
-        parameters = inspect.signature(function).parameters.values()
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError) as error:
+            raise RewardError(f"reward_funcs: what {name} takes cannot be told: {what_failed(error)}.") from error
         by_name = [each for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)]
         self._takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters)
         self._names = {each.name for each in by_name}
@@ -151,7 +189,7 @@ class FileReward(Reward):
 
     def describe(self) -> dict[str, Any]:
         """The function and what its file holds, not where that lies."""
-        return {"name": Path(self.name.rpartition(":")[0]).name + f":{self.__name__}", "digest": self._digest}
+        return {"name": Path(self.name.rpartition(":")[0]).name + f":{self._called}", "digest": self._digest}
 
     def rewards(self, texts: Sequence[str], columns: Sequence[Mapping[str, Any]], **given: Any) -> Sequence[Any]:
         """What the function returns."""
@@ -162,4 +200,4 @@ class FileReward(Reward):
         return asyncio.run(found) if inspect.iscoroutine(found) else found
 
 
-__all__ = ["FileReward", "Reward", "RewardError", "text_of"]
+__all__ = ["FileReward", "Reward", "RewardError", "text_of", "what_failed"]

@@ -4,21 +4,22 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Run Python code that a model wrote, with limits, in a process of its own.
 
-There is a sandbox on Linux alone. In any case the code and its process group end when its time is up, of the wall or of
-the processor; each of its processes has so much memory and so many open files, and each of its files such a size, at
-most; it inherits nothing of this environment and input; and it is not believed for exiting with status 0.
+There is a sandbox on Linux alone. In any case the code and its process group are ended when their time is up, by a
+clock in the process that calls, which starts when the code does; each of its processes has so much memory, processor
+time and so many open files, and each of its files such a size, at most; it inherits nothing of this environment and
+input; and it is not believed for exiting with status 0.
 
-With `namespaces` (where an unprivileged user may make them) it also has no network and no sockets, those of daemons
-included; a file system that it cannot write, but for an empty folder of its own that is gone afterwards; no /proc and
-no view of other processes; none of its own that outlives it, and so many at most. Root first becomes nobody, if nobody
-can read Python's library; else the number of processes is not limited.
+With `namespaces` (where an unprivileged user may make them) it also sees no files but Python's library and shared
+libraries, which it cannot write, five devices such as `null`, and an empty folder of its own in memory; it has no
+network, no view of other processes, none of its own that outlives it, and so many at most; and system calls are refused
+by which it could reach what it does not see, or hold memory that no limit counts. It is nobody if this is root.
 
 Without them it can do what the user can: reach the network, write files, see other processes and their environments,
-leave processes of another session behind; and root can raise its limits.
+leave processes of another session behind; and root, where nobody cannot read the library, can raise its limits.
 
-What it can do with them all the same: read every file that the user can read; use a fault of the kernel, which it
-shares; look in its own process for how tests are run and report what did not happen. A container or a virtual machine
-without secrets is the place to run this in.
+What it can do with them all the same: read these libraries; use a fault of the kernel, which it shares; look in its own
+process for how tests are run and report what did not happen. docs/preferences-and-rewards.md has all of it. A container
+or a virtual machine without secrets is the place to run this in.
 """
 
 import contextlib
@@ -38,8 +39,17 @@ from typing import Any
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _REPORT_BYTES = 1 << 16
-# To start an interpreter and make namespaces; not of the code's own time.
-_STARTING_SECONDS = 5.0
+# To start an interpreter and make namespaces, and to end all of it; not of the code's own time.
+_STARTING_SECONDS, _ENDING_SECONDS = 30.0, 2.0
+LONGEST_SECONDS = 86400
+# What can be set: days are no limit on a function, and the kernel takes no number of more than 63 bits of bytes.
+_MOST = {
+    "seconds": LONGEST_SECONDS,
+    "memory_mb": 1 << 30,
+    "file_mb": 1 << 30,
+    "processes": 1 << 22,
+    "open_files": 1 << 20,
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class Limits:
         seconds: of wall-clock time, and of processor time.
         memory_mb: address space of each process, in MiB.
         file_mb: size of each file, and with namespaces of all of them together, in MiB.
-        processes: of the user at most, threads included; with namespaces, of this code.
+        processes: of the user at most, threads included; with namespaces, of this sandbox.
         open_files: at once, by each process.
         namespaces: cut it off from network and file system; an error where that cannot be done.
     """
@@ -63,12 +73,12 @@ class Limits:
     namespaces: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("seconds", "memory_mb", "file_mb", "processes", "open_files"):
+        for name, most in _MOST.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise ValueError(f"{name} is {value!r}; expected a number above 0.")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+                raise ValueError(f"{name} is {value!r:.80}; expected a number above 0, at most {most}.")
             if name != "seconds" and not isinstance(value, int):
-                raise ValueError(f"{name} is {value!r}; expected a whole number.")
+                raise ValueError(f"{name} is {value!r:.80}; expected a whole number.")
         if not isinstance(self.namespaces, bool):
             raise ValueError(f"namespaces is {self.namespaces!r}; expected true or false.")
 
@@ -116,21 +126,23 @@ def run_tests(code: str, tests: list[str], limits: Limits) -> Outcome:
             start_new_session=True,
         )
         try:
-            said, ended = _listen(process, json.dumps(job).encode(), limits.seconds)
+            said, ended = _listen(process, json.dumps(job).encode() + b"\n", limits.seconds, token)
         finally:
             _kill(process)
     return _read_report(said, ended, token, len(tests))
 
 
-def _listen(process: "subprocess.Popen[bytes]", job: bytes, seconds: float) -> tuple[bytes, str]:
-    """Hand the job over, and read what comes back until it ends, takes too long or says too much."""
+def _listen(process: "subprocess.Popen[bytes]", job: bytes, seconds: float, token: str) -> tuple[bytes, str]:
+    """Hand the job over, and read what comes back until it ends, takes too long or says too much.
+
+    The clock is here, where code in the sandbox cannot reach it; it starts when the code does.
+    """
     assert process.stdin is not None
     assert process.stdout is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(job)
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.close()
-    said, deadline = b"", time.monotonic() + _STARTING_SECONDS + seconds
+        process.stdin.flush()
+    said, deadline, begun = b"", time.monotonic() + _STARTING_SECONDS, False
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while (left := deadline - time.monotonic()) > 0:
@@ -144,11 +156,18 @@ def _listen(process: "subprocess.Popen[bytes]", job: bytes, seconds: float) -> t
                 return said, "finished"
             if len(said) > _REPORT_BYTES:
                 return said, "flooded"
-    return said, "timeout"
+            if not begun and any("begun" in report for report in _reports(said, token)):
+                begun, deadline = True, time.monotonic() + seconds
+    return said, "timeout" if begun else "unstarted"
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
     """End everything of the process's session that is still in its group; with namespaces that is all there is."""
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()  # which tells the guard to end the others and wait for their end
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_ENDING_SECONDS)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
@@ -157,18 +176,26 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
         process.stdout.close()
 
 
-def _read_report(said: bytes, ended: str, token: str, count: int) -> Outcome:
+def _reports(said: bytes, token: str) -> list[dict[str, Any]]:
+    """What was said by what knows the token."""
     reports: list[dict[str, Any]] = []
-    for line in said.splitlines() if ended in ("finished", "died") else ():
-        with contextlib.suppress(ValueError):
+    for line in said.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
             report = json.loads(line)
             if isinstance(report, dict) and report.get("token") == token:
                 reports.append(report)
-    for report in reports:
-        if report.get("failed"):
-            raise SandboxError(str(report["failed"]))
-    passed = reports[-1].get("passed") if reports else None
-    if not isinstance(passed, int) or not 0 <= passed <= count:
+    return reports
+
+
+def _read_report(said: bytes, ended: str, token: str, count: int) -> Outcome:
+    reports = _reports(said, token) if ended != "flooded" else []
+    # Only before the code has begun: it may find the token, and no code of a model's ends a run.
+    if reports and "failed" in reports[0]:
+        raise SandboxError(str(reports[0]["failed"]))
+    if ended == "unstarted":
+        raise SandboxError(f"it did not start in {_STARTING_SECONDS:g} seconds")
+    passed = reports[-1].get("passed") if reports and ended in ("finished", "died") else None
+    if isinstance(passed, bool) or not isinstance(passed, int) or not 0 <= passed <= count:
         return Outcome(None, "died" if ended == "finished" else ended)
     return Outcome(passed, "finished")
 
@@ -181,11 +208,12 @@ def check_sandbox(limits: Limits) -> None:
         SandboxError: there is not.
     """
     try:
-        outcome = run_tests("value = 1", ["assert value == 1"], limits)
+        # What little a function needs: some memory beside the interpreter's own.
+        outcome = run_tests("value = len(bytearray(8 << 20))", ["assert value == 8 << 20"], limits)
     except OSError as error:
         raise SandboxError(str(error)) from error
     if outcome.passed != 1:
-        raise SandboxError(f"a test that must pass did not within its limits: {outcome.ended}")
+        raise SandboxError(f"a test that must pass did not within its limits ({outcome.ended})")
 
 
-__all__ = ["Limits", "Outcome", "SandboxError", "check_sandbox", "run_tests"]
+__all__ = ["LONGEST_SECONDS", "Limits", "Outcome", "SandboxError", "check_sandbox", "run_tests"]

@@ -17,6 +17,9 @@ run: the one place where a recipe names any.
 import functools
 import importlib.util
 import inspect
+import itertools
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -25,9 +28,8 @@ from typing import Any, NamedTuple
 import xxhash
 import yaml
 
-from conversion.checkpoint.errors import one_line
 from sft.rewards.builtin import ExactMatch, PythonTests, Regex
-from sft.rewards.reward import FileReward, Reward, RewardError
+from sft.rewards.reward import FileReward, Reward, RewardError, what_failed
 from sft.yaml_text import load_yaml
 
 BUILTIN: dict[str, type[Reward]] = {"exact_match": ExactMatch, "regex": Regex, "python_tests": PythonTests}
@@ -87,15 +89,21 @@ def load_rewards(specs: list[RewardSpec]) -> list[Reward]:
     """
     rewards: list[Reward] = []
     for spec in specs:
-        if spec.name not in BUILTIN:
-            rewards.append(_load_function(spec.name))
-            continue
-        # Names are those of the metrics, so that two of a kind need two.
-        again = sum(isinstance(reward, BUILTIN[spec.name]) for reward in rewards)
-        name = f"{spec.name}_{again + 1}" if again else spec.name
-        _check_settings(name, BUILTIN[spec.name], spec.settings)
-        rewards.append(BUILTIN[spec.name](name, **spec.settings))
+        reward = _load_builtin(spec, rewards) if spec.name in BUILTIN else _load_function(spec.name)
+        # TRL's metrics go by this name, and would become those of two functions together.
+        taken = {other.__name__ for other in rewards}
+        numbered = (f"{reward.__name__}_{number}" for number in itertools.count(2))
+        if reward.__name__ in taken:
+            reward.__name__ = next(name for name in numbered if name not in taken)
+        rewards.append(reward)
     return rewards
+
+
+def _load_builtin(spec: RewardSpec, before: list[Reward]) -> Reward:
+    again = sum(isinstance(reward, BUILTIN[spec.name]) for reward in before)
+    name = f"{spec.name}_{again + 1}" if again else spec.name
+    _check_settings(name, BUILTIN[spec.name], spec.settings)
+    return BUILTIN[spec.name](name, **spec.settings)
 
 
 def _check_settings(name: str, kind: type[Reward], settings: Mapping[str, Any]) -> None:
@@ -116,10 +124,10 @@ def _load_function(name: str) -> FileReward:
     path, _, function = name.rpartition(":")
     try:
         content = Path(path).read_bytes()
-    except OSError as error:
-        raise RewardError(f"reward_funcs: {path} cannot be read: {error.strerror}.") from error
+    except (OSError, ValueError) as error:  # ValueError: no path at all
+        raise RewardError(f"reward_funcs: {path} cannot be read: {getattr(error, 'strerror', error)}.") from error
     digest = xxhash.xxh3_128_hexdigest(content)
-    found = getattr(_load_module(Path(path).resolve(), digest), function, None)
+    found = vars(_load_module(Path(path).resolve(), digest)).get(function)
     if not callable(found):
         raise RewardError(f"reward_funcs: {path} has no function {function}.")
     return FileReward(name, found, digest)
@@ -128,14 +136,20 @@ def _load_function(name: str) -> FileReward:
 @functools.cache
 def _load_module(path: Path, digest: str) -> ModuleType:
     """Run a file of the user's, once for what it holds."""
-    spec = importlib.util.spec_from_file_location(f"teleflm_rewards_{digest}", path)
+    spec = importlib.util.spec_from_file_location(
+        f"teleflm_rewards_{xxhash.xxh3_64_hexdigest(os.fsencode(path))}_{digest}", path
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses, type hints and pickle look for what it defines
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise RewardError(f"reward_funcs: {path} cannot be loaded: {one_line(error)}") from error
+    except BaseException as error:
+        del sys.modules[spec.name]
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise RewardError(f"reward_funcs: {path} cannot be loaded: {what_failed(error)}") from error
     return module
 
 

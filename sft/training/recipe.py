@@ -517,6 +517,11 @@ def _check_combinations(values: Mapping[str, Any], keys: _Keys, origin: str) -> 
         raise RecipeError(f"{origin}: packing_strategy has no effect here; it needs packing: true.")
     if values.get("eval_data_files") and values.get("eval_strategy", "no") == "no" and not values.get("eval_on_start"):
         raise RecipeError(f"{origin}: eval_data_files has no effect here; it needs eval_strategy: steps or epoch.")
+    evaluates = values.get("eval_strategy", "no") != "no" or values.get("eval_on_start")
+    if evaluates and not values.get("eval_data_files") and values.get("test_split_size") is None:
+        key = "eval_on_start" if values.get("eval_strategy", "no") == "no" else "eval_strategy"
+        rows = "eval_data_files" + (" or test_split_size" if "test_split_size" not in keys.refused else "")
+        raise RecipeError(f"{origin}: {key} has nothing to evaluate on; it needs {rows}.")
     if keys.config is GRPOConfig:
         _check_rewards(values, origin)
     if values.get("data") is not None and values.get("data_files") is not None:
@@ -526,9 +531,6 @@ def _check_combinations(values: Mapping[str, Any], keys: _Keys, origin: str) -> 
             raise RecipeError(f"{origin}: test_split_size and eval_data_files are both set; keep one.")
         if values.get("eval_strategy", "no") == "no" and not values.get("eval_on_start"):
             raise RecipeError(f"{origin}: test_split_size has no effect here; it needs eval_strategy: steps or epoch.")
-    evaluated = any(values.get(key) is not None for key in ("eval_data_files", "test_split_size"))
-    if values.get("eval_strategy", "no") != "no" and not evaluated:
-        raise RecipeError(f"{origin}: eval_strategy has no effect here; it needs eval_data_files.")
     if values.get("drop_eval_overlap") and not values.get("eval_data_files"):
         raise RecipeError(f"{origin}: drop_eval_overlap has no effect here; it needs eval_data_files.")
     defaults = {field.name: field.default for field in dataclasses.fields(keys.config)}
@@ -536,10 +538,10 @@ def _check_combinations(values: Mapping[str, Any], keys: _Keys, origin: str) -> 
     for need in _NEEDS:
         for key, value in values.items():
             if re.fullmatch(need.keys, key) and value is not None and not need.is_met(settings.get(need.switch)):
-                is_switch = _is_a(True, keys.hints.get(need.switch, bool))
-                wanted = " or ".join(need.values) or ("true" if is_switch else "")
-                way = f"{need.switch}: {wanted}" if wanted else need.switch
-                raise RecipeError(f"{origin}: {key} has no effect here; it needs {way}.")
+                wanted = f"{need.switch}: {' or '.join(need.values) or 'true'}"
+                if not need.values and not _is_a(True, keys.hints.get(need.switch, bool)):
+                    wanted = f"{need.switch} above 0" if _is_a(0.5, keys.hints.get(need.switch, bool)) else need.switch
+                raise RecipeError(f"{origin}: {key} has no effect here; it needs {wanted}.")
 
 
 def _check_rewards(values: Mapping[str, Any], origin: str) -> None:

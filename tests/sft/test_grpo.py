@@ -6,6 +6,7 @@
 
 import copy
 import json
+import re
 import shutil
 
 import pytest
@@ -284,6 +285,13 @@ def test_the_command_says_what_failed(file, model_dir, prompts_file, tmp_path, c
     arguments += ["--data_files", str(prompts_file), "--output_dir", str(tmp_path / "out"), "--bf16", "false"]
     assert main([*arguments, "--reward_funcs", f"{file}:infinite"]) == 2
     assert "error: reward function" in capsys.readouterr().err.splitlines()[-1]
+    leaving = tmp_path / "leaving.py"
+    leaving.write_text("import sys\ndef leave(completions):\n    sys.exit(0)\n")
+    assert main([*arguments, "--reward_funcs", f"{leaving}:leave"]) == 2, "not as if it were done"
+    assert re.search(r"error: .*leaving.py:leave failed on .*: SystemExit: 0$", capsys.readouterr().err.strip())
+    leaving.write_text("raise SystemExit\n")
+    assert main([*arguments, "--reward_funcs", f"{leaving}:leave"]) == 2
+    assert "leaving.py cannot be loaded: SystemExit" in capsys.readouterr().err.splitlines()[-1]
     assert main([*arguments, "--reward_funcs", "{regex: {pattern: ''}}"]) == 0
     assert "1 steps in" in (said := capsys.readouterr().out)
     assert "reward 1.000 at first, 1.000 at last\ntrained on 4 of 4 rows, " in said
@@ -340,6 +348,17 @@ def test_validate_says_what_train_does(grpo, model_dir, tmp_path):
     said = json.loads(result.stdout)
     assert (said["trainer"], said["tokens"], said["trained_tokens"]) == ("grpo", report.tokens, 0)
 
+    file.write_text(json.dumps(ROWS[0]) + "\n")
+    words = ("what reward functions need", "room for a completion")
+    for given, left in (
+        ([], words),
+        (["--reward-funcs", "exact_match"], words[1:]),
+        (["--model", str(model_dir), "--max-completion-length", "8", "--reward-funcs", "exact_match"], ()),
+    ):
+        said = " ".join(CliRunner().invoke(app, ["validate", str(file), *given]).stdout.split())
+        assert [word for word in words if word in said] == list(left), said
+        assert ("Not judged" in said) == bool(left)
+
     shown = CliRunner().invoke(app, ["preview", str(file), "--model", str(model_dir), "--json", "-k", "1"])
     (row,) = json.loads(shown.stdout)["rows"]
     assert "".join(piece["text"] for piece in row["pieces"]).endswith("What is def?<_bot>")
@@ -372,7 +391,9 @@ def test_prompts_leave_room_for_completions_and_fill_a_batch(grpo, model_dir, tm
         ({"max_length": 3}, "unknown key max_length"),
         ({"num_generations": 1}, "at least 2 generations"),
         ({"num_generations": 5}, "divisible by num_generations"),
-        ({"sync_ref_model": True}, "needs beta: true"),
+        ({"sync_ref_model": True}, "needs beta above 0"),
+        ({"eval_strategy": "steps"}, "eval_strategy has nothing to evaluate on; it needs eval_data_files\\.$"),
+        ({"eval_on_start": True}, "eval_on_start has nothing to evaluate on; it needs eval_data_files\\.$"),
         ({"trainer": "sft"}, "reward_funcs has no effect here; it is for `trainer: grpo`"),
         ({"trainer": "dpo"}, "reward_funcs has no effect here"),
     ],

@@ -267,6 +267,22 @@ def test_the_first_row_tells_what_a_file_is_for(row, trainer, tmp_path):
     assert detect_trainer(file) == trainer
 
 
+def test_answers_that_are_the_same_where_they_are_read_are_refused(recipe, tmp_path):
+    """Cut at max_length, a pair would teach nothing, and as labelled answers it would teach both."""
+    long = "Light is scattered. " * 30
+    row = {"prompt": ASK[1], "chosen": long + "Yes.", "rejected": long + "No."}
+    file = write(tmp_path / "pairs.jsonl", [row, EXPLICIT["messages"]])
+    tokenizer, _ = load_tokenizer(recipe(file))
+    for judge in (PairJudge, LabelledJudge):
+        assert all(hasattr(one, "parts") for _, one in judge_rows(file, judge(), tokenizer, None))
+        cut, kept = (one for _, one in judge_rows(file, judge(), tokenizer, 64))
+        assert [problem.code for problem in cut.problems] == ["same_answers"]
+        assert "are the same up to max_length 64" in str(cut)
+        assert hasattr(kept, "parts")
+    with pytest.raises(DataError, match="same up to max_length 64; there is nothing to prefer"):
+        build_trainer(recipe(file, max_length=64))
+
+
 @pytest.mark.parametrize("max_length", [256, 36])
 def test_validate_and_preview_say_what_train_does(max_length, recipe, model_dir, tmp_path):
     bad = [{"chosen": "a", "rejected": "b"}, {"chosen": say(ASK, GOOD), "rejected": say(ASK)}]

@@ -72,6 +72,12 @@ def test_keys_reach_the_dataclass_that_declares_them():
             "eval.jsonl",
             "eval_data_files has no effect here; it needs eval_strategy: steps or epoch.",
         ),
+        (
+            "eval_strategy",
+            "epoch",
+            "eval_strategy has nothing to evaluate on; it needs eval_data_files or test_split_size",
+        ),
+        ("sample_steps", 3, "sample_steps has no effect here; it needs sample_prompts."),
         ("hub_model_id", "me/model", "hub_model_id has no effect here; it needs push_to_hub: true."),
         ("fsdp_config", {"version": 2}, "fsdp_config has no effect here; it needs fsdp."),
         ("activation_offloading", True, "activation_offloading and use_cpu are both set; there is nowhere to offload"),

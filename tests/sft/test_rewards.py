@@ -3,14 +3,18 @@
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 import json
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from sft.rewards import sandbox_child
 from sft.rewards.builtin import code_of, same_answer
 from sft.rewards.reward import RewardError
 from sft.rewards.sandbox import Limits, check_sandbox
 from sft.rewards.spec import load_rewards, parse_rewards
+from tests.sft.test_sandbox import needs_namespaces
 
 
 def reward(spec):
@@ -45,7 +49,30 @@ def ask(function, *texts, **columns):
         (".5", "0.50", 1),
         ("$5$", "5", 1),
         ("5%.", "5", 1),
-        ("1e2", "100", 0),
+        ("1e2", "100", 1),
+        ("1E+2", 100, 1),
+        ("0.00001", 0.00001, 1),
+        ("1e-05", 0.00001, 1),
+        ("1e-5", "0.00001", 1),
+        ("0.00002", 0.00001, 0),
+        ("10000000000000000", 1e16, 1),
+        ("10000000000000000000000", 1e22, 1),
+        ("1" + "0" * 300, 1e300, 1),
+        ("0." + "0" * 323 + "5", 5e-324, 1),
+        ("-0", 0.0, 1),
+        ("12345678901234567", 12345678901234567.0, 1),
+        ("12345678901234567", "12345678901234568", 0),
+        ("12345678901234567", 12345678901234568, 0),
+        ("1e999", 1e300, 0),
+        ("0.10", 0.1, 1),
+        ("0.1000000001", 0.1, 0),
+        ("\u22125", "-5", 1),
+        ("-5", "\u22125", 1),
+        ("+7", 7, 1),
+        ("1e", "1", 0),
+        ("e5", "5", 0),
+        ("1e9999", "1e9999", 1),
+        ("-", "+", 0),
         ("Paris.", " paris", 1),
         ("Par is", "Paris", 0),
         ("４２", "42", 1),
@@ -69,6 +96,7 @@ def test_exact_match_by_a_pattern_and_another_column():
     assert ask(function, *texts, solution="the answer is 42") == [1, 0, 0]
     assert ask(function, *texts, answer="42") == [None] * 3
     assert function.fault({"solution": "no answer"}) == "solution holds no answer"
+    assert function.fault({"solution": float("inf")}) == "solution is inf; expected a text or a finite number"
     assert function.fault({"solution": ["42"]}) == "solution is of type list; expected a text or a number"
     assert not same_answer(None, "1")
 
@@ -80,6 +108,9 @@ def test_patterns_match_or_not():
     assert ask(by_row, "abc", wanted="^a") == [1]
     assert ask(by_row, "abc") == [None]
     assert "no regular expression" in by_row.fault({"wanted": "("})
+    assert "RecursionError" in by_row.fault({"wanted": "(" * 5000 + ")" * 5000})
+    assert by_row.fault({"wanted": 3}).endswith("a pattern is of type int; expected a text.")
+    assert ask(by_row, "a" * 40, wanted="(?R)") == [0], "a pattern that calls itself without end"
 
 
 def test_a_pattern_that_tries_without_end_is_stopped():
@@ -90,8 +121,33 @@ def test_a_pattern_that_tries_without_end_is_stopped():
 
 
 def test_code_is_taken_from_the_last_block():
-    assert code_of("a\n```python\nx = 1\n```\nb\n```\ny = 2\n```") == "y = 2\n"
+    assert code_of("a\n```python\nx = 1\n```\nb\n```python\ny = 2\n```") == "y = 2\n"
     assert code_of("x = 1") == "x = 1"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("```bash\npip list\n```\nThen:\n```python\nx = 1\n```\n", "x = 1\n"),
+        ("```python\nx = 1\n```\nOutput:\n```text\n3\n```", "x = 1\n"),
+        ("```python\nx = 1\n```\nOutput:\n```\n3\n```", "x = 1\n"),
+        ("```python\nx = 0\n```\n```json\n{}\n```\nprose\n```python\nx = 1\n```", "x = 1\n"),
+        ("```python3\nx = 1\n```", "x = 1\n"),
+        ("``` Py\nx = 1\n```", "x = 1\n"),
+        ("```python\r\nx = 1\r\n```", "x = 1\n"),
+        ("```python title=a.py\nx = 1\n```", "x = 1\n"),
+        ("~~~python\nx = '''\n```\n'''\n~~~", "x = '''\n```\n'''\n"),
+        ("````python\n```\n````", "```\n"),
+        ("1. So:\n   ```python\n   if x:\n       y\n   ```", "if x:\n    y\n"),
+        ("```python\nx = 1", "x = 1\n"),
+        ("```\nx = 1\n```", "x = 1\n"),
+        ("```python\nx = '\u2028'\n```", "x = '\u2028'\n"),
+        ("```json\n{}\n```", "```json\n{}\n```"),
+        ("an ```inline``` one", "an ```inline``` one"),
+    ],
+)
+def test_blocks_are_those_of_markdown(text, code):
+    assert code_of(text) == code
 
 
 def test_tests_are_run():
@@ -106,15 +162,33 @@ def test_tests_are_run():
     assert whole.fault({"check": [1]}) == "check is neither a text nor a list of texts"
 
 
-def test_a_machine_without_the_sandbox_is_told_before_the_run(monkeypatch):
+def test_a_machine_without_the_sandbox_is_told_before_the_run(monkeypatch, tmp_path):
     check_sandbox.cache_clear()
-    monkeypatch.setattr("sft.rewards.sandbox._CHILD", __file__)
+    child = tmp_path / "child.py"
+    source = Path(sandbox_child.__file__).read_text()
+    child.write_text(source.replace("def _cut_off(", "def _cut_off(*_): 1 / 0\n\n\ndef _unused(", 1))
+    monkeypatch.setattr("sft.rewards.sandbox._CHILD", child)
     with pytest.raises(
-        RewardError, match=r"reward function python_tests: code cannot be run here .* namespaces: false"
+        RewardError, match=r"python_tests: code cannot be run here .*division by zero.* namespaces: false"
     ):
         reward("python_tests").check()
+    reward({"python_tests": {"namespaces": False}}).check()
+    check_sandbox.cache_clear()
+    monkeypatch.setattr("sft.rewards.sandbox._CHILD", __file__)
+    with pytest.raises(RewardError, match="cannot be run here with any limits; drop python_tests") as error:
+        reward("python_tests").check()
+    assert "namespaces" not in str(error.value), "that would not help"
     check_sandbox.cache_clear()
     assert Limits().namespaces, "the strict one is what is had without asking"
+
+
+@pytest.mark.parametrize("namespaces", [pytest.param(True, marks=needs_namespaces), False])
+@pytest.mark.parametrize("setting", [{"memory_mb": 1}, {"memory_mb": 16}, {"seconds": 1e-9}], ids=str)
+def test_limits_that_are_too_small_are_what_is_said_to_be_wrong(setting, namespaces):
+    name, value = next(iter(setting.items()))
+    with pytest.raises(RewardError, match=rf"leave it no room \({name} is {value}, .* unless set\)") as error:
+        reward({"python_tests": {**setting, "namespaces": namespaces}}).check()
+    assert "namespaces" not in str(error.value)
 
 
 FILE = """
@@ -130,6 +204,36 @@ def fails_on_many(completions):
     return [1 / (2 - len(completions))] * len(completions)
 async def later(completions, answer):
     return [None for _ in completions]
+def leaves(completions):
+    import sys; sys.exit(0)
+async def cancelled(completions):
+    import asyncio; raise asyncio.CancelledError
+def deep(completions): return deep(completions)
+def full(completions): raise MemoryError
+def mute(completions):
+    class Mute(Exception):
+        def __str__(self): raise SystemExit
+    raise Mute
+def red(completions): raise ValueError("a\\x1b[31mred\\u202e\\nline")
+def generates(completions):
+    yield 1.0
+    raise SystemExit
+def odd(completions):
+    class Odd:
+        def __float__(self): raise SystemExit
+        def __repr__(self): raise SystemExit
+    return [Odd() for _ in completions]
+def several(completions):
+    import torch
+    return torch.ones(len(completions), 2)
+def spelled(completions): return ["1.0" for _ in completions]
+def interrupted(completions): raise KeyboardInterrupt
+import dataclasses, pickle
+@dataclasses.dataclass
+class Judged:
+    text: "str"
+def keeps(completions):
+    return [float(pickle.loads(pickle.dumps(Judged(each[0]["content"]))).text == "a") for each in completions]
 def short(completions): return [1.0]
 def infinite(completions): return [float("inf") for _ in completions]
 def words(completions): return ["good" for _ in completions]
@@ -163,6 +267,16 @@ def test_functions_of_a_file_get_what_they_name(file):
         ("fails_on_many", ["a", "b"], "failed on rows.jsonl:1 to rows.jsonl:2 together, on none of them alone"),
         ("short", ["a", "b"], "returned 1 rewards for 2 completions"),
         ("infinite", ["a"], "returned inf for a completion of rows.jsonl:1"),
+        ("leaves", ["a"], "my.py:leaves failed on rows.jsonl:1: SystemExit"),
+        ("cancelled", ["a"], "failed on rows.jsonl:1: CancelledError"),
+        ("deep", ["a"], "failed on rows.jsonl:1: RecursionError"),
+        ("full", ["a"], "failed on rows.jsonl:1: MemoryError"),
+        ("mute", ["a"], "failed on rows.jsonl:1: Mute$"),
+        ("red", ["a"], r"failed on rows.jsonl:1: a\\x1b\[31mred\\u202e line$"),
+        ("generates", ["a"], "failed on rows.jsonl:1: SystemExit"),
+        ("odd", ["a"], "returned a Odd for a completion of rows.jsonl:1"),
+        ("several", ["a"], r"returned tensor\(\[1., 1.\]\) for a completion of rows.jsonl:1"),
+        ("spelled", ["a"], "returned '1.0' for a completion of rows.jsonl:1"),
         ("words", ["a"], "returned 'good' for a completion of rows.jsonl:1"),
     ],
 )
@@ -170,6 +284,17 @@ def test_what_fails_is_told_with_the_function_and_the_row(name, texts, message, 
     with pytest.raises(RewardError, match=message) as error:
         ask(reward(f"{file}:{name}"), *texts, answer="a")
     assert "\n" not in str(error.value)
+
+
+def test_who_interrupts_is_the_user(file):
+    with pytest.raises(KeyboardInterrupt):
+        ask(reward(f"{file}:interrupted"), "a")
+
+
+@pytest.mark.parametrize("future", ["", "from __future__ import annotations\n"])
+def test_a_file_may_define_classes(future, tmp_path):
+    (tmp_path / "my.py").write_text(future + FILE)
+    assert ask(reward(f"{tmp_path / 'my.py'}:keeps"), "a", "b") == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -188,6 +313,14 @@ def test_what_fails_is_told_with_the_function_and_the_row(name, texts, message, 
         ({"regex": {"pattern": "a", "seconds": 0}}, "seconds is 0"),
         ({"python_tests": {"second": 3}}, "no setting second; it has column, partial, workers, file_mb"),
         ({"python_tests": {"seconds": -1}}, "seconds is -1; expected a number above 0"),
+        ({"python_tests": {"seconds": 10**400}}, "seconds is 1000.*expected a number above 0, at most 86400"),
+        ({"python_tests": {"memory_mb": 10**30}}, "memory_mb is 1000.*at most"),
+        (
+            {"regex": {"pattern": "a", "seconds": 1e300}},
+            r"seconds is 1e\+300; expected a number above 0, at most 86400",
+        ),
+        ({"regex": {"pattern": "(" * 5000 + ")" * 5000}}, "is no regular expression: RecursionError"),
+        ("a\0.py:f", "cannot be read: embedded null byte"),
         ({"python_tests": {"workers": 0}}, "workers is 0"),
         ({"python_tests": {"partial": 1}}, "partial is 1, of type int"),
         ("absent.py:f", "absent.py cannot be read: No such file"),
@@ -209,6 +342,13 @@ def test_a_file_that_cannot_be_loaded_is_one_line(tmp_path):
     (tmp_path / "broken.py").write_text("import absent_package\n")
     with pytest.raises(RewardError, match=r"broken.py cannot be loaded: .*absent_package"):
         reward(f"{tmp_path / 'broken.py'}:f")
+    for code, said in (("raise SystemExit('bye')", "SystemExit: bye"), ("def f(): f()\nf()", "RecursionError")):
+        (tmp_path / "broken.py").write_text(code)
+        with pytest.raises(RewardError, match=f"broken.py cannot be loaded: {said}"):
+            reward(f"{tmp_path / 'broken.py'}:f")
+    assert not [
+        name for name in sys.modules if name.startswith("teleflm_rewards") and "broken" in str(sys.modules[name])
+    ]
     (tmp_path / "broken.py").write_text("def f(:\n")
     with pytest.raises(RewardError, match=r"broken.py cannot be loaded: .*invalid syntax"):
         reward(f"{tmp_path / 'broken.py'}:f")
@@ -217,3 +357,24 @@ def test_a_file_that_cannot_be_loaded_is_one_line(tmp_path):
 def test_two_of_a_kind_have_two_names():
     rewards = load_rewards(parse_rewards([{"regex": {"pattern": "a"}}, {"regex": {"pattern": "b"}}]))
     assert [function.__name__ for function in rewards] == ["regex", "regex_2"]
+
+
+def test_no_two_have_one_name_in_the_metrics(tmp_path):
+    """TRL logs `rewards/NAME/mean`, and would log the mean of two functions of one name."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.py").write_text(
+            "def score(completions): return [1.0]\ndef regex(completions): return [1.0]\n"
+        )
+    specs = [
+        "a.py:score",
+        "b.py:score",
+        "b.py:regex",
+        {"regex": {"pattern": "a"}},
+        "a.py:score",
+        {"regex": {"pattern": "b"}},
+    ]
+    rewards = load_rewards(parse_rewards([f"{tmp_path}/{spec}" if isinstance(spec, str) else spec for spec in specs]))
+    names = [function.__name__ for function in rewards]
+    assert names == ["score", "score_2", "regex", "regex_2", "score_3", "regex_2_2"]
+    described = [function.describe()["name"] for function in rewards]
+    assert described == ["a.py:score", "b.py:score", "b.py:regex", "regex", "a.py:score", "regex_2"]

@@ -83,12 +83,19 @@ def validate(
         if as_json:
             print_json({**asdict(report), "valid": report.valid, "trainer": kind})
         else:
-            _print_validation(report, rejects, kind, judge.what if judge else "conversations")
+            unjudged = []
+            if kind == "grpo" and not reward_funcs:
+                unjudged.append("what reward functions need of a row (--reward-funcs)")
+            if kind == "grpo" and not max_completion_length:
+                unjudged.append("whether there is room for a completion (--model and --max-completion-length)")
+            _print_validation(report, rejects, kind, judge.what if judge else "conversations", unjudged)
     if not report.valid:
         raise typer.Exit(EXIT_NO)
 
 
-def _print_validation(report: "ValidationReport", rejects: Path | None, kind: str, what: str) -> None:
+def _print_validation(
+    report: "ValidationReport", rejects: Path | None, kind: str, what: str, unjudged: list[str]
+) -> None:
     from rich.table import Table
 
     from sft.data.examples import reason
@@ -110,11 +117,8 @@ def _print_validation(report: "ValidationReport", rejects: Path | None, kind: st
     console.print(f"{line}." if report.rows else "No rows.")
     if kind != "sft":
         console.print(f"Judged as {what}, for trainer {kind}; --trainer judges otherwise.", style="dim")
-    if kind == "grpo":
-        console.print(
-            "What rewards and completions ask of a row is judged as --reward-funcs and --max-completion-length say.",
-            style="dim",
-        )
+    if unjudged:
+        console.print(f"Not judged: {'; '.join(unjudged)}.", style="dim")
     if report.tokens is None and kind != "grpo":
         console.print("Lengths were not judged; --model PATH --max-length N does.", style="dim")
     if rejects and (report.rejected or dropped):
