@@ -35,7 +35,7 @@ from sft.data.prepare import (
     open_sealed,
     seal,
 )
-from sft.data.sources import Source, pin
+from sft.data.sources import Source, pin, read_content
 
 if TYPE_CHECKING:
     import numpy as np
@@ -159,10 +159,11 @@ class Loader:
         if any(is_prepared(place) for place in places):  # whoever prepared it has judged its rejects
             return open_rows(places, self.tokenizer, labelling)
         pinned = tuple(pin(place) for place in places)
-        job = describe_job(pinned, self.tokenizer, labelling)
+        content = read_content(pinned)
+        job = describe_job(content, self.tokenizer, labelling)
         rows = self.cache.get(
             f"tokens-{job}",
-            lambda folder: build_prepared(folder, pinned, self.tokenizer, labelling, job, self.num_proc),
+            lambda folder: build_prepared(folder, content, self.tokenizer, labelling, job, self.num_proc),
             lambda folder: open_rows([folder], self.tokenizer, labelling),
         ).renamed(pinned)
         require_rows(rows.report, places, labelling, self.allow_rejects)

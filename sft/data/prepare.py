@@ -42,7 +42,7 @@ from sft.data.labels import (
     require_rows,
     tokenize_checked,
 )
-from sft.data.sources import as_places, digest_file, digest_places, is_local, pin
+from sft.data.sources import Content, as_places, digest_file, is_local, pin, read_content
 from sft.tokenizer import control_tokens, tokenizer_digest
 
 if TYPE_CHECKING:
@@ -110,12 +110,13 @@ def prepare(
         rank, world_size: which of how many processes that share the work this is.
 
     Raises:
-        DataError: the folder exists; a file cannot be read; there are invalid rows and they are not allowed; no row is
+        DataError: the folder exists; a file cannot be read, or changed while it was; there are invalid rows and they are not allowed; no row is
             left; another rank failed.
     """
     out = Path(out)
     places = tuple(pin(place) for place in as_places(data))
-    job = describe_job(places, tokenizer, labelling)
+    content = read_content(places)
+    job = describe_job(content, tokenizer, labelling)
     if rank and (done := _read_record(out)) and done.get("job") == job and not _parts_folder(out).exists():
         return _prepared(out, done)  # the others were quicker
     _refuse_obstacle(out, overwrite=overwrite)
@@ -126,7 +127,7 @@ def prepare(
                 _claim(parts, job)
             ranks.wait(lambda: _job_of(parts) == job, [0], f"the folder {parts}")
             count = write_parts(
-                places, parts, tokenizer, labelling, num_proc=num_proc, progress=progress, rank=rank, world=world_size
+                content, parts, tokenizer, labelling, num_proc=num_proc, progress=progress, rank=rank, world=world_size
             )
             if rank == 0:
                 for number in range(count):
@@ -203,14 +204,14 @@ def _prepared(out: Path, record: dict[str, Any]) -> Prepared:
     return Prepared(str(out), record["fingerprint"], _report_from(record["report"]))
 
 
-def describe_job(places: Sequence[str], tokenizer: "PreTrainedTokenizerBase", labelling: Labelling) -> str:
+def describe_job(content: Content, tokenizer: "PreTrainedTokenizerBase", labelling: Labelling) -> str:
     """A digest of all that decides what comes out of tokenizing: content, tokenizer, template, labelling, and the code.
 
     Args:
-        places: pinned, see [`sft.data.sources.pin`].
+        content: of what is tokenized; what is read later counts as of it only if it did not change meanwhile.
     """
     return _fingerprint(
-        {"content": digest_places(places), "code": _digest_code(), "layout": _LAYOUT, **_made_of(tokenizer, labelling)}
+        {"content": content.digest, "code": _digest_code(), "layout": _LAYOUT, **_made_of(tokenizer, labelling)}
     )
 
 
@@ -233,7 +234,7 @@ def _digest_code() -> str:
 
 
 def write_parts(
-    places: Sequence[str],
+    content: Content,
     folder: Path,
     tokenizer: "PreTrainedTokenizerBase",
     labelling: Labelling,
@@ -245,8 +246,12 @@ def write_parts(
 ) -> int:
     """Tokenize this rank's parts of the rows, but those that are there; returns how many parts there are in all.
 
+    A part is there only if no file has changed since before the digest that the parts are named by: what was read is
+    what was digested, of the parts of a process that is killed too. At the end every byte is digested again.
+
     Raises:
-        DataError: see [`sft.data.labels.tokenize_rows`]; or the disk is full: how much was written, and of what share.
+        DataError: see [`sft.data.labels.tokenize_rows`]; a file changed while it was read; or the disk is full: how
+            much was written, and of what share.
     """
     read = 0
     seen = [0, 0]  # bytes of the files
@@ -260,7 +265,7 @@ def write_parts(
         nonlocal read
         have: dict[int, bool] = {}
         for row, outcome in check_rows(
-            list(places), control_tokens(tokenizer, labelling.sanitize_control_tokens), watch
+            list(content.places), control_tokens(tokenizer, labelling.sanitize_control_tokens), watch
         ):
             number = read // _PART_ROWS
             read += 1
@@ -277,12 +282,15 @@ def write_parts(
     try:
         while (first := next(outcomes, None)) is not None:
             number = min(todo)
-            _write_part(folder, number, [first, *islice(outcomes, _PART_ROWS - 1)], places)
+            part = [first, *islice(outcomes, _PART_ROWS - 1)]
+            content.require_same()
+            _write_part(folder, number, part, content.places)
             del todo[number]
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DiskFull(_full_disk(folder, read, seen, error)) from error
+    content.require_same_bytes()
     return -(-read // _PART_ROWS)
 
 
@@ -314,25 +322,21 @@ def _write_part(
     """The arrays of a part, and what became of its rows; the second is written last, so it says that both are there."""
     import pyarrow as pa
 
-    tally, path = Tally(), folder / f"part-{number:06}.arrow"
+    tally, rejects, path = Tally(), [], folder / f"part-{number:06}.arrow"
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     kept = []
-    for _, outcome in outcomes:
+    for row, outcome in outcomes:
         tally.add(outcome)
         if isinstance(outcome, Tokenized):
             kept.append(outcome)
+        else:  # without the name, which a file that is read again may not have
+            rejects.append([places.index(row.place), row.number, outcome.id, outcome.problems])
     with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, _part_schema()) as writer:
         for start in range(0, len(kept), _BATCH):
             writer.write_batch(_batch(kept[start : start + _BATCH]))
     digest = digest_file(partial)
     partial.replace(path)
     report = tally.report()
-    rejects = [
-        # Without the name, which a file that is read again may not have.
-        [places.index(source.rpartition(":")[0]), int(source.rpartition(":")[2]), reject.id, reject.problems]
-        for reject in report.rejects
-        for source in (reject.source,)
-    ]
     record = {"digest": digest, "rows": report.rows, "truncated": report.truncated, "weighted": tally.weighted}
     _write_json(_part_record(folder, number), {**record, "rejects": rejects})
 
@@ -612,7 +616,7 @@ def open_rows(places: Sequence[str | Path], tokenizer: "PreTrainedTokenizerBase"
 
 def build_prepared(
     folder: Path,
-    places: Sequence[str],
+    content: Content,
     tokenizer: "PreTrainedTokenizerBase",
     labelling: Labelling,
     job: str,
@@ -621,8 +625,8 @@ def build_prepared(
     """Write into an empty folder what [`prepare`] writes, by this process alone; rows may be invalid, and none left."""
     parts = folder / "parts"
     parts.mkdir()
-    count = write_parts(places, parts, tokenizer, labelling, num_proc=num_proc)
-    join_parts(parts, count, parts / "whole", places, tokenizer, labelling, job)
+    count = write_parts(content, parts, tokenizer, labelling, num_proc=num_proc)
+    join_parts(parts, count, parts / "whole", content.places, tokenizer, labelling, job)
     for path in (parts / "whole").iterdir():
         path.rename(folder / path.name)
     shutil.rmtree(parts)

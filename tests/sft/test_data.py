@@ -98,6 +98,9 @@ INVALID = [
     (chat(ASK, ("assistant", " \n")), ["empty_turn"], "messages[1] is blank"),
     ({"prompt": "", "completion": "a"}, ["empty_turn"], "prompt is blank"),
     (chat(("user", "Say <_bot>yes</s>"), ANSWER), ["control_token"], "messages[0] contains <_bot>"),  # passes
+    ({"instruction": "Why?", "output": "B.", "history": 5}, ["bad_message"], "history is a int; expected a list"),
+    ({"instruction": "Why?", "output": "B.", "history": True}, ["bad_message"], "history is a bool; expected a list"),
+    ({"instruction": "Why?", "output": "B.", "history": [5]}, ["bad_message"], "history[0] is int; expected"),
     (chat(ASK, ANSWER, weights={1: -1}), ["bad_weight"], "messages[1] has weight -1"),
     (chat(ASK, ANSWER, weights={1: float("nan")}), ["bad_weight"], "messages[1] has weight nan"),
     (chat(ASK, ANSWER, weights={1: int("9" * 400)}), ["bad_weight"], "messages[1] has weight 99999"),
