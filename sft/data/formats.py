@@ -65,6 +65,10 @@ class DataError(SFTError):
     """The data cannot be read or trained on. The message names the file, and the row where there is one."""
 
 
+class UnreadableError(DataError):
+    """The system does not let something be read: rights, or a device that fails. It is not known to be damaged."""
+
+
 class Problem(NamedTuple):
     """What is wrong with a row: a code of [`sft.data.checks.REASONS`], and where and what exactly."""
 
@@ -400,6 +404,7 @@ __all__ = [
     "Problem",
     "Row",
     "Turn",
+    "UnreadableError",
     "find_turns",
     "join_parts",
     "read_rows",

@@ -30,7 +30,7 @@ from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.manifest import package_version
 from conversion.checkpoint.ranks import Ranks
 from sft.data.checks import Conversation, Reject, check_rows
-from sft.data.formats import DataError, Problem, Progress, Row
+from sft.data.formats import DataError, Problem, Progress, Row, UnreadableError
 from sft.data.holdout import digest_question
 from sft.data.labels import (
     DataReport,
@@ -42,7 +42,7 @@ from sft.data.labels import (
     require_rows,
     tokenize_checked,
 )
-from sft.data.sources import Content, as_places, digest_file, is_local, pin, read_content
+from sft.data.sources import Content, as_places, digest_file, is_local, is_unreadable, pin, read_content
 from sft.tokenizer import control_tokens, tokenizer_digest
 
 if TYPE_CHECKING:
@@ -110,22 +110,28 @@ def prepare(
         rank, world_size: which of how many processes that share the work this is.
 
     Raises:
-        DataError: the folder exists; a file cannot be read, or changed while it was; there are invalid rows and they are not allowed; no row is
-            left; another rank failed.
+        DataError: the folder exists; a file cannot be read, or changed while it was; there are invalid rows and they
+            are not allowed; no row is left; another rank failed.
     """
     out = Path(out)
     places = tuple(pin(place) for place in as_places(data))
     content = read_content(places)
     job = describe_job(content, tokenizer, labelling)
-    if rank and (done := _read_record(out)) and done.get("job") == job and not _parts_folder(out).exists():
-        return _prepared(out, done)  # the others were quicker
-    _refuse_obstacle(out, overwrite=overwrite)
     parts = _parts_folder(out)
+
+    def is_done() -> bool:
+        return not parts.exists() and (_read_record(out) or {}).get("job") == job
+
+    if rank and is_done():
+        return _prepared(out, _read_record(out) or {})  # the others were quicker
+    _refuse_obstacle(out, overwrite=overwrite)
     try:
         with Ranks(out, rank, world_size, patience=_PATIENCE) as ranks:
             if rank == 0:
                 _claim(parts, job)
-            ranks.wait(lambda: _job_of(parts) == job, [0], f"the folder {parts}")
+            ranks.wait(lambda: _job_of(parts) == job or (rank > 0 and is_done()), [0], f"the folder {parts}")
+            if rank and is_done():  # there was nothing to do for who comes late
+                return _prepared(out, _read_record(out) or {})
             count = write_parts(
                 content, parts, tokenizer, labelling, num_proc=num_proc, progress=progress, rank=rank, world=world_size
             )
@@ -135,7 +141,7 @@ def prepare(
                     ranks.wait(record.is_file, [number % world_size], f"part {number} of {count}")
                 _join_into(out, parts, count, places, tokenizer, labelling, job, allow_rejects)
             else:
-                ranks.wait(lambda: not parts.exists() and (_read_record(out) or {}).get("job") == job, [0], str(out))
+                ranks.wait(is_done, [0], str(out))
     except CheckpointError as error:
         raise DataError(str(error)) from error
     except DataError as error:
@@ -497,6 +503,7 @@ def open_sealed(folder: Path, name: str, again: str) -> tuple["Dataset", dict[st
 
     Raises:
         DataError: it is damaged.
+        UnreadableError: it cannot be read, by rights or because the device fails.
     """
     from datasets import load_from_disk
 
@@ -506,11 +513,19 @@ def open_sealed(folder: Path, name: str, again: str) -> tuple["Dataset", dict[st
         missing = [file for file in files if not (folder / file).is_file()]
         edited = missing or [file for file, digest in files.items() if digest_file(folder / file) != digest]
         dataset = None if edited else load_from_disk(folder)
+    except UnreadableError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{folder}: a damaged prepared folder ({error!r}); {again}.") from error
+        raise _damaged(folder, error, again) from error
     if dataset is None:
         raise DataError(f"{folder}/{edited[0]}: is not what was prepared there; {again}.")
     return dataset, record
+
+
+def _damaged(folder: Path, error: Exception, again: str) -> DataError:
+    if isinstance(error, OSError) and is_unreadable(error):
+        return UnreadableError(f"{error.filename or folder}: {error.strerror}.")
+    return DataError(f"{folder}: a damaged prepared folder ({error!r}); {again}.")
 
 
 def _refuse_obstacle(out: Path, *, overwrite: bool) -> None:
@@ -604,7 +619,7 @@ def open_rows(places: Sequence[str | Path], tokenizer: "PreTrainedTokenizerBase"
         about = pa.Table.from_batches(_read_stream(folder / ROWS), _row_schema())
         made_from = tuple(map(str, record["places"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{folder}: a damaged prepared folder ({error!r}); {again}.") from error
+        raise _damaged(folder, error, again) from error
     if not len(dataset) == len(about) == report.kept:
         raise DataError(f"{folder}: has {len(dataset)} rows, {PREPARED} says {report.kept}; {again}.")
     _refuse_difference(folder, made_of, _made_of(tokenizer, labelling))

@@ -5,13 +5,14 @@
 """The sources that a run takes its rows from, and what tells whether their content is still the same."""
 
 import difflib
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sft.data.formats import DATASET_NAME, SUFFIXES, DataError
+from sft.data.formats import DATASET_NAME, SUFFIXES, DataError, UnreadableError
 
 _BLOCK = 1 << 22
 # What other trainers call it.
@@ -260,7 +261,8 @@ def digest_file(path: Path) -> str:
     """xxh3-128 of all bytes of a file.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: there is none.
+        UnreadableError: it cannot be read.
     """
     import xxhash
 
@@ -272,7 +274,13 @@ def digest_file(path: Path) -> str:
                 digest.update(buffer[:size])
         return digest.hexdigest()
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}.") from error
+        kind = UnreadableError if is_unreadable(error) else DataError
+        raise kind(f"{path}: {error.strerror or error}.") from error
+
+
+def is_unreadable(error: OSError) -> bool:
+    """Whether an error of the system says nothing of what is there: only that it is absent would, or no number."""
+    return error.errno not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 def as_places(files: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
@@ -280,4 +288,14 @@ def as_places(files: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
     return (os.fspath(files),) if isinstance(files, str | Path) else tuple(os.fspath(file) for file in files)
 
 
-__all__ = ["Content", "Source", "as_places", "digest_file", "is_local", "parse_sources", "pin", "read_content"]
+__all__ = [
+    "Content",
+    "Source",
+    "as_places",
+    "digest_file",
+    "is_local",
+    "is_unreadable",
+    "parse_sources",
+    "pin",
+    "read_content",
+]

@@ -12,7 +12,7 @@ import pytest
 
 from sft.data import prepare as module
 from sft.data import sources
-from sft.data.cache import Cache
+from sft.data.cache import Cache, CacheError
 from sft.data.dataset import Loader, prepare_dataset
 from sft.data.labels import DataError, Labelling
 from sft.data.prepare import PREPARED, prepare
@@ -256,6 +256,22 @@ def test_rejects_are_found_whatever_a_file_is_called(name, tokenizer, tmp_path, 
     loader = Loader(Cache(tmp_path / "cache"), tokenizer, allow_rejects=True)
     for place in (name, "data.jsonl"):  # the second opens what the first made
         assert loader.open([place], Labelling(max_length=12)).report.rejects[0].source == f"{place}:2"
+
+
+def test_a_disk_that_fails_is_no_damage(data_file, prepared, tokenizer, tmp_path):
+    """The entry stays where it is: another machine, or another user, may well read it."""
+    loader = Loader(Cache(tmp_path / "cache"), tokenizer)
+    loader.open([str(data_file)], LABELLING)
+    (entry,) = (tmp_path / "cache").iterdir()
+    for folder in (entry, prepared):
+        (folder / "rows.arrow").unlink()
+        (folder / "rows.arrow").symlink_to("/proc/self/mem")  # of which the first byte cannot be read
+    message = rf"^dataset_cache_dir {tmp_path}/cache: .*rows\.arrow: Input/output error\. Ask .*chmod -R a\+rX .*tokens"
+    with pytest.raises(CacheError, match=message):
+        loader.open([str(data_file)], LABELLING)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [entry.name]
+    with pytest.raises(DataError, match=r"^\S+rows\.arrow: Input/output error\.$"):
+        prepare_dataset(prepared, tokenizer, max_length=64)
 
 
 def test_the_command(data_file, model_dir, tmp_path):
