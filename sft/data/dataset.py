@@ -250,8 +250,11 @@ def load_run_data(
         if evaluation.drop_overlap:
             overlapping = [_overlaps(one, tested[0]) for one in opened]
             usable = [~mask for mask in overlapping]
-            if not any(mask.any() for mask in usable):
-                raise DataError("drop_eval_overlap leaves no training row: all overlap with eval_data_files.")
+            if bare := [one.source.name for one, mask in zip(opened, usable, strict=True) if not mask.any()]:
+                raise DataError(
+                    f"{bare[0]}: drop_eval_overlap leaves no training row of it, all overlap with eval_data_files; "
+                    "leave the source out, or give other eval_data_files."
+                )
 
     counts = [_take(one, mask, seed) for one, mask in zip(opened, usable, strict=True)]
     reports = [

@@ -607,10 +607,7 @@ def open_rows(places: Sequence[str | Path], tokenizer: "PreTrainedTokenizerBase"
     import pyarrow as pa
     from datasets import Dataset
 
-    if len(places) > 1:
-        raise DataError(
-            f"{places[0]} and {len(places) - 1} more: a prepared folder stands alone; prepare all together."
-        )
+    _refuse_others(places)
     folder, again = Path(places[0]), "prepare it again"
     dataset, record = open_sealed(folder, PREPARED, again)
     try:
@@ -627,6 +624,35 @@ def open_rows(places: Sequence[str | Path], tokenizer: "PreTrainedTokenizerBase"
     fingerprint = made_of["fingerprint"]
     dataset, content = Dataset(dataset.data, dataset.info, fingerprint=fingerprint), _fingerprint(record["files"])
     return Rows(dataset, report, about, fingerprint, made_from, content)
+
+
+def _refuse_others(places: Sequence[str | Path]) -> None:
+    if len(places) > 1:
+        raise DataError(
+            f"{places[0]} and {len(places) - 1} more: a prepared folder stands alone; prepare all together."
+        )
+
+
+def require_made_for(
+    places: Sequence[str | Path], tokenizer: "PreTrainedTokenizerBase | None", labelling: Labelling
+) -> None:
+    """Refuse a prepared folder that a run would refuse, by its record alone: its rows are not read.
+
+    Args:
+        places: of the run's data; other than prepared folders are not looked at.
+        tokenizer: of the run; None: only the labelling is compared.
+        labelling: of the run.
+
+    Raises:
+        DataError: as [`open_prepared`].
+    """
+    for place in filter(is_prepared, places):
+        _refuse_others(places)
+        record = _read_record(Path(place)) or {}
+        wanted = _made_of(tokenizer, labelling) if tokenizer else {"labelling": asdict(labelling)}
+        if not wanted.keys() <= record.keys() or not isinstance(record["labelling"], dict):
+            raise DataError(f"{place}: a damaged prepared folder; prepare it again.")
+        _refuse_difference(Path(place), record, wanted)
 
 
 def build_prepared(
@@ -658,16 +684,17 @@ def _made_of(tokenizer: "PreTrainedTokenizerBase", labelling: Labelling) -> dict
 
 
 def _refuse_difference(folder: Path, made_of: dict[str, Any], wanted: dict[str, Any]) -> None:
-    pairs = [(name, made_of[name], wanted[name]) for name in ("tokenizer", "chat_template")]
+    digests = [name for name in ("tokenizer", "chat_template") if name in wanted]
+    pairs = [(name, made_of[name], wanted[name]) for name in digests]
     labelling = {**asdict(Labelling(None)), **made_of["labelling"]}  # an older record lacks what had one value then
     pairs += [(name, labelling[name], value) for name, value in wanted["labelling"].items()]
     for name, found, asked in pairs:
         if found != asked:
-            what = f"of digest {found}, this run's has {asked}" if name in made_of else f"{found}, this run has {asked}"
-            raise DataError(
-                f"{folder} was prepared with {name.replace('_', ' ') if name in made_of else name} {what}; "
-                "prepare it again for this run."
-            )
+            if name in digests:
+                what = f"{name.replace('_', ' ')} of digest {found}, this run's has {asked}"
+            else:
+                what = f"{name} {found}, this run has {asked}"
+            raise DataError(f"{folder} was prepared with {what}; prepare it again for this run.")
 
 
 def _fingerprint(value: dict[str, Any]) -> str:
@@ -695,5 +722,6 @@ __all__ = [
     "open_rows",
     "open_sealed",
     "prepare",
+    "require_made_for",
     "seal",
 ]

@@ -176,9 +176,7 @@ def test_an_entry_that_may_not_be_read_is_neither_damaged_nor_moved(closed):
         if root:
             os.seteuid(65534)
         try:
-            with pytest.raises(
-                CacheError, match=r"/key\S*: Permission denied\. Ask .*chmod -R a\+rX \S+/key"
-            ):
+            with pytest.raises(CacheError, match=r"/key\S*: Permission denied\. Ask .*chmod -R a\+rX \S+/key"):
                 cache.get("key", never, open_entry)
         finally:
             if root:
