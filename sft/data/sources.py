@@ -158,7 +158,10 @@ def pin(place: str) -> str:
 
 
 class _State(NamedTuple):
-    """What the system notes of a file, and changes if the file is written, replaced or renamed."""
+    """What the system notes of a file, and changes if the file is written, replaced or renamed.
+
+    Also if only its rights or its links change: nothing tells that from bytes that were put back.
+    """
 
     inode: int
     size: int
