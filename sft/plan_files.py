@@ -21,8 +21,11 @@ import yaml
 
 from conversion.architecture import Architecture, preset_names
 from conversion.checkpoint.sizes import format_bytes
+from sft.data.labels import Labelling
+from sft.data.prepare import is_prepared, require_made_for
 from sft.plan import Plan, PlanError, Setup, Strategy, plan_training
 from sft.shipped import find_shipped
+from sft.tokenizer import load_tokenizer
 from sft.yaml_text import load_yaml
 
 RECIPE, ACCELERATE, LAUNCH = "recipe.yaml", "accelerate.yaml", "launch.sh"
@@ -146,32 +149,50 @@ def write_run(plan: Plan, run: Run, folder: Path, *, overwrite: bool = False) ->
         the three files.
 
     Raises:
-        PlanError: there is such a file already, a data file is missing, or the nodes do not divide the GPUs.
+        PlanError: there is such a file already, or a folder of its name; a data file is missing; the nodes do not
+            divide the GPUs; the folder cannot be written.
+        DataError: the data are a prepared folder that the recipe would refuse.
     """
     if plan.setup.gpus % run.nodes:
         raise PlanError(f"nodes is {run.nodes}, and gpus {plan.setup.gpus}; each machine has to have as many.")
     if missing := [name for name in run.data_files if not Path(name).exists()]:
         raise PlanError(f"{missing[0]}: no such file of data.")
     folder = Path(os.path.abspath(folder))
-    if folder.exists() and not folder.is_dir():
+    if os.path.lexists(folder) and not folder.is_dir():
         raise PlanError(f"{folder} is no folder.")
+    _require_made_for(plan.setup, run)
     contents = {
         RECIPE: recipe_text(plan, run, folder),
         ACCELERATE: accelerate_text(plan.setup, run.nodes),
         LAUNCH: launch_text(plan.setup, run),
     }
-    present = [name for name in contents if (folder / name).exists()]
+    present = [name for name in contents if os.path.lexists(folder / name)]  # a link that leads nowhere is somebody's
+    for name in present:
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            raise PlanError(f"{folder / name} is a folder; choose another folder, or move it away.")
     if present and not overwrite:
         raise PlanError(f"{folder / present[0]} exists; choose another folder, or add --overwrite.")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".plan-") as place:
-        for name, text in contents.items():
-            path = Path(place) / name
-            path.write_text(text, encoding="utf-8")
-            path.chmod(0o755 if name == LAUNCH else 0o644)
-        for name in contents:
-            (Path(place) / name).replace(folder / name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".plan-") as place:
+            for name, text in contents.items():
+                path = Path(place) / name
+                path.write_text(text, encoding="utf-8")
+                path.chmod(0o755 if name == LAUNCH else 0o644)
+            for name in contents:
+                (Path(place) / name).replace(folder / name)
+    except OSError as error:
+        raise PlanError(f"{folder} cannot be written ({error.strerror or error}); choose another folder.") from error
     return folder / RECIPE, folder / ACCELERATE, folder / LAUNCH
+
+
+def _require_made_for(setup: Setup, run: Run) -> None:
+    """Refuse a prepared folder that the recipe would refuse; of a preset's model no tokenizer is known."""
+    if not any(map(is_prepared, run.data_files)):
+        return
+    own = run.model not in preset_names() and Path(run.model).is_dir()
+    # Nothing else of the labelling is said by the recipe, and its packing leaves rows as they are cut.
+    require_made_for(run.data_files, load_tokenizer(run.model)[0] if own else None, Labelling(setup.max_length))
 
 
 def recipe_text(plan: Plan, run: Run, folder: Path) -> str:

@@ -53,7 +53,8 @@ class _Sign:
 class Ranks:
     """One of the processes that share the work, and its view of the others. A context manager.
 
-    An error that leaves the context is what the others are told. Alone, it keeps no files and watches nothing.
+    An error that leaves the context is what the others are told. Alone, it keeps no files and watches nothing; what
+    ranks that were killed have left it removes at the end, unless it changes.
 
     Args:
         out: the output folder; nothing is written in it.
@@ -85,6 +86,7 @@ class Ranks:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._failure: str | None = None
+        self._found: tuple[float, dict[str, bytes]] = (0.0, {})  # when this process came, and what was there
         self._thread = threading.Thread(target=self._watch, name="ranks", daemon=True)
 
     def __enter__(self) -> "Ranks":
@@ -94,7 +96,25 @@ class Ranks:
             self._beat()
             self._before = {other: self._read(other) for other in self._others if not self._is_of_this_try(other)}
             self._thread.start()
+        else:
+            self._found = time.monotonic(), self._signs()
         return self
+
+    def _signs(self) -> dict[str, bytes]:
+        """The files of all ranks."""
+        found = {}
+        for path in self._folder.glob("*.json"):
+            with suppress(OSError):
+                found[path.name] = path.read_bytes()
+        return found
+
+    def _remove_signs_of_killed(self) -> None:
+        """Whoever is alive changes its file within two beats."""
+        came, found = self._found
+        if found:
+            time.sleep(max(0.0, came + 3 * _BEAT_SECONDS - time.monotonic()))
+            if self._signs() == found:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     def _is_of_this_try(self, other: int) -> bool:
         """Whether a file that was there first is of a rank that was quicker, and not of an earlier try."""
@@ -109,6 +129,8 @@ class Ranks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self._others:
+            if error is None:
+                self._remove_signs_of_killed()
             return
         self._stop.set()
         self._thread.join()

@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 
 from conversion.checkpoint.errors import one_line
 from sft import SFTError
-from sft.data.formats import DataError
+from sft.data.formats import DataError, UnreadableError
 
 logger = logging.getLogger(__name__)
 
@@ -63,17 +63,23 @@ class Cache:
         Args:
             key: names it, and says all that decides its content.
             build: writes it into an empty folder.
-            open_entry: opens and checks it; raises DataError if it is damaged.
+            open_entry: opens and checks it; raises DataError if it is damaged, UnreadableError if it cannot be read.
 
         Raises:
             DataError: making it failed, here or in the process that was waited for.
-            CacheError: the folder cannot be written, or its disk is full.
+            CacheError: the folder cannot be written, or its disk is full; an entry is there and cannot be read, which
+                then stays as it is.
         """
         entry = self.folder / key
+        open_entry = self._or_say_unreadable(open_entry)
         while True:
-            if entry.is_dir():
-                with suppress(DataError):  # it is looked at again, once no other process makes it
+            if self._is_there(entry):
+                try:
                     return open_entry(entry)
+                except CacheError:
+                    raise
+                except DataError:  # it is looked at again, once no other process makes it
+                    pass
             with self._writing(), _Lock.acquire(self.folder / f".{key}.lock") as lock:
                 if lock is not None:
                     if (found := self._look_again(entry, open_entry)) is not None:
@@ -82,12 +88,34 @@ class Cache:
                     return open_entry(entry)
             self._wait(entry, key)
 
+    def _or_say_unreadable(self, open_entry: Callable[[Path], _Opened]) -> Callable[[Path], _Opened]:
+        """No rights to an entry, and a device that fails, do not make it damaged: another user's is not moved."""
+
+        def opened(entry: Path) -> _Opened:
+            try:
+                return open_entry(entry)
+            except UnreadableError as error:
+                raise CacheError(
+                    f"dataset_cache_dir {self.folder}: an entry of it cannot be read. {error} Ask its owner to make it "
+                    f"readable (chmod -R a+rX {entry}), or give another folder with dataset_cache_dir."
+                ) from error
+
+        return opened
+
+    def _is_there(self, entry: Path) -> bool:
+        try:
+            return entry.is_dir()
+        except OSError:  # the folder may not be looked into; so it cannot be written, which says so
+            return False
+
     def _look_again(self, entry: Path, open_entry: Callable[[Path], _Opened]) -> _Opened | None:
         """What another process has made until now; what is damaged is moved out of the way."""
         if not entry.is_dir():
             return None
         try:
             return open_entry(entry)
+        except CacheError:
+            raise
         except DataError as error:
             logger.warning("%s It is made again.", error)
             aside = entry.with_name(f".{entry.name}.{uuid.uuid4().hex}.damaged")

@@ -5,7 +5,6 @@
 """Whether a row can be trained on: one judgement, for `validate`, `prepare`, `preview` and `train` alike."""
 
 import re
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,9 @@ from sft.data.tools import OpenCalls, read_calls, read_tools, to_json, tool_name
 ROLES = ("system", "user", "assistant", "tool")
 # Role -> what begins something else in its turn, in Tele-FLM's chat template; ordinary text to the tokenizer.
 _ENCLOSING = {"system": "<tools>", "user": "<tool_response>", "assistant": "<tool_call>"}
+
+# What a weight other than 0 may be: it is trained with as float32, where less has fewer digits, and in the end is 0.
+MIN_WEIGHT, MAX_WEIGHT = 2.0**-126, 1e6
 
 # Every code a row can be rejected with.
 REASONS = {
@@ -34,7 +36,7 @@ REASONS = {
     "bad_content": "a content is missing or not text",
     "empty_turn": "a user or the assistant says nothing",
     "control_token": "a content spells out a control token, which would become the real one",
-    "bad_weight": "a weight is not a number from 0, or not the assistant's, or train says otherwise",
+    "bad_weight": "a weight is not 0 nor a number that float32 has, or not the assistant's, or train says otherwise",
     "bad_reasoning": "reasoning is not text, or not the assistant's, or two fields of it differ",
     "bad_tools": "the tools are not a list of JSON Schemas of functions, each with its own name",
     "bad_tool_call": "a tool call is not a function's name with an object of arguments, or not the assistant's",
@@ -274,8 +276,9 @@ def _weight_problems(turn: Turn) -> Iterator[Problem]:
     if weight is None:
         return
     # Comparing is exact; an integer of 400 digits is no float, not even infinity.
-    if not isinstance(weight, int | float) or not 0 <= weight <= sys.float_info.max:
-        yield Problem("bad_weight", f"{turn.where} has weight {_shown(weight)}; expected a number from 0")
+    if not isinstance(weight, int | float) or not (weight == 0 or MIN_WEIGHT <= weight <= MAX_WEIGHT):
+        expected = f"expected 0, or a number from {MIN_WEIGHT:.2g}, the least of float32, to {MAX_WEIGHT:,.0f}"
+        yield Problem("bad_weight", f"{turn.where} has weight {_shown(weight)}; {expected}")
     elif weight and turn.role != "assistant":
         yield Problem(
             "bad_weight", f"{turn.where} has weight {weight}, but role {turn.role}; only answers are trained on"

@@ -35,7 +35,7 @@ from sft.data.prepare import (
     open_sealed,
     seal,
 )
-from sft.data.sources import Source, pin
+from sft.data.sources import Source, pin, read_content
 
 if TYPE_CHECKING:
     import numpy as np
@@ -159,10 +159,11 @@ class Loader:
         if any(is_prepared(place) for place in places):  # whoever prepared it has judged its rejects
             return open_rows(places, self.tokenizer, labelling)
         pinned = tuple(pin(place) for place in places)
-        job = describe_job(pinned, self.tokenizer, labelling)
+        content = read_content(pinned)
+        job = describe_job(content, self.tokenizer, labelling)
         rows = self.cache.get(
             f"tokens-{job}",
-            lambda folder: build_prepared(folder, pinned, self.tokenizer, labelling, job, self.num_proc),
+            lambda folder: build_prepared(folder, content, self.tokenizer, labelling, job, self.num_proc),
             lambda folder: open_rows([folder], self.tokenizer, labelling),
         ).renamed(pinned)
         require_rows(rows.report, places, labelling, self.allow_rejects)
@@ -249,8 +250,11 @@ def load_run_data(
         if evaluation.drop_overlap:
             overlapping = [_overlaps(one, tested[0]) for one in opened]
             usable = [~mask for mask in overlapping]
-            if not any(mask.any() for mask in usable):
-                raise DataError("drop_eval_overlap leaves no training row: all overlap with eval_data_files.")
+            if bare := [one.source.name for one, mask in zip(opened, usable, strict=True) if not mask.any()]:
+                raise DataError(
+                    f"{bare[0]}: drop_eval_overlap leaves no training row of it, all overlap with eval_data_files; "
+                    "leave the source out, or give other eval_data_files."
+                )
 
     counts = [_take(one, mask, seed) for one, mask in zip(opened, usable, strict=True)]
     reports = [

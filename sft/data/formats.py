@@ -30,6 +30,7 @@ Files are read row by row: of `.jsonl` and Parquet no more than a row or a row g
 import codecs
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -64,6 +65,10 @@ class DataError(SFTError):
     """The data cannot be read or trained on. The message names the file, and the row where there is one."""
 
 
+class UnreadableError(DataError):
+    """The system does not let something be read: rights, or a device that fails. It is not known to be damaged."""
+
+
 class Problem(NamedTuple):
     """What is wrong with a row: a code of [`sft.data.checks.REASONS`], and where and what exactly."""
 
@@ -76,21 +81,23 @@ class Row:
     """A row as it stands in its file.
 
     Args:
-        source: `file:row`, rows counted from 1, blank lines included.
+        place: the file or dataset, as it was given to [`read_rows`].
+        number: of the row in it, from 1, blank lines included.
         value: what JSON or Parquet holds there; the bytes of the line if that is no JSON.
         problem: why `value` is no JSON.
         text: the line of a `.jsonl` file, without the spaces around it; None in other files.
     """
 
-    source: str
+    place: str
+    number: int
     value: Any
     problem: Problem | None = None
     text: bytes | None = None
 
     @property
-    def place(self) -> str:
-        """The file or dataset."""
-        return self.source.rpartition(":")[0]
+    def source(self) -> str:
+        """`file:row`, for messages."""
+        return f"{self.place}:{self.number}"
 
     @property
     def id(self) -> str | int | None:
@@ -165,67 +172,68 @@ def _read_place(place: str, progress: Progress | None) -> Iterator[Row]:
     elif not place.endswith(SUFFIXES):
         raise DataError(f"{place}: not a file of conversations; known are {', '.join(SUFFIXES)}.")
     else:
-        yield from _read_file(path, progress)
+        yield from _read_file(place, progress)
 
 
-def _read_file(path: Path, progress: Progress | None) -> Iterator[Row]:
+def _read_file(place: str, progress: Progress | None) -> Iterator[Row]:
+    path = Path(place)
     try:
         with path.open("rb") as file:
             if path.suffix == ".parquet":
-                yield from _read_parquet(path, file)
+                yield from _read_parquet(place, file)
             elif ".jsonl" in path.suffixes:
-                yield from _read_jsonl(path, file, progress)
+                yield from _read_jsonl(place, file, progress)
             else:
-                yield from _read_json(path, file)
+                yield from _read_json(place, file)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}.") from error
     except (EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged gzip file ({error}); fetch it again.") from error
 
 
-def _read_jsonl(path: Path, file: BinaryIO, progress: Progress | None) -> Iterator[Row]:
-    total, done = path.stat().st_size, 0
-    lines: Any = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+def _read_jsonl(place: str, file: BinaryIO, progress: Progress | None) -> Iterator[Row]:
+    total, done = os.fstat(file.fileno()).st_size, 0
+    lines: Any = gzip.GzipFile(fileobj=file) if place.endswith(".gz") else file
     number = 0
     while line := lines.readline(MAX_ROW_BYTES):
         number += 1
-        source = f"{path}:{number}"
         if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
             while (rest := lines.readline(MAX_ROW_BYTES)) and not rest.endswith(b"\n"):
                 pass
             detail = f"it is longer than {MAX_ROW_BYTES:,} bytes; is the file one row a line?"
-            yield Row(source, line[:1000], Problem("row_too_large", detail))
+            yield Row(place, number, line[:1000], Problem("row_too_large", detail))
         elif line.strip():
-            yield _parse(source, line)
+            yield _parse(place, number, line)
         if progress and (number % 1000 == 0 or file.tell() == total):
             progress(file.tell() - done, total)
             done = file.tell()
 
 
-def _parse(source: str, line: bytes) -> Row:
+def _parse(place: str, number: int, line: bytes) -> Row:
     try:
         # utf-8-sig, because files from Windows begin with a mark that JSON does not know.
-        return Row(source, json.loads(line.decode("utf-8-sig")), text=line.removeprefix(codecs.BOM_UTF8).strip())
+        value = json.loads(line.decode("utf-8-sig"))
+        return Row(place, number, value, text=line.removeprefix(codecs.BOM_UTF8).strip())
     except UnicodeDecodeError as error:
         detail = f"byte {error.start + 1} of the line is {line[error.start]:#04x}, which is no UTF-8; convert the file"
-        return Row(source, line, Problem("not_utf8", detail))
+        return Row(place, number, line, Problem("not_utf8", detail))
     except (ValueError, RecursionError) as error:  # also of a thousand brackets
-        return Row(source, line, Problem("invalid_json", str(error)))
+        return Row(place, number, line, Problem("invalid_json", str(error)))
 
 
-def _read_json(path: Path, file: BinaryIO) -> Iterator[Row]:
-    text: Any = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+def _read_json(place: str, file: BinaryIO) -> Iterator[Row]:
+    text: Any = gzip.GzipFile(fileobj=file) if place.endswith(".gz") else file
     try:
         rows = json.load(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error}); one row a line is .jsonl.") from error
+        raise DataError(f"{place}: not JSON ({error}); one row a line is .jsonl.") from error
     if not isinstance(rows, list):
-        raise DataError(f"{path}: holds a {type(rows).__name__}; expected a list of rows.")
+        raise DataError(f"{place}: holds a {type(rows).__name__}; expected a list of rows.")
     for number, row in enumerate(rows, start=1):
-        yield Row(f"{path}:{number}", row)
+        yield Row(place, number, row)
 
 
-def _read_parquet(path: Path, file: BinaryIO) -> Iterator[Row]:
+def _read_parquet(place: str, file: BinaryIO) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -233,9 +241,9 @@ def _read_parquet(path: Path, file: BinaryIO) -> Iterator[Row]:
         batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000)
         rows = (row for batch in batches for row in batch.to_pylist())
         for number, row in enumerate(rows, start=1):
-            yield Row(f"{path}:{number}", row)
+            yield Row(place, number, row)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a Parquet file, or a damaged one ({error}).") from error
+        raise DataError(f"{place}: not a Parquet file, or a damaged one ({error}).") from error
 
 
 def _read_dataset(place: str, arguments: dict[str, Any]) -> Iterator[Row]:
@@ -247,7 +255,7 @@ def _read_dataset(place: str, arguments: dict[str, Any]) -> Iterator[Row]:
         else:
             rows = datasets.load_dataset(**arguments, streaming=True)
         for number, row in enumerate(rows, start=1):
-            yield Row(f"{place}:{number}", row)
+            yield Row(place, number, row)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         what = "not a dataset that can be loaded" if Path(place).is_dir() else "no such file, nor a dataset to be had"
         raise DataError(f"{place}: {what} ({' '.join(str(error).split())}).") from error
@@ -360,8 +368,12 @@ def _prompt_completion_turns(columns: dict[str, Any]) -> tuple[list[Turn], list[
 
 
 def _alpaca_turns(columns: dict[str, Any]) -> tuple[list[Turn], list[Problem]]:
-    turns = []
-    for index, pair in enumerate(columns.get("history") or []):
+    turns: list[Turn] = []
+    history = [] if columns.get("history", "") == "" else columns["history"]
+    if not isinstance(history, list | tuple):
+        found = type(history).__name__
+        return [], [Problem("bad_message", f"history is a {found}; expected a list of [question, answer]")]
+    for index, pair in enumerate(history):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             return [], [
                 Problem("bad_message", f"history[{index}] is {type(pair).__name__}; expected [question, answer]")
@@ -392,6 +404,7 @@ __all__ = [
     "Problem",
     "Row",
     "Turn",
+    "UnreadableError",
     "find_turns",
     "join_parts",
     "read_rows",

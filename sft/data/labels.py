@@ -249,9 +249,10 @@ def tokenize(
     except Exception as error:  # a template may fail as any program
         return Problem("template_refuses", f"the chat template fails on it: {one_line(error)}")
     input_ids = encoding["input_ids"]
-    weights = [float(marked) for marked in encoding["assistant_masks"]] if masked else [1.0] * len(input_ids)
+    factors = [float(marked) for marked in encoding["assistant_masks"]] if masked else [1.0] * len(input_ids)
     if masked:
-        weights = _weigh_turns(weights, _turn_weights(conversation, labelling), conversation.source)
+        factors = _weigh_turns(factors, _turn_weights(conversation, labelling), conversation.source)
+    weights = array("f", factors)  # as they are trained with, so that what is 0 there counts as untrained
     if not any(weights):
         return Problem("nothing_trained", "the chat template marks no token of it, or all that it marks has weight 0")
     if not any(weights[: labelling.max_length]):
@@ -261,7 +262,7 @@ def tokenize(
     return Tokenized(
         conversation,
         array("i", input_ids[: labelling.max_length]),
-        array("f", weights[: labelling.max_length]),
+        weights[: labelling.max_length],
         labelling.max_length is not None and len(input_ids) > labelling.max_length,
     )
 

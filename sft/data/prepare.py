@@ -30,7 +30,7 @@ from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.manifest import package_version
 from conversion.checkpoint.ranks import Ranks
 from sft.data.checks import Conversation, Reject, check_rows
-from sft.data.formats import DataError, Problem, Progress, Row
+from sft.data.formats import DataError, Problem, Progress, Row, UnreadableError
 from sft.data.holdout import digest_question
 from sft.data.labels import (
     DataReport,
@@ -42,7 +42,7 @@ from sft.data.labels import (
     require_rows,
     tokenize_checked,
 )
-from sft.data.sources import as_places, digest_file, digest_places, is_local, pin
+from sft.data.sources import Content, as_places, digest_file, is_local, is_unreadable, pin, read_content
 from sft.tokenizer import control_tokens, tokenizer_digest
 
 if TYPE_CHECKING:
@@ -110,23 +110,30 @@ def prepare(
         rank, world_size: which of how many processes that share the work this is.
 
     Raises:
-        DataError: the folder exists; a file cannot be read; there are invalid rows and they are not allowed; no row is
-            left; another rank failed.
+        DataError: the folder exists; a file cannot be read, or changed while it was; there are invalid rows and they
+            are not allowed; no row is left; another rank failed.
     """
     out = Path(out)
     places = tuple(pin(place) for place in as_places(data))
-    job = describe_job(places, tokenizer, labelling)
-    if rank and (done := _read_record(out)) and done.get("job") == job and not _parts_folder(out).exists():
-        return _prepared(out, done)  # the others were quicker
-    _refuse_obstacle(out, overwrite=overwrite)
+    content = read_content(places)
+    job = describe_job(content, tokenizer, labelling)
     parts = _parts_folder(out)
+
+    def is_done() -> bool:
+        return not parts.exists() and (_read_record(out) or {}).get("job") == job
+
+    if rank and is_done():
+        return _prepared(out, _read_record(out) or {})  # the others were quicker
+    _refuse_obstacle(out, overwrite=overwrite)
     try:
         with Ranks(out, rank, world_size, patience=_PATIENCE) as ranks:
             if rank == 0:
                 _claim(parts, job)
-            ranks.wait(lambda: _job_of(parts) == job, [0], f"the folder {parts}")
+            ranks.wait(lambda: _job_of(parts) == job or (rank > 0 and is_done()), [0], f"the folder {parts}")
+            if rank and is_done():  # there was nothing to do for who comes late
+                return _prepared(out, _read_record(out) or {})
             count = write_parts(
-                places, parts, tokenizer, labelling, num_proc=num_proc, progress=progress, rank=rank, world=world_size
+                content, parts, tokenizer, labelling, num_proc=num_proc, progress=progress, rank=rank, world=world_size
             )
             if rank == 0:
                 for number in range(count):
@@ -134,7 +141,7 @@ def prepare(
                     ranks.wait(record.is_file, [number % world_size], f"part {number} of {count}")
                 _join_into(out, parts, count, places, tokenizer, labelling, job, allow_rejects)
             else:
-                ranks.wait(lambda: not parts.exists() and (_read_record(out) or {}).get("job") == job, [0], str(out))
+                ranks.wait(is_done, [0], str(out))
     except CheckpointError as error:
         raise DataError(str(error)) from error
     except DataError as error:
@@ -203,14 +210,14 @@ def _prepared(out: Path, record: dict[str, Any]) -> Prepared:
     return Prepared(str(out), record["fingerprint"], _report_from(record["report"]))
 
 
-def describe_job(places: Sequence[str], tokenizer: "PreTrainedTokenizerBase", labelling: Labelling) -> str:
+def describe_job(content: Content, tokenizer: "PreTrainedTokenizerBase", labelling: Labelling) -> str:
     """A digest of all that decides what comes out of tokenizing: content, tokenizer, template, labelling, and the code.
 
     Args:
-        places: pinned, see [`sft.data.sources.pin`].
+        content: of what is tokenized; what is read later counts as of it only if it did not change meanwhile.
     """
     return _fingerprint(
-        {"content": digest_places(places), "code": _digest_code(), "layout": _LAYOUT, **_made_of(tokenizer, labelling)}
+        {"content": content.digest, "code": _digest_code(), "layout": _LAYOUT, **_made_of(tokenizer, labelling)}
     )
 
 
@@ -233,7 +240,7 @@ def _digest_code() -> str:
 
 
 def write_parts(
-    places: Sequence[str],
+    content: Content,
     folder: Path,
     tokenizer: "PreTrainedTokenizerBase",
     labelling: Labelling,
@@ -245,8 +252,12 @@ def write_parts(
 ) -> int:
     """Tokenize this rank's parts of the rows, but those that are there; returns how many parts there are in all.
 
+    A part is there only if no file has changed since before the digest that the parts are named by: what was read is
+    what was digested, of the parts of a process that is killed too. At the end every byte is digested again.
+
     Raises:
-        DataError: see [`sft.data.labels.tokenize_rows`]; or the disk is full: how much was written, and of what share.
+        DataError: see [`sft.data.labels.tokenize_rows`]; a file changed while it was read; or the disk is full: how
+            much was written, and of what share.
     """
     read = 0
     seen = [0, 0]  # bytes of the files
@@ -260,7 +271,7 @@ def write_parts(
         nonlocal read
         have: dict[int, bool] = {}
         for row, outcome in check_rows(
-            list(places), control_tokens(tokenizer, labelling.sanitize_control_tokens), watch
+            list(content.places), control_tokens(tokenizer, labelling.sanitize_control_tokens), watch
         ):
             number = read // _PART_ROWS
             read += 1
@@ -277,12 +288,15 @@ def write_parts(
     try:
         while (first := next(outcomes, None)) is not None:
             number = min(todo)
-            _write_part(folder, number, [first, *islice(outcomes, _PART_ROWS - 1)], places)
+            part = [first, *islice(outcomes, _PART_ROWS - 1)]
+            content.require_same()
+            _write_part(folder, number, part, content.places)
             del todo[number]
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DiskFull(_full_disk(folder, read, seen, error)) from error
+    content.require_same_bytes()
     return -(-read // _PART_ROWS)
 
 
@@ -314,25 +328,21 @@ def _write_part(
     """The arrays of a part, and what became of its rows; the second is written last, so it says that both are there."""
     import pyarrow as pa
 
-    tally, path = Tally(), folder / f"part-{number:06}.arrow"
+    tally, rejects, path = Tally(), [], folder / f"part-{number:06}.arrow"
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     kept = []
-    for _, outcome in outcomes:
+    for row, outcome in outcomes:
         tally.add(outcome)
         if isinstance(outcome, Tokenized):
             kept.append(outcome)
+        else:  # without the name, which a file that is read again may not have
+            rejects.append([places.index(row.place), row.number, outcome.id, outcome.problems])
     with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, _part_schema()) as writer:
         for start in range(0, len(kept), _BATCH):
             writer.write_batch(_batch(kept[start : start + _BATCH]))
     digest = digest_file(partial)
     partial.replace(path)
     report = tally.report()
-    rejects = [
-        # Without the name, which a file that is read again may not have.
-        [places.index(source.rpartition(":")[0]), int(source.rpartition(":")[2]), reject.id, reject.problems]
-        for reject in report.rejects
-        for source in (reject.source,)
-    ]
     record = {"digest": digest, "rows": report.rows, "truncated": report.truncated, "weighted": tally.weighted}
     _write_json(_part_record(folder, number), {**record, "rejects": rejects})
 
@@ -493,6 +503,7 @@ def open_sealed(folder: Path, name: str, again: str) -> tuple["Dataset", dict[st
 
     Raises:
         DataError: it is damaged.
+        UnreadableError: it cannot be read, by rights or because the device fails.
     """
     from datasets import load_from_disk
 
@@ -502,11 +513,19 @@ def open_sealed(folder: Path, name: str, again: str) -> tuple["Dataset", dict[st
         missing = [file for file in files if not (folder / file).is_file()]
         edited = missing or [file for file, digest in files.items() if digest_file(folder / file) != digest]
         dataset = None if edited else load_from_disk(folder)
+    except UnreadableError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{folder}: a damaged prepared folder ({error!r}); {again}.") from error
+        raise _damaged(folder, error, again) from error
     if dataset is None:
         raise DataError(f"{folder}/{edited[0]}: is not what was prepared there; {again}.")
     return dataset, record
+
+
+def _damaged(folder: Path, error: Exception, again: str) -> DataError:
+    if isinstance(error, OSError) and is_unreadable(error):
+        return UnreadableError(f"{error.filename or folder}: {error.strerror}.")
+    return DataError(f"{folder}: a damaged prepared folder ({error!r}); {again}.")
 
 
 def _refuse_obstacle(out: Path, *, overwrite: bool) -> None:
@@ -588,10 +607,7 @@ def open_rows(places: Sequence[str | Path], tokenizer: "PreTrainedTokenizerBase"
     import pyarrow as pa
     from datasets import Dataset
 
-    if len(places) > 1:
-        raise DataError(
-            f"{places[0]} and {len(places) - 1} more: a prepared folder stands alone; prepare all together."
-        )
+    _refuse_others(places)
     folder, again = Path(places[0]), "prepare it again"
     dataset, record = open_sealed(folder, PREPARED, again)
     try:
@@ -600,7 +616,7 @@ def open_rows(places: Sequence[str | Path], tokenizer: "PreTrainedTokenizerBase"
         about = pa.Table.from_batches(_read_stream(folder / ROWS), _row_schema())
         made_from = tuple(map(str, record["places"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{folder}: a damaged prepared folder ({error!r}); {again}.") from error
+        raise _damaged(folder, error, again) from error
     if not len(dataset) == len(about) == report.kept:
         raise DataError(f"{folder}: has {len(dataset)} rows, {PREPARED} says {report.kept}; {again}.")
     _refuse_difference(folder, made_of, _made_of(tokenizer, labelling))
@@ -610,9 +626,38 @@ def open_rows(places: Sequence[str | Path], tokenizer: "PreTrainedTokenizerBase"
     return Rows(dataset, report, about, fingerprint, made_from, content)
 
 
+def _refuse_others(places: Sequence[str | Path]) -> None:
+    if len(places) > 1:
+        raise DataError(
+            f"{places[0]} and {len(places) - 1} more: a prepared folder stands alone; prepare all together."
+        )
+
+
+def require_made_for(
+    places: Sequence[str | Path], tokenizer: "PreTrainedTokenizerBase | None", labelling: Labelling
+) -> None:
+    """Refuse a prepared folder that a run would refuse, by its record alone: its rows are not read.
+
+    Args:
+        places: of the run's data; other than prepared folders are not looked at.
+        tokenizer: of the run; None: only the labelling is compared.
+        labelling: of the run.
+
+    Raises:
+        DataError: as [`open_prepared`].
+    """
+    for place in filter(is_prepared, places):
+        _refuse_others(places)
+        record = _read_record(Path(place)) or {}
+        wanted = _made_of(tokenizer, labelling) if tokenizer else {"labelling": asdict(labelling)}
+        if not wanted.keys() <= record.keys() or not isinstance(record["labelling"], dict):
+            raise DataError(f"{place}: a damaged prepared folder; prepare it again.")
+        _refuse_difference(Path(place), record, wanted)
+
+
 def build_prepared(
     folder: Path,
-    places: Sequence[str],
+    content: Content,
     tokenizer: "PreTrainedTokenizerBase",
     labelling: Labelling,
     job: str,
@@ -621,8 +666,8 @@ def build_prepared(
     """Write into an empty folder what [`prepare`] writes, by this process alone; rows may be invalid, and none left."""
     parts = folder / "parts"
     parts.mkdir()
-    count = write_parts(places, parts, tokenizer, labelling, num_proc=num_proc)
-    join_parts(parts, count, parts / "whole", places, tokenizer, labelling, job)
+    count = write_parts(content, parts, tokenizer, labelling, num_proc=num_proc)
+    join_parts(parts, count, parts / "whole", content.places, tokenizer, labelling, job)
     for path in (parts / "whole").iterdir():
         path.rename(folder / path.name)
     shutil.rmtree(parts)
@@ -639,16 +684,17 @@ def _made_of(tokenizer: "PreTrainedTokenizerBase", labelling: Labelling) -> dict
 
 
 def _refuse_difference(folder: Path, made_of: dict[str, Any], wanted: dict[str, Any]) -> None:
-    pairs = [(name, made_of[name], wanted[name]) for name in ("tokenizer", "chat_template")]
+    digests = [name for name in ("tokenizer", "chat_template") if name in wanted]
+    pairs = [(name, made_of[name], wanted[name]) for name in digests]
     labelling = {**asdict(Labelling(None)), **made_of["labelling"]}  # an older record lacks what had one value then
     pairs += [(name, labelling[name], value) for name, value in wanted["labelling"].items()]
     for name, found, asked in pairs:
         if found != asked:
-            what = f"of digest {found}, this run's has {asked}" if name in made_of else f"{found}, this run has {asked}"
-            raise DataError(
-                f"{folder} was prepared with {name.replace('_', ' ') if name in made_of else name} {what}; "
-                "prepare it again for this run."
-            )
+            if name in digests:
+                what = f"{name.replace('_', ' ')} of digest {found}, this run's has {asked}"
+            else:
+                what = f"{name} {found}, this run has {asked}"
+            raise DataError(f"{folder} was prepared with {what}; prepare it again for this run.")
 
 
 def _fingerprint(value: dict[str, Any]) -> str:
@@ -676,5 +722,6 @@ __all__ = [
     "open_rows",
     "open_sealed",
     "prepare",
+    "require_made_for",
     "seal",
 ]

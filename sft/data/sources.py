@@ -5,13 +5,14 @@
 """The sources that a run takes its rows from, and what tells whether their content is still the same."""
 
 import difflib
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sft.data.formats import DATASET_NAME, SUFFIXES, DataError
+from sft.data.formats import DATASET_NAME, SUFFIXES, DataError, UnreadableError
 
 _BLOCK = 1 << 22
 # What other trainers call it.
@@ -156,11 +157,59 @@ def pin(place: str) -> str:
     return f"{match['path']}@{commit}{rest}"
 
 
-def digest_places(places: Sequence[str]) -> str:
-    """A digest of all that decides which rows are read, whatever the files are called and wherever they lie.
+class _State(NamedTuple):
+    """What the system notes of a file, and changes if the file is written, replaced or renamed.
 
-    Of files that is their bytes, read through; of folders those of all files in them; of datasets of the Hub the
-    commit.
+    Also if only its rights or its links change: nothing tells that from bytes that were put back.
+    """
+
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+
+@dataclass(frozen=True)
+class Content:
+    """What some places hold, and what tells later whether that is what was read from them.
+
+    Args:
+        places: pinned, see [`pin`].
+        digest: of all that decides which rows are read, whatever the files are called and wherever they lie: of files
+            their bytes, read through; of folders those of all files in them; of datasets of the Hub the commit.
+        states: of each file, as it was before its bytes were digested.
+    """
+
+    places: tuple[str, ...]
+    digest: str
+    states: Mapping[Path, _State]
+
+    def require_same(self) -> None:
+        """Refuse what was read since, if a file changed meanwhile; the system is asked, no byte is read.
+
+        Raises:
+            DataError: a file was written, replaced, renamed, added or removed, even if it is as it was before. The
+                message names it.
+        """
+        found = {path: _state(path) for place in self.places for path in _files_of(place)}
+        for path in [*self.states, *found]:
+            if found.get(path) != self.states.get(path):
+                raise DataError(_changed(path))
+
+    def require_same_bytes(self) -> None:
+        """Likewise, and read every byte again: a disk of another machine may tell late that a file was written.
+
+        Raises:
+            DataError: a file changed.
+        """
+        again = read_content(self.places)
+        self.require_same()
+        if again.digest != self.digest:
+            raise DataError(_changed(", ".join(self.places)))
+
+
+def read_content(places: Sequence[str]) -> Content:
+    """Digest the places that rows are about to be read from.
 
     Args:
         places: pinned, see [`pin`].
@@ -170,19 +219,39 @@ def digest_places(places: Sequence[str]) -> str:
     """
     import xxhash
 
-    digest = xxhash.xxh3_128()
+    digest, states = xxhash.xxh3_128(), dict[Path, _State | None]()
     for place in places:
         # Repeated ids are looked for from one file to the next if they are one: so this decides too.
         digest.update(f"\0{places.index(place)}\0{_kind(place)}\0".encode())
-        path = Path(place)
-        if path.is_dir():
-            for file in sorted(found for found in path.rglob("*") if found.is_file()):
-                digest.update(f"\0{file.relative_to(path)}\0{digest_file(file)}".encode())
-        elif is_local(place):
-            digest.update(digest_file(path).encode())
-        else:
+        files = _files_of(place)
+        for file in files:
+            if file not in states:  # of one that is named twice, as it was first
+                states[file] = _state(file)
+            inside = f"\0{file.relative_to(place)}\0" if Path(place).is_dir() else ""
+            digest.update(f"{inside}{digest_file(file)}".encode())
+        if not files:
             digest.update(place.encode())
-    return digest.hexdigest()
+    return Content(tuple(places), digest.hexdigest(), {path: state for path, state in states.items() if state})
+
+
+def _files_of(place: str) -> list[Path]:
+    """The files of a place on this machine; none of a dataset of the Hub, whose commit says what it holds."""
+    path = Path(place)
+    if path.is_dir():
+        return sorted(found for found in path.rglob("*") if found.is_file())
+    return [path] if is_local(place) else []
+
+
+def _state(path: Path) -> _State | None:
+    try:
+        found = path.stat()
+    except OSError:  # it is gone, or whoever reads it says why it cannot be
+        return None
+    return _State(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _changed(name: object) -> str:
+    return f"{name}: changed while it was read; run it again when nothing writes to it any more."
 
 
 def _kind(place: str) -> str:
@@ -195,7 +264,8 @@ def digest_file(path: Path) -> str:
     """xxh3-128 of all bytes of a file.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: there is none.
+        UnreadableError: it cannot be read.
     """
     import xxhash
 
@@ -207,7 +277,13 @@ def digest_file(path: Path) -> str:
                 digest.update(buffer[:size])
         return digest.hexdigest()
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}.") from error
+        kind = UnreadableError if is_unreadable(error) else DataError
+        raise kind(f"{path}: {error.strerror or error}.") from error
+
+
+def is_unreadable(error: OSError) -> bool:
+    """Whether an error of the system says nothing of what is there: only that it is absent would, or no number."""
+    return error.errno not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 def as_places(files: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
@@ -215,4 +291,14 @@ def as_places(files: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
     return (os.fspath(files),) if isinstance(files, str | Path) else tuple(os.fspath(file) for file in files)
 
 
-__all__ = ["Source", "as_places", "digest_file", "digest_places", "is_local", "parse_sources", "pin"]
+__all__ = [
+    "Content",
+    "Source",
+    "as_places",
+    "digest_file",
+    "is_local",
+    "is_unreadable",
+    "parse_sources",
+    "pin",
+    "read_content",
+]

@@ -107,8 +107,8 @@ class DataArguments:
         data: in its place: a list of sources, each with `path`, and perhaps `name`, `weight`, `max_rows`, `max_tokens`
             and, on the Hub, `revision`, `config`, `split` (see [`sft.data.sources`] and [`sft.data.mixture`]).
         eval_data_files: like `data_files`, evaluated on when `eval_strategy` says so.
-        test_split_size: in its place: hold out this share of each source's rows (below 1), or so many rows (see
-            [`sft.data.holdout`]).
+        test_split_size: in its place: hold out this share of the rows that an epoch would use of each source (below 1),
+            or so many rows of all (see [`sft.data.holdout`]).
         drop_eval_overlap: leave training rows out that `eval_data_files` has too, or whose question it asks.
         dataset_cache_dir: where tokenized rows are kept, for all processes that see it and for later runs; in the cache
             of `datasets` unless given.

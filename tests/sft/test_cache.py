@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 
 from sft.data.cache import Cache, CacheError, default_folder
 from sft.data.formats import DataError
+from sft.data.prepare import open_sealed, seal
 
 ROOT = Path(__file__).parents[2]
 # A process that asks for the entry `key`, and notes in the file `made` that it makes it. `how` is done while it does.
@@ -148,6 +150,40 @@ def test_what_is_damaged_is_made_again(tmp_path, caplog):
     assert cache.get("key", write, open_entry) == "all"
     assert "key: is damaged. It is made again." in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+@pytest.mark.parametrize("closed", ["", "record", "content"])
+def test_an_entry_that_may_not_be_read_is_neither_damaged_nor_moved(closed):
+    """As another user's whose umask is 077."""
+    datasets = pytest.importorskip("datasets")
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to other users
+
+        def build(entry):
+            datasets.Dataset.from_dict({"a": [1]}).save_to_disk(str(entry))
+            (entry / "content").write_text("all")
+            seal(entry, "record", {})
+
+        def open_entry(entry):
+            return open_sealed(entry, "record", "make it again")[0][:]
+
+        Path(place).chmod(0o777)
+        cache = Cache(Path(place) / "cache")
+        assert cache.get("key", build, open_entry) == {"a": [1]}
+        (Path(place) / "cache").chmod(0o777)
+        entry = Path(place) / "cache" / "key"
+        (entry / closed).chmod(0)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(CacheError, match=r"/key\S*: Permission denied\. Ask .*chmod -R a\+rX \S+/key"):
+                cache.get("key", never, open_entry)
+        finally:
+            if root:
+                os.seteuid(0)
+            (entry / closed).chmod(0o755)
+        assert [path.name for path in (Path(place) / "cache").iterdir()] == ["key"]
+        assert cache.get("key", never, open_entry) == {"a": [1]}
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -132,7 +132,7 @@ GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
     ],
 )
 def test_pairs_are_judged_as_conversations_are(row, code):
-    _, problems = read_pair(Row("pairs.jsonl:1", row), ["<_bot>"])
+    _, problems = read_pair(Row("pairs.jsonl", 1, row), ["<_bot>"])
     assert [problem.code for problem in problems][:1] == ([code] if code else [])
 
 

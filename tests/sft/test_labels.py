@@ -9,9 +9,11 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sentencepiece import SentencePieceProcessor
 
+from sft.data import checks
 from sft.data.checks import Conversation, Reject
 from sft.data.dataset import prepare_dataset
 from sft.data.labels import DataError, Labelling, tokenize, tokenize_rows
@@ -117,6 +119,18 @@ def test_a_template_that_runs_turns_together_cannot_be_weighed(tokenizer, tmp_pa
 def test_settings_that_contradict_each_other(settings, message, tokenizer):
     with pytest.raises(DataError, match=message):
         prepare_dataset("nowhere.jsonl", tokenizer, **{"max_length": 8, **settings})
+
+
+@pytest.mark.parametrize("bound", [checks.MIN_WEIGHT, checks.MAX_WEIGHT])
+def test_weights_are_what_float32_has(bound, tokenizer, tmp_path):
+    """Both bounds are trained with as they are written; what is 0 as float32 trains nothing, wherever it comes from."""
+    path = write(tmp_path / "data.jsonl", [chat(ASK, ANSWER, weights={1: bound})])
+    dataset, report = prepare_dataset(path, tokenizer, max_length=64)
+    assert report.trained_tokens > 0
+    assert set(dataset["weights"][0]) == {0.0, float(np.float32(bound))}
+    assert np.finfo(np.float32).smallest_normal == checks.MIN_WEIGHT
+    messages = chat(ASK, ANSWER)["messages"]
+    assert tokenize(Conversation(messages, "here:1", (1e-300,)), tokenizer, Labelling(64)).code == "nothing_trained"
 
 
 def test_weights_do_not_vanish_when_every_token_is_trained_on(tokenizer, tmp_path):

@@ -15,7 +15,7 @@ from sft.data.checks import Conversation
 from sft.data.formats import DATASET_NAME, DataError
 from sft.data.holdout import find_overlap, hold_out, is_held, normalize_question
 from sft.data.mixture import order_rows, take
-from sft.data.sources import Source, digest_places, parse_sources, pin
+from sft.data.sources import Source, parse_sources, pin, read_content
 
 
 def hashes(count, seed=0):
@@ -238,10 +238,12 @@ def test_without_the_hub_it_is_said(monkeypatch):
 def test_the_digest_is_of_content_alone(tmp_path):
     for name, text in {"a.jsonl": "1\n", "b.jsonl": "2\n", "c.jsonl": "1\n", "d.json": "1\n"}.items():
         (tmp_path / name).write_text(text)
-    a, b, c, d = (digest_places([str(tmp_path / name)]) for name in ("a.jsonl", "b.jsonl", "c.jsonl", "d.json"))
+    a, b, c, d = (read_content([str(tmp_path / name)]).digest for name in ("a.jsonl", "b.jsonl", "c.jsonl", "d.json"))
     assert a == c
     assert len({a, b, d}) == 3
     both = [str(tmp_path / name) for name in ("a.jsonl", "c.jsonl")]
-    assert digest_places(both) != digest_places([both[0], both[0]]), "ids that repeat in one file are refused"
+    assert read_content(both).digest != read_content([both[0], both[0]]).digest, (
+        "ids that repeat in one file are refused"
+    )
     with pytest.raises(DataError, match=r"missing\.jsonl: No such file"):
-        digest_places([str(tmp_path / "missing.jsonl")])
+        read_content([str(tmp_path / "missing.jsonl")])

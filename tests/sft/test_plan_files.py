@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,12 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from conversion.architecture import Architecture, load_preset
+from sft.data.labels import Labelling
+from sft.data.prepare import prepare
 from sft.plan import PlanError, Setup, estimate_memory, plan_training
 from sft.plan_files import Run, choose_setup, write_run
 from sft.shipped import find_shipped
+from sft.tokenizer import load_tokenizer
 from sft.training.memory import Rows, describe_setup
 from sft.training.recipe import read_recipe
 from sft.yaml_text import load_yaml
@@ -167,6 +171,49 @@ def test_files_of_others_stay(tmp_path):
         str(tmp_path / name) for name in ("recipe.yaml", "accelerate.yaml", "launch.sh")
     ]
     assert "mine" not in (tmp_path / "recipe.yaml").read_text()
+
+
+def test_a_folder_in_the_way_leaves_all_as_it_was(tmp_path):
+    (tmp_path / "launch.sh").mkdir()
+    (tmp_path / "recipe.yaml").write_text("mine")
+    given = ["--model", "tele-flm-52b", "--method", "lora", "--write", str(tmp_path), "--overwrite"]
+    status, _, err = sft("plan", *given)
+    assert (status, err) == (2, f"teleflm: {tmp_path}/launch.sh is a folder; choose another folder, or move it away.\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["launch.sh", "recipe.yaml"]
+    assert (tmp_path / "recipe.yaml").read_text() == "mine"
+
+
+def test_links_that_lead_nowhere_stay(tmp_path):
+    (tmp_path / "recipe.yaml").symlink_to("nowhere")
+    (tmp_path / "folder").symlink_to("nowhere")
+    given = ["--model", "tele-flm-52b", "--method", "lora", "--write"]
+    status, _, err = sft("plan", *given, str(tmp_path))
+    assert (status, f"{tmp_path}/recipe.yaml exists; choose" in err) == (2, True)
+    status, _, err = sft("plan", *given, str(tmp_path / "folder"))
+    assert (status, err) == (2, f"teleflm: {tmp_path}/folder is no folder.\n")
+    assert os.readlink(tmp_path / "recipe.yaml") == "nowhere"
+
+
+def test_a_prepared_folder_that_training_would_refuse_is_refused(model_dir, data_file, tmp_path):
+    prepared = tmp_path / "prepared"
+    prepare(data_file, prepared, load_tokenizer(model_dir)[0], Labelling(max_length=64))
+    other = tmp_path / "other"
+    shutil.copytree(model_dir, other)
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    given = ["--method", "lora", "--gpus", 8, "--global-batch-size", 8, "--write", tmp_path / "run"]
+    for model, data, length, message in (
+        (model_dir, [prepared], 128, f"{prepared} was prepared with max_length 64, this run has 128; prepare it again"),
+        ("tele-flm-52b", [prepared], 2048, f"{prepared} was prepared with max_length 64, this run has 2048"),
+        (other, [prepared], 64, f"{prepared} was prepared with chat template of digest "),
+        (model_dir, [prepared, data_file], 64, "a prepared folder stands alone"),
+    ):
+        places = [word for place in data for word in ("--data", place)]
+        status, out, err = sft("plan", "--model", model, *given, "--max-length", length, *places)
+        assert (status, out, len(err.splitlines())) == (2, "", 1), err
+        assert message in err
+        assert not (tmp_path / "run").exists()
+    assert sft("plan", "--model", model_dir, *given, "--max-length", 64, "--data", prepared)[0] == 0
 
 
 def test_options_of_files_need_files():

@@ -53,7 +53,7 @@ EXPLICIT = {
 
 
 def columns(row):
-    pair, problems = read_pair(Row("pairs.jsonl:1", row))
+    pair, problems = read_pair(Row("pairs.jsonl", 1, row))
     assert problems == []
     return pair
 
@@ -113,7 +113,7 @@ def test_texts_are_messages():
     ],
 )
 def test_what_cannot_be_told_apart_is_refused(row, code):
-    _, problems = read_pair(Row("pairs.jsonl:1", row))
+    _, problems = read_pair(Row("pairs.jsonl", 1, row))
     assert [problem.code for problem in problems][:1] == [code]
     assert "\n" not in problems[0].detail
 
@@ -218,7 +218,7 @@ LABELLED = [
     ],
 )
 def test_labelled_answers_are_judged_too(row, code):
-    _, problems = read_labelled(Row("answers.jsonl:1", row))
+    _, problems = read_labelled(Row("answers.jsonl", 1, row))
     assert [problem.code for problem in problems] == [code]
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from sft.data.dataset import prepare_dataset
+from sft.data import prepare as module
+from sft.data import sources
+from sft.data.cache import Cache, CacheError
+from sft.data.dataset import Loader, prepare_dataset
 from sft.data.labels import DataError, Labelling
 from sft.data.prepare import PREPARED, prepare
 from sft.training.train import build_trainer
@@ -175,6 +178,100 @@ def test_rows_that_were_edited_are_not_trained_on(prepared, data_file, tokenizer
         prepare_dataset(prepared, tokenizer, max_length=64)
     prepare(data_file, prepared, tokenizer, LABELLING, overwrite=True)
     prepare_dataset(prepared, tokenizer, max_length=64)
+
+
+def change_meanwhile(monkeypatch, path, rows, *, put_back):
+    """While the file is read, other rows are in it."""
+    tokenize = module.tokenize_checked
+
+    def with_other_rows(*args):
+        before = path.read_bytes()
+        write(path, rows)
+        yield from tokenize(*args)
+        if put_back:
+            path.write_bytes(before)
+
+    monkeypatch.setattr(module, "tokenize_checked", with_other_rows)
+
+
+@pytest.mark.parametrize("put_back", [False, True])
+@pytest.mark.parametrize("shared", [False, True], ids=["prepare", "cache"])
+def test_what_was_not_digested_is_not_kept_under_its_digest(shared, put_back, tokenizer, tmp_path, monkeypatch):
+    """Else every later run on the file as it was would train on rows that were never in it."""
+    path = write(tmp_path / "data.jsonl", [chat(ASK, ANSWER)] * 5)
+    loader = Loader(Cache(tmp_path / "cache"), tokenizer)
+
+    def tokens():
+        if shared:
+            return loader.open([str(path)], LABELLING).dataset["input_ids"][:]
+        prepare(path, tmp_path / "out", tokenizer, LABELLING)
+        return prepare_dataset(tmp_path / "out", tokenizer, max_length=64)[0]["input_ids"][:]
+
+    with monkeypatch.context() as change:
+        change_meanwhile(change, path, [chat(("user", "What?"), ("assistant", "WRONG"))] * 4, put_back=put_back)
+        with pytest.raises(DataError, match=rf"^{path}: changed while it was read; run it again"):
+            tokens()
+    left = {found.name for found in tmp_path.glob("*") if found.is_dir()}
+    assert left == ({"cache"} if shared else set())
+    assert not [*(tmp_path / "cache").glob("tokens-*")]
+    write(path, [chat(ASK, ANSWER)] * 5)
+    assert tokens() == prepare_dataset(path, tokenizer, max_length=64)[0]["input_ids"][:]
+
+
+def test_bytes_are_compared_where_the_system_tells_nothing(tokenizer, tmp_path, monkeypatch):
+    path = write(tmp_path / "data.jsonl", [chat(ASK, ANSWER)] * 5)
+    monkeypatch.setattr(sources, "_state", lambda path: sources._State(0, 0, 0, 0))
+    change_meanwhile(monkeypatch, path, [chat(("user", "What?"), ("assistant", "WRONG"))] * 4, put_back=False)
+    with pytest.raises(DataError, match=r"data\.jsonl: changed while it was read"):
+        prepare(path, tmp_path / "out", tokenizer, LABELLING)
+
+
+def test_no_part_is_kept_of_a_file_that_has_changed(tokenizer, tmp_path, monkeypatch):
+    """One that is killed then would else go on with it."""
+    path = write(tmp_path / "data.jsonl", [chat(ASK, ANSWER)] * 20)
+    write_part, written = module._write_part, []
+
+    def change_after(folder, number, *args):
+        write_part(folder, number, *args)
+        written.append(number)
+        if number == 1:
+            write(path, [chat(ASK, ANSWER)] * 21)
+
+    monkeypatch.setattr(module, "_PART_ROWS", 4)
+    monkeypatch.setattr(module, "_write_part", change_after)
+    with pytest.raises(DataError, match="changed while it was read"):
+        prepare(path, tmp_path / "out", tokenizer, LABELLING)
+    assert written == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["./data.jsonl", ".//data.jsonl", "sub/../data.jsonl"])
+def test_rejects_are_found_whatever_a_file_is_called(name, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "data.jsonl", [chat(ASK, ANSWER), {}, chat(ASK, ("assistant", "long " * 9))])
+    made = prepare(name, "out", tokenizer, Labelling(max_length=12), allow_rejects=True)
+    rejects = prepare_dataset(name, tokenizer, max_length=12, allow_rejects=True)[1].rejects
+    assert made.report.rejects == rejects
+    assert rejects[0].source == f"{name}:2"
+    loader = Loader(Cache(tmp_path / "cache"), tokenizer, allow_rejects=True)
+    for place in (name, "data.jsonl"):  # the second opens what the first made
+        assert loader.open([place], Labelling(max_length=12)).report.rejects[0].source == f"{place}:2"
+
+
+def test_a_disk_that_fails_is_no_damage(data_file, prepared, tokenizer, tmp_path):
+    """The entry stays where it is: another machine, or another user, may well read it."""
+    loader = Loader(Cache(tmp_path / "cache"), tokenizer)
+    loader.open([str(data_file)], LABELLING)
+    (entry,) = (tmp_path / "cache").iterdir()
+    for folder in (entry, prepared):
+        (folder / "rows.arrow").unlink()
+        (folder / "rows.arrow").symlink_to("/proc/self/mem")  # of which the first byte cannot be read
+    message = rf"^dataset_cache_dir {tmp_path}/cache: .*rows\.arrow: Input/output error\. Ask .*chmod -R a\+rX .*tokens"
+    with pytest.raises(CacheError, match=message):
+        loader.open([str(data_file)], LABELLING)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [entry.name]
+    with pytest.raises(DataError, match=r"^\S+rows\.arrow: Input/output error\.$"):
+        prepare_dataset(prepared, tokenizer, max_length=64)
 
 
 def test_the_command(data_file, model_dir, tmp_path):

@@ -113,6 +113,30 @@ def test_one_that_was_killed_goes_on_and_makes_damaged_parts_again(rows_file, to
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_a_rank_that_comes_late_finds_all_done(rows_file, tokenizer, tmp_path, monkeypatch):
+    """It looked before the others were there, and they are gone: it waits for nobody."""
+    prepare(rows_file, tmp_path / "whole", tokenizer, LABELLING, allow_rejects=True)
+    enter = module.Ranks.__enter__
+
+    def late(ranks):
+        (tmp_path / "whole").rename(tmp_path / "out")
+        return enter(ranks)
+
+    monkeypatch.setattr(module.Ranks, "__enter__", late)
+    monkeypatch.setattr(module, "_PATIENCE", 1.0)
+    made = prepare(rows_file, tmp_path / "out", tokenizer, LABELLING, allow_rejects=True, rank=1, world_size=2)
+    assert made.report.rows == 48
+
+
+def test_one_process_removes_what_killed_ranks_have_left(rows_file, tokenizer, tmp_path):
+    ranks = tmp_path / ".out.ranks"
+    ranks.mkdir()
+    for rank in range(2):
+        (ranks / f"{rank}.json").write_text(json.dumps({"attempt": "1-2", "beat": 7, "state": "working"}))
+    prepare(rows_file, tmp_path / "out", tokenizer, LABELLING, allow_rejects=True)
+    assert not ranks.exists()
+
+
 def test_parts_of_other_data_are_not_gone_on_with(rows_file, conversations, tokenizer, tmp_path, monkeypatch):
     write_part = module._write_part
 

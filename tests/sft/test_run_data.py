@@ -333,6 +333,17 @@ def test_evaluation_rows_in_the_training_data_are_told_of_and_dropped_if_asked(b
     assert left == Counter(tuple(row) for row in kept["input_ids"][:2])
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_source_that_overlap_empties_is_named(others, build, two_files):
+    """Of one source as of several: a larger weight of none of its rows is no way out."""
+    data = [{"path": str(path), "name": path.stem} for path in two_files[: 1 + others][::-1]]
+    keys = {"data": data, "eval_data_files": str(two_files[0]), "drop_eval_overlap": True, **EVALUATED}
+    with pytest.raises(
+        DataError, match=r"^fruits: drop_eval_overlap leaves no training row of it, all overlap with eval"
+    ):
+        build(**keys)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

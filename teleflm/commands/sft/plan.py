@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from conversion.checkpoint.sizes import format_bytes
-from teleflm.terminal import EXIT_NO, Debug, Json, Overwrite, exit_codes, make_console, print_json
+from teleflm.terminal import EXIT_NO, Debug, Json, exit_codes, make_console, print_json
 
 if TYPE_CHECKING:
     from sft.plan import Plan
@@ -55,7 +55,9 @@ def plan(
         int | None, typer.Option(help="With --write: rows of a step, over all GPUs; 128 unless given.", min=1)
     ] = None,
     nodes: Annotated[int | None, typer.Option(help="With --write: machines with as many GPUs each.", min=1)] = None,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With --write: replace the three files in FOLDER.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -15,7 +15,6 @@ import typer
 from teleflm.terminal import (
     Debug,
     Json,
-    Overwrite,
     Rank,
     WorldSize,
     byte_progress,
@@ -38,6 +37,7 @@ from .labelling import (
 )
 
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; a recipe's data_files may name it.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the prepared folder OUT.")]
 AllowRejects = Annotated[bool, typer.Option("--allow-rejects", help="Leave invalid rows out instead of stopping.")]
 
 

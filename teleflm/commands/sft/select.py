@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from teleflm.terminal import DEFAULT_WORKERS, Debug, Json, Overwrite, exit_codes, make_console, print_json
+from teleflm.terminal import DEFAULT_WORKERS, Debug, Json, exit_codes, make_console, print_json
 
 from .labelling import Sanitize
 
@@ -133,7 +133,9 @@ def select(
     seed: SelectionSeed = None,
     workers: Workers = DEFAULT_WORKERS,
     ray: Ray = False,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Make anew what OUT holds of another selection, or was edited.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
