@@ -552,8 +552,15 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def is_prepared(place: str | Path) -> bool:
-    """Whether this is a folder that [`prepare`] wrote."""
-    return (Path(place) / PREPARED).is_file()
+    """Whether this is a folder that [`prepare`] wrote.
+
+    Raises:
+        UnreadableError: the folder, or one that it is in, may not be entered.
+    """
+    try:
+        return (Path(place) / PREPARED).is_file()
+    except PermissionError as error:
+        raise UnreadableError(f"{place}: {error.strerror}.") from error
 
 
 @dataclass(frozen=True)

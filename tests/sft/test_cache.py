@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from sft.data.cache import Cache, CacheError, default_folder
-from sft.data.formats import DataError
-from sft.data.prepare import open_sealed, seal
+from sft.data.formats import DataError, UnreadableError
+from sft.data.prepare import is_prepared, open_sealed, seal
 
 ROOT = Path(__file__).parents[2]
 # A process that asks for the entry `key`, and notes in the file `made` that it makes it. `how` is done while it does.
@@ -184,6 +184,26 @@ def test_an_entry_that_may_not_be_read_is_neither_damaged_nor_moved(closed):
             (entry / closed).chmod(0o755)
         assert [path.name for path in (Path(place) / "cache").iterdir()] == ["key"]
         assert cache.get("key", never, open_entry) == {"a": [1]}
+
+
+def test_data_that_may_not_be_entered_are_named():
+    """By the place as it was given, before anything else is asked of it."""
+    with tempfile.TemporaryDirectory() as place:
+        closed = Path(place) / "prepared"
+        closed.mkdir()
+        Path(place).chmod(0o755)
+        closed.chmod(0)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(UnreadableError, match=r"/prepared: Permission denied\.$"):
+                is_prepared(closed)
+        finally:
+            if root:
+                os.seteuid(0)
+            closed.chmod(0o755)
+        assert not is_prepared(closed)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

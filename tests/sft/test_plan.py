@@ -98,7 +98,7 @@ def test_memory_beside_measured_peaks(method, weight_bytes, compute_bytes, activ
     model = Architecture.from_config({**SIZES, "model_type": "TeleFLM"})
     estimate = estimate_memory(model, setup, overhead=False).total
     measured = measured_peak(SIZES, setup)
-    assert 0.98 * measured < estimate < planning.GREATEST_EXCESS * measured
+    assert 0.98 * measured < estimate < min(1.08, planning.GREATEST_EXCESS) * measured
 
 
 def three_layers(dtype: torch.dtype, activation_checkpointing: bool) -> tuple[TeleFLMForCausalLM, Architecture]:
