@@ -107,7 +107,16 @@ def _decide(job: Job, out: Path) -> Decision:
         return Refused(f"{out}: is the source too; write to another folder.")
     if os.path.lexists(out / FOLDER) and ((out / FOLDER).is_symlink() or not (out / FOLDER).is_dir()):
         return Refused(f"{out}/{FOLDER}: has to be a folder, for what a run keeps meanwhile; move away what is there.")
-    there = _Contents(out)
+    for _ in range(_LOOKS):
+        there = _Contents(out)
+        decision = _held_against_contents(job, there)
+        if not isinstance(decision, Refused) or there.stays():
+            break
+    return decision
+
+
+def _held_against_contents(job: Job, there: "_Contents") -> Decision:
+    out = there.out
     files = (*job.weights, *(name + PARTIAL for name in job.weights), *job.small_contents, MANIFEST)
     folders = [name for name in files if lies_in(out, name, folders=True) and (out / name).is_dir()]
     if folders:
@@ -144,6 +153,10 @@ class _Contents:
                 break
             seen = again
         return seen
+
+    def stays(self) -> bool:
+        """Whether the folder still is what it was: else what was decided may be about two instants, and true of none."""
+        return self._look() == (self.run, self.has_record, self.names)
 
     def _look(self) -> tuple[dict[str, Any] | None, bool, list[str]]:
         run = read_json(self.out / FOLDER / RUN)

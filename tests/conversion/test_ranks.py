@@ -24,7 +24,7 @@ from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import WriteOptions, Written, make_job, write_checkpoint
 from conversion.checkpoint.folder_formats import loadable_files
 from conversion.checkpoint.manifest import MANIFEST
-from conversion.checkpoint.preflight import FOLDER, PARTIAL, RUN, Resume, preflight
+from conversion.checkpoint.preflight import FOLDER, PARTIAL, RUN, New, Resume, preflight
 from conversion.checkpoint.ranks import RankFailed, Ranks
 from conversion.checkpoint.sources import WEIGHT_FILES
 from conversion.checkpoint.workspace import Workspace
@@ -444,21 +444,34 @@ def test_a_rank_outside_of_the_world_is_bad_usage(sources, tmp_path):
 
 
 def test_a_folder_that_another_rank_just_begins_to_write_is_not_somebody_elses(sources, monkeypatch, tmp_path):
-    """Between two looks at OUT, rank 0 writes its run and its first file: that is no file of an unknown origin."""
-    plan, out = mixed_plan(sources), tmp_path / "out"
+    """Between any two looks at OUT, rank 0 writes its run and its first file: that is no file of an unknown origin."""
+    plan = mixed_plan(sources)
     job = make_job(plan, WriteOptions(max_shard_size=SHARD_BYTES))
-    out.mkdir()
-    read_json, done = preflight_module.read_json, []
+    looks, begun, begin_after, out = 0, False, 0, tmp_path
 
-    def begin_after(path):
-        found = read_json(path)
-        if not done:
-            done.append(path)
-            (out / FOLDER).mkdir()
-            (out / FOLDER / RUN).write_text(json.dumps(job.run))
-            (out / (job.layout.shards[0].filename + PARTIAL)).touch()
-        return found
+    def watched(look):
+        def look_and_begin(*args, **options):
+            nonlocal looks, begun
+            found = look(*args, **options)
+            looks += 1
+            if looks == begin_after:
+                begun = True
+                (out / FOLDER).mkdir()
+                (out / FOLDER / RUN).write_text(json.dumps(job.run))
+                (out / (job.layout.shards[0].filename + PARTIAL)).touch()
+            return found
 
-    monkeypatch.setattr(preflight_module, "read_json", begin_after)
-    assert preflight(job, out) == Resume()
-    assert done
+        return look_and_begin
+
+    monkeypatch.setattr(preflight_module, "read_json", watched(preflight_module.read_json))
+    monkeypatch.setattr(preflight_module, "known_files", watched(preflight_module.known_files))
+    monkeypatch.setattr(os.path, "lexists", watched(os.path.lexists))
+    while True:
+        begin_after += 1
+        looks, begun, out = 0, False, tmp_path / str(begin_after)
+        out.mkdir()
+        decision = preflight(job, out)
+        if not begun:
+            break
+        assert isinstance(decision, New | Resume), begin_after
+    assert begin_after > 10
