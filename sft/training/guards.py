@@ -42,7 +42,7 @@ _LOGIT_STD = 4.0
 # Of the spread of the log-probabilities. Rounding to bfloat16 makes a gap of 2e-3, the published factors of 0.03125 and
 # 0.025 one of about 100.
 _TOLERANCE = 0.02
-_PROBE_TOKENS = 128
+_PROBE_TOKENS = 32
 
 
 class GuardError(SFTError):
