@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .fold import fold_masks
     from .grow import GrowthResult, grow_checkpoint, plan_growth
-    from .method import Mask, Method, Tile, Zero
+    from .method import Mask, Method, Random, Rms, Tile, Zero
     from .spec import Growth
     from .verification.verify import Verification, verify_checkpoints
 
@@ -22,6 +22,8 @@ __all__ = [
     "GrowthResult",
     "Mask",
     "Method",
+    "Random",
+    "Rms",
     "Tile",
     "Verification",
     "Zero",
@@ -36,6 +38,8 @@ _MODULES = {
     "GrowthResult": "grow",
     "Mask": "method",
     "Method": "method",
+    "Random": "method",
+    "Rms": "method",
     "Tile": "method",
     "Verification": "verification.verify",
     "Zero": "method",

@@ -60,6 +60,7 @@ def grow_checkpoint(
     method: Method = Zero(),  # noqa: B008  (frozen)
     optimizer: str | Path | None = None,
     layers: str = "interleave",
+    new_layers: str = "silent",
     calibration: str | Path | None = None,
     multipliers: str = "preserve",
     dtype: str | None = None,
@@ -67,9 +68,10 @@ def grow_checkpoint(
     options: WriteOptions | None = None,
     dry_run: bool = False,
 ) -> GrowthResult:
-    """Grow a checkpoint into a larger one that computes the same function.
+    """Grow a checkpoint into a larger one that computes the same function, unless what is asked for cannot.
 
-    Every axis may grow at once and by any ratio: hidden_size, num_attention_heads, num_key_value_heads,
+    The methods `Random` and `Rms`, and `new_layers` other than `silent`, do not preserve it: notes, card and record say
+    so. Every axis may grow at once and by any ratio: hidden_size, num_attention_heads, num_key_value_heads,
     intermediate_size, num_hidden_layers, vocab_size, and the multipliers may change. Needs no torch, and no more memory
     than a few blocks, whatever the model.
 
@@ -82,6 +84,7 @@ def grow_checkpoint(
         optimizer: a checkpoint of transformers' Trainer, or its optimizer.pt, whose AdamW state grows too.
         layers: which layers to copy, see `growth.layer_selection.select_layers`; or `distance`, those that move their
             input least on the calibration text. A dry run does not measure, and plans with `interleave` in its place.
+        new_layers: what additional layers start as, see `growth.layer_selection`: `silent`, `active` or `random`.
         calibration: of `distance`: a text file, of which the first 1,024 tokens are used.
         multipliers: `preserve` or `target`, see `growth.spec.plan_target`.
         dtype: of the output's weights; the source's unless given.
@@ -109,6 +112,7 @@ def grow_checkpoint(
         unused_rows=count_pieces(Path(checkpoint.folder)),
         method=method,
         keeps_input=meant.get("input_mult") == architecture.embedding_scale,
+        new_layers=new_layers,
     )
     asked += check_honoured(growth.source, growth.target, given, meant)
     plan = plan_growth(checkpoint, growth, dtype=parse_dtype(dtype) if dtype else None, seed=seed, distances=distances)
@@ -290,5 +294,7 @@ def _lineage(checkpoint: Source, growth: Growth, dtype: str | None) -> dict[str,
         "source": asdict(growth.source),
         "target": asdict(growth.target),
         "layers": [{"source": origin.source, "copy": origin.is_copy} for origin in growth.layers],
+        **({"new_layers": growth.new_layers} if growth.new_layers != "silent" else {}),
+        **({"preserves_function": False, "departures": list(growth.departures)} if growth.departures else {}),
         "parent": parent_of(checkpoint),
     }

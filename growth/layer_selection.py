@@ -4,20 +4,27 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Which layers of the source the layers of a deeper target come from.
 
-A layer of the target is an original, or a copy whose attention and MLP outputs start at zero, so that it adds nothing
-at first. Preservation holds for any choice; where the copies go is a training decision.
+A layer of the target is an original, or an additional one. What an additional layer starts as is a choice of its own
+(`NEW_LAYERS`): `silent`, a copy whose attention and MLP outputs are zero, so that it adds nothing at first, which
+preserves the function wherever it stands; `active`, a whole copy, as when models are stacked (G_stack, arXiv
+2405.15319); `random`, drawn anew. The latter two are heard at once and do not preserve it. From one layer to many, both
+are what arXiv 2511.04981 starts with.
+
+Where they go is a training decision. Measured by others: repeating the middle of a model (arXiv 2512.08819), and
+inserting nearer to the top, whose backward passes are shorter while only new layers train (arXiv 2508.08011).
 """
 
 from dataclasses import dataclass
 
 from conversion.checkpoint.errors import CheckpointError
 
-NAMED = ("interleave", "stack", "top")
+NAMED = ("interleave", "stack", "top", "middle", "upper")
+NEW_LAYERS = ("silent", "active", "random")
 
 
 @dataclass(frozen=True)
 class LayerOrigin:
-    """Where a layer of the target comes from: the source's layer, and whether this is an additional copy of it."""
+    """Where a layer of the target comes from: the source's layer, and whether this is an additional one, after it."""
 
     source: int
     is_copy: bool
@@ -28,8 +35,10 @@ def select_layers(choice: str, source_layers: int, target_layers: int) -> tuple[
 
     Args:
         choice: `interleave` (copies spread evenly, each after its source), `stack` (copies of the layers from the
-            bottom, above all originals), `top` (copies of the last layers, above all originals), or a comma-separated
-            list of source layers, each copied once, right after its source.
+            bottom, above all originals), `top` (copies of the last layers, above all originals), `middle` (copies of
+            a run of layers in the middle, right after that run), `upper` (copies spread evenly over the upper half,
+            each after its source), or a comma-separated list of source layers, each copied once, right after its
+            source.
         source_layers: number of layers of the source.
         target_layers: number of layers of the target, at least as many.
 
@@ -46,6 +55,15 @@ def select_layers(choice: str, source_layers: int, target_layers: int) -> tuple[
             first = -extra % source_layers
             chosen = tuple(LayerOrigin((first + i) % source_layers, True) for i in range(extra))
             return _originals(source_layers) + chosen
+        case "middle":
+            run = min(extra, source_layers)
+            first = (source_layers - run) // 2
+            middle = tuple(LayerOrigin(first + i % run, True) for i in range(extra))
+            return (*_originals(first + run), *middle, *_originals(source_layers)[first + run :])
+        case "upper":
+            half = source_layers // 2
+            upper = source_layers - half
+            copies = [0] * half + [(i + 1) * extra // upper - i * extra // upper for i in range(upper)]
         case _:
             listed = _parse_list(choice, source_layers, extra)
             copies = [listed.count(i) for i in range(source_layers)]

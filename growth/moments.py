@@ -25,11 +25,11 @@ from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.plan import Copy, Fill, Statistic, TensorPlan, View, complement
 from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.torch_file import read_torch_file
-from conversion.mapping import Weight, weights
+from conversion.mapping import LM_HEAD, Weight, weights
 from conversion.optimizer_state import MOMENTS, OPTIMIZER_FILE, adam_shard, parameter_names
 
 from .layer_selection import LayerOrigin
-from .operators import grow_weight
+from .operators import grow_weight, rms_scale
 from .parameter_kinds import group_names
 from .spec import Growth
 
@@ -252,7 +252,10 @@ def gradient_factor(weight: Weight, plan: TensorPlan, growth: Growth) -> float:
     """How the gradient of an old entry changes, m' / m.
 
     The n copies of an entry w, of value c w each, move together: n c g' = g. So a weight that is scaled has g / c, and
-    one that is repeated and shared out (c = 1 / n) keeps its gradient, unless it is repeated as an output too.
+    one that is repeated and shared out (c = 1 / n) keeps its gradient, unless it is repeated as an output too. Where
+    nothing makes up for the factor, as with that of `rms`, what a weight reads keeps its scale, and so does what comes
+    back to it but for one place: each of the D features of the last hidden state goes into the logits with sqrt(d / D)
+    of its weight, so that much comes back to everything below the head.
 
     Args:
         weight: the weight's line in the table.
@@ -261,7 +264,10 @@ def gradient_factor(weight: Weight, plan: TensorPlan, growth: Growth) -> float:
     """
     copies = [piece for piece in plan.pieces if isinstance(piece, Copy)]
     times = sum(piece.box.numel for piece in copies) / math.prod(weight.shape(growth.source))
-    return 1.0 / (copies[0].scale * times)
+    factor = rms_scale(weight, growth) / (copies[0].scale * times)
+    if growth.keeps_rms and weight is not LM_HEAD:
+        factor *= rms_scale(LM_HEAD, growth)
+    return factor
 
 
 __all__ = ["AdamState", "gradient_factor", "plan_adam_state", "read_adam_state", "read_grown_state"]

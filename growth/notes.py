@@ -24,7 +24,12 @@ def growth_notes(growth: Growth, dtype: DType, *, is_cast: bool) -> list[str]:
         is_cast: whether it cannot hold all values of the source's.
     """
     source, target = growth.source, growth.target
-    notes = [*_exactness(growth, dtype, is_cast), *_learning_rate(growth), *_repeated_layers(growth)]
+    notes = [
+        *_departures(growth),
+        *_exactness(growth, dtype, is_cast),
+        *_learning_rate(growth),
+        *_repeated_layers(growth),
+    ]
     if isinstance(growth.method, Tile) and target.hidden_size > source.hidden_size and not growth.noise:
         notes.append("Without noise the copies stay equal for ever, and the new capacity is never used.")
     if isinstance(growth.method, Mask):
@@ -59,8 +64,20 @@ def growth_notes(growth: Growth, dtype: DType, *, is_cast: bool) -> list[str]:
     return notes
 
 
+def _departures(growth: Growth) -> list[str]:
+    """That the function is not preserved, and why."""
+    if not growth.departures:
+        return []
+    return [
+        f"Not preserving: {'; '.join(growth.departures)}. The grown model computes another function than its source, "
+        "and has to be trained before it is of use; `teleflm verify --text` says how far apart they are."
+    ]
+
+
 def _exactness(growth: Growth, dtype: DType, is_cast: bool) -> list[str]:
-    """What is the same to the last digit, and what only up to rounding."""
+    """What is the same to the last digit, and what only up to rounding; of a growth that preserves the function."""
+    if growth.departures:
+        return []
     width = growth.source.hidden_size != growth.target.hidden_size
     factors = {
         f"norm weights x {growth.norm_scale:.4g}": growth.norm_scale,

@@ -19,6 +19,9 @@ one, grows as in `zero`.
 additional layers included. What keeps the function is not in the weights: the masks of `modeling_teleflm`'s
 `TeleFLMMaskedForCausalLM` silence what is new, and raise it over the first steps of training.
 
+`random`, `rms`. As `mask`, but with nothing that silences what is new. `rms` multiplies a matrix whose input axis grows
+from n to N entries by sqrt(n / N), so that what it computes keeps its root mean square. Neither preserves the function.
+
 Derivations: Net2Net (arXiv 1511.05641), MSG (arXiv 2305.02869); the RMSNorm factor is worked out in spec.py.
 """
 
@@ -44,7 +47,7 @@ from conversion.checkpoint.plan import (
 )
 from conversion.mapping import EMBED_TOKENS, LM_HEAD, Axis, Weight, axis_size
 
-from .method import Mask, Tile
+from .method import Tile, Zero
 from .spec import Growth, key_value_copies
 
 _WRITERS = ("embed_tokens", "o_proj", "down_proj")  # they write the residual stream
@@ -139,19 +142,23 @@ def grow_weight(
         source_name: name of the source's tensor it comes from.
         view: that tensor.
         growth: what grows into what.
-        is_copy: whether it belongs to an additional layer, which must add nothing.
+        is_copy: whether it belongs to an additional layer, which adds nothing unless the growth has it heard.
         dtype: of the output.
     """
     shape = weight.shape(growth.target)
     kind = weight.name.split(".")[-2]
-    is_masked = isinstance(growth.method, Mask)
-    if is_copy and kind in _OUTPUTS and not is_masked:
+    # What writes the stream is zero where it is new; masks, or nothing at all, let it be as random as the rest.
+    writes_zeros = isinstance(growth.method, Zero | Tile)
+    if is_copy and growth.new_layers == "random":
+        scale = _scale(weight, kind, growth) * rms_scale(weight, growth)
+        return TensorPlan(name, shape, dtype, (_fill_rest(Box.whole(shape), source_name, "", view, scale),))
+    if is_copy and kind in _OUTPUTS and writes_zeros and growth.new_layers == "silent":
         return TensorPlan(name, shape, dtype, (Fill(Box.whole(shape)),))
 
     axes = [grow_axis(axis, growth) for axis in weight.axes]
     layout = tuple(size for axis in axes for size in axis.target)
     shared = axes[-1].copies if len(axes) == 2 and kind != "embed_tokens" else 1  # the input axis of a matrix
-    scale = _scale(weight, kind, growth) / shared
+    scale = _scale(weight, kind, growth) * rms_scale(weight, growth) / shared
     laid_out = _unflatten(view, axes)
     pieces: list[Piece] = []
     for parts in itertools.product(*(axis.parts for axis in axes)):
@@ -164,7 +171,7 @@ def grow_weight(
         pieces.append(Copy(box, laid_out.window(window), scale, noise=noise))
     pieces += _new_vocabulary(weight, view, growth, axes[-1].target, scale)
     rest = complement(layout, [piece.box for piece in pieces])
-    pieces += [_fill_rest(box, source_name, "" if is_masked else kind, view, scale) for box in rest]
+    pieces += [_fill_rest(box, source_name, kind if writes_zeros else "", view, scale) for box in rest]
     return TensorPlan(name, shape, dtype, tuple(pieces), layout)
 
 
@@ -172,6 +179,14 @@ def _scale(weight: Weight, kind: str, growth: Growth) -> float:
     if weight.axes == ("hidden",):
         return growth.norm_scale
     return {"embed_tokens": growth.embedding_scale, "lm_head": growth.head_scale}.get(kind, 1.0)
+
+
+def rms_scale(weight: Weight, growth: Growth) -> float:
+    """The factor of `rms` on a weight: sqrt(n / N) for a matrix whose inputs grow from n to N, else 1."""
+    if not growth.keeps_rms or len(weight.axes) != 2 or weight is EMBED_TOKENS:
+        return 1.0
+    inputs = weight.axes[-1]
+    return math.sqrt(axis_size(inputs, growth.source) / axis_size(inputs, growth.target))
 
 
 def _balanced_weight(copy: int, copies: int) -> float:

@@ -13,11 +13,12 @@ from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError
 from conversion.optimizer_state import OPTIMIZER_FILE
 
-from .layer_selection import LayerOrigin, select_layers
-from .method import Method, Tile, Zero
+from .layer_selection import NEW_LAYERS, LayerOrigin, select_layers
+from .method import Mask, Method, Rms, Tile, Zero
 from .request import GROWN
 
 MULTIPLIERS = ("preserve", "target")
+_WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads")
 
 
 def lists_state(record: Mapping[str, Any] | None) -> bool:
@@ -37,6 +38,7 @@ class Growth:
         unused_rows: first vocabulary row without a piece in the tokenizer, if known; rows from there to the source's
             vocab_size were never a training target.
         method: how what is new is kept from being heard.
+        new_layers: what additional layers start as, see `growth.layer_selection`.
     """
 
     source: Architecture
@@ -44,6 +46,25 @@ class Growth:
     layers: tuple[LayerOrigin, ...]
     unused_rows: int | None = None
     method: Method = field(default_factory=Zero)
+    new_layers: str = "silent"
+
+    @property
+    def departures(self) -> tuple[str, ...]:
+        """What is heard at once, so that the target does not compute the source's function; empty if it does."""
+        found = []
+        grown = [name for name in _WIDTHS if getattr(self.source, name) != getattr(self.target, name)]
+        if grown and not self.method.silences:
+            found.append(f"what {' and '.join(grown)} gain is random (method {self.method.name})")
+        extra = sum(origin.is_copy for origin in self.layers)
+        if extra and self.new_layers != "silent":
+            what = {"active": "whole copies", "random": "drawn anew"}[self.new_layers]
+            found.append(f"{extra} additional layer{'s are' if extra > 1 else ' is'} {what}")
+        return tuple(found)
+
+    @property
+    def keeps_rms(self) -> bool:
+        """Whether readers of a wider axis are multiplied so that what they compute keeps its scale."""
+        return isinstance(self.method, Rms)
 
     @property
     def noise(self) -> float:
@@ -81,8 +102,9 @@ def plan_target(
     unused_rows: int | None,
     method: Method,
     keeps_input: bool = False,
+    new_layers: str = "silent",
 ) -> Growth:
-    """Work out a growth and check that it preserves the function.
+    """Work out a growth and check that it preserves the function, unless that is not asked of it.
 
     Args:
         source: the architecture that grows.
@@ -96,13 +118,31 @@ def plan_target(
         unused_rows: see `Growth`.
         method: see `Growth`.
         keeps_input: whether the source's input_mult stays.
+        new_layers: see `Growth`.
 
     Raises:
         CheckpointError: something shrinks, or the function cannot be preserved; names the field and both values.
     """
     if multipliers not in MULTIPLIERS:
         raise CheckpointError(f"multipliers is {multipliers!r}, expected one of {', '.join(MULTIPLIERS)}.")
+    if new_layers not in NEW_LAYERS:
+        raise CheckpointError(f"new_layers is {new_layers!r}, expected one of {', '.join(NEW_LAYERS)}.")
+    widens = any(requested.get(name) not in (None, getattr(source, name)) for name in _WIDTHS)
+    if not method.silences and not widens:
+        raise CheckpointError(
+            f"method is {method.name}, but none of {', '.join(_WIDTHS)} grows, and it serves them alone; leave it out."
+        )
+    if new_layers != "silent" and isinstance(method, Mask):
+        raise CheckpointError(
+            f"new_layers is {new_layers!r} and the method is mask, which silences additional layers whatever they "
+            "hold; leave one of the two out."
+        )
     target = _target_architecture(source, requested)
+    if new_layers != "silent" and target.num_hidden_layers == source.num_hidden_layers:
+        raise CheckpointError(
+            f"new_layers is {new_layers!r}, but num_hidden_layers stays {source.num_hidden_layers}: there are none; "
+            "leave it out."
+        )
     for name in GROWN:
         old, new = getattr(source, name), getattr(target, name)
         if new < old:
@@ -124,6 +164,7 @@ def plan_target(
         layers=select_layers(layers, source.num_hidden_layers, target.num_hidden_layers),
         unused_rows=unused_rows,
         method=method,
+        new_layers=new_layers,
     )
     _check_tied(growth)
     for name, scale in (("embed_tokens", growth.embedding_scale), ("lm_head", growth.head_scale)):

@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from .bytes import ByteSource
 from .dtypes import FLOAT64, DType
 from .errors import NotFinite, Overflow
 from .normal_stream import GRID, KEPT_CELLS, draw_words, look_up, normal_table
@@ -250,6 +251,19 @@ def copy_runs(tensor: TensorPlan, start: int, stop: int) -> list[tuple[View, int
         first = sum((a - b) * stride for a, b, stride in zip(box.start, whole.start, strides, strict=True))
         runs.append((view, at + first))
     return sorted(runs, key=lambda run: run[1])
+
+
+def source_spans(tensor: TensorPlan, start: int, stop: int) -> Iterator[tuple[ByteSource, int, int]]:
+    """What making a flat range reads, as far as it lies together: a file, first byte, one past the last.
+
+    What a statistic or a mean reads is not here, nor windows whose elements lie far apart: their span is others'.
+    """
+    for piece, box, *_ in _overlaps(tensor, start, stop):
+        if isinstance(piece, Copy):
+            view = _source_window(piece, box)
+            first, last = view.span
+            if view.numel and last - first <= 2 * view.nbytes:
+                yield view.file, first, last
 
 
 def _is_contiguous(box: Box, whole: Box) -> bool:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .assemble import blocks, copy_runs, is_zero, resolve, stream, zeros
+from .assemble import blocks, copy_runs, is_zero, resolve, source_spans, stream, zeros
 from .budget import Share, reading_threads, share_out
 from .containers import Layout, Shard, parse_size, safetensors_layout
 from .errors import CheckpointError, CorruptData, NotFinite
@@ -51,6 +51,7 @@ from .workspace import (
     unwritten_bytes,
 )
 
+_AHEAD = 2  # blocks a worker, that the system is told of before they are read
 _NOTES = (".done", ".journal")  # of a shard, in the working folder
 
 
@@ -463,6 +464,8 @@ def write_shards(
     open_files: list[ShardFile] = []
     cached = fits_in_cache(plan.nbytes)
 
+    announced = _announce(shards, reader, _AHEAD * share.workers)
+
     def work_items() -> Iterator[_Block]:
         for shard in shards:
             statistics = resolved.named([tensor for tensor, _ in shard.tensors])
@@ -470,6 +473,7 @@ def write_shards(
             open_files.append(file)
             for tensor, at in shard.tensors:
                 for index, (start, stop) in enumerate(blocks(tensor.numel)):
+                    next(announced, None)
                     yield _Block(file, tensor, index, start, stop, at + start * tensor.dtype.itemsize)
             file.release()
 
@@ -502,6 +506,20 @@ def write_shards(
     finally:
         for file in open_files:
             file.close()
+
+
+def _announce(shards: Sequence[Shard], reader: FileReader, ahead: int) -> Iterator[None]:
+    """At each step, tell the system what one more block will read; at the first, what the next `ahead` will.
+
+    Threads that read at their own places of one file look like chance to the system, and it fetches nothing in advance:
+    a third of the time of a growth from a cold cache was waiting for the disk.
+    """
+    every = ((tensor, *block) for shard in shards for tensor, _ in shard.tensors for block in blocks(tensor.numel))
+    for number, (tensor, start, stop) in enumerate(every):
+        for span in source_spans(tensor, start, stop):
+            reader.announce(*span)
+        if number >= ahead:
+            yield
 
 
 def _write_hashed(block: _Block, data: Iterator[memoryview]) -> bytes:

@@ -155,7 +155,7 @@ class _Contents:
         return seen
 
     def stays(self) -> bool:
-        """Whether the folder still is what it was: else what was decided may be about two instants, and true of none."""
+        """Whether the folder still is what it was: what was decided about two instants may be true of none."""
         return self._look() == (self.run, self.has_record, self.names)
 
     def _look(self) -> tuple[dict[str, Any] | None, bool, list[str]]:

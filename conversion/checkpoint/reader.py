@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Reading windows of files: bounded memory, no mapping, any number of threads."""
 
+import os
 import resource
 import threading
 from collections.abc import Callable, Iterator
@@ -105,6 +106,12 @@ class FileReader:
         """
         self._open(view.file).expect(*view.span)
         yield from _chunks(lambda chunk, offset: self._fill(view.file, chunk, offset), *view.span)
+
+    def announce(self, file: ByteSource, begin: int, end: int) -> None:
+        """Say that these bytes will be read soon, so that the system fetches them while others are worked on."""
+        descriptor = self._open(file).descriptor
+        if descriptor is not None and hasattr(os, "posix_fadvise"):  # macOS has none
+            os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def copy_to(self, view: View, target: int, offset: int) -> None:
         """Copy a contiguous window's bytes into the file behind the descriptor `target`, at a byte offset.

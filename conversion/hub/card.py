@@ -347,6 +347,13 @@ def exactness(lineage: Mapping[str, Any] | None) -> list[str]:
     # Of training, it is the type of the parameters, which need not have been cast to it.
     cast = lineage.get("dtype") if lineage.get("operation") != "train" else None
     match lineage:
+        case {"operation": "grow", "preserves_function": False}:
+            now = [
+                "This growth did not preserve the function: the grown model computes another one than its source, and "
+                "what is said above does not hold beyond it."
+                if said
+                else "This growth did not preserve the function: the grown model computes another one than its source."
+            ]
         case {"operation": "grow", "source": dict() as old, "target": dict() as new}:
             now = _of_growth(old, new)
         case {"operation": "convert"}:

@@ -182,7 +182,10 @@ def _describe(lineage: Mapping[str, Any], *, refuted: bool) -> str:
     match lineage:
         case {"operation": "grow", "source": dict() as old, "target": dict() as new}:
             grown = _differences(old, new)
-            exactly = "" if refuted else " without changing the function it computes, rounding aside"
+            if lineage.get("preserves_function") is False:
+                exactly = f", not preserving the function it computes{_departures(lineage)}"
+            else:
+                exactly = "" if refuted else " without changing the function it computes, rounding aside"
             return f"Grown{exactly}: {grown or 'nothing changed'}."
         case {"operation": "convert", "from": trainer, "parallel": parallel}:
             at = f" at iteration {_show(lineage['iteration'])}" if lineage.get("iteration") is not None else ""
@@ -217,6 +220,13 @@ def _describe(lineage: Mapping[str, Any], *, refuted: bool) -> str:
             return f"Exported to {_show(target)}{_export_details(lineage)}."
         case _:
             return f"{_show(lineage.get('operation'))}."
+
+
+def _departures(lineage: Mapping[str, Any]) -> str:
+    """Why a growth did not preserve the function, in brackets."""
+    found = lineage.get("departures")
+    told = [_show(reason) for reason in found[:_MOST_FIELDS]] if isinstance(found, list) else []
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -120,6 +120,16 @@ class Numbers:
             f"(at most {_MAX_FLOORS:g})."
         )
 
+    @property
+    def distance(self) -> str:
+        """How far B is from A on these tokens, a sentence."""
+        apart, losses = self.difference, self.difference.losses
+        told = f", and B's loss {losses[1]:.4g} where A's is {losses[0]:.4g}" if losses else ""
+        return (
+            f"On {apart.tokens} tokens B's distribution is {apart.divergence:.3g} nats a token from A's (KL "
+            f"divergence), its first choice A's at {apart.same_argmax:.1%}{told}."
+        )
+
 
 def _ratio(value: float, floor: float) -> float:
     return value / floor if floor else 0.0 if value == 0 else float("inf")
@@ -188,7 +198,7 @@ def _compare_loaded(
     pairs = ((logits[dtype], checkpoint_logits(b, input_ids, dtype)), (logits[floor[1]], logits[floor[0]]))
     results = []
     for first, second in pairs:
-        comparer, width = LogitComparer(len(input_ids)), min(first.shape[1], second.shape[1])
+        comparer, width = LogitComparer(len(input_ids), input_ids[1:]), min(first.shape[1], second.shape[1])
         comparer.add(0, first[:, :width], second[:, :width])
         results.append(comparer.result())
     return results[0], results[1], ()
@@ -218,7 +228,7 @@ def _compare_streamed(
             for model in models:
                 model.progress = lambda nbytes: advance(nbytes, total)
             states, layers = _run_layers(models, input_ids, _layer_map(a, b))
-            difference, rounding = _compare_heads(models, states, other_is_coarser=other == floor[0])
+            difference, rounding = _compare_heads(models, states, input_ids[1:], other_is_coarser=other == floor[0])
     return difference, rounding, layers
 
 
@@ -239,11 +249,11 @@ def _run_layers(
 
 
 def _compare_heads(
-    models: Sequence[StreamedModel], states: Sequence[np.ndarray], *, other_is_coarser: bool
+    models: Sequence[StreamedModel], states: Sequence[np.ndarray], targets: np.ndarray, *, other_is_coarser: bool
 ) -> tuple[LogitComparison, LogitComparison]:
     """B's logits beside A's, and A's in the coarser precision beside those in the finer."""
     tokens, rows = len(states[0]), min(block_rows(model.architecture.hidden_size) for model in models)
-    difference, rounding = LogitComparer(tokens), LogitComparer(tokens)
+    difference, rounding = LogitComparer(tokens, targets), LogitComparer(tokens, targets)
     blocks = [model.logits(state, rows) for model, state in zip(models, states, strict=True)]
     for block, (first, second, other) in enumerate(zip(*blocks, strict=False)):
         width = min(first.shape[1], second.shape[1])

@@ -60,6 +60,7 @@ _NO_FUNCTION = (
     "use_cache",
 )
 _METHODS = ("zero", "tile", "mask")
+_NOT_PRESERVING = ("random", "rms")
 _MOST_GROWTHS = 4  # each may round every weight once more; beyond these, too much would pass for rounding
 _WRITERS = ("embed_tokens", "o_proj", "down_proj")  # they add to the residual stream; everything else reads it
 _EXACT = 1e-12  # two numbers of a configuration agree: JSON has them as decimals of 15 digits or more
@@ -111,8 +112,9 @@ class Step:
         source: the numbers it started from.
         target: the numbers it led to.
         layers: where each layer comes from.
-        method: `zero`, `tile` or `mask`.
+        method: `zero`, `tile`, `mask`; or `random` or `rms`, which do not preserve the function.
         noise: of `tile`: whether the copies of a weight differ, so that only their sum is A's.
+        new_layers: what additional layers started as: `silent`, `active` or `random`.
         alpha: of `mask`: the volume of what is new, at which its masks were folded into the weights; None if they
             were not.
     """
@@ -122,7 +124,17 @@ class Step:
     layers: tuple[LayerSource, ...]
     method: str = "zero"
     noise: bool = False
+    new_layers: str = "silent"
     alpha: float | None = None
+
+    @property
+    def departure(self) -> str:
+        """By which choice it does not preserve the function; an empty text if it does."""
+        if self.method in _NOT_PRESERVING:
+            return f"method {self.method}"
+        if self.new_layers != "silent" and any(origin.is_copy for origin in self.layers):
+            return f"new_layers {self.new_layers}"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -239,6 +251,11 @@ def state_conditions(a: Mapping[str, Any], b: Mapping[str, Any], steps: Sequence
 
 
 def _check_method(step: Step) -> None:
+    if step.departure:
+        raise CheckpointError(
+            f"the lineage has growth by {step.departure}, which does not preserve the function, so there is nothing to "
+            "certify; how far B is from A is measured on a text: --text FILE."
+        )
     if step.method not in _METHODS:
         raise CheckpointError(
             f"the lineage has growth by {step.method}; a certificate can be stated for {', '.join(_METHODS)} alone: "
@@ -634,7 +651,8 @@ def _read_step(record: Mapping[str, Any]) -> Step:
         noise = record.get("noise", 0)
         if isinstance(noise, bool) or not isinstance(noise, int | float):
             raise TypeError(f"noise ({noise!r})")
-        return Step(source, target, layers, str(record["method"]), noise=noise != 0)
+        new_layers = str(record.get("new_layers", "silent"))
+        return Step(source, target, layers, str(record["method"]), noise=noise != 0, new_layers=new_layers)
     except (KeyError, TypeError) as error:
         text = f"teleflm_manifest.json: the lineage's growth has no usable {error}; restore the file."
         raise CheckpointError(text) from None

@@ -22,7 +22,7 @@ from evaluation.text import tokenize
 
 from .certificate import Certificate, certify
 from .comparison import COMPUTE_DTYPES, Forward, Numbers, Progress, compare_numbers, no_progress
-from .conditions import MeasuredLayer, measured_layers
+from .conditions import MeasuredLayer, growth_steps, measured_layers
 
 FORWARDS = ("auto", "loaded", "streamed")
 Verdict: TypeAlias = Literal["same-bytes", "certified", "indistinguishable", "not-certified", "different"]
@@ -38,6 +38,7 @@ class Verification:
         notes: what a reader should know beside the verdict.
         layers: how far each layer of the model that grew moves its input, if the copied ones were chosen by that.
         no_certificate: why none could be stated, if it was tried.
+        departure: by which choice B's growth did not preserve the function, by its record; empty if none.
     """
 
     certificate: Certificate | None
@@ -45,6 +46,7 @@ class Verification:
     notes: tuple[str, ...] = ()
     layers: tuple[MeasuredLayer, ...] = ()
     no_certificate: str = ""
+    departure: str = ""
 
     @property
     def verdict(self) -> Verdict:
@@ -94,6 +96,11 @@ class Verification:
                 return f"Not A's function by B's bytes. {faults[0]}{more}{unseen}"
             case _:
                 tokens = numbers.difference.tokens if numbers else 0
+                if self.departure and numbers:
+                    return (
+                        f"Not A's function, nor meant to be: B was grown by {self.departure}, which does not preserve "
+                        f"it. {numbers.distance}"
+                    )
                 broken = certificate is not None and not certificate.holds
                 agree = " B's bytes break conditions too." if broken else ""
                 return f"Different: on {tokens} tokens the logits differ by more than rounding explains.{agree}"
@@ -201,7 +208,20 @@ def verify_checkpoints(
         )
     if certificate is None and numbers is None:
         raise CheckpointError("nothing to verify by: growth is False and there is no text.")
-    return Verification(certificate, numbers, tuple(notes), layers, no_certificate)
+    departure = _departure(a, b) if certificate is None else ""
+    return Verification(certificate, numbers, tuple(notes), layers, no_certificate, departure)
+
+
+def _departure(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> str:
+    """By which choice a growth between A and B did not preserve the function, as B's record has it; empty if none."""
+    first, second = open_checkpoint(a), open_checkpoint(b)
+    manifest = read_manifest(Path(b))
+    try:
+        ends = (Architecture.from_config(source.config or {}) for source in (first, second))
+        steps = growth_steps(*ends, manifest["lineage"] if manifest else None)
+    except CheckpointError:
+        return ""
+    return next((step.departure for step in steps if step.departure), "")
 
 
 # The text.

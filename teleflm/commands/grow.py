@@ -40,7 +40,11 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
 To = Annotated[str | None, typer.Option(metavar="PRESET|CONFIG.json", help="What to grow into.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A field of the target; repeatable.")]
 Method = Annotated[
-    str, typer.Option(help="New features: zero, tile (they repeat the old ones), mask (silent at first).")
+    str,
+    typer.Option(
+        help="New features: zero, tile (they repeat the old ones), mask (silent at first); random and rms (random, "
+        "activations keep their scale) do not preserve the function."
+    ),
 ]
 Noise = Annotated[
     float | None,
@@ -48,7 +52,16 @@ Noise = Annotated[
 ]
 MaskSteps = Annotated[int | None, typer.Option(help="mask: steps over which the masks rise; else 5000.", min=1)]
 Optimizer = Annotated[Path | None, typer.Option(metavar="DIR", help="Trainer checkpoint whose optimizer.pt grows too.")]
-Layers = Annotated[str, typer.Option(help="Layers to copy: interleave, stack, top, distance, or a list like 3,7,11.")]
+Layers = Annotated[
+    str,
+    typer.Option(help="Layers to copy: interleave, stack, top, middle, upper, distance, or a list like 3,7,11."),
+]
+NewLayers = Annotated[
+    str,
+    typer.Option(
+        help="Additional layers: silent; or active (whole copies) or random, which do not preserve the function."
+    ),
+]
 Calibration = Annotated[Path | None, typer.Option(metavar="TEXTFILE", help="distance: the text to measure on.")]
 Multipliers = Annotated[str, typer.Option(help="preserve the logit factor, or take the target's and rescale lm_head.")]
 
@@ -63,6 +76,7 @@ def grow(
     mask_steps: MaskSteps = None,
     optimizer: Optimizer = None,
     layers: Layers = "interleave",
+    new_layers: NewLayers = "silent",
     calibration: Calibration = None,
     multipliers: Multipliers = "preserve",
     dtype: Dtype = None,
@@ -80,7 +94,10 @@ def grow(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Grow a checkpoint into a larger one that computes the same function."""
+    """Grow a checkpoint into a larger one that computes the same function.
+
+    The methods random and rms, and --new-layers active and random, are the exceptions: notes, card and record say so.
+    """
     from growth.grow import grow_checkpoint
     from growth.method import make_method
     from teleflm.plan_report import run_and_report
@@ -96,6 +113,7 @@ def grow(
             method=make_method(method, noise=noise, steps=mask_steps),
             optimizer=optimizer,
             layers=layers,
+            new_layers=new_layers,
             calibration=calibration,
             multipliers=multipliers,
             dtype=dtype,
@@ -149,6 +167,7 @@ def describe(result: "GrowthResult", out: Path, options: "WriteOptions") -> dict
         "target": asdict(result.growth.target),
         "parameters": result.growth.target.num_parameters,
         "layers": [{"source": origin.source, "copy": origin.is_copy} for origin in result.growth.layers],
+        "preserves_function": not result.growth.departures,
         "layer_distances": [asdict(distance) for distance in result.distances],
         **describe_result(result, out, options),
     }
