@@ -39,11 +39,11 @@ class Preset:
     base_width: int = 32
     block: int = 128
     batch: int = 8
-    small_steps: int = 800
-    grown_steps: int = 240
+    small_steps: int = 480
+    grown_steps: int = 160
     eval_steps: int = 40
-    eval_blocks: int = 128
-    learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2)
+    eval_blocks: int = 64
+    learning_rates: tuple[float, ...] = (3e-3, 6e-3, 1.2e-2)
     warmups: tuple[float, ...] = (0.0, 0.1)
     tuning_seed: int = 1000
     seeds: tuple[int, ...] = tuple(range(5))
