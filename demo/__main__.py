@@ -28,22 +28,36 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel, logging, set_seed
 
 from conversion import WriteOptions, convert_checkpoint
+from conversion.checkpoint.manifest import read_manifest
 from conversion.hub.saved_model import record_saved_model
 from evaluation.logit_comparison import LogitComparison
 from evaluation.logits import compare_logits
-from growth import grow_checkpoint
+from growth import Mask, fold_masks, grow_checkpoint
 from growth.verification.recorded import check_recordable, record_verification
 from growth.verification.verify import verify_checkpoints
 from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM, TeleFLMTokenizer
 from sft.training.recipe import Recipe
 from sft.training.train import train as fine_tune
+from teleflm.reports.verification import write_report
 from tests.fixtures.hub import running_hub
 
 from .corpus import Corpus, Messages, collect
 from .hub import NAME, publish, read_lineage
 from .published import SHARDS, save_as_published
 from .report import Phase, Report, plot_losses
-from .training import BATCH_SIZE, BLOCK_LENGTH, QUIET, BarCallback, Block, Lineage, Log, pack, stack, train_on_text
+from .training import (
+    BATCH_SIZE,
+    BLOCK_LENGTH,
+    QUIET,
+    BarCallback,
+    Block,
+    Lineage,
+    Log,
+    pack,
+    stack,
+    train_grown_model,
+    train_on_text,
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,7 @@ class Size:
     hidden_size: int
     pretraining_steps: int
     grown_steps: int
+    masked_steps: int
     sft_steps: int
 
     def config(self) -> TeleFLMConfig:
@@ -77,8 +92,8 @@ class Size:
         )
 
 
-FULL = Size(pieces=2000, hidden_size=192, pretraining_steps=400, grown_steps=80, sft_steps=500)
-QUICK = Size(pieces=600, hidden_size=48, pretraining_steps=60, grown_steps=24, sft_steps=40)
+FULL = Size(pieces=2000, hidden_size=192, pretraining_steps=400, grown_steps=80, masked_steps=24, sft_steps=500)
+QUICK = Size(pieces=600, hidden_size=48, pretraining_steps=60, grown_steps=24, masked_steps=8, sft_steps=40)
 
 
 @dataclass(frozen=True)
@@ -97,13 +112,16 @@ class Text:
 
     training: list[Block]
     heldout: list[Block]
+    training_file: Path
+    heldout_file: Path
 
 
 # Files and folders of the output. A run removes these, and nothing else, before it starts.
 MARKER = ".teleflm-demo"
 MADE = (
-    *("conversations.jsonl", "heldout.jsonl", "tokenizer", "published", "converted", "grown-float64", "grown"),
-    *("continued", "sft", "hub", "loss.png", "summary.json"),
+    *("conversations.jsonl", "heldout.jsonl", "texts.jsonl", "heldout-texts.jsonl", "tokenizer", "pretraining"),
+    *("published", "converted", "grown-float64", "grown", "verification", "continued", "masked", "masked-trained"),
+    *("folded", "sft", "hub", "loss.png", "summary.json"),
 )
 
 # What is said to the finished model: chats of one or more turns. The last name is held out.
@@ -129,11 +147,12 @@ def main() -> None:
     run = Run(Report(console), size, out, options.seed)
     corpus = collect_corpus(run)
     tokenizer = train_tokenizer(run, corpus)
-    text = Text(pack(corpus.texts, tokenizer), pack(corpus.heldout_texts, tokenizer)[: 4 * BATCH_SIZE])
+    text = write_text(run, corpus, tokenizer)
     model, pretraining, lineage = pretrain(run, text)
     source = publish_and_load(run, model, tokenizer, lineage)
     grown, growth = grow(run, source, text)
-    continued, start = train_grown(run, source, grown, tokenizer, text)
+    continued, start = train_grown(run, source, grown, text)
+    masks = grow_by_masks(run, source, text)
     sft = fine_tune_on_conversations(run)
     write_hub_folder(run)
     answers = chat(run)
@@ -146,13 +165,20 @@ def main() -> None:
         Phase("SFT, loss of the answers alone", sft),
     ]
     plot_losses(phases, out / "loss.png")
-    summary = summarize(run.report, growth, start, sft, answers, published)
+    summary = summarize(run.report, growth, start, masks, sft, answers, published)
     (out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     console.print(run.report.table())
     console.print(transcript(answers, corpus))
     console.print(from_the_hub(published), highlight=False, markup=False)
     talk = f"the model; to talk to it: teleflm chat {out / 'hub'}"
-    for name, what in (("loss.png", "the losses"), ("hub", talk), ("summary.json", "all numbers")):
+    proof = "what `teleflm verify` found of the growth, by bytes and by logits"
+    shown = (
+        ("loss.png", "the losses"),
+        ("verification/index.html", proof),
+        ("hub", talk),
+        ("summary.json", "all numbers"),
+    )
+    for name, what in shown:
         console.print(f"{out / name}: {what}", highlight=False, soft_wrap=True)
 
 
@@ -228,6 +254,16 @@ def train_tokenizer(run: Run, corpus: Corpus) -> TeleFLMTokenizer:
     return tokenizer
 
 
+def write_text(run: Run, corpus: Corpus, tokenizer: TeleFLMTokenizer) -> Text:
+    """The texts as files, which `teleflm train` reads, and as blocks; of the held-out ones, the first few."""
+    heldout, files = corpus.heldout_texts, (run.out / "texts.jsonl", run.out / "heldout-texts.jsonl")
+    while len(pack(heldout[:-1], tokenizer)) >= 4 * BATCH_SIZE:
+        heldout = heldout[:-1]
+    for file, texts in zip(files, (corpus.texts, heldout), strict=True):
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return Text(pack(corpus.texts, tokenizer), pack(heldout, tokenizer)[: 4 * BATCH_SIZE], *files)
+
+
 def pretrain(run: Run, text: Text) -> tuple[TeleFLMForCausalLM, Log, Lineage]:
     """Train a new model on the text; returns it, the log, and what its record says of that."""
     with run.report.step("Pretraining") as step:
@@ -237,7 +273,7 @@ def pretrain(run: Run, text: Text) -> tuple[TeleFLMForCausalLM, Log, Lineage]:
             text.training,
             text.heldout,
             step,
-            output_dir=run.out / "published",
+            output_dir=run.out / "pretraining",
             steps=run.size.pretraining_steps,
             learning_rate=4e-3,
             warmup_steps=20,
@@ -271,7 +307,7 @@ def publish_and_load(
 
 
 def grow(run: Run, source: PreTrainedModel, text: Text) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Grow on every axis, and compare source and result.
+    """Grow on every axis, Adam's moments too, and compare source and result.
 
     Growth multiplies norm weights by sqrt(d / D), an irrational number, so the proof is of weights stored in float64.
     Training goes on from the same growth stored in float32, which differs by the rounding of that factor; its
@@ -284,10 +320,17 @@ def grow(run: Run, source: PreTrainedModel, text: Text) -> tuple[PreTrainedModel
         grow_checkpoint(
             run.out / "converted", run.out / "grown-float64", overrides=target, dtype="float64", options=options
         )
-        grow_checkpoint(run.out / "converted", run.out / "grown", overrides=target, dtype="float32", options=options)
+        grow_checkpoint(
+            run.out / "converted",
+            run.out / "grown",
+            overrides=target,
+            dtype="float32",
+            optimizer=run.out / "pretraining",
+            options=options,
+        )
 
         step.note("comparing")
-        verdict = certify_growth(run.out / "converted", run.out / "grown")
+        verdict = certify_growth(run, run.out / "converted", run.out / "grown", text.heldout_file)
         ids = stack(text.heldout[:4])
         exact = AutoModelForCausalLM.from_pretrained(run.out / "grown-float64")
         grown = AutoModelForCausalLM.from_pretrained(run.out / "grown")
@@ -311,10 +354,13 @@ def grow(run: Run, source: PreTrainedModel, text: Text) -> tuple[PreTrainedModel
     }
 
 
-def certify_growth(source: Path, grown: Path) -> str:
-    """Have somebody else than the grower look at all bytes, and put what was found into the record of the result."""
+def certify_growth(run: Run, source: Path, grown: Path, text: Path) -> str:
+    """Have somebody else than the grower look at all bytes, and at logits; what is found goes into a report for people,
+    and into the record of the result.
+    """
     expected = check_recordable(grown)
-    verification = verify_checkpoints(source, grown)
+    verification = verify_checkpoints(source, grown, text=text, max_tokens=256)
+    write_report(verification, run.out / "verification", names=(source.name, grown.name))
     record_verification(source, grown, verification, expected)
     return verification.verdict
 
@@ -341,34 +387,78 @@ def continue_greedily(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return model.generate(ids[:, :32], max_new_tokens=48, do_sample=False, pad_token_id=model.config.eos_token_id)
 
 
-def train_grown(
-    run: Run, source: PreTrainedModel, grown: PreTrainedModel, tokenizer: TeleFLMTokenizer, text: Text
-) -> tuple[Log, dict[str, float]]:
-    """Train what was grown, from the source's loss on.
+def train_grown(run: Run, source: PreTrainedModel, grown: PreTrainedModel, text: Text) -> tuple[Log, dict[str, Any]]:
+    """Train what was grown as `teleflm train` does, from the source's loss on.
 
-    The optimizer is fresh, so the rate rises again: over fewer steps than at first, and to an eighth, because what the
-    source has learned is to be kept.
+    Adam's moments grew too, so there is no warm-up: the first step is as large as the source's next would have been.
+    Its rate is that at which the source ended; by muP the matrices, which are wider now, take a part of it.
     """
     with run.report.step("Training what was grown") as step:
         source_loss = heldout_loss(source, text.heldout)
-        log, lineage = train_on_text(
-            grown,
-            text.training,
-            text.heldout,
+        trainer, log = train_grown_model(
+            run.out / "grown",
             step,
+            training=text.training_file,
+            heldout=text.heldout_file,
             output_dir=run.out / "continued",
             steps=run.size.grown_steps,
-            learning_rate=5e-4,
-            warmup_steps=5,
+            learning_rate=4e-4,
+            base_width=run.size.hidden_size,
             seed=run.seed + 1,
-            source=run.out / "grown",
         )
-        grown.save_pretrained(run.out / "continued")
-        tokenizer.save_pretrained(run.out / "continued")
-        record_saved_model(run.out / "continued", lineage, run.seed + 1)
         first, *_, last = losses(log, "eval_loss")
-        step.result(f"it starts at the source's loss ({source_loss:.5f}) and learns", f"{first:.5f} → {last:.2f}")
-    return log, {"source_loss": source_loss, "grown_first_loss": first, "grown_last_loss": last}
+        lineage = read_manifest(run.out / "continued")["lineage"]
+        if lineage["moments"] != "grown":
+            raise AssertionError(f"the training began with {lineage['moments']} moments of Adam")
+        step.result(
+            f"with grown moments it starts at the source's loss ({source_loss:.5f}), and learns",
+            f"{first:.5f} → {last:.2f}",
+        )
+    groups = [
+        {"parameters": len(group["params"]), "lr": group["initial_lr"]} for group in trainer.optimizer.param_groups
+    ]
+    return log, {
+        "source_loss": source_loss,
+        "grown_first_loss": first,
+        "grown_last_loss": last,
+        "moments": lineage["moments"],
+        "mup_groups": groups,
+    }
+
+
+def grow_by_masks(run: Run, source: PreTrainedModel, text: Text) -> dict[str, Any]:
+    """Grow the other way: what is new is random and silent, and its volume rises with the steps of a training.
+
+    Half way up the masks are folded into the weights. What comes out is a plain model, and computes the same.
+    """
+    with run.report.step("Growth by masks") as step:
+        sizes, steps = grown_sizes(source.config), run.size.masked_steps
+        grow_checkpoint(
+            run.out / "converted", run.out / "masked", overrides=sizes, dtype="float32", method=Mask(2 * steps)
+        )
+        trainer, log = train_grown_model(
+            run.out / "masked",
+            step,
+            training=text.training_file,
+            heldout=text.heldout_file,
+            output_dir=run.out / "masked-trained",
+            steps=steps,
+            learning_rate=4e-4,
+            base_width=run.size.hidden_size,
+            seed=run.seed + 2,
+        )
+        fold_masks(run.out / "masked-trained", run.out / "folded")
+        folded = AutoModelForCausalLM.from_pretrained(run.out / "folded")
+        same = compare_logits(trainer.model, folded, stack(text.heldout[:4]))
+        alpha = read_manifest(run.out / "folded")["lineage"]["alpha"]
+        if same.relative > 1e-5:
+            raise AssertionError(f"folding the masks changed the model: logits by {same.relative:.2g}")
+        first, *_, last = losses(log, "eval_loss")
+        step.result(
+            f"starts at the source's loss too; half way, folded, a plain model computes the same (alpha {alpha:g})",
+            f"{first:.5f} → {last:.2f}",
+        )
+    return {"first_loss": first, "last_loss": last, "alpha": alpha, "relative_difference_folded": same.relative}
 
 
 @torch.no_grad()
@@ -506,7 +596,8 @@ def losses(log: Log, key: str) -> list[float]:
 def summarize(
     report: Report,
     growth: dict[str, Any],
-    starts: dict[str, float],
+    starts: dict[str, Any],
+    masks: dict[str, Any],
     sft: Log,
     answers: list[dict[str, Any]],
     published: dict[str, Any],
@@ -518,6 +609,7 @@ def summarize(
         "steps": [vars(step) for step in report.steps],
         "growth": growth,
         "training": starts,
+        "masks": masks,
         "sft": {"heldout_loss": losses(sft, "eval_loss"), "loss": losses(sft, "loss")},
         "chat": answers,
         "published": published,

@@ -68,6 +68,25 @@ def test_training_goes_on_from_the_loss_of_the_source(summary):
     training = summary["training"]
     assert training["grown_first_loss"] == pytest.approx(training["source_loss"], abs=1e-4)
     assert training["grown_last_loss"] < training["grown_first_loss"]
+    assert training["moments"] == "grown"
+    assert [group["lr"] for group in training["mup_groups"]] == pytest.approx([4e-4, 4e-4 * 48 / 60, 4e-4])
+
+
+def test_masks_start_there_too_and_fold_into_a_plain_model(finished, summary):
+    out, _ = finished
+    masks = summary["masks"]
+    assert masks["first_loss"] == pytest.approx(summary["training"]["source_loss"], abs=1e-4)
+    assert masks["alpha"] == 0.5
+    assert masks["relative_difference_folded"] < 1e-5
+    assert json.loads((out / "folded/config.json").read_text())["model_type"] == "TeleFLM"
+
+
+def test_the_verification_is_there_to_read(finished, summary):
+    out, run = finished
+    assert f"{out}/verification/index.html" in run.stdout.replace("\n", "")
+    found = json.loads((out / "verification/verification.json").read_text())
+    assert found["verdict"] == summary["growth"]["verdict"] == "certified"
+    assert found["numbers"]["difference"]["tokens"] == 256
 
 
 def test_fine_tuning_learns_to_answer(summary):
@@ -107,7 +126,7 @@ def test_its_model_can_be_talked_to(finished):
 
 def test_every_step_is_reported(finished, summary):
     out, run = finished
-    assert len(summary["steps"]) == 10
+    assert len(summary["steps"]) == 11
     assert all(step["number"] and step["number"] in run.stdout for step in summary["steps"])
     assert "Warning" not in run.stdout + run.stderr
     assert (out / "loss.png").read_bytes().startswith(PNG)
@@ -149,7 +168,7 @@ def test_the_card_tells_the_whole_life(finished, summary):
         "Rewritten as safetensors from torch files.",
         "Grown without changing the function it computes, rounding aside: hidden_size 48 to 60, intermediate_size 128 "
         "to 160, num_hidden_layers 4 to 5, num_attention_heads 4 to 5, ",
-        f"Trained in 24 steps on {tokens[24]} tokens: sequences of 256, learning rate 0.0005, fresh moments of Adam.",
+        f"Trained in 24 steps on {tokens[24]} tokens: sequences of 256, learning rate 0.0004, grown moments of Adam.",
         "Fine-tuned (sft, full) in 40 steps on ",
         "Rewritten as safetensors from safetensors files, cast to bfloat16.",
     ]
