@@ -17,9 +17,11 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+import datasets
 import sentencepiece
 import torch
 from rich.console import Console
@@ -140,6 +142,8 @@ def main() -> None:
     out = prepare_folder(options.out)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    getLogger("growth").setLevel("ERROR")  # it would warn that masks are left half way, which is what is shown
     set_seed(options.seed)
 
     console = Console()
