@@ -13,6 +13,10 @@ A step that trains on text is called `train` in a lineage:
     batch_size              examples of a step, over all processes
     learning_rate           its peak; with `mup_base_width`, of a model of that width
     lr_scheduler            type, settings, warmup_steps, and the steps that it is laid out for
+    continued_schedule      of a run whose rate is that at which the one before stopped: the rate and the steps of that,
+                            and the factor on it; null of others
+    rewarmed                what is new by the record of the growth, and the steps over which its updates rise; null
+                            where all entries move as one
     masks                   alpha of growth's masks before and after; null without masks
     moments                 of Adam when the run began: `grown` with the weights, or `fresh`
     dtype, mixed_precision  of the weights while they were trained; what was computed in, `no` if in that
@@ -43,6 +47,7 @@ from ..fold import MASKED_MODEL_TYPE
 from .grown_adam import AdamStart, on_every_process
 from .masks import MaskCallback, find_masked_model
 from .parallel import data_parallel_size
+from .rewarm import RewarmCallback
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +209,8 @@ def describe_training(trainer: Trainer, state: TrainerState, made_from: Mapping[
     callbacks: Any = trainer.callback_handler.callbacks
     adam = next((callback.first_step for callback in callbacks if isinstance(callback, AdamStart)), None)
     settings = args.lr_scheduler_kwargs if isinstance(args.lr_scheduler_kwargs, dict) else {}
+    continued = getattr(trainer, "continued", None)
+    rewarm = next((callback for callback in callbacks if isinstance(callback, RewarmCallback)), None)
     return {
         "operation": "train",
         "steps": state.global_step,
@@ -217,6 +224,8 @@ def describe_training(trainer: Trainer, state: TrainerState, made_from: Mapping[
             "warmup_steps": args.get_warmup_steps(state.max_steps),
             "steps": state.max_steps,
         },
+        "continued_schedule": continued.to_record() if continued else None,
+        "rewarmed": rewarm.to_record() if rewarm else None,
         "masks": _describe_masks(trainer),
         "moments": "grown" if adam else "fresh",
         "dtype": str(next(iter(trainer.model.parameters())).dtype).removeprefix("torch."),  # type: ignore[union-attr]
