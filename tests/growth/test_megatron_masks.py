@@ -53,7 +53,8 @@ TOLERANCE = {"float64": {"rtol": 1e-6, "atol": 1e-7}, "float32": {"rtol": 1e-4, 
 
 
 def grow(folder: Path) -> None:
-    config = tiny_config(vocab_size=VOCAB, num_key_value_heads=2, use_mup=False, rms_norm_eps=3e-3)
+    no_multipliers = {"use_mup": False, "input_mult": 1.0, "output_mult": 1.0, "mup_scale_factor": 1.0}
+    config = tiny_config(vocab_size=VOCAB, num_key_value_heads=2, rms_norm_eps=3e-3, **no_multipliers)
     tiny_model(config, dtype=torch.float64).save_pretrained(folder / "source")
     grow_checkpoint(
         folder / "source", folder / "masked", {**TARGET, "num_key_value_heads": 2}, method=Mask(100), dtype="float64"
@@ -103,7 +104,8 @@ def test_at_alpha_0_it_is_the_model_that_grew(root):
     with torch.no_grad():
         expected = TeleFLMForCausalLM.from_pretrained(root / "source", dtype=torch.float64)(TOKENS).logits
     for rank in ranks_of(root, "float64 tp2"):
-        torch.testing.assert_close(rank["logits 0"], expected, rtol=1e-6, atol=1e-7)
+        # Norms of the plain model compute in float32.
+        torch.testing.assert_close(rank["logits 0"], expected, rtol=1e-4, atol=1e-5)
         assert (rank["first step"], rank["alpha"]) == (0, 0.0)
 
 
@@ -156,8 +158,9 @@ def test_after_some_steps_it_comes_back(name, root, tmp_path):
     fold_masks(tmp_path / "back", tmp_path / "plain")
     plain = TeleFLMForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float64)
     with torch.no_grad():
-        for one in (back, plain):
-            torch.testing.assert_close(one(TOKENS).logits, trained["logits after"], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(back(TOKENS).logits, trained["logits after"], rtol=1e-6, atol=1e-7)
+        # Norms of the plain model compute in float32.
+        torch.testing.assert_close(plain(TOKENS).logits, trained["logits after"], rtol=1e-4, atol=1e-5)
     last = inspect_checkpoint(tmp_path / "back").chain[-1]
     assert last.details["masks"] == {"step": TRAINED, "steps": 100}
     assert (trained["logits after"] - trained["logits without"]).abs().max() > 0.1, "without masks it is another model"
