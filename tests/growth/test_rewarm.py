@@ -204,9 +204,9 @@ def test_spread_over_two_processes(folders, tmp_path):  # noqa: F811
         assert [(run.get("error"), run["kind"]) for run in process] == [(None, "MULTI_CPU"), (None, "FSDP")]
     expected = two_steps(folders, share=3)
     check(tmp_path / "fsdp2", expected, rtol=1e-9, atol=1e-11)
-    check(tmp_path / "ddp", expected, rtol=1e-9, atol=1e-11)
+    check(tmp_path / "ddp", expected, rtol=1e-5, atol=5e-7)  # without the ramp it is as far from one process
     unscaled = two_steps(folders, share=1)
-    assert not torch.allclose(unscaled["lm_head.weight"], expected["lm_head.weight"], rtol=1e-6)
+    assert (unscaled["lm_head.weight"] - expected["lm_head.weight"]).abs().max() > 1e-5, "the ramp is far more"
 
 
 def two_steps(folders: Path, share: int) -> dict[str, torch.Tensor]:  # noqa: F811
