@@ -29,7 +29,6 @@ from conversion.hub.contents import hub_config, hub_sidecars
 from conversion.hub.remote import local_view
 from conversion.hub.small_files import left_behind
 from conversion.mapping import Weight, check_tensors, weights
-from conversion.masked import MASKED_CODE as MASKED_CODE
 from conversion.masked import MASKED_MODEL_TYPE, masked_config
 from conversion.quantisation import refuse_quantised
 

@@ -80,7 +80,7 @@ def new_entries(growth: Growth) -> dict[str, tuple[Box, ...]]:
         growth: what grew into what.
     """
     lines = {name: (weight, layer) for name, weight, layer in weights(growth.target)}
-    boxes = {}
+    boxes: dict[str, tuple[Box, ...]] = {}
     for name in parameter_names(growth.target):
         weight, layer = lines[name]
         if layer is not None and growth.layers[layer].is_copy:

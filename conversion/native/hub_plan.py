@@ -93,7 +93,7 @@ def plan_run(
     }
     out_dtype = tensors[0].dtype.name
     hub = hub_config(complete, architecture, out_dtype)
-    code = CODE_FILES
+    code: tuple[str, ...] = CODE_FILES
     if state:
         hub, code = masked_config(hub, state), (*CODE_FILES, MASKED_CODE)
         notes.append(f"Growth masks at step {state['step']} of {state['total_steps']}.")

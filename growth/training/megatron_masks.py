@@ -119,7 +119,7 @@ class MegatronMasks:
         self._rank, self._size = tensor_rank, tensor_size
         self._alpha = 0.0
         self._hooks: list[RemovableHandle] = []
-        self._norms: list[nn.Module] = []
+        self._norms: list[Any] = []
         self._factors: dict[tuple[Any, ...], torch.Tensor] = {}
         for model in models:
             _check_config(model, architecture)

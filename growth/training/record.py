@@ -42,8 +42,8 @@ from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.parent import parent_notes, parent_of, parent_record
 from conversion.checkpoint.sources import WEIGHT_FILES, open_checkpoint
 from conversion.hub.saved_model import ADAPTER_WEIGHTS, has_saved_weights, record_saved_model
+from conversion.masked import MASKED_MODEL_TYPE
 
-from ..fold import MASKED_MODEL_TYPE
 from .grown_adam import AdamStart, on_every_process
 from .masks import MaskCallback, find_masked_model
 from .parallel import data_parallel_size

@@ -177,7 +177,7 @@ def _end_of(run: Step, hidden_size: Any, folder: Path) -> EarlierRun:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e15:
             raise RunError(f"{where} is recorded with {name} {str(value)[:40]}, expected a number. {_WAY_OUT}")
-    steps, rate, warmup, total = numbers.values()
+    steps, rate, warmup, total = (float(value or 0) for value in numbers.values())
     if kind not in STABLE:
         raise RunError(
             f"{where} had lr_scheduler_type {str(kind)[:40]}, which has no stable phase that could go on. {_WAY_OUT}"
@@ -187,17 +187,17 @@ def _end_of(run: Step, hidden_size: Any, folder: Path) -> EarlierRun:
     base_width = run.get("mup_base_width")
     try:
         factor, next_factor = (
-            schedule_factor(kind, int(warmup), int(total), settings, at) for at in (steps - 1, steps)
+            schedule_factor(kind, int(warmup), int(total), settings, int(at)) for at in (steps - 1, steps)
         )
     except (TypeError, ValueError, ArithmeticError) as error:
         raise RunError(f"{where} is recorded with a schedule that transformers refuses: {error}. {_WAY_OUT}") from None
     if factor != 1.0:
         phase = "warm-up" if steps <= warmup else "decay"
         raise RunError(
-            f"{where} stopped in its {phase}, at {factor:.3g} of its peak {rate:g} in step {steps} of {total}: grow "
-            "from a checkpoint of its stable phase. Or set learning_rate yourself, and leave continue_schedule out."
+            f"{where} stopped in its {phase}, at {factor:.3g} of its peak {rate:g} in step {steps:.0f} of {total:.0f}: "
+            "grow from a checkpoint of its stable phase, or set learning_rate yourself and leave continue_schedule out."
         )
-    return EarlierRun(float(rate), int(steps), base_width, hidden_size, next_factor)
+    return EarlierRun(rate, int(steps), base_width, hidden_size, next_factor)
 
 
 def schedule_factor(kind: str, warmup_steps: int, steps: int, settings: Any, at: int) -> float:
@@ -215,7 +215,7 @@ def schedule_factor(kind: str, warmup_steps: int, steps: int, settings: Any, at:
     """
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     schedule = get_scheduler(kind, optimizer, warmup_steps, steps, dict(settings or {}))
-    return float(schedule.lr_lambdas[0](at))  # type: ignore[attr-defined]
+    return float(schedule.lr_lambdas[0](at))
 
 
 def _compare_optimizer(path: Path, run: EarlierRun) -> bool | None:

@@ -112,7 +112,7 @@ def _rows(cost: "StageCost") -> tuple[list[str], ...]:
             _tokens(stage.tokens),
             f"{cost.steps:,}",
             f"{stage.mask_steps:,}" if stage.mask_steps else "",
-            f"{stage.warmup_steps:,}",
+            f"{stage.warmup_steps:,}" + (f", decay {stage.decay_steps:,}" if stage.decay_steps else ""),
         ],
         [
             f"{stage.learning_rate:.3g}",

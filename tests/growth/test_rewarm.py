@@ -69,7 +69,8 @@ def test_new_is_what_growth_did_not_copy(name, tmp_path):
     """By masks, which copy without a factor. In float64, as draws in float32 are not all different."""
     target = TARGETS[name]
     heads = {} if name in ("all axes", "depth") else {"num_key_value_heads": 2}
-    source = tiny_model(tiny_config(input_mult=1.0, **heads), dtype=torch.float64)  # another one is multiplied into the embeddings
+    config = tiny_config(input_mult=1.0, **heads)  # another one is multiplied into the embeddings
+    source = tiny_model(config, dtype=torch.float64)
     source.save_pretrained(tmp_path / "source")
     grow_checkpoint(tmp_path / "source", tmp_path / "grown", target, method=Mask(5))
     lineage = lineage_of(tmp_path / "grown")
