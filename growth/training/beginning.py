@@ -9,13 +9,41 @@ A run that is resumed began with the model that its checkpoint's record names as
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from conversion.checkpoint.manifest import read_manifest
+from conversion.checkpoint.parent import parent_of
+from conversion.checkpoint.sources import open_checkpoint
 
-Step = Mapping[str, Any]
-"""A step of a lineage, see `conversion.checkpoint.parent`; it was in a file that may come from anyone."""
+from .errors import RunError
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that made the model with which a run begins, or made what that was made from.
+
+    Args:
+        lineage: what its record says of it; it was in a file that may come from anyone.
+        problem: why that may not be true of what came of it; None: nothing is known against it.
+    """
+
+    lineage: Mapping[str, Any]
+    problem: str | None
+
+    @property
+    def operation(self) -> str:
+        """In a word."""
+        return str(self.lineage.get("operation"))[:40]
+
+    @property
+    def keeps_entries(self) -> bool:
+        """Whether it only writes a model in another way: rewritten as safetensors, or with its masks folded.
+
+        A conversion of a training checkpoint is none: what was trained there is in no record.
+        """
+        return self.operation == "fold" or (self.operation == "convert" and "parallel" not in self.lineage)
 
 
 def steps_before(folder: Path, checkpoint: str | None = None) -> list[Step]:
@@ -28,36 +56,42 @@ def steps_before(folder: Path, checkpoint: str | None = None) -> list[Step]:
     Raises:
         CheckpointError: a record cannot be read.
     """
-    resumed = _lineage(Path(checkpoint)) if checkpoint else None
-    if resumed and resumed.get("operation") == "train":
-        return list(_back(_parent(resumed)))
-    return list(_back(_lineage(folder)))
+    record = read_manifest(Path(checkpoint)) if checkpoint else None
+    resumed = record.get("lineage") if record else None
+    if isinstance(resumed, Mapping) and resumed.get("operation") == "train":
+        return list(_back(resumed.get("parent")))
+    return list(_back(parent_of(open_checkpoint(folder))))
 
 
-def keeps_entries(step: Step) -> bool:
-    """Whether a step only writes a model in another way: rewritten as safetensors, or with its masks folded.
+def check_step(step: Step, folder: Path, key: str) -> None:
+    """Check that nothing is known against what a step's record says.
 
-    A conversion of a training checkpoint is none: what was trained there is in no record.
+    Args:
+        step: the one that counts.
+        folder: of the model.
+        key: of the run, that needs it.
+
+    Raises:
+        RunError: something is.
     """
-    return step.get("operation") == "fold" or (step.get("operation") == "convert" and "parallel" not in step)
+    if step.problem:
+        raise RunError(
+            f"{folder}: {key} needs what the record of the step {step.operation!r} says, but {step.problem}; leave "
+            "that key out, or restore the folder."
+        )
 
 
-def _lineage(folder: Path) -> Step | None:
-    record = read_manifest(folder)
-    lineage = record.get("lineage") if record else None
-    return lineage if isinstance(lineage, Mapping) else None
+def _back(link: Any) -> Iterator[Step]:
+    while isinstance(link, Mapping) and isinstance(lineage := link.get("lineage"), Mapping):
+        yield Step(lineage, _problem(link))
+        link = lineage.get("parent")
 
 
-def _parent(step: Step) -> Step | None:
-    link = step.get("parent")
-    lineage = link.get("lineage") if isinstance(link, Mapping) else None
-    return lineage if isinstance(lineage, Mapping) else None
+def _problem(link: Mapping[str, Any]) -> str | None:
+    """What the step after one found to be wrong with its record; see `conversion.checkpoint.parent`."""
+    if link.get("matches") is False:
+        return f"the weights are not those of that record any more: {str(link.get('mismatch'))[:200]}"
+    return "that record was edited, its checksum is not that of the rest" if link.get("edited") is True else None
 
 
-def _back(step: Step | None) -> Iterator[Step]:
-    while step:
-        yield step
-        step = _parent(step)
-
-
-__all__ = ["Step", "keeps_entries", "steps_before"]
+__all__ = ["Step", "check_step", "steps_before"]

@@ -58,6 +58,7 @@ _NEEDED: Mapping[str, Any] = {
     "external_cuda_graph": False,
 }
 _NO_GRAPHS = (None, "none")  # of cuda_graph_impl
+_MARK = "has_teleflm_masks"  # of a model that has some
 
 
 def install_masks(
@@ -121,11 +122,17 @@ class MegatronMasks:
         self._hooks: list[RemovableHandle] = []
         self._norms: list[Any] = []
         self._factors: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._models = list(models)
         for model in models:
+            if getattr(model, _MARK, False):
+                raise RunError(
+                    "the model has masks already; with two of them new features would be alpha^2 times as loud."
+                )
             _check_config(model, architecture)
         try:
             for model in models:
                 self._install(model)
+                setattr(model, _MARK, True)
         except RunError:
             self.remove()
             raise
@@ -157,7 +164,9 @@ class MegatronMasks:
             hook.remove()
         for norm in self._norms:
             norm.eps = self._state.rms_norm_eps
-        self._hooks, self._norms = [], []
+        for model in self._models:
+            setattr(model, _MARK, False)
+        self._hooks, self._norms, self._models = [], [], []
 
     @property
     def _share(self) -> float:

@@ -36,7 +36,7 @@ from conversion.checkpoint.plan import Box
 from conversion.mapping import weights
 
 from ..new_entries import new_entries, read_growth
-from .beginning import keeps_entries, steps_before
+from .beginning import check_step, steps_before
 from .errors import RunError
 from .grown_adam import on_every_process
 from .optimizer_layout import Slot, innermost, lay_out, local
@@ -77,21 +77,23 @@ def find_new_parts(folder: Path, shapes: Mapping[str, tuple[int, ...]], checkpoi
         RunError: no record says what is new, nothing is, or it is not new any more.
         CheckpointError: a record cannot be read, or is of another model.
     """
-    steps = [step for step in steps_before(folder, checkpoint) if not keeps_entries(step)]
-    operations = [str(step.get("operation"))[:40] for step in steps[:2]]
+    before = steps_before(folder, checkpoint)
+    steps = [step for step in before if not step.keeps_entries]
     if not steps:
         raise RunError(f"{folder}: no record says what is new in it, as {_KEY} needs; leave that key out.")
-    if operations[0] != "grow":
+    for step in before[: before.index(steps[0]) + 1]:
+        check_step(step, folder, _KEY)
+    if steps[0].operation != "grow":
         raise RunError(
-            f"{folder}: what was done last to it is {operations[0]!r}, not a growth, so nothing in it is new, as "
+            f"{folder}: what was done last to it is {steps[0].operation!r}, not a growth, so nothing in it is new, as "
             f"{_KEY} needs; leave that key out."
         )
-    if operations[1:] == ["grow"]:
+    if [step.operation for step in steps[1:2]] == ["grow"]:
         raise RunError(
             f"{folder}: grew twice without being trained in between, and {_KEY} knows what the last growth added "
             "alone: grow in one step, or leave that key out."
         )
-    growth = read_growth(steps[0], str(folder))
+    growth = read_growth(steps[0].lineage, str(folder))
     expected = {name: weight.shape(growth.target) for name, weight, _ in weights(growth.target)}
     for name, shape in shapes.items():
         if expected.get(name) != shape:

@@ -29,7 +29,7 @@ from transformers.trainer_utils import SchedulerType
 from conversion.checkpoint.torch_file import read_torch_file
 from conversion.optimizer_state import OPTIMIZER_FILE
 
-from .beginning import Step, keeps_entries, steps_before
+from .beginning import check_step, steps_before
 from .errors import RunError
 
 logger = logging.getLogger(__name__)
@@ -146,14 +146,15 @@ def _find_run(folder: Path, checkpoint: str | None) -> EarlierRun:
     """The run that trained a model before it grew."""
     hidden_size = None
     for step in steps_before(folder, checkpoint):
-        if step.get("operation") == "train":
-            return _end_of(step, hidden_size, folder)
-        if step.get("operation") == "grow":
-            source = step.get("source")
+        check_step(step, folder, "continue_schedule")
+        if step.operation == "train":
+            return _end_of(step.lineage, hidden_size, folder)
+        if step.operation == "grow":
+            source = step.lineage.get("source")
             hidden_size = source.get("hidden_size") if isinstance(source, Mapping) else None
-        elif not keeps_entries(step):
+        elif not step.keeps_entries:
             raise RunError(
-                f"{folder}: its record has the step {str(step.get('operation'))[:40]!r} after the last run of teleflm "
+                f"{folder}: its record has the step {step.operation!r} after the last run of teleflm "
                 f"train, and does not say at which learning rate that stopped, as continue_schedule needs. {_WAY_OUT}"
             )
     raise RunError(
@@ -162,7 +163,7 @@ def _find_run(folder: Path, checkpoint: str | None) -> EarlierRun:
     )
 
 
-def _end_of(run: Step, hidden_size: Any, folder: Path) -> EarlierRun:
+def _end_of(run: Mapping[str, Any], hidden_size: Any, folder: Path) -> EarlierRun:
     """Where a run stopped, of its part of a lineage."""
     where = f"{folder}: the run that it is from"
     schedule = run.get("lr_scheduler")

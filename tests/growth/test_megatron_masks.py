@@ -312,7 +312,11 @@ def test_a_norm_inside_the_layer_after_it(folder):
     counted = 32 + 0.37 * 32  # features that the mean is over
     normed = features / (features.square().sum(-1, keepdim=True) / counted + 3e-3).sqrt() * linear.layer_norm_weight
     torch.testing.assert_close(linear(features)[0], normed @ linear.weight.T)
+    with pytest.raises(RunError, match="the model has masks already"):
+        install_masks(model, folder / "masked", tensor_rank=0, tensor_size=1)
+    torch.testing.assert_close(linear(features)[0], normed @ linear.weight.T)
     masks.remove()
     assert linear.eps == 3e-3
+    install_masks(model, folder / "masked", tensor_rank=0, tensor_size=1).remove()
     with pytest.raises(ValueError, match="step is -1"):
         masks.set_step(-1)

@@ -16,12 +16,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 from conversion.checkpoint.errors import CheckpointError
-from conversion.checkpoint.manifest import MANIFEST
+from conversion.checkpoint.manifest import MANIFEST, seal
 from growth import grow_checkpoint
 from growth.fold import fold_masks
 from growth.method import Mask, Tile
@@ -252,9 +252,21 @@ def edit(change):
     def apply(folder):
         record = json.loads((folder / MANIFEST).read_bytes())
         change(record["lineage"])
-        (folder / MANIFEST).write_text(json.dumps(record))
+        (folder / MANIFEST).write_text(json.dumps(seal(record)))
 
     return apply
+
+
+def edit_unsealed(folder):
+    """As an editor leaves it."""
+    record = json.loads((folder / MANIFEST).read_bytes())
+    record["lineage"]["source"]["hidden_size"] = 24
+    (folder / MANIFEST).write_text(json.dumps(record))
+
+
+def train_elsewhere(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"})
 
 
 def grown_again(lineage):
@@ -264,6 +276,8 @@ def grown_again(lineage):
 @pytest.mark.parametrize(
     ("damage", "keys", "message"),
     [
+        (edit_unsealed, {}, "needs what the record of the step 'grow' says, but that record was edited"),
+        (train_elsewhere, {}, "the weights are not those of that record any more: model.safetensors has"),
         (without_record, {"fresh_optimizer": True}, "no record says what is new in it, as rewarm_new_steps needs"),
         (edit(lambda lineage: lineage.update(operation="train")), {}, "done last to it is 'train', not a growth"),
         (edit(grown_again), {}, "grew twice without being trained in between"),

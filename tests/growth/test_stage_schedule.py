@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from conversion.checkpoint.manifest import MANIFEST
+from conversion.checkpoint.manifest import MANIFEST, seal
 from growth import grow_checkpoint
 from growth.stages import read_schedule, run_keys
 from growth.training.errors import RunError
@@ -148,7 +148,7 @@ def edited(root: Path, tmp_path: Path, edit) -> Path:
     folder = shutil.copytree(root / "first-6", tmp_path / "edited")
     record = json.loads((folder / MANIFEST).read_bytes())
     edit(record["lineage"])
-    (folder / MANIFEST).write_text(json.dumps(record))
+    (folder / MANIFEST).write_text(json.dumps(seal(record)))
     return folder
 
 
@@ -216,6 +216,10 @@ def test_an_optimizer_of_another_checkpoint_is_refused(root, tmp_path, capsys):
         (
             lambda lineage: run_of(lineage)["lr_scheduler"].update(type="warmup_stable_decay", settings={"a": 1}),
             "recorded with a schedule that transformers refuses",
+        ),
+        (
+            lambda lineage: lineage["parent"].update(matches=False, mismatch="model.safetensors has other content"),
+            "what the record of the step 'train' says, but the weights are not .* any more: model.safetensors has",
         ),
         (lambda lineage: run_of(lineage).update(operation="fine-tune"), "has the step 'fine-tune' after the last run"),
         (
