@@ -19,6 +19,7 @@ A step that trains on text is called `train` in a lineage:
                             where all entries move as one
     masks                   alpha of growth's masks before and after; null without masks
     moments                 of Adam when the run began: `grown` with the weights, or `fresh`
+    moments_step            the step at which they were: 0 of fresh ones, and of another optimizer than Adam
     dtype, mixed_precision  of the weights while they were trained; what was computed in, `no` if in that
     world_size, distributed_type
     resumed                 whether the run went on from a checkpoint, and whether that was the one of its record
@@ -228,6 +229,7 @@ def describe_training(trainer: Trainer, state: TrainerState, made_from: Mapping[
         "rewarmed": rewarm.to_record() if rewarm else None,
         "masks": _describe_masks(trainer),
         "moments": "grown" if adam else "fresh",
+        "moments_step": adam or 0,
         "dtype": str(next(iter(trainer.model.parameters())).dtype).removeprefix("torch."),  # type: ignore[union-attr]
         "mixed_precision": trainer.accelerator.mixed_precision,
         "world_size": trainer.accelerator.num_processes,

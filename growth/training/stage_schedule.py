@@ -12,7 +12,8 @@ again after a growth: arXiv 2602.02472.
 
 Where the run before stopped is in the record of the model: its peak and the schedule that it was laid out for, of which
 transformers' own function says the factor at its last step. The optimizer.pt beside the model, if there is one, has the
-rate of the step that would have been the next; where the two are not of the same step, the run is refused.
+rate of the step that would have been the next, and Adam's step; where the two are not of one checkpoint, the run is
+refused.
 """
 
 import logging
@@ -26,6 +27,8 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
+from conversion.checkpoint.plan import View
+from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.torch_file import read_torch_file
 from conversion.optimizer_state import OPTIMIZER_FILE
 
@@ -49,6 +52,8 @@ class EarlierRun:
         mup_base_width: of it; None: one rate for all.
         hidden_size: of the model that it trained, where the record of the growth says it.
         next_factor: of the step that would have been the next: 0 at the end of transformers' `warmup_stable_decay`.
+        adam_step: of Adam's counter after it; None: the record does not say.
+        may_skip: whether steps may have left the weights and that counter as they were, as overflows in float16 do.
     """
 
     learning_rate: float
@@ -56,6 +61,8 @@ class EarlierRun:
     mup_base_width: int | None
     hidden_size: int | None
     next_factor: float
+    adam_step: float | None
+    may_skip: bool
 
 
 @dataclass(frozen=True)
@@ -198,7 +205,11 @@ def _end_of(run: Mapping[str, Any], hidden_size: Any, folder: Path) -> EarlierRu
             f"{where} stopped in its {phase}, at {factor:.3g} of its peak {rate:g} in step {steps:.0f} of {total:.0f}: "
             "grow from a checkpoint of its stable phase, or set learning_rate yourself and leave continue_schedule out."
         )
-    return EarlierRun(rate, int(steps), base_width, hidden_size, next_factor)
+    moments = run.get("moments_step", 0 if run.get("moments") == "fresh" else None)
+    adam_step = None if type(moments) not in (int, float) else moments + steps
+    return EarlierRun(
+        rate, int(steps), base_width, hidden_size, next_factor, adam_step, may_skip=run.get("mixed_precision") == "fp16"
+    )
 
 
 def schedule_factor(kind: str, warmup_steps: int, steps: int, settings: Any, at: int) -> float:
@@ -220,10 +231,10 @@ def schedule_factor(kind: str, warmup_steps: int, steps: int, settings: Any, at:
 
 
 def _compare_optimizer(path: Path, run: EarlierRun) -> bool | None:
-    """Whether optimizer.pt has the learning rate that the record says; None where it says none.
+    """Whether optimizer.pt has the learning rate and the step that the record says; None where one of them does not.
 
     Raises:
-        RunError: it has another.
+        RunError: they differ.
     """
     if not path.is_file():
         return None
@@ -241,7 +252,26 @@ def _compare_optimizer(path: Path, run: EarlierRun) -> bool | None:
             f"the model says {expected:g} of {run.learning_rate:g}: weights and optimizer are not of one checkpoint. "
             f"{_WAY_OUT}"
         )
+    step = _adam_step(content)
+    if step is None or run.adam_step is None:
+        return None
+    if step != run.adam_step and not (run.may_skip and step < run.adam_step):
+        raise RunError(
+            f"{path} is of Adam's step {step:g}, but by the record of the run that trained the model it was at "
+            f"{run.adam_step:g} after its {run.step} steps: weights and optimizer are not of one checkpoint. {_WAY_OUT}"
+        )
     return True
+
+
+def _adam_step(content: Mapping[str, Any]) -> float | None:
+    """Adam's counter, of the first parameter; None where there is none."""
+    state = content.get("state")
+    first = next(iter(state.values()), None) if isinstance(state, Mapping) else None
+    step = first.get("step") if isinstance(first, Mapping) else None
+    if isinstance(step, View) and step.numel == 1:
+        with FileReader() as reader:
+            return float(reader.read(step).reshape(-1)[0])
+    return float(step) if isinstance(step, int | float) else None
 
 
 def say_where_it_decays(args: TrainingArguments, steps: int) -> None:

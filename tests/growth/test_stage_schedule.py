@@ -95,6 +95,7 @@ def test_the_next_stage_goes_on_where_the_first_stopped(grown, root, tmp_path, c
     step = int(grown[-1])
     assert lineage["continued_schedule"] == {"learning_rate": PEAK, "step": step, "factor": 0.5}
     assert lineage["learning_rate"] == half
+    assert (lineage["moments"], lineage["moments_step"]) == ("grown", step)
     assert f"0.5 of the 0.001 of step {step}" in caplog.text
     assert "its record and optimizer.pt agree" in caplog.text
     assert "the learning rate decays after step 4 of 6" in caplog.text
@@ -198,6 +199,14 @@ def test_an_optimizer_of_another_checkpoint_is_refused(root, tmp_path, capsys):
     torch.save(saved, folder / "optimizer.pt")
     keys = keys_of(root, folder, "", output_dir=str(tmp_path / "run"), continue_schedule=1)
     refused(keys, "is of a run at learning rate 0.0005 of a peak 0.001, but the record .* says 0.001", tmp_path, capsys)
+
+
+def test_moments_of_another_step_of_the_stable_phase_are_refused(root, tmp_path, capsys):
+    """The fault: the rates are the same, and the weights are of step 6, the moments of step 4."""
+    run = root / "first"
+    grow_checkpoint(run / "checkpoint-6", tmp_path / "model", TARGET, optimizer=run / "checkpoint-4")
+    keys = keys_of(root, tmp_path / "model", "", output_dir=str(tmp_path / "run"), continue_schedule=1)
+    refused(keys, "is of Adam's step 4, but by the record of .* it was at 6 after its 6 steps", tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
