@@ -196,15 +196,19 @@ def test_a_run_that_is_resumed_in_its_ramp_has_the_same_bits(folders, tmp_path):
 def test_spread_over_two_processes(folders, tmp_path):  # noqa: F811
     """FSDP2, whose processes hold blocks of each parameter, and DDP: the steps of one process on the whole batch."""
     keys = {"dtype": "float64", "rewarm_new_steps": 3}
+    sharded = {**keys, **FSDP2, "save_strategy": "steps", "save_steps": 1}
+    checkpoint = str(tmp_path / "fsdp2/checkpoint-1")
     runs = [
         (keys_of(folders, tmp_path, "ddp", **keys), None),
-        (keys_of(folders, tmp_path, "fsdp2", **keys, **FSDP2), None),  # its environment stays
+        (keys_of(folders, tmp_path, "fsdp2", **sharded), None),  # its environment stays
+        (keys_of(folders, tmp_path, "resumed", **sharded, resume_from_checkpoint=checkpoint), None),
     ]
     outcomes = launch(runs, tmp_path)
     for process in outcomes:
-        assert [(run.get("error"), run["kind"]) for run in process] == [(None, "MULTI_CPU"), (None, "FSDP")]
+        assert [(run.get("error"), run["kind"]) for run in process] == [(None, "MULTI_CPU"), *[(None, "FSDP")] * 2]
     expected = two_steps(folders, share=3)
     check(tmp_path / "fsdp2", expected, rtol=1e-9, atol=1e-11)
+    check(tmp_path / "resumed", load_file(tmp_path / "fsdp2/model.safetensors"), rtol=0, atol=0)
     check(tmp_path / "ddp", expected, rtol=1e-5, atol=5e-7)  # without the ramp it is as far from one process
     unscaled = two_steps(folders, share=1)
     assert (unscaled["lm_head.weight"] - expected["lm_head.weight"]).abs().max() > 1e-5, "the ramp is far more"
