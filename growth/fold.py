@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from conversion.architecture import MODEL_TYPE, Architecture, model_code_constant
+from conversion.architecture import MODEL_TYPE, Architecture
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execute
@@ -29,13 +29,12 @@ from conversion.hub.contents import hub_config, hub_sidecars
 from conversion.hub.remote import local_view
 from conversion.hub.small_files import left_behind
 from conversion.mapping import Weight, check_tensors, weights
+from conversion.masked import MASKED_MODEL_TYPE, masked_config
 from conversion.quantisation import refuse_quantised
 
 from .operators import grow_axis
 from .spec import Growth
 
-MASKED_MODEL_TYPE = "TeleFLMMasked"
-MASKED_CODE = "masked_teleflm.py"
 _OUTPUTS = ("o_proj", "down_proj")
 
 Run = tuple[int, int]
@@ -115,14 +114,8 @@ class MaskState:
 
         `rms_norm_eps` is null in it: a runtime that does not know masks refuses that, whatever it makes of model_type.
         """
-        own = {
-            "architectures": ["TeleFLMMaskedForCausalLM"],
-            "auto_map": model_code_constant(MASKED_CODE, "AUTO_MAP"),
-            "growth_state": {**asdict(self), "new_heads": list(self.new_heads), "new_layers": list(self.new_layers)},
-            "model_type": MASKED_MODEL_TYPE,
-            "rms_norm_eps": None,
-        }
-        return dict(sorted({**base, **own}.items()))
+        state = {**asdict(self), "new_heads": list(self.new_heads), "new_layers": list(self.new_layers)}
+        return masked_config(base, state)
 
 
 def _value(state: Mapping[str, Any], name: str, kind: Any, where: str) -> Any:

@@ -25,10 +25,11 @@ from conversion.hub.contents import count_pieces, hub_config, hub_sidecars
 from conversion.hub.remote import local_view
 from conversion.hub.small_files import left_behind
 from conversion.mapping import check_tensors, weights
+from conversion.masked import MASKED_CODE, MASKED_MODEL_TYPE
 from conversion.optimizer_state import OPTIMIZER_FILE
 from conversion.quantisation import refuse_quantised
 
-from .fold import MASKED_CODE, MASKED_MODEL_TYPE, MaskState
+from .fold import MaskState
 from .layer_distance import LayerDistance, measure_layer_distances, nearest_layers, read_calibration
 from .method import Mask, Method, Zero
 from .moments import AdamState, plan_adam_state, read_adam_state

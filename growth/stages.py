@@ -20,7 +20,9 @@ parallelism.
 | a checkpoint | 14 P | bf16 weights; float32 weights and moments |
 | a growth | (2 P + 2 P') / disk speed, with moments 10 in place of 2 | each byte is read once and written once |
 
-Learning rates are stated, not computed. Under muP a matrix of width h' learns at h / h' of the rate it had at h.
+Learning rates are stated, not computed. Under muP a matrix of width h' learns at h / h' of the rate it had at h. A
+schedule goes on over the stages: each warms up and stays stable, and the last alone may decay. [`run_keys`] has all of
+that as the keys of `teleflm train`.
 """
 
 import difflib
@@ -56,6 +58,7 @@ class Stage:
         batch_tokens: of a step, over all processes.
         learning_rate: the peak; after a growth, the peak of the warm-up.
         warmup_steps: steps until then.
+        decay_steps: steps at the end over which it decays, of the last stage alone; it is stable in between.
         mask_steps: over which what a growth added rises from silence; 0: it grows by zeros.
         tensor_parallel, pipeline_parallel: ranks.
         gpus: of all.
@@ -68,6 +71,7 @@ class Stage:
     batch_tokens: int
     learning_rate: float
     warmup_steps: int = 0
+    decay_steps: int = 0
     mask_steps: int = 0
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
@@ -184,6 +188,12 @@ def plan_stages(schedule: Schedule) -> StagePlan:
         before = schedule.stages[index - 1] if index else None
         if before:
             _check_growth(before, stage)
+        if stage.decay_steps and index < len(schedule.stages) - 1:
+            raise CheckpointError(
+                f"stage {stage.name}: its learning rate decays over decay_steps {stage.decay_steps:,}, but "
+                f"{schedule.stages[index + 1].name} grows out of it and would have to raise it again: only the last "
+                "stage decays."
+            )
         costs.append(_cost(stage, before, schedule))
     tokens, flops = sum(stage.tokens for stage in schedule.stages), sum(cost.flops for cost in costs)
     last = flops_per_token(schedule.stages[-1].architecture, schedule.sequence_length)
@@ -197,6 +207,32 @@ def plan_stages(schedule: Schedule) -> StagePlan:
         scratch_gpu_hours=_gpu_hours(float(last) * tokens, schedule),
         scratch_tokens=flops / last,
     )
+
+
+def run_keys(schedule: Schedule, index: int) -> dict[str, Any]:
+    """The keys of `teleflm train` that a stage of a schedule decides: lengths, learning rates, their schedule.
+
+    Batch and spreading are left to the machine; masks are a matter of `teleflm grow --mask-steps`.
+
+    Args:
+        schedule: it.
+        index: of the stage.
+    """
+    stage, first = schedule.stages[index], schedule.stages[0]
+    keys: dict[str, Any] = {
+        "block_size": schedule.sequence_length,
+        "max_steps": math.ceil(stage.tokens / stage.batch_tokens),
+        "learning_rate": stage.learning_rate,
+        "mup_base_width": first.architecture.hidden_size,
+        "warmup_steps": stage.warmup_steps,
+        "lr_scheduler_type": "warmup_stable_decay" if stage.decay_steps else "constant_with_warmup",
+    }
+    if stage.decay_steps:
+        keys["lr_scheduler_kwargs"] = {"num_decay_steps": stage.decay_steps}
+    if index:
+        share = stage.learning_rate / schedule.stages[index - 1].learning_rate
+        keys["continue_schedule"] = float(f"{share:.12g}")
+    return keys
 
 
 def flops_per_token(architecture: Architecture, sequence_length: int) -> int:
@@ -296,6 +332,9 @@ def _warnings(cost: StageCost, before: Stage | None, schedule: Schedule) -> list
             f"batch_tokens {stage.batch_tokens:,} is {rows:.3g} rows of {schedule.sequence_length:,} tokens for each "
             f"of {cost.data_parallel} copies"
         )
+    phases = stage.warmup_steps + stage.decay_steps
+    if stage.decay_steps and phases > cost.steps:
+        found.append(f"a warm-up and a decay over {phases:,} steps, of {cost.steps:,} there are")
     for key, steps in (("masks that rise", stage.mask_steps), ("a warm-up", stage.warmup_steps)):
         if steps > cost.steps:
             found.append(f"{key} over {steps:,} steps, of {cost.steps:,} there are")
@@ -379,8 +418,8 @@ def read_schedule(values: Any, where: str) -> Schedule:
 
 
 _STAGE_KEYS = {field.name for field in fields(Stage)} - {"architecture"} | {"model", "set"}
-_WHOLE = ("tokens", "batch_tokens", "warmup_steps", "mask_steps", "tensor_parallel", "pipeline_parallel", "gpus")
-_MAY_BE_ZERO = ("warmup_steps", "mask_steps")
+_MAY_BE_ZERO = ("warmup_steps", "decay_steps", "mask_steps")
+_WHOLE = ("tokens", "batch_tokens", *_MAY_BE_ZERO, "tensor_parallel", "pipeline_parallel", "gpus")
 
 
 def _read_stage(row: Any, before: Stage | None, where: str, schedule: Mapping[str, Any]) -> Stage:
@@ -480,5 +519,6 @@ __all__ = [
     "flops_per_token",
     "plan_stages",
     "read_schedule",
+    "run_keys",
     "schedule_names",
 ]

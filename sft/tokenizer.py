@@ -15,7 +15,7 @@ from conversion.checkpoint.errors import CheckpointError, one_line
 from conversion.checkpoint.sources import check_utf8
 from conversion.checkpoint.strict_json import read_json_object
 from conversion.hub.small_files import check_json_settings
-from growth.fold import MASKED_MODEL_TYPE
+from conversion.masked import MASKED_MODEL_TYPE
 from sft import SFTError
 from sft.shipped import find_shipped
 

@@ -70,7 +70,7 @@ def export_checkpoint(
         raise CheckpointError(
             "--max-shard-size: --to megatron writes one file a rank, cut by --tp and --pp; leave it out."
         )
-    model = open_model(source)
+    model = open_model(source, masked=to == "megatron")
     if link and origin(model.folder):
         raise CheckpointError(f"{source}: is not on this machine, and cannot be linked to; leave --link out.")
     cast = parse_dtype(dtype) if dtype else None

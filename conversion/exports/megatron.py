@@ -32,6 +32,7 @@ from ..checkpoint.torch_zip import planned_tensors, torch_shard
 from ..hub.contents import hub_config
 from ..hub.small_files import check_read_files, left_behind, small_files
 from ..mapping import EMBED_TOKENS, LM_HEAD
+from ..masked import masked_config
 from ..native.find import RELEASE, TRACKER
 from ..native.table import MEGATRON, NativeWeight, RowOrder, join, native_tensors
 from .model import ExportedModel
@@ -330,6 +331,9 @@ def plan_megatron_export(
     target, scales = fold_multipliers(source) if fold else (source, {})
     config = {key: value for key, value in hub_config(model.config, target, dtype.name).items() if key != "auto_map"}
     tensors, layout = plan_megatron(model.parts(target), scales, target, config, sizes, spec, dtype)
+    if model.growth_state:
+        masked = masked_config(config, model.growth_state)
+        config = {key: value for key, value in masked.items() if key != "auto_map"}
     details = {"parallel": asdict(sizes), "multipliers": "fold" if fold else "keep", "spec": spec}
     lineage = model.lineage("megatron", cast, **details)
     check_read_files(model.folder)
@@ -340,6 +344,11 @@ def plan_megatron_export(
         notes.append(
             f"The multipliers {source.embedding_scale:g} on the embeddings and {source.logit_scale:g} on the logits "
             "are in the arguments only; a stock Megatron-LM ignores them and computes another function."
+        )
+    if model.growth_state:
+        notes.append(
+            "A masked checkpoint: Megatron-LM computes what it computes with "
+            "growth.training.megatron_masks.install_masks(model, OUT), and without it another function."
         )
     padded = padded_vocab_size(target.vocab_size, sizes.tensor)
     if padded != target.vocab_size:

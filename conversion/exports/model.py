@@ -19,6 +19,7 @@ from ..hub.card import model_facts
 from ..hub.contents import TOKENIZER_CODE, hub_config, hub_sidecars
 from ..hub.remote import local_view
 from ..mapping import EMBED_TOKENS, LM_HEAD, check_tensors, weights
+from ..masked import is_masked, split_masked_config
 from ..quantisation import refuse_quantised
 from .multipliers import NEUTRAL
 
@@ -34,6 +35,8 @@ class ExportedModel:
     checkpoint: Source
     config: dict[str, Any]
     architecture: Architecture
+    growth_state: dict[str, Any] | None = None
+    """Of a masked checkpoint, whose `config` and `architecture` are those of the plain model of the same tensors."""
 
     @property
     def folder(self) -> Path:
@@ -64,20 +67,32 @@ class ExportedModel:
         }
 
 
-def open_model(source: str | Path) -> ExportedModel:
+def open_model(source: str | Path, *, masked: bool = False) -> ExportedModel:
     """Open a Tele-FLM in Hub format for export.
 
+    Args:
+        source: its folder.
+        masked: whether it may be a masked checkpoint, in the middle of its growth.
+
     Raises:
-        CheckpointError: it is none, or quantised.
+        CheckpointError: it is none, or quantised; or masked, and may not be.
     """
     checkpoint = open_checkpoint(local_view(source))
     config = checkpoint.config
     if config is None:
         raise CheckpointError(f"{checkpoint.folder}/config.json: no such file; only a Tele-FLM can be exported.")
     refuse_quantised(checkpoint, "export")
-    architecture = Architecture.from_config(config, f"{checkpoint.folder}/config.json", with_biases=True)
+    where, state = f"{checkpoint.folder}/config.json", None
+    if is_masked(config):
+        if not masked:
+            raise CheckpointError(
+                f"{where}: grows by masks, which only a trainer can raise (--to megatron); `teleflm fold` makes it a "
+                "plain model."
+            )
+        config, state = split_masked_config(config, where)
+    architecture = Architecture.from_config(config, where, with_biases=True)
     check_tensors(checkpoint.tensors, architecture, checkpoint.folder)
-    return ExportedModel(checkpoint, config, architecture)
+    return ExportedModel(checkpoint, config, architecture, state)
 
 
 def stock_config(model: ExportedModel, architecture: Architecture, model_type: str, dtype: DType) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ..checkpoint.plan import View
 from ..checkpoint.sizes import format_bytes
 from ..checkpoint.sources import open_checkpoint, outside_target
 from ..checkpoint.strict_json import read_json_object
+from ..masked import MASKED_MODEL_TYPE
 from .front_matter import parse_metadata, split_card, write_metadata
 from .lineage import lineage_steps
 from .results import Result, model_index
@@ -29,7 +30,6 @@ from .results import Result, model_index
 
 CARD = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
-_MASKED_TYPE = f"{MODEL_TYPE}Masked"  # growth.fold.MASKED_MODEL_TYPE, which may not be imported from here
 _NO_NAME = "A Tele-FLM model"
 _HERE = "."  # a folder without a name loads from where it lies
 _LICENSES = (  # how the texts begin
@@ -113,7 +113,7 @@ def model_facts(config: Mapping[str, Any], dtype: str, lineage: Mapping[str, Any
     num_parameters = architecture.num_parameters if architecture else 0
     context, growth = config.get("max_position_embeddings"), config.get("growth_state")
     total = growth.get("total_steps") if isinstance(growth, dict) else None
-    classes, is_ours = config.get("auto_map"), config.get("model_type") in (MODEL_TYPE, _MASKED_TYPE)
+    classes, is_ours = config.get("auto_map"), config.get("model_type") in (MODEL_TYPE, MASKED_MODEL_TYPE)
     return CardFacts(
         dtype=dtype,
         num_parameters=num_parameters,
@@ -315,7 +315,7 @@ def _architecture(config: Mapping[str, Any]) -> Architecture | None:
     if kind == "granite" and config.get("logits_scaling"):
         values |= {"use_mup": True, "input_mult": config.get("embedding_multiplier", 1.0)}
         values |= {"output_mult": 1.0, "mup_scale_factor": config["logits_scaling"]}
-    elif kind not in (MODEL_TYPE, _MASKED_TYPE, "llama"):
+    elif kind not in (MODEL_TYPE, MASKED_MODEL_TYPE, "llama"):
         return None
     try:
         return Architecture.from_config(values, with_biases=True)

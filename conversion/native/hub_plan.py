@@ -21,9 +21,10 @@ from ..checkpoint.plan import CheckpointPlan, Shape, TensorPlan
 from ..checkpoint.reader import FileReader, boxes_of_range
 from ..checkpoint.sharded import ShardedTensor
 from ..hub.card import model_facts
-from ..hub.contents import count_pieces, hub_config, hub_sidecars
+from ..hub.contents import CODE_FILES, count_pieces, hub_config, hub_sidecars
 from ..hub.small_files import left_behind
 from ..mapping import EMBED_TOKENS, LM_HEAD, Weight, is_derived, weights
+from ..masked import MASKED_CODE, is_masked, masked_config, split_masked_config
 from ..optimizer_state import OPTIMIZER_FILE, adam_shard, parameter_names
 from .checkpoint import AdamMoments, NativeCheckpoint, Replica
 from .find import exported_folder
@@ -72,6 +73,10 @@ def plan_run(
     pieces = count_pieces(folder)
     if tokenizer and pieces is None:
         raise CheckpointError(f"{folder}: holds no tokenizer.model.")
+    state = None
+    if is_masked(config):
+        config, state = split_masked_config(config or {}, "config.json of the run")
+        state = _masks_now(run, state)
     complete = complete_config(run, config, vocab_size, pieces, multipliers)
     architecture = Architecture.from_config(complete, f"{run.folder}: configuration", with_biases=True)
     tensors, notes = plan_tensors(run, architecture, dtype or run.dtype)
@@ -83,11 +88,16 @@ def plan_run(
         "iteration": run.iteration,
         "dtype": dtype.name if dtype else None,
         **({"optimizer": True} if run.adam else {}),
+        **({"masks": {"step": state["step"], "steps": state["total_steps"]}} if state else {}),
         "parent": parent_record(exported) if exported else None,
     }
     out_dtype = tensors[0].dtype.name
     hub = hub_config(complete, architecture, out_dtype)
-    sidecars = hub_sidecars(folder, model_facts(hub, out_dtype, lineage))
+    code: tuple[str, ...] = CODE_FILES
+    if state:
+        hub, code = masked_config(hub, state), (*CODE_FILES, MASKED_CODE)
+        notes.append(f"Growth masks at step {state['step']} of {state['total_steps']}.")
+    sidecars = hub_sidecars(folder, model_facts(hub, out_dtype, lineage), code)
     states: list[Shard] = []
     if run.adam:
         states = [plan_adam(run, run.adam, architecture)]
@@ -98,6 +108,19 @@ def plan_run(
     if tokenizer or beside:  # what else lies in a run's own folder is the run
         notes += left_behind(folder, sidecars)
     return plan, states, notes
+
+
+def _masks_now(run: NativeCheckpoint, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The growth_state of a run whose configuration is masked.
+
+    Megatron knows nothing of masks: its configuration is that of the export with which it began, and they rise by one
+    step an iteration. Other runs save their own.
+    """
+    if run.table is None:
+        return dict(state)
+    if run.iteration is None:
+        raise CheckpointError(f"{run.folder}: does not say its iteration, so where its growth masks are is not known.")
+    return {**state, "step": state["step"] + run.iteration}
 
 
 def _folder_with_config(run: NativeCheckpoint) -> Path | None:

@@ -13,8 +13,13 @@ A step that trains on text is called `train` in a lineage:
     batch_size              examples of a step, over all processes
     learning_rate           its peak; with `mup_base_width`, of a model of that width
     lr_scheduler            type, settings, warmup_steps, and the steps that it is laid out for
+    continued_schedule      of a run whose rate is that at which the one before stopped: the rate and the steps of that,
+                            and the factor on it; null of others
+    rewarmed                what is new by the record of the growth, and the steps over which its updates rise; null
+                            where all entries move as one
     masks                   alpha of growth's masks before and after; null without masks
     moments                 of Adam when the run began: `grown` with the weights, or `fresh`
+    moments_step            the step at which they were: 0 of fresh ones, and of another optimizer than Adam
     dtype, mixed_precision  of the weights while they were trained; what was computed in, `no` if in that
     world_size, distributed_type
     resumed                 whether the run went on from a checkpoint, and whether that was the one of its record
@@ -38,11 +43,12 @@ from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.parent import parent_notes, parent_of, parent_record
 from conversion.checkpoint.sources import WEIGHT_FILES, open_checkpoint
 from conversion.hub.saved_model import ADAPTER_WEIGHTS, has_saved_weights, record_saved_model
+from conversion.masked import MASKED_MODEL_TYPE
 
-from ..fold import MASKED_MODEL_TYPE
 from .grown_adam import AdamStart, on_every_process
 from .masks import MaskCallback, find_masked_model
 from .parallel import data_parallel_size
+from .rewarm import RewarmCallback
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +210,8 @@ def describe_training(trainer: Trainer, state: TrainerState, made_from: Mapping[
     callbacks: Any = trainer.callback_handler.callbacks
     adam = next((callback.first_step for callback in callbacks if isinstance(callback, AdamStart)), None)
     settings = args.lr_scheduler_kwargs if isinstance(args.lr_scheduler_kwargs, dict) else {}
+    continued = getattr(trainer, "continued", None)
+    rewarm = next((callback for callback in callbacks if isinstance(callback, RewarmCallback)), None)
     return {
         "operation": "train",
         "steps": state.global_step,
@@ -217,8 +225,11 @@ def describe_training(trainer: Trainer, state: TrainerState, made_from: Mapping[
             "warmup_steps": args.get_warmup_steps(state.max_steps),
             "steps": state.max_steps,
         },
+        "continued_schedule": continued.to_record() if continued else None,
+        "rewarmed": rewarm.to_record() if rewarm else None,
         "masks": _describe_masks(trainer),
         "moments": "grown" if adam else "fresh",
+        "moments_step": adam or 0,
         "dtype": str(next(iter(trainer.model.parameters())).dtype).removeprefix("torch."),  # type: ignore[union-attr]
         "mixed_precision": trainer.accelerator.mixed_precision,
         "world_size": trainer.accelerator.num_processes,

@@ -14,6 +14,7 @@ masks rise with the steps, Adam goes on from moments that grew with the weights,
 import dataclasses
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import datasets
+import torch
 import yaml
 from transformers import (
     HfArgumentParser,
@@ -52,8 +54,10 @@ from .parallel import check_parallelism, read_parallelism
 from .record import count_tokens, digest_examples, start_record
 from .resume import checkpoints
 from .resume import find_checkpoint as find_resumed
+from .rewarm import RewarmCallback, check_optimizer_choice, find_new_parts
 from .same_run import describe_run, hold_to_run
 from .sharded import ShardedSaveMixin
+from .stage_schedule import ContinuedSchedule, continue_schedule, say_where_it_decays
 from .text import load_documents
 
 logger = logging.getLogger(__name__)
@@ -78,6 +82,10 @@ class GrowthArguments:
         mup_base_width: hidden_size at which learning_rate was tuned, 8192 for one of the 52B: matrices then learn at
             learning_rate x mup_base_width / hidden_size. Unset: one rate for all.
         fresh_optimizer: leave the grown optimizer.pt of the model's folder unused, if it has one.
+        continue_schedule: begin at this share of the learning rate at which the run stopped, in its stable phase, that
+            the model grew from: 1 goes on at that rate. It sets learning_rate; needs the record of that run.
+        rewarm_new_steps: steps over which the updates of what the growth added rise from 1/N of what the optimizer
+            makes them to all of it, while what was there goes on; needs the record of the growth, torch's AdamW.
         num_processes: how many processes this run is meant for; another number is an error. Launchers have been seen
             to start one in place of many without a word.
         distributed_type: what the run is meant to be spread by, in accelerate's words: `NO`, `MULTI_CPU`, `MULTI_GPU`
@@ -94,15 +102,21 @@ class GrowthArguments:
     use_kernels: bool = False
     mup_base_width: int | None = None
     fresh_optimizer: bool = False
+    continue_schedule: float | None = None
+    rewarm_new_steps: int | None = None
     num_processes: int | None = None
     distributed_type: DistributedName | None = None
 
     def __post_init__(self) -> None:
+        if type(self.continue_schedule) is int:
+            self.continue_schedule = float(self.continue_schedule)
         self._check_types()
-        for name, least in (("block_size", 2), ("mup_base_width", 1), ("num_processes", 1)):
+        for name, least in (("block_size", 2), ("mup_base_width", 1), ("num_processes", 1), ("rewarm_new_steps", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}, expected at least {least}.")
+        if self.continue_schedule is not None and not 0 < self.continue_schedule < math.inf:
+            raise ValueError(f"continue_schedule is {self.continue_schedule}, expected a number above 0.")
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(_DTYPES)}.")
         attentions = ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
@@ -132,10 +146,10 @@ def _parts(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
-# The keys of transformers that hold a number and nothing else; it checks none of them.
+# The keys that hold a number and nothing else; of its own transformers checks none.
 _NUMBERS = {
     name: _parts(hint)
-    for name, hint in get_type_hints(TrainingArguments).items()
+    for name, hint in {**get_type_hints(TrainingArguments), "continue_schedule": float | None}.items()
     if {*_parts(hint)} <= {int, float, NoneType} and {*_parts(hint)} != {NoneType}
 }
 
@@ -145,13 +159,33 @@ class GrowthTrainer(ShardedSaveMixin, MupMixin, Trainer):
 
     Args:
         adam_state: optimizer.pt of the grown model; None: fresh moments. A resumed run goes on with its own state.
+        continued: the learning rate that was taken over, for the record.
         *args, **kwargs: of [`MupMixin`] and [`Trainer`].
     """
 
-    def __init__(self, *args: Any, adam_state: Path | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        adam_state: Path | None = None,
+        continued: ContinuedSchedule | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.continued = continued
         self.add_callback(AdamStart())
         self.add_callback(GrownAdamCallback(self, adam_state))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """As Trainer.create_scheduler; of a decay it is said where it begins.
+
+        Raises:
+            RunError: see [`ScheduleMixin`].
+        """
+        is_new = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if is_new:
+            say_where_it_decays(self.args, num_training_steps)
+        return scheduler
 
 
 def train(
@@ -201,8 +235,15 @@ def build_trainer(
     settle_checkpointing(args, os.environ)
     count_tokens(args)
     set_seed(args.seed)
-    folder = Path(growth.model_name_or_path)
+    folder, resumed = Path(growth.model_name_or_path), _resumed(args)
     check_model(folder)
+    continued = None
+    if growth.continue_schedule is not None:
+        continued = continue_schedule(
+            args, folder, growth.continue_schedule, base_width=growth.mup_base_width, checkpoint=resumed
+        )
+    if growth.rewarm_new_steps is not None:
+        check_optimizer_choice(args)
     tokenizer = load_tokenizer(folder)
     with args.main_process_first(desc="packing"):
         train_dataset = load_blocks(growth.train_files, tokenizer, growth)
@@ -219,6 +260,9 @@ def build_trainer(
         check_kernels_are_used(model)
     chunk_loss(model)  # before the Trainer looks at its forward
     masks = [MaskCallback()] if isinstance(model, TeleFLMMaskedForCausalLM) else []
+    new_parts = None
+    if growth.rewarm_new_steps is not None:
+        new_parts = find_new_parts(folder, parameter_shapes(model), resumed)
     adam_state = None if growth.fresh_optimizer else find_grown_state(folder)
     if adam_state and not args.resume_from_checkpoint:
         # Refused now, not when everything is prepared.
@@ -234,12 +278,21 @@ def build_trainer(
             callbacks=[*masks, *callbacks],
             base_width=growth.mup_base_width,
             adam_state=adam_state,
+            continued=continued,
         )
     except (ValueError, ImportError) as error:  # of a key whose value transformers refuses only now
         raise RunError(one_line(error)) from error
     check_spread(trainer, launched)
     trainer.add_callback(WrappingGuard(trainer))
+    if new_parts is not None and growth.rewarm_new_steps is not None:
+        trainer.add_callback(RewarmCallback(trainer, new_parts, growth.rewarm_new_steps))
     return trainer
+
+
+def _resumed(args: TrainingArguments) -> str | None:
+    """The checkpoint that the keys of a run name; see [`find_checkpoint`]."""
+    wanted = args.resume_from_checkpoint
+    return find_checkpoint(args) if wanted and str(wanted).lower() != "false" else None
 
 
 def load_blocks(files: Sequence[str], tokenizer: PreTrainedTokenizerBase, growth: GrowthArguments) -> datasets.Dataset:

@@ -217,8 +217,8 @@ def _departure(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> str:
     first, second = open_checkpoint(a), open_checkpoint(b)
     manifest = read_manifest(Path(b))
     try:
-        ends = (Architecture.from_config(source.config or {}) for source in (first, second))
-        steps = growth_steps(*ends, manifest["lineage"] if manifest else None)
+        source, target = (Architecture.from_config(end.config or {}) for end in (first, second))
+        steps = growth_steps(source, target, manifest["lineage"] if manifest else None)
     except CheckpointError:
         return ""
     return next((step.departure for step in steps if step.departure), "")

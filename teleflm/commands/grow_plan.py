@@ -34,9 +34,10 @@ def grow_plan(
 ) -> None:
     """What growing in stages takes, from sizes alone: FLOPs, hours, memory, disk; beside the last model from nothing.
 
-    Exit status 3 if a stage does not fit its GPUs.
+    --json has, for each stage, the keys of teleflm train that it decides (train). Exit status 3 if a stage does not fit
+    its GPUs.
     """
-    from growth.stages import find_schedule, plan_stages, read_schedule
+    from growth.stages import find_schedule, plan_stages, read_schedule, run_keys
 
     with exit_codes(debug=debug):
         path = find_schedule(schedule)
@@ -50,7 +51,8 @@ def grow_plan(
 
             plot_stages(result, plot)
         if as_json:
-            print_json({**asdict(result), "saved": result.saved})
+            keys = [run_keys(result.schedule, index) for index in range(len(result.stages))]
+            print_json({**asdict(result), "saved": result.saved, "train": keys})
         else:
             _print(result)
         if any(cost.gpu_bytes > result.schedule.gpu_memory for cost in result.stages):
@@ -110,7 +112,7 @@ def _rows(cost: "StageCost") -> tuple[list[str], ...]:
             _tokens(stage.tokens),
             f"{cost.steps:,}",
             f"{stage.mask_steps:,}" if stage.mask_steps else "",
-            f"{stage.warmup_steps:,}",
+            f"{stage.warmup_steps:,}" + (f", decay {stage.decay_steps:,}" if stage.decay_steps else ""),
         ],
         [
             f"{stage.learning_rate:.3g}",

@@ -8,7 +8,8 @@ import typer
 
 
 def train(context: typer.Context) -> None:
-    """Continue the pretraining of a model, grown or not: packed text, masks that rise, grown moments, muP groups.
+    """Continue the pretraining of a model, grown or not: packed text, masks that rise, grown moments, muP groups, a
+    learning rate that goes on from the run before (continue_schedule), what is new warmed up (rewarm_new_steps).
 
     Takes a YAML file, or --key value: the fields of growth.training.train.GrowthArguments and of transformers'
     TrainingArguments; model_name_or_path, train_files and output_dir are needed. On several devices: accelerate launch

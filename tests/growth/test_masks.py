@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import growth.fold as folding
+from conversion import convert_checkpoint
 from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError
 from evaluation.logits import compare_logits
@@ -66,6 +68,21 @@ def masked(grouped, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("masked") / "out"
     grow(grouped, folder, EVERYTHING, multipliers="target")
     return folder
+
+
+def test_parts_of_a_masked_run_become_a_masked_checkpoint(masked, tmp_path):
+    """Of FSDP, whose configuration is that of the model at its step; as a plain one it would be another model."""
+    model = load_masked(masked)
+    model.set_mask_step(37)
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.save(
+            {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, checkpoint_id=tmp_path / "run"
+        )
+    model.config.save_pretrained(tmp_path / "run")
+    convert_checkpoint(tmp_path / "run", tmp_path / "out")
+    back = load_masked(tmp_path / "out", dtype=torch.float64)
+    assert (back.mask_step, back.config.growth_state) == (37, model.config.growth_state)
+    assert compare_logits(model, back, IDS).relative == 0
 
 
 @pytest.mark.parametrize(

@@ -61,3 +61,37 @@ def test_nothing_but_warm_up_is_refused(make_trainer):
     make_trainer(warmup_steps=0.03, lr_scheduler_type="linear", lr_scheduler_kwargs={}).create_scheduler(
         1, torch.optim.SGD([torch.zeros(1)])
     )
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"lr_scheduler_kwargs": {}}, "needs num_decay_steps in lr_scheduler_kwargs"),
+        (
+            {"lr_scheduler_kwargs": {"num_decay_steps": 8}, "warmup_steps": 3},
+            "warmup_steps 3, and num_decay_steps 8 do not",
+        ),
+        ({"lr_scheduler_kwargs": {"num_decay_steps": 1.5}}, "num_decay_steps is 1.5, expected a number of steps"),
+        ({"lr_scheduler_kwargs": {"num_decay_steps": 2, "lr_end": 0}}, "which lr_scheduler_type .* refuses: .*lr_end"),
+    ],
+)
+def test_phases_that_do_not_fit_are_refused(keys, message, make_trainer):
+    """Of ten steps; transformers would begin to decay from below the peak, or end in a TypeError."""
+    with pytest.raises(RunError, match=message):
+        make_trainer(lr_scheduler_type="warmup_stable_decay", **keys).create_scheduler(
+            10, torch.optim.SGD([torch.zeros(1)])
+        )
+
+
+def test_phases_that_fit_are_transformers_own(make_trainer):
+    keys = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 2}}
+    optimizers = [torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-2) for _ in range(2)]
+    ours, theirs = (
+        make_trainer(mixed, warmup_steps=2, **keys).create_scheduler(8, optimizer)
+        for mixed, optimizer in zip((Scheduled, Trainer), optimizers, strict=True)
+    )
+    for _ in range(8):
+        assert ours.get_last_lr() == theirs.get_last_lr()
+        for optimizer, scheduler in zip(optimizers, (ours, theirs), strict=True):
+            optimizer.step()
+            scheduler.step()

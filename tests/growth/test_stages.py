@@ -95,6 +95,7 @@ def test_sizes_on_top_of_the_stage_before():
         ({"mask_steps": 100}, "masks that rise in 100 steps: short ones postpone"),
         ({"mask_steps": 30000}, "masks that rise over 30,000 steps, of 23,842 there are"),
         ({"warmup_steps": 30000}, "a warm-up over 30,000 steps, of 23,842 there are"),
+        ({"decay_steps": 23800}, "a warm-up and a decay over 23,900 steps, of 23,842 there are"),
         ({"model": "tele-flm-52b"}, "is of the sizes of tele-flm-52b: nothing grows"),
         ({"batch_tokens": 5_000_000}, "batch_tokens 5,000,000 is 10.9 rows of 4,096 tokens for each of 112 copies"),
         ({"tensor_parallel": 1, "pipeline_parallel": 1}, "needs .* GB on a GPU, before buffers and fragmentation"),
@@ -115,6 +116,7 @@ def test_fresh_moments_want_a_warm_up():
     ("stages", "more", "message"),
     [
         ([LARGE, SMALL], {}, "stage tele-flm-52b: cannot grow out of tele-flm-102b: hidden_size would shrink"),
+        ([{**SMALL, "decay_steps": 10}, LARGE], {}, "stage tele-flm-52b: its learning rate decays over decay_steps 10"),
         ([{**SMALL, "token": 1}], {}, "stage 1: token is unknown; did you mean tokens"),
         ([SMALL], {"mfus": 1}, "a.yaml: mfus is unknown; did you mean mfu"),
         ([SMALL], {"mfu": 1.5}, "mfu is 1.5; it is a share"),
@@ -150,6 +152,7 @@ def test_the_command(tmp_path):
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)
     assert [round(stage["parameters"] / 1e9) for stage in plan["stages"]] == [53, 102, 1084]
+    assert [keys.get("continue_schedule") for keys in plan["train"]] == [None, 0.85, 0.588235294118]
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     text = CliRunner().invoke(app, ["grow-plan", "tele-flm-1t", "--gpu-memory", "40GB"])
     assert text.exit_code == 3
