@@ -411,7 +411,7 @@ def train_grown(run: Run, source: PreTrainedModel, grown: PreTrainedModel, text:
             seed=run.seed + 1,
         )
         first, *_, last = losses(log, "eval_loss")
-        lineage = read_manifest(run.out / "continued")["lineage"]
+        lineage = lineage_of(run.out / "continued")
         if lineage["moments"] != "grown":
             raise AssertionError(f"the training began with {lineage['moments']} moments of Adam")
         step.result(
@@ -454,7 +454,7 @@ def grow_by_masks(run: Run, source: PreTrainedModel, text: Text) -> dict[str, An
         fold_masks(run.out / "masked-trained", run.out / "folded")
         folded = AutoModelForCausalLM.from_pretrained(run.out / "folded")
         same = compare_logits(trainer.model, folded, stack(text.heldout[:4]))
-        alpha = read_manifest(run.out / "folded")["lineage"]["alpha"]
+        alpha = lineage_of(run.out / "folded")["alpha"]
         if same.relative > 1e-5:
             raise AssertionError(f"folding the masks changed the model: logits by {same.relative:.2g}")
         first, *_, last = losses(log, "eval_loss")
@@ -463,6 +463,15 @@ def grow_by_masks(run: Run, source: PreTrainedModel, text: Text) -> dict[str, An
             f"{first:.5f} → {last:.2f}",
         )
     return {"first_loss": first, "last_loss": last, "alpha": alpha, "relative_difference_folded": same.relative}
+
+
+def lineage_of(folder: Path) -> dict[str, Any]:
+    """What the record of a folder says was done."""
+    record = read_manifest(folder)
+    if record is None:
+        raise AssertionError(f"{folder}: has no record of how it was made")
+    lineage: dict[str, Any] = record["lineage"]
+    return lineage
 
 
 @torch.no_grad()

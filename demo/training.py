@@ -87,6 +87,7 @@ def train_on_text(
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     output_dir.mkdir(exist_ok=True)
+    assert trainer.optimizer is not None
     torch.save(trainer.optimizer.state_dict(), output_dir / OPTIMIZER_FILE)
     return trainer.state.log_history, describe_training(trainer, trainer.state, {**digest_examples(blocks), **origin})
 
