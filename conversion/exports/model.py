@@ -6,6 +6,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -22,7 +23,7 @@ from ..mapping import EMBED_TOKENS, LM_HEAD, check_tensors, weights
 from ..quantisation import refuse_quantised
 from .multipliers import NEUTRAL
 
-Target: TypeAlias = Literal["granite", "llama", "megatron"]
+Target: TypeAlias = Literal["granite", "llama", "megatron", "torch_dist", "dcp"]
 
 _STOCK_CLASSES = {"granite": "GraniteForCausalLM", "llama": "LlamaForCausalLM"}
 
@@ -39,6 +40,11 @@ class ExportedModel:
     def folder(self) -> Path:
         """Where it lies."""
         return Path(self.checkpoint.folder)
+
+    @cached_property
+    def parent(self) -> dict[str, Any] | None:
+        """What the record of an export keeps of it."""
+        return parent_of(self.checkpoint)
 
     def dtype(self, cast: DType | None) -> DType:
         """Of the output."""
@@ -60,7 +66,7 @@ class ExportedModel:
             "to": to,
             "dtype": cast.name if cast else None,
             **details,
-            "parent": parent_of(self.checkpoint),
+            "parent": self.parent,
         }
 
 
