@@ -88,9 +88,7 @@ def chunk_name(file: str, entry: str, box: tuple[Shape, Shape] | None) -> str:
     return f"{file}/{entry}" + (f"[{part}]" if box else "")
 
 
-def read_chunks_by_name(
-    folder: Path, place: str, wanted: Callable[[str], bool] = lambda name: True
-) -> dict[str, View]:
+def read_chunks_by_name(folder: Path, place: str, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, View]:
     """Every chunk of a DCP folder that we wrote, by the name in its record; none is loaded.
 
     Args:

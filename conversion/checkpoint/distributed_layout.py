@@ -5,9 +5,9 @@
 """The layout of a torch.distributed.checkpoint (DCP) folder, the counterpart of `distributed_file.py`, without torch.
 
 Every tensor is cut into chunks, each a torch.save zip of its own; the zips follow each other in `__<n>_0.distcp` files,
-and the pickled `.metadata` says which box of which tensor each of them is. A rank that loads the folder reads each chunk
-that it needs some of, whole: so the size of a chunk bounds what a rank holds beside its own part, and how much is read
-more than once.
+and the pickled `.metadata` says which box of which tensor each of them is. A rank that loads the folder reads each
+chunk that it needs some of, whole: so the size of a chunk bounds what a rank holds beside its own part, and how much is
+read more than once.
 """
 
 import itertools
@@ -198,7 +198,9 @@ def _chunk_zip(shape: Shape, dtype: DType) -> Shard:
 _METADATA = "torch.distributed.checkpoint.metadata"
 
 
-def _metadata(placed: Mapping[str, tuple[ChunkedTensor | None, list[_Place]]], paths: Mapping[str, KeyPath] | None) -> bytes:
+def _metadata(
+    placed: Mapping[str, tuple[ChunkedTensor | None, list[_Place]]], paths: Mapping[str, KeyPath] | None
+) -> bytes:
     """The pickle of torch's `Metadata`; its state is made as it is written, as it has an object for each chunk."""
     fields = {
         "state_dict_metadata": _Pairs((name, _stored(entry)) for name, (entry, _) in placed.items()),

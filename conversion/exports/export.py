@@ -123,9 +123,7 @@ def exported_weights(folder: Path) -> dict[str, View]:
     return tensors
 
 
-def _check_choices(
-    to: str, sizes: ParallelSizes, multipliers: str, spec: str, link: bool, optimizer: bool
-) -> None:
+def _check_choices(to: str, sizes: ParallelSizes, multipliers: str, spec: str, link: bool, optimizer: bool) -> None:
     if to == "gguf":
         raise CheckpointError("--to gguf: export --to llama, then run llama.cpp's convert_hf_to_gguf.py on the output.")
     for option, value, known in (

@@ -138,8 +138,9 @@ class _Weights:
         for native in native_weights(pad_vocab(parts, self._rows), self._scales, self._architecture, 1):
             whole.setdefault(native.line.name, []).append(native)
         return {
-            (prefix + name.replace("{}.", ""),): self._stack(layers, dtype, power) if "{}" in name else
-            self._chunked(layers[0], dtype, power)
+            (prefix + name.replace("{}.", ""),): self._stack(layers, dtype, power)
+            if "{}" in name
+            else self._chunked(layers[0], dtype, power)
             for name, layers in whole.items()
         }
 
@@ -213,8 +214,8 @@ def _moments(adam: AdamState, source: Architecture, target: Architecture) -> dic
     """Both moments of every Hub tensor."""
     if source.tie_word_embeddings and not target.tie_word_embeddings:
         raise CheckpointError(
-            f"{adam.file}: has moments of one matrix as embedding and head, which folding the multipliers makes two of; "
-            "--multipliers keep leaves it one."
+            f"{adam.file}: has moments of one matrix as embedding and head, which folding the multipliers makes two "
+            "of; --multipliers keep leaves it one."
         )
     return {
         key: {name: ShardedTensor.of(views[number]) for name, views in adam.moments.items()}
@@ -253,8 +254,8 @@ def _common_state(adam: AdamState, step: int) -> dict[str, Any]:
         "is_decoupled_lr": False,
         "default_config": True,
         # Of torch's AdamW, and of Apex' and Transformer Engine's.
-        **{"amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False},
-        **{"fused": None, "decoupled_weight_decay": True, "bias_correction": True},
+        "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False,
+        "fused": None, "decoupled_weight_decay": True, "bias_correction": True,
     }
     groups = [{**shared, "wd_mult": factor, "weight_decay": decay * factor} for factor in (1.0, 0.0)]
     inner = {"state": {"common_step": float(step)}, "param_groups": groups}

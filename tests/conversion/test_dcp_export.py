@@ -242,9 +242,7 @@ def test_a_trainer_goes_on_from_it(run, resumed):
         torch.testing.assert_close(after["model"][name], tensor, rtol=1e-4, atol=2e-5)
         assert after["optimizer"]["state"][name]["step"] == states[name]["step"] == 4
         for key in MOMENTS:
-            torch.testing.assert_close(
-                after["optimizer"]["state"][name][key], states[name][key], rtol=1e-3, atol=1e-6
-            )
+            torch.testing.assert_close(after["optimizer"]["state"][name][key], states[name][key], rtol=1e-3, atol=1e-6)
 
 
 def test_accelerate_loads_what_has_grown(grown, resumed):
@@ -258,8 +256,10 @@ def test_accelerate_loads_what_has_grown(grown, resumed):
     saved = torch.load(grown / "optimizer.pt", weights_only=True)["param_groups"]
     parameters = dict(model.named_parameters())
     groups = [
-        {**{key: value for key, value in group.items() if key != "param_names"},
-         "params": [parameters[name] for name in group["param_names"]]}
+        {
+            **{key: value for key, value in group.items() if key != "param_names"},
+            "params": [parameters[name] for name in group["param_names"]],
+        }
         for group in saved
     ]
     optimizer = torch.optim.AdamW(groups)
@@ -316,15 +316,19 @@ MISMATCHES = {
     "another model's": (_of_a_larger_model, r"has shape \(96, 32\), config\.json says \(88, 32\)"),
     "fewer groups": (_edit_state(lambda saved: saved["param_groups"].pop()), r"param_groups have \[23\] parameters"),
     "SGD's": (_edit_state(lambda saved: saved["state"].update({0: {"momentum_buffer": None}})), "only Adam and AdamW"),
-    "of another step": (_edit_state(lambda s: [e["step"].fill_(4) for e in s["state"].values()]), (
-        r"Adam is at step 4, trainer_state\.json says 2, so the two are of different checkpoints; put back"
-    )),
+    "of another step": (
+        _edit_state(lambda s: [e["step"].fill_(4) for e in s["state"].values()]),
+        (r"Adam is at step 4, trainer_state\.json says 2, so the two are of different checkpoints; put back"),
+    ),
     "of two steps": (_edit_state(_one_step_back), r"Adam is at step 1 to 2, trainer_state\.json says 2"),
     "state of another step": (_edit_trainer_state(global_step=4), r"Adam is at step 2, trainer_state\.json says 4"),
     "began later": (_edit_trainer_state(stateful_callbacks=AdamStart), r"at step 2, trainer_state\.json says 702"),
     "no step": (_edit_trainer_state(global_step=None), r"global_step is None, expected a whole number"),
     "no rate": (_edit_state(_no_rate), r"optimizer\.pt: parameter group 1 does not say lr"),
-    "no schedule": (lambda folder: (folder / "scheduler.pt").unlink(), r"has a trainer_state\.json and no scheduler\.pt"),
+    "no schedule": (
+        lambda folder: (folder / "scheduler.pt").unlink(),
+        r"has a trainer_state\.json and no scheduler\.pt",
+    ),
     "no optimizer": (lambda folder: (folder / "optimizer.pt").unlink(), r"holds no optimizer\.pt, whose moments"),
 }
 
