@@ -254,8 +254,14 @@ def _common_state(adam: AdamState, step: int) -> dict[str, Any]:
         "is_decoupled_lr": False,
         "default_config": True,
         # Of torch's AdamW, and of Apex' and Transformer Engine's.
-        "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False,
-        "fused": None, "decoupled_weight_decay": True, "bias_correction": True,
+        "amsgrad": False,
+        "maximize": False,
+        "foreach": None,
+        "capturable": False,
+        "differentiable": False,
+        "fused": None,
+        "decoupled_weight_decay": True,
+        "bias_correction": True,
     }
     groups = [{**shared, "wd_mult": factor, "weight_decay": decay * factor} for factor in (1.0, 0.0)]
     inner = {"state": {"common_step": float(step)}, "param_groups": groups}

@@ -58,7 +58,7 @@ def resume(checkpoint: Path, rows: list, settings: dict, out: Path) -> None:
 
 def load_grown(folder: Path, source: Path, rows: list, out: Path) -> None:
     """Accelerate's own two functions, into a model and an optimizer that know nothing yet; and one step."""
-    model = TeleFLMForCausalLM.from_pretrained(source)
+    model = TeleFLMForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()

@@ -478,9 +478,12 @@ def test_somebody_elses_optimizer_stays_and_is_named(grown, tmp_path):
     result = export_checkpoint(grown, tmp_path / "out", to="dcp", options=WriteOptions(overwrite=True))
     assert theirs.read_bytes() == b"theirs"
     assert any("optimizer_0 is not of this checkpoint and stays" in note for note in result.notes)
-    (tmp_path / "out" / OPTIMIZER / "__0_0.distcp").write_bytes(b"theirs")
-    with pytest.raises(CheckpointError, match=r"optimizer_0/__0_0\.distcp"):
-        export_checkpoint(grown, tmp_path / "elsewhere" / ".." / "out", to="dcp", optimizer=True)
+    (tmp_path / "other" / OPTIMIZER).mkdir(parents=True)
+    (tmp_path / "other" / OPTIMIZER / "__0_0.distcp").write_bytes(b"theirs")
+    with pytest.raises(
+        CheckpointError, match=r"optimizer_0/__0_0\.distcp: is there already, written by no earlier run"
+    ):
+        export_checkpoint(grown, tmp_path / "other", to="dcp", optimizer=True)
 
 
 def test_the_command(run, tmp_path):
