@@ -95,11 +95,13 @@ class Layout:
 
     def fingerprint(self) -> str:
         """A digest of everything but the tensors."""
-        files = [
-            (shard.filename, shard.fixed, bool(shard.twin), *(("state",) if shard.state else ()))
-            for shard in self.shards
-        ]
-        return hashlib.sha256(repr((files, self.index)).encode()).hexdigest()
+        digest = hashlib.sha256(b"([")
+        for number, shard in enumerate(self.shards):  # one after the other: of a few files it is a text of their size
+            state = ("state",) if shard.state else ()
+            file = (shard.filename, shard.fixed, bool(shard.twin), *state)
+            digest.update(f"{', ' if number else ''}{file!r}".encode())
+        digest.update(f"], {self.index!r})".encode())
+        return digest.hexdigest()
 
 
 def safetensors_layout(tensors: Sequence[TensorPlan], max_shard_size: int) -> Layout:

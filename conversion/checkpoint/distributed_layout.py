@@ -11,7 +11,7 @@ read more than once.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
@@ -23,7 +23,8 @@ from .plan import Shape, TensorPlan
 from .sharded import ShardedTensor
 from .torch_zip import opcodes, torch_shard
 
-CHUNK_BYTES = 64 * 2**20
+_CHUNK_BYTES = 64 * 2**20
+_MOST_CHUNKS = 2**15
 
 KeyPath: TypeAlias = tuple[str | int, ...]
 """The keys that lead to an entry in the nested dict that torch loads; joined by dots they are the entry's name."""
@@ -50,7 +51,7 @@ class ChunkedTensor:
         return cls(plan.shape, plan.dtype, (((0,) * len(plan.shape), plan),))
 
     @classmethod
-    def in_rows(cls, tensor: ShardedTensor, dtype: DType | None = None, *, most: int = CHUNK_BYTES) -> "ChunkedTensor":
+    def in_rows(cls, tensor: ShardedTensor, dtype: DType | None, most: int) -> "ChunkedTensor":
         """A tensor in chunks of whole rows, as equal as can be.
 
         Args:
@@ -83,6 +84,16 @@ class SameAs:
 
 Entry: TypeAlias = ChunkedTensor | SameAs | Any
 """What an entry is: a tensor, the same as another entry, or a plain object that torch.save would pickle."""
+
+
+def chunk_bytes(nbytes: int, shard_bytes: int) -> int:
+    """Most bytes of a chunk: 64 MiB, or more where a folder would have more chunks than can be planned in no time.
+
+    Args:
+        nbytes: of all tensors of the folder.
+        shard_bytes: most bytes of a file.
+    """
+    return min(max(_CHUNK_BYTES, -(-nbytes // _MOST_CHUNKS)), shard_bytes)
 
 
 def distributed_shards(
@@ -278,51 +289,60 @@ class _Pairs:
 
 
 def _pickled(value: Any) -> bytes:
-    return b"".join((b"\x80\x02", *_parts(value, {}), b"."))
+    parts = [b"\x80\x02"]
+    _put(value, {}, parts.append)
+    return b"".join((*parts, b"."))
 
 
-def _parts(value: Any, known: dict[Any, int]) -> Iterator[bytes]:
-    """The opcodes that make a value. Texts and classes are remembered in `known`: there are as many as chunks of them.
+def _put(value: Any, known: dict[Any, int], write: Callable[[bytes], None]) -> None:
+    """Write the opcodes that make a value: a plain one, a dtype, or one of the three kinds above.
 
     Args:
-        value: plain values, dtypes, and the three kinds above.
-        known: what was remembered before, and its number.
+        value: the value.
+        known: the texts, classes and results of calls that were written before, each with its number: there are as many
+            as chunks of them, and few that differ.
+        write: takes the next bytes.
     """
-    match value:
-        case _Object(module, name, state):
-            yield from _remembered((module, name), [f"c{module}\n{name}\n".encode()], known)
-            yield b")\x81"
-            yield from _parts(state, known)
-            yield b"b"
-        case _Call(module, name, argument):
-            yield from _remembered((module, name), [f"c{module}\n{name}\n".encode()], known)
-            yield from _parts(argument, known)
-            yield b"\x85R"
-        case str() | DType():
-            yield from _remembered(value, opcodes(value, {}), known)
-        case dict() | _Pairs():
-            yield b"}("
-            for pair in value.items() if isinstance(value, dict) else value.items:
-                for part in pair:
-                    yield from _parts(part, known)
-            yield b"u"
-        case tuple() | list():
-            yield b"(" if isinstance(value, tuple) else b"]("
-            for item in value:
-                yield from _parts(item, known)
-            yield b"t" if isinstance(value, tuple) else b"e"
-        case _:
-            yield from opcodes(value, {})
-
-
-def _remembered(key: Any, made: Iterable[bytes], known: dict[Any, int]) -> Iterator[bytes]:
-    number = known.get(key)
-    if number is None:
-        number = known[key] = len(known)
-        yield from made
-        yield b"q" + bytes([number]) if number < 256 else b"r" + number.to_bytes(4, "little")
+    kind = type(value)
+    if kind is _Object:
+        _put_remembered((value.module, value.name), known, write)
+        write(b")\x81")
+        _put(value.state, known, write)
+        write(b"b")
+    elif kind is _Call or kind is str or kind is DType:
+        _put_remembered(value, known, write)
+    elif kind is dict or kind is _Pairs:
+        write(b"}(")
+        for key, item in value.items() if kind is dict else value.items:
+            _put(key, known, write)
+            _put(item, known, write)
+        write(b"u")
+    elif kind is tuple or kind is list:
+        write(b"(" if kind is tuple else b"](")
+        for item in value:
+            _put(item, known, write)
+        write(b"t" if kind is tuple else b"e")
     else:
-        yield b"h" + bytes([number]) if number < 256 else b"j" + number.to_bytes(4, "little")
+        for part in opcodes(value, {}):
+            write(part)
 
 
-__all__ = ["CHUNK_BYTES", "ChunkedTensor", "KeyPath", "SameAs", "distributed_shards", "entry_name"]
+def _put_remembered(value: Any, known: dict[Any, int], write: Callable[[bytes], None]) -> None:
+    number = known.get(value)
+    if number is not None:
+        write(b"h" + bytes((number,)) if number < 256 else b"j" + number.to_bytes(4, "little"))
+        return
+    if type(value) is _Call:
+        _put_remembered((value.module, value.name), known, write)
+        _put(value.argument, known, write)
+        write(b"\x85R")
+    elif type(value) is tuple:
+        write(f"c{value[0]}\n{value[1]}\n".encode())
+    else:
+        for part in opcodes(value, {}):
+            write(part)
+    number = known[value] = len(known)
+    write(b"q" + bytes((number,)) if number < 256 else b"r" + number.to_bytes(4, "little"))
+
+
+__all__ = ["ChunkedTensor", "Entry", "KeyPath", "SameAs", "chunk_bytes", "distributed_shards", "entry_name"]

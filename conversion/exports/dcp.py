@@ -24,11 +24,11 @@ from ..adam_state import AdamState, read_adam_state
 from ..checkpoint.containers import Layout, Shard
 from ..checkpoint.distributed_file import METADATA
 from ..checkpoint.distributed_layout import (
-    CHUNK_BYTES,
     ChunkedTensor,
     Entry,
     KeyPath,
     SameAs,
+    chunk_bytes,
     distributed_shards,
 )
 from ..checkpoint.dtypes import FLOAT32, DType
@@ -177,7 +177,8 @@ def plan_dcp(
             "optimizer unloaded; copy the checkpoint again, or leave --optimizer out."
         )
     dtype = model.dtype(cast)
-    most = min(CHUNK_BYTES, shard_bytes)
+    numel = sum(view.numel for view in model.checkpoint.tensors.values())
+    most = chunk_bytes(numel * dtype.itemsize, shard_bytes)
     shards, index = distributed_shards(FSDP_WEIGHTS, _weights(model, cast, most), shard_bytes)
     config = hub_config(model.config, model.architecture, dtype.name)
     config = {key: value for key, value in config.items() if key != "auto_map"}
@@ -187,7 +188,7 @@ def plan_dcp(
     details: dict[str, Any] = {}
     states: list[Shard] = []
     if state:
-        entries = _optimizer(state.adam, most)
+        entries = _optimizer(state.adam, chunk_bytes(2 * numel * FLOAT32.itemsize, shard_bytes))
         states, of_state = distributed_shards(FSDP_OPTIMIZER, {}, shard_bytes, states=entries)
         sidecars |= {**state.files, f"{FSDP_OPTIMIZER}/{METADATA}": of_state}
         details["optimizer"] = source_identity(state.adam.file)
@@ -200,7 +201,7 @@ def plan_dcp(
 def _weights(model: ExportedModel, cast: DType | None, most: int) -> dict[KeyPath, Entry]:
     """What FSDP2 calls each weight: it knows the head of tied embeddings by its own name too."""
     entries: dict[KeyPath, Entry] = {
-        ("model", name): ChunkedTensor.in_rows(ShardedTensor.of(model.checkpoint.tensors[name]), cast, most=most)
+        ("model", name): ChunkedTensor.in_rows(ShardedTensor.of(model.checkpoint.tensors[name]), cast, most)
         for name, *_ in weights(model.architecture)
     }
     if model.architecture.tie_word_embeddings:
@@ -216,7 +217,7 @@ def _optimizer(adam: AdamState, most: int) -> dict[KeyPath, Entry]:
             step = TensorPlan("", (), FLOAT32, (Fill(Box((0,), (1,)), float(adam.steps[name])),))
             entries["optimizer", "state", name, "step"] = ChunkedTensor.whole(step)
             for key, view in zip(MOMENTS, adam.moments[name], strict=True):
-                entries["optimizer", "state", name, key] = ChunkedTensor.in_rows(ShardedTensor.of(view), most=most)
+                entries["optimizer", "state", name, key] = ChunkedTensor.in_rows(ShardedTensor.of(view), None, most)
     for number, (settings, names) in enumerate(adam.groups):
         group = {**_UNSAID, "initial_lr": settings["lr"], **settings, "params": list(names)}
         entries |= {("optimizer", "param_groups", number, key): value for key, value in group.items()}

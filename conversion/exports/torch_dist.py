@@ -25,7 +25,7 @@ from ..adam_state import AdamState
 from ..architecture import Architecture
 from ..checkpoint.containers import Layout
 from ..checkpoint.distributed_file import METADATA
-from ..checkpoint.distributed_layout import CHUNK_BYTES, ChunkedTensor, Entry, KeyPath, distributed_shards
+from ..checkpoint.distributed_layout import ChunkedTensor, Entry, KeyPath, chunk_bytes, distributed_shards
 from ..checkpoint.dtypes import FLOAT32, DType
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.plan import CheckpointPlan, Shape, TensorPlan
@@ -82,7 +82,9 @@ def plan_torch_dist(
     target, scales = fold_multipliers(source) if fold else (source, {})
     config = {key: value for key, value in hub_config(model.config, target, dtype.name).items() if key != "auto_map"}
     arguments = {**training_args(target, config, ParallelSizes(), dtype), "ckpt_format": "torch_dist"}
-    weights = _Weights(target, scales, arguments["padded_vocab_size"], min(CHUNK_BYTES, shard_bytes))
+    numel = sum(view.numel for view in model.checkpoint.tensors.values())
+    nbytes = numel * (dtype.itemsize + (3 * FLOAT32.itemsize if state else 0))
+    weights = _Weights(target, scales, arguments["padded_vocab_size"], chunk_bytes(nbytes, shard_bytes))
     entries = {**weights.entries(model.parts(target), "", dtype, 1.0), **_extra_states(target)}
     states: dict[KeyPath, Entry] = {}
     common: dict[str, Any] = {"args": Namespace(**arguments), "checkpoint_version": CHECKPOINT_VERSION, "iteration": 0}

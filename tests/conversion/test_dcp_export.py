@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import Trainer, TrainingArguments
 
 from conversion import WriteOptions, convert_checkpoint, export_checkpoint, inspect_checkpoint
-from conversion.checkpoint.errors import CheckpointError, NotFinite
+from conversion.checkpoint.errors import CheckpointError, CorruptData, NotFinite
+from conversion.checkpoint.folder_formats import loadable_files
 from conversion.checkpoint.manifest import MANIFEST, read_manifest
 from growth import grow_checkpoint
 from modeling_teleflm import TeleFLMForCausalLM
@@ -272,6 +274,46 @@ def test_accelerate_loads_what_has_grown(grown, resumed):
     for name, parameter in parameters.items():
         torch.testing.assert_close(after["model"][name], parameter.detach(), rtol=1e-4, atol=2e-5)
         assert after["optimizer"]["state"][name]["step"] == 3
+
+
+# However it is written.
+
+
+class Interruption(Exception):
+    """Stands for a kill; tests/conversion/test_resume.py kills at every instant of writing such a folder."""
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
+@pytest.mark.parametrize("to", ["dcp", "torch_dist"])
+def test_a_resumed_export_has_the_bytes_of_one_that_was_not_interrupted(to, share, grown, tmp_path):
+    def progress(nbytes: int, total: int) -> None:
+        nonlocal done
+        done += nbytes
+        if done > share * total:
+            raise Interruption
+
+    done = 0
+    how = {"to": to, "optimizer": True}
+    export_checkpoint(grown, tmp_path / "whole", **how, options=replace(SMALL, workers=1))
+    with pytest.raises(Interruption):
+        export_checkpoint(grown, tmp_path / "out", **how, options=replace(SMALL, workers=2, progress=progress))
+    names = [name for name in contents(tmp_path / "out") if name in loadable_files()]
+    assert names == []
+    export_checkpoint(grown, tmp_path / "out", **how, options=replace(SMALL, workers=3, memory="64MB"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert export_checkpoint(grown, tmp_path / "out", **how, options=SMALL).written.already_done
+
+
+def test_an_optimizer_that_changes_while_it_is_exported(run, tmp_path):
+    folder, calls = shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2"), iter(range(10**6))
+
+    def change(nbytes: int, total: int) -> None:
+        if next(calls) == 5:
+            _edit_state(lambda saved: saved["state"][0]["exp_avg"].add_(1))(folder)
+
+    with pytest.raises(CorruptData, match=r"the source file optimizer\.pt has changed since"):
+        export_checkpoint(folder, tmp_path / "out", to="dcp", optimizer=True, options=replace(SMALL, progress=change))
+    assert not (tmp_path / "out" / WEIGHTS / ".metadata").exists()
 
 
 # Whose optimizer it is.
