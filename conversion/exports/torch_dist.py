@@ -25,7 +25,7 @@ from ..adam_state import AdamState
 from ..architecture import Architecture
 from ..checkpoint.containers import Layout
 from ..checkpoint.distributed_file import METADATA
-from ..checkpoint.distributed_layout import ChunkedTensor, Entry, KeyPath, chunk_bytes, distributed_shards
+from ..checkpoint.distributed_layout import ChunkedTensor, Entry, KeyPath, SameAs, chunk_bytes, distributed_shards
 from ..checkpoint.dtypes import FLOAT32, DType
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.plan import CheckpointPlan, Shape, TensorPlan
@@ -60,6 +60,7 @@ _WITH_EXTRA_STATE = (
 )
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _COMMON_FORMAT = {"common_backend": "torch", "common_backend_version": 1}
+_MASTERS = ("optimizer.state.fp32_param", "optimizer.state.param")
 _SHARDING = "fully_reshardable"  # moments in the shape of their weights
 
 
@@ -228,8 +229,12 @@ def _moments(adam: AdamState, source: Architecture, target: Architecture) -> dic
 def _states(
     weights: _Weights, parts: Mapping[str, ShardedTensor], moments: Mapping[str, Mapping[str, ShardedTensor]]
 ) -> dict[KeyPath, Entry]:
-    """The float32 weights, and the moments: of w' = c w they are m / c and v / c^2."""
-    states = weights.entries(parts, "optimizer.state.fp32_param.", FLOAT32, 1.0)
+    """The float32 weights, and the moments: of w' = c w they are m / c and v / c^2.
+
+    The distributed optimizer of megatron-core 0.16 asks for the weights as `param`, the others as `fp32_param`.
+    """
+    states = weights.entries(parts, f"{_MASTERS[0]}.", FLOAT32, 1.0)
+    states |= {(name.replace(*_MASTERS, 1),): SameAs((name,)) for (name,) in states}
     for key, power in zip(MOMENTS, (-1.0, -2.0), strict=True):
         states |= weights.entries(moments[key], f"optimizer.state.{key}.", FLOAT32, power)
     return states

@@ -109,6 +109,20 @@ def test_the_library_loads_weights_and_moments(ranks, loaded):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+def test_the_distributed_optimizer_loads_the_same(ranks, loaded):
+    model = TeleFLMForCausalLM.from_pretrained(loaded / "source")
+    weights = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    states = {key: moments(loaded / "source", key, model) for key in MOMENTS}
+    expected = {"param": scaled(weights, 1.0), "exp_avg": scaled(states["exp_avg"], -1.0)}
+    expected["exp_avg_sq"] = scaled(states["exp_avg_sq"], -2.0)
+    for rank, held in enumerate(torch.load(loaded / f"out-{ranks}.pt", weights_only=False)):
+        for key, tensors in expected.items():
+            for name, tensor in part(tensors, model, rank, ranks).items():
+                assert torch.equal(held["distributed"][name][key].view_as(tensor), tensor), (name, key)
+                assert held["distributed"][name]["step"] == STEP
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_the_library_computes_and_steps_the_same(ranks, loaded):
     model = TeleFLMForCausalLM.from_pretrained(loaded / "source")
     with torch.no_grad():
