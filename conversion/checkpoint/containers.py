@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from .errors import CheckpointError
 from .plan import PlanError, TensorPlan
@@ -46,7 +47,7 @@ class Shard:
         """What stands before the tensors."""
         return self.fixed[0][1]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Size of the file, in bytes."""
         return sum(len(content) for _, content in self.fixed) + sum(tensor.nbytes for tensor, _ in self.tensors)
