@@ -245,8 +245,10 @@ def _notes(model: ExportedModel, state: OpenState | None) -> Iterable[str]:
         f"transformers' Trainer under FSDP2 with SHARDED_STATE_DICT goes on from step {state.step}: "
         "resume_from_checkpoint=OUT."
     )
-    if not any(name.startswith("rng_state_") for name in state.files):
+    if "rng_state.pth" in state.files:
         yield "The run was one process, so several begin with random states of their own: dropout and the like differ."
+    elif not any(name.startswith("rng_state") for name in state.files):
+        yield "The source has no random states (rng_state), so the run begins with others: dropout and the like differ."
 
 
 __all__ = ["OpenState", "open_state", "plan_dcp"]

@@ -26,6 +26,7 @@ from conversion.checkpoint.errors import CheckpointError, CorruptData, NotFinite
 from conversion.checkpoint.folder_formats import loadable_files
 from conversion.checkpoint.manifest import MANIFEST, read_manifest
 from growth import grow_checkpoint
+from growth.training.resume import find_checkpoint
 from modeling_teleflm import TeleFLMForCausalLM
 from tests.fixtures.checkpoint_runs import contents, run_teleflm
 from tests.fixtures.tiny import tiny_config, tiny_model
@@ -168,7 +169,8 @@ def test_another_dtype_is_that_of_the_weights_alone(grown, tmp_path):
 
 def test_to_dcp_and_back(grown, tmp_path):
     export_checkpoint(grown, tmp_path / "out", to="dcp", optimizer=True, options=SMALL)
-    convert_checkpoint(tmp_path / "out", tmp_path / "back", optimizer=True)
+    notes = convert_checkpoint(tmp_path / "out", tmp_path / "back", optimizer=True).notes
+    assert not any("Left behind" in note for note in notes)
     before, after = (load_file(folder / "model.safetensors") for folder in (grown, tmp_path / "back"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -195,6 +197,7 @@ def test_a_checkpoint_without_names_and_back(run, tmp_path):
             for key, tensor in expected.pop(name).items():
                 assert torch.equal(saved["state"][index][key], tensor), (name, key)
     assert not expected
+    assert find_checkpoint(tmp_path / "out", tmp_path) == str(tmp_path / "out")  # nothing of it is missing
     for name in ("trainer_state.json", "scheduler.pt", "rng_state.pth"):
         assert (tmp_path / "out" / name).read_bytes() == (run / "checkpoint-2" / name).read_bytes()
 
@@ -463,7 +466,10 @@ def test_without_a_state_of_a_run_a_trainer_stops(grown, tmp_path):
     export_checkpoint(grown, tmp_path / "out", to="dcp", optimizer=True)
     args = TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none", max_steps=1)
     trainer = Trainer(TeleFLMForCausalLM.from_pretrained(grown), args, train_dataset=ROWS)
-    with pytest.raises((ValueError, FileNotFoundError)):
+    with pytest.raises(ValueError, match="only supported when using PyTorch FSDP"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out"))
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(FileNotFoundError, match=r"trainer_state\.json"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "out"))
 
 
