@@ -65,7 +65,7 @@ def main() -> None:
                 rows.append([name, f"{size:.1f}", how, seconds(runs), mib(runs)])
             shutil.rmtree(place / "source")
     columns = ["checkpoint", "GiB of moments", "command", "seconds", "peak RSS, MiB"]
-    report("Moments in parts: peak memory", options.folder, f"{options.pairs} runs, warm cache.", columns, rows)
+    report("Moments in parts: peak memory", options.folder, f"Rounds: {options.pairs}. Warm cache.", columns, rows)
 
 
 if __name__ == "__main__":
