@@ -25,7 +25,15 @@ from ..adam_state import AdamState
 from ..architecture import Architecture
 from ..checkpoint.containers import Layout
 from ..checkpoint.distributed_file import METADATA
-from ..checkpoint.distributed_layout import ChunkedTensor, Entry, KeyPath, SameAs, chunk_bytes, distributed_shards
+from ..checkpoint.distributed_layout import (
+    ChunkedTensor,
+    Entry,
+    KeyPath,
+    SameAs,
+    chunk_bytes,
+    distributed_shards,
+    entry_name,
+)
 from ..checkpoint.dtypes import FLOAT32, DType
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.plan import CheckpointPlan, Shape, TensorPlan
@@ -234,7 +242,7 @@ def _states(
     The distributed optimizer of megatron-core 0.16 asks for the weights as `param`, the others as `fp32_param`.
     """
     states = weights.entries(parts, f"{_MASTERS[0]}.", FLOAT32, 1.0)
-    states |= {(name.replace(*_MASTERS, 1),): SameAs((name,)) for (name,) in states}
+    states |= {(entry_name(path).replace(*_MASTERS, 1),): SameAs(path) for path in states}
     for key, power in zip(MOMENTS, (-1.0, -2.0), strict=True):
         states |= weights.entries(moments[key], f"optimizer.state.{key}.", FLOAT32, power)
     return states
