@@ -305,7 +305,7 @@ def _notes(target: Architecture, source: Architecture, state: OpenState | None, 
     step = _common_step(state.adam)
     yield (
         f"Adam's moments after {step} steps, and the weights in float32, are in the optimizer's state: of iteration "
-        f"{step}, without a schedule and random states."
+        f"{step}, without a schedule and random states, in Megatron's two groups (norms have no weight decay)."
     )
     yield f"Megatron-LM: {options} --override-opt-param-scheduler --no-load-rng."
 
