@@ -138,7 +138,10 @@ def _check_choices(to: str, sizes: ParallelSizes, multipliers: str, spec: str, l
             "--tp, --pp, --vpp and --spec are for --to megatron; torch_dist is the same for all ranks and layers."
         )
     if to not in ("megatron", "torch_dist") and (sizes, multipliers, spec) != (ParallelSizes(), "fold", "te"):
-        raise CheckpointError(f"--tp, --pp, --vpp, --multipliers and --spec are for --to megatron, not {to}.")
+        raise CheckpointError(
+            "--tp, --pp, --vpp, --multipliers and --spec are for --to megatron, --multipliers also for torch_dist, "
+            f"not {to}."
+        )
     if optimizer and to not in ("dcp", "torch_dist"):
         raise CheckpointError(f"--optimizer is for --to dcp and torch_dist; {to} is written without Adam's moments.")
     if link and to != "granite":
