@@ -20,7 +20,7 @@ from .checkpoint.parent import parent_of
 from .checkpoint.plan import CheckpointPlan, TensorPlan, View
 from .checkpoint.promises import verify_sources
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
-from .exports.megatron import exported_tensors
+from .exports.export import exported_weights
 from .hub.card import model_facts
 from .hub.contents import hub_config, hub_sidecars
 from .hub.published_card import CardOptions
@@ -200,7 +200,7 @@ def _plan(
         plan, states, notes = plan_run(run, _read_config(config), tokenizer, vocab_size, cast, multipliers)
         options = replace(options, finite=not options.allow_nonfinite)
         exported = exported_folder(Path(run.folder)) if options.verify_source else None
-        recorded = exported_tensors(exported) if exported else {}
+        recorded = exported_weights(exported) if exported else {}
         if not dry_run:
             notes += compare_replicas(run, plan.config, allow=allow_unequal_replicas)
     return _Planned(plan, notes, options, recorded, states)

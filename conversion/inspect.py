@@ -24,7 +24,7 @@ from .checkpoint.mirror import shown
 from .checkpoint.parent import record_mismatch
 from .checkpoint.plan import View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
-from .exports.megatron import exported_tensors
+from .exports.export import exported_weights
 from .hub.contents import count_pieces
 from .hub.lineage import Link, lineage_chain, lineage_steps
 from .hub.remote import local_view
@@ -226,7 +226,7 @@ def _inspect_run(run: NativeCheckpoint, check: bool, workers: int, progress: Cal
     exported = exported_folder(Path(run.folder))
     manifest = _noting(problems, lambda: read_manifest(exported)) if exported else None
     checked = manifest if check else None
-    damages = _check(exported_tensors(exported), exported, checked, workers, progress) if exported and checked else None
+    damages = _check(exported_weights(exported), exported, checked, workers, progress) if exported and checked else None
     architecture = _noting(problems, lambda: run_architecture(run))
     if architecture:
         _noting(problems, lambda: plan_tensors(run, architecture, None))

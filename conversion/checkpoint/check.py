@@ -8,11 +8,12 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
 from .bytes import OpenBytes, open_bytes
+from .distributed_file import read_chunks_by_name
 from .errors import CheckpointError, CorruptData
 from .folder_formats import is_setting, is_state, is_weights, known_files
 from .manifest import (
@@ -84,13 +85,22 @@ def _read_states(folder: Path, manifest: Mapping[str, Any]) -> tuple[dict[str, V
     states: dict[str, View] = {}
     faults: dict[str, str] = {}
     files = manifest.get("files")
-    for name, entry in files.items() if isinstance(files, dict) else ():
-        if isinstance(entry, dict) and "tensors" in entry and is_plain(name):
-            try:
-                states |= tensors_within(read_torch_file(folder / name), f"{name}/")
-            except CheckpointError as error:
-                faults[name] = f"cannot be read: {error}"
+    listed = files.items() if isinstance(files, dict) else ()
+    names = [name for name, entry in listed if isinstance(entry, dict) and "tensors" in entry and is_plain(name)]
+    for place in dict.fromkeys(_distributed_folder(name) or name for name in names):
+        try:
+            if place in names:
+                states |= tensors_within(read_torch_file(folder / place), f"{place}/")
+            else:
+                states |= read_chunks_by_name(folder, place)
+        except CheckpointError as error:
+            faults |= {name: f"cannot be read: {error}" for name in names if place in (name, _distributed_folder(name))}
     return states, faults
+
+
+def _distributed_folder(name: str) -> str | None:
+    """The DCP folder that a file of state is of; None if it is a file of its own."""
+    return str(PurePosixPath(name).parent) if name.endswith(".distcp") else None
 
 
 def check_digests(

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from .errors import CheckpointError
 from .plan import PlanError, TensorPlan
@@ -46,7 +47,7 @@ class Shard:
         """What stands before the tensors."""
         return self.fixed[0][1]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Size of the file, in bytes."""
         return sum(len(content) for _, content in self.fixed) + sum(tensor.nbytes for tensor, _ in self.tensors)
@@ -95,11 +96,13 @@ class Layout:
 
     def fingerprint(self) -> str:
         """A digest of everything but the tensors."""
-        files = [
-            (shard.filename, shard.fixed, bool(shard.twin), *(("state",) if shard.state else ()))
-            for shard in self.shards
-        ]
-        return hashlib.sha256(repr((files, self.index)).encode()).hexdigest()
+        digest = hashlib.sha256(b"([")
+        for number, shard in enumerate(self.shards):  # one after the other: of a few files it is a text of their size
+            state = ("state",) if shard.state else ()
+            file = (shard.filename, shard.fixed, bool(shard.twin), *state)
+            digest.update(f"{', ' if number else ''}{file!r}".encode())
+        digest.update(f"], {self.index!r})".encode())
+        return digest.hexdigest()
 
 
 def safetensors_layout(tensors: Sequence[TensorPlan], max_shard_size: int) -> Layout:

@@ -13,6 +13,7 @@ import itertools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from . import inert_pickle
@@ -73,6 +74,42 @@ def read_distributed_checkpoint(
         else:
             tensors[name] = _read_tensor(name, entry, places, views, where)
     return DistributedCheckpoint(folder, tensors, objects)
+
+
+def chunk_name(file: str, entry: str, box: tuple[Shape, Shape] | None) -> str:
+    """What a chunk is called in a plan and its record.
+
+    Args:
+        file: path of its file below the output folder.
+        entry: name of its tensor.
+        box: where it begins in the tensor and its shape; None where it is all of it.
+    """
+    part = ",".join(f"{start}:{start + size}" for start, size in zip(*box, strict=True)) if box else ""
+    return f"{file}/{entry}" + (f"[{part}]" if box else "")
+
+
+def read_chunks_by_name(folder: Path, place: str, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, View]:
+    """Every chunk of a DCP folder that we wrote, by the name in its record; none is loaded.
+
+    Args:
+        folder: the one with the record.
+        place: path of the DCP folder in it.
+        wanted: see `read_distributed_checkpoint`.
+
+    Raises:
+        CheckpointError: see `read_distributed_checkpoint`.
+    """
+    chunks: dict[tuple[str, int], tuple[str, View]] = {}
+    for entry, tensor in read_distributed_checkpoint(folder / place, wanted).tensors.items():
+        for box, view in tensor.chunks:
+            if view is None:
+                continue
+            whole = view.numel == tensor.numel
+            shaped = replace(view, shape=(), strides=()) if not tensor.shape else view
+            file = f"{place}/{os.path.basename(view.file.name)}"
+            name = chunk_name(file, entry, None if whole else (box.start, box.size))
+            chunks.setdefault((view.file.name, view.offset), (name, shaped))  # an entry may be the same as another
+    return dict(chunks.values())
 
 
 _Place = tuple[str, int, int]  # name of the file in the folder, first byte, length

@@ -214,12 +214,16 @@ def execute(
 
 
 def _left_states(job: Job, out: Path, removed: Sequence[str] = ()) -> list[str]:
-    """A note on what training would load with the weights, and somebody else has put there: it is theirs, and stays."""
+    """Notes on what training would load with the weights, and somebody else has put there: it is theirs, and stays."""
     names = known_files(out) if out.is_dir() else ()
-    left = [name for name in names if is_state(name) and name not in (*job.weights, *removed)]
+    ours = (*job.weights, *job.small_contents, *removed)
+    left = [name for name in names if is_state(name) and name not in ours]
+    places = dict.fromkeys(Path(name).parts[0] for name in left)
     return [
-        f"{out / name} is not of this checkpoint and stays; `teleflm train` refuses to begin beside it: move it away."
-        for name in left
+        f"{out / place} is not of this checkpoint and stays; "
+        + ("`teleflm train` refuses to begin beside it" if place in left else "training may load it with the weights")
+        + ": move it away."
+        for place in places
     ]
 
 

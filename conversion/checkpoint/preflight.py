@@ -252,7 +252,7 @@ class _Contents:
                 continue
             if is_weights(name):
                 is_ours = _size(self.out / name) == entry.get("bytes")
-            elif "tensors" in entry:  # a file of state, too large for a digest of it all
+            elif "samples" in entry:  # a file of state, or of an iteration: too large for a digest of it all
                 is_ours = _size(self.out / name) == entry.get("bytes") and (
                     sample_digest(self.out / name) == entry.get("samples")
                 )
@@ -272,6 +272,9 @@ class _Contents:
                 yield from (name, name + PARTIAL)
             elif is_state(name) and is_plain(name):
                 yield from [name + PARTIAL, *([name] if is_placed(self.out, name) else [])]
+            elif is_plain(name):  # of an iteration, as runs have them: what its notes show to be of this run alone
+                yield from [name + PARTIAL] if self._is_left(name + PARTIAL) else []
+                yield from [name] if is_placed(self.out, name) else []
 
 
 def _held_against_record(job: Job, there: _Contents) -> Decision | None:

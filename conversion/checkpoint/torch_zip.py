@@ -41,7 +41,7 @@ def torch_shard(filename: str, content: Any, *, state: bool = False) -> Shard:
             argparse.Namespaces, a `DType` for a torch.dtype, and a `TensorPlan` for each tensor.
     """
     tensors = list(planned_tensors(content))
-    pickled = b"\x80\x02" + b"".join(_opcodes(content, {id(t): str(key) for key, t in enumerate(tensors)})) + b"."
+    pickled = b"\x80\x02" + b"".join(opcodes(content, {id(t): str(key) for key, t in enumerate(tensors)})) + b"."
     storages = {f"data/{key}": tensor for key, tensor in enumerate(tensors)}
     members: dict[str, bytes | TensorPlan] = {
         "data.pkl": pickled,
@@ -128,8 +128,13 @@ def _directory_end(count: int, size: int, position: int) -> bytes:
 # The pickle, protocol 2. Written by hand because a pickler imports what it names, and that would be torch.
 
 
-def _opcodes(value: Any, keys: Mapping[int, str]) -> Iterator[bytes]:
-    """The opcodes that make an object; `keys` has the storage of each tensor by its id()."""
+def opcodes(value: Any, keys: Mapping[int, str]) -> Iterator[bytes]:
+    """The opcodes that make an object.
+
+    Args:
+        value: see `torch_shard`.
+        keys: the storage of each tensor in it by its id().
+    """
     match value:
         case None:
             yield b"N"
@@ -152,7 +157,7 @@ def _opcodes(value: Any, keys: Mapping[int, str]) -> Iterator[bytes]:
             yield from _marked((part for item in value.items() for part in item), b"u", keys)
         case Namespace():
             yield _global("argparse", "Namespace") + b")\x81"
-            yield from _opcodes(vars(value), keys)
+            yield from opcodes(vars(value), keys)
             yield b"b"
         case DType():
             yield _global("torch", value.name)
@@ -165,7 +170,7 @@ def _opcodes(value: Any, keys: Mapping[int, str]) -> Iterator[bytes]:
 def _marked(items: Iterable[Any], opcode: bytes, keys: Mapping[int, str]) -> Iterator[bytes]:
     yield b"("
     for item in items:
-        yield from _opcodes(item, keys)
+        yield from opcodes(item, keys)
     yield opcode
 
 
@@ -177,13 +182,13 @@ def _tensor(tensor: TensorPlan, keys: Mapping[int, str]) -> Iterator[bytes]:
     untyped = not tensor.dtype.storage
     storage = _global("torch.storage", "UntypedStorage") if untyped else _global("torch", tensor.dtype.storage)
     yield _global("torch._utils", "_rebuild_tensor_v3" if untyped else "_rebuild_tensor_v2") + b"("
-    yield b"(" + b"".join(_opcodes("storage", keys)) + storage
+    yield b"(" + b"".join(opcodes("storage", keys)) + storage
     for part in (keys[id(tensor)], "cpu", tensor.nbytes if untyped else tensor.numel):
-        yield from _opcodes(part, keys)
+        yield from opcodes(part, keys)
     yield b"tQ"
     arguments: tuple[Any, ...] = (0, tensor.shape, row_major_strides(tensor.shape), False, OrderedDict())
     for argument in (*arguments, tensor.dtype) if untyped else arguments:
-        yield from _opcodes(argument, keys)
+        yield from opcodes(argument, keys)
     yield b"tR"
 
 

@@ -2,26 +2,31 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""A Tele-FLM for other runtimes and trainers: Granite, Llama, Megatron-LM.
+"""A Tele-FLM for other runtimes and trainers: Granite, Llama, Megatron-LM, FSDP2.
 
 Tele-FLM is Llama with two multipliers, on the embeddings and on the logits. Granite has both in its configuration, so
 its weights are the same bytes. Llama and stock Megatron-LM have neither, so there the multipliers are folded into the
-embedding and the head, exactly where they are powers of two and rounded once where not.
+embedding and the head, exactly where they are powers of two and rounded once where not. FSDP2 trains the model itself.
 """
 
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, TypeAlias, get_args
 
+from ..checkpoint.distributed_file import read_chunks_by_name
 from ..checkpoint.dtypes import parse_dtype
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.execute import CheckpointResult, WriteOptions, execute
+from ..checkpoint.manifest import is_plain, read_manifest
 from ..checkpoint.mirror import origin
+from ..checkpoint.plan import View
 from ..hub.small_files import left_behind
+from .dcp import open_state, plan_dcp
 from .granite import link_note, linked_layout, plan_granite, uncut_note
 from .llama import plan_llama
-from .megatron import ParallelSizes, Spec, plan_megatron_export
+from .megatron import ParallelSizes, Spec, exported_tensors, plan_megatron_export
 from .model import Target, open_model
+from .torch_dist import plan_torch_dist
 
 Multipliers: TypeAlias = Literal["fold", "keep"]
 
@@ -37,6 +42,7 @@ def export_checkpoint(
     multipliers: str = "fold",
     spec: str = "te",
     link: bool = False,
+    optimizer: bool = False,
     dtype: str | None = None,
     options: WriteOptions | None = None,
     dry_run: bool = False,
@@ -47,7 +53,8 @@ def export_checkpoint(
         source: folder of the Tele-FLM.
         out: folder to write: new, or the finished or interrupted result of the same call.
         to: `granite` and `llama` are folders that stock transformers loads, and whatever loads those; `megatron` is
-            one of Megatron-LM's `torch` format.
+            one of Megatron-LM's `torch` format, `torch_dist` one of megatron-core's, for any number of ranks; `dcp` is
+            one that FSDP2 loads in parts, as Accelerate calls them.
         tp: tensor-parallel ranks, for Megatron.
         pp: pipeline stages, for Megatron.
         vpp: chunks of layers in a stage, for Megatron.
@@ -56,7 +63,9 @@ def export_checkpoint(
         spec: for Megatron: the layers it builds, `te` (Transformer Engine) or `local`.
         link: for Granite: link to the source's weight files rather than copy them: hard links, or symbolic ones where
             these are not allowed, or copies where no links are. The result's notes say which.
-        dtype: of the output; the source's unless given.
+        optimizer: for FSDP2 and `torch_dist`: the moments of Adam too, those of the optimizer.pt beside the model. For
+            FSDP2 the rest of what transformers' Trainer resumes a checkpoint of its own from goes along.
+        dtype: of the output's weights; the source's unless given.
         options: how to write.
         dry_run: plan and check everything, write nothing.
 
@@ -64,7 +73,7 @@ def export_checkpoint(
         CheckpointError: the source is no Tele-FLM, or the target has no such model; nothing was written.
         OSError: the disk failed; the output folder is not loadable, and the same call resumes.
     """
-    _check_choices(to, ParallelSizes(tp, pp, vpp), multipliers, spec, link)
+    _check_choices(to, ParallelSizes(tp, pp, vpp), multipliers, spec, link, optimizer)
     options = options or WriteOptions()
     if to == "megatron" and options.max_shard_size != WriteOptions.max_shard_size:
         raise CheckpointError(
@@ -76,6 +85,13 @@ def export_checkpoint(
     cast = parse_dtype(dtype) if dtype else None
     if to == "megatron":
         plan, layout, notes = plan_megatron_export(model, ParallelSizes(tp, pp, vpp), multipliers == "fold", spec, cast)
+        return execute(plan, Path(out), options, notes, dry_run=dry_run, layout=layout)
+    if to in ("dcp", "torch_dist"):
+        state = open_state(model) if optimizer else None
+        if to == "dcp":
+            plan, layout, notes = plan_dcp(model, state, cast, options.shard_bytes)
+        else:
+            plan, layout, notes = plan_torch_dist(model, state, multipliers == "fold", cast, options.shard_bytes)
         return execute(plan, Path(out), options, notes, dry_run=dry_run, layout=layout)
     if to == "llama":
         plan, notes = plan_llama(model, cast)
@@ -92,7 +108,22 @@ def export_checkpoint(
     return replace(result, notes=[*result.notes, *notes, *uncut_note(linked, options)])
 
 
-def _check_choices(to: str, sizes: ParallelSizes, multipliers: str, spec: str, link: bool) -> None:
+def exported_weights(folder: Path) -> dict[str, View]:
+    """The weights of a folder that was exported to train on, by the names of its plan and its record.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    files = (read_manifest(folder) or {}).get("files")
+    listed = files.items() if isinstance(files, dict) else ()
+    parts = [name for name, _ in listed if name.endswith(".distcp") and is_plain(name)]
+    tensors = exported_tensors(folder)
+    for place in sorted({str(PurePosixPath(name).parent) for name in parts}):
+        tensors |= read_chunks_by_name(folder, place, lambda name: not name.startswith("optimizer."))
+    return tensors
+
+
+def _check_choices(to: str, sizes: ParallelSizes, multipliers: str, spec: str, link: bool, optimizer: bool) -> None:
     if to == "gguf":
         raise CheckpointError("--to gguf: export --to llama, then run llama.cpp's convert_hf_to_gguf.py on the output.")
     for option, value, known in (
@@ -102,7 +133,16 @@ def _check_choices(to: str, sizes: ParallelSizes, multipliers: str, spec: str, l
     ):
         if value not in get_args(known):
             raise CheckpointError(f"{option} is {value!r}, expected one of {', '.join(get_args(known))}.")
-    if to != "megatron" and (sizes, multipliers, spec) != (ParallelSizes(), "fold", "te"):
-        raise CheckpointError(f"--tp, --pp, --vpp, --multipliers and --spec are for --to megatron, not {to}.")
+    if to == "torch_dist" and (sizes, spec) != (ParallelSizes(), "te"):
+        raise CheckpointError(
+            "--tp, --pp, --vpp and --spec are for --to megatron; torch_dist is the same for all ranks and layers."
+        )
+    if to not in ("megatron", "torch_dist") and (sizes, multipliers, spec) != (ParallelSizes(), "fold", "te"):
+        raise CheckpointError(
+            "--tp, --pp, --vpp, --multipliers and --spec are for --to megatron, --multipliers also for torch_dist, "
+            f"not {to}."
+        )
+    if optimizer and to not in ("dcp", "torch_dist"):
+        raise CheckpointError(f"--optimizer is for --to dcp and torch_dist; {to} is written without Adam's moments.")
     if link and to != "granite":
         raise CheckpointError(f"--link is for --to granite; the weights of {to} are other bytes.")

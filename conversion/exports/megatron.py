@@ -41,7 +41,7 @@ from .multipliers import fold_multipliers, folding_notes
 Spec: TypeAlias = Literal["te", "local"]
 """Whose layers the trainer builds: Transformer Engine's, which hold the norm before them, or megatron-core's own."""
 
-_CHECKPOINT_VERSION = 3.0
+CHECKPOINT_VERSION = 3.0
 _VOCAB_DIVISOR = 128  # Megatron's default of --make-vocab-size-divisible-by
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -51,7 +51,7 @@ _LOCAL_NAMES = {
 }
 # Modules of Transformer Engine that expect an entry for their FP8 scales; None says there are none. Which others do
 # depends on its version: where one is missing, Megatron-LM says so and loads the weights all the same.
-_WITH_EXTRA_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+WITH_EXTRA_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ def plan_megatron(
     """
     sizes.check(architecture)
     arguments = training_args(architecture, config, sizes, dtype)
-    padded = _pad_vocab(parts, arguments["padded_vocab_size"])
-    weights = list(_native_weights(padded, scales, architecture, sizes.tensor))
+    padded = pad_vocab(parts, arguments["padded_vocab_size"])
+    weights = list(native_weights(padded, scales, architecture, sizes.tensor))
     shards = []
     for stage in range(sizes.pipeline):
         for rank in range(sizes.tensor):
@@ -138,7 +138,7 @@ def plan_megatron(
             }
             content = {
                 "args": Namespace(**arguments),
-                "checkpoint_version": _CHECKPOINT_VERSION,
+                "checkpoint_version": CHECKPOINT_VERSION,
                 "iteration": 0,
                 **models,
             }
@@ -229,7 +229,7 @@ def training_args(
     }
 
 
-def _pad_vocab(parts: Mapping[str, ShardedTensor], rows: int) -> dict[str, ShardedTensor]:
+def pad_vocab(parts: Mapping[str, ShardedTensor], rows: int) -> dict[str, ShardedTensor]:
     """The parts, with rows of zeros after those of the vocabulary."""
     padded = dict(parts)
     for name in (EMBED_TOKENS.name, LM_HEAD.name):
@@ -241,7 +241,7 @@ def _pad_vocab(parts: Mapping[str, ShardedTensor], rows: int) -> dict[str, Shard
 
 
 @dataclass(frozen=True)
-class _Native:
+class WholeNative:
     """One whole native tensor [blocks, members, unit, columns]."""
 
     line: NativeWeight
@@ -258,20 +258,20 @@ class _Native:
         return self.tensor[(*(slice(None),) * axis, slice(rank * size, (rank + 1) * size))]
 
 
-def _native_weights(
+def native_weights(
     parts: Mapping[str, ShardedTensor], scales: Mapping[str, float], architecture: Architecture, tensor_parallel: int
-) -> Iterator[_Native]:
+) -> Iterator[WholeNative]:
     """Every native tensor of the whole model."""
     order = RowOrder(gated_blocks=tensor_parallel, tensor_parallel=tensor_parallel)
     for name, line, hub in native_tensors(MEGATRON, architecture):
         layer = _LAYER.search(name)
         joined = join([parts[part] for part, _ in hub], line, architecture, order)
-        yield _Native(line, int(layer[0]) if layer else None, joined, scales.get(hub[0][0], 1.0))
+        yield WholeNative(line, int(layer[0]) if layer else None, joined, scales.get(hub[0][0], 1.0))
 
 
 def _chunks(
-    weights: Sequence[_Native], architecture: Architecture, sizes: ParallelSizes, stage: int
-) -> Iterator[tuple[str, dict[str, _Native]]]:
+    weights: Sequence[WholeNative], architecture: Architecture, sizes: ParallelSizes, stage: int
+) -> Iterator[tuple[str, dict[str, WholeNative]]]:
     """What each of a stage's chunks holds, by its key in the file: weights by name, layers numbered from 0."""
     outside = {weight.line.name: weight for weight in weights if weight.layer is None}
     embedding = {_EMBEDDING: outside.pop(_EMBEDDING)}
@@ -291,7 +291,7 @@ def _chunks(
 
 
 def _state_dict(
-    weights: Mapping[str, _Native], rank: int, tensor_parallel: int, spec: Spec, where: str, dtype: DType
+    weights: Mapping[str, WholeNative], rank: int, tensor_parallel: int, spec: Spec, where: str, dtype: DType
 ) -> OrderedDict[str, TensorPlan | None]:
     """One rank's part of a chunk. `where` makes the planned names unique: every rank's file has the same ones."""
     state: OrderedDict[str, TensorPlan | None] = OrderedDict()
@@ -301,7 +301,7 @@ def _state_dict(
         shape = (math.prod(part.shape[:3]), *part.shape[3:])
         state[name] = part.plan(f"{where}/{name}", shape, dtype=dtype, scale=weight.scale)
         module = name.removesuffix(".weight")
-        if spec == "te" and module.endswith(_WITH_EXTRA_STATE):
+        if spec == "te" and module.endswith(WITH_EXTRA_STATE):
             state[f"{module}._extra_state"] = None
     return state
 

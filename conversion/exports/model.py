@@ -6,6 +6,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -23,7 +24,7 @@ from ..masked import is_masked, split_masked_config
 from ..quantisation import refuse_quantised
 from .multipliers import NEUTRAL
 
-Target: TypeAlias = Literal["granite", "llama", "megatron"]
+Target: TypeAlias = Literal["granite", "llama", "megatron", "torch_dist", "dcp"]
 
 _STOCK_CLASSES = {"granite": "GraniteForCausalLM", "llama": "LlamaForCausalLM"}
 
@@ -42,6 +43,11 @@ class ExportedModel:
     def folder(self) -> Path:
         """Where it lies."""
         return Path(self.checkpoint.folder)
+
+    @cached_property
+    def parent(self) -> dict[str, Any] | None:
+        """What the record of an export keeps of it."""
+        return parent_of(self.checkpoint)
 
     def dtype(self, cast: DType | None) -> DType:
         """Of the output."""
@@ -63,7 +69,7 @@ class ExportedModel:
             "to": to,
             "dtype": cast.name if cast else None,
             **details,
-            "parent": parent_of(self.checkpoint),
+            "parent": self.parent,
         }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..architecture import package_folder
 from ..checkpoint.errors import CheckpointError
-from ..checkpoint.folder_formats import HUB, is_setting, is_weights, known_files
+from ..checkpoint.folder_formats import HUB, is_setting, is_state, is_weights, known_files
 from ..checkpoint.manifest import MANIFEST, OLD_MANIFEST, find_manifest, read_manifest
 from ..checkpoint.sources import WEIGHT_FILES, outside_target
 from ..checkpoint.strict_json import read_json_object
@@ -128,6 +128,7 @@ def left_behind(folder: Path, files: Mapping[str, str | bytes]) -> list[str]:
         and not name.startswith(".")
         and name not in (*_NOT_COPIED, _TOKENIZER_CONFIG)
         and not is_weights(name)
+        and not is_state(name)
         and not name.endswith(_WEIGHT_SUFFIXES)
         and not _is_ours(folder / name, said.get(name))
     ]

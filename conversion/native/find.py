@@ -12,6 +12,7 @@ from pathlib import Path
 from ..checkpoint.bytes import read_start
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.folder_formats import FolderFormat, register
+from ..checkpoint.manifest import read_manifest
 from .checkpoint import NO_MEGATRON_OPTIMIZER, NativeCheckpoint, NativeFormat
 from .table import NativeWeight
 
@@ -19,12 +20,15 @@ FORMATS: tuple[NativeFormat, ...] = ("megatron", "torch_dist", "fsdp_dtensor", "
 _ITERATION = re.compile(r"iter_(\d{7,})")
 RELEASE = "release"  # the step that a conversion writes, where Megatron-LM starts counting
 TRACKER = "latest_checkpointed_iteration.txt"  # the file by which Megatron-LM finds the step to load
+FSDP_WEIGHTS, FSDP_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"  # where Accelerate puts what FSDP2 has sharded
 register(
     FolderFormat(
         "Megatron-LM",
         loadable=(TRACKER,),
         # Only what a conversion writes: the steps of a training run are nobody's to remove.
-        weights=re.compile(rf"{re.escape(TRACKER)}|{RELEASE}/mp_rank_\d+(_\d+)*/\w+\.pt"),
+        weights=re.compile(
+            rf"{re.escape(TRACKER)}|{RELEASE}/(mp_rank_\d+(_\d+)*/\w+\.pt|\.metadata|\w+\.json|\w+\.pt|\w+\.distcp)"
+        ),
         folders=(f"{RELEASE}/mp_rank_*", RELEASE),
         steps=re.compile(rf"(iter_\d+|{RELEASE})(/.*)?"),
     )
@@ -37,7 +41,16 @@ register(
         steps=re.compile(r"global_step\d+(/.*)?"),
     )
 )
-_ACCELERATE = "pytorch_model_fsdp_0"
+register(
+    FolderFormat(
+        "FSDP2",
+        loadable=(f"{FSDP_WEIGHTS}/.metadata",),
+        weights=re.compile(rf"{FSDP_WEIGHTS}/(\.metadata|__\d+_\d+\.distcp)"),
+        folders=(FSDP_WEIGHTS, FSDP_OPTIMIZER),
+        states=re.compile(rf"{FSDP_OPTIMIZER}/(\.metadata|__\d+_\d+\.distcp)"),
+        steps=re.compile(rf"{FSDP_WEIGHTS}|{FSDP_OPTIMIZER}"),
+    )
+)
 _MAX_TRACKER_BYTES = 200
 
 
@@ -64,7 +77,16 @@ def find_native(path: str | os.PathLike[str], iteration: int | None = None) -> t
 
 def exported_folder(step: Path) -> Path | None:
     """The folder that an export wrote and left a manifest in, if the step is its; what was trained from it is not."""
-    return step.parent if step.name == RELEASE else None
+    return step.parent if step.name == RELEASE or _is_recorded(step) else None
+
+
+def _is_recorded(step: Path) -> bool:
+    """Whether the record of the folder above lists files of a step: a run leaves its own there, and lists none."""
+    try:
+        files = (read_manifest(step.parent) or {}).get("files")
+    except CheckpointError:
+        return False
+    return isinstance(files, dict) and any(name.startswith(f"{step.name}/") for name in files)
 
 
 def _iteration_folder(root: Path, iteration: int | None) -> Path:
@@ -82,7 +104,7 @@ def _iteration_folder(root: Path, iteration: int | None) -> Path:
         if not folder.is_dir():
             raise CheckpointError(f"{root / TRACKER}: says {text}, but there is no {folder.name}; give --iteration.")
         return folder
-    return root / _ACCELERATE if (root / _ACCELERATE).is_dir() else root
+    return root / FSDP_WEIGHTS if (root / FSDP_WEIGHTS).is_dir() else root
 
 
 def _format(folder: Path) -> NativeFormat | None:

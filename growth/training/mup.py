@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from ..parameter_kinds import KINDS, group_names, parameter_kind
+from conversion.parameter_kinds import KINDS, group_names, parameter_kind
+
 from .errors import RunError
 
 

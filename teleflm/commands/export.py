@@ -29,15 +29,18 @@ from teleflm.terminal import (
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="Folder of a Tele-FLM in Hub format; or OWNER/NAME, a URL.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
-To = Annotated[str, typer.Option(help="granite, llama or megatron.")]
+To = Annotated[str, typer.Option(help="granite, llama, megatron, torch_dist or dcp.")]
 TensorParallel = Annotated[int, typer.Option("--tp", help="For megatron: tensor-parallel ranks.")]
 PipelineParallel = Annotated[int, typer.Option("--pp", help="For megatron: pipeline stages.")]
 VirtualPipeline = Annotated[int, typer.Option("--vpp", help="For megatron: chunks of layers in a stage.")]
 Multipliers = Annotated[
-    str, typer.Option(help="For megatron: fold them into the weights, or keep them, for a trainer that knows them.")
+    str, typer.Option(help="For Megatron's: fold them into the weights, or keep them, for a trainer that knows them.")
 ]
 Spec = Annotated[str, typer.Option(help="For megatron: layers of te (Transformer Engine) or local.")]
 Link = Annotated[bool, typer.Option("--link", help="For granite: link to the weights of SRC rather than copy them.")]
+Optimizer = Annotated[
+    bool, typer.Option("--optimizer", help="For dcp and torch_dist: Adam's moments too, of the optimizer.pt in SRC.")
+]
 
 
 def export(
@@ -50,6 +53,7 @@ def export(
     multipliers: Multipliers = "fold",
     spec: Spec = "te",
     link: Link = False,
+    optimizer: Optimizer = False,
     dtype: Dtype = None,
     allow_nonfinite: AllowNonfinite = False,
     workers: Workers = DEFAULT_WORKERS,
@@ -82,6 +86,7 @@ def export(
             multipliers=multipliers,
             spec=spec,
             link=link,
+            optimizer=optimizer,
             dtype=dtype,
             options=options,
             dry_run=dry_run,

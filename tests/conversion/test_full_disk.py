@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from conversion import WriteOptions, convert_checkpoint
 from conversion.checkpoint import execute, finish
+from conversion.checkpoint.folder_formats import loadable_files
 from conversion.checkpoint.sources import WEIGHT_FILES
 from tests.fixtures.checkpoint_runs import contents, disk_cannot_preallocate, disk_seems_empty, run_teleflm
 from tests.fixtures.tiny import tiny_model
@@ -129,14 +130,15 @@ def test_a_disk_that_fills_up_at_the_very_end(step, file, shard_size, disk, sour
 
 
 @pytest.mark.parametrize("fault", [None, disk_seems_empty, disk_cannot_preallocate])
-def test_a_full_disk_under_a_torch_folder(fault, disk, tmp_path):
+@pytest.mark.parametrize("to", [("megatron", "--tp", "2"), ("dcp",), ("torch_dist",)], ids=lambda to: to[0])
+def test_a_full_disk_under_folders_to_train_on(to, fault, disk, tmp_path):
     leave(disk, 250_000)
     tiny_model().save_pretrained(tmp_path / "source")
-    command = ("export", tmp_path / "source", disk / "out", "--to", "megatron", "--tp", "2")
+    command = ("export", tmp_path / "source", disk / "out", "--to", *to)
     result = run_teleflm(*command, folder=tmp_path, patch=fault)
     assert result.returncode == 1
     assert "free some space, then run this again" in result.stderr
-    assert not (disk / "out/latest_checkpointed_iteration.txt").exists()
+    assert not [name for name in contents(disk / "out") if name in loadable_files()]
     (disk / "ballast").unlink()
     assert run_teleflm(*command, folder=tmp_path).returncode == 0
     assert run_teleflm(*command[:2], tmp_path / "elsewhere", *command[3:], folder=tmp_path).returncode == 0

@@ -33,6 +33,8 @@ SHAPES = {
     "one file": {"max_shard_size": 10**9},
     "shards": {"max_shard_size": SHARD_BYTES},
     "torch folder": {"torch_folder": True},
+    "distributed folder": {"distributed_folder": True},
+    "iteration folder": {"iteration_folder": True},
 }
 
 # The instants that matter most: (call, moment). Every one that a run goes through is tried, at a random repetition.

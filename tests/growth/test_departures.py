@@ -22,13 +22,13 @@ from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.sources import open_checkpoint
 from conversion.hub.lineage import lineage_steps
 from conversion.mapping import weights
+from conversion.parameter_kinds import parameter_kind
 from evaluation.logits import checkpoint_logits
 from evaluation.text import tokenize
 from growth import grow_checkpoint, verify_checkpoints
 from growth.layer_selection import select_layers
 from growth.method import Mask, Random, Rms, Zero
 from growth.moments import gradient_factor
-from growth.parameter_kinds import parameter_kind
 from modeling_teleflm import TeleFLMForCausalLM
 from tests.fixtures.checkpoint_runs import contents, run_teleflm
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer

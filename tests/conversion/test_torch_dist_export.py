@@ -1,0 +1,230 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Exports to megatron-core's torch_dist: it loads them on any number of ranks, with Adam's state, and computes alike.
+
+The oracle of every rank's part is `chunk_weights`, which slices Hub tensors by its own definition.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conversion import WriteOptions, convert_checkpoint, export_checkpoint, inspect_checkpoint
+from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.manifest import read_manifest
+from modeling_teleflm import TeleFLMForCausalLM
+from tests.fixtures.megatron_reference import Chunk, chunk_weights
+from tests.fixtures.megatron_worlds import ROOT, TOKENS
+from tests.fixtures.tiny import tiny_config, tiny_model
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STEP = 700
+SMALL = WriteOptions(max_shard_size="2KB")  # so that tensors have many chunks
+
+
+def save(folder: Path, **fields) -> TeleFLMForCausalLM:
+    model = tiny_model(tiny_config(vocab_size=100, num_hidden_layers=4, num_key_value_heads=2, **fields))
+    model.save_pretrained(folder)
+    norms = [parameter for name, parameter in model.named_parameters() if "norm" in name]
+    matrices = [parameter for name, parameter in model.named_parameters() if "norm" not in name]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    model(TOKENS, labels=TOKENS).loss.backward()
+    optimizer.step()
+    for state in optimizer.state.values():
+        state["step"].fill_(STEP)
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    return TeleFLMForCausalLM.from_pretrained(folder)
+
+
+def moments(folder: Path, key: str, model: TeleFLMForCausalLM) -> dict[str, torch.Tensor]:
+    names = [name for name, _ in model.named_parameters()]
+    ordered = [name for name in names if "norm" not in name] + [name for name in names if "norm" in name]
+    saved = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
+    return {name: saved[index][key] for index, name in enumerate(ordered)}
+
+
+def scaled(tensors: dict[str, torch.Tensor], power: float) -> dict[str, torch.Tensor]:
+    """By the multipliers that the export folds: 2.5 on the embeddings, 0.5 / 4 on the logits."""
+    factors = {"model.embed_tokens.weight": 2.5**power, "lm_head.weight": 0.125**power}
+    return {name: (tensor.double() * factors.get(name, 1.0)).float() for name, tensor in tensors.items()}
+
+
+def part(tensors: dict[str, torch.Tensor], model: TeleFLMForCausalLM, rank: int, ranks: int) -> dict[str, torch.Tensor]:
+    layers = range(model.config.num_hidden_layers)
+    held = chunk_weights(tensors, model.config, Chunk(layers, rank=rank, ranks=ranks), divisor=128)
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):  # whose padding is noise there
+        rows = torch.arange(len(held[name])) + rank * len(held[name])
+        held[name] = torch.where((rows < model.config.vocab_size)[:, None], held[name], 0.0)
+    return held
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory) -> Path:
+    """A source, its export, and what ranks of megatron-core have of that."""
+    folder = tmp_path_factory.mktemp("torch_dist")
+    save(folder / "source")
+    export_checkpoint(folder / "source", folder / "out", to="torch_dist", optimizer=True, options=SMALL)
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tests.fixtures.megatron_dist_loader",
+        str(folder),
+        "out",
+        "1",
+        "2",
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-5000:]
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_library_loads_weights_and_moments(ranks, loaded):
+    model = TeleFLMForCausalLM.from_pretrained(loaded / "source")
+    weights = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    found = torch.load(loaded / f"out-{ranks}.pt", weights_only=False)
+    for rank, held in enumerate(found):
+        expected = part(scaled(weights, 1.0), model, rank, ranks)
+        assert held["weights"].keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(held["weights"][name], tensor), name
+            assert torch.equal(held["masters"][name], tensor), name
+        for key, power in zip(MOMENTS, (-1.0, -2.0), strict=True):
+            for name, tensor in part(scaled(moments(loaded / "source", key, model), power), model, rank, ranks).items():
+                assert torch.equal(held["states"][name][key], tensor), (name, key)
+                assert held["states"][name]["step"] == STEP
+        assert held["iteration"] == STEP
+        assert [(group["wd_mult"], group["weight_decay"]) for group in held["groups"]] == [(1.0, 0.1), (0.0, 0.0)]
+        assert {(group["lr"], group["betas"], group["eps"]) for group in held["groups"]} == {(1e-3, (0.9, 0.95), 1e-8)}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_distributed_optimizer_loads_the_same(ranks, loaded):
+    model = TeleFLMForCausalLM.from_pretrained(loaded / "source")
+    weights = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    states = {key: moments(loaded / "source", key, model) for key in MOMENTS}
+    expected = {"param": scaled(weights, 1.0), "exp_avg": scaled(states["exp_avg"], -1.0)}
+    expected["exp_avg_sq"] = scaled(states["exp_avg_sq"], -2.0)
+    for rank, held in enumerate(torch.load(loaded / f"out-{ranks}.pt", weights_only=False)):
+        for key, tensors in expected.items():
+            for name, tensor in part(tensors, model, rank, ranks).items():
+                assert torch.equal(held["distributed"][name][key].view_as(tensor), tensor), (name, key)
+                assert held["distributed"][name]["step"] == STEP
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_library_computes_and_steps_the_same(ranks, loaded):
+    model = TeleFLMForCausalLM.from_pretrained(loaded / "source")
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+    found = torch.load(loaded / f"out-{ranks}.pt", weights_only=False)
+    assert (found[0]["logits"][..., :100] - expected).abs().max() < 1e-5
+    # A step with gradients that are the weights, of plain torch on what the export says they are.
+    folded = scaled({name: tensor.detach() for name, tensor in model.named_parameters()}, 1.0)
+    weights = {name: torch.nn.Parameter(tensor) for name, tensor in folded.items()}
+    norms = [tensor for name, tensor in weights.items() if "norm" in name]
+    matrices = [tensor for name, tensor in weights.items() if "norm" not in name]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    first, second = (
+        scaled(moments(loaded / "source", key, model), power) for key, power in zip(MOMENTS, (-1, -2), strict=True)
+    )
+    for name, tensor in weights.items():
+        state = {"exp_avg": first[name].clone(), "exp_avg_sq": second[name].clone()}
+        optimizer.state[tensor] = {"step": torch.tensor(float(STEP)), **state}
+        tensor.grad = tensor.detach().clone()
+    optimizer.step()
+    stepped = {name: tensor.detach() for name, tensor in weights.items()}
+    for rank, held in enumerate(found):
+        for name, tensor in part(stepped, model, rank, ranks).items():
+            torch.testing.assert_close(held["stepped"][name], tensor, rtol=1e-6, atol=1e-7)
+            assert not tensor.any() or not torch.equal(held["stepped"][name], held["weights"][name])
+
+
+@pytest.mark.parametrize("multipliers", ["keep", "fold"])
+def test_to_torch_dist_and_back(multipliers, tmp_path):
+    model = save(tmp_path / "source")
+    options = {"multipliers": multipliers, "options": SMALL}
+    export_checkpoint(tmp_path / "source", tmp_path / "out", to="torch_dist", **options)
+    assert (tmp_path / "out/latest_checkpointed_iteration.txt").read_text() == "release"
+    convert_checkpoint(tmp_path / "out", tmp_path / "back")
+    after = load_file(tmp_path / "back/model.safetensors")
+    expected = model.state_dict() if multipliers == "keep" else scaled(model.state_dict(), 1.0)
+    assert after.keys() == expected.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_record(loaded):
+    out = loaded / "out"
+    record = read_manifest(out)
+    assert record["lineage"]["to"] == "torch_dist"
+    states = [entry for name, entry in record["files"].items() if "tensors" in entry]
+    assert sum(len(entry["tensors"]) for entry in states) > 100
+    assert all(name.startswith(f"iter_{STEP:07d}/") for name in record["tensors"])
+    assert inspect_checkpoint(out, check=True).damages == []
+    path = sorted((out / f"iter_{STEP:07d}").glob("*.distcp"))[-1]
+    before = path.read_bytes()
+    path.write_bytes(before[:700] + bytes([before[700] ^ 1]) + before[701:])
+    try:
+        assert len(inspect_checkpoint(out, check=True).damages) == 1
+    finally:
+        path.write_bytes(before)
+
+
+def _other_steps(saved):
+    saved["state"][3]["step"] += 1
+
+
+def _other_betas(saved):
+    saved["param_groups"][1]["betas"] = (0.9, 0.999)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_other_steps, "parameters are at steps 700 and 701, Megatron has one step for all"),
+        (_other_betas, "its groups have other betas or eps"),
+    ],
+)
+def test_what_megatron_has_no_place_for(change, message, tmp_path):
+    save(tmp_path / "source")
+    saved = torch.load(tmp_path / "source/optimizer.pt", weights_only=True)
+    change(saved)
+    torch.save(saved, tmp_path / "source/optimizer.pt")
+    with pytest.raises(CheckpointError, match=message):
+        export_checkpoint(tmp_path / "source", tmp_path / "out", to="torch_dist", optimizer=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_is_untied_has_no_moments(tmp_path):
+    save(tmp_path / "source", tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match=r"moments of one matrix as embedding and head, which folding .* keep"):
+        export_checkpoint(tmp_path / "source", tmp_path / "out", to="torch_dist", optimizer=True)
+    options = {"optimizer": True, "multipliers": "keep"}
+    export_checkpoint(tmp_path / "source", tmp_path / "out", to="torch_dist", **options)
+    assert inspect_checkpoint(tmp_path / "out", check=True).damages == []
+
+
+def test_ranks_and_layers_are_not_asked_for(tmp_path):
+    save(tmp_path / "source")
+    for more in ({"tp": 2}, {"pp": 2}, {"spec": "local"}):
+        with pytest.raises(CheckpointError, match="torch_dist is the same for all ranks and layers"):
+            export_checkpoint(tmp_path / "source", tmp_path / "out", to="torch_dist", **more)
+
+
+def test_what_is_said(tmp_path):
+    save(tmp_path / "source")
+    notes = export_checkpoint(tmp_path / "source", tmp_path / "out", to="torch_dist", optimizer=True).notes
+    assert any("Adam's moments after 700 steps, and the weights in float32" in note for note in notes)
+    assert any("--override-opt-param-scheduler --no-load-rng" in note for note in notes)
+    assert json.loads((tmp_path / "out/iter_0000700/metadata.json").read_text())["sharded_backend"] == "torch_dist"
