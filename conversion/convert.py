@@ -203,8 +203,8 @@ def _plan(
         exported = exported_folder(Path(run.folder)) if options.verify_source else None
         recorded = exported_tensors(exported) if exported else {}
         if not dry_run:
-            notes += compare_replicas(run, plan.config, allow=allow_unequal_replicas)
             check_masters(run)
+            notes += compare_replicas(run, plan.config, allow=allow_unequal_replicas)
     return _Planned(plan, notes, options, recorded, states)
 
 

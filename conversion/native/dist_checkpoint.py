@@ -29,7 +29,7 @@ from ..checkpoint.torch_file import read_torch_file
 from ..optimizer_state import MOMENTS, plain_settings
 from .checkpoint import NO_FSDP_DTENSOR_OPTIMIZER, AdamMoments, NativeCheckpoint, NativeFormat
 from .dist_optimizer import DistRun, is_optimizer_entry, read_dist_adam
-from .megatron_optimizer import with_adam
+from .megatron_optimizer import LEFT_OUT, with_adam
 from .table import MEGATRON, NativeWeight, RowOrder, hub_name, megatron_name
 from .training_args import plain_args
 
@@ -130,7 +130,7 @@ def _read_torch_dist(
 
 
 def _is_weight_or_optimizer(name: str) -> bool:
-    return _is_weight(name) or is_optimizer_entry(name)
+    return _is_weight(name) or is_optimizer_entry(name) or name.split("/")[0] in LEFT_OUT
 
 
 def _with_optimizer(

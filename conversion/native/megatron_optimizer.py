@@ -39,7 +39,7 @@ _DISTRIBUTED_FILE = "distrib_optim.pt"
 _STATE_KEYS = {*MOMENTS, "step", "master_param"}
 _ADAM = ("adam", "adamw")
 # What a run keeps beside its weights and its optimizer, and what it is in words.
-_LEFT_OUT = {
+LEFT_OUT = {
     "opt_param_scheduler": "learning-rate scheduler",
     "lr_scheduler": "learning-rate scheduler",
     "rng_state": "random states",
@@ -111,7 +111,8 @@ def chained(count: int, where: str) -> CheckpointError:
 
 def left_out(content: Mapping[str, Any], optimizer: Any, args: Mapping[str, Any]) -> list[str]:
     """Notes on what a run keeps for training on and what an optimizer.pt has no place for."""
-    found = dict.fromkeys(words for key, words in _LEFT_OUT.items() if key in content)
+    keys = {str(key).split("/")[0] for key in content}
+    found = dict.fromkeys(words for key, words in LEFT_OUT.items() if key in keys)
     if isinstance(optimizer, Mapping) and "grad_scaler" in optimizer:
         found["loss scale"] = None
     notes = []
