@@ -447,7 +447,7 @@ def _from_buckets(model: _Model, rank: Rank, buffers: Sequence[tuple[str, _Bucke
 
 def _sizes(weights: Mapping[str, tuple[Shape, DType]]) -> list[int]:
     """Elements of each parameter in the order of a buffer: last first."""
-    return [math.prod(shape) for shape, _ in reversed(weights.values())]
+    return [math.prod(shape) for shape, _ in reversed([*weights.values()])]
 
 
 def _find_layers(

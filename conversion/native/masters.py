@@ -45,8 +45,8 @@ def _compare(
         place = [start + index for start, index in zip(box.start, at, strict=True)]
         raise CheckpointError(
             f"{run.folder}: {name} is {float(found[at]):.6g} at {place}, but {float(masters[at]):.6g} in the "
-            "optimizer, where it was rounded from: the optimizer's files are of another iteration, or laid out in a "
-            "way that is not known here; leave --optimizer and --fp32-master out."
+            "optimizer, where it was rounded from: the optimizer's files are of another iteration, laid out in a way "
+            "that is not known here, or spoilt when they were saved; leave --optimizer and --fp32-master out."
         )
 
 

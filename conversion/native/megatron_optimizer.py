@@ -245,7 +245,8 @@ def with_adam(
             f"{run.folder}: the optimizer has no float32 weights: what there is of {narrow} is {taken[narrow].dtype}; "
             "leave --fp32-master out."
         )
-    state, more = None, []
+    state: AdamMoments | None = None
+    more: list[str] = []
     if adam:
         groups, more = _groups(settings, members, run.tensors, table)
         state, more = _adam_moments(moments, step, groups, table), [*more, *notes]
@@ -417,8 +418,9 @@ def _read_rank(
         raise chained(len(saved), rank.file)
     if not isinstance(saved, dict):
         raise CheckpointError(f"{rank.file}: optimizer is a {type(saved).__name__}, expected a dict; {LEAVE_OUT}.")
-    inner = saved.get("optimizer", saved.get("optimizer_state_dict", saved))
-    groups = inner.get("param_groups") if isinstance(inner, dict) else None
+    found = saved.get("optimizer", saved.get("optimizer_state_dict", saved))
+    inner: dict[str, Any] = found if isinstance(found, dict) else {}
+    groups: Any = inner.get("param_groups")
     settings = settings_of(groups, rank.file)
     if "state" in inner:
         return _read_numbered(rank, chunks, lines, saved, inner, settings)
