@@ -8,6 +8,8 @@ megatron-core makes the updates, in parallel, and writes the checkpoints. The or
 AdamW of torch that made all of them on whole weights: every comparison is of equal bits.
 """
 
+import itertools
+import math
 import os
 import pickle
 import shutil
@@ -20,14 +22,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from conversion import convert_checkpoint
+from conversion.checkpoint.distributed_file import read_distributed_checkpoint
 from conversion.checkpoint.errors import CheckpointError, CorruptData
 from growth import grow_checkpoint
 from tests.fixtures.checkpoint_runs import run_teleflm
-from tests.fixtures.megatron_adam import DECOUPLED_LR, RUNS, SETTINGS, STEPS, Run, gradient, make_runs
+from tests.fixtures.megatron_adam import DECOUPLED_LR, RUNS, SETTINGS, SPOILED, STEPS, Run, gradient, make_runs
 from tests.fixtures.megatron_files import ITERATION
 from tests.fixtures.megatron_reference import reference_config, reference_weights
+from tests.fixtures.sharded_tensors import materialise
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="megatron-core has wheels for Linux only")
 OUTER = ("model.embed_tokens.weight", "lm_head.weight")
@@ -102,7 +108,7 @@ def saved_state(out: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", sorted(RUNS.keys() - {SPOILED}))
 def test_the_state_is_that_of_an_unsharded_run(name, runs, tmp_path):
     run = RUNS[name]
     weights, optimizer = follow(run)
@@ -127,7 +133,7 @@ def test_the_state_is_that_of_an_unsharded_run(name, runs, tmp_path):
             assert tuple(settings["betas"]) == group["betas"]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", sorted(RUNS.keys() - {SPOILED}))
 def test_the_next_update_is_megatron_cores(name, runs, tmp_path):
     """What was converted, in torch's AdamW, makes the weights that megatron-core made of it next."""
     run = RUNS[name]
@@ -174,6 +180,84 @@ def test_it_grows(runs, tmp_path):
     assert torch.equal(grown[: len(source)], source)
     assert not grown[len(source) :].any()
     assert after[name]["step"] == STEPS
+
+
+def test_biases_that_the_run_has_not(runs, tmp_path):
+    """The Hub's model has one on the output of attention wherever q, k and v have: it begins with moments of zeros."""
+    convert(runs / "numbered-biased-tp2", tmp_path / "out", "biased", optimizer=True)
+    state = saved_state(tmp_path / "out")
+    added = [name for name in state if not is_trained(name)]
+    assert len(added) == 4
+    for name in added:
+        assert not state[name]["exp_avg"].any()
+        assert not state[name]["exp_avg_sq"].any()
+        assert state[name]["step"] == STEPS
+        assert state[name]["group"]["weight_decay"] == 0.0
+
+
+def parts_of(weight: str) -> tuple[int, ...]:
+    """Into how many parts two tensor-parallel ranks cut each axis of a stacked weight, gate and up apart."""
+    layers = (4,) if ".layers." in weight else ()
+    if "norm" in weight:
+        return (*layers, 1)
+    if "linear_proj" in weight or "linear_fc2" in weight:
+        return (*layers, 1, 2)
+    return (*layers, 4 if "linear_fc1" in weight else 2, 1)
+
+
+def flatten_parts(run: Path) -> None:
+    """The optimizer as megatron-core 0.13 shards it: `fully_sharded_model_space`.
+
+    Each part of a weight is flat, [parts along every axis, elements of a part], and data-parallel ranks have ranges of
+    it. (What that release itself wrote was converted too, when this was written; it does not run beside the one here.)
+    """
+    folder = run / f"iter_{ITERATION:07d}"
+    whole = read_distributed_checkpoint(folder).tensors
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    names = [name for name in metadata.state_dict_metadata if name.startswith("optimizer.state.")]
+    metadata.storage_data = {i: place for i, place in metadata.storage_data.items() if i.fqn not in names}
+    with (folder / "__flat_0.distcp").open("wb") as file:
+        for name in names:
+            tensor = torch.from_numpy(materialise(whole[name]))
+            parts = parts_of(name)
+            size = [n // count for n, count in zip(tensor.shape, parts, strict=True)]
+            chunks = []
+            for index in itertools.product(*map(range, parts)):
+                part = tensor[tuple(slice(i * n, (i + 1) * n) for i, n in zip(index, size, strict=True))].flatten()
+                for start, end in itertools.pairwise((0, len(part) // 3, len(part))):
+                    piece = part[start:end].reshape(*(1 for _ in index), -1).clone()
+                    chunks.append(ChunkStorageMetadata(torch.Size((*index, start)), piece.shape))
+                    begin = file.tell()
+                    torch.save(piece, file)
+                    place = _StorageInfo("__flat_0.distcp", begin, file.tell() - begin)
+                    metadata.storage_data[MetadataIndex(name, chunks[-1].offsets, len(chunks) - 1)] = place
+            properties = metadata.state_dict_metadata[name].properties
+            shape = torch.Size((*parts, tensor.numel() // math.prod(parts)))
+            metadata.state_dict_metadata[name] = TensorStorageMetadata(properties, shape, chunks)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    edit_common(lambda content: content["optimizer"].update(param_state_sharding_type="fully_sharded_model_space"))(run)
+
+
+def test_parts_that_are_flat(runs, tmp_path):
+    run = shutil.copytree(runs / "dist-reshardable-tp2-dp2", tmp_path / "run")
+    flatten_parts(run)
+    for source, out in ((runs / "dist-reshardable-tp2-dp2", "as it was"), (run, "flat")):
+        convert(source, tmp_path / out, "grouped", optimizer=True, fp32_master=True)
+    for file in ("optimizer.pt", "model.safetensors"):
+        assert (tmp_path / "flat" / file).read_bytes() == (tmp_path / "as it was" / file).read_bytes()
+
+
+def test_parts_that_are_flat_and_of_another_weight(runs, tmp_path):
+    run = shutil.copytree(runs / "dist-reshardable-tp2-dp2", tmp_path / "run")
+    flatten_parts(run)
+    one, other = "exp_avg.decoder.final_layernorm.weight", "exp_avg.output_layer.weight"
+    swapped = {
+        f"optimizer.state.{one}": f"optimizer.state.{other}",
+        f"optimizer.state.{other}": f"optimizer.state.{one}",
+    }
+    rename(lambda name: swapped.get(name, name))(run)
+    says = ["has shape (", "which is no weight of shape (", "in flat parts"]
+    assert_refused(run, tmp_path / "out", says)
 
 
 def test_the_command_resumes_nothing_that_is_done(runs, tmp_path):
@@ -553,6 +637,13 @@ def test_faults_of_torch_dist(fault, runs, tmp_path):
     run = shutil.copytree(runs / name, tmp_path / "run")
     damage(run)
     assert_refused(run, tmp_path / "out", says)
+
+
+def test_what_megatron_core_spoilt(runs, tmp_path):
+    """Of several buckets it writes moments from other places than they lie at; the weights beside them give it away."""
+    says = ["embedding.word_embeddings.weight is ", "or spoilt when they were saved"]
+    assert_refused(runs / SPOILED, tmp_path / "out", says)
+    convert(runs / SPOILED, tmp_path / "out", "grouped")
 
 
 def test_groups_that_do_not_say_what_is_in_them(runs, tmp_path):
