@@ -504,14 +504,15 @@ def _match_groups(
         )
     kinds = {key: (len(weight.shape) == 1, is_outer(lines[LAYER.sub("{}", key[1])])) for key, weight in weights}
     shapes = [[_shape(state.get(number)) for number in own] for own in numbers]
-    present = sorted(set(kinds.values()))
+    of, present = dict(weights), sorted(set(kinds.values()))
+    filled = [number for number, own in enumerate(numbers) if own]
     found: list[list[list[_Key]]] = []
-    for choice in itertools.product(range(len(numbers)), repeat=len(present)):
+    # Each kind goes into one group, so that there are no more groups than kinds, of which there are four.
+    for choice in itertools.product(filled if len(filled) <= len(present) else (), repeat=len(present)):
         to = dict(zip(present, choice, strict=True))
         members: list[list[_Key]] = [[] for _ in numbers]
-        for key, _ in weights:
+        for key in of:
             members[to[kinds[key]]].append(key)
-        of = dict(weights)
         if all(
             len(keys) == len(own) and all(shape in (None, of[key].shape) for key, shape in zip(keys, own, strict=True))
             for keys, own in zip(members, shapes, strict=True)

@@ -23,7 +23,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from conversion import convert_checkpoint
 from conversion.checkpoint.distributed_file import read_distributed_checkpoint
@@ -31,8 +36,9 @@ from conversion.checkpoint.errors import CheckpointError, CorruptData
 from growth import grow_checkpoint
 from tests.fixtures.checkpoint_runs import run_teleflm
 from tests.fixtures.megatron_adam import DECOUPLED_LR, RUNS, SETTINGS, SPOILED, STEPS, Run, gradient, make_runs
-from tests.fixtures.megatron_files import ITERATION
-from tests.fixtures.megatron_reference import reference_config, reference_weights
+from tests.fixtures.megatron_files import ITERATION, optimizer_state
+from tests.fixtures.megatron_reference import VOCAB_SIZE, reference_config, reference_weights
+from tests.fixtures.megatron_variants import VARIANTS, write_variant
 from tests.fixtures.sharded_tensors import materialise
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="megatron-core has wheels for Linux only")
@@ -168,6 +174,81 @@ def test_what_is_not_carried_over_is_said(runs, tmp_path):
     assert any("were not converted: learning-rate scheduler, random states" in note for note in result.notes)
     result = convert(runs / "dist-buckets", tmp_path / "out", "grouped", optimizer=True, dry_run=True)
     assert any("were not converted: learning-rate scheduler, random states" in note for note in result.notes)
+
+
+def test_a_loss_scale_and_a_decay_in_the_gradient_are_said(runs, tmp_path):
+    run = shutil.copytree(runs / "numbered", tmp_path / "run")
+    edit(lambda content: content["optimizer"].update(grad_scaler={"scale": 2.0}))(run)
+    args(decoupled_weight_decay=False)(run)
+    notes = convert(run, tmp_path / "out", "grouped", optimizer=True, dry_run=True).notes
+    assert any("were not converted: learning-rate scheduler, random states, loss scale." in note for note in notes)
+    assert any("added weight decay to the gradients (no decoupled_weight_decay)" in note for note in notes)
+
+
+def test_the_step_of_fused_optimizers(runs, tmp_path):
+    """Apex and Transformer Engine count updates once a group, and say of groups without parameters nothing."""
+    run = shutil.copytree(runs / "numbered", tmp_path / "run")
+
+    def count_in_groups(content: Any) -> None:
+        saved = content["optimizer"]["optimizer"]
+        for entry in saved["state"].values():
+            del entry["step"]
+        saved["param_groups"][0]["step"] = STEPS
+
+    edit(count_in_groups)(run)
+    for source, out in ((runs / "numbered", "as it was"), (run, "fused")):
+        convert(source, tmp_path / out, "grouped", optimizer=True)
+    assert (tmp_path / "fused/optimizer.pt").read_bytes() == (tmp_path / "as it was/optimizer.pt").read_bytes()
+
+
+def test_a_common_state_that_is_no_file(runs, tmp_path):
+    """Since 0.19 megatron-core keeps what ranks have in common in an object."""
+    name = "dist-reshardable-tp2-dp2"
+    run = shutil.copytree(runs / name, tmp_path / "run")
+
+    def move(metadata: Any, folder: Path) -> None:
+        common = torch.load(folder / "common.pt", weights_only=False)
+        (folder / "common.pt").unlink()
+        torch.save([common], folder / "__common_0.distcp")
+        entry = "common_state/shard_0_1"
+        metadata.state_dict_metadata[entry] = BytesStorageMetadata()
+        length = (folder / "__common_0.distcp").stat().st_size
+        metadata.storage_data[MetadataIndex(entry)] = _StorageInfo("__common_0.distcp", 0, length)
+
+    edit_metadata(move)(run)
+    for source, out in ((runs / name, "as it was"), (run, "moved")):
+        convert(source, tmp_path / out, "grouped", optimizer=True)
+    assert (tmp_path / "moved/optimizer.pt").read_bytes() == (tmp_path / "as it was/optimizer.pt").read_bytes()
+
+
+LEGACY = [name for name in VARIANTS if name.startswith(("legacy", "zero-centered", "transformer", "wrapped", "much"))]
+
+
+@pytest.mark.parametrize("name", LEGACY)
+def test_moments_lie_as_the_weights_of_older_runs_do(name, tmp_path):
+    """Names, orders of query, key and value, and padding of every age; but nothing is added to a moment of a norm."""
+    variant = write_variant(name, tmp_path / "run")
+
+    def add_optimizer(content: Any) -> None:
+        content["optimizer"] = optimizer_state(leaves(content["model"]))
+
+    edit(add_optimizer)(tmp_path / "run")
+    convert_checkpoint(tmp_path / "run", tmp_path / "out", vocab_size=VOCAB_SIZE, optimizer=True)
+    state = saved_state(tmp_path / "out")
+    is_less = "zero-centered" in name
+    for own_name, weight in reference_weights(variant.model, variant.dtype).items():
+        stored = (weight - 1 if is_less and "norm" in own_name else weight).float()
+        assert torch.equal(state[own_name]["exp_avg"], stored * 1e-3), own_name
+        assert torch.equal(state[own_name]["exp_avg_sq"], stored.square()), own_name
+        assert state[own_name]["step"] == ITERATION
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    """The weights of a nested state dict, in order; a head that is a copy of the embedding is one too."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    named = tree.items() if isinstance(tree, dict) else ()
+    return [leaf for key, value in named if not key.endswith("_extra_state") for leaf in leaves(value)]
 
 
 def test_it_grows(runs, tmp_path):
@@ -458,6 +539,26 @@ def test_a_checkpoint_that_was_saved_without_its_optimizer(runs, tmp_path):
         assert_refused(runs / name, tmp_path / "out", ["was saved without its optimizer (--no-save-optim)"])
         says = ["was saved without its optimizer (--no-save-optim)"]
         assert_refused(runs / name, tmp_path / "out", says, optimizer=False, fp32_master=True)
+
+
+@pytest.mark.parametrize("name", ["numbered-tied-pp2", "flat-tied-pp2-dp2"])
+def test_the_two_ends_of_a_tied_model_have_equal_moments(name, runs, tmp_path):
+    run = shutil.copytree(runs / name, tmp_path / "run")
+    head = (
+        112 * 32
+    )  # elements, of which the last stage has the moments first in its buffer, or after its other matrices
+
+    def change(content: Any) -> None:
+        if "optimizer" in content:
+            states = content["optimizer"]["optimizer"]["state"]
+            moment = next(state["exp_avg"] for state in states.values() if state["exp_avg"].numel() == head)
+        else:
+            moment = next(iter(content[0].values()))["exp_avg"][:head]
+        moment.add_(0.25)
+
+    edit(change, ranks=LAST, file="model_optim_rng.pt" if name.startswith("numbered") else "distrib_optim.pt")(run)
+    with pytest.raises(CheckpointError, match=r"exp_avg of the tied embedding differs by up to 0\.25 between the emb"):
+        convert(run, tmp_path / "out", "tied", optimizer=True)
 
 
 def test_moments_that_are_not_finite(runs, tmp_path):
