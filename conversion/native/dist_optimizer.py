@@ -17,7 +17,7 @@ from the sizes of the buffers, and the order of a layer's parameters from its im
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,8 +182,9 @@ def _read_named(run: DistRun, saved: Mapping[str, Any]) -> DistAdam:
     masters = next((whole[key] for key in _MASTERS if key in whole), None)
     if run.args.get("use_precision_aware_optimizer"):
         masters = None  # may be what the weights lack of them
-    inner = saved.get("optimizer", saved)
-    groups = inner.get("param_groups")
+    found_settings = saved.get("optimizer", saved)
+    inner: Mapping[str, Any] = found_settings if isinstance(found_settings, dict) else {}
+    groups: Any = inner.get("param_groups")
     state = inner.get("state")
     common_step = [state["common_step"]] if isinstance(state, dict) and "common_step" in state else []
     return DistAdam(
@@ -281,7 +282,7 @@ def _read_flat(run: DistRun, kind: str) -> DistAdam:
     )
 
 
-def _group_objects(run: DistRun, expected: Iterable[int], kind: str) -> dict[str, Any]:
+def _group_objects(run: DistRun, expected: range, kind: str) -> dict[str, Any]:
     """The settings and the step of the model-parallel ranks' optimizers, on which all agree."""
     where = run.checkpoint.folder
     present = {
@@ -289,10 +290,10 @@ def _group_objects(run: DistRun, expected: Iterable[int], kind: str) -> dict[str
         for name in run.checkpoint.objects
         if (match := _GROUP.fullmatch(name)) and match[2] == "optimizer"
     }
-    if present != set(expected):
+    if len(present) != len(expected) or present != set(expected):
         raise CheckpointError(
             f"{where}: the optimizer, sharded as {kind!r}, is of {len(present)} model-parallel ranks, the run's "
-            f"arguments make it {len(set(expected))}; {LEAVE_OUT}."
+            f"arguments make it {len(expected)}; {LEAVE_OUT}."
         )
     groups: list[dict[str, Any]] = []
     steps: dict[float, int] = {}
@@ -336,9 +337,11 @@ def _read_buckets(run: DistRun, groups: Sequence[int]) -> dict[int, list[tuple[s
             )
         buckets = {key: [own[bucket] for bucket in sorted(own)] for key, own in keys.items()}
         sizes = [[bucket.shape for bucket in own] for own in buckets.values()]
-        if any(sorted(own) != [*range(len(own))] for own in keys.values()) or any(own != sizes[0] for own in sizes):
+        numbered = all(sorted(own) == [*range(len(own))] for own in keys.values())
+        if not numbered or any(own != sizes[0] or any(len(shape) != 1 for shape in own) for own in sizes):
             raise CheckpointError(
-                f"{where}: dp_group_idx_{group}.gbuf_idx_{number} lacks a bucket; the folder is of two runs."
+                f"{where}: dp_group_idx_{group}.gbuf_idx_{number} lacks a bucket, or has one that is not flat; the "
+                "folder is of two runs."
             )
         buffers[group].append((dtype, buckets))
     return buffers
@@ -473,12 +476,12 @@ def _find_layers(
 def _from_gathered(model: _Model, rank: Rank, content: Any) -> dict[str, list[Chunk]]:
     """A rank's parts of each weight in buffers as distrib_optim.pt has them."""
     content = content[0] if isinstance(content, list) and len(content) == 1 else content
-    count = sum(type(key) is int for key in content) if isinstance(content, dict) else 0
+    numbers = sorted(key for key in content if type(key) is int) if isinstance(content, dict) else []
     chunks: list[Chunk] = []
-    for virtual in range(count):
+    for virtual, number in enumerate(numbers):
         first = virtual == 0 and rank.pipeline == 0
-        last = virtual == count - 1 and rank.pipeline == model.pipeline - 1
-        chunks.append(_chunk_of(model, rank, content[virtual], first=first, last=last))
+        last = virtual == len(numbers) - 1 and rank.pipeline == model.pipeline - 1
+        chunks.append(_chunk_of(model, rank, content[number], first=first, last=last))
     return read_coalesced(content, model.flat_rank(rank, chunks))
 
 

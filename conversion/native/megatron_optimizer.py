@@ -90,9 +90,10 @@ def refuse_state_keys(keys: Iterable[str], where: str) -> None:
     """
     found = set(keys)
     if not set(MOMENTS) <= found <= _STATE_KEYS:
+        listed = ", ".join(sorted(found)[:8])[:200] or "empty"
         raise CheckpointError(
-            f"{where}: the optimizer's state is {', '.join(sorted(found)) or 'empty'}; only that of Adam and AdamW, "
-            f"exp_avg and exp_avg_sq, is converted; {LEAVE_OUT}."
+            f"{where}: the optimizer's state is {listed}; only that of Adam and AdamW, exp_avg and exp_avg_sq, is "
+            f"converted; {LEAVE_OUT}."
         )
 
 
@@ -443,7 +444,9 @@ def _read_numbered(
     state, groups = inner["state"], inner["param_groups"]
     where = rank.file
     numbers = [group.get("params") for group in groups]
-    if not isinstance(state, dict) or not all(isinstance(own, list) for own in numbers):
+    if not isinstance(state, dict) or not all(
+        isinstance(own, list) and all(type(number) is int for number in own) for own in numbers
+    ):
         raise CheckpointError(f"{where}: the optimizer has no state by number, or groups without params; {LEAVE_OUT}.")
     for entry in state.values():
         refuse_state_keys(map(str, entry) if isinstance(entry, dict) else (), where)
@@ -460,10 +463,11 @@ def _read_numbered(
                 parts[key][virtual][name] = _plain(state[number][key], weights[virtual, name].shape, where, key, name)
     masters = saved.get("fp32_from_fp16_params", saved.get("fp32_from_fp16"))
     if masters is not None:
-        if [len(own) for own in masters] != [len(own) for own in numbers]:
+        counts = [len(own) if isinstance(own, list) else None for own in masters] if isinstance(masters, list) else None
+        if counts != [len(own) for own in numbers]:
             raise CheckpointError(
-                f"{where}: the optimizer has float32 copies of {[len(own) for own in masters]} weights in its groups, "
-                f"which have {[len(own) for own in numbers]}: some weights are of 16 bits and some not; {LEAVE_OUT}."
+                f"{where}: the optimizer has float32 copies of {counts} weights in its groups, which have "
+                f"{[len(own) for own in numbers]}: some weights are of 16 bits and some not; {LEAVE_OUT}."
             )
         parts[MASTER] = [{} for _ in chunks]
         for own, keys in zip(masters, members, strict=True):
@@ -638,7 +642,7 @@ def shaped(flat: ShardedTensor, shape: Shape) -> ShardedTensor:
 def _buffer(buffer: Any, dtype: DType, where: str) -> dict[str, View]:
     """The flat tensors of a buffer: moments and weights, of one length."""
     kinds = list(buffer) if isinstance(buffer, dict) else []
-    if len(kinds) != 1 or not isinstance(kinds[0], tuple) or kinds[0][0] != dtype:
+    if len(kinds) != 1 or not isinstance(kinds[0], tuple) or kinds[0][:1] != (dtype,):
         raise CheckpointError(
             f"{where}: a buffer is of {', '.join(map(str, kinds)) or 'nothing'}, expected one of {dtype} weights."
         )

@@ -456,6 +456,27 @@ NUMBERED_FAULTS: dict[str, tuple[Damage, list[str]]] = {
         edit(lambda content: ([m.data.add_(0.05) for g in content["optimizer"]["fp32_from_fp16_params"] for m in g])),
         ["is ", " in the optimizer, where it was rounded from", "another iteration"],
     ),
+    "masters that are none": (
+        edit(lambda content: content["optimizer"].update(fp32_from_fp16_params=3)),
+        ["float32 copies of None weights in its groups, which have [9, 4]"],
+    ),
+    "numbers that are none": (
+        edit(lambda content: content["optimizer"]["optimizer"]["param_groups"][0]["params"].append([1])),
+        ["no state by number, or groups without params"],
+    ),
+    "an optimizer that is none": (
+        edit(lambda content: content.update(optimizer=3)),
+        ["optimizer is a int, expected a"],
+    ),
+    "a state that is none": (
+        numbered(lambda state: state.update({0: 3})),
+        ["the optimizer's state is empty; only that of Adam and AdamW"],
+    ),
+    "a moment that is none": (
+        numbered(lambda state: state[0].update(exp_avg_sq=[3])),
+        ["exp_avg_sq of ", "is a list, expected a plain tensor"],
+    ),
+    "a step that is none": (numbered(lambda state: state[0].update(step="3")), ["step is a str, expected a number"]),
     "masters of some": (
         edit(lambda content: content["optimizer"]["fp32_from_fp16_params"][0].pop() is None),
         ["float32 copies of [8, 4] weights in its groups, which have [9, 4]"],
@@ -490,6 +511,14 @@ FLAT_FAULTS: dict[str, tuple[Damage, list[str]]] = {
     "a buffer too many": (
         edit(lambda content: content.update({1: content[0]}), file="distrib_optim.pt"),
         ["has 2 buffers, the model's 1 virtual stages make 1"],
+    ),
+    "a buffer that is none": (
+        edit(lambda content: content.update({0: {(): 3}}), file="distrib_optim.pt"),
+        ["a buffer is of (), expected one of bfloat16 weights"],
+    ),
+    "tensors that are none": (
+        edit(lambda content: content[0].update(dict.fromkeys(content[0], 3)), file="distrib_optim.pt"),
+        ["the optimizer's state is empty"],
     ),
     "of another dtype": (edit(as_float32, file="distrib_optim.pt"), ["expected one of bfloat16 weights"]),
     "precision-aware": (args(use_precision_aware_optimizer=True), ["--use-precision-aware-optimizer", "--dist-ckpt"]),
@@ -628,6 +657,7 @@ def without(*parts: str) -> Damage:
     return rename(lambda name: None if all(part in name for part in parts) else name)
 
 
+SQUARE = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16, torch.float32).bucket_idx_0.exp_avg"
 GROUPS = "optimizer.distributed.dp_group_idx_1.optimizer/shard_0_1"
 OTHER_STEP = [{"param_groups": [{"lr": 1.0, "wd_mult": 1.0, "step": 4}]}]
 DIST_FAULTS: dict[str, tuple[str, Damage, list[str]]] = {
@@ -673,6 +703,21 @@ DIST_FAULTS: dict[str, tuple[str, Damage, list[str]]] = {
         "dist-buckets-tp2-dp2",
         without("bucket_idx_0.param"),
         ["has no param, expected float32"],
+    ),
+    "a bucket that is not flat": (
+        "dist-buckets-tp2-dp2",
+        rename(lambda name: SQUARE if name == "output_layer.weight" else None if name == SQUARE else name),
+        ["dp_group_idx_0.gbuf_idx_0 lacks a bucket, or has one that is not flat"],
+    ),
+    "no groups": (
+        "dist-reshardable-tp2-dp2",
+        edit_common(lambda content: content["optimizer"].update(optimizer=["?"])),
+        ["the optimizer has no param_groups"],
+    ),
+    "ranks without number": (
+        "dist-buckets-tp2-dp2",
+        dist_args(tensor_model_parallel_size=10**12),
+        ["is of 2 model-parallel ranks, the run's arguments make it 1000000000000"],
     ),
     "a bucket is lost": (
         "dist-buckets-uneven-dp2",
