@@ -739,6 +739,13 @@ DIST_FAULTS: dict[str, tuple[str, Damage, list[str]]] = {
         without("dp_group_idx_1.gbuf_idx_0"),
         ["has gbuf_idx_1 of dp_group_idx_1, not one before it"],
     ),
+    "layers are lost": (
+        "dist-buckets-tp2-pp2-vpp2",
+        rename(
+            lambda name: None if "dp_group_idx_0.gbuf_idx_1" in name or "dp_group_idx_1.gbuf_idx_1" in name else name
+        ),
+        ["the optimizer's buffers have room for 3 layers, the model has 4"],
+    ),
     "no parallelism": (
         "dist-buckets-tp2-dp2",
         dist_args(tensor_model_parallel_size=None),
