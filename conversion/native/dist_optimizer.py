@@ -6,7 +6,7 @@
 
     (none)                  no distributed optimizer: optimizer.state.{exp_avg,exp_avg_sq,fp32_param}.{weight}
     fully_reshardable       optimizer.state.{exp_avg,exp_avg_sq,param}.{weight}
-    fully_sharded_model_space  the same before megatron-core 0.14, each rank's part of a weight flat
+    fully_sharded_model_space  the same as megatron-core 0.13 has it, each rank's part of a weight flat
     dp_reshardable          the distributed optimizer's buckets, which name no weights:
                             optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(...).bucket_idx_0.{exp_avg,...}
     dp_zero_gather_scatter  its buffers, as in distrib_optim.pt: optimizer.distributed.dp_group_idx_0.param_state

@@ -9,6 +9,7 @@ AdamW of torch that made all of them on whole weights: every comparison is of eq
 """
 
 import itertools
+import json
 import math
 import os
 import pickle
@@ -346,6 +347,10 @@ def test_the_command_resumes_nothing_that_is_done(runs, tmp_path):
     done = run_teleflm(*arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     first = (tmp_path / "out/optimizer.pt").read_bytes()
+    recorded = json.loads((tmp_path / "out/teleflm_manifest.json").read_text())["files"]["optimizer.pt"]["tensors"]
+    names = {f"optimizer.pt/state.{n}.{key}" for n in range(39) for key in ("step", "exp_avg", "exp_avg_sq")}
+    assert recorded.keys() == names
+    assert all(entry["digest"] for entry in recorded.values())
     assert run_teleflm(*arguments, folder=tmp_path).returncode == 0
     assert (tmp_path / "out/optimizer.pt").read_bytes() == first
 
