@@ -13,10 +13,7 @@ from ..checkpoint.plan import View
 from ..checkpoint.sharded import ShardedTensor
 from .table import NativeWeight, RowOrder
 
-NO_FSDP_DTENSOR_OPTIMIZER = (
-    "the optimizer of Megatron-FSDP is not read; save with --ckpt-format torch_dist, or leave --optimizer and "
-    "--fp32-master out."
-)
+NO_FSDP_DTENSOR_OPTIMIZER = "the optimizer of Megatron-FSDP is not converted; leave --optimizer and --fp32-master out."
 NativeFormat: TypeAlias = Literal["megatron", "torch_dist", "fsdp_dtensor", "dcp", "deepspeed"]
 
 

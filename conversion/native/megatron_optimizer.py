@@ -99,7 +99,7 @@ def refuse_state_keys(keys: Iterable[str], where: str) -> None:
 
 def no_optimizer(where: str) -> CheckpointError:
     """What to raise where there is no optimizer at all."""
-    return CheckpointError(f"{where}: was saved without its optimizer (--no-save-optim); {LEAVE_OUT}.")
+    return CheckpointError(f"{where}: holds no optimizer (saved with --no-save-optim, or converted); {LEAVE_OUT}.")
 
 
 def chained(count: int, where: str) -> CheckpointError:

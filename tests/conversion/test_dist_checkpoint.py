@@ -232,9 +232,7 @@ def test_fsdp_dtensor(prefix, tmp_path):
     assert found.tensors.keys() == expected.keys()
     assert all(holds(found.tensors[name], tensor) for name, tensor in expected.items())
     for options in ({"optimizer": True}, {"fp32_master": True}):
-        with pytest.raises(
-            CheckpointError, match="the optimizer of Megatron-FSDP is not read; save with --ckpt-format"
-        ):
+        with pytest.raises(CheckpointError, match="the optimizer of Megatron-FSDP is not converted; leave --opt"):
             read_dist_checkpoint(folder, **options)
 
 

@@ -570,8 +570,8 @@ def test_faults_of_a_distributed_optimizer(fault, runs, tmp_path):
 
 def test_a_checkpoint_that_was_saved_without_its_optimizer(runs, tmp_path):
     for name in ("numbered-next", "flat-next", "dist-buckets-next", "dist-numbered-tp2-next"):
-        assert_refused(runs / name, tmp_path / "out", ["was saved without its optimizer (--no-save-optim)"])
-        says = ["was saved without its optimizer (--no-save-optim)"]
+        assert_refused(runs / name, tmp_path / "out", ["holds no optimizer (saved with --no-save-optim, or converted)"])
+        says = ["holds no optimizer (saved with --no-save-optim, or converted)"]
         assert_refused(runs / name, tmp_path / "out", says, optimizer=False, fp32_master=True)
 
 
