@@ -380,9 +380,10 @@ class _Model:
                 f"of parameters is known; save with --dist-ckpt-optim-fully-reshardable, or {LEAVE_OUT}."
             )
         order = [name for name in _LAYER_ORDER[kind] if f"decoder.layers.0.{name}" in run.weights]
-        others = {name.split(".", 3)[3] for name in run.weights if LAYER.search(name)} - {*order}
+        known = {_EMBEDDING, _FINAL_NORM, _HEAD, *(f"decoder.layers.0.{name}" for name in order)}
+        others = sorted(name for name in run.weights if LAYER.sub("0", name) not in known)
         if others:
-            raise CheckpointError(f"{where}: {sorted(others)[0]} is no parameter of a layer that is known here.")
+            raise CheckpointError(f"{where}: {others[0]} is not a weight of a Tele-FLM model; it would be lost.")
         return cls(run, tensor, pipeline, {line.name: line for line in run.table}, len(numbers), order)
 
     def line(self, name: str) -> NativeWeight:

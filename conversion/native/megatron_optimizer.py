@@ -280,8 +280,9 @@ def _groups(
     """The parameter groups, and a note where which weights are in which is not known."""
     lines = {line.name: line for line in table}
     if members is None:
+        known = {name: lines.get(LAYER.sub("{}", name)) for name in weights}  # what is in no table is refused later
         kinds = {
-            name: (len(weight.shape) == 1, is_outer(lines[LAYER.sub("{}", name)])) for name, weight in weights.items()
+            name: (len(weights[name].shape) == 1, is_outer(line)) for name, line in known.items() if line is not None
         }
         members = group_by_rule(settings, kinds)
     if members is None:
@@ -308,8 +309,8 @@ def _adam_moments(
 
 def _hub_names(name: str, lines: Mapping[str, NativeWeight]) -> list[str]:
     """The Hub tensors that a native one holds; with biases on q, k and v also o's, which Megatron has not."""
-    layer = LAYER.search(name)
-    names = [hub.format(layer and layer[0]) for hub in lines[LAYER.sub("{}", name)].hub]
+    layer, line = LAYER.search(name), lines.get(LAYER.sub("{}", name))
+    names = [hub.format(layer and layer[0]) for hub in line.hub] if line else []
     return names + [hub.replace("q_proj.bias", "o_proj.bias") for hub in names if hub.endswith("q_proj.bias")]
 
 

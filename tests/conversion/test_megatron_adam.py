@@ -751,6 +751,16 @@ DIST_FAULTS: dict[str, tuple[str, Damage, list[str]]] = {
         ),
         ["the optimizer's buffers have room for 3 layers, the model has 4"],
     ),
+    "another weight in buckets": (
+        "dist-buckets-tp2-dp2",
+        rename(lambda name: "layers.0.w" if name == "decoder.final_layernorm.weight" else name),
+        ["layers.0.w is not a weight of a Tele-FLM model; it would be lost"],
+    ),
+    "another weight": (
+        "dist-reshardable-tp2-dp2",
+        rename(lambda name: name.replace("decoder.final_layernorm.weight", "layers.0.w")),
+        ["decoder.final_layernorm.weight is missing"],
+    ),
     "no parallelism": (
         "dist-buckets-tp2-dp2",
         dist_args(tensor_model_parallel_size=None),
