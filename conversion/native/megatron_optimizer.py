@@ -38,6 +38,7 @@ LEAVE_OUT = "leave --optimizer and --fp32-master out"
 _DISTRIBUTED_FILE = "distrib_optim.pt"
 _STATE_KEYS = {*MOMENTS, "step", "master_param"}
 _ADAM = ("adam", "adamw")
+_COUNTS, _MAX_STEPS = ("int32", "int64"), 2**53
 # What a run keeps beside its weights and its optimizer, and what it is in words.
 LEFT_OUT = {
     "opt_param_scheduler": "learning-rate scheduler",
@@ -126,17 +127,16 @@ def left_out(content: Mapping[str, Any], optimizer: Any, args: Mapping[str, Any]
     return notes
 
 
-def read_number(value: Any, where: str) -> float:
-    """A number, or a tensor of one.
-
-    Raises:
-        CheckpointError: it is neither.
-    """
-    if isinstance(value, View) and value.numel == 1:
+def _read_count(value: Any, where: str) -> float:
+    """A whole number, or a tensor of one."""
+    if isinstance(value, View) and value.numel == 1 and (value.dtype.is_floating or value.dtype.name in _COUNTS):
         with FileReader() as reader:
-            return float(reader.read(value).reshape(-1)[0])
+            value = float(reader.read(value).reshape(-1)[0])
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise CheckpointError(f"{where}: step is a {type(value).__name__}, expected a number.")
+    if not 0 <= value < _MAX_STEPS or value != int(value):
+        shown = f"{value:g}" if isinstance(value, float) or abs(value) < _MAX_STEPS else "beyond 2**53"
+        raise CheckpointError(f"{where}: step is {shown}, expected a number of updates; {LEAVE_OUT}.")
     return float(value)
 
 
@@ -144,9 +144,9 @@ def one_step(found: Iterable[Any], where: str) -> float:
     """The number of updates, which is one for all weights.
 
     Raises:
-        CheckpointError: they differ, or there is none.
+        CheckpointError: they differ, there is none, or one is no number of updates.
     """
-    steps = {read_number(value, where) for value in found}
+    steps = {_read_count(value, where) for value in found}
     if len(steps) != 1:
         listed = ", ".join(f"{step:g}" for step in sorted(steps)) or "none"
         raise CheckpointError(f"{where}: the optimizer's steps are {listed}, expected one number; {LEAVE_OUT}.")

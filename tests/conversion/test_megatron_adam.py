@@ -481,6 +481,18 @@ NUMBERED_FAULTS: dict[str, tuple[Damage, list[str]]] = {
         numbered(lambda state: state[0].update(exp_avg_sq=[3])),
         ["exp_avg_sq of ", "is a list, expected a plain tensor"],
     ),
+    "a step in between": (
+        numbered(lambda state: [entry.update(step=torch.tensor(2.5)) for entry in state.values()]),
+        ["step is 2.5, expected a number of updates"],
+    ),
+    "a step that is not finite": (
+        numbered(lambda state: state[0].update(step=torch.tensor(float("nan")))),
+        ["step is nan, expected a number of updates"],
+    ),
+    "a step beyond numbers": (
+        numbered(lambda state: state[0].update(step=10**9000)),
+        ["step is beyond 2**53, expected a number of"],
+    ),
     "a step that is none": (numbered(lambda state: state[0].update(step="3")), ["step is a str, expected a number"]),
     "masters of some": (
         edit(lambda content: content["optimizer"]["fp32_from_fp16_params"][0].pop() is None),
