@@ -109,7 +109,7 @@ def _find_file(path: Path) -> str:
         if (path / name).exists():
             raise CheckpointError(
                 f"{path}: {name} is {what}; only an unsharded {OPTIMIZER_FILE} can grow. `teleflm convert --optimizer` "
-                "makes one of FSDP2's and DeepSpeed's."
+                "makes one of FSDP2's, DeepSpeed's and Megatron's."
             )
     raise CheckpointError(
         f"{path}: holds no {OPTIMIZER_FILE}; name a checkpoint of transformers' Trainer, or the file."

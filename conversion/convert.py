@@ -32,6 +32,7 @@ from .native.checkpoint import NativeCheckpoint
 from .native.find import FORMATS as NATIVE_FORMATS
 from .native.find import exported_folder, open_native
 from .native.hub_plan import compare_replicas, plan_run
+from .native.masters import check_masters
 from .native.table import read_table
 from .quantisation import quantisation
 
@@ -74,9 +75,9 @@ def convert_checkpoint(
         vocab_size: true size of the vocabulary, without the padding of a training run.
         multipliers: of a training run that does not say them: `none`, or `input_mult=16,output_mult=0.5` and so on.
         mapping: YAML file with the names of a fork of Megatron, see `native.table.read_table`.
-        fp32_master: of a DeepSpeed run: take the optimizer's float32 weights.
-        optimizer: of a DeepSpeed or FSDP2 run: write the moments of Adam too, as the optimizer.pt that transformers'
-            Trainer loads and growth grows.
+        fp32_master: of a DeepSpeed or Megatron run: take the optimizer's float32 weights.
+        optimizer: of a DeepSpeed, FSDP2 or Megatron run: write the moments of Adam too, as the optimizer.pt that
+            transformers' Trainer loads and growth grows.
         allow_unequal_replicas: take rank 0's where copies differ.
         allow_nonfinite: write a run's NaN and infinities as they are, and infinity for what is too large for `dtype`.
         dtype: of the output's floating-point tensors; the source's unless given.
@@ -202,6 +203,7 @@ def _plan(
         exported = exported_folder(Path(run.folder)) if options.verify_source else None
         recorded = exported_weights(exported) if exported else {}
         if not dry_run:
+            check_masters(run)
             notes += compare_replicas(run, plan.config, allow=allow_unequal_replicas)
     return _Planned(plan, notes, options, recorded, states)
 

@@ -13,7 +13,7 @@ from ..checkpoint.plan import View
 from ..checkpoint.sharded import ShardedTensor
 from .table import NativeWeight, RowOrder
 
-NO_MEGATRON_OPTIMIZER = "the optimizer of a Megatron run is not converted yet; leave --optimizer out."
+NO_FSDP_DTENSOR_OPTIMIZER = "the optimizer of Megatron-FSDP is not converted; leave --optimizer and --fp32-master out."
 NativeFormat: TypeAlias = Literal["megatron", "torch_dist", "fsdp_dtensor", "dcp", "deepspeed"]
 
 
@@ -67,6 +67,8 @@ class NativeCheckpoint:
         replicas: copies to compare before converting.
         notes: what a user should know, one sentence each.
         adam: the optimizer's state, if that was asked for.
+        masters: by name, the optimizer's weights and those of the model, which they become when they are rounded; to
+            compare before converting.
     """
 
     folder: str
@@ -81,3 +83,4 @@ class NativeCheckpoint:
     replicas: Sequence[Replica] = ()
     notes: Sequence[str] = ()
     adam: AdamMoments | None = None
+    masters: Mapping[str, tuple[ShardedTensor, ShardedTensor]] = field(default_factory=dict)

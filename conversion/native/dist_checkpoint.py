@@ -15,6 +15,7 @@ is told to; so every way is read in both formats.
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.strict_json import parse_json_object
 from ..checkpoint.torch_file import read_torch_file
 from ..optimizer_state import MOMENTS, plain_settings
-from .checkpoint import NO_MEGATRON_OPTIMIZER, AdamMoments, NativeCheckpoint, NativeFormat
+from .checkpoint import NO_FSDP_DTENSOR_OPTIMIZER, AdamMoments, NativeCheckpoint, NativeFormat
+from .dist_optimizer import DistRun, is_optimizer_entry, read_dist_adam
+from .megatron_optimizer import LEFT_OUT, with_adam
 from .table import MEGATRON, NativeWeight, RowOrder, hub_name, megatron_name
 from .training_args import plain_args
 
@@ -55,32 +58,37 @@ def dist_format(folder: Path) -> NativeFormat | None:
 
 
 def read_dist_checkpoint(
-    folder: str | os.PathLike[str], table: Sequence[NativeWeight] | None = None, *, optimizer: bool = False
+    folder: str | os.PathLike[str],
+    table: Sequence[NativeWeight] | None = None,
+    *,
+    fp32_master: bool = False,
+    optimizer: bool = False,
 ) -> NativeCheckpoint:
     """Open a `torch_dist`, `fsdp_dtensor` or plain DCP folder; no tensor is loaded.
 
     Args:
         folder: the one with the `.metadata` file, or that which holds Accelerate's `pytorch_model_fsdp_0`.
         table: what its tensors are called, for a fork of Megatron; Megatron's own names, or the Hub's, unless given.
+        fp32_master: take the optimizer's float32 weights, of `torch_dist`.
         optimizer: read Adam's moments too, which FSDP2 keeps in a folder of their own, `optimizer_0`.
 
     Raises:
         CheckpointError: the folder is damaged or incomplete, or of a backend that is no longer read; the moments are
-            not there, not of Adam, or Megatron's.
+            not there, not of Adam, or Megatron-FSDP's.
     """
     path = Path(os.path.abspath(folder))
     backend = _sharded_backend(path)
-    if optimizer and (backend is not None or table is not None):
-        raise CheckpointError(f"{path}: {NO_MEGATRON_OPTIMIZER}")
     if backend is not None:
-        return _read_torch_dist(path, backend, table)
+        return _read_torch_dist(path, backend, table, fp32_master=fp32_master, optimizer=optimizer)
     if not (path / METADATA).is_file() and (path / _ACCELERATE).is_dir():
         path /= _ACCELERATE
     checkpoint = read_distributed_checkpoint(path, _is_weight)
     if table is not None or _has_megatron_names(checkpoint):
-        if optimizer:
-            raise CheckpointError(f"{path}: {NO_MEGATRON_OPTIMIZER}")
+        if optimizer or fp32_master:
+            raise CheckpointError(f"{path}: {NO_FSDP_DTENSOR_OPTIMIZER}")
         return _read_fsdp_dtensor(checkpoint, table)
+    if fp32_master:
+        raise CheckpointError(f"{path}: FSDP keeps no second copy of the weights; leave --fp32-master out.")
     return _read_hub_names(checkpoint, _read_adam(path) if optimizer else None)
 
 
@@ -102,15 +110,63 @@ def _sharded_backend(folder: Path) -> str | None:
 # megatron-core's torch_dist.
 
 
-def _read_torch_dist(folder: Path, backend: str, table: Sequence[NativeWeight] | None) -> NativeCheckpoint:
+def _read_torch_dist(
+    folder: Path, backend: str, table: Sequence[NativeWeight] | None, *, fp32_master: bool, optimizer: bool
+) -> NativeCheckpoint:
     if backend != "torch_dist":
         raise CheckpointError(
             f"{folder / _METADATA_JSON}: sharded_backend is {backend!r}, expected 'torch_dist'; load it with the "
             "Megatron that wrote it and save it with --ckpt-format torch_dist."
         )
-    checkpoint = read_distributed_checkpoint(folder, _is_weight)
+    wanted = fp32_master or optimizer
+    everything = read_distributed_checkpoint(folder, _is_weight_or_optimizer if wanted else _is_weight)
+    weights = {name: tensor for name, tensor in everything.tensors.items() if _is_weight(name)}
+    checkpoint = replace(everything, tensors=weights)
     common = _read_common_state(folder, checkpoint)
-    return _megatron_checkpoint("torch_dist", checkpoint, table, common.get("args"), common.get("iteration"))
+    run = _megatron_checkpoint("torch_dist", checkpoint, table, common.get("args"), common.get("iteration"))
+    if not wanted:
+        return run
+    return _with_optimizer(run, everything, common, is_fork=table is not None, fp32_master=fp32_master, adam=optimizer)
+
+
+def _is_weight_or_optimizer(name: str) -> bool:
+    return _is_weight(name) or is_optimizer_entry(name) or name.split("/")[0] in LEFT_OUT
+
+
+def _with_optimizer(
+    run: NativeCheckpoint,
+    everything: DistributedCheckpoint,
+    common: Mapping[str, Any],
+    *,
+    is_fork: bool,
+    fp32_master: bool,
+    adam: bool,
+) -> NativeCheckpoint:
+    """The run with what its optimizer holds."""
+    table = run.table or MEGATRON
+    spelling = megatron_name if not is_fork else lambda name: name
+
+    def whole(tensors: Mapping[str, ShardedTensor]) -> dict[str, ShardedTensor]:
+        return _join_halves(_unstack(replace(everything, tensors=dict(tensors)), table, spelling), run.folder)
+
+    def read(name: str) -> Any:
+        if name not in everything.objects:
+            raise CheckpointError(f"{run.folder}: {name} is missing; {_LOST}.")
+        return _read_object(everything, name)
+
+    state = read_dist_adam(DistRun(everything, common, run.args, run.tensors, table, is_fork, whole, read))
+    return with_adam(
+        run,
+        state.moments,
+        state.masters,
+        step=state.step,
+        settings=state.groups,
+        members=None,
+        replicas=state.replicas,
+        notes=state.notes,
+        fp32_master=fp32_master,
+        adam=adam,
+    )
 
 
 def _read_common_state(folder: Path, checkpoint: DistributedCheckpoint) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from ..checkpoint.bytes import read_start
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.folder_formats import FolderFormat, register
 from ..checkpoint.manifest import read_manifest
-from .checkpoint import NO_MEGATRON_OPTIMIZER, NativeCheckpoint, NativeFormat
+from .checkpoint import NativeCheckpoint, NativeFormat
 from .table import NativeWeight
 
 FORMATS: tuple[NativeFormat, ...] = ("megatron", "torch_dist", "fsdp_dtensor", "dcp", "deepspeed")
@@ -131,7 +131,7 @@ def open_native(
         path: see `find_native`.
         iteration: see `find_native`.
         table: what its tensors are called, for a fork of Megatron.
-        fp32_master: of DeepSpeed: the optimizer's float32 weights, where the run's own are there too.
+        fp32_master: of DeepSpeed and Megatron: the optimizer's float32 weights, where the run's own are there too.
         optimizer: read Adam's moments too.
 
     Returns:
@@ -150,12 +150,11 @@ def open_native(
     kind, folder = found
     try:
         if kind == "megatron":
-            if optimizer:
-                raise CheckpointError(f"{path}: {NO_MEGATRON_OPTIMIZER}")
-            return read_megatron(folder, _iteration_number(folder), table)
+            number = _iteration_number(folder)
+            return read_megatron(folder, number, table, fp32_master=fp32_master, optimizer=optimizer)
         if kind == "deepspeed":
             return read_deepspeed(folder, fp32_master=fp32_master, optimizer=optimizer)
-        return read_dist_checkpoint(folder, table, optimizer=optimizer)
+        return read_dist_checkpoint(folder, table, fp32_master=fp32_master, optimizer=optimizer)
     except OSError as error:
         raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror}.") from None
 

@@ -28,6 +28,7 @@ from ..masked import MASKED_CODE, is_masked, masked_config, split_masked_config
 from ..optimizer_state import OPTIMIZER_FILE, adam_shard, parameter_names
 from .checkpoint import AdamMoments, NativeCheckpoint, Replica
 from .find import exported_folder
+from .model_parallel import copies
 from .table import NativeWeight, hub_table, native_tensors, split
 from .training_args import (
     config_from_args,
@@ -409,7 +410,7 @@ def compare_replicas(run: NativeCheckpoint, config: Mapping[str, Any], *, allow:
     """
     notes = []
     with FileReader() as reader:
-        for replica in [*run.replicas, *_tied_replicas(run, config)]:
+        for replica in [*run.replicas, *_tied_replicas(run, config), *_tied_moments(run, config)]:
             difference = _difference(replica, reader)
             if difference is None:
                 continue
@@ -427,13 +428,18 @@ def _tied_replicas(run: NativeCheckpoint, config: Mapping[str, Any]) -> Iterator
     if not config.get("tie_word_embeddings") or head is None:
         return
     embedding = _embedding(run)
-    if [box for box, _ in embedding.chunks] != [box for box, _ in head.chunks]:
+    if embedding.shape != head.shape:
         raise CheckpointError(
-            f"{run.folder}: the tied embedding {embedding.shape} and head {head.shape} are cut differently."
+            f"{run.folder}: the tied embedding has shape {embedding.shape}, the head {head.shape}; they are one weight."
         )
-    for (_, first), (_, second) in zip(embedding.chunks, head.chunks, strict=True):
-        if first is not None and second is not None:
-            yield Replica("the tied embedding", first, second, ("the embedding", "the head"))
+    yield from copies("the tied embedding", embedding, head, ("the embedding", "the head"))
+
+
+def _tied_moments(run: NativeCheckpoint, config: Mapping[str, Any]) -> Iterator[Replica]:
+    """The same of the moments, which both ends of a tied model update alike."""
+    for key, tensors in run.adam.moments.items() if run.adam else ():
+        for replica in _tied_replicas(replace(run, tensors=tensors), config):
+            yield replace(replica, name=f"{key} of {replica.name}")
 
 
 def _difference(replica: Replica, reader: FileReader) -> float | None:

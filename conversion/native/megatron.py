@@ -13,8 +13,7 @@ Megatron knows (even, uneven, with stages that only embed) is the same to this r
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +22,19 @@ from ..checkpoint.inert_pickle import Inert
 from ..checkpoint.plan import View
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.torch_file import UnreadableTensor, read_torch_file
-from .checkpoint import NativeCheckpoint, Replica
+from .checkpoint import NativeCheckpoint
+from .megatron_optimizer import MASTER, named_copies, read_adam_parts, with_adam
+from .model_parallel import LOST, Chunk, Rank, assemble, layer_offsets, shift_layer
 from .table import MEGATRON, NativeWeight, RowOrder, megatron_name
 from .training_args import plain_args
 
 _RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")
 _MODEL_KEY = re.compile(r"model(\d*)")
-_LAYER = re.compile(r"(?<=\blayers\.)\d+(?=\.)")
 # State that is no weight: Transformer Engine's FP8 scales, and what every runtime computes itself.
 _NO_WEIGHT = re.compile(r"(?:^|\.)_extra_state$|rotary_(?:pos_)?emb\.inv_freq$")
 _LEGACY_QKV = re.compile(r"\bquery_key_value\.")
 _TIED_HEAD = "word_embeddings_for_head.weight"
-_LOST = "copy the folder again, with every rank's file"
-
-
-@dataclass(frozen=True)
-class _Rank:
-    """One rank's file: where it stands, what it holds."""
-
-    tensor: int
-    pipeline: int
-    file: str
-    content: Mapping[str, Any]
-
-    @property
-    def place(self) -> str:
-        return f"tensor rank {self.tensor}, stage {self.pipeline}"
 
 
 def is_megatron(folder: Path) -> bool:
@@ -58,7 +43,12 @@ def is_megatron(folder: Path) -> bool:
 
 
 def read_megatron(
-    folder: Path, iteration: int | None = None, table: Sequence[NativeWeight] | None = None
+    folder: Path,
+    iteration: int | None = None,
+    table: Sequence[NativeWeight] | None = None,
+    *,
+    fp32_master: bool = False,
+    optimizer: bool = False,
 ) -> NativeCheckpoint:
     """Open one iteration of a Megatron-LM run in `torch` format; no tensor is loaded.
 
@@ -66,10 +56,12 @@ def read_megatron(
         folder: the one with the `mp_rank_*` folders.
         iteration: its number, if the folder's name says.
         table: what its tensors are called, for a fork; Megatron's own names, of any age, unless given.
+        fp32_master: take the optimizer's float32 weights.
+        optimizer: read Adam's moments too.
 
     Raises:
         CheckpointError: a rank's file is missing, damaged or left over from another run; ranks disagree; or a tensor
-            is none that the table knows.
+            is none that the table knows; the optimizer is asked for and not there, not Adam's, or does not fit.
     """
     ranks = _read_ranks(folder)
     args = plain_args(ranks[0].content.get("args"))
@@ -78,12 +70,12 @@ def read_megatron(
     _same("iteration", ranks, [rank.content.get("iteration") for rank in ranks])
     chunks = [_read_chunks(rank, renamed=table is None) for rank in ranks]
     virtual = _same("number of virtual stages", ranks, [len(parts) for parts in chunks])
-    offsets = _layer_offsets(folder, ranks, chunks)
-    tensors, replicas = _assemble(ranks, chunks, offsets, table or MEGATRON)
+    offsets = layer_offsets(folder, ranks, chunks)
+    tensors, replicas = assemble(ranks, chunks, offsets, table or MEGATRON)
     parallel = f"tensor parallel {size} x pipeline parallel {stages}" + (
         f" x {virtual} virtual stages" if virtual > 1 else ""
     )
-    return NativeCheckpoint(
+    run = NativeCheckpoint(
         folder=str(folder),
         format="megatron",
         parallel=parallel,
@@ -100,12 +92,58 @@ def read_megatron(
         ),
         replicas=replicas,
     )
+    if not (fp32_master or optimizer):
+        return run
+    return _with_optimizer(run, ranks, chunks, offsets, fp32_master=fp32_master, optimizer=optimizer)
+
+
+def _with_optimizer(
+    run: NativeCheckpoint,
+    ranks: Sequence[Rank],
+    chunks: Sequence[Sequence[Chunk]],
+    offsets: Mapping[tuple[int, int], int],
+    *,
+    fp32_master: bool,
+    optimizer: bool,
+) -> NativeCheckpoint:
+    """The run with what its optimizer holds, put together as the weights are."""
+    table = run.table or MEGATRON
+    state = read_adam_parts(ranks, chunks, run.args, table)
+    whole: dict[str, dict[str, ShardedTensor]] = {}
+    replicas = []
+    for key, parts in state.parts.items():
+        whole[key], found = assemble(ranks, parts, offsets, table)
+        replicas += named_copies(key, found)
+    masters = whole.pop(MASTER, None)
+    return with_adam(
+        run,
+        whole,
+        masters,
+        step=state.step,
+        settings=state.groups,
+        members=_name_groups(state.members, offsets),
+        replicas=replicas,
+        notes=state.notes,
+        fp32_master=fp32_master,
+        adam=optimizer,
+    )
+
+
+def _name_groups(
+    members: Sequence[Mapping[tuple[int, int], Sequence[str]]] | None, offsets: Mapping[tuple[int, int], int]
+) -> list[list[str]] | None:
+    """The weights of each group by their names in the whole model, where the files say which they are."""
+    if members is None:
+        return None
+    return [
+        [shift_layer(name, offsets[place]) for place, names in group.items() for name in names] for group in members
+    ]
 
 
 # The files.
 
 
-def _read_ranks(folder: Path) -> list[_Rank]:
+def _read_ranks(folder: Path) -> list[Rank]:
     """Every rank's file, by tensor rank, then stage."""
     found: dict[tuple[int, int], str] = {}
     for entry in sorted(folder.iterdir()):
@@ -116,7 +154,7 @@ def _read_ranks(folder: Path) -> list[_Rank]:
             raise CheckpointError(f"{entry}: is of an expert-parallel rank; Tele-FLM models are dense.")
         file = _model_file(entry)
         if file is None:
-            raise CheckpointError(f"{entry}: holds neither {' nor '.join(_MODEL_FILES)}; {_LOST}.")
+            raise CheckpointError(f"{entry}: holds neither {' nor '.join(_MODEL_FILES)}; {LOST}.")
         place = int(match[1]), int(match[2] or 0)
         if place in found:
             raise CheckpointError(
@@ -124,7 +162,7 @@ def _read_ranks(folder: Path) -> list[_Rank]:
                 "move one run's files away."
             )
         found[place] = str(file)
-    return [_Rank(*place, file, _read_file(file)) for place, file in sorted(found.items())]
+    return [Rank(*place, file, _read_file(file)) for place, file in sorted(found.items())]
 
 
 def _model_file(folder: Path) -> Path | None:
@@ -139,7 +177,7 @@ def _read_file(file: str) -> Mapping[str, Any]:
     return content
 
 
-def _check_grid(folder: Path, ranks: Sequence[_Rank], args: Mapping[str, Any]) -> None:
+def _check_grid(folder: Path, ranks: Sequence[Rank], args: Mapping[str, Any]) -> None:
     """Every rank of the run is there, and none of another."""
     size = args.get("tensor_model_parallel_size") or args.get("model_parallel_size")
     stages = args.get("pipeline_model_parallel_size")
@@ -150,7 +188,7 @@ def _check_grid(folder: Path, ranks: Sequence[_Rank], args: Mapping[str, Any]) -
     about = f"{folder}: tensor parallel {size} x pipeline parallel {stages} makes {len(expected)} ranks"
     in_stages = stages > 1 or any(rank.pipeline for rank in ranks)
     if expected - present:
-        raise CheckpointError(f"{about}, {_rank_names(expected - present, in_stages)} missing; {_LOST}.")
+        raise CheckpointError(f"{about}, {_rank_names(expected - present, in_stages)} missing; {LOST}.")
     if present - expected:
         raise CheckpointError(
             f"{about}, but {_rank_names(present - expected, in_stages)} there too, of another run; move the rest away."
@@ -162,7 +200,7 @@ def _rank_names(places: set[tuple[int, int]], in_stages: bool) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "") + (" is" if len(names) == 1 else " are")
 
 
-def _same(what: str, ranks: Sequence[_Rank], values: Sequence[Any]) -> Any:
+def _same(what: str, ranks: Sequence[Rank], values: Sequence[Any]) -> Any:
     """A value on which all ranks agree."""
     for rank, value in zip(ranks, values, strict=True):
         if value != values[0]:
@@ -172,7 +210,7 @@ def _same(what: str, ranks: Sequence[_Rank], values: Sequence[Any]) -> Any:
     return values[0]
 
 
-def _qkv_version(rank: _Rank, table: Sequence[NativeWeight] | None) -> int:
+def _qkv_version(rank: Rank, table: Sequence[NativeWeight] | None) -> int:
     """Megatron's checkpoint_version, which counts for the names of its old model only; absent is its first, 0."""
     names = [name for chunk in _model_keys(rank) for name in _flatten(rank.content[chunk])]
     if table is not None or not any(_LEGACY_QKV.search(name) for name in names):
@@ -185,10 +223,8 @@ def _qkv_version(rank: _Rank, table: Sequence[NativeWeight] | None) -> int:
 
 # The tensors of a file.
 
-_Chunk = Mapping[str, View]
 
-
-def _model_keys(rank: _Rank) -> list[str]:
+def _model_keys(rank: Rank) -> list[str]:
     """`model`, or `model0`, `model1`, ... in order."""
     keys = [str(key) for key in rank.content if _MODEL_KEY.fullmatch(str(key))]
     keys.sort(key=lambda key: int(key.removeprefix("model") or 0))
@@ -197,13 +233,13 @@ def _model_keys(rank: _Rank) -> list[str]:
     return keys
 
 
-def _read_chunks(rank: _Rank, *, renamed: bool) -> list[_Chunk]:
+def _read_chunks(rank: Rank, *, renamed: bool) -> list[Chunk]:
     """The weights of each virtual stage, by name with the layer's number in the stage."""
     return [_read_weights(rank, rank.content[key], renamed) for key in _model_keys(rank)]
 
 
-def _read_weights(rank: _Rank, model: Any, renamed: bool) -> _Chunk:
-    tensors: dict[str, View] = {}
+def _read_weights(rank: Rank, model: Any, renamed: bool) -> Chunk:
+    tensors: dict[str, ShardedTensor] = {}
     for own_name, value in _flatten(model).items():
         name = megatron_name(own_name) if renamed else own_name
         name = "output_layer.weight" if name == _TIED_HEAD else name
@@ -215,7 +251,7 @@ def _read_weights(rank: _Rank, model: Any, renamed: bool) -> _Chunk:
             )
         if name in tensors:
             raise CheckpointError(f"{rank.file}: {own_name} is there under another name too.")
-        tensors[name] = value
+        tensors[name] = ShardedTensor.of(value)
     return tensors
 
 
@@ -230,107 +266,3 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix.removesuffix("."): tree}
     return {name: leaf for key, value in tree.items() for name, leaf in _flatten(value, f"{prefix}{key}.").items()}
-
-
-# The whole model.
-
-
-def _layer_offsets(
-    folder: Path, ranks: Sequence[_Rank], chunks: Sequence[Sequence[_Chunk]]
-) -> dict[tuple[int, int], int]:
-    """The global number of the first layer of each (stage, virtual stage)."""
-    counts: dict[tuple[int, int], int] = {}
-    for rank, parts in zip(ranks, chunks, strict=True):
-        for virtual, chunk in enumerate(parts):
-            count = _count_layers(rank, chunk)
-            if counts.setdefault((rank.pipeline, virtual), count) != count:
-                raise CheckpointError(
-                    f"{rank.file}: has {count} layers, tensor rank 0 of the same stage has "
-                    f"{counts[rank.pipeline, virtual]}; {_LOST}."
-                )
-    offsets = {}
-    total = 0
-    for place in sorted(counts, key=lambda place: (place[1], place[0])):  # virtual stage by virtual stage
-        offsets[place] = total
-        total += counts[place]
-    if not total:
-        raise CheckpointError(f"{folder}: no file holds a layer; expected names such as decoder.layers.0.")
-    return offsets
-
-
-def _count_layers(rank: _Rank, chunk: _Chunk) -> int:
-    numbers = sorted({int(match[0]) for name in chunk if (match := _LAYER.search(name))})
-    if numbers != list(range(len(numbers))):
-        raise CheckpointError(f"{rank.file}: layers are numbered {numbers}, expected 0 to {len(numbers) - 1}.")
-    return len(numbers)
-
-
-def _assemble(
-    ranks: Sequence[_Rank],
-    chunks: Sequence[Sequence[_Chunk]],
-    offsets: Mapping[tuple[int, int], int],
-    table: Sequence[NativeWeight],
-) -> tuple[dict[str, ShardedTensor], list[Replica]]:
-    """Whole tensors under global names, and the copies that have to be equal."""
-    lines = {line.name: line for line in table}
-    size = 1 + max(rank.tensor for rank in ranks)
-    shards: dict[str, list[tuple[_Rank, View]]] = {}
-    replicas: list[Replica] = []
-    for rank, name, view in _globally_named(ranks, chunks, offsets):
-        before = shards.setdefault(name, [])
-        twin = next(((other, held) for other, held in before if other.tensor == rank.tensor), None)
-        if twin:  # a stage that needs another's tensor keeps a copy
-            _check_same_kind(name, twin, (rank, view))
-            replicas.append(Replica(name, twin[1], view, (twin[0].place, rank.place)))
-        else:
-            before.append((rank, view))
-    tensors = {}
-    for name, parts in shards.items():
-        line = lines.get(_LAYER.sub("{}", name))
-        if line is None:
-            raise CheckpointError(
-                f"{parts[0][0].file}: {name} is not a weight of a Tele-FLM model; it would be lost. "
-                "A fork with other names needs --mapping."
-            )
-        _check_alike(name, parts, size)
-        if line.parallel == "replicated":
-            (first, view), *others = parts
-            replicas += [Replica(name, view, other, (first.place, rank.place)) for rank, other in others]
-            parts = parts[:1]
-        views = [ShardedTensor.of(view) for _, view in parts]
-        tensors[name] = ShardedTensor.concatenate(views, line.parallel == "row")
-    return tensors, replicas
-
-
-def _globally_named(
-    ranks: Sequence[_Rank], chunks: Sequence[Sequence[_Chunk]], offsets: Mapping[tuple[int, int], int]
-) -> Iterator[tuple[_Rank, str, View]]:
-    for rank, parts in zip(ranks, chunks, strict=True):
-        for virtual, chunk in enumerate(parts):
-            offset = offsets[rank.pipeline, virtual]
-            for name, view in chunk.items():
-                yield rank, _shift_layer(name, offset), view
-
-
-def _shift_layer(name: str, offset: int) -> str:
-    return _LAYER.sub(lambda match: str(int(match[0]) + offset), name)
-
-
-def _check_alike(name: str, parts: Sequence[tuple[_Rank, View]], size: int) -> None:
-    """Every tensor-parallel rank has its part of a tensor, all of one kind."""
-    missing = set(range(size)) - {rank.tensor for rank, _ in parts}
-    if missing:
-        first, _ = parts[0]
-        raise CheckpointError(f"{first.file}: has {name}, tensor rank {min(missing)} of {size} has none; {_LOST}.")
-    for part in parts[1:]:
-        _check_same_kind(name, parts[0], part)
-
-
-def _check_same_kind(name: str, first: tuple[_Rank, View], second: tuple[_Rank, View]) -> None:
-    """Two ranks' parts of a tensor have the same shape and dtype."""
-    (one, view), (rank, other) = first, second
-    if (other.shape, other.dtype) != (view.shape, view.dtype):
-        raise CheckpointError(
-            f"{rank.file}: {name} is {other.dtype} {other.shape}, in {one.file} it is {view.dtype} {view.shape}; "
-            "the files are of two runs."
-        )

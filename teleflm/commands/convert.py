@@ -48,9 +48,11 @@ Multipliers = Annotated[
     str | None, typer.Option(help="Of a run that does not say them: none, or input_mult=16,output_mult=0.5,...")
 ]
 Mapping = Annotated[Path | None, typer.Option(help="YAML file with the tensor names of a fork of Megatron.")]
-Fp32Master = Annotated[bool, typer.Option("--fp32-master", help="Of DeepSpeed: the optimizer's float32 weights.")]
+Fp32Master = Annotated[
+    bool, typer.Option("--fp32-master", help="Of DeepSpeed and Megatron: the optimizer's float32 weights.")
+]
 Optimizer = Annotated[
-    bool, typer.Option("--optimizer", help="Of DeepSpeed and FSDP2: write Adam's moments too, as optimizer.pt.")
+    bool, typer.Option("--optimizer", help="Of a training run: write Adam's moments too, as optimizer.pt.")
 ]
 AllowUnequalReplicas = Annotated[
     bool, typer.Option("--allow-unequal-replicas", help="Take rank 0's where a run's copies of one tensor differ.")

@@ -231,6 +231,9 @@ def test_fsdp_dtensor(prefix, tmp_path):
     assert (found.format, found.iteration, found.args["num_layers"]) == ("fsdp_dtensor", 90, LAYERS)
     assert found.tensors.keys() == expected.keys()
     assert all(holds(found.tensors[name], tensor) for name, tensor in expected.items())
+    for options in ({"optimizer": True}, {"fp32_master": True}):
+        with pytest.raises(CheckpointError, match="the optimizer of Megatron-FSDP is not converted; leave --opt"):
+            read_dist_checkpoint(folder, **options)
 
 
 # What several processes write.
@@ -299,6 +302,11 @@ def world(tmp_path_factory) -> Path:
     for name in ("rows", "columns"):
         (folder / name / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     return folder
+
+
+def test_fsdp_has_no_second_copy_of_the_weights(world):
+    with pytest.raises(CheckpointError, match="FSDP keeps no second copy of the weights; leave --fp32-master out"):
+        read_dist_checkpoint(world / "checkpoint-5", fp32_master=True)
 
 
 @pytest.mark.parametrize("inner", ["", "pytorch_model_fsdp_0"])
