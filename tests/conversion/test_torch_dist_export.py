@@ -228,3 +228,30 @@ def test_what_is_said(tmp_path):
     assert any("Adam's moments after 700 steps, and the weights in float32" in note for note in notes)
     assert any("--override-opt-param-scheduler --no-load-rng" in note for note in notes)
     assert json.loads((tmp_path / "out/iter_0000700/metadata.json").read_text())["sharded_backend"] == "torch_dist"
+
+
+@pytest.mark.parametrize("multipliers", ["fold", "keep"])
+def test_weights_and_moments_come_back(multipliers, tmp_path):
+    """`convert --optimizer` of the export; folding multiplies weights and divides moments by powers of two here or not.
+
+    2.5 is none, so the embedding's are rounded once each way.
+    """
+    model = save(tmp_path / "source")
+    out = tmp_path / "out"
+    export_checkpoint(tmp_path / "source", out, to="torch_dist", optimizer=True, multipliers=multipliers, options=SMALL)
+    convert_checkpoint(out, tmp_path / "back", optimizer=True)
+    back = TeleFLMForCausalLM.from_pretrained(tmp_path / "back")
+    power = 1.0 if multipliers == "fold" else 0.0
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for name, tensor in scaled(weights, power).items():
+        assert torch.equal(dict(back.named_parameters())[name], tensor), name
+    saved = torch.load(tmp_path / "back/optimizer.pt", weights_only=True)
+    indices = {
+        name: index
+        for group in saved["param_groups"]
+        for name, index in zip(group["param_names"], group["params"], strict=True)
+    }
+    for key, times in zip(MOMENTS, (-power, -2 * power), strict=True):
+        for name, tensor in scaled(moments(tmp_path / "source", key, model), times).items():
+            assert torch.equal(saved["state"][indices[name]][key], tensor), (name, key)
+            assert saved["state"][indices[name]]["step"] == STEP
