@@ -145,10 +145,15 @@ def _listen(process: "subprocess.Popen[bytes]", job: bytes, seconds: float, toke
     said, deadline, begun = b"", time.monotonic() + _STARTING_SECONDS, False
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
-        while (left := deadline - time.monotonic()) > 0:
-            if not selector.select(min(left, 0.1)):
-                if process.poll() is not None:  # something else may hold the pipe open
+        while True:
+            # Asked before the look: what was said until the end, or until the time was up, is then seen by the look,
+            # however late this process comes to it.
+            left, has_ended = deadline - time.monotonic(), process.poll() is not None
+            if not selector.select(0 if has_ended else max(0.0, min(left, 0.1))):
+                if has_ended:  # something else may hold the pipe open
                     return said, "died"
+                if left <= 0:
+                    return said, "timeout" if begun else "unstarted"
                 continue
             part = os.read(process.stdout.fileno(), _REPORT_BYTES)
             said += part
@@ -158,7 +163,6 @@ def _listen(process: "subprocess.Popen[bytes]", job: bytes, seconds: float, toke
                 return said, "flooded"
             if not begun and any("begun" in report for report in _reports(said, token)):
                 begun, deadline = True, time.monotonic() + seconds
-    return said, "timeout" if begun else "unstarted"
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
@@ -194,7 +198,7 @@ def _read_report(said: bytes, ended: str, token: str, count: int) -> Outcome:
         raise SandboxError(str(reports[0]["failed"]))
     if ended == "unstarted":
         raise SandboxError(f"it did not start in {_STARTING_SECONDS:g} seconds")
-    passed = reports[-1].get("passed") if reports and ended in ("finished", "died") else None
+    passed = reports[-1].get("passed") if reports else None
     if isinstance(passed, bool) or not isinstance(passed, int) or not 0 <= passed <= count:
         return Outcome(None, "died" if ended == "finished" else ended)
     return Outcome(passed, "finished")

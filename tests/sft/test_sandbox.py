@@ -9,6 +9,7 @@ import errno
 import importlib.util
 import os
 import re
+import selectors
 import socket
 import struct
 import subprocess
@@ -384,6 +385,23 @@ def test_the_clock_starts_with_the_code(namespaces, monkeypatch):
         slow.write_text(original.replace("    job = json", "    import time; time.sleep(1)\n    job = json", 1))
         monkeypatch.setattr("sft.rewards.sandbox._CHILD", slow)
         assert run_tests("", ["pass"], Limits(seconds=0.5, namespaces=namespaces)).passed == 1
+
+
+@pytest.mark.parametrize("namespaces", BOTH)
+@pytest.mark.parametrize("seconds", [5.0, 0.4], ids=["ends", "time-is-up"])
+def test_what_is_said_while_nobody_looks_is_heard(seconds, namespaces, monkeypatch):
+    """A scheduler may stop the process that listens between its look at the pipe and its next question."""
+    look = selectors.DefaultSelector.select
+
+    def looks_and_sleeps(self, timeout=None):
+        found = look(self, timeout)
+        if not found:
+            time.sleep(0.5)
+        return found
+
+    monkeypatch.setattr(selectors.DefaultSelector, "select", looks_and_sleeps)
+    code = "import time; time.sleep(0.2)"
+    assert run_tests(code, ["pass"], Limits(seconds=seconds, namespaces=namespaces)).passed == 1
 
 
 @needs_namespaces
