@@ -16,11 +16,14 @@ from typer.testing import CliRunner
 import sft.training.train
 from conversion import inspect_checkpoint
 from conversion.hub.lineage import lineage_steps
+from sft.data.examples import Example
+from sft.data.formats import Problem, Row
 from sft.data.labels import DataError
+from sft.data.prompts import PromptJudge
 from sft.rewards.reward import RewardError
 from sft.training.guards import GuardError, fused_loss_gap
 from sft.training.recipe import Recipe, RecipeError
-from sft.training.train import build_trainer, main, train
+from sft.training.train import build_trainer, load_tokenizer, main, train
 from teleflm.commands.sft import app
 from tests.fixtures.tiny import tiny_config, tiny_model
 from tests.sft.test_distributed import TORCHRUN, run
@@ -315,6 +318,7 @@ def test_code_is_run_while_training(grpo, monkeypatch):
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
+ASK, SAID = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}
 BAD = [
     ({"answer": "a"}, "missing_columns"),
     ({"prompt": "What?"}, "no_reward"),
@@ -327,6 +331,9 @@ BAD = [
     ({"prompt": "a <_bot> b", "answer": "a"}, "control_token"),
     (["What?"], "not_an_object"),
     ({"prompt": [], "answer": "a"}, "no_messages"),
+    ({"prompt": "What?", "answer": "a", "tools": [{"type": "function", "function": {"name": "f"}}]}, "bad_column"),
+    ({"prompt": [ASK, {**SAID, "weight": 3}, ASK], "answer": "a"}, "bad_weight"),
+    ({"prompt": [ASK, {**SAID, "train": False}, ASK], "answer": "a"}, "bad_weight"),
 ]
 
 
@@ -341,7 +348,7 @@ def test_validate_says_what_train_does(grpo, model_dir, tmp_path):
     found = [json.loads(line) for line in rejects.read_text().splitlines()]
     assert [line["reasons"][0]["code"] for line in found] == [code for _, code in BAD]
 
-    with pytest.raises(DataError, match=r"11 invalid rows .* set allow_rejects"):
+    with pytest.raises(DataError, match=rf"{len(BAD)} invalid rows .* set allow_rejects"):
         build_trainer(grpo(data_files=str(file), reward_funcs="exact_match"))
     _, report, _ = build_trainer(grpo(data_files=str(file), reward_funcs="exact_match", allow_rejects=True))
     assert [reject.source for reject in report.rejects] == [line["source"] for line in found]
@@ -363,6 +370,33 @@ def test_validate_says_what_train_does(grpo, model_dir, tmp_path):
     (row,) = json.loads(shown.stdout)["rows"]
     assert "".join(piece["text"] for piece in row["pieces"]).endswith("What is def?<_bot>")
     assert row["source"] == f"{file}:1 prompt"
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("messages", "lost"),
+    [
+        ([{**SAID, "reasoning_content": "deep"}], "reasoning_content"),
+        ([{**SAID, "tool_calls": [CALL]}, {"role": "tool", "content": "b"}, SAID], "tool_calls"),
+    ],
+    ids=["reasoning", "calls"],
+)
+def test_what_the_template_leaves_out_of_a_prompt_is_told(messages, lost, make_recipe, tmp_path):
+    template = tmp_path / "old.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ '<_' ~ m.role ~ '>' ~ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<_bot>' }}{% endif %}"
+    )
+    row = Row("prompts.jsonl", 1, {"prompt": [ASK, *messages, ASK]})
+    for keys, left_out in (({}, None), ({"chat_template_path": str(template)}, lost)):
+        tokenizer, _ = load_tokenizer(make_recipe(**keys))
+        columns, problems = PromptJudge().read(row, ())
+        assert problems == []
+        found = PromptJudge().tokenize(Example(columns, row.source, {}), tokenizer, None)
+        assert isinstance(found, Problem) == (left_out is not None)
+        assert left_out is None or f"the chat template leaves out {lost}" in found.detail
 
 
 def test_prompts_leave_room_for_completions_and_fill_a_batch(grpo, model_dir, tmp_path):
