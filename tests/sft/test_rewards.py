@@ -235,6 +235,10 @@ class Judged:
 def keeps(completions):
     return [float(pickle.loads(pickle.dumps(Judged(each[0]["content"]))).text == "a") for each in completions]
 def short(completions): return [1.0]
+def large(completions): return [1e39 for _ in completions]
+def of_bytes(completions): return bytes(len(completions))
+def of_keys(completions): return {1.0 * at: 0 for at, _ in enumerate(completions)}
+def of_a_set(completions): return {1.0 * at for at, _ in enumerate(completions)}
 def infinite(completions): return [float("inf") for _ in completions]
 def words(completions): return ["good" for _ in completions]
 def positional(completions, /): return []
@@ -266,6 +270,10 @@ def test_functions_of_a_file_get_what_they_name(file):
         ("fails", ["a", "ab", "c"], "my.py:fails failed on rows.jsonl:2: .*division by zero"),
         ("fails_on_many", ["a", "b"], "failed on rows.jsonl:1 to rows.jsonl:2 together, on none of them alone"),
         ("short", ["a", "b"], "returned 1 rewards for 2 completions"),
+        ("large", ["a"], r"returned 1e\+39 for a completion of rows.jsonl:1, which with its weight 1.0 is more than"),
+        ("of_bytes", ["a"], "returned a bytes; return a list"),
+        ("of_keys", ["a"], "returned a dict; return a list"),
+        ("of_a_set", ["a"], "returned a set; return a list"),
         ("infinite", ["a"], "returned inf for a completion of rows.jsonl:1"),
         ("leaves", ["a"], "my.py:leaves failed on rows.jsonl:1: SystemExit"),
         ("cancelled", ["a"], "failed on rows.jsonl:1: CancelledError"),
