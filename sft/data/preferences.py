@@ -361,7 +361,7 @@ class LabelledJudge:
 
     def read(self, row: Row, controls: Collection[str]) -> tuple[dict[str, Any], list[Problem]]:
         """See [`read_labelled`] and [`read_pair`]."""
-        paired = is_pair(row.value) and "label" not in row.value
+        paired = is_pair(row.value) and row.value.get("label") is None
         columns, problems = read_pair(row, controls) if paired else read_labelled(row, controls)
         if problems:
             return {}, problems

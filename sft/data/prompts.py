@@ -93,7 +93,7 @@ class PromptJudge:
         if problems:
             return {}, problems
         messages = [arrow_message(turn) for turn in turns]
-        return {"prompt": messages, SOURCE: row.source, COLUMNS: json.dumps(others, sort_keys=True)}, []
+        return {"prompt": messages, SOURCE: row.source, COLUMNS: json.dumps(others)}, []
 
     def _column_problems(self, others: Mapping[str, Any]) -> list[Problem]:
         why = {**dict.fromkeys(GIVEN, "which TRL itself gives; remove or rename it"), **_NOT_READ}

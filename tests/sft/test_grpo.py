@@ -354,6 +354,14 @@ BAD = [
 ]
 
 
+def test_columns_keep_the_order_of_their_names():
+    row = {"prompt": "What?", "b": {"b": 1, "a": [{"d": 2, "c": 3}]}, "a": 4}
+    columns, problems = PromptJudge().read(Row("prompts.jsonl", 1, row), ())
+    assert problems == []
+    del row["prompt"]
+    assert columns["columns"] == json.dumps(row)
+
+
 def test_validate_says_what_train_does(grpo, model_dir, tmp_path):
     file = tmp_path / "prompts.jsonl"
     rows = [*ROWS, *[row for row, _ in BAD]]

@@ -246,6 +246,11 @@ def test_the_wrong_loss_is_stopped_for_kto_too(use_peft, recipe, tmp_path, monke
         train(recipe(write(tmp_path / "answers.jsonl", LABELLED), trainer="kto", max_steps=1, use_peft=use_peft))
 
 
+def test_a_label_that_is_null_is_absent():
+    pair = {**IMPLICIT["one turn"], "label": None}
+    assert LabelledJudge().read(Row("pairs.jsonl", 1, pair), ()) == (columns(IMPLICIT["one turn"]), [])
+
+
 def test_kinds_are_not_mixed(recipe, tmp_path):
     file = write(tmp_path / "answers.jsonl", [LABELLED[0], IMPLICIT["system"]])
     tokenizer, _ = load_tokenizer(recipe(file))
