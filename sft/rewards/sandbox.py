@@ -88,9 +88,9 @@ class Outcome:
     """What became of code and its tests.
 
     Args:
-        passed: tests that passed; None if the code did not come to an end that it could report.
+        passed: tests that passed, until the end of all or of its time; None if the code did not come to its own end.
         ended: `finished`; `died`, of an error or for passing a limit; `flooded`, if it wrote to where the report goes;
-            or `timeout`, if even what watches it had to be ended.
+            or `timeout`.
     """
 
     passed: int | None
@@ -126,14 +126,16 @@ def run_tests(code: str, tests: list[str], limits: Limits) -> Outcome:
             start_new_session=True,
         )
         try:
-            said, ended = _listen(process, json.dumps(job).encode() + b"\n", limits.seconds, token)
+            # A report after each test.
+            most = _REPORT_BYTES + 100 * len(tests)
+            said, ended = _listen(process, json.dumps(job).encode() + b"\n", limits.seconds, token, most)
         finally:
             _kill(process)
     return _read_report(said, ended, token, len(tests))
 
 
-def _listen(process: "subprocess.Popen[bytes]", job: bytes, seconds: float, token: str) -> tuple[bytes, str]:
-    """Hand the job over, and read what comes back until it ends, takes too long or says too much.
+def _listen(process: "subprocess.Popen[bytes]", job: bytes, seconds: float, token: str, most: int) -> tuple[bytes, str]:
+    """Hand the job over, and read what comes back until it ends, takes too long or says more than `most` bytes.
 
     The clock is here, where code in the sandbox cannot reach it; it starts when the code does.
     """
@@ -159,7 +161,7 @@ def _listen(process: "subprocess.Popen[bytes]", job: bytes, seconds: float, toke
             said += part
             if not part:
                 return said, "finished"
-            if len(said) > _REPORT_BYTES:
+            if len(said) > most:
                 return said, "flooded"
             if not begun and any("begun" in report for report in _reports(said, token)):
                 begun, deadline = True, time.monotonic() + seconds
@@ -200,8 +202,9 @@ def _read_report(said: bytes, ended: str, token: str, count: int) -> Outcome:
         raise SandboxError(f"it did not start in {_STARTING_SECONDS:g} seconds")
     passed = reports[-1].get("passed") if reports else None
     if isinstance(passed, bool) or not isinstance(passed, int) or not 0 <= passed <= count:
-        return Outcome(None, "died" if ended == "finished" else ended)
-    return Outcome(passed, "finished")
+        passed = None
+    is_done = passed is not None and reports[-1].get("done") is True
+    return Outcome(passed, "finished" if is_done else "died" if ended == "finished" else ended)
 
 
 @functools.cache
