@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from sft.rewards import sandbox_child
+from sft.rewards import sandbox, sandbox_child
 from sft.rewards.sandbox import Limits, SandboxError, check_sandbox, run_tests
 
 QUICK = {"seconds": 1.0}
@@ -172,6 +172,72 @@ def test_nothing_is_left_in_the_folder_of_temporary_files(namespaces, tmp_path, 
     code = "open('a', 'w').write('b')\nimport tempfile; tempfile.mkdtemp()"
     assert run_tests(code, ["import os; assert len(os.listdir()) == 2"], Limits(namespaces=namespaces)).passed == 1
     assert list(tmp_path.iterdir()) == []
+
+
+NEST = "import os\nos.symlink('/', 'l')\nfor _ in range(1100):\n    os.mkdir('deep'); os.chdir('deep')"
+SHUT = "import os\nos.makedirs('a/b'); open('a/b/c', 'w').close(); os.chmod('a/b', 0); os.chmod('a', 0)"
+
+
+@pytest.mark.parametrize("namespaces", BOTH)
+@pytest.mark.parametrize("code", [NEST, SHUT], ids=["deep", "shut"])
+def test_what_is_left_in_its_folder_is_removed(code, namespaces, tmp_path, monkeypatch):
+    """Deeper than the library's own removal goes, which recurses, and than a path may be long."""
+    let_others_in(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    try:
+        assert run_tests(code, ["pass"], Limits(namespaces=namespaces)).passed == 1
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        subprocess.run(["rm", "-rf", *tmp_path.iterdir()], check=True)  # pytest would fail on it
+
+
+def test_what_keeps_writing_in_its_folder_ends_no_run(tmp_path, monkeypatch):
+    """A process of another session, which only namespaces end."""
+    let_others_in(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("sft.rewards.sandbox._REMOVING_SECONDS", 0.2)
+    code = (
+        "import os, time\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        "    end = time.time() + 1.5\n"
+        "    while time.time() < end:\n"
+        "        for n in range(50):\n"
+        "            try: open(str(n), 'w').close(); os.makedirs(f'd{n}/e')\n"
+        "            except OSError: pass\n"
+        "    os._exit(0)"
+    )
+    assert run_tests(code, ["pass"], Limits(namespaces=False)).passed == 1
+
+
+def test_a_link_in_its_folder_is_not_followed(tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    for place in (outside, folder / "a"):
+        place.mkdir(parents=True)
+    (outside / "kept").write_text("x")
+    for name in ("l", "a/l"):
+        (folder / name).symlink_to(outside, target_is_directory=True)
+    sandbox._remove(str(folder))
+    assert not folder.exists()
+    assert (outside / "kept").exists()
+
+
+def test_a_folder_that_is_moved_away_leads_nowhere(tmp_path, monkeypatch):
+    """As code that goes on could do it while its folder is removed: `..` is then a place of others."""
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    outside.mkdir()
+    (folder / "a" / "b").mkdir(parents=True)
+    unlink = sandbox._unlink_files
+
+    def unlink_and_move(opened):
+        left = unlink(opened)
+        if not left and (folder / "a" / "b").exists():
+            (folder / "a" / "b").rename(outside / "b")
+        return left
+
+    monkeypatch.setattr(sandbox, "_unlink_files", unlink_and_move)
+    sandbox._remove(str(folder))
+    assert (outside / "b").exists()
 
 
 @needs_namespaces
