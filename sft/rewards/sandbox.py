@@ -19,8 +19,9 @@ leave processes of another session behind, which count for what else the user, o
 keep a folder from being removed; and root, where nobody cannot read the library, can raise its limits.
 
 What it can do with them all the same: read these libraries, and run programs that lie there; use a fault of the kernel,
-which it shares; look in its own process for how tests are run and report what did not happen. docs/preferences-and-rewards.md has all of it. A container
-or a virtual machine without secrets is the place to run this in.
+which it shares; look in its own process for how tests are run and report what did not happen.
+docs/preferences-and-rewards.md has all of it. A container or a virtual machine without secrets is the place to run this
+in.
 """
 
 import contextlib
