@@ -144,7 +144,8 @@ def _generation_fault(value: Any) -> str | None:
             why = "would change more than which tokens are sampled" if is_known else "is no field of GenerationConfig"
             return f"{name} {why}; expected some of {', '.join(_SAMPLING)}"
         if not _is_of(given, _SAMPLING[name]):
-            return f"{name} is {given!r:.80}; expected {getattr(_SAMPLING[name], '__name__', _SAMPLING[name])}"
+            hint = _SAMPLING[name]
+            return f"{name} is {given!r:.80}; expected {hint.__name__ if isinstance(hint, type) else hint}"
         if isinstance(given, int | float) and not (_in_float(given) and given >= 0):
             return f"{name} is {given!r:.80}; expected {_Range(0)}"
     return None

@@ -490,7 +490,7 @@ def test_keys_that_would_do_nothing_are_refused(keys, message, model_dir, prompt
         ("grpo", {"multi_objective_aggregation": "x"}, "expected one of sum_then_normalize"),
         ("grpo", {"chat_template_kwargs": {"tokenize": False}}, "tokenize is an argument of TRL's own"),
         ("grpo", {"chat_template_kwargs": '{"tools": [1]}'}, "tools is an argument of TRL's own"),
-        ("grpo", {"generation_kwargs": {"suppress_tokens": "x"}}, "suppress_tokens is 'x'; expected list"),
+        ("grpo", {"generation_kwargs": {"suppress_tokens": "x"}}, r"suppress_tokens is 'x'; expected list\[int\]"),
         ("grpo", {"generation_kwargs": {"num_return_sequences": 2}}, "key of its own: write num_generations"),
         ("grpo", {"generation_kwargs": {"temperature": 0.05}}, "temperature has a key of its own: write temperature"),
         ("grpo", {"generation_kwargs": {"max_new_tokens": 300}}, "key of its own: write max_completion_length"),
