@@ -36,7 +36,7 @@ REASONS = {
     "bad_content": "a content is missing or not text",
     "empty_turn": "a user or the assistant says nothing",
     "control_token": "a content spells out a control token, which would become the real one",
-    "bad_weight": "a weight is no number of float32, is not the assistant's, is not what train says, or is not heeded here",
+    "bad_weight": "a weight is no number of float32, not the assistant's, not what train says, or of no effect here",
     "bad_reasoning": "reasoning is not text, or not the assistant's, or two fields of it differ",
     "bad_tools": "the tools are not a list of JSON Schemas of functions, each with its own name",
     "bad_tool_call": "a tool call is not a function's name with an object of arguments, or not the assistant's",
