@@ -36,7 +36,7 @@ REASONS = {
     "bad_content": "a content is missing or not text",
     "empty_turn": "a user or the assistant says nothing",
     "control_token": "a content spells out a control token, which would become the real one",
-    "bad_weight": "a weight is not 0 nor a number that float32 has, or not the assistant's, or train says otherwise",
+    "bad_weight": "a weight is no number of float32, not the assistant's, not what train says, or of no effect here",
     "bad_reasoning": "reasoning is not text, or not the assistant's, or two fields of it differ",
     "bad_tools": "the tools are not a list of JSON Schemas of functions, each with its own name",
     "bad_tool_call": "a tool call is not a function's name with an object of arguments, or not the assistant's",
@@ -137,7 +137,7 @@ def check_rows(
         if problems:
             yield row, Reject(row.source, row.id, tuple(problems))
         else:
-            weights = tuple(float(_weight(turn)) for turn in turns if turn.role == "assistant")
+            weights = tuple(float(weight_of(turn)) for turn in turns if turn.role == "assistant")
             yield row, Conversation([message_of(turn) for turn in turns], row.source, weights, tools)
 
 
@@ -194,7 +194,7 @@ def _turn_problems(
     answers = [turn for turn in turns if turn.role == "assistant"]
     if not answers:
         problems.append(Problem("no_assistant", f"none of its {len(turns)} messages is an assistant's"))
-    elif not problems and not any(_weight(turn) for turn in answers):
+    elif not problems and not any(weight_of(turn) for turn in answers):
         problems.append(Problem("nothing_trained", f"the weights of its {len(answers)} assistant messages are all 0"))
     return problems
 
@@ -296,7 +296,8 @@ def _shown(weight: object) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _weight(turn: Turn) -> float:
+def weight_of(turn: Turn) -> float:
+    """What a turn of the assistant counts in the loss, whichever of its fields says so."""
     if turn.weight is not None:
         return turn.weight
     return 0.0 if turn.train is False else 1.0
@@ -329,4 +330,4 @@ class _Ids:
         return True
 
 
-__all__ = ["REASONS", "ROLES", "Conversation", "Reject", "check_rows", "check_turns", "message_of"]
+__all__ = ["REASONS", "ROLES", "Conversation", "Reject", "check_rows", "check_turns", "message_of", "weight_of"]

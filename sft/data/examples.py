@@ -33,7 +33,7 @@ MORE_REASONS = {
     "bad_label": "the label is neither true nor false",
     "mixed_layouts": "the row is of another kind than those before",
     "bad_prompt": "the prompt is no text and no conversation that waits for an answer",
-    "bad_column": "a column cannot be what a reward function needs",
+    "bad_column": "a column cannot be what a reward function needs, or would be left out of the prompt",
     "no_reward": "no reward function has what it needs to judge an answer",
     "no_room": "the prompt leaves no room for a completion",
 }

@@ -26,11 +26,11 @@ which are never learned, may stand in prompts alone.
 import json
 import re
 from array import array
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from conversion.checkpoint.errors import one_line
-from sft.data.checks import Conversation, check_turns, message_of
+from sft.data.checks import Conversation, check_turns, message_of, weight_of
 from sft.data.examples import Example
 from sft.data.formats import Problem, Row, Turn, turns_of
 from sft.data.labels import Tokenized, say_left_out
@@ -139,12 +139,23 @@ def arrow_message(turn: Turn) -> dict[str, Any]:
     return message
 
 
+def weighted(turns: Iterable[Turn], why: str) -> list[Problem]:
+    """The first weight, also in the words of `train`, that something is to be learned otherwise than as all the rest.
+
+    Args:
+        turns: of a row.
+        why: what makes that impossible.
+    """
+    for turn in turns:
+        if turn.weight is not None and turn.weight != 1:
+            return [Problem("bad_weight", f"{turn.where} has weight {turn.weight!r:.40}, but {why}; remove it")]
+        if turn.role == "assistant" and weight_of(turn) != 1:
+            return [Problem("bad_weight", f"{turn.where} has train false, but {why}; remove it")]
+    return []
+
+
 def _weighted(turns: Mapping[str, Turns]) -> list[Problem]:
-    weighted = [turn for found in turns.values() for turn in found if turn.weight is not None and turn.weight != 1]
-    return [
-        Problem("bad_weight", f"{turn.where} has weight {turn.weight!r}, but answers are judged whole; remove it")
-        for turn in weighted[:1]
-    ]
+    return weighted((turn for found in turns.values() for turn in found), "answers are judged whole")
 
 
 # --- where the prompt ends --------------------------------------------------------------------------------------------
@@ -229,7 +240,7 @@ def _split_at(turns: Mapping[str, Turns], length: int) -> tuple[dict[str, Turns]
 
 def _said(turn: Turn) -> Turn:
     """A turn without where it stands and how it is weighed."""
-    return turn._replace(where="", weight=None)
+    return turn._replace(where="", weight=None, train=None)
 
 
 def _asks(turns: Turns, question: str) -> bool:
@@ -350,7 +361,7 @@ class LabelledJudge:
 
     def read(self, row: Row, controls: Collection[str]) -> tuple[dict[str, Any], list[Problem]]:
         """See [`read_labelled`] and [`read_pair`]."""
-        paired = is_pair(row.value) and "label" not in row.value
+        paired = is_pair(row.value) and row.value.get("label") is None
         columns, problems = read_pair(row, controls) if paired else read_labelled(row, controls)
         if problems:
             return {}, problems
@@ -396,4 +407,5 @@ __all__ = [
     "read_labelled",
     "read_pair",
     "tokenize_answers",
+    "weighted",
 ]

@@ -18,8 +18,9 @@ from conversion.checkpoint.errors import one_line
 from sft.data.checks import Conversation, check_turns
 from sft.data.examples import Example
 from sft.data.formats import Problem, Row, Turn, turns_of
-from sft.data.labels import Tokenized
-from sft.data.preferences import arrow_message
+from sft.data.labels import Tokenized, say_left_out
+from sft.data.preferences import arrow_message, weighted
+from sft.tokenizer import find_left_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
 SOURCE, COLUMNS = "source", "columns"
 # What TRL hands to every reward function, so that no column may be called so.
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
-# What is no text, and would be left out.
-_NOT_TEXT = ("image", "images")
+# What would be left out of the prompt, and why.
+_NOT_READ = {
+    **dict.fromkeys(("image", "images"), "but prompts are text here; remove or rename it"),
+    "tools": "but TRL renders no tools of a row in the prompts that it samples from; remove it",
+}
 
 
 class Rewarder(Protocol):
@@ -83,19 +87,19 @@ class PromptJudge:
         )
         if problems:
             return {}, problems
-        problems = _waits_for_answer(turns, controls)
+        problems = _waits_for_answer(turns, controls) + weighted(turns, "nothing of a prompt is learned")
         others = {name: value for name, value in row.value.items() if name != "prompt" and value is not None}
         problems += self._column_problems(others)
         if problems:
             return {}, problems
         messages = [arrow_message(turn) for turn in turns]
-        return {"prompt": messages, SOURCE: row.source, COLUMNS: json.dumps(others, sort_keys=True)}, []
+        return {"prompt": messages, SOURCE: row.source, COLUMNS: json.dumps(others)}, []
 
     def _column_problems(self, others: Mapping[str, Any]) -> list[Problem]:
-        for name in [*GIVEN, *_NOT_TEXT]:
-            if name in others:
-                detail = "which TRL itself gives" if name in GIVEN else "but prompts are text here"
-                return [Problem("bad_column", f"it has a column {name}, {detail}; remove or rename it")]
+        why = {**dict.fromkeys(GIVEN, "which TRL itself gives; remove or rename it"), **_NOT_READ}
+        for name, detail in why.items():
+            if name in others and not (name == "tools" and not others[name]):
+                return [Problem("bad_column", f"it has a column {name}, {detail}")]
         try:
             json.dumps(others)
         except (TypeError, ValueError) as error:
@@ -111,6 +115,8 @@ class PromptJudge:
     ) -> dict[str, Tokenized] | Problem:
         """The prompt as the model reads it, up to where it begins to write; of weight 0: nothing of it is learned."""
         messages = example.columns["prompt"]
+        if name := find_left_out(tokenizer, messages, ()):
+            return say_left_out(name)
         try:
             encoding: Any = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=True, **self._template_kwargs

@@ -4,6 +4,8 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The reward functions that come with the package: an exact answer, a pattern, tests that code has to pass."""
 
+import ast
+import itertools
 import math
 import os
 import re
@@ -19,7 +21,7 @@ import regex
 from sft.rewards.reward import Reward, RewardError, what_failed
 from sft.rewards.sandbox import LONGEST_SECONDS, Limits, SandboxError, check_sandbox, run_tests
 
-_NUMBER = re.compile(r"[-+]?(\d+|\d{1,3}(,\d{3})+)?(\.\d+)?(e[-+]?\d{1,3})?")
+_NUMBER = re.compile(r"[-+]?(\d+|(?!0)\d{1,3}(,\d{3})+)?(\.\d+)?(e[-+]?\d{1,3})?")
 # Digits of a number: all of any float's, written out, and a few more.
 _LONGEST_NUMBER = 1100
 # What may stand around an answer; a full stop before a digit is of the number.
@@ -32,9 +34,10 @@ class ExactMatch(Reward):
     """1 if the final answer of a completion is that of a column, else 0.
 
     The final answer of a text, completion or column alike: what the last `\\boxed{...}` holds; else what follows the
-    last `####`; else, with `pattern`, what its first group, or all of it, matched last; else the whole text. Two
-    answers are the same if they are equal as texts, in Unicode's normal form KC, without case, with single spaces, and
-    without `$` around and `%` and a full stop after them, a minus sign as a hyphen; or as decimal numbers, with an
+    last `####`; else, with `pattern`, what its first group, or all of it, matched last; else the whole text. But a
+    completion in which `pattern` matches nothing has no answer. Two answers are the same if they are equal as texts, in
+    Unicode's normal form KC, without case, with single spaces, and without `$` around and `%` and a full stop after
+    them, a minus sign as a hyphen, superscripts after `^` and subscripts after `_`; or as decimal numbers, with an
     exponent (`1e-05`) or not, commas between thousands left out. A number in the column that is no whole one is a float
     with 53 bits, and is that of every text that is rounded to it.
 
@@ -59,7 +62,7 @@ class ExactMatch(Reward):
             return f"{self._column} is of type {type(value).__name__}; expected a text or a number"
         if isinstance(value, float) and not math.isfinite(value):
             return f"{self._column} is {value}; expected a text or a finite number"
-        return None if normalized(self._answer(str(value)) or "") else f"{self._column} holds no answer"
+        return None if normalized(self._expected(value) or "") else f"{self._column} holds no answer"
 
     def rewards(self, texts: Sequence[str], columns: Sequence[Mapping[str, Any]], **given: Any) -> Sequence[Any]:
         """1 or 0, or None for a row without the column."""
@@ -69,13 +72,17 @@ class ExactMatch(Reward):
         ]
 
     def _is_right(self, answer: str | None, value: Any) -> bool:
-        if same_answer(answer, self._answer(str(value))):
+        if same_answer(answer, self._expected(value)):
             return True
         # A file may write more digits of a number than a float keeps.
         number = _number(normalized(answer or "")) if isinstance(value, float) else None
         return number is not None and _as_float(number) == value
 
-    def _answer(self, text: str) -> str | None:
+    def _expected(self, value: Any) -> str | None:
+        """The answer of a column, which may be bare of what `pattern` finds in a completion."""
+        return self._answer(str(value), otherwise=str(value))
+
+    def _answer(self, text: str, otherwise: str | None = None) -> str | None:
         boxed = text.rpartition(r"\boxed{")
         if boxed[1]:
             return _within_braces(boxed[2])
@@ -87,7 +94,7 @@ class ExactMatch(Reward):
             found = list(self._pattern.finditer(text, timeout=_SECONDS))
         except _UNKNOWN:
             return None
-        return found[-1][1 if self._pattern.groups else 0] if found else None
+        return found[-1][1 if self._pattern.groups else 0] if found else otherwise
 
 
 def _within_braces(text: str) -> str | None:
@@ -101,8 +108,14 @@ def _within_braces(text: str) -> str | None:
 
 def normalized(answer: str) -> str:
     """An answer without what does not make another of it; see [`ExactMatch`]."""
-    plain = unicodedata.normalize("NFKC", answer).replace("\u2212", "-")
+    # Before the form KC, which makes 105 of 10 to the power of 5.
+    raised = "".join(mark + "".join(run) for mark, run in itertools.groupby(answer, _raised_by))
+    plain = unicodedata.normalize("NFKC", raised).replace("\u2212", "-")
     return " ".join(plain.casefold().split()).lstrip(_BEFORE).rstrip(_AFTER)
+
+
+def _raised_by(char: str) -> str:
+    return {"<super>": "^", "<sub>": "_"}.get(unicodedata.decomposition(char).partition(" ")[0], "")
 
 
 def same_answer(answer: str | None, expected: str | None) -> bool:
@@ -221,7 +234,8 @@ class PythonTests(Reward):
     [`sft.rewards.sandbox`] for what is stopped and what is not.
 
     Args:
-        column: holds the tests, Python source: a text, or a list of texts, each a test, such as `assert f(2) == 4`.
+        column: holds the tests, Python source: a text, or a list of texts, each a test, such as `assert f(2) == 4`. One
+            that does nothing is refused, and so are those that define functions alone.
         partial: give the share of the tests that are passed.
         workers: how many sandboxes run at once; as many as there are processors, at most 8, unless given.
         **limits: see [`sft.rewards.sandbox.Limits`].
@@ -277,15 +291,23 @@ class PythonTests(Reward):
         return bool(columns.get(self._column))
 
     def fault(self, columns: Mapping[str, Any]) -> str | None:
-        """A column that holds no Python."""
+        """A column that holds no Python, or a test that no code can fail."""
         tests = self._tests(columns)
         if not all(isinstance(test, str) for test in tests):
             return f"{self._column} is neither a text nor a list of texts"
+        done: list[ast.stmt] = []
         for test in tests:
             try:
                 compile(test, self._column, "exec")
+                statements = [each for each in ast.parse(test).body if not _is_constant(each)]
             except Exception as error:
                 return f"{self._column} is no Python: {what_failed(error)}"
+            if not statements:
+                return f"{self._column} holds {test!r:.60}, which does nothing, so that any code passes it"
+            done += statements
+        names = [_defined(each) for each in done]
+        if all(names):
+            return f"{self._column} defines {names[0]}, which nothing calls, so that any code passes it"
         return None
 
     def rewards(self, texts: Sequence[str], columns: Sequence[Mapping[str, Any]], **given: Any) -> Sequence[Any]:
@@ -303,6 +325,19 @@ class PythonTests(Reward):
     def _tests(self, columns: Mapping[str, Any]) -> list[Any]:
         tests = columns[self._column]
         return list(tests) if isinstance(tests, list) else [tests]
+
+
+def _is_constant(statement: ast.stmt) -> bool:
+    """Whether it does nothing whatever stands before it: a literal, such as the JSON text of tests, or `pass`."""
+    kinds = ast.Pass | ast.Expr | ast.Constant | ast.List | ast.Tuple | ast.Set | ast.Dict | ast.Load
+    return all(isinstance(node, kinds) for node in ast.walk(statement))
+
+
+def _defined(statement: ast.stmt) -> str | None:
+    """The name of a function, of a statement that defines one and calls nothing."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef) and not statement.decorator_list:
+        return statement.name
+    return None
 
 
 def _is_there(limits: Limits) -> bool:

@@ -13,13 +13,18 @@ import asyncio
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from conversion.checkpoint.errors import one_line, printable
 from sft import SFTError
 from sft.data.prompts import COLUMNS, GIVEN, SOURCE
+
+LARGEST = 1e15
+"""What a reward, or a weight, or the one times the other may be at most: TRL sums their squares in float32."""
+# What is no list of one for each, though it can be gone through.
+_NO_LISTS = (str, bytes, bytearray, memoryview, Mapping, Set)
 
 
 class RewardError(SFTError):
@@ -36,7 +41,7 @@ class Reward:
     """A reward function, as TRL calls it.
 
     `__name__` is its name in TRL's metrics, which no other reward function of a run has: see
-    [`sft.rewards.spec.load_rewards`].
+    [`sft.rewards.spec.load_rewards`]. `weight` is what TRL multiplies its rewards by.
 
     Args:
         name: in the recipe and in errors.
@@ -46,6 +51,7 @@ class Reward:
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
         self.name = self.__name__ = name
         self.settings = dict(settings)
+        self.weight = 1.0
 
     def applies(self, columns: Mapping[str, Any]) -> bool:
         """Whether a row has what this needs; if not, its reward is None."""
@@ -74,12 +80,18 @@ class Reward:
         """The rewards of some completions, one each.
 
         Raises:
-            RewardError: it failed, or returned something else than a finite number or None for each.
+            RewardError: it failed, or returned something else than a number up to [`LARGEST`] or None for each.
         """
         sources, columns = given.pop(SOURCE), [json.loads(text) for text in given.pop(COLUMNS)]
         texts = [text_of(completion) for completion in given["completions"]]
         try:
-            found = list(self.rewards(texts, columns, **given))
+            said = self.rewards(texts, columns, **given)
+            if isinstance(said, _NO_LISTS):
+                raise RewardError(
+                    f"reward function {self.name} returned a {type(said).__name__}; return a list of one reward for "
+                    "each completion."
+                )
+            found = list(said)
         except RewardError:
             raise
         except KeyboardInterrupt:  # the user's, who wants the run to end
@@ -108,6 +120,11 @@ class Reward:
             raise RewardError(
                 f"reward function {self.name} returned {_shown(value)} for a completion of {source}; return a finite "
                 "number, or None where it does not apply."
+            )
+        if abs(number) > LARGEST or abs(number * self.weight) > LARGEST:
+            raise RewardError(
+                f"reward function {self.name} returned {_shown(value)} for a completion of {source}, which with its "
+                f"weight {self.weight} is more than the {LARGEST:g} that can be compared in float32; return less."
             )
         return number
 
@@ -200,4 +217,4 @@ class FileReward(Reward):
         return asyncio.run(found) if inspect.iscoroutine(found) else found
 
 
-__all__ = ["FileReward", "Reward", "RewardError", "text_of", "what_failed"]
+__all__ = ["LARGEST", "FileReward", "Reward", "RewardError", "text_of", "what_failed"]

@@ -15,11 +15,13 @@ network, no view of other processes, none of its own that outlives it, and so ma
 by which it could reach what it does not see, or hold memory that no limit counts. It is nobody if this is root.
 
 Without them it can do what the user can: reach the network, write files, see other processes and their environments,
-leave processes of another session behind; and root, where nobody cannot read the library, can raise its limits.
+leave processes of another session behind, which count for what else the user, or nobody, runs, and may fill the disk or
+keep a folder from being removed; and root, where nobody cannot read the library, can raise its limits.
 
-What it can do with them all the same: read these libraries; use a fault of the kernel, which it shares; look in its own
-process for how tests are run and report what did not happen. docs/preferences-and-rewards.md has all of it. A container
-or a virtual machine without secrets is the place to run this in.
+What it can do with them all the same: read these libraries, and run programs that lie there; use a fault of the kernel,
+which it shares; look in its own process for how tests are run and report what did not happen.
+docs/preferences-and-rewards.md has all of it. A container or a virtual machine without secrets is the place to run this
+in.
 """
 
 import contextlib
@@ -33,15 +35,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _REPORT_BYTES = 1 << 16
-# To start an interpreter and make namespaces, and to end all of it; not of the code's own time.
-_STARTING_SECONDS, _ENDING_SECONDS = 30.0, 2.0
+# To start an interpreter and make namespaces, to end all of it, to remove what it wrote; not of the code's own time.
+_STARTING_SECONDS, _ENDING_SECONDS, _REMOVING_SECONDS = 30.0, 2.0, 30.0
 LONGEST_SECONDS = 86400
+_A_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 # What can be set: days are no limit on a function, and the kernel takes no number of more than 63 bits of bytes.
 _MOST = {
     "seconds": LONGEST_SECONDS,
@@ -88,9 +92,9 @@ class Outcome:
     """What became of code and its tests.
 
     Args:
-        passed: tests that passed; None if the code did not come to an end that it could report.
+        passed: tests that passed, until the end of all or of its time; None if the code did not come to its own end.
         ended: `finished`; `died`, of an error or for passing a limit; `flooded`, if it wrote to where the report goes;
-            or `timeout`, if even what watches it had to be ended.
+            or `timeout`.
     """
 
     passed: int | None
@@ -113,7 +117,7 @@ def run_tests(code: str, tests: list[str], limits: Limits) -> Outcome:
         SandboxError: the sandbox itself could not be made.
     """
     token = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
+    with _temporary_folder() as folder:
         job = {"code": code, "tests": tests, "token": token, "folder": folder, "limits": asdict(limits)}
         # Nothing of this environment, no site-packages, the same order of sets each time.
         process = subprocess.Popen(
@@ -126,14 +130,84 @@ def run_tests(code: str, tests: list[str], limits: Limits) -> Outcome:
             start_new_session=True,
         )
         try:
-            said, ended = _listen(process, json.dumps(job).encode() + b"\n", limits.seconds, token)
+            # A report after each test.
+            most = _REPORT_BYTES + 100 * len(tests)
+            said, ended = _listen(process, json.dumps(job).encode() + b"\n", limits.seconds, token, most)
         finally:
             _kill(process)
     return _read_report(said, ended, token, len(tests))
 
 
-def _listen(process: "subprocess.Popen[bytes]", job: bytes, seconds: float, token: str) -> tuple[bytes, str]:
-    """Hand the job over, and read what comes back until it ends, takes too long or says too much.
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[str]:
+    """A folder that is gone afterwards, whatever code has left in it."""
+    folder = tempfile.mkdtemp(prefix="sandbox-")
+    try:
+        yield folder
+    finally:
+        _remove(folder)
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder with all that is in it, however deep; what cannot be removed, or comes back, stays.
+
+    One folder is open at a time, and what is in it is named from there, so that nothing recurses and no path is too
+    long or leads through a link. Code that goes on, without namespaces, may move what is open: the way up is the way
+    down, or the removal ends.
+    """
+    end = time.monotonic() + _REMOVING_SECONDS
+    above: list[tuple[str, tuple[int, int], list[str]]] = []  # name of the next, which this one is, what else is in it
+    here = -1
+    try:
+        here = os.open(folder, _A_FOLDER)
+        left = _unlink_files(here)
+        while time.monotonic() < end:
+            if left:
+                name = left.pop()
+                if os.geteuid() != 0:  # of the user's own: nothing that the code could not have done itself
+                    os.chmod(name, 0o700, dir_fd=here)
+                inside = os.open(name, _A_FOLDER, dir_fd=here)
+                above.append((name, _identity(here), left))
+                here, left = _closing(here, inside), _unlink_files(inside)
+            elif above:
+                name, identity, left = above.pop()
+                here = _closing(here, os.open("..", _A_FOLDER, dir_fd=here))
+                if _identity(here) != identity:
+                    return
+                os.rmdir(name, dir_fd=here)
+            else:
+                os.rmdir(folder)
+                return
+    except OSError:
+        return
+    finally:
+        if here != -1:
+            os.close(here)
+
+
+def _unlink_files(folder: int) -> list[str]:
+    """Remove what is in an open folder but folders; the names of those."""
+    left = []
+    for name in os.listdir(folder):
+        try:
+            os.unlink(name, dir_fd=folder)
+        except OSError:
+            left.append(name)
+    return left
+
+
+def _identity(folder: int) -> tuple[int, int]:
+    found = os.fstat(folder)
+    return found.st_dev, found.st_ino
+
+
+def _closing(old: int, new: int) -> int:
+    os.close(old)
+    return new
+
+
+def _listen(process: "subprocess.Popen[bytes]", job: bytes, seconds: float, token: str, most: int) -> tuple[bytes, str]:
+    """Hand the job over, and read what comes back until it ends, takes too long or says more than `most` bytes.
 
     The clock is here, where code in the sandbox cannot reach it; it starts when the code does.
     """
@@ -145,20 +219,24 @@ def _listen(process: "subprocess.Popen[bytes]", job: bytes, seconds: float, toke
     said, deadline, begun = b"", time.monotonic() + _STARTING_SECONDS, False
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
-        while (left := deadline - time.monotonic()) > 0:
-            if not selector.select(min(left, 0.1)):
-                if process.poll() is not None:  # something else may hold the pipe open
+        while True:
+            # Asked before the look: what was said until the end, or until the time was up, is then seen by the look,
+            # however late this process comes to it.
+            left, has_ended = deadline - time.monotonic(), process.poll() is not None
+            if not selector.select(0 if has_ended else max(0.0, min(left, 0.1))):
+                if has_ended:  # something else may hold the pipe open
                     return said, "died"
+                if left <= 0:
+                    return said, "timeout" if begun else "unstarted"
                 continue
             part = os.read(process.stdout.fileno(), _REPORT_BYTES)
             said += part
             if not part:
                 return said, "finished"
-            if len(said) > _REPORT_BYTES:
+            if len(said) > most:
                 return said, "flooded"
             if not begun and any("begun" in report for report in _reports(said, token)):
                 begun, deadline = True, time.monotonic() + seconds
-    return said, "timeout" if begun else "unstarted"
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
@@ -189,15 +267,16 @@ def _reports(said: bytes, token: str) -> list[dict[str, Any]]:
 
 def _read_report(said: bytes, ended: str, token: str, count: int) -> Outcome:
     reports = _reports(said, token) if ended != "flooded" else []
-    # Only before the code has begun: it may find the token, and no code of a model's ends a run.
+    # Only before the code has begun: it may find the token, and what it says ends no run.
     if reports and "failed" in reports[0]:
         raise SandboxError(str(reports[0]["failed"]))
     if ended == "unstarted":
         raise SandboxError(f"it did not start in {_STARTING_SECONDS:g} seconds")
-    passed = reports[-1].get("passed") if reports and ended in ("finished", "died") else None
+    passed = reports[-1].get("passed") if reports else None
     if isinstance(passed, bool) or not isinstance(passed, int) or not 0 <= passed <= count:
-        return Outcome(None, "died" if ended == "finished" else ended)
-    return Outcome(passed, "finished")
+        passed = None
+    is_done = passed is not None and reports[-1].get("done") is True
+    return Outcome(passed, "finished" if is_done else "died" if ended == "finished" else ended)
 
 
 @functools.cache

@@ -18,18 +18,23 @@ import select
 import signal
 import struct
 import sys
+import types
+from collections.abc import Iterator
 from typing import Any
 
-_NEW_MOUNTS, _NEW_IPC, _NEW_USERS, _NEW_PROCESSES, _NEW_NETWORK = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
-# All of them, those of host names and of groups of processes included.
-_NEW_ANY = _NEW_MOUNTS | _NEW_IPC | _NEW_USERS | _NEW_PROCESSES | _NEW_NETWORK | 0x02000000 | 0x04000000
+_NEW_MOUNTS, _NEW_NAMES, _NEW_IPC, _NEW_USERS, _NEW_PROCESSES = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000
+_NEW_NETWORK = 0x40000000
+# All of them, that of groups of processes included.
+_NEW_ANY = _NEW_MOUNTS | _NEW_NAMES | _NEW_IPC | _NEW_USERS | _NEW_PROCESSES | _NEW_NETWORK | 0x02000000
 _PRIVATE, _BIND, _RECURSIVE, _READ_ONLY, _NO_SET_ID, _NO_DEVICES = 0x40000, 0x1000, 0x4000, 1, 2, 4
 _SYS_MOUNT_SETATTR, _AT_RECURSIVE, _DETACH = 442, 0x8000, 2
 _NOBODY = 65534
 _DIE_WITH_PARENT, _NO_NEW_PRIVILEGES, _DROP_CAPABILITY, _SET_SECCOMP, _SECCOMP_FILTER = 1, 38, 24, 22, 2
+_NO_HUGE_PAGES, _NOTIFY, _UNIX, _NOT_STREAM = 41, 1026, 1, 0xE
 
 # Where the code works, in its own tree of files, and how many files it may make there.
 _WORK, _FILES = "/sandbox", 4096
+_HOST = b"sandbox"
 # What the standard library is made of, beside itself: shared libraries, and the rules of time zones.
 _LIBRARIES = (
     *("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/lib64", "/nix/store"),
@@ -66,7 +71,9 @@ def main() -> None:
         _say(report, {"token": job["token"], "failed": f"{type(error).__name__}: {error}"})
         os._exit(0)
     _say(report, {"token": job["token"], "begun": True})
-    _say(report, {"token": job["token"], "passed": _run(job["code"], job["tests"])})
+    for passed in _run(job["code"], job["tests"]):
+        _say(report, {"token": job["token"], "passed": passed})
+    _say(report, {"token": job["token"], "passed": passed, "done": True})
     os._exit(0)  # whatever the code left to be done at the end is not done
 
 
@@ -74,19 +81,25 @@ def _say(report: int, what: dict[str, Any]) -> None:
     os.write(report, json.dumps(what).encode() + b"\n")
 
 
-def _run(code: str, tests: list[str]) -> int | None:
-    """How many tests raise nothing; None if the code itself raises."""
-    module = {"__name__": "__main__", "__builtins__": __builtins__}
+def _run(code: str, tests: list[str]) -> Iterator[int | None]:
+    """How many tests have raised nothing: 0 after the code, and again after each test; None if the code itself raises.
+
+    Both run in the module `__main__`, where classes are looked for by name (pickle, type hints, unittest, doctest).
+    """
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"], sys.argv = module, [""]
     passed = 0
     try:
-        exec(compile(code, "code", "exec"), module)
-        for test in tests:
-            with contextlib.suppress(BaseException):
-                exec(compile(test, "test", "exec"), module)
-                passed += 1
+        exec(compile(code, "code", "exec", dont_inherit=True), vars(module))
     except BaseException:
-        return None
-    return passed
+        yield None
+        return
+    yield passed
+    for test in tests:
+        with contextlib.suppress(BaseException):
+            exec(compile(test, "test", "exec", dont_inherit=True), vars(module))
+            passed += 1
+        yield passed
 
 
 def _leave_root(folder: str) -> None:
@@ -150,7 +163,7 @@ def _cut_off(folder: str, limits: dict[str, Any], control: int) -> None:
         os._exit(0)
     os.close(mapped[1])
     _call("prctl", _DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
-    _call("unshare", _NEW_USERS | _NEW_MOUNTS | _NEW_NETWORK | _NEW_PROCESSES | _NEW_IPC)
+    _call("unshare", _NEW_USERS | _NEW_MOUNTS | _NEW_NETWORK | _NEW_PROCESSES | _NEW_IPC | _NEW_NAMES)
     os.write(made[1], b"1")
     if not os.read(mapped[0], 1):
         os._exit(0)  # the first process has said why
@@ -160,6 +173,8 @@ def _cut_off(folder: str, limits: dict[str, Any], control: int) -> None:
     for end in (*made, mapped[0]):
         os.close(end)
     _make_files(folder, limits["file_mb"], machine["pivot_root"])
+    for name in ("sethostname", "setdomainname"):
+        _call(name, _HOST, len(_HOST))
     if root:
         os.setresgid(_NOBODY, _NOBODY, _NOBODY)
         os.setresuid(_NOBODY, _NOBODY, _NOBODY)
@@ -262,7 +277,8 @@ _X86 = {
     "add_key": 248, "request_key": 249, "keyctl": 250, "memfd_create": 319, "shmget": 29, "shmat": 30, "shmctl": 31,
     "semget": 64, "msgget": 68, "mq_open": 240, "bpf": 321, "perf_event_open": 298, "userfaultfd": 323, "syslog": 103,
     "io_setup": 206, "name_to_handle_at": 303, "open_by_handle_at": 304, "fanotify_init": 300, "modify_ldt": 154,
-    "uselib": 134, "personality": 135, "init_module": 175, "finit_module": 313, "kexec_load": 246,
+    "uselib": 134, "personality": 135, "init_module": 175, "finit_module": 313, "kexec_load": 246, "vmsplice": 278,
+    "inotify_init": 253, "inotify_init1": 294, "flock": 73, "socketpair": 53, "fcntl": 72, "prctl": 157,
 }  # fmt: skip
 _ARM = {
     "kind": 0xC00000B7, "pivot_root": 41, "clone": 220, "unshare": 97, "setns": 268, "mount": 40, "umount2": 39,
@@ -270,7 +286,8 @@ _ARM = {
     "add_key": 217, "request_key": 218, "keyctl": 219, "memfd_create": 279, "shmget": 194, "shmat": 196, "shmctl": 195,
     "semget": 190, "msgget": 186, "mq_open": 180, "bpf": 280, "perf_event_open": 241, "userfaultfd": 282, "syslog": 116,
     "io_setup": 0, "name_to_handle_at": 264, "open_by_handle_at": 265, "fanotify_init": 262, "personality": 92,
-    "init_module": 105, "finit_module": 273, "kexec_load": 104,
+    "init_module": 105, "finit_module": 273, "kexec_load": 104, "vmsplice": 75, "inotify_init1": 26, "flock": 32,
+    "socketpair": 199, "fcntl": 25, "prctl": 167,
 }  # fmt: skip
 _MACHINES = {"x86_64": _X86, "aarch64": _ARM}
 # From here on calls have one number everywhere. Those that may be made: close_range, without which glibc needs /proc,
@@ -281,6 +298,8 @@ _NEW_CALLS, _NEW_ALLOWED = 424, (436, 437, 439, 441)
 
 def _filter_calls() -> None:
     """Refuse system calls by which code could reach what is not its own, or hold memory that no limit counts."""
+    # A byte that a pipe holds would keep 2 MB of a huge page, which is of no process once it is unmapped.
+    _call("prctl", _NO_HUGE_PAGES, 1, 0, 0, 0)
     code = _program(_MACHINES[os.uname().machine])
     program = _Program(len(code) // 8, code)
     _call("prctl", _SET_SECCOMP, _SECCOMP_FILTER, ctypes.byref(program), 0, 0)
@@ -293,27 +312,43 @@ class _Program(ctypes.Structure):
 
 
 def _program(machine: dict[str, int]) -> bytes:
-    """A filter for the calls of a processor: those named, and new namespaces, fail with EPERM, most new ones as absent.
+    """A filter for the calls of a processor: those named, and those that `_REFUSED` has, fail with EPERM.
 
-    Calls of another kind of program on it (x32, 32-bit), which are numbered otherwise, are refused as well.
+    Most new ones fail as absent. Calls of another kind of program on it (x32, 32-bit), which are numbered otherwise,
+    are refused as well.
     """
-    load, equal, at_least, any_bit, end = 0x20, 0x15, 0x35, 0x45, 0x06
     number, kind, first_argument = 0, 4, 16
-    denied = [call for name, call in machine.items() if name not in ("kind", "clone")]
-    some, many = len(_NEW_ALLOWED), len(denied)
-    instructions = [(load, 0, 0, kind), (equal, 0, some + many + 6, machine["kind"]), (load, 0, 0, number)]
-    instructions += [(equal, some + many - index + 3, 0, call) for index, call in enumerate(_NEW_ALLOWED)]
-    instructions += [(at_least, many + 5, 0, _NEW_CALLS)]
-    instructions += [(equal, many - index + 3, 0, call) for index, call in enumerate(denied)]
-    instructions += [
-        (equal, 0, 2, machine["clone"]),
-        (load, 0, 0, first_argument),
-        (any_bit, 1, 0, _NEW_ANY),
-        (end, 0, 0, 0x7FFF0000),  # allowed
-        (end, 0, 0, 0x00050001),  # EPERM
-        (end, 0, 0, 0x00050026),  # ENOSYS
+    steps: list[_Step] = [(_LOAD, 0, 0, kind), (_EQUAL, 0, "refuse", machine["kind"]), (_LOAD, 0, 0, number)]
+    steps += [(_EQUAL, "allow", 0, call) for call in _NEW_ALLOWED]
+    steps += [(_AT_LEAST, "absent", 0, _NEW_CALLS)]
+    steps += [(_EQUAL, "refuse", 0, call) for name, call in machine.items() if name not in ("kind", *_REFUSED)]
+    for name, arguments in _REFUSED.items():
+        steps += [(_EQUAL, 0, 2 * len(arguments) + 1, machine[name])]
+        for argument, test, value, refused_if in arguments:
+            yes, no = ("refuse", 0) if refused_if else (0, "refuse")
+            steps += [(_LOAD, 0, 0, first_argument + 8 * argument), (test, yes, no, value)]
+        steps += [(_EQUAL, "allow", "allow", 0)]
+    ends = {"allow": 0x7FFF0000, "refuse": 0x00050001, "absent": 0x00050026}  # EPERM, ENOSYS
+    place = {name: len(steps) + index for index, name in enumerate(ends)}
+    program = [
+        (code, *(to if isinstance(to, int) else place[to] - at - 1 for to in (yes, no)), value)
+        for at, (code, yes, no, value) in enumerate(steps)
     ]
-    return b"".join(struct.pack("HBBI", *instruction) for instruction in instructions)
+    program += [(_END, 0, 0, value) for value in ends.values()]
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+
+
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _END = 0x20, 0x15, 0x35, 0x45, 0x06
+# An instruction: what, where to go on if so and if not (so many further, or by name), and the value.
+_Step = tuple[int, int | str, int | str, int]
+# Of a call, by argument: a test, its value, and whether the call is refused if it holds or if it does not.
+_REFUSED: dict[str, tuple[tuple[int, int, int, bool], ...]] = {
+    "clone": ((0, _ANY_BIT, _NEW_ANY, True),),
+    # An end of a pair of datagrams could send to any socket of the file system that it sees.
+    "socketpair": ((0, _EQUAL, _UNIX, False), (1, _ANY_BIT, _NOT_STREAM, True)),
+    "fcntl": ((1, _EQUAL, _NOTIFY, True),),
+    "prctl": ((0, _EQUAL, _NO_HUGE_PAGES, True),),
+}
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------

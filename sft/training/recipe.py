@@ -19,7 +19,6 @@ errors, and so is a key that would be ignored here.
 import dataclasses
 import difflib
 import functools
-import math
 import re
 import types
 import typing
@@ -32,18 +31,24 @@ from huggingface_hub.dataclasses import type_validator
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig, GRPOConfig, KTOConfig, ModelConfig, SFTConfig
 
+from conversion.checkpoint.errors import one_line
 from growth.training.kernels import WHY_NOT_LIGER
 from growth.training.launch import DistributedName
 from sft import SFTError
 from sft.data.sources import Source, as_places, parse_sources
-from sft.rewards.reward import RewardError
+from sft.rewards.reward import LARGEST, RewardError
 from sft.rewards.spec import parse_rewards
 from sft.shipped import find_shipped
+from sft.training.ranges import find_fault
 from sft.yaml_text import load_yaml
 
 
 class RecipeError(SFTError):
     """A recipe, or an override of one, is wrong. The message names the key."""
+
+
+# What the libraries raise where a value is none that they can work with.
+WRONG_VALUE = (ValueError, TypeError, ArithmeticError, LookupError, NotImplementedError)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,8 +194,8 @@ class Recipe:
                 ModelConfig(**{**_MODEL_DEFAULTS, **model}),
                 keys.config(**{**_training_defaults(training), **keys.fixed, **training}),
             )
-        except (ValueError, TypeError, ImportError) as error:
-            raise RecipeError(f"{origin}: {' '.join(str(error).split())}") from error
+        except (*WRONG_VALUE, ImportError) as error:
+            raise RecipeError(f"{origin}: {one_line(error)}") from error
 
 
 def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -460,6 +465,15 @@ def _check(key: str, value: Any, keys: _Keys, origin: str) -> None:
     if not is_a:
         expected = _spell(keys.hints[key])
         raise RecipeError(f"{origin}: {key} is {value!r}, of type {type(value).__name__}; expected {expected}.")
+    if fault := find_fault(next(name for name, one in _KEYS.items() if one is keys), key, value):
+        raise RecipeError(f"{origin}: {key} is {_shown(value)}; {fault}.")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.200}"
+    except ValueError:  # a number of more digits than Python prints
+        return "a number of thousands of digits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -545,7 +559,7 @@ def _check_combinations(values: Mapping[str, Any], keys: _Keys, origin: str) -> 
 
 
 def _check_rewards(values: Mapping[str, Any], origin: str) -> None:
-    """What GRPO is rewarded by: at least one function, and a finite weight for each."""
+    """What GRPO is rewarded by: at least one function, and a weight for each that float32 can work with."""
     if values.get("reward_funcs") is None:
         raise RecipeError(f"{origin} does not set reward_funcs; grpo learns from what reward functions say.")
     try:
@@ -555,20 +569,26 @@ def _check_rewards(values: Mapping[str, Any], origin: str) -> None:
     weights = values.get("reward_weights")
     if weights is not None and len(weights) != len(specs):
         raise RecipeError(f"{origin}: reward_weights has {len(weights)} numbers, reward_funcs {len(specs)} functions.")
-    if weights is not None and not all(math.isfinite(weight) for weight in weights):
-        raise RecipeError(f"{origin}: reward_weights is {weights}; expected finite numbers.")
+    if weights is not None and not all(abs(weight) <= LARGEST for weight in weights):
+        raise RecipeError(f"{origin}: reward_weights is {_shown(weights)}; expected numbers up to {LARGEST:g} in size.")
 
 
 def _is_a(value: Any, hint: Any) -> bool:
     """Whether a value is of a type; an `int` is also a `float`, as in type hints, and a `bool` is neither."""
-    candidates = [value, float(value)] if type(value) is int else [value]
-    for candidate in candidates:
+    for candidate in (value, _with_floats(value)):
         try:
             type_validator("value", candidate, hint)
             return True
         except TypeError:
             continue
     return False
+
+
+def _with_floats(value: Any) -> Any:
+    """A value in which whole numbers are floats, in lists too; one that is too large for a float is as good as any."""
+    if type(value) is int:
+        return 0.0
+    return [_with_floats(one) for one in value] if isinstance(value, list) else value
 
 
 def _spell(hint: Any) -> str:

@@ -70,7 +70,7 @@ from sft.training.comparison import comparison, comparison_text
 from sft.training.guards import FusedLossGuard, GuardError, check_same_data
 from sft.training.lineage import describe_base
 from sft.training.memory import check_memory
-from sft.training.recipe import Recipe, RecipeError, parse_overrides, read_recipe
+from sft.training.recipe import WRONG_VALUE, Recipe, RecipeError, parse_overrides, read_recipe
 from sft.training.samples import Prompt, SampleCallback, check_whole, read_prompts
 from sft.training.trackers import check_trackers
 from sft.training.trainers import TRAINERS, AnyTrainer
@@ -149,7 +149,8 @@ def train(
             trainer.remove_callback(ProgressCallback)
             trainer.remove_callback(PrinterCallback)
         with _run_errors(), watch.recorded():
-            output = trainer.train(resume_from_checkpoint=checkpoint)
+            with _first_step(trainer, step_of(checkpoint) if checkpoint else 0):
+                output = trainer.train(resume_from_checkpoint=checkpoint)
             record.save_model()
             if measure:
                 measure.after()
@@ -221,8 +222,8 @@ def build_trainer(
         trainer = kind.build(recipe, load, common, report)
     except SFTError:
         raise
-    except ValueError as error:
-        raise RecipeError(" ".join(str(error).split())) from error
+    except WRONG_VALUE as error:
+        raise RecipeError(one_line(error)) from error
     with _run_errors():
         check_spread(trainer, launched)
     if measured:
@@ -477,6 +478,22 @@ def _run_errors() -> Iterator[None]:
         yield
     except (RunError, CheckpointError) as error:
         raise GuardError(str(error)) from error
+
+
+@contextmanager
+def _first_step(trainer: AnyTrainer, begun: int) -> Iterator[None]:
+    """What a library cannot work with and says amid the first step of this run; later it would be a fault of ours."""
+    try:
+        yield
+    except (SFTError, RunError, CheckpointError):
+        raise
+    except WRONG_VALUE as error:
+        if trainer.state.global_step > begun:
+            raise
+        raise RecipeError(
+            f"the first step failed: {one_line(error)}. TRL or transformers cannot work with a value of the recipe "
+            "that they took; --debug shows where."
+        ) from error
 
 
 @contextmanager

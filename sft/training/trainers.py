@@ -165,7 +165,12 @@ def _tokenizer_digest(recipe: Recipe, trainer: AnyTrainer) -> dict[str, Any]:
 
 
 def _rewards(recipe: Recipe) -> list[Reward]:
-    return load_rewards(parse_rewards(recipe.run.reward_funcs))
+    args = recipe.training
+    assert isinstance(args, GRPOConfig)
+    rewards = load_rewards(parse_rewards(recipe.run.reward_funcs))
+    for reward, weight in zip(rewards, args.reward_weights or [1.0] * len(rewards), strict=True):
+        reward.weight = float(weight)
+    return rewards
 
 
 def _prepare_prompts(

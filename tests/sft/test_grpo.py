@@ -5,22 +5,30 @@
 """GRPO learns what it is rewarded for, by log-probabilities that are the model's own."""
 
 import copy
+import inspect
 import json
+import math
 import re
 import shutil
+import sys
 
 import pytest
 import torch
+from trl import DPOTrainer, GRPOTrainer
 from typer.testing import CliRunner
 
 import sft.training.train
 from conversion import inspect_checkpoint
 from conversion.hub.lineage import lineage_steps
+from sft.data.examples import Example
+from sft.data.formats import Problem, Row
 from sft.data.labels import DataError
+from sft.data.prompts import PromptJudge
 from sft.rewards.reward import RewardError
 from sft.training.guards import GuardError, fused_loss_gap
-from sft.training.recipe import Recipe, RecipeError
-from sft.training.train import build_trainer, main, train
+from sft.training.ranges import CHOICES, RANGES
+from sft.training.recipe import _KEYS, Recipe, RecipeError
+from sft.training.train import build_trainer, load_tokenizer, main, train
 from teleflm.commands.sft import app
 from tests.fixtures.tiny import tiny_config, tiny_model
 from tests.sft.test_distributed import TORCHRUN, run
@@ -305,6 +313,18 @@ def test_weights_of_rewards_are_those_of_the_recipe(file, grpo):
     assert logged(result) == [pytest.approx(2.0 * 0.5 + 0.25)]
 
 
+def test_a_reward_that_float32_cannot_weigh_stops_the_run(file, grpo):
+    """Its square has to be a number too: the advantages are divided by a standard deviation."""
+    file.write_text("def large(completions): return [1e14 * at for at, _ in enumerate(completions)]\n")
+    result = train(grpo(reward_funcs=f"{file}:large", max_steps=1), progress=False)
+    assert math.isfinite(logged(result, "reward_std")[0])
+    assert logged(result, "grad_norm")[0] > 0
+    with pytest.raises(
+        RewardError, match=r"rewards.py:large returned 100000000000000.0 for .* its weight 20\.0 .* 1e\+15"
+    ):
+        train(grpo(reward_funcs=f"{file}:large", reward_weights=[20.0], max_steps=1, output_dir=str(file) + "2"))
+
+
 def test_code_is_run_while_training(grpo, monkeypatch):
     spec = {"python_tests": {"namespaces": False, "seconds": 2}}
     rows = grpo(reward_funcs=[spec, "exact_match"], max_steps=1)
@@ -315,6 +335,7 @@ def test_code_is_run_while_training(grpo, monkeypatch):
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
+ASK, SAID = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}
 BAD = [
     ({"answer": "a"}, "missing_columns"),
     ({"prompt": "What?"}, "no_reward"),
@@ -327,7 +348,18 @@ BAD = [
     ({"prompt": "a <_bot> b", "answer": "a"}, "control_token"),
     (["What?"], "not_an_object"),
     ({"prompt": [], "answer": "a"}, "no_messages"),
+    ({"prompt": "What?", "answer": "a", "tools": [{"type": "function", "function": {"name": "f"}}]}, "bad_column"),
+    ({"prompt": [ASK, {**SAID, "weight": 3}, ASK], "answer": "a"}, "bad_weight"),
+    ({"prompt": [ASK, {**SAID, "train": False}, ASK], "answer": "a"}, "bad_weight"),
 ]
+
+
+def test_columns_keep_the_order_of_their_names():
+    row = {"prompt": "What?", "b": {"b": 1, "a": [{"d": 2, "c": 3}]}, "a": 4}
+    columns, problems = PromptJudge().read(Row("prompts.jsonl", 1, row), ())
+    assert problems == []
+    del row["prompt"]
+    assert columns["columns"] == json.dumps(row)
 
 
 def test_validate_says_what_train_does(grpo, model_dir, tmp_path):
@@ -341,7 +373,7 @@ def test_validate_says_what_train_does(grpo, model_dir, tmp_path):
     found = [json.loads(line) for line in rejects.read_text().splitlines()]
     assert [line["reasons"][0]["code"] for line in found] == [code for _, code in BAD]
 
-    with pytest.raises(DataError, match=r"11 invalid rows .* set allow_rejects"):
+    with pytest.raises(DataError, match=rf"{len(BAD)} invalid rows .* set allow_rejects"):
         build_trainer(grpo(data_files=str(file), reward_funcs="exact_match"))
     _, report, _ = build_trainer(grpo(data_files=str(file), reward_funcs="exact_match", allow_rejects=True))
     assert [reject.source for reject in report.rejects] == [line["source"] for line in found]
@@ -365,6 +397,33 @@ def test_validate_says_what_train_does(grpo, model_dir, tmp_path):
     assert row["source"] == f"{file}:1 prompt"
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("messages", "lost"),
+    [
+        ([{**SAID, "reasoning_content": "deep"}], "reasoning_content"),
+        ([{**SAID, "tool_calls": [CALL]}, {"role": "tool", "content": "b"}, SAID], "tool_calls"),
+    ],
+    ids=["reasoning", "calls"],
+)
+def test_what_the_template_leaves_out_of_a_prompt_is_told(messages, lost, make_recipe, tmp_path):
+    template = tmp_path / "old.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ '<_' ~ m.role ~ '>' ~ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<_bot>' }}{% endif %}"
+    )
+    row = Row("prompts.jsonl", 1, {"prompt": [ASK, *messages, ASK]})
+    for keys, left_out in (({}, None), ({"chat_template_path": str(template)}, lost)):
+        tokenizer, _ = load_tokenizer(make_recipe(**keys))
+        columns, problems = PromptJudge().read(row, ())
+        assert problems == []
+        found = PromptJudge().tokenize(Example(columns, row.source, {}), tokenizer, None)
+        assert isinstance(found, Problem) == (left_out is not None)
+        assert left_out is None or f"the chat template leaves out {lost}" in found.detail
+
+
 def test_prompts_leave_room_for_completions_and_fill_a_batch(grpo, model_dir, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps({"prompt": "why " * 60}) + "\n" + json.dumps({"prompt": "Why?"}) + "\n")
@@ -383,13 +442,13 @@ def test_prompts_leave_room_for_completions_and_fill_a_batch(grpo, model_dir, tm
         ({"reward_funcs": None}, "does not set reward_funcs"),
         ({"reward_funcs": "absent"}, "reward_funcs holds 'absent'; expected exact_match"),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 numbers, reward_funcs 1 functions"),
-        ({"reward_weights": [float("inf")]}, "expected finite numbers"),
+        ({"reward_weights": [float("inf")]}, "expected numbers up to 1e\\+15 in size"),
         ({"use_vllm": True}, "use_vllm has no effect here; completions are sampled by the model's own forward pass"),
         ({"vllm_mode": "server"}, "vllm_mode has no effect here"),
         ({"use_transformers_continuous_batching": True}, "casts the trained weights"),
         ({"assistant_only_loss": True}, "it is for `trainer: sft`"),
         ({"max_length": 3}, "unknown key max_length"),
-        ({"num_generations": 1}, "at least 2 generations"),
+        ({"num_generations": 1}, "num_generations is 1; expected a number from 2"),
         ({"num_generations": 5}, "divisible by num_generations"),
         ({"sync_ref_model": True}, "needs beta above 0"),
         ({"eval_strategy": "steps"}, "eval_strategy has nothing to evaluate on; it needs eval_data_files\\.$"),
@@ -409,6 +468,81 @@ def test_keys_that_would_do_nothing_are_refused(keys, message, model_dir, prompt
     }
     with pytest.raises(RecipeError, match=message):
         Recipe.from_dict({**values, **keys})
+
+
+@pytest.mark.parametrize(
+    ("trainer", "keys", "message"),
+    [
+        ("grpo", {"loss_type": "foo"}, "loss_type is 'foo'; expected one of grpo, dr_grpo"),
+        ("grpo", {"num_generations": 0}, "num_generations is 0; expected a number from 2"),
+        ("grpo", {"temperature": 0}, "temperature is 0; expected a number from 1e-06"),
+        ("grpo", {"temperature": 10**400}, "temperature is 1000.*; expected"),
+        ("grpo", {"temperature": float("nan")}, "temperature is nan; expected"),
+        ("grpo", {"top_k": -1}, "top_k is -1; expected a number from 0"),
+        ("grpo", {"top_p": 0.0}, "top_p is 0.0; expected a number above 0, at most 1"),
+        ("grpo", {"min_p": 2}, "min_p is 2; expected a number from 0, at most 1"),
+        ("grpo", {"repetition_penalty": 0}, "repetition_penalty is 0; expected a number above 0"),
+        ("grpo", {"num_iterations": 0}, "num_iterations is 0; expected a number from 1"),
+        ("grpo", {"steps_per_generation": 0}, "steps_per_generation is 0; expected a number from 1"),
+        ("grpo", {"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; expected a number from 1"),
+        ("grpo", {"scale_rewards": "foo"}, "scale_rewards is 'foo'; expected one of group, batch, none"),
+        ("grpo", {"importance_sampling_level": "x"}, "expected one of token, sequence"),
+        ("grpo", {"multi_objective_aggregation": "x"}, "expected one of sum_then_normalize"),
+        ("grpo", {"chat_template_kwargs": {"tokenize": False}}, "tokenize is an argument of TRL's own"),
+        ("grpo", {"chat_template_kwargs": '{"tools": [1]}'}, "tools is an argument of TRL's own"),
+        ("grpo", {"generation_kwargs": {"suppress_tokens": "x"}}, r"suppress_tokens is 'x'; expected list\[int\]"),
+        ("grpo", {"generation_kwargs": {"num_return_sequences": 2}}, "key of its own: write num_generations"),
+        ("grpo", {"generation_kwargs": {"temperature": 0.05}}, "temperature has a key of its own: write temperature"),
+        ("grpo", {"generation_kwargs": {"max_new_tokens": 300}}, "key of its own: write max_completion_length"),
+        ("grpo", {"generation_kwargs": '{"foo": 1}'}, "foo is no field of GenerationConfig; expected some of min_new"),
+        ("grpo", {"generation_kwargs": {"num_beams": 2}}, "num_beams would change more than which tokens are sampled"),
+        ("grpo", {"generation_kwargs": {"do_sample": False}}, "do_sample would change more"),
+        ("grpo", {"generation_kwargs": {"min_length": -1}}, "min_length is -1; expected a number from 0"),
+        ("grpo", {"reward_weights": [1e39]}, "expected numbers up to 1e\\+15 in size"),
+        ("dpo", {"loss_type": ["sigmoid", "foo"]}, "expected one of sigmoid, hinge"),
+        ("dpo", {"loss_type": []}, r"loss_type is \[\]; expected one of sigmoid"),
+        ("dpo", {"f_divergence_type": "foo"}, "expected one of reverse_kl"),
+        ("dpo", {"sync_ref_model": True, "ref_model_sync_steps": 0}, "ref_model_sync_steps is 0; expected a number"),
+        ("dpo", {"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0; expected a number from 1"),
+        ("kto", {"pad_to_multiple_of": "x"}, "pad_to_multiple_of is 'x'; expected auto, or a number from 1"),
+        ("kto", {"max_length": -5}, "max_length is -5; expected a number from 1"),
+        # TRL divides before it asks.
+        ("grpo", {"num_generations": None}, "TypeError"),
+    ],
+    ids=str,
+)
+def test_values_that_trl_would_stumble_on_are_told_by_key(trainer, keys, message, tmp_path):
+    values = {"trainer": trainer, "model_name_or_path": "m", "data_files": "d", "output_dir": str(tmp_path)}
+    rewards = {"reward_funcs": "exact_match"} if trainer == "grpo" else {}
+    with pytest.raises(RecipeError, match=message) as error:
+        Recipe.from_dict({**values, **rewards, **keys})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("trainer", "key"), [("grpo", "reward_weights"), ("dpo", "loss_weights")])
+def test_whole_numbers_are_numbers_in_lists_too(trainer, key, tmp_path):
+    values = {"trainer": trainer, "model_name_or_path": "m", "data_files": "d", "output_dir": str(tmp_path)}
+    values |= {"reward_funcs": "exact_match"} if trainer == "grpo" else {}
+    assert getattr(Recipe.from_dict({**values, key: [1]}).training, key) == [1.0]
+    for wrong in ([True], ["1"]):
+        with pytest.raises(RecipeError, match=r"of type list; expected list\[float\] or null"):
+            Recipe.from_dict({**values, key: wrong})
+
+
+def test_choices_are_those_of_trl():
+    """Of its code, which lists or compares with each of them."""
+    for trainer, kind in (("grpo", GRPOTrainer), ("dpo", DPOTrainer)):
+        code = inspect.getsource(sys.modules[kind.__module__]) + inspect.getsource(_KEYS[trainer].config)
+        for choices in CHOICES[trainer].values():
+            assert [choice for choice in choices if not re.search(rf"""["'`]{choice}["'`]""", code)] == []
+    assert not [key for key in RANGES if not any(key in keys.training for keys in _KEYS.values())]
+
+
+def test_what_nobody_foresaw_is_told_of_the_first_step(grpo, monkeypatch, tmp_path):
+    monkeypatch.delitem(RANGES, "temperature")
+    with pytest.raises(RecipeError, match=r"the first step failed: ZeroDivisionError: .*division by zero"):
+        train(grpo(max_steps=1, temperature=0.0), progress=False)
+    assert not list((tmp_path / "out").glob("**/*.safetensors"))
 
 
 # --- record and resume ------------------------------------------------------------------------------------------------

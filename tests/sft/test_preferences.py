@@ -107,6 +107,7 @@ def test_texts_are_messages():
         ({"prompt": ASK[1], "chosen": say(ASK, GOOD), "rejected": say(BAD)}, "repeated_role"),
         ({"prompt": say(ASK, GOOD), "chosen": say(GOOD), "rejected": say(BAD)}, "repeated_role"),
         ({"prompt": say(ASK), "chosen": say(GOOD), "rejected": [{**say(BAD)[0], "weight": 0.5}]}, "bad_weight"),
+        ({"prompt": say(*LATER), "chosen": [{**say(GOOD)[0], "train": False}], "rejected": say(BAD)}, "bad_weight"),
         ({"chosen": [], "rejected": say(ASK, BAD)}, "no_messages"),
         ({"chosen": ["a"], "rejected": say(ASK, BAD)}, "bad_message"),
         ({"chosen": {"a": 1}, "rejected": say(ASK, BAD)}, "no_messages"),
@@ -116,6 +117,11 @@ def test_what_cannot_be_told_apart_is_refused(row, code):
     _, problems = read_pair(Row("pairs.jsonl", 1, row))
     assert [problem.code for problem in problems][:1] == [code]
     assert "\n" not in problems[0].detail
+
+
+def test_what_is_never_learned_may_say_so():
+    told = {"chosen": say(ASK, GOOD), "rejected": [{**say(ASK)[0], "train": False}, *say(BAD)]}
+    assert columns(told) == columns(IMPLICIT["one turn"])
 
 
 words = st.text("abc .?", min_size=1, max_size=8).map(str.strip).filter(bool)
@@ -213,6 +219,7 @@ LABELLED = [
         ({"prompt": "a", "completion": "b"}, "missing_columns"),
         ({"prompt": "a", "completion": "b", "label": 1}, "bad_label"),
         ({"prompt": "a", "completion": " ", "label": True}, "empty_turn"),
+        ({"prompt": say(*LATER), "completion": [{**say(GOOD)[0], "train": False}], "label": True}, "bad_weight"),
         ({"prompt": say(ASK, GOOD), "completion": say(GOOD), "label": True}, "repeated_role"),
         (["a"], "not_an_object"),
     ],
@@ -237,6 +244,11 @@ def test_the_wrong_loss_is_stopped_for_kto_too(use_peft, recipe, tmp_path, monke
     monkeypatch.setattr(sft.training.train, "load_model", lambda arguments, **kwargs: untrained_model("wrong"))
     with pytest.raises(GuardError, match="TRL's fused loss is not the loss of HiddenFactorModel"):
         train(recipe(write(tmp_path / "answers.jsonl", LABELLED), trainer="kto", max_steps=1, use_peft=use_peft))
+
+
+def test_a_label_that_is_null_is_absent():
+    pair = {**IMPLICIT["one turn"], "label": None}
+    assert LabelledJudge().read(Row("pairs.jsonl", 1, pair), ()) == (columns(IMPLICIT["one turn"]), [])
 
 
 def test_kinds_are_not_mixed(recipe, tmp_path):

@@ -84,6 +84,14 @@ def ask(function, *texts, **columns):
         (r"#### 41, that is \boxed{42}", "42", 1),
         ("", "42", 0),
         (".", "$", 0),
+        ("10\u2075", "105", 0),
+        ("10\u207b\u2075", "10^-5", 1),
+        ("2\u00b2", 22, 0),
+        ("x\u2082", "x2", 0),
+        ("x\u2082", "x_2", 1),
+        ("0,123", "123", 0),
+        ("000,123", 123, 0),
+        ("1,000,123", 1000123, 1),
     ],
 )
 def test_exact_match(completion, answer, is_right):
@@ -95,7 +103,9 @@ def test_exact_match_by_a_pattern_and_another_column():
     texts = ["the answer is 1, no, the answer is 42", "42", "the answer is 41"]
     assert ask(function, *texts, solution="the answer is 42") == [1, 0, 0]
     assert ask(function, *texts, answer="42") == [None] * 3
-    assert function.fault({"solution": "no answer"}) == "solution holds no answer"
+    assert ask(function, *texts, solution="42") == ask(function, *texts, solution=42) == [1, 0, 0], "a bare answer"
+    assert function.fault({"solution": 42}) is None
+    assert function.fault({"solution": r"\boxed{"}) == "solution holds no answer"
     assert function.fault({"solution": float("inf")}) == "solution is inf; expected a text or a finite number"
     assert function.fault({"solution": ["42"]}) == "solution is of type list; expected a text or a number"
     assert not same_answer(None, "1")
@@ -160,6 +170,31 @@ def test_tests_are_run():
     assert ask(whole, right) == [None]
     assert whole.fault({"check": "def"}).startswith("check is no Python")
     assert whole.fault({"check": [1]}) == "check is neither a text nor a list of texts"
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        *('["assert f(1) == 2", "assert f(2) == 3"]', '{"input": [1], "output": [2]}', "   \n", "# check f", "'f(1)'"),
+        *(
+            ["assert f(1) == 2", ""],
+            ["pass"],
+            "def check(f):\n    assert f(1) == 2\n",
+            ["def a(): 1 / 0", "def b(): a()"],
+        ),
+    ],
+    ids=str,
+)
+def test_tests_that_no_code_can_fail_are_refused(tests):
+    assert "so that any code passes" in reward("python_tests").fault({"tests": tests})
+
+
+@pytest.mark.parametrize(
+    "tests",
+    ["assert f(1) == 2", "def check(f):\n    assert f(1)\ncheck(f)", ["def check(f): f(1)", "check(f)"], "f(1)"],
+)
+def test_tests_that_can_be_failed_are_taken(tests):
+    assert reward("python_tests").fault({"tests": tests}) is None
 
 
 def test_a_machine_without_the_sandbox_is_told_before_the_run(monkeypatch, tmp_path):
@@ -235,6 +270,10 @@ class Judged:
 def keeps(completions):
     return [float(pickle.loads(pickle.dumps(Judged(each[0]["content"]))).text == "a") for each in completions]
 def short(completions): return [1.0]
+def large(completions): return [1e39 for _ in completions]
+def of_bytes(completions): return bytes(len(completions))
+def of_keys(completions): return {1.0 * at: 0 for at, _ in enumerate(completions)}
+def of_a_set(completions): return {1.0 * at for at, _ in enumerate(completions)}
 def infinite(completions): return [float("inf") for _ in completions]
 def words(completions): return ["good" for _ in completions]
 def positional(completions, /): return []
@@ -266,6 +305,10 @@ def test_functions_of_a_file_get_what_they_name(file):
         ("fails", ["a", "ab", "c"], "my.py:fails failed on rows.jsonl:2: .*division by zero"),
         ("fails_on_many", ["a", "b"], "failed on rows.jsonl:1 to rows.jsonl:2 together, on none of them alone"),
         ("short", ["a", "b"], "returned 1 rewards for 2 completions"),
+        ("large", ["a"], r"returned 1e\+39 for a completion of rows.jsonl:1, which with its weight 1.0 is more than"),
+        ("of_bytes", ["a"], "returned a bytes; return a list"),
+        ("of_keys", ["a"], "returned a dict; return a list"),
+        ("of_a_set", ["a"], "returned a set; return a list"),
         ("infinite", ["a"], "returned inf for a completion of rows.jsonl:1"),
         ("leaves", ["a"], "my.py:leaves failed on rows.jsonl:1: SystemExit"),
         ("cancelled", ["a"], "failed on rows.jsonl:1: CancelledError"),

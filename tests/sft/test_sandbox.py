@@ -6,9 +6,12 @@
 
 import contextlib
 import errno
+import fcntl
 import importlib.util
+import itertools
 import os
 import re
+import selectors
 import socket
 import struct
 import subprocess
@@ -19,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from sft.rewards import sandbox_child
+from sft.rewards import sandbox, sandbox_child
 from sft.rewards.sandbox import Limits, SandboxError, check_sandbox, run_tests
 
 QUICK = {"seconds": 1.0}
@@ -93,6 +96,60 @@ def test_what_does_not_come_to_its_end_passes_nothing(code, namespaces):
     assert run_tests(code, ["pass"], Limits(namespaces=namespaces, **QUICK)).passed is None
 
 
+MAIN = "__import__('__main__')"
+SUITE = """
+import unittest
+class Judge(unittest.TestCase):
+    def test(self): self.assertEqual(f(2), 4)
+assert unittest.main(exit=False).result.wasSuccessful()
+"""
+EXAMPLE = """
+def f(x):
+    '''
+    >>> f(2)
+    4
+    '''
+    return 4
+"""
+
+
+@pytest.mark.parametrize("namespaces", BOTH)
+@pytest.mark.parametrize(
+    ("code", "test"),
+    [
+        ("import pickle\nclass C: x = 1\ndef f(): return pickle.loads(pickle.dumps(C())).x", "assert f() == 1"),
+        (
+            "from __future__ import annotations\nclass A: 0\nclass B: a: A",
+            "import typing; typing.get_type_hints(B)['a']",
+        ),
+        ("def f(x): return 4", f"assert {MAIN}.f(1) == 4 and not hasattr({MAIN}, '_say')"),
+        (EXAMPLE, "import doctest; assert doctest.testmod().failed == 0"),
+        ("def f(x): return 4", SUITE),
+    ],
+    ids=["pickle", "hints", "main", "doctest", "unittest"],
+)
+def test_what_runs_is_the_main_module(code, test, namespaces):
+    """Where the library looks for classes, tests and examples: right code passes, and wrong code does not."""
+    assert run_tests(code, [test], Limits(namespaces=namespaces)).passed == 1
+    wrong = code.replace("return 4", "return 5").replace("x = 1", "x = 2").replace("class A: 0\n", "")
+    assert run_tests(wrong, [test], Limits(namespaces=namespaces)).passed == 0
+
+
+@pytest.mark.parametrize("namespaces", BOTH)
+@pytest.mark.parametrize("last", ["while x == 9: pass", "if x == 9: import os; os._exit(0)"], ids=["hangs", "leaves"])
+def test_tests_that_passed_before_the_end_have_passed(last, namespaces):
+    code = f"def f(x):\n    {last}\n    return x"
+    tests = [f"assert f({n}) == {n}" for n in range(10)]
+    outcome = run_tests(code, tests, Limits(namespaces=namespaces, **QUICK))
+    assert outcome.passed == 9
+    assert outcome.ended in ("timeout", "died")
+
+
+@pytest.mark.parametrize("namespaces", BOTH)
+def test_thousands_of_tests_are_no_flood(namespaces):
+    assert run_tests("", ["assert True"] * 3000, Limits(namespaces=namespaces)).passed == 3000
+
+
 @pytest.mark.parametrize("namespaces", BOTH)
 def test_the_environment_and_the_packages_are_not_there(namespaces, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
@@ -115,6 +172,72 @@ def test_nothing_is_left_in_the_folder_of_temporary_files(namespaces, tmp_path, 
     code = "open('a', 'w').write('b')\nimport tempfile; tempfile.mkdtemp()"
     assert run_tests(code, ["import os; assert len(os.listdir()) == 2"], Limits(namespaces=namespaces)).passed == 1
     assert list(tmp_path.iterdir()) == []
+
+
+NEST = "import os\nos.symlink('/', 'l')\nfor _ in range(1100):\n    os.mkdir('deep'); os.chdir('deep')"
+SHUT = "import os\nos.makedirs('a/b'); open('a/b/c', 'w').close(); os.chmod('a/b', 0); os.chmod('a', 0)"
+
+
+@pytest.mark.parametrize("namespaces", BOTH)
+@pytest.mark.parametrize("code", [NEST, SHUT], ids=["deep", "shut"])
+def test_what_is_left_in_its_folder_is_removed(code, namespaces, tmp_path, monkeypatch):
+    """Deeper than the library's own removal goes, which recurses, and than a path may be long."""
+    let_others_in(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    try:
+        assert run_tests(code, ["pass"], Limits(namespaces=namespaces)).passed == 1
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        subprocess.run(["rm", "-rf", *tmp_path.iterdir()], check=True)  # pytest would fail on it
+
+
+def test_what_keeps_writing_in_its_folder_ends_no_run(tmp_path, monkeypatch):
+    """A process of another session, which only namespaces end."""
+    let_others_in(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("sft.rewards.sandbox._REMOVING_SECONDS", 0.2)
+    code = (
+        "import os, time\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        "    end = time.time() + 1.5\n"
+        "    while time.time() < end:\n"
+        "        for n in range(50):\n"
+        "            try: open(str(n), 'w').close(); os.makedirs(f'd{n}/e')\n"
+        "            except OSError: pass\n"
+        "    os._exit(0)"
+    )
+    assert run_tests(code, ["pass"], Limits(namespaces=False)).passed == 1
+
+
+def test_a_link_in_its_folder_is_not_followed(tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    for place in (outside, folder / "a"):
+        place.mkdir(parents=True)
+    (outside / "kept").write_text("x")
+    for name in ("l", "a/l"):
+        (folder / name).symlink_to(outside, target_is_directory=True)
+    sandbox._remove(str(folder))
+    assert not folder.exists()
+    assert (outside / "kept").exists()
+
+
+def test_a_folder_that_is_moved_away_leads_nowhere(tmp_path, monkeypatch):
+    """As code that goes on could do it while its folder is removed: `..` is then a place of others."""
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    outside.mkdir()
+    (folder / "a" / "b").mkdir(parents=True)
+    unlink = sandbox._unlink_files
+
+    def unlink_and_move(opened):
+        left = unlink(opened)
+        if not left and (folder / "a" / "b").exists():
+            (folder / "a" / "b").rename(outside / "b")
+        return left
+
+    monkeypatch.setattr(sandbox, "_unlink_files", unlink_and_move)
+    sandbox._remove(str(folder))
+    assert (outside / "b").exists()
 
 
 @needs_namespaces
@@ -285,6 +408,16 @@ CALLS = "import ctypes, os; libc = ctypes.CDLL(None, use_errno=True); libc.shmat
         "assert libc.syscall({syslog}, 10, None, 0) >= 0",
         "assert libc.syscall({perf_event_open}, None, 0, -1, -1, 0) != -1 or ctypes.get_errno() != 1",
         "for n in range(9999): open(str(n), 'w').close()",
+        "assert libc.vmsplice(os.pipe()[1], 0, 0, 0) == 0",
+        "assert libc.prctl(42, 0, 0, 0, 0) == 0, 'huge pages'",
+        "assert libc.prctl(41, 0, 0, 0, 0) == 0, 'huge pages again'",
+        "assert libc.inotify_init1(0) >= 0",
+        "import fcntl; fcntl.flock(os.open(os.__file__, 0), fcntl.LOCK_SH)",
+        "import fcntl; fcntl.fcntl(os.open('/', 0), fcntl.F_NOTIFY, fcntl.DN_ACCESS)",
+        "import socket; socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
+        "import socket; socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)",
+        "assert os.uname().nodename != 'sandbox'",
+        "assert libc.sethostname(b'other', 5) == 0",
     ],
 )
 def test_nothing_is_held_or_reached_by_other_calls(code):
@@ -310,9 +443,9 @@ def test_numbers_of_calls_are_the_kernels():
                 assert defined[name] == number, (machine, name)
 
 
-def filtered(program, kind, number, argument=0):
+def filtered(program, kind, number, *arguments):
     """What a filter says of a call, by the rules of classic BPF."""
-    data = struct.pack("<IIQQ", number, kind, 0, argument)
+    data = struct.pack("<IIQ6Q", number, kind, 0, *arguments, *[0] * (6 - len(arguments)))
     at, value = 0, 0
     while True:
         code, yes, no, k = struct.unpack_from("HBBI", program, 8 * at)
@@ -331,8 +464,9 @@ def test_the_filter_refuses_what_it_names_on_either_processor(name):
     machine = sandbox_child._MACHINES[name]
     program = sandbox_child._program(machine)
     allowed, denied, absent = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
-    named = set(machine.values()) - {machine["kind"], machine["clone"]}
-    for number in range(424):
+    judged = {machine[name] for name in ("clone", "socketpair", "fcntl", "prctl")}
+    named = set(machine.values()) - judged - {machine["kind"]}
+    for number in set(range(424)) - judged:
         assert filtered(program, machine["kind"], number) == (denied if number in named else allowed), number
     for number in (*range(424, 600), 0x40000000 + 41, 0x40000000 + 436, 0xFFFFFFFF):
         assert filtered(program, machine["kind"], number) == (allowed if number in (436, 437, 439, 441) else absent)
@@ -341,6 +475,14 @@ def test_the_filter_refuses_what_it_names_on_either_processor(name):
     assert filtered(program, machine["kind"], clone, 0x3D0F00) == allowed, "a thread"
     for flag in (0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000):
         assert filtered(program, machine["kind"], clone, flag | 17) == denied
+    for family, kind, flags in itertools.product(range(45), range(1, 6), (0, socket.SOCK_CLOEXEC)):
+        expected = allowed if (family, kind) == (socket.AF_UNIX, socket.SOCK_STREAM) else denied
+        assert filtered(program, machine["kind"], machine["socketpair"], family, kind | flags) == expected
+    for command in (*range(40), 1024, 1025, 1026, 1030, 1031):
+        expected = denied if command == fcntl.F_NOTIFY else allowed
+        assert filtered(program, machine["kind"], machine["fcntl"], 3, command) == expected
+    for option in range(80):
+        assert filtered(program, machine["kind"], machine["prctl"], option) == (denied if option == 41 else allowed)
 
 
 @needs_namespaces
@@ -384,6 +526,23 @@ def test_the_clock_starts_with_the_code(namespaces, monkeypatch):
         slow.write_text(original.replace("    job = json", "    import time; time.sleep(1)\n    job = json", 1))
         monkeypatch.setattr("sft.rewards.sandbox._CHILD", slow)
         assert run_tests("", ["pass"], Limits(seconds=0.5, namespaces=namespaces)).passed == 1
+
+
+@pytest.mark.parametrize("namespaces", BOTH)
+@pytest.mark.parametrize("seconds", [5.0, 0.4], ids=["ends", "time-is-up"])
+def test_what_is_said_while_nobody_looks_is_heard(seconds, namespaces, monkeypatch):
+    """A scheduler may stop the process that listens between its look at the pipe and its next question."""
+    look = selectors.DefaultSelector.select
+
+    def looks_and_sleeps(self, timeout=None):
+        found = look(self, timeout)
+        if not found:
+            time.sleep(0.5)
+        return found
+
+    monkeypatch.setattr(selectors.DefaultSelector, "select", looks_and_sleeps)
+    code = "import time; time.sleep(0.2)"
+    assert run_tests(code, ["pass"], Limits(seconds=seconds, namespaces=namespaces)).passed == 1
 
 
 @needs_namespaces
