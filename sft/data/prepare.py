@@ -12,6 +12,9 @@ opens it only if the tokenizer, the template and the labelling of the run are th
 Rows are tokenized in parts of 1,024, which are files of their own until all are there; so several processes can share
 the work, and one that was killed goes on. What comes out does not depend on how many there were: each reads and judges
 all rows, which is little beside tokenizing, so that ids that repeat are found wherever they stand.
+
+One command at a time writes a folder: a lock beside it says so. As locks can be lost, what is in the folder does not
+depend on that: the parts of each job, which is what they are made of, are in a folder of its own, and each says which.
 """
 
 import errno
@@ -19,8 +22,9 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -42,6 +46,7 @@ from sft.data.labels import (
     require_rows,
     tokenize_checked,
 )
+from sft.data.locks import Held, Lock, hold
 from sft.data.sources import Content, as_places, digest_file, is_local, is_unreadable, pin, read_content
 from sft.tokenizer import control_tokens, tokenizer_digest
 
@@ -61,7 +66,9 @@ _PART_ROWS = 1024
 _SHARD_BYTES = 1 << 28
 _BATCH = 256
 _PATIENCE = 120.0
+_LOCK_PATIENCE = 60.0
 _JOB = "job.json"
+_WHOLE = "whole-"
 
 
 class DiskFull(DataError):
@@ -110,14 +117,14 @@ def prepare(
         rank, world_size: which of how many processes that share the work this is.
 
     Raises:
-        DataError: the folder exists; a file cannot be read, or changed while it was; there are invalid rows and they
-            are not allowed; no row is left; another rank failed.
+        DataError: the folder exists, or another command writes it; a file cannot be read, or changed while it was;
+            there are invalid rows and they are not allowed; no row is left; another rank failed.
     """
     out = Path(out)
     places = tuple(pin(place) for place in as_places(data))
     content = read_content(places)
     job = describe_job(content, tokenizer, labelling)
-    parts = _parts_folder(out)
+    parts = _parts_folder(out, job)
 
     def is_done() -> bool:
         return not parts.exists() and (_read_record(out) or {}).get("job") == job
@@ -125,35 +132,83 @@ def prepare(
     if rank and is_done():
         return _prepared(out, _read_record(out) or {})  # the others were quicker
     _refuse_obstacle(out, overwrite=overwrite)
-    try:
-        with Ranks(out, rank, world_size, patience=_PATIENCE) as ranks:
-            if rank == 0:
-                _claim(parts, job)
-            ranks.wait(lambda: _job_of(parts) == job or (rank > 0 and is_done()), [0], f"the folder {parts}")
-            if rank and is_done():  # there was nothing to do for who comes late
-                return _prepared(out, _read_record(out) or {})
-            count = write_parts(
-                content, parts, tokenizer, labelling, num_proc=num_proc, progress=progress, rank=rank, world=world_size
-            )
-            if rank == 0:
-                for number in range(count):
-                    record = _part_record(parts, number)
-                    ranks.wait(record.is_file, [number % world_size], f"part {number} of {count}")
-                _join_into(out, parts, count, places, tokenizer, labelling, job, allow_rejects)
-            else:
-                ranks.wait(is_done, [0], str(out))
-    except CheckpointError as error:
-        raise DataError(str(error)) from error
-    except DataError as error:
-        if world_size == 1 and not isinstance(error, DiskFull):  # what can be gone on with stays
-            _remove_parts(parts)
-        raise
+    with ExitStack() as stack:
+        lock = None if rank else stack.enter_context(_alone(out, job, world_size))
+        try:
+            with Ranks(_ranks_of(out, job), rank, world_size, patience=_PATIENCE) as ranks:
+                if rank == 0:
+                    _refuse_obstacle(out, overwrite=overwrite)  # now that no other command is about to make one
+                    _claim(out, parts, job)
+                ranks.wait(lambda: _job_of(parts) == job or (rank > 0 and is_done()), [0], f"the folder {parts}")
+                if rank and is_done():  # there was nothing to do for who comes late
+                    return _prepared(out, _read_record(out) or {})
+                count = write_parts(
+                    content,
+                    parts,
+                    tokenizer,
+                    labelling,
+                    job,
+                    num_proc=num_proc,
+                    progress=progress,
+                    rank=rank,
+                    world=world_size,
+                )
+                if lock:
+                    for number in range(count):
+                        record = _part_record(parts, number)
+                        ranks.wait(record.is_file, [number % world_size], f"part {number} of {count}")
+                    _join_into(
+                        out, parts, count, places, tokenizer, labelling, job, lock, allow_rejects, overwrite=overwrite
+                    )
+                else:
+                    ranks.wait(is_done, [0], str(out))
+        except CheckpointError as error:
+            raise DataError(str(error)) from error
+        except FileNotFoundError as error:
+            if parts.is_dir():
+                raise
+            raise DataError(_taken_over(out)) from error
+        except DataError as error:
+            if lock and lock.is_mine() and world_size == 1 and not isinstance(error, DiskFull):
+                _remove_parts(parts)  # of a full disk, what can be gone on with stays
+            raise
     return _prepared(out, _read_record(out) or {})
 
 
-def _parts_folder(out: Path) -> Path:
+@contextmanager
+def _alone(out: Path, job: str, world_size: int) -> Iterator[Lock]:
+    """The lock of the folder; a command that writes it while another does is refused."""
     here = out.absolute()
-    return here.with_name(f".{here.name}.parts")
+    here.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with hold(here.with_name(f".{here.name}.lock"), job, _LOCK_PATIENCE) as lock:
+            yield lock
+    except Held as error:
+        refusal = DataError(
+            f"{out} is being written by process {error.owner.get('pid')} on {error.owner.get('host')}; wait until it "
+            "ends, or choose another folder."
+        )
+        if error.owner.get("about") == job:  # its ranks have the files by which those of this command would hear of it
+            raise refusal from error
+        with Ranks(_ranks_of(out, job), 0, world_size, patience=_PATIENCE):
+            raise refusal from error
+
+
+def _taken_over(out: Path) -> str:
+    return (
+        f"{out}: another command has begun to write it, since this one gave no sign of life for "
+        f"{_LOCK_PATIENCE:.0f} s; nothing of this one is in it. Run it again when the other has ended."
+    )
+
+
+def _ranks_of(out: Path, job: str) -> Path:
+    """What the ranks of this job name their files by: those of another command do not know of them."""
+    return out.absolute().with_name(f"{out.absolute().name}.{job[:16]}")
+
+
+def _parts_folder(out: Path, job: str) -> Path:
+    here = out.absolute()
+    return here.with_name(f".{here.name}.{job[:16]}.parts")
 
 
 def _remove_parts(parts: Path) -> None:
@@ -161,12 +216,16 @@ def _remove_parts(parts: Path) -> None:
         shutil.rmtree(parts, ignore_errors=True)
 
 
-def _claim(parts: Path, job: str) -> None:
-    """Have a folder for the parts of this job; those of another job that was killed go."""
-    if parts.exists() and _job_of(parts) != job:
-        if _job_of(parts) is None and any(parts.iterdir()):
-            raise DataError(f"{parts} is where parts are written, and it holds something else; move it away.")
-        shutil.rmtree(parts)
+def _claim(out: Path, parts: Path, job: str) -> None:
+    """Have a folder for the parts of this job; those of other jobs go, which were killed, as the lock is ours."""
+    ours = re.compile(rf"\.{re.escape(out.absolute().name)}\.[0-9a-f]{{16}}\.parts")
+    for other in parts.parent.iterdir():
+        if other != parts and ours.fullmatch(other.name):
+            _remove_parts(other)
+    if parts.exists() and _job_of(parts) != job and (not parts.is_dir() or any(parts.iterdir())):
+        raise DataError(f"{parts} is where parts are written, and it holds something else; move it away.")
+    for whole in parts.glob(f"{_WHOLE}*"):
+        shutil.rmtree(whole, ignore_errors=True)
     parts.mkdir(parents=True, exist_ok=True)
     if _job_of(parts) != job:
         _write_json(parts / _JOB, {"job": job})
@@ -188,17 +247,24 @@ def _join_into(
     tokenizer: "PreTrainedTokenizerBase",
     labelling: Labelling,
     job: str,
+    lock: Lock,
     allow_rejects: bool,
+    *,
+    overwrite: bool,
 ) -> None:
     """Make the folder of its parts, which go in any case: with it, or because they are refused."""
-    whole = parts / "whole"
+    whole = parts / f"{_WHOLE}{uuid.uuid4().hex}"
     try:
         report = join_parts(parts, count, whole, places, tokenizer, labelling, job)
         require_rows(report, places, labelling, allow_rejects)
+        if not lock.is_mine():
+            raise DataError(_taken_over(out))
+        _refuse_obstacle(out, overwrite=overwrite)
     except DiskFull:
         raise
     except DataError:
-        _remove_parts(parts)
+        if lock.is_mine():
+            _remove_parts(parts)
         raise
     if out.exists():
         shutil.rmtree(out)
@@ -244,6 +310,7 @@ def write_parts(
     folder: Path,
     tokenizer: "PreTrainedTokenizerBase",
     labelling: Labelling,
+    job: str,
     *,
     num_proc: int | None = None,
     progress: Progress | None = None,
@@ -278,7 +345,7 @@ def write_parts(
             if number % world == rank:
                 if number not in have:
                     have.clear()
-                    have[number] = _is_part(folder, number)
+                    have[number] = _is_part(folder, number, job)
                 if not have[number]:
                     todo[number] = todo.get(number, 0) + 1
                     yield row, outcome
@@ -290,7 +357,7 @@ def write_parts(
             number = min(todo)
             part = [first, *islice(outcomes, _PART_ROWS - 1)]
             content.require_same()
-            _write_part(folder, number, part, content.places)
+            _write_part(folder, number, part, content.places, job)
             del todo[number]
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -313,23 +380,23 @@ def _part_record(folder: Path, number: int) -> Path:
     return folder / f"part-{number:06}.json"
 
 
-def _is_part(folder: Path, number: int) -> bool:
-    """Whether a part is there, and is what was written."""
+def _is_part(folder: Path, number: int, job: str) -> bool:
+    """Whether a part of this job is there, and is what was written."""
     try:
         record = json.loads(_part_record(folder, number).read_bytes())
-        return bool(digest_file(folder / f"part-{number:06}.arrow") == record["digest"])
+        return record["job"] == job and bool(digest_file(folder / f"part-{number:06}.arrow") == record["digest"])
     except (OSError, ValueError, LookupError, TypeError, DataError):
         return False
 
 
 def _write_part(
-    folder: Path, number: int, outcomes: Sequence[tuple[Row, Tokenized | Reject]], places: Sequence[str]
+    folder: Path, number: int, outcomes: Sequence[tuple[Row, Tokenized | Reject]], places: Sequence[str], job: str
 ) -> None:
     """The arrays of a part, and what became of its rows; the second is written last, so it says that both are there."""
     import pyarrow as pa
 
     tally, rejects, path = Tally(), [], folder / f"part-{number:06}.arrow"
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     kept = []
     for row, outcome in outcomes:
         tally.add(outcome)
@@ -343,7 +410,8 @@ def _write_part(
     digest = digest_file(partial)
     partial.replace(path)
     report = tally.report()
-    record = {"digest": digest, "rows": report.rows, "truncated": report.truncated, "weighted": tally.weighted}
+    counts = {"rows": report.rows, "truncated": report.truncated, "weighted": tally.weighted}
+    record = {"job": job, "digest": digest, **counts}
     _write_json(_part_record(folder, number), {**record, "rejects": rejects})
 
 
@@ -387,7 +455,7 @@ def _batch(rows: Sequence[Tokenized]) -> "pyarrow.RecordBatch":
 
 
 def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     partial.write_text(json.dumps(value), encoding="utf-8")
     partial.replace(path)
 
@@ -407,9 +475,11 @@ def join_parts(
     """Make a dataset of parts; parts and dataset are both on the disk for a while.
 
     Raises:
-        DataError: a part is not what was written; there is no room for the dataset.
+        DataError: a part is not what was written, or is of another job; there is no room for the dataset.
     """
     records = [json.loads(_part_record(parts, number).read_bytes()) for number in range(count)]
+    if others := [number for number, record in enumerate(records) if record.get("job") != job]:
+        raise DataError(f"{_part_record(parts, others[0])}: is of another job than this one; run it again.")
     files = [parts / f"part-{number:06}.arrow" for number in range(count)]
     if damaged := [path for path, record in zip(files, records, strict=True) if digest_file(path) != record["digest"]]:
         raise DataError(f"{damaged[0]}: is not what was written there; run it again.")
@@ -673,7 +743,7 @@ def build_prepared(
     """Write into an empty folder what [`prepare`] writes, by this process alone; rows may be invalid, and none left."""
     parts = folder / "parts"
     parts.mkdir()
-    count = write_parts(content, parts, tokenizer, labelling, num_proc=num_proc)
+    count = write_parts(content, parts, tokenizer, labelling, job, num_proc=num_proc)
     join_parts(parts, count, parts / "whole", content.places, tokenizer, labelling, job)
     for path in (parts / "whole").iterdir():
         path.rename(folder / path.name)
