@@ -34,6 +34,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -41,6 +42,7 @@ from typing import Any, BinaryIO, NamedTuple
 from sft import SFTError
 
 MAX_ROW_BYTES = 1 << 26
+_STATE = "state.json"  # of a folder that `save_to_disk` has written
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 # OWNER/NAME, perhaps with a revision, a configuration and a split; not what a path looks like.
 DATASET_NAME = re.compile(
@@ -249,14 +251,52 @@ def _read_parquet(place: str, file: BinaryIO) -> Iterator[Row]:
 def _read_dataset(place: str, arguments: dict[str, Any]) -> Iterator[Row]:
     import datasets
 
-    try:
-        if (Path(place) / "state.json").is_file():
+    with _loading(place):
+        if (Path(place) / _STATE).is_file():
             rows: Any = datasets.load_from_disk(place)
         else:
             rows = datasets.load_dataset(**arguments, streaming=True)
         for number, row in enumerate(rows, start=1):
             yield Row(place, number, row)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+
+
+def dataset_files(place: str) -> list[Path]:
+    """The files that the rows of a dataset in a folder come from, in order; they may lie outside it.
+
+    A `README.md` says which, for `load_dataset`; a `state.json` for `load_from_disk`.
+
+    Args:
+        place: the folder.
+
+    Raises:
+        DataError: it cannot be loaded, or has rows that come from no file of this machine.
+    """
+    import datasets
+
+    with _loading(place):
+        if (Path(place) / _STATE).is_file():
+            state = json.loads((Path(place) / _STATE).read_text(encoding="utf-8"))
+            names = [os.path.join(place, entry["filename"]) for entry in state["_data_files"]]
+        else:
+            resolved = datasets.load_dataset_builder(place).config.data_files or {}
+            names = [str(name) for name in resolved.get("train", [])]
+    for name in names:
+        if not Path(name).is_file():
+            raise DataError(
+                f"{place}: its rows come from {name}, which is no file of this machine, so that nothing would tell "
+                "when they change; download it and name that file."
+            )
+    return [Path(name) for name in names]
+
+
+@contextmanager
+def _loading(place: str) -> Iterator[None]:
+    """What `datasets` says of a dataset that it cannot load, in one line."""
+    import datasets
+
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, datasets.exceptions.DatasetsError) as error:
         what = "not a dataset that can be loaded" if Path(place).is_dir() else "no such file, nor a dataset to be had"
         raise DataError(f"{place}: {what} ({' '.join(str(error).split())}).") from error
 
@@ -405,6 +445,7 @@ __all__ = [
     "Row",
     "Turn",
     "UnreadableError",
+    "dataset_files",
     "find_turns",
     "join_parts",
     "read_rows",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sft.data.formats import DATASET_NAME, SUFFIXES, DataError, UnreadableError
+from sft.data.formats import DATASET_NAME, SUFFIXES, DataError, UnreadableError, dataset_files
 
 _BLOCK = 1 << 22
 # What other trainers call it.
@@ -176,7 +176,8 @@ class Content:
     Args:
         places: pinned, see [`pin`].
         digest: of all that decides which rows are read, whatever the files are called and wherever they lie: of files
-            their bytes, read through; of folders those of all files in them; of datasets of the Hub the commit.
+            their bytes, read through; of folders those of all files in them, and of files elsewhere that their rows
+            come from; of datasets of the Hub the commit.
         states: of each file, as it was before its bytes were digested.
     """
 
@@ -191,9 +192,8 @@ class Content:
             DataError: a file was written, replaced, renamed, added or removed, even if it is as it was before. The
                 message names it.
         """
-        found = {path: _state(path) for place in self.places for path in _files_of(place)}
-        for path in [*self.states, *found]:
-            if found.get(path) != self.states.get(path):
+        for path in dict.fromkeys([*self.states, *(path for place in self.places for path in _files_in(place))]):
+            if _state(path) != self.states.get(path):
                 raise DataError(_changed(path))
 
     def require_same_bytes(self) -> None:
@@ -215,7 +215,7 @@ def read_content(places: Sequence[str]) -> Content:
         places: pinned, see [`pin`].
 
     Raises:
-        DataError: a file cannot be read.
+        DataError: a file cannot be read; a folder has rows that come from no file of this machine.
     """
     import xxhash
 
@@ -223,23 +223,31 @@ def read_content(places: Sequence[str]) -> Content:
     for place in places:
         # Repeated ids are looked for from one file to the next if they are one: so this decides too.
         digest.update(f"\0{places.index(place)}\0{_kind(place)}\0".encode())
-        files = _files_of(place)
-        for file in files:
+        files = _files_in(place)
+        named = {file: f"\0{file.relative_to(place)}\0" if Path(place).is_dir() else "" for file in files}
+        for file in (*files, *_files_outside(place, files)):
             if file not in states:  # of one that is named twice, as it was first
                 states[file] = _state(file)
-            inside = f"\0{file.relative_to(place)}\0" if Path(place).is_dir() else ""
-            digest.update(f"{inside}{digest_file(file)}".encode())
+            digest.update(f"{named.get(file, '//')}{digest_file(file)}".encode())
         if not files:
             digest.update(place.encode())
     return Content(tuple(places), digest.hexdigest(), {path: state for path, state in states.items() if state})
 
 
-def _files_of(place: str) -> list[Path]:
+def _files_in(place: str) -> list[Path]:
     """The files of a place on this machine; none of a dataset of the Hub, whose commit says what it holds."""
     path = Path(place)
     if path.is_dir():
         return sorted(found for found in path.rglob("*") if found.is_file())
     return [path] if is_local(place) else []
+
+
+def _files_outside(place: str, files: Sequence[Path]) -> list[Path]:
+    """The files that rows of a folder come from and that are not in it, in the order of the rows."""
+    if not Path(place).is_dir():
+        return []
+    known = {os.path.realpath(file) for file in files}
+    return [file for file in dataset_files(place) if os.path.realpath(file) not in known]
 
 
 def _state(path: Path) -> _State | None:

@@ -6,9 +6,11 @@
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from sft.data import prepare as module
 from sft.data import sources
@@ -242,6 +244,57 @@ def test_no_part_is_kept_of_a_file_that_has_changed(tokenizer, tmp_path, monkeyp
     with pytest.raises(DataError, match="changed while it was read"):
         prepare(path, tmp_path / "out", tokenizer, LABELLING)
     assert written == [0, 1]
+
+
+def _say_relative(folder: Path, rows: Path) -> None:
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: ../{rows.name}\n---\n")
+
+
+def _say_absolute(folder: Path, rows: Path) -> None:
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {rows}\n---\n")
+
+
+def _save_state(folder: Path, rows: Path) -> None:
+    """As `save_to_disk` does, of a table that lies outside the folder."""
+    table = rows.with_suffix("")
+    Dataset.from_list([json.loads(line) for line in rows.read_text().splitlines()]).save_to_disk(str(table))
+    for name in ("state.json", "dataset_info.json"):
+        shutil.copy(table / name, folder)
+    state = json.loads((folder / "state.json").read_text())
+    state["_data_files"] = [{"filename": f"../{table.name}/{entry['filename']}"} for entry in state["_data_files"]]
+    state["_fingerprint"] = "the same"
+    (folder / "state.json").write_text(json.dumps(state, sort_keys=True))
+
+
+@pytest.mark.parametrize("refer", [_say_relative, _say_absolute, _save_state])
+def test_rows_of_a_folder_that_lie_outside_it_are_digested(refer, tokenizer, tmp_path):
+    """Else the next run would train on what they were."""
+    folder, rows = tmp_path / "folder", tmp_path / "rows.jsonl"
+    folder.mkdir()
+    loader = Loader(Cache(tmp_path / "cache"), tokenizer)
+
+    def tokens():
+        refer(folder, rows)
+        return loader.open([str(folder)], LABELLING).dataset["input_ids"][:]
+
+    for answer in ("Old.", "New."):
+        write(rows, [chat(ASK, ("assistant", answer))])
+        assert tokens() == prepare_dataset(rows, tokenizer, max_length=64)[0]["input_ids"][:]
+    before = sources.read_content([str(folder)])
+    write(rows, [chat(ASK, ("assistant", "Newest."))])
+    refer(folder, rows)
+    with pytest.raises(DataError, match=r"rows\S+: changed while it was read"):
+        before.require_same()
+
+
+def test_rows_of_a_folder_that_come_from_elsewhere_are_refused(tokenizer, tmp_path):
+    """Nothing of theirs could be compared."""
+    (tmp_path / "folder").mkdir()
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w") as file:
+        file.writestr("rows.jsonl", json.dumps(chat(ASK, ANSWER)) + "\n")
+    _say_absolute(tmp_path / "folder", f"zip://rows.jsonl::{tmp_path}/rows.zip")
+    with pytest.raises(DataError, match=r"folder: its rows come from zip://rows\.jsonl::\S+, which is no file of this"):
+        Loader(Cache(tmp_path / "cache"), tokenizer).open([str(tmp_path / "folder")], LABELLING)
 
 
 @pytest.mark.parametrize("name", ["./data.jsonl", ".//data.jsonl", "sub/../data.jsonl"])
