@@ -61,6 +61,8 @@ _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 # Called with the bytes just read and the bytes in all.
 Progress = Callable[[int, int], None]
+# Called with a file and its descriptor, before the first row is read from that and after the last.
+Opened = Callable[[Path, int], None]
 
 
 class DataError(SFTError):
@@ -144,7 +146,9 @@ class Turn(NamedTuple):
 # --- rows of files ----------------------------------------------------------------------------------------------------
 
 
-def read_rows(data: str | Path | Sequence[str | Path], progress: Progress | None = None) -> Iterator[Row]:
+def read_rows(
+    data: str | Path | Sequence[str | Path], progress: Progress | None = None, opened: Opened | None = None
+) -> Iterator[Row]:
     """Read every row of some files or datasets.
 
     Args:
@@ -153,16 +157,17 @@ def read_rows(data: str | Path | Sequence[str | Path], progress: Progress | None
             the split is `train` unless given. `OWNER/NAME@REVISION` is of that branch, tag or commit. No code of a
             dataset is executed.
         progress: told of bytes as `.jsonl` files are read.
+        opened: told of each file; not of those of a folder or a dataset, which `datasets` opens.
 
     Raises:
         DataError: a file or dataset is missing, unreadable, or of another kind.
     """
     places = [data] if isinstance(data, str | Path) else list(data)
     for place in places:
-        yield from _read_place(str(place), progress)
+        yield from _read_place(str(place), progress, opened)
 
 
-def _read_place(place: str, progress: Progress | None) -> Iterator[Row]:
+def _read_place(place: str, progress: Progress | None, opened: Opened | None) -> Iterator[Row]:
     path = Path(place)
     name = DATASET_NAME.fullmatch(place)
     if path.is_dir():
@@ -174,19 +179,23 @@ def _read_place(place: str, progress: Progress | None) -> Iterator[Row]:
     elif not place.endswith(SUFFIXES):
         raise DataError(f"{place}: not a file of conversations; known are {', '.join(SUFFIXES)}.")
     else:
-        yield from _read_file(place, progress)
+        yield from _read_file(place, progress, opened)
 
 
-def _read_file(place: str, progress: Progress | None) -> Iterator[Row]:
+def _read_file(place: str, progress: Progress | None, opened: Opened | None) -> Iterator[Row]:
     path = Path(place)
     try:
         with path.open("rb") as file:
+            if opened:
+                opened(path, file.fileno())
             if path.suffix == ".parquet":
                 yield from _read_parquet(place, file)
             elif ".jsonl" in path.suffixes:
                 yield from _read_jsonl(place, file, progress)
             else:
                 yield from _read_json(place, file)
+            if opened:
+                opened(path, file.fileno())
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}.") from error
     except (EOFError, zlib.error) as error:
@@ -360,6 +369,11 @@ def _turn(where: str, message: dict[str, Any]) -> Turn:
     )
 
 
+def say(where: str, role: str, content: Any) -> Turn:
+    """The turn of a column that is a content alone, without a message around it."""
+    return Turn(where, role, join_parts(content))
+
+
 def join_parts(content: Any) -> Any:
     """The text of a content in text parts; any other content as it is, one with other parts too."""
     if isinstance(content, list) and content and not any(map(wrong_part, content)):
@@ -399,7 +413,7 @@ def _prompt_completion_turns(columns: dict[str, Any]) -> tuple[list[Turn], list[
     turns, problems = [], []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
         value = columns[column]
-        found, wrong = ([Turn(column, role, value)], []) if isinstance(value, str) else turns_of(value, column)
+        found, wrong = ([say(column, role, value)], []) if isinstance(value, str) else turns_of(value, column)
         if column == "prompt":
             found = [turn._replace(weight=0, train=None) if turn.role == "assistant" else turn for turn in found]
         turns += found
@@ -418,29 +432,28 @@ def _alpaca_turns(columns: dict[str, Any]) -> tuple[list[Turn], list[Problem]]:
             return [], [
                 Problem("bad_message", f"history[{index}] is {type(pair).__name__}; expected [question, answer]")
             ]
-        turns += [
-            Turn(f"history[{index}][{side}]", role, pair[side]) for side, role in enumerate(("user", "assistant"))
-        ]
-    instruction, context = columns["instruction"], columns.get("input")
+        turns += [say(f"history[{index}][{side}]", role, pair[side]) for side, role in enumerate(("user", "assistant"))]
+    instruction, context = join_parts(columns["instruction"]), join_parts(columns.get("input"))
     if isinstance(instruction, str) and isinstance(context, str) and context.strip():
         instruction = f"{instruction}\n{context}"
     elif context is not None and not isinstance(context, str):
         return [], [Problem("bad_content", f"input has a content of type {type(context).__name__}; expected text")]
-    return [*turns, Turn("instruction", "user", instruction), Turn("output", "assistant", columns["output"])], []
+    return [*turns, say("instruction", "user", instruction), say("output", "assistant", columns["output"])], []
 
 
 def _after_system(
     columns: dict[str, Any], turns: list[Turn], problems: list[Problem]
 ) -> tuple[list[Turn], list[Problem]]:
     """The turns after what the row's column `system` says, if anything."""
-    system = columns.get("system", "")
-    return ([Turn("system", "system", system), *turns] if system != "" else turns), problems
+    system = join_parts(columns.get("system", ""))
+    return ([say("system", "system", system), *turns] if system != "" else turns), problems
 
 
 __all__ = [
     "DATASET_NAME",
     "SUFFIXES",
     "DataError",
+    "Opened",
     "Problem",
     "Row",
     "Turn",

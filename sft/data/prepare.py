@@ -338,7 +338,10 @@ def write_parts(
         nonlocal read
         have: dict[int, bool] = {}
         for row, outcome in check_rows(
-            list(content.places), control_tokens(tokenizer, labelling.sanitize_control_tokens), watch
+            list(content.places),
+            control_tokens(tokenizer, labelling.sanitize_control_tokens),
+            watch,
+            opened=content.require_opened,
         ):
             number = read // _PART_ROWS
             read += 1

@@ -7,6 +7,7 @@
 import json
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -222,8 +223,85 @@ def test_what_was_not_digested_is_not_kept_under_its_digest(shared, put_back, to
 
 def test_bytes_are_compared_where_the_system_tells_nothing(tokenizer, tmp_path, monkeypatch):
     path = write(tmp_path / "data.jsonl", [chat(ASK, ANSWER)] * 5)
-    monkeypatch.setattr(sources, "_state", lambda path: sources._State(0, 0, 0, 0))
+    monkeypatch.setattr(sources, "_state", lambda path, **_: sources._State(0, 0, 0, 0))
     change_meanwhile(monkeypatch, path, [chat(("user", "What?"), ("assistant", "WRONG"))] * 4, put_back=False)
+    with pytest.raises(DataError, match=r"data\.jsonl: changed while it was read"):
+        prepare(path, tmp_path / "out", tokenizer, LABELLING)
+
+
+def _replace_link(place: Path, old: Path, new: Path) -> tuple[Path, Callable[[], None], Callable[[], None]]:
+    """A link that is put over another one, as a new version of data often is."""
+
+    def point(target: Path) -> None:
+        (place / "link").symlink_to(target / "data.jsonl")
+        (place / "link").replace(place / "data.jsonl")
+
+    point(old)
+    return place / "data.jsonl", lambda: point(new), lambda: point(old)
+
+
+def _rename_folders(place: Path, old: Path, new: Path) -> tuple[Path, Callable[[], None], Callable[[], None]]:
+    def swap() -> None:
+        old.rename(place / "third")
+        new.rename(old)
+        (place / "third").rename(new)
+
+    return old / "data.jsonl", swap, swap
+
+
+def _link_in_a_folder(place: Path, old: Path, new: Path) -> tuple[Path, Callable[[], None], Callable[[], None]]:
+    (place / "folder").mkdir()
+    _, away, back = _replace_link(place / "folder", old, new)
+    return place / "folder", away, back
+
+
+def _rename_in_a_folder(place: Path, old: Path, new: Path) -> tuple[Path, Callable[[], None], Callable[[], None]]:
+    (place / "folder").mkdir()
+    (place / "other").mkdir()
+    old, new = old.rename(place / "folder" / "old"), new.rename(place / "other" / "new")
+    return place / "folder", *_rename_folders(place, old, new)[1:]
+
+
+@pytest.mark.parametrize("flip", [_replace_link, _rename_folders, _link_in_a_folder, _rename_in_a_folder])
+def test_rows_are_of_the_file_that_was_digested_whatever_its_path_names_for_a_while(
+    flip, tokenizer, tmp_path, monkeypatch
+):
+    """The path names another file while rows are read, and the one that was digested before and after."""
+    for name, answer in (("old", "Old."), ("new", "New.")):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "data.jsonl", [chat(ASK, ("assistant", answer))])
+    place, away, back = flip(tmp_path, tmp_path / "old", tmp_path / "new")
+    loader, check = Loader(Cache(tmp_path / "cache"), tokenizer), module.check_rows
+
+    def meanwhile(*args, **settings):
+        away()
+        try:
+            yield from [*check(*args, **settings)]
+        finally:
+            back()
+
+    with monkeypatch.context() as change:
+        change.setattr(module, "check_rows", meanwhile)
+        with pytest.raises(DataError, match=r": changed while it was read; run it again"):
+            loader.open([str(place)], LABELLING)
+    assert (
+        loader.open([str(place)], LABELLING).dataset["input_ids"][:]
+        == (prepare_dataset(place, tokenizer, max_length=64)[0]["input_ids"][:])
+    )
+
+
+def test_the_bytes_are_of_the_file_whose_state_is_noted(tokenizer, tmp_path, monkeypatch):
+    """It is replaced after it was opened to be digested: its rows would be those of the next one."""
+    path, state_of = write(tmp_path / "data.jsonl", [chat(ASK, ANSWER)]), sources._state
+
+    def replaced_after(place, **settings):
+        state = state_of(place, **settings)
+        if isinstance(place, int) and not (tmp_path / "old.jsonl").exists():
+            path.rename(tmp_path / "old.jsonl")
+            write(path, [chat(ASK, ("assistant", "WRONG"))])
+        return state
+
+    monkeypatch.setattr(sources, "_state", replaced_after)
     with pytest.raises(DataError, match=r"data\.jsonl: changed while it was read"):
         prepare(path, tmp_path / "out", tokenizer, LABELLING)
 
