@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _BEAT_SECONDS = 1.0
 _POLL_SECONDS = 0.2
 _TELL_SECONDS = 10.0
+OWNER_NAME = r"[0-9a-f]{8}-[0-9]+-[0-9a-f]{32}"
 
 
 class Held(DataError):
@@ -53,8 +54,8 @@ class Lock:
 
     def __init__(self, path: Path, about: str = "") -> None:
         self.path, self.about = path, about
-        # What is left behind under this name tells of itself whether its process is gone.
-        self.owner = f"{_tag(_system())}-{os.getpid()}-{uuid.uuid4().hex}"
+        self.owner = _name_owner()
+        self.touched: Path | None = None  # a folder that is marked with every beat, so that it shows who makes it live
         self._beats = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="lock", daemon=True)
@@ -91,11 +92,11 @@ class Lock:
 
     def _watch(self) -> None:
         while not self._stop.wait(_BEAT_SECONDS):
-            found = read_lock(self.path)
-            if found is None:  # somebody is about to see that it lives, and puts it back
+            with suppress(OSError):
+                if touched := self.touched:
+                    os.utime(touched)
+            if not self.is_mine():  # perhaps just not now: whoever takes it puts it back if it was not left behind
                 continue
-            if owner_of(found).get("owner") != self.owner:
-                return
             with suppress(OSError):
                 partial = self.path.with_name(f"{self.path.name}.{self.owner}")
                 partial.write_bytes(self._content())
@@ -154,7 +155,7 @@ def take_over(path: Path, seen: bytes) -> None:
         path: of the lock.
         seen: what it held when it was found to be left behind.
     """
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.left")
+    aside = path.with_name(f"{path.name}.{_name_owner()}")
     if read_lock(path) != seen:
         return
     with suppress(OSError):
@@ -218,8 +219,13 @@ def _system() -> str:
         return ""
 
 
+def _name_owner() -> str:
+    """What is left behind under this name tells of itself whether its process is gone."""
+    return f"{_tag(_system())}-{os.getpid()}-{uuid.uuid4().hex}"
+
+
 def _tag(system: str) -> str:
     return f"{zlib.crc32(system.encode()):08x}"
 
 
-__all__ = ["Held", "Lock", "hold", "is_gone", "is_known_gone", "owner_of", "read_lock", "take_over"]
+__all__ = ["OWNER_NAME", "Held", "Lock", "hold", "is_gone", "is_known_gone", "owner_of", "read_lock", "take_over"]
