@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversion.checkpoint.errors import CheckpointError
-from conversion.checkpoint.manifest import package_version
+from conversion.checkpoint.manifest import is_edited, package_version
+from conversion.checkpoint.manifest import seal as with_checksum
 from conversion.checkpoint.ranks import Ranks
 from sft.data.checks import Conversation, Reject, check_rows
 from sft.data.formats import DataError, Problem, Progress, Row, UnreadableError
@@ -563,9 +564,13 @@ def _write_state(folder: Path, fingerprint: str) -> None:
 
 
 def seal(folder: Path, name: str, record: dict[str, Any]) -> None:
-    """Write a record into a folder, with a digest of every other file there."""
+    """Write a record into a folder, with a digest of every other file there and a checksum of itself."""
     files = {path.name: digest_file(path) for path in sorted(folder.iterdir()) if path.name != name}
-    (folder / name).write_text(json.dumps(record | {"files": files}, indent=1), encoding="utf-8")
+    (folder / name).write_text(json.dumps(with_checksum(record | {"files": files}), indent=1), encoding="utf-8")
+
+
+def _is_as_sealed(record: dict[str, Any]) -> bool:
+    return "checksum" in record and not is_edited(record)
 
 
 def open_sealed(folder: Path, name: str, again: str) -> tuple["Dataset", dict[str, Any]]:
@@ -582,11 +587,15 @@ def open_sealed(folder: Path, name: str, again: str) -> tuple["Dataset", dict[st
 
     try:
         record = json.loads((folder / name).read_text(encoding="utf-8"))
+        if "checksum" not in record:
+            raise DataError(f"{folder}: a damaged prepared folder, or one of an earlier version; {again}.")
+        if not _is_as_sealed(record):
+            raise DataError(f"{folder / name}: is not what was written there; {again}.")
         files = {file: str(digest) for file, digest in record["files"].items()}
         missing = [file for file in files if not (folder / file).is_file()]
         edited = missing or [file for file, digest in files.items() if digest_file(folder / file) != digest]
         dataset = None if edited else load_from_disk(folder)
-    except UnreadableError:
+    except DataError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(folder, error, again) from error
@@ -657,9 +666,15 @@ class Rows:
     content: str
 
     def renamed(self, places: Sequence[str]) -> "Rows":
-        """The same, of the same content in files that are called otherwise."""
+        """The same, of the same content in files that are called otherwise.
+
+        Raises:
+            DataError: it is not made of so many.
+        """
         if tuple(places) == self.places:
             return self
+        if len(places) != len(self.places):
+            raise DataError(f"a damaged entry: made of {len(self.places)} places, not {len(places)}.")
         names = dict(zip(self.places, places, strict=True))
         rejects = []
         for reject in self.report.rejects:
@@ -695,15 +710,38 @@ def open_rows(places: Sequence[str | Path], tokenizer: "PreTrainedTokenizerBase"
         made_of = {name: record[name] for name in ("fingerprint", "tokenizer", "chat_template", "labelling")}
         about = pa.Table.from_batches(_read_stream(folder / ROWS), _row_schema())
         made_from = tuple(map(str, record["places"]))
+        _require_true(report, made_from, about)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder, error, again) from error
-    if not len(dataset) == len(about) == report.kept:
+    if len(dataset) != report.kept:
         raise DataError(f"{folder}: has {len(dataset)} rows, {PREPARED} says {report.kept}; {again}.")
     _refuse_difference(folder, made_of, _made_of(tokenizer, labelling))
     # What `datasets` caches of later steps is found again by this name, whoever prepared the folder.
     fingerprint = made_of["fingerprint"]
     dataset, content = Dataset(dataset.data, dataset.info, fingerprint=fingerprint), _fingerprint(record["files"])
     return Rows(dataset, report, about, fingerprint, made_from, content)
+
+
+def _require_true(report: DataReport, places: Sequence[str], about: "pyarrow.Table") -> None:
+    """Refuse a record that says of the rows what they are not, with a checksum or without.
+
+    Raises:
+        ValueError: it does; the message names what.
+    """
+    import pyarrow.compute as pc
+    import xxhash
+
+    sums = {name: int(pc.sum(about[name]).as_py() or 0) for name in ("tokens", "trained_tokens", "truncated")}
+    digest = xxhash.xxh3_128(b"".join(about["digest"].to_pylist())).hexdigest()
+    for name, value in {"kept": len(about), **sums, "digest": digest}.items():
+        if getattr(report, name) != value:
+            raise ValueError(f"{name} is {getattr(report, name)!r}, its rows have {value}")
+    if not places:
+        raise ValueError("no places")
+    for reject in report.rejects:
+        place, _, number = reject.source.rpartition(":")
+        if place not in places or not number.isdecimal():
+            raise ValueError(f"a rejected row {reject.source}, which is of none of its places")
 
 
 def _refuse_others(places: Sequence[str | Path]) -> None:
@@ -730,7 +768,7 @@ def require_made_for(
         _refuse_others(places)
         record = _read_record(Path(place)) or {}
         wanted = _made_of(tokenizer, labelling) if tokenizer else {"labelling": asdict(labelling)}
-        if not wanted.keys() <= record.keys() or not isinstance(record["labelling"], dict):
+        if not (wanted.keys() <= record.keys() and isinstance(record["labelling"], dict) and _is_as_sealed(record)):
             raise DataError(f"{place}: a damaged prepared folder; prepare it again.")
         _refuse_difference(Path(place), record, wanted)
 

@@ -9,10 +9,12 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
 
+from conversion.checkpoint.manifest import seal as with_checksum
 from sft.data import prepare as module
 from sft.data import sources
 from sft.data.cache import Cache, CacheError
@@ -121,7 +123,12 @@ def test_a_damaged_folder_is_named(prepared, data_file, tokenizer):
     record = json.loads((prepared / PREPARED).read_text())
     record["report"]["rows"] += 1
     (prepared / PREPARED).write_text(json.dumps(record))
-    with pytest.raises(DataError, match=r"has 48 rows, prepared.json says 49; prepare it again"):
+    with pytest.raises(DataError, match=r"prepared\.json: is not what was written there; prepare it again\.$"):
+        prepare_dataset(prepared, tokenizer, max_length=64)
+    with pytest.raises(DataError, match="a damaged prepared folder; prepare it again"):
+        module.require_made_for([str(prepared)], tokenizer, LABELLING)
+    (prepared / PREPARED).write_text(json.dumps(with_checksum(record)))
+    with pytest.raises(DataError, match=r"damaged prepared folder .*kept is 49, its rows have 48.*; prepare it again"):
         prepare_dataset(prepared, tokenizer, max_length=64)
     (prepared / PREPARED).write_text("{}")
     with pytest.raises(DataError, match="a damaged prepared folder"):
@@ -322,6 +329,63 @@ def test_no_part_is_kept_of_a_file_that_has_changed(tokenizer, tmp_path, monkeyp
     with pytest.raises(DataError, match="changed while it was read"):
         prepare(path, tmp_path / "out", tokenizer, LABELLING)
     assert written == [0, 1]
+
+
+def _change_tokens(record: dict[str, Any]) -> None:
+    record["report"]["tokens"] ^= 1
+
+
+def _be_text(record: dict[str, Any]) -> None:
+    record["report"]["tokens"] = "many"
+
+
+def _forget_rejects(record: dict[str, Any]) -> None:
+    record["report"]["rows"] -= len(record["report"].pop("rejects"))
+    record["report"]["rejects"] = []
+
+
+def _forget_truncation(record: dict[str, Any]) -> None:
+    record["report"]["truncated"] = 0
+
+
+def _forget_places(record: dict[str, Any]) -> None:
+    record["places"] = []
+
+
+def _move_a_reject(record: dict[str, Any]) -> None:
+    record["report"]["rejects"][0]["source"] = "nowhere:1"
+
+
+def _forget_files(record: dict[str, Any]) -> None:
+    record["files"] = {}
+
+
+_TOLD_BY_THE_ROWS = [_change_tokens, _be_text, _forget_truncation, _forget_places, _move_a_reject]
+
+
+@pytest.mark.parametrize(
+    ("change", "sealed"),
+    [
+        *((change, True) for change in _TOLD_BY_THE_ROWS),
+        *((change, False) for change in (*_TOLD_BY_THE_ROWS, _forget_rejects, _forget_files)),
+        (lambda record: record.pop("checksum"), False),
+    ],
+)
+def test_a_record_that_was_changed_is_made_again(change, sealed, tokenizer, tmp_path, caplog):
+    """Whatever of it is, it is what is said of the rows; the rejects decide whether a run is refused."""
+    path = write(tmp_path / "data.jsonl", [chat(ASK, ANSWER), {}, chat(ASK, ("assistant", "long " * 40))])
+    loader = Loader(Cache(tmp_path / "cache"), tokenizer, allow_rejects=True)
+    report = loader.open([str(path)], LABELLING).report
+    assert (report.truncated, len(report.rejects)) == (1, 1)
+    (file,) = (tmp_path / "cache").glob("tokens-*/prepared.json")
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(with_checksum(record) if sealed else record))
+    assert loader.open([str(path)], LABELLING).report == report
+    assert "It is made again." in caplog.text
+    caplog.clear()
+    assert loader.open([str(path)], LABELLING).report == report
+    assert "again" not in caplog.text
 
 
 def _say_relative(folder: Path, rows: Path) -> None:
