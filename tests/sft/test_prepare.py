@@ -44,6 +44,7 @@ def prepared(data_file, tokenizer, tmp_path):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_it_is_what_training_would_tokenize(weighted, num_proc, conversations, tokenizer, tmp_path):
     rows = [*conversations, chat(ASK, ANSWER, weights={1: 0.5}), {}] if weighted else [*conversations, {}]
+    rows += [chat(ASK, ("assistant", "<unk> ä € 𝄞 " * 9)), {**chat(ASK, ANSWER), "ignored": nested(700)}]
     path = write(tmp_path / "data.jsonl", rows)
     made = prepare(path, tmp_path / "out", tokenizer, LABELLING, allow_rejects=True, num_proc=num_proc)
     opened, report = prepare_dataset(tmp_path / "out", tokenizer, max_length=64)
@@ -188,6 +189,11 @@ def test_rows_that_were_edited_are_not_trained_on(prepared, data_file, tokenizer
         prepare_dataset(prepared, tokenizer, max_length=64)
     prepare(data_file, prepared, tokenizer, LABELLING, overwrite=True)
     prepare_dataset(prepared, tokenizer, max_length=64)
+
+
+def nested(depth: int) -> list[Any]:
+    """Deeper than pickle goes."""
+    return [nested(depth - 1)] if depth else []
 
 
 def change_meanwhile(monkeypatch, path, rows, *, put_back):
