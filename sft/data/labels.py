@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from conversion.checkpoint.errors import one_line
 from sft.data.checks import Conversation, Reject, check_rows
 from sft.data.formats import DataError, Problem, Progress, Row
-from sft.tokenizer import control_tokens, find_left_out
+from sft.tokenizer import control_tokens, find_left_out, require_fixed_template
 
 if TYPE_CHECKING:
     import pyarrow
@@ -316,6 +316,7 @@ def tokenize_rows(
 
     Raises:
         DataError: a file cannot be read; or as [`tokenize`] says.
+        TokenizerError: the chat template renders another text each time.
     """
     rows = check_rows(data, control_tokens(tokenizer, labelling.sanitize_control_tokens), progress)
     yield from tokenize_checked(rows, tokenizer, labelling, num_proc)
@@ -328,6 +329,7 @@ def tokenize_checked(
     num_proc: int | None = None,
 ) -> Iterator[tuple[Row, Tokenized | Reject]]:
     """Tokenize rows that were judged, in order; see [`tokenize_rows`]."""
+    require_fixed_template(tokenizer)
     if not num_proc or num_proc == 1:
         for row, outcome in rows:
             yield row, _judge(outcome, tokenizer, labelling, row.id)

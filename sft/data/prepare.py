@@ -49,7 +49,7 @@ from sft.data.labels import (
 )
 from sft.data.locks import Held, Lock, hold
 from sft.data.sources import Content, as_places, digest_file, is_local, is_unreadable, pin, read_content
-from sft.tokenizer import control_tokens, tokenizer_digest
+from sft.tokenizer import control_tokens, require_fixed_template, tokenizer_digest
 
 if TYPE_CHECKING:
     import pyarrow
@@ -282,7 +282,11 @@ def describe_job(content: Content, tokenizer: "PreTrainedTokenizerBase", labelli
 
     Args:
         content: of what is tokenized; what is read later counts as of it only if it did not change meanwhile.
+
+    Raises:
+        TokenizerError: the chat template renders another text each time.
     """
+    require_fixed_template(tokenizer)
     return _fingerprint(
         {"content": content.digest, "code": _digest_code(), "layout": _LAYOUT, **_made_of(tokenizer, labelling)}
     )
