@@ -9,12 +9,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from sft.data import locks
+from sft.data import labels, locks
 from sft.data import prepare as module
 from sft.data.dataset import prepare_dataset
 from sft.data.labels import DataError, Labelling
@@ -34,6 +35,18 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     monkeypatch.setattr(module, "_PART_ROWS", 7)
+
+
+@pytest.fixture(autouse=True)
+def one_template_at_a_time(monkeypatch):
+    """Ranks are threads here, and transformers' cached template is not for several; those of processes are apart."""
+    tokenize, lock = labels.tokenize, threading.Lock()
+
+    def alone(*args):
+        with lock:
+            return tokenize(*args)
+
+    monkeypatch.setattr(labels, "tokenize", alone)
 
 
 @pytest.fixture
