@@ -169,6 +169,39 @@ def check_stop_token(
             )
 
 
+def require_fixed_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a chat template whose text is another one each time: what is tokenized once could not stand for it.
+
+    Args:
+        tokenizer: with the chat template in question.
+
+    Raises:
+        TokenizerError: it asks for the time, or for chance; the message names by what.
+    """
+    if name := _find_change(str(tokenizer.chat_template)):
+        raise TokenizerError(
+            f"the chat template uses {name}, so that a conversation is another text each time, and what was tokenized "
+            "before would be trained on with the time or chance of then; write a fixed text in its place, in a copy of "
+            "the template (chat_template_path)."
+        )
+
+
+@lru_cache(maxsize=16)
+def _find_change(template: str) -> str | None:
+    """The first name in a template that stands for the time or for chance: of transformers, or of jinja."""
+    from jinja2 import Environment, TemplateError
+
+    try:
+        words = [text for _, kind, text in Environment().lex(template) if kind in ("name", "operator", "string")]
+    except TemplateError:  # rendering it says what is wrong with it
+        return None
+    for one, other, word in zip(["", "", *words], ["", *words], words, strict=False):
+        is_filter = other == "|" or (one, other) == ("map", "(")
+        if (word in ("strftime_now", "lipsum") and other != ".") or (is_filter and word.strip("'\"") == "random"):
+            return word.strip("'\"")
+    return None
+
+
 def find_left_out(
     tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
 ) -> str | None:

@@ -10,16 +10,15 @@ tokenizing would exceed. Who makes an entry keeps a lock file beside it that cha
 is gone, or that has not changed for `patience` seconds, is taken over.
 
 The lock saves work and nothing depends on it: an entry is made in a folder of its maker's own and renamed when all is
-on the disk, so an entry that is there is complete, and of two makers the second finds it done. What was changed since
-is found by digests, and made again. If making fails, those who waited fail too, with the same words.
+on the disk, so an entry that is there is complete, and of two makers the second finds it done. Nobody removes what a
+maker that may live has half made. What was changed since is found by digests, and made again. If making fails, those
+who waited fail too, with the same words.
 """
 
-import json
 import logging
 import os
+import re
 import shutil
-import socket
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -31,13 +30,14 @@ from typing import Any, TypeVar
 from conversion.checkpoint.errors import one_line
 from sft import SFTError
 from sft.data.formats import DataError, UnreadableError
+from sft.data.locks import OWNER_NAME, Lock, is_gone, is_known_gone, owner_of, read_lock, take_over
 
 logger = logging.getLogger(__name__)
 
-_BEAT_SECONDS = 1.0
 _POLL_SECONDS = 0.2
 _TELL_SECONDS = 10.0
-_KEEP_FAILURES_SECONDS = 3600.0
+_KEEP_SECONDS = 3600.0
+_LEFT = re.compile(rf"\..+\.(?P<owner>{OWNER_NAME})(\.partial|\.failed)?")
 _Opened = TypeVar("_Opened")
 
 
@@ -80,12 +80,13 @@ class Cache:
                     raise
                 except DataError:  # it is looked at again, once no other process makes it
                     pass
-            with self._writing(), _Lock.acquire(self.folder / f".{key}.lock") as lock:
+            with self._writing(), Lock.acquire(self.folder / f".{key}.lock") as lock:
                 if lock is not None:
                     if (found := self._look_again(entry, open_entry)) is not None:
                         return found
-                    self._build(entry, lock, build)
-                    return open_entry(entry)
+                    if self._build(entry, lock, build):
+                        return open_entry(entry)
+                    continue
             self._wait(entry, key)
 
     def _or_say_unreadable(self, open_entry: Callable[[Path], _Opened]) -> Callable[[Path], _Opened]:
@@ -123,35 +124,51 @@ class Cache:
             shutil.rmtree(aside, ignore_errors=True)
             return None
 
-    def _build(self, entry: Path, lock: "_Lock", build: Callable[[Path], None]) -> None:
-        self._clear(entry.name, lock.path)
+    def _build(self, entry: Path, lock: Lock, build: Callable[[Path], None]) -> bool:
+        """Make an entry; whether it is there now. It is not if somebody has removed what was half made of it."""
+        self._clear(lock)
         partial = entry.with_name(f".{entry.name}.{lock.owner}.partial")
         partial.mkdir()
+        lock.touched = partial
         try:
             build(partial)
             _sync(partial)
             if not entry.exists():
                 with suppress(OSError):  # another process was as quick; its entry is the same
                     partial.rename(entry)
-            if not entry.is_dir():
+            if partial.is_dir() and not entry.is_dir():
                 raise CacheError(f"{entry} cannot be made; give another folder with dataset_cache_dir.")
         except Exception as error:
             if entry.is_dir():  # of a process that took this one, paused, for dead
-                return
-            lock.tell_failure(
-                str(error) if isinstance(error, SFTError) else f"{type(error).__name__}: {one_line(error)}"
+                return True
+            if not partial.is_dir():
+                logger.warning("%s: what was half made of it is gone (%s). It is made again.", entry, one_line(error))
+                return False
+            _tell_failure(
+                lock, str(error) if isinstance(error, SFTError) else f"{type(error).__name__}: {one_line(error)}"
             )
             raise
         finally:
+            lock.touched = None
             shutil.rmtree(partial, ignore_errors=True)
+        return entry.is_dir()
 
-    def _clear(self, name: str, lock: Path) -> None:
-        """Remove what processes that are gone have left of this entry; who makes it has the lock, so no other does."""
-        for path in self.folder.glob(f".{name}.*.partial"):
-            shutil.rmtree(path, ignore_errors=True)
-        for path in self.folder.glob(f".{name}.*.failed"):
-            with suppress(OSError):  # by the clock of the disk, which both files have
-                if lock.stat().st_mtime - path.stat().st_mtime > _KEEP_FAILURES_SECONDS:
+    def _clear(self, lock: Lock) -> None:
+        """Remove what processes that are gone have left, of whatever entry.
+
+        Of one of another machine that is not known, and a failure is there to be read by others: these go if they have
+        not changed for an hour, by the clock of the disk, which both files have.
+        """
+        for path in self.folder.iterdir():
+            if (match := _LEFT.fullmatch(path.name)) is None:
+                continue
+            with suppress(OSError):
+                gone = None if path.suffix == ".failed" else is_known_gone(match["owner"])
+                if gone is None:
+                    gone = lock.path.stat().st_mtime - path.stat().st_mtime > _KEEP_SECONDS
+                if gone and path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif gone:
                     path.unlink()
 
     def _wait(self, entry: Path, key: str) -> None:
@@ -159,9 +176,9 @@ class Cache:
         path = self.folder / f".{key}.lock"
         seen, changed, started, told = b"", time.monotonic(), time.monotonic(), False
         owner: dict[str, Any] = {}
-        while (content := _read(path)) is not None:
+        while (content := read_lock(path)) is not None:
             now = time.monotonic()
-            found = _owner(content)
+            found = owner_of(content)
             if owner and found and found.get("owner") != owner["owner"]:
                 break  # that one has ended, and another was quicker than we
             if content != seen:
@@ -171,14 +188,13 @@ class Cache:
                     "%s: waiting for process %s on %s, which makes it", entry, found.get("pid"), found.get("host")
                 )
                 told = True
-            if _is_gone(owner) or now - changed > self.patience:
+            if is_gone(owner) or now - changed > self.patience:
                 logger.warning("%s: process %s on %s gives no sign of life", entry, owner.get("pid"), owner.get("host"))
-                with suppress(OSError):
-                    path.unlink()
+                take_over(path, content)
                 return
             time.sleep(_POLL_SECONDS)
         if owner:
-            failure = _read(self.folder / f".{key}.{owner['owner']}.failed")
+            failure = read_lock(self.folder / f".{key}.{owner['owner']}.failed")
             if failure is not None:
                 raise DataError(failure.decode("utf-8", "replace"))
 
@@ -196,101 +212,11 @@ class Cache:
             ) from error
 
 
-class _Lock:
-    """A lock file that this process has, and changes every second."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.owner = path, uuid.uuid4().hex
-        self._beats = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="cache-lock", daemon=True)
-
-    @classmethod
-    @contextmanager
-    def acquire(cls, path: Path) -> Iterator["_Lock | None"]:
-        """The lock, or None if another process has it."""
-        lock = cls(path)
-        try:
-            with path.open("xb") as file:
-                file.write(lock._content())
-        except FileExistsError:
-            yield None
-            return
-        lock._thread.start()
-        try:
-            yield lock
-        finally:
-            lock._stop.set()
-            lock._thread.join()
-            if lock._is_mine():
-                with suppress(OSError):
-                    path.unlink()
-
-    def tell_failure(self, reason: str) -> None:
-        """Leave the reason for those who wait for this process."""
-        with suppress(OSError):
-            name = self.path.name.removesuffix(".lock")
-            self.path.with_name(f"{name}.{self.owner}.failed").write_text(reason, encoding="utf-8")
-
-    def _is_mine(self) -> bool:
-        return _owner(_read(self.path) or b"").get("owner") == self.owner
-
-    def _content(self) -> bytes:
-        self._beats += 1
-        who = {"owner": self.owner, "host": socket.gethostname(), "pid": os.getpid(), "system": _system()}
-        return json.dumps({**who, "beat": self._beats}).encode()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(_BEAT_SECONDS):
-            if not self._is_mine():
-                return
-            with suppress(OSError):
-                partial = self.path.with_name(f"{self.path.name}.{self.owner}")
-                partial.write_bytes(self._content())
-                partial.replace(self.path)
-
-
-def _system() -> str:
-    """Tells the machine, its start and the name space of its process numbers; empty where the system does not say."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _is_gone(owner: dict[str, Any]) -> bool:
-    """Whether the process is known to be gone: only of those of this machine one can know."""
-    if not owner or not owner.get("system") or owner["system"] != _system() or not isinstance(owner.get("pid"), int):
-        return False
-    try:
-        os.kill(owner["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return _is_zombie(owner["pid"])
-
-
-def _is_zombie(pid: int) -> bool:
-    with suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    return False
-
-
-def _read(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return None
-
-
-def _owner(content: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(content)
-    except ValueError:  # not written yet, or cut short by a full disk
-        return {}
-    return found if isinstance(found, dict) and isinstance(found.get("owner"), str) else {}
+def _tell_failure(lock: Lock, reason: str) -> None:
+    """Leave the reason for those who wait for this process."""
+    with suppress(OSError):
+        name = lock.path.name.removesuffix(".lock")
+        lock.path.with_name(f"{name}.{lock.owner}.failed").write_text(reason, encoding="utf-8")
 
 
 def _sync(folder: Path) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sft.data.formats import Problem, Progress, Row, Turn, find_turns, read_rows, wrong_part
+from sft.data.formats import Opened, Problem, Progress, Row, Turn, find_turns, read_rows, wrong_part
 from sft.data.tools import OpenCalls, read_calls, read_tools, to_json, tool_name
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -109,6 +109,7 @@ def check_rows(
     progress: Progress | None = None,
     *,
     repeated_ids: bool = False,
+    opened: Opened | None = None,
 ) -> Iterator[tuple[Row, Conversation | Reject]]:
     """Read and judge every row, in order, in bounded memory: of a file's earlier rows only 8 bytes an id are kept.
 
@@ -117,12 +118,13 @@ def check_rows(
         control_tokens: texts that no content may contain; see [`sft.tokenizer.control_tokens`].
         progress: told of bytes.
         repeated_ids: whether rows of one file may have one id.
+        opened: see [`sft.data.formats.read_rows`].
 
     Raises:
         DataError: a file cannot be read.
     """
     spelled_out, place, ids = _any_of(control_tokens), None, _Ids()
-    for row in read_rows(data, progress):
+    for row in read_rows(data, progress, opened):
         if row.place != place:  # files that number their rows from 0 may lie side by side
             place, ids = row.place, _Ids()
         if row.problem:
@@ -217,7 +219,7 @@ def _content_problems(turn: Turn, control_tokens: re.Pattern[str], *, has_calls:
     if turn.content is None and has_calls:
         return
     if isinstance(turn.content, list) and turn.content:
-        wrong = next(filter(None, map(wrong_part, turn.content)))
+        wrong = next(filter(None, map(wrong_part, turn.content)), "a content in parts that were not joined")
         yield Problem("bad_content", f"{turn.where} has {wrong}; only text can be trained on")
     elif not isinstance(turn.content, str):
         found = type(turn.content).__name__ if turn.content != [] else "list, which is empty"

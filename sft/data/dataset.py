@@ -164,8 +164,8 @@ class Loader:
         rows = self.cache.get(
             f"tokens-{job}",
             lambda folder: build_prepared(folder, content, self.tokenizer, labelling, job, self.num_proc),
-            lambda folder: open_rows([folder], self.tokenizer, labelling),
-        ).renamed(pinned)
+            lambda folder: open_rows([folder], self.tokenizer, labelling).renamed(pinned),
+        )
         require_rows(rows.report, places, labelling, self.allow_rejects)
         return rows
 

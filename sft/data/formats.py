@@ -34,6 +34,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -41,6 +42,7 @@ from typing import Any, BinaryIO, NamedTuple
 from sft import SFTError
 
 MAX_ROW_BYTES = 1 << 26
+_STATE = "state.json"  # of a folder that `save_to_disk` has written
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 # OWNER/NAME, perhaps with a revision, a configuration and a split; not what a path looks like.
 DATASET_NAME = re.compile(
@@ -59,6 +61,8 @@ _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 # Called with the bytes just read and the bytes in all.
 Progress = Callable[[int, int], None]
+# Called with a file and its descriptor, before the first row is read from that and after the last.
+Opened = Callable[[Path, int], None]
 
 
 class DataError(SFTError):
@@ -142,7 +146,9 @@ class Turn(NamedTuple):
 # --- rows of files ----------------------------------------------------------------------------------------------------
 
 
-def read_rows(data: str | Path | Sequence[str | Path], progress: Progress | None = None) -> Iterator[Row]:
+def read_rows(
+    data: str | Path | Sequence[str | Path], progress: Progress | None = None, opened: Opened | None = None
+) -> Iterator[Row]:
     """Read every row of some files or datasets.
 
     Args:
@@ -151,16 +157,17 @@ def read_rows(data: str | Path | Sequence[str | Path], progress: Progress | None
             the split is `train` unless given. `OWNER/NAME@REVISION` is of that branch, tag or commit. No code of a
             dataset is executed.
         progress: told of bytes as `.jsonl` files are read.
+        opened: told of each file; not of those of a folder or a dataset, which `datasets` opens.
 
     Raises:
         DataError: a file or dataset is missing, unreadable, or of another kind.
     """
     places = [data] if isinstance(data, str | Path) else list(data)
     for place in places:
-        yield from _read_place(str(place), progress)
+        yield from _read_place(str(place), progress, opened)
 
 
-def _read_place(place: str, progress: Progress | None) -> Iterator[Row]:
+def _read_place(place: str, progress: Progress | None, opened: Opened | None) -> Iterator[Row]:
     path = Path(place)
     name = DATASET_NAME.fullmatch(place)
     if path.is_dir():
@@ -172,19 +179,23 @@ def _read_place(place: str, progress: Progress | None) -> Iterator[Row]:
     elif not place.endswith(SUFFIXES):
         raise DataError(f"{place}: not a file of conversations; known are {', '.join(SUFFIXES)}.")
     else:
-        yield from _read_file(place, progress)
+        yield from _read_file(place, progress, opened)
 
 
-def _read_file(place: str, progress: Progress | None) -> Iterator[Row]:
+def _read_file(place: str, progress: Progress | None, opened: Opened | None) -> Iterator[Row]:
     path = Path(place)
     try:
         with path.open("rb") as file:
+            if opened:
+                opened(path, file.fileno())
             if path.suffix == ".parquet":
                 yield from _read_parquet(place, file)
             elif ".jsonl" in path.suffixes:
                 yield from _read_jsonl(place, file, progress)
             else:
                 yield from _read_json(place, file)
+            if opened:
+                opened(path, file.fileno())
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}.") from error
     except (EOFError, zlib.error) as error:
@@ -249,14 +260,52 @@ def _read_parquet(place: str, file: BinaryIO) -> Iterator[Row]:
 def _read_dataset(place: str, arguments: dict[str, Any]) -> Iterator[Row]:
     import datasets
 
-    try:
-        if (Path(place) / "state.json").is_file():
+    with _loading(place):
+        if (Path(place) / _STATE).is_file():
             rows: Any = datasets.load_from_disk(place)
         else:
             rows = datasets.load_dataset(**arguments, streaming=True)
         for number, row in enumerate(rows, start=1):
             yield Row(place, number, row)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+
+
+def dataset_files(place: str) -> list[Path]:
+    """The files that the rows of a dataset in a folder come from, in order; they may lie outside it.
+
+    A `README.md` says which, for `load_dataset`; a `state.json` for `load_from_disk`.
+
+    Args:
+        place: the folder.
+
+    Raises:
+        DataError: it cannot be loaded, or has rows that come from no file of this machine.
+    """
+    import datasets
+
+    with _loading(place):
+        if (Path(place) / _STATE).is_file():
+            state = json.loads((Path(place) / _STATE).read_text(encoding="utf-8"))
+            names = [os.path.join(place, entry["filename"]) for entry in state["_data_files"]]
+        else:
+            resolved = datasets.load_dataset_builder(place).config.data_files or {}
+            names = [str(name) for name in resolved.get("train", [])]
+    for name in names:
+        if not Path(name).is_file():
+            raise DataError(
+                f"{place}: its rows come from {name}, which is no file of this machine, so that nothing would tell "
+                "when they change; download it and name that file."
+            )
+    return [Path(name) for name in names]
+
+
+@contextmanager
+def _loading(place: str) -> Iterator[None]:
+    """What `datasets` says of a dataset that it cannot load, in one line."""
+    import datasets
+
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, datasets.exceptions.DatasetsError) as error:
         what = "not a dataset that can be loaded" if Path(place).is_dir() else "no such file, nor a dataset to be had"
         raise DataError(f"{place}: {what} ({' '.join(str(error).split())}).") from error
 
@@ -320,6 +369,11 @@ def _turn(where: str, message: dict[str, Any]) -> Turn:
     )
 
 
+def say(where: str, role: str, content: Any) -> Turn:
+    """The turn of a column that is a content alone, without a message around it."""
+    return Turn(where, role, join_parts(content))
+
+
 def join_parts(content: Any) -> Any:
     """The text of a content in text parts; any other content as it is, one with other parts too."""
     if isinstance(content, list) and content and not any(map(wrong_part, content)):
@@ -359,7 +413,7 @@ def _prompt_completion_turns(columns: dict[str, Any]) -> tuple[list[Turn], list[
     turns, problems = [], []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
         value = columns[column]
-        found, wrong = ([Turn(column, role, value)], []) if isinstance(value, str) else turns_of(value, column)
+        found, wrong = ([say(column, role, value)], []) if isinstance(value, str) else turns_of(value, column)
         if column == "prompt":
             found = [turn._replace(weight=0, train=None) if turn.role == "assistant" else turn for turn in found]
         turns += found
@@ -378,33 +432,33 @@ def _alpaca_turns(columns: dict[str, Any]) -> tuple[list[Turn], list[Problem]]:
             return [], [
                 Problem("bad_message", f"history[{index}] is {type(pair).__name__}; expected [question, answer]")
             ]
-        turns += [
-            Turn(f"history[{index}][{side}]", role, pair[side]) for side, role in enumerate(("user", "assistant"))
-        ]
-    instruction, context = columns["instruction"], columns.get("input")
+        turns += [say(f"history[{index}][{side}]", role, pair[side]) for side, role in enumerate(("user", "assistant"))]
+    instruction, context = join_parts(columns["instruction"]), join_parts(columns.get("input"))
     if isinstance(instruction, str) and isinstance(context, str) and context.strip():
         instruction = f"{instruction}\n{context}"
     elif context is not None and not isinstance(context, str):
         return [], [Problem("bad_content", f"input has a content of type {type(context).__name__}; expected text")]
-    return [*turns, Turn("instruction", "user", instruction), Turn("output", "assistant", columns["output"])], []
+    return [*turns, say("instruction", "user", instruction), say("output", "assistant", columns["output"])], []
 
 
 def _after_system(
     columns: dict[str, Any], turns: list[Turn], problems: list[Problem]
 ) -> tuple[list[Turn], list[Problem]]:
     """The turns after what the row's column `system` says, if anything."""
-    system = columns.get("system", "")
-    return ([Turn("system", "system", system), *turns] if system != "" else turns), problems
+    system = join_parts(columns.get("system", ""))
+    return ([say("system", "system", system), *turns] if system != "" else turns), problems
 
 
 __all__ = [
     "DATASET_NAME",
     "SUFFIXES",
     "DataError",
+    "Opened",
     "Problem",
     "Row",
     "Turn",
     "UnreadableError",
+    "dataset_files",
     "find_turns",
     "join_parts",
     "read_rows",

@@ -4,10 +4,11 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Rows held out for evaluation, and whether evaluation data are in the training data.
 
-What decides on which side a row comes is its question, the first thing the user says, without regard to case, width and
-spaces: all rows with one question come on one side, exact duplicates with them. Questions are held out in the order of
-their hashes. So neither the order of rows, files and sources matters, nor the seed of the run, nor how many processes
-there are: the rows held out are the same as long as the rows are.
+What decides on which side a row comes is its question, the first thing the user says, without regard to case (as
+Unicode folds it, which keeps the Turkish ı from I), width and spaces: all rows with one question come on one side,
+exact duplicates with them. Questions are held out in the order of their hashes. So neither the order of rows, files and
+sources matters, nor the seed of the run, nor how many processes there are: the rows held out are the same as long as
+the rows are.
 """
 
 import unicodedata
@@ -24,9 +25,13 @@ if TYPE_CHECKING:
 
 
 def normalize_question(conversation: Conversation) -> str:
-    """What the user says first: NFKC, case folded, every run of white space one space."""
+    """What the user says first: NFKC, case folded, NFKC again, every run of white space one space.
+
+    Folding takes letters apart (ΐ becomes three), which the capitals written whole would not be; again they are one.
+    """
     first = next((turn["content"] for turn in conversation.messages if turn["role"] == "user"), "")
-    return " ".join(unicodedata.normalize("NFKC", first).casefold().split())
+    folded = unicodedata.normalize("NFKC", first).casefold()
+    return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 
 def digest_question(conversation: Conversation) -> int:

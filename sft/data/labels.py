@@ -23,12 +23,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from conversion.checkpoint.errors import one_line
 from sft.data.checks import Conversation, Reject, check_rows
 from sft.data.formats import DataError, Problem, Progress, Row
-from sft.tokenizer import control_tokens, find_left_out
+from sft.tokenizer import control_tokens, find_left_out, require_fixed_template
 
 if TYPE_CHECKING:
     import pyarrow
@@ -316,6 +316,7 @@ def tokenize_rows(
 
     Raises:
         DataError: a file cannot be read; or as [`tokenize`] says.
+        TokenizerError: the chat template renders another text each time.
     """
     rows = check_rows(data, control_tokens(tokenizer, labelling.sanitize_control_tokens), progress)
     yield from tokenize_checked(rows, tokenizer, labelling, num_proc)
@@ -328,6 +329,7 @@ def tokenize_checked(
     num_proc: int | None = None,
 ) -> Iterator[tuple[Row, Tokenized | Reject]]:
     """Tokenize rows that were judged, in order; see [`tokenize_rows`]."""
+    require_fixed_template(tokenizer)
     if not num_proc or num_proc == 1:
         for row, outcome in rows:
             yield row, _judge(outcome, tokenizer, labelling, row.id)
@@ -338,13 +340,14 @@ def tokenize_checked(
         with ProcessPoolExecutor(
             num_proc, mp_context=start, initializer=_set_worker, initargs=(tokenizer, labelling)
         ) as pool:
-            waiting: deque[Future[list[tuple[Row, Tokenized | Reject]]]] = deque()
+            waiting: deque[tuple[list[tuple[Row, Conversation | Reject]], Future[list[_Tokens | Problem]]]] = deque()
             while chunk := list(islice(rows, _CHUNK)):
-                waiting.append(pool.submit(_work, chunk))
+                valid = [outcome for _, outcome in chunk if isinstance(outcome, Conversation)]
+                waiting.append((chunk, pool.submit(_work, [_to_text(conversation) for conversation in valid])))
                 if len(waiting) > 4 * num_proc:
-                    yield from waiting.popleft().result()
-            for future in waiting:
-                yield from future.result()
+                    yield from _outcomes(*waiting.popleft())
+            while waiting:
+                yield from _outcomes(*waiting.popleft())
     except BrokenProcessPool as error:
         raise DataError(
             f"one of {num_proc} processes that tokenize was killed or could not start; was there memory for all? A "
@@ -364,6 +367,7 @@ def _judge(
     return Reject(outcome.source, row_id, (tokenized,)) if isinstance(tokenized, Problem) else tokenized
 
 
+_Tokens: TypeAlias = "tuple[array[int], array[float], bool]"  # of [`Tokenized`], all but the conversation
 _worker: tuple["PreTrainedTokenizerBase", Labelling] | None = None
 
 
@@ -372,9 +376,35 @@ def _set_worker(tokenizer: "PreTrainedTokenizerBase", labelling: Labelling) -> N
     _worker = tokenizer, labelling
 
 
-def _work(chunk: list[tuple[Row, Conversation | Reject]]) -> list[tuple[Row, Tokenized | Reject]]:
+def _to_text(conversation: Conversation) -> str:
+    """A conversation without its row, for another process, as what may be nested deeper than pickle goes."""
+    return json.dumps([conversation.messages, conversation.source, conversation.weights, conversation.tools])
+
+
+def _work(chunk: list[str]) -> list["_Tokens | Problem"]:
     assert _worker is not None
-    return [(row, _judge(outcome, *_worker, row.id)) for row, outcome in chunk]
+    outcomes = []
+    for text in chunk:
+        messages, source, weights, tools = json.loads(text)
+        made = tokenize(Conversation(messages, source, tuple(weights), tools), *_worker)
+        outcomes.append(made if isinstance(made, Problem) else (made.input_ids, made.weights, made.truncated))
+    return outcomes
+
+
+def _outcomes(
+    chunk: list[tuple[Row, Conversation | Reject]], made: "Future[list[_Tokens | Problem]]"
+) -> Iterator[tuple[Row, Tokenized | Reject]]:
+    """Rows with what another process has made of their conversations."""
+    tokens = iter(made.result())
+    for row, outcome in chunk:
+        if isinstance(outcome, Reject):
+            yield row, outcome
+            continue
+        found = next(tokens)
+        if isinstance(found, Problem):
+            yield row, Reject(outcome.source, row.id, (found,))
+        else:
+            yield row, Tokenized(outcome, *found)
 
 
 def digest_conversation(conversation: Conversation) -> bytes:

@@ -12,6 +12,9 @@ opens it only if the tokenizer, the template and the labelling of the run are th
 Rows are tokenized in parts of 1,024, which are files of their own until all are there; so several processes can share
 the work, and one that was killed goes on. What comes out does not depend on how many there were: each reads and judges
 all rows, which is little beside tokenizing, so that ids that repeat are found wherever they stand.
+
+One command at a time writes a folder: a lock beside it says so. As locks can be lost, what is in the folder does not
+depend on that: the parts of each job, which is what they are made of, are in a folder of its own, and each says which.
 """
 
 import errno
@@ -19,15 +22,17 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversion.checkpoint.errors import CheckpointError
-from conversion.checkpoint.manifest import package_version
+from conversion.checkpoint.manifest import is_edited, package_version
+from conversion.checkpoint.manifest import seal as with_checksum
 from conversion.checkpoint.ranks import Ranks
 from sft.data.checks import Conversation, Reject, check_rows
 from sft.data.formats import DataError, Problem, Progress, Row, UnreadableError
@@ -42,8 +47,9 @@ from sft.data.labels import (
     require_rows,
     tokenize_checked,
 )
+from sft.data.locks import Held, Lock, hold
 from sft.data.sources import Content, as_places, digest_file, is_local, is_unreadable, pin, read_content
-from sft.tokenizer import control_tokens, tokenizer_digest
+from sft.tokenizer import control_tokens, require_fixed_template, tokenizer_digest
 
 if TYPE_CHECKING:
     import pyarrow
@@ -61,7 +67,9 @@ _PART_ROWS = 1024
 _SHARD_BYTES = 1 << 28
 _BATCH = 256
 _PATIENCE = 120.0
+_LOCK_PATIENCE = 60.0
 _JOB = "job.json"
+_WHOLE = "whole-"
 
 
 class DiskFull(DataError):
@@ -110,14 +118,14 @@ def prepare(
         rank, world_size: which of how many processes that share the work this is.
 
     Raises:
-        DataError: the folder exists; a file cannot be read, or changed while it was; there are invalid rows and they
-            are not allowed; no row is left; another rank failed.
+        DataError: the folder exists, or another command writes it; a file cannot be read, or changed while it was;
+            there are invalid rows and they are not allowed; no row is left; another rank failed.
     """
     out = Path(out)
     places = tuple(pin(place) for place in as_places(data))
     content = read_content(places)
     job = describe_job(content, tokenizer, labelling)
-    parts = _parts_folder(out)
+    parts = _parts_folder(out, job)
 
     def is_done() -> bool:
         return not parts.exists() and (_read_record(out) or {}).get("job") == job
@@ -125,35 +133,83 @@ def prepare(
     if rank and is_done():
         return _prepared(out, _read_record(out) or {})  # the others were quicker
     _refuse_obstacle(out, overwrite=overwrite)
-    try:
-        with Ranks(out, rank, world_size, patience=_PATIENCE) as ranks:
-            if rank == 0:
-                _claim(parts, job)
-            ranks.wait(lambda: _job_of(parts) == job or (rank > 0 and is_done()), [0], f"the folder {parts}")
-            if rank and is_done():  # there was nothing to do for who comes late
-                return _prepared(out, _read_record(out) or {})
-            count = write_parts(
-                content, parts, tokenizer, labelling, num_proc=num_proc, progress=progress, rank=rank, world=world_size
-            )
-            if rank == 0:
-                for number in range(count):
-                    record = _part_record(parts, number)
-                    ranks.wait(record.is_file, [number % world_size], f"part {number} of {count}")
-                _join_into(out, parts, count, places, tokenizer, labelling, job, allow_rejects)
-            else:
-                ranks.wait(is_done, [0], str(out))
-    except CheckpointError as error:
-        raise DataError(str(error)) from error
-    except DataError as error:
-        if world_size == 1 and not isinstance(error, DiskFull):  # what can be gone on with stays
-            _remove_parts(parts)
-        raise
+    with ExitStack() as stack:
+        lock = None if rank else stack.enter_context(_alone(out, job, world_size))
+        try:
+            with Ranks(_ranks_of(out, job), rank, world_size, patience=_PATIENCE) as ranks:
+                if rank == 0:
+                    _refuse_obstacle(out, overwrite=overwrite)  # now that no other command is about to make one
+                    _claim(out, parts, job)
+                ranks.wait(lambda: _job_of(parts) == job or (rank > 0 and is_done()), [0], f"the folder {parts}")
+                if rank and is_done():  # there was nothing to do for who comes late
+                    return _prepared(out, _read_record(out) or {})
+                count = write_parts(
+                    content,
+                    parts,
+                    tokenizer,
+                    labelling,
+                    job,
+                    num_proc=num_proc,
+                    progress=progress,
+                    rank=rank,
+                    world=world_size,
+                )
+                if lock:
+                    for number in range(count):
+                        record = _part_record(parts, number)
+                        ranks.wait(record.is_file, [number % world_size], f"part {number} of {count}")
+                    _join_into(
+                        out, parts, count, places, tokenizer, labelling, job, lock, allow_rejects, overwrite=overwrite
+                    )
+                else:
+                    ranks.wait(is_done, [0], str(out))
+        except CheckpointError as error:
+            raise DataError(str(error)) from error
+        except FileNotFoundError as error:
+            if parts.is_dir():
+                raise
+            raise DataError(_taken_over(out)) from error
+        except DataError as error:
+            if lock and lock.is_mine() and world_size == 1 and not isinstance(error, DiskFull):
+                _remove_parts(parts)  # of a full disk, what can be gone on with stays
+            raise
     return _prepared(out, _read_record(out) or {})
 
 
-def _parts_folder(out: Path) -> Path:
+@contextmanager
+def _alone(out: Path, job: str, world_size: int) -> Iterator[Lock]:
+    """The lock of the folder; a command that writes it while another does is refused."""
     here = out.absolute()
-    return here.with_name(f".{here.name}.parts")
+    here.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with hold(here.with_name(f".{here.name}.lock"), job, _LOCK_PATIENCE) as lock:
+            yield lock
+    except Held as error:
+        refusal = DataError(
+            f"{out} is being written by process {error.owner.get('pid')} on {error.owner.get('host')}; wait until it "
+            "ends, or choose another folder."
+        )
+        if error.owner.get("about") == job:  # its ranks have the files by which those of this command would hear of it
+            raise refusal from error
+        with Ranks(_ranks_of(out, job), 0, world_size, patience=_PATIENCE):
+            raise refusal from error
+
+
+def _taken_over(out: Path) -> str:
+    return (
+        f"{out}: another command has begun to write it, since this one gave no sign of life for "
+        f"{_LOCK_PATIENCE:.0f} s; nothing of this one is in it. Run it again when the other has ended."
+    )
+
+
+def _ranks_of(out: Path, job: str) -> Path:
+    """What the ranks of this job name their files by: those of another command do not know of them."""
+    return out.absolute().with_name(f"{out.absolute().name}.{job[:16]}")
+
+
+def _parts_folder(out: Path, job: str) -> Path:
+    here = out.absolute()
+    return here.with_name(f".{here.name}.{job[:16]}.parts")
 
 
 def _remove_parts(parts: Path) -> None:
@@ -161,12 +217,16 @@ def _remove_parts(parts: Path) -> None:
         shutil.rmtree(parts, ignore_errors=True)
 
 
-def _claim(parts: Path, job: str) -> None:
-    """Have a folder for the parts of this job; those of another job that was killed go."""
-    if parts.exists() and _job_of(parts) != job:
-        if _job_of(parts) is None and any(parts.iterdir()):
-            raise DataError(f"{parts} is where parts are written, and it holds something else; move it away.")
-        shutil.rmtree(parts)
+def _claim(out: Path, parts: Path, job: str) -> None:
+    """Have a folder for the parts of this job; those of other jobs go, which were killed, as the lock is ours."""
+    ours = re.compile(rf"\.{re.escape(out.absolute().name)}\.[0-9a-f]{{16}}\.parts")
+    for other in parts.parent.iterdir():
+        if other != parts and ours.fullmatch(other.name):
+            _remove_parts(other)
+    if parts.exists() and _job_of(parts) != job and (not parts.is_dir() or any(parts.iterdir())):
+        raise DataError(f"{parts} is where parts are written, and it holds something else; move it away.")
+    for whole in parts.glob(f"{_WHOLE}*"):
+        shutil.rmtree(whole, ignore_errors=True)
     parts.mkdir(parents=True, exist_ok=True)
     if _job_of(parts) != job:
         _write_json(parts / _JOB, {"job": job})
@@ -188,17 +248,24 @@ def _join_into(
     tokenizer: "PreTrainedTokenizerBase",
     labelling: Labelling,
     job: str,
+    lock: Lock,
     allow_rejects: bool,
+    *,
+    overwrite: bool,
 ) -> None:
     """Make the folder of its parts, which go in any case: with it, or because they are refused."""
-    whole = parts / "whole"
+    whole = parts / f"{_WHOLE}{uuid.uuid4().hex}"
     try:
         report = join_parts(parts, count, whole, places, tokenizer, labelling, job)
         require_rows(report, places, labelling, allow_rejects)
+        if not lock.is_mine():
+            raise DataError(_taken_over(out))
+        _refuse_obstacle(out, overwrite=overwrite)
     except DiskFull:
         raise
     except DataError:
-        _remove_parts(parts)
+        if lock.is_mine():
+            _remove_parts(parts)
         raise
     if out.exists():
         shutil.rmtree(out)
@@ -215,7 +282,11 @@ def describe_job(content: Content, tokenizer: "PreTrainedTokenizerBase", labelli
 
     Args:
         content: of what is tokenized; what is read later counts as of it only if it did not change meanwhile.
+
+    Raises:
+        TokenizerError: the chat template renders another text each time.
     """
+    require_fixed_template(tokenizer)
     return _fingerprint(
         {"content": content.digest, "code": _digest_code(), "layout": _LAYOUT, **_made_of(tokenizer, labelling)}
     )
@@ -244,6 +315,7 @@ def write_parts(
     folder: Path,
     tokenizer: "PreTrainedTokenizerBase",
     labelling: Labelling,
+    job: str,
     *,
     num_proc: int | None = None,
     progress: Progress | None = None,
@@ -271,14 +343,17 @@ def write_parts(
         nonlocal read
         have: dict[int, bool] = {}
         for row, outcome in check_rows(
-            list(content.places), control_tokens(tokenizer, labelling.sanitize_control_tokens), watch
+            list(content.places),
+            control_tokens(tokenizer, labelling.sanitize_control_tokens),
+            watch,
+            opened=content.require_opened,
         ):
             number = read // _PART_ROWS
             read += 1
             if number % world == rank:
                 if number not in have:
                     have.clear()
-                    have[number] = _is_part(folder, number)
+                    have[number] = _is_part(folder, number, job)
                 if not have[number]:
                     todo[number] = todo.get(number, 0) + 1
                     yield row, outcome
@@ -290,7 +365,7 @@ def write_parts(
             number = min(todo)
             part = [first, *islice(outcomes, _PART_ROWS - 1)]
             content.require_same()
-            _write_part(folder, number, part, content.places)
+            _write_part(folder, number, part, content.places, job)
             del todo[number]
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -313,23 +388,23 @@ def _part_record(folder: Path, number: int) -> Path:
     return folder / f"part-{number:06}.json"
 
 
-def _is_part(folder: Path, number: int) -> bool:
-    """Whether a part is there, and is what was written."""
+def _is_part(folder: Path, number: int, job: str) -> bool:
+    """Whether a part of this job is there, and is what was written."""
     try:
         record = json.loads(_part_record(folder, number).read_bytes())
-        return bool(digest_file(folder / f"part-{number:06}.arrow") == record["digest"])
+        return record["job"] == job and bool(digest_file(folder / f"part-{number:06}.arrow") == record["digest"])
     except (OSError, ValueError, LookupError, TypeError, DataError):
         return False
 
 
 def _write_part(
-    folder: Path, number: int, outcomes: Sequence[tuple[Row, Tokenized | Reject]], places: Sequence[str]
+    folder: Path, number: int, outcomes: Sequence[tuple[Row, Tokenized | Reject]], places: Sequence[str], job: str
 ) -> None:
     """The arrays of a part, and what became of its rows; the second is written last, so it says that both are there."""
     import pyarrow as pa
 
     tally, rejects, path = Tally(), [], folder / f"part-{number:06}.arrow"
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     kept = []
     for row, outcome in outcomes:
         tally.add(outcome)
@@ -343,7 +418,8 @@ def _write_part(
     digest = digest_file(partial)
     partial.replace(path)
     report = tally.report()
-    record = {"digest": digest, "rows": report.rows, "truncated": report.truncated, "weighted": tally.weighted}
+    counts = {"rows": report.rows, "truncated": report.truncated, "weighted": tally.weighted}
+    record = {"job": job, "digest": digest, **counts}
     _write_json(_part_record(folder, number), {**record, "rejects": rejects})
 
 
@@ -387,7 +463,7 @@ def _batch(rows: Sequence[Tokenized]) -> "pyarrow.RecordBatch":
 
 
 def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     partial.write_text(json.dumps(value), encoding="utf-8")
     partial.replace(path)
 
@@ -407,9 +483,11 @@ def join_parts(
     """Make a dataset of parts; parts and dataset are both on the disk for a while.
 
     Raises:
-        DataError: a part is not what was written; there is no room for the dataset.
+        DataError: a part is not what was written, or is of another job; there is no room for the dataset.
     """
     records = [json.loads(_part_record(parts, number).read_bytes()) for number in range(count)]
+    if others := [number for number, record in enumerate(records) if record.get("job") != job]:
+        raise DataError(f"{_part_record(parts, others[0])}: is of another job than this one; run it again.")
     files = [parts / f"part-{number:06}.arrow" for number in range(count)]
     if damaged := [path for path, record in zip(files, records, strict=True) if digest_file(path) != record["digest"]]:
         raise DataError(f"{damaged[0]}: is not what was written there; run it again.")
@@ -490,9 +568,13 @@ def _write_state(folder: Path, fingerprint: str) -> None:
 
 
 def seal(folder: Path, name: str, record: dict[str, Any]) -> None:
-    """Write a record into a folder, with a digest of every other file there."""
+    """Write a record into a folder, with a digest of every other file there and a checksum of itself."""
     files = {path.name: digest_file(path) for path in sorted(folder.iterdir()) if path.name != name}
-    (folder / name).write_text(json.dumps(record | {"files": files}, indent=1), encoding="utf-8")
+    (folder / name).write_text(json.dumps(with_checksum(record | {"files": files}), indent=1), encoding="utf-8")
+
+
+def _is_as_sealed(record: dict[str, Any]) -> bool:
+    return "checksum" in record and not is_edited(record)
 
 
 def open_sealed(folder: Path, name: str, again: str) -> tuple["Dataset", dict[str, Any]]:
@@ -509,11 +591,15 @@ def open_sealed(folder: Path, name: str, again: str) -> tuple["Dataset", dict[st
 
     try:
         record = json.loads((folder / name).read_text(encoding="utf-8"))
+        if "checksum" not in record:
+            raise DataError(f"{folder}: a damaged prepared folder, or one of an earlier version; {again}.")
+        if not _is_as_sealed(record):
+            raise DataError(f"{folder / name}: is not what was written there; {again}.")
         files = {file: str(digest) for file, digest in record["files"].items()}
         missing = [file for file in files if not (folder / file).is_file()]
         edited = missing or [file for file, digest in files.items() if digest_file(folder / file) != digest]
         dataset = None if edited else load_from_disk(folder)
-    except UnreadableError:
+    except DataError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(folder, error, again) from error
@@ -584,9 +670,15 @@ class Rows:
     content: str
 
     def renamed(self, places: Sequence[str]) -> "Rows":
-        """The same, of the same content in files that are called otherwise."""
+        """The same, of the same content in files that are called otherwise.
+
+        Raises:
+            DataError: it is not made of so many.
+        """
         if tuple(places) == self.places:
             return self
+        if len(places) != len(self.places):
+            raise DataError(f"a damaged entry: made of {len(self.places)} places, not {len(places)}.")
         names = dict(zip(self.places, places, strict=True))
         rejects = []
         for reject in self.report.rejects:
@@ -622,15 +714,38 @@ def open_rows(places: Sequence[str | Path], tokenizer: "PreTrainedTokenizerBase"
         made_of = {name: record[name] for name in ("fingerprint", "tokenizer", "chat_template", "labelling")}
         about = pa.Table.from_batches(_read_stream(folder / ROWS), _row_schema())
         made_from = tuple(map(str, record["places"]))
+        _require_true(report, made_from, about)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder, error, again) from error
-    if not len(dataset) == len(about) == report.kept:
+    if len(dataset) != report.kept:
         raise DataError(f"{folder}: has {len(dataset)} rows, {PREPARED} says {report.kept}; {again}.")
     _refuse_difference(folder, made_of, _made_of(tokenizer, labelling))
     # What `datasets` caches of later steps is found again by this name, whoever prepared the folder.
     fingerprint = made_of["fingerprint"]
     dataset, content = Dataset(dataset.data, dataset.info, fingerprint=fingerprint), _fingerprint(record["files"])
     return Rows(dataset, report, about, fingerprint, made_from, content)
+
+
+def _require_true(report: DataReport, places: Sequence[str], about: "pyarrow.Table") -> None:
+    """Refuse a record that says of the rows what they are not, with a checksum or without.
+
+    Raises:
+        ValueError: it does; the message names what.
+    """
+    import pyarrow.compute as pc
+    import xxhash
+
+    sums = {name: int(pc.sum(about[name]).as_py() or 0) for name in ("tokens", "trained_tokens", "truncated")}
+    digest = xxhash.xxh3_128(b"".join(about["digest"].to_pylist())).hexdigest()
+    for name, value in {"kept": len(about), **sums, "digest": digest}.items():
+        if getattr(report, name) != value:
+            raise ValueError(f"{name} is {getattr(report, name)!r}, its rows have {value}")
+    if not places:
+        raise ValueError("no places")
+    for reject in report.rejects:
+        place, _, number = reject.source.rpartition(":")
+        if place not in places or not number.isdecimal():
+            raise ValueError(f"a rejected row {reject.source}, which is of none of its places")
 
 
 def _refuse_others(places: Sequence[str | Path]) -> None:
@@ -657,7 +772,7 @@ def require_made_for(
         _refuse_others(places)
         record = _read_record(Path(place)) or {}
         wanted = _made_of(tokenizer, labelling) if tokenizer else {"labelling": asdict(labelling)}
-        if not wanted.keys() <= record.keys() or not isinstance(record["labelling"], dict):
+        if not (wanted.keys() <= record.keys() and isinstance(record["labelling"], dict) and _is_as_sealed(record)):
             raise DataError(f"{place}: a damaged prepared folder; prepare it again.")
         _refuse_difference(Path(place), record, wanted)
 
@@ -673,7 +788,7 @@ def build_prepared(
     """Write into an empty folder what [`prepare`] writes, by this process alone; rows may be invalid, and none left."""
     parts = folder / "parts"
     parts.mkdir()
-    count = write_parts(content, parts, tokenizer, labelling, num_proc=num_proc)
+    count = write_parts(content, parts, tokenizer, labelling, job, num_proc=num_proc)
     join_parts(parts, count, parts / "whole", content.places, tokenizer, labelling, job)
     for path in (parts / "whole").iterdir():
         path.rename(folder / path.name)

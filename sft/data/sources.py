@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sft.data.formats import DATASET_NAME, SUFFIXES, DataError, UnreadableError
+from sft.data.formats import DATASET_NAME, SUFFIXES, DataError, UnreadableError, dataset_files
 
 _BLOCK = 1 << 22
 # What other trainers call it.
@@ -176,24 +176,42 @@ class Content:
     Args:
         places: pinned, see [`pin`].
         digest: of all that decides which rows are read, whatever the files are called and wherever they lie: of files
-            their bytes, read through; of folders those of all files in them; of datasets of the Hub the commit.
-        states: of each file, as it was before its bytes were digested.
+            their bytes, read through; of folders those of all files in them, and of files elsewhere that their rows
+            come from; of datasets of the Hub the commit.
+        states: of each file, of the descriptor that its bytes were digested from.
+        entries: of folders and all that is in them, links not followed.
     """
 
     places: tuple[str, ...]
     digest: str
     states: Mapping[Path, _State]
+    entries: Mapping[Path, _State | None]
+
+    def require_opened(self, path: Path, descriptor: int) -> None:
+        """Refuse to read rows from a file that is not the one that was digested, whatever its path names later.
+
+        Raises:
+            DataError: it is not; the message names it.
+        """
+        if _state(descriptor) != self.states.get(path):
+            raise DataError(_changed(path))
 
     def require_same(self) -> None:
         """Refuse what was read since, if a file changed meanwhile; the system is asked, no byte is read.
+
+        Of a folder, whose files `datasets` opens, it is not seen that a directory above it, or one of a file outside
+        it, was another one for a while and is back.
 
         Raises:
             DataError: a file was written, replaced, renamed, added or removed, even if it is as it was before. The
                 message names it.
         """
-        found = {path: _state(path) for place in self.places for path in _files_of(place)}
-        for path in [*self.states, *found]:
-            if found.get(path) != self.states.get(path):
+        for path in dict.fromkeys([*self.states, *(path for place in self.places for path in _files_in(place))]):
+            if _state(path) != self.states.get(path):
+                raise DataError(_changed(path))
+        entries = _entries_of(self.places)
+        for path in [*self.entries, *entries]:
+            if entries.get(path) != self.entries.get(path):
                 raise DataError(_changed(path))
 
     def require_same_bytes(self) -> None:
@@ -215,26 +233,26 @@ def read_content(places: Sequence[str]) -> Content:
         places: pinned, see [`pin`].
 
     Raises:
-        DataError: a file cannot be read.
+        DataError: a file cannot be read; a folder has rows that come from no file of this machine.
     """
     import xxhash
 
-    digest, states = xxhash.xxh3_128(), dict[Path, _State | None]()
+    digest, states, entries = xxhash.xxh3_128(), dict[Path, _State](), _entries_of(places)
     for place in places:
         # Repeated ids are looked for from one file to the next if they are one: so this decides too.
         digest.update(f"\0{places.index(place)}\0{_kind(place)}\0".encode())
-        files = _files_of(place)
-        for file in files:
-            if file not in states:  # of one that is named twice, as it was first
-                states[file] = _state(file)
-            inside = f"\0{file.relative_to(place)}\0" if Path(place).is_dir() else ""
-            digest.update(f"{inside}{digest_file(file)}".encode())
+        files = _files_in(place)
+        named = {file: f"\0{file.relative_to(place)}\0" if Path(place).is_dir() else "" for file in files}
+        for file in (*files, *_files_outside(place, files)):
+            bytes_of_it, state = _digest_and_state(file)
+            states.setdefault(file, state)  # of one that is named twice, as it was first
+            digest.update(f"{named.get(file, '//')}{bytes_of_it}".encode())
         if not files:
             digest.update(place.encode())
-    return Content(tuple(places), digest.hexdigest(), {path: state for path, state in states.items() if state})
+    return Content(tuple(places), digest.hexdigest(), states, entries)
 
 
-def _files_of(place: str) -> list[Path]:
+def _files_in(place: str) -> list[Path]:
     """The files of a place on this machine; none of a dataset of the Hub, whose commit says what it holds."""
     path = Path(place)
     if path.is_dir():
@@ -242,9 +260,23 @@ def _files_of(place: str) -> list[Path]:
     return [path] if is_local(place) else []
 
 
-def _state(path: Path) -> _State | None:
+def _files_outside(place: str, files: Sequence[Path]) -> list[Path]:
+    """The files that rows of a folder come from and that are not in it, in the order of the rows."""
+    if not Path(place).is_dir():
+        return []
+    known = {os.path.realpath(file) for file in files}
+    return [file for file in dataset_files(place) if os.path.realpath(file) not in known]
+
+
+def _entries_of(places: Sequence[str]) -> dict[Path, _State | None]:
+    folders = [Path(place) for place in places if Path(place).is_dir()]
+    return {path: _state(path, follow=False) for folder in folders for path in (folder, *folder.rglob("*"))}
+
+
+def _state(path: Path | int, *, follow: bool = True) -> _State | None:
+    """Of a path or a descriptor."""
     try:
-        found = path.stat()
+        found = os.fstat(path) if isinstance(path, int) else os.stat(path, follow_symlinks=follow)
     except OSError:  # it is gone, or whoever reads it says why it cannot be
         return None
     return _State(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
@@ -267,15 +299,22 @@ def digest_file(path: Path) -> str:
         DataError: there is none.
         UnreadableError: it cannot be read.
     """
+    return _digest_and_state(path)[0]
+
+
+def _digest_and_state(path: Path) -> tuple[str, _State]:
+    """Likewise, with what the system notes of the file of which they are, from before the first was read."""
     import xxhash
 
     digest = xxhash.xxh3_128()
     try:
         with path.open("rb", buffering=0) as file:
+            state = _state(file.fileno())
+            assert state is not None
             buffer = memoryview(bytearray(_BLOCK))
             while size := file.readinto(buffer):
                 digest.update(buffer[:size])
-        return digest.hexdigest()
+        return digest.hexdigest(), state
     except OSError as error:
         kind = UnreadableError if is_unreadable(error) else DataError
         raise kind(f"{path}: {error.strerror or error}.") from error

@@ -6,14 +6,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from sft.data import cache as cache_module
+from sft.data import locks
 from sft.data.cache import Cache, CacheError, default_folder
 from sft.data.formats import DataError, UnreadableError
 from sft.data.prepare import is_prepared, open_sealed, seal
@@ -112,6 +117,114 @@ def test_a_process_that_is_killed_leaves_nothing_that_counts(tmp_path):
 def test_a_lock_that_never_changes_is_taken_over(content, tmp_path):
     (tmp_path / ".key.lock").write_text(content)
     assert Cache(tmp_path, patience=0.5).get("key", write, read) == "all"
+
+
+def gone_process():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_of_many_that_find_the_lock_of_a_killed_one_none_ends_another(tmp_path, monkeypatch):
+    """They start together, as the ranks of a run that is started again do."""
+    monkeypatch.setattr(cache_module, "_POLL_SECONDS", 0.01)
+    dead = json.loads(locks.Lock(tmp_path / "x")._content()) | {"owner": "dead", "pid": gone_process()}
+    for number in range(5):
+        folder, barrier = tmp_path / str(number), threading.Barrier(8)
+        folder.mkdir()
+        (folder / ".key.lock").write_text(json.dumps(dead))
+
+        def build(entry):
+            for part in range(5):
+                time.sleep(0.01)
+                (entry / f"part{part}").write_text("")
+            write(entry)
+
+        def get(folder=folder, barrier=barrier, build=build):
+            barrier.wait()
+            return Cache(folder).get("key", build, read)
+
+        with ThreadPoolExecutor(8) as pool:
+            found = [pool.submit(get) for _ in range(8)]
+            assert [one.result() for one in found] == ["all"] * 8
+        assert [path.name for path in folder.iterdir()] == ["key"]
+
+
+def test_the_lock_of_who_was_quicker_is_put_back(tmp_path, monkeypatch):
+    """Between the last look at a lock that was left behind and its removal, another process has taken it over."""
+    path, read_lock, looked = tmp_path / ".key.lock", locks.read_lock, []
+    path.write_bytes(b"of the dead")
+
+    def look(place):
+        content = read_lock(place)
+        if not looked:
+            path.write_bytes(b"of a live one")
+        looked.append(place)
+        return content
+
+    monkeypatch.setattr(locks, "read_lock", look)
+    locks.take_over(path, b"of the dead")
+    assert path.read_bytes() == b"of a live one"
+    assert [*tmp_path.iterdir()] == [path]
+    locks.take_over(path, b"of the dead")
+    assert path.read_bytes() == b"of a live one", "nor is one that has changed touched"
+    locks.take_over(path, b"of a live one")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_lock_that_was_put_back_goes_on_changing(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "_BEAT_SECONDS", 0.01)
+    with locks.Lock.acquire(tmp_path / "lock") as lock:
+        (tmp_path / "lock").rename(tmp_path / "aside")
+        time.sleep(0.1)
+        assert not (tmp_path / "lock").exists(), "another may take it meanwhile"
+        (tmp_path / "aside").rename(tmp_path / "lock")
+        assert lock.is_mine()
+        before = (tmp_path / "lock").read_bytes()
+        wait_for(tmp_path / "lock", lambda path: locks.read_lock(path) != before)
+    assert not (tmp_path / "lock").exists()
+
+
+def test_only_what_the_dead_have_half_made_is_removed(tmp_path):
+    """Of a process of another machine that is known after an hour without a change."""
+    name = locks.Lock(tmp_path / "x").owner
+    tag, _, rest = name.split("-")
+    live, dead = f".key.{name}.partial", f".other.{tag}-{gone_process()}-{rest}.partial"
+    far, old = (f".key.{name.replace(tag, '0' * 8).replace(rest, letter * 32)}.partial" for letter in "ab")
+    for folder in (live, dead, far, old):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "half").write_text("")
+    (tmp_path / ".mine.partial").write_text("of nobody here")
+    for folder in (live, old, ".mine.partial"):
+        os.utime(tmp_path / folder, (0, 0))
+    assert Cache(tmp_path).get("key", write, read) == "all"
+    assert {path.name for path in tmp_path.iterdir()} == {"key", live, far, ".mine.partial"}
+
+
+def test_who_makes_it_shows_that_it_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "_BEAT_SECONDS", 0.01)
+
+    def build(entry):
+        os.utime(entry, (0, 0))
+        wait_for(entry, lambda path: path.stat().st_mtime > 0)
+        write(entry)
+
+    assert Cache(tmp_path).get("key", build, read) == "all"
+
+
+def test_what_is_half_made_and_removed_is_made_again(tmp_path):
+    """Nobody is told of a failure: it is none."""
+    made = []
+
+    def build(entry):
+        made.append(entry)
+        if len(made) == 1:
+            shutil.rmtree(entry)
+        write(entry)
+
+    assert Cache(tmp_path).get("key", build, read) == "all"
+    assert len(made) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
 def test_a_lock_that_changes_is_waited_for(tmp_path):

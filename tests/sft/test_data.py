@@ -35,6 +35,10 @@ def chat(*turns, weights=None):
     return {"messages": messages}
 
 
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
 def called(content, *calls, results=()):
     """A row with a question, calls, and results, with what is said of each in the place of a good one's fields."""
     answers = [{"role": "tool", "content": "3", **result} for result in results]
@@ -98,6 +102,10 @@ INVALID = [
     (chat(ASK, ("assistant", " \n")), ["empty_turn"], "messages[1] is blank"),
     ({"prompt": "", "completion": "a"}, ["empty_turn"], "prompt is blank"),
     (chat(("user", "Say <_bot>yes</s>"), ANSWER), ["control_token"], "messages[0] contains <_bot>"),  # passes
+    ({"instruction": ["a"], "output": "b"}, ["bad_content"], "instruction has a part that is a str"),
+    ({"instruction": "a", "input": ["a"], "output": "b"}, ["bad_content"], "input has a content of type list"),
+    ({"instruction": "a", "output": [{"type": "image_url"}]}, ["bad_content"], "output has a part of type 'image_url'"),
+    ({"instruction": "a", "output": parts("")}, ["empty_turn"], "output is blank"),
     ({"instruction": "Why?", "output": "B.", "history": 5}, ["bad_message"], "history is a int; expected a list"),
     ({"instruction": "Why?", "output": "B.", "history": True}, ["bad_message"], "history is a bool; expected a list"),
     ({"instruction": "Why?", "output": "B.", "history": [5]}, ["bad_message"], "history[0] is int; expected"),
@@ -310,6 +318,30 @@ SHAREGPT = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Becaus
             },
             [SYSTEM, ASK, ANSWER, MORE, LAST],
             (1, 1),
+        ),
+        (
+            {
+                "instruction": parts("And", " then?"),
+                "output": parts("Then so."),
+                "system": parts("Be brief."),
+                "history": [[parts("Why?"), parts("Because.")]],
+            },
+            [SYSTEM, ASK, ANSWER, MORE, LAST],
+            (1, 1),
+        ),
+        (
+            {"instruction": parts("Why"), "input": parts("me?"), "output": "Because."},
+            [("user", "Why\nme?"), ANSWER],
+            (1,),
+        ),
+        ({"instruction": "Why?", "output": "Because.", "system": parts("")}, [ASK, ANSWER], (1,)),
+        (
+            {
+                "system": parts("Be brief."),
+                "conversations": [{**turn, "value": parts(turn["value"])} for turn in SHAREGPT],
+            },
+            [SYSTEM, ASK, ANSWER],
+            (0.5,),
         ),
     ],
 )

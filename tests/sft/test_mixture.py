@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """How often an epoch has each row, and which rows are held out, by formulas written out again here."""
 
+import unicodedata
 from decimal import ROUND_CEILING, ROUND_HALF_UP, Decimal
 
 import numpy as np
@@ -155,6 +156,20 @@ def test_a_question_is_the_same_in_other_widths_cases_and_spaces():
     assert found == {"what is this?"}
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     assert normalize_question(Conversation(messages, "a:1")) == "why?"
+
+
+def test_a_question_is_the_same_in_capitals_of_every_script():
+    """Of each letter that has another case, whole or with its marks apart; but ı, whose capital is that of i."""
+
+    def normal(text):
+        return normalize_question(Conversation([{"role": "user", "content": text}], "a:1"))
+
+    assert normal("Τι είναι η πρωτεΐνη;") == normal("ΤΙ ΕΊΝΑΙ Η ΠΡΩΤΕΪ́ΝΗ;")
+    letters = [letter for letter in map(chr, range(0x1F000)) if letter.upper() != letter or letter.lower() != letter]
+    assert len(letters) > 2000
+    for letter in letters:
+        written = {letter, letter.upper(), letter.lower(), unicodedata.normalize("NFD", letter), normal(letter)}
+        assert len({normal(text) for text in written}) == 1 or letter == "ı", letter
 
 
 def test_overlap_is_counted():

@@ -6,10 +6,15 @@
 
 import json
 import shutil
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from datasets import Dataset
 
+from conversion.checkpoint.manifest import seal as with_checksum
 from sft.data import prepare as module
 from sft.data import sources
 from sft.data.cache import Cache, CacheError
@@ -39,6 +44,7 @@ def prepared(data_file, tokenizer, tmp_path):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_it_is_what_training_would_tokenize(weighted, num_proc, conversations, tokenizer, tmp_path):
     rows = [*conversations, chat(ASK, ANSWER, weights={1: 0.5}), {}] if weighted else [*conversations, {}]
+    rows += [chat(ASK, ("assistant", "<unk> ä € 𝄞 " * 9)), {**chat(ASK, ANSWER), "ignored": nested(700)}]
     path = write(tmp_path / "data.jsonl", rows)
     made = prepare(path, tmp_path / "out", tokenizer, LABELLING, allow_rejects=True, num_proc=num_proc)
     opened, report = prepare_dataset(tmp_path / "out", tokenizer, max_length=64)
@@ -118,7 +124,12 @@ def test_a_damaged_folder_is_named(prepared, data_file, tokenizer):
     record = json.loads((prepared / PREPARED).read_text())
     record["report"]["rows"] += 1
     (prepared / PREPARED).write_text(json.dumps(record))
-    with pytest.raises(DataError, match=r"has 48 rows, prepared.json says 49; prepare it again"):
+    with pytest.raises(DataError, match=r"prepared\.json: is not what was written there; prepare it again\.$"):
+        prepare_dataset(prepared, tokenizer, max_length=64)
+    with pytest.raises(DataError, match="a damaged prepared folder; prepare it again"):
+        module.require_made_for([str(prepared)], tokenizer, LABELLING)
+    (prepared / PREPARED).write_text(json.dumps(with_checksum(record)))
+    with pytest.raises(DataError, match=r"damaged prepared folder .*kept is 49, its rows have 48.*; prepare it again"):
         prepare_dataset(prepared, tokenizer, max_length=64)
     (prepared / PREPARED).write_text("{}")
     with pytest.raises(DataError, match="a damaged prepared folder"):
@@ -180,6 +191,11 @@ def test_rows_that_were_edited_are_not_trained_on(prepared, data_file, tokenizer
     prepare_dataset(prepared, tokenizer, max_length=64)
 
 
+def nested(depth: int) -> list[Any]:
+    """Deeper than pickle goes."""
+    return [nested(depth - 1)] if depth else []
+
+
 def change_meanwhile(monkeypatch, path, rows, *, put_back):
     """While the file is read, other rows are in it."""
     tokenize = module.tokenize_checked
@@ -220,8 +236,85 @@ def test_what_was_not_digested_is_not_kept_under_its_digest(shared, put_back, to
 
 def test_bytes_are_compared_where_the_system_tells_nothing(tokenizer, tmp_path, monkeypatch):
     path = write(tmp_path / "data.jsonl", [chat(ASK, ANSWER)] * 5)
-    monkeypatch.setattr(sources, "_state", lambda path: sources._State(0, 0, 0, 0))
+    monkeypatch.setattr(sources, "_state", lambda path, **_: sources._State(0, 0, 0, 0))
     change_meanwhile(monkeypatch, path, [chat(("user", "What?"), ("assistant", "WRONG"))] * 4, put_back=False)
+    with pytest.raises(DataError, match=r"data\.jsonl: changed while it was read"):
+        prepare(path, tmp_path / "out", tokenizer, LABELLING)
+
+
+def _replace_link(place: Path, old: Path, new: Path) -> tuple[Path, Callable[[], None], Callable[[], None]]:
+    """A link that is put over another one, as a new version of data often is."""
+
+    def point(target: Path) -> None:
+        (place / "link").symlink_to(target / "data.jsonl")
+        (place / "link").replace(place / "data.jsonl")
+
+    point(old)
+    return place / "data.jsonl", lambda: point(new), lambda: point(old)
+
+
+def _rename_folders(place: Path, old: Path, new: Path) -> tuple[Path, Callable[[], None], Callable[[], None]]:
+    def swap() -> None:
+        old.rename(place / "third")
+        new.rename(old)
+        (place / "third").rename(new)
+
+    return old / "data.jsonl", swap, swap
+
+
+def _link_in_a_folder(place: Path, old: Path, new: Path) -> tuple[Path, Callable[[], None], Callable[[], None]]:
+    (place / "folder").mkdir()
+    _, away, back = _replace_link(place / "folder", old, new)
+    return place / "folder", away, back
+
+
+def _rename_in_a_folder(place: Path, old: Path, new: Path) -> tuple[Path, Callable[[], None], Callable[[], None]]:
+    (place / "folder").mkdir()
+    (place / "other").mkdir()
+    old, new = old.rename(place / "folder" / "old"), new.rename(place / "other" / "new")
+    return place / "folder", *_rename_folders(place, old, new)[1:]
+
+
+@pytest.mark.parametrize("flip", [_replace_link, _rename_folders, _link_in_a_folder, _rename_in_a_folder])
+def test_rows_are_of_the_file_that_was_digested_whatever_its_path_names_for_a_while(
+    flip, tokenizer, tmp_path, monkeypatch
+):
+    """The path names another file while rows are read, and the one that was digested before and after."""
+    for name, answer in (("old", "Old."), ("new", "New.")):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "data.jsonl", [chat(ASK, ("assistant", answer))])
+    place, away, back = flip(tmp_path, tmp_path / "old", tmp_path / "new")
+    loader, check = Loader(Cache(tmp_path / "cache"), tokenizer), module.check_rows
+
+    def meanwhile(*args, **settings):
+        away()
+        try:
+            yield from [*check(*args, **settings)]
+        finally:
+            back()
+
+    with monkeypatch.context() as change:
+        change.setattr(module, "check_rows", meanwhile)
+        with pytest.raises(DataError, match=r": changed while it was read; run it again"):
+            loader.open([str(place)], LABELLING)
+    assert (
+        loader.open([str(place)], LABELLING).dataset["input_ids"][:]
+        == (prepare_dataset(place, tokenizer, max_length=64)[0]["input_ids"][:])
+    )
+
+
+def test_the_bytes_are_of_the_file_whose_state_is_noted(tokenizer, tmp_path, monkeypatch):
+    """It is replaced after it was opened to be digested: its rows would be those of the next one."""
+    path, state_of = write(tmp_path / "data.jsonl", [chat(ASK, ANSWER)]), sources._state
+
+    def replaced_after(place, **settings):
+        state = state_of(place, **settings)
+        if isinstance(place, int) and not (tmp_path / "old.jsonl").exists():
+            path.rename(tmp_path / "old.jsonl")
+            write(path, [chat(ASK, ("assistant", "WRONG"))])
+        return state
+
+    monkeypatch.setattr(sources, "_state", replaced_after)
     with pytest.raises(DataError, match=r"data\.jsonl: changed while it was read"):
         prepare(path, tmp_path / "out", tokenizer, LABELLING)
 
@@ -242,6 +335,114 @@ def test_no_part_is_kept_of_a_file_that_has_changed(tokenizer, tmp_path, monkeyp
     with pytest.raises(DataError, match="changed while it was read"):
         prepare(path, tmp_path / "out", tokenizer, LABELLING)
     assert written == [0, 1]
+
+
+def _change_tokens(record: dict[str, Any]) -> None:
+    record["report"]["tokens"] ^= 1
+
+
+def _be_text(record: dict[str, Any]) -> None:
+    record["report"]["tokens"] = "many"
+
+
+def _forget_rejects(record: dict[str, Any]) -> None:
+    record["report"]["rows"] -= len(record["report"].pop("rejects"))
+    record["report"]["rejects"] = []
+
+
+def _forget_truncation(record: dict[str, Any]) -> None:
+    record["report"]["truncated"] = 0
+
+
+def _forget_places(record: dict[str, Any]) -> None:
+    record["places"] = []
+
+
+def _move_a_reject(record: dict[str, Any]) -> None:
+    record["report"]["rejects"][0]["source"] = "nowhere:1"
+
+
+def _forget_files(record: dict[str, Any]) -> None:
+    record["files"] = {}
+
+
+_TOLD_BY_THE_ROWS = [_change_tokens, _be_text, _forget_truncation, _forget_places, _move_a_reject]
+
+
+@pytest.mark.parametrize(
+    ("change", "sealed"),
+    [
+        *((change, True) for change in _TOLD_BY_THE_ROWS),
+        *((change, False) for change in (*_TOLD_BY_THE_ROWS, _forget_rejects, _forget_files)),
+        (lambda record: record.pop("checksum"), False),
+    ],
+)
+def test_a_record_that_was_changed_is_made_again(change, sealed, tokenizer, tmp_path, caplog):
+    """Whatever of it is, it is what is said of the rows; the rejects decide whether a run is refused."""
+    path = write(tmp_path / "data.jsonl", [chat(ASK, ANSWER), {}, chat(ASK, ("assistant", "long " * 40))])
+    loader = Loader(Cache(tmp_path / "cache"), tokenizer, allow_rejects=True)
+    report = loader.open([str(path)], LABELLING).report
+    assert (report.truncated, len(report.rejects)) == (1, 1)
+    (file,) = (tmp_path / "cache").glob("tokens-*/prepared.json")
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(with_checksum(record) if sealed else record))
+    assert loader.open([str(path)], LABELLING).report == report
+    assert "It is made again." in caplog.text
+    caplog.clear()
+    assert loader.open([str(path)], LABELLING).report == report
+    assert "again" not in caplog.text
+
+
+def _say_relative(folder: Path, rows: Path) -> None:
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: ../{rows.name}\n---\n")
+
+
+def _say_absolute(folder: Path, rows: Path) -> None:
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {rows}\n---\n")
+
+
+def _save_state(folder: Path, rows: Path) -> None:
+    """As `save_to_disk` does, of a table that lies outside the folder."""
+    table = rows.with_suffix("")
+    Dataset.from_list([json.loads(line) for line in rows.read_text().splitlines()]).save_to_disk(str(table))
+    for name in ("state.json", "dataset_info.json"):
+        shutil.copy(table / name, folder)
+    state = json.loads((folder / "state.json").read_text())
+    state["_data_files"] = [{"filename": f"../{table.name}/{entry['filename']}"} for entry in state["_data_files"]]
+    state["_fingerprint"] = "the same"
+    (folder / "state.json").write_text(json.dumps(state, sort_keys=True))
+
+
+@pytest.mark.parametrize("refer", [_say_relative, _say_absolute, _save_state])
+def test_rows_of_a_folder_that_lie_outside_it_are_digested(refer, tokenizer, tmp_path):
+    """Else the next run would train on what they were."""
+    folder, rows = tmp_path / "folder", tmp_path / "rows.jsonl"
+    folder.mkdir()
+    loader = Loader(Cache(tmp_path / "cache"), tokenizer)
+
+    def tokens():
+        refer(folder, rows)
+        return loader.open([str(folder)], LABELLING).dataset["input_ids"][:]
+
+    for answer in ("Old.", "New."):
+        write(rows, [chat(ASK, ("assistant", answer))])
+        assert tokens() == prepare_dataset(rows, tokenizer, max_length=64)[0]["input_ids"][:]
+    before = sources.read_content([str(folder)])
+    write(rows, [chat(ASK, ("assistant", "Newest."))])
+    refer(folder, rows)
+    with pytest.raises(DataError, match=r"rows\S+: changed while it was read"):
+        before.require_same()
+
+
+def test_rows_of_a_folder_that_come_from_elsewhere_are_refused(tokenizer, tmp_path):
+    """Nothing of theirs could be compared."""
+    (tmp_path / "folder").mkdir()
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w") as file:
+        file.writestr("rows.jsonl", json.dumps(chat(ASK, ANSWER)) + "\n")
+    _say_absolute(tmp_path / "folder", f"zip://rows.jsonl::{tmp_path}/rows.zip")
+    with pytest.raises(DataError, match=r"folder: its rows come from zip://rows\.jsonl::\S+, which is no file of this"):
+        Loader(Cache(tmp_path / "cache"), tokenizer).open([str(tmp_path / "folder")], LABELLING)
 
 
 @pytest.mark.parametrize("name", ["./data.jsonl", ".//data.jsonl", "sub/../data.jsonl"])

@@ -6,13 +6,16 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from sft.data import labels, locks
 from sft.data import prepare as module
 from sft.data.dataset import prepare_dataset
 from sft.data.labels import DataError, Labelling
@@ -32,6 +35,18 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     monkeypatch.setattr(module, "_PART_ROWS", 7)
+
+
+@pytest.fixture(autouse=True)
+def one_template_at_a_time(monkeypatch):
+    """Ranks are threads here, and transformers' cached template is not for several; those of processes are apart."""
+    tokenize, lock = labels.tokenize, threading.Lock()
+
+    def alone(*args):
+        with lock:
+            return tokenize(*args)
+
+    monkeypatch.setattr(labels, "tokenize", alone)
 
 
 @pytest.fixture
@@ -98,7 +113,7 @@ module.prepare(data, out, tiny_tokenizer(tokenizer), Labelling(max_length=64), a
 def test_one_that_was_killed_goes_on_and_makes_damaged_parts_again(rows_file, tokenizer, tmp_path, monkeypatch):
     command = [sys.executable, "-c", KILLED, str(rows_file), str(tmp_path / "out"), str(tmp_path / "tokenizer")]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == -9
-    parts = tmp_path / ".out.parts"
+    (parts,) = tmp_path.glob(".out.*.parts")
     assert not (tmp_path / "out").exists()
     assert len([*parts.glob("part-*.json")]) == 4
     damaged = parts / "part-000002.arrow"
@@ -108,7 +123,7 @@ def test_one_that_was_killed_goes_on_and_makes_damaged_parts_again(rows_file, to
     monkeypatch.setattr(module, "_write_part", lambda *args: written.append(args[1]) or write_part(*args))
     prepare(rows_file, tmp_path / "out", tokenizer, LABELLING, allow_rejects=True)
     assert written == [2, 4, 5, 6]
-    assert not parts.exists()
+    assert [*tmp_path.glob(".*")] == [], "neither parts nor the lock of the one that was killed"
     prepare(rows_file, tmp_path / "whole", tokenizer, LABELLING, allow_rejects=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -129,7 +144,9 @@ def test_a_rank_that_comes_late_finds_all_done(rows_file, tokenizer, tmp_path, m
 
 
 def test_one_process_removes_what_killed_ranks_have_left(rows_file, tokenizer, tmp_path):
-    ranks = tmp_path / ".out.ranks"
+    content = module.read_content((str(rows_file),))
+    job = module.describe_job(content, tokenizer, LABELLING)
+    ranks = tmp_path / f".out.{job[:16]}.ranks"
     ranks.mkdir()
     for rank in range(2):
         (ranks / f"{rank}.json").write_text(json.dumps({"attempt": "1-2", "beat": 7, "state": "working"}))
@@ -146,16 +163,113 @@ def test_parts_of_other_data_are_not_gone_on_with(rows_file, conversations, toke
     monkeypatch.setattr(module, "_write_part", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare(rows_file, tmp_path / "out", tokenizer, LABELLING)
-    assert (tmp_path / ".out.parts").is_dir()
+    (left,) = tmp_path.glob(".out.*.parts")
+    (tmp_path / ".out.of.others.parts").mkdir()
+    (tmp_path / ".out.0123456789abcdef.parts").mkdir()
+    (tmp_path / ".out.0123456789abcdef.parts" / "mine").write_text("")
     monkeypatch.setattr(module, "_write_part", write_part)
     other = write(tmp_path / "other.jsonl", conversations)
     prepare(other, tmp_path / "out", tokenizer, LABELLING)
     assert prepare_dataset(tmp_path / "out", tokenizer, max_length=64)[1].rows == 48
-    (tmp_path / ".new.parts").mkdir()
-    (tmp_path / ".new.parts" / "mine").write_text("")
-    with pytest.raises(DataError, match=r"\.new\.parts is where parts are written, and it holds something else"):
-        prepare(other, tmp_path / "new", tokenizer, LABELLING)
-    assert (tmp_path / ".new.parts" / "mine").exists()
+    assert not left.exists(), "of a job that was killed"
+    assert len([*tmp_path.glob(".out.*.parts")]) == 2, "what is not ours stays"
+    place = left.with_name(left.name.replace(".out.", ".new."))
+    place.mkdir()
+    (place / "mine").write_text("")
+    with pytest.raises(DataError, match=r"\.parts is where parts are written, and it holds something else"):
+        prepare(rows_file, tmp_path / "new", tokenizer, LABELLING)
+    assert (place / "mine").exists()
+
+
+@pytest.fixture
+def quick_locks(monkeypatch):
+    monkeypatch.setattr(locks, "_BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(locks, "_POLL_SECONDS", 0.02)
+
+
+def meanwhile(monkeypatch, act):
+    """Do something once, after the second part was written."""
+    write_part, acted = module._write_part, []
+
+    def write_and_act(folder, number, *args):
+        write_part(folder, number, *args)
+        if number == 1 and not acted:
+            acted.append(1)
+            act(folder)
+
+    monkeypatch.setattr(module, "_write_part", write_and_act)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("same", [False, True], ids=["other data", "same data"])
+def test_two_commands_do_not_write_one_folder(
+    same, world, rows_file, conversations, tokenizer, tmp_path, monkeypatch, quick_locks
+):
+    """The second is refused while the first works, and what is there in the end is the first's, whole."""
+    other = rows_file if same else write(tmp_path / "other.jsonl", conversations[::-1])
+    refused = []
+
+    def second(folder):
+        with pytest.raises(DataError) as found:
+            prepare(other, tmp_path / "out", tokenizer, LABELLING, overwrite=True, world_size=world)
+        refused.append(str(found.value))
+
+    meanwhile(monkeypatch, second)
+    prepare(rows_file, tmp_path / "out", tokenizer, LABELLING, allow_rejects=True)
+    assert refused == [
+        f"{tmp_path}/out is being written by process {os.getpid()} on {socket.gethostname()}; wait until it ends, or "
+        "choose another folder."
+    ]
+    prepare(rows_file, tmp_path / "whole", tokenizer, LABELLING, allow_rejects=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["other data", "same data"])
+def test_a_command_that_was_paused_does_not_replace_what_another_has_made(
+    same, rows_file, conversations, tokenizer, tmp_path, monkeypatch
+):
+    """It counted as dead; its lock, its parts and the folder are the other's."""
+    other = rows_file if same else write(tmp_path / "other.jsonl", conversations[::-1])
+
+    def second(folder):
+        (tmp_path / ".out.lock").write_text("")
+        prepare(other, tmp_path / "out", tokenizer, LABELLING, allow_rejects=True)
+
+    monkeypatch.setattr(module, "_LOCK_PATIENCE", 0.1)
+    meanwhile(monkeypatch, second)
+    with pytest.raises(DataError, match=r"out: another command has begun to write it, since this one gave no sign"):
+        prepare(rows_file, tmp_path / "out", tokenizer, LABELLING, allow_rejects=True, overwrite=True)
+    prepare(other, tmp_path / "whole", tokenizer, LABELLING, allow_rejects=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_part_of_another_job_is_not_joined(rows_file, tokenizer, tmp_path, monkeypatch):
+    """However it came there: each says whose it is."""
+
+    def of_another(folder):
+        record = folder / "part-000000.json"
+        record.write_text(json.dumps({**json.loads(record.read_text()), "job": "0" * 32}))
+
+    meanwhile(monkeypatch, of_another)
+    with pytest.raises(DataError, match=r"part-000000\.json: is of another job than this one; run it again"):
+        prepare(rows_file, tmp_path / "out", tokenizer, LABELLING, allow_rejects=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+def test_a_part_of_another_job_is_made_again(rows_file, tokenizer, tmp_path, monkeypatch):
+    def of_another_and_killed(folder):
+        record = folder / "part-000000.json"
+        record.write_text(json.dumps({**json.loads(record.read_text()), "job": "0" * 32}))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as change:
+        meanwhile(change, of_another_and_killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(rows_file, tmp_path / "out", tokenizer, LABELLING, allow_rejects=True)
+    written, write_part = [], module._write_part
+    monkeypatch.setattr(module, "_write_part", lambda *args: written.append(args[1]) or write_part(*args))
+    prepare(rows_file, tmp_path / "out", tokenizer, LABELLING, allow_rejects=True)
+    assert written == [0, 2, 3, 4, 5, 6]
 
 
 def test_if_one_fails_all_do_with_its_words(rows_file, tokenizer, tmp_path):

@@ -11,7 +11,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from sft.data.cache import Cache
+from sft.data.dataset import Loader
 from sft.data.labels import Labelling, tokenize_rows
+from sft.data.prepare import prepare
 from sft.tokenizer import (
     TokenizerError,
     check_stop_token,
@@ -121,6 +124,46 @@ def test_a_template_that_cannot_be_rendered_is_named(template, model_dir, tmp_pa
     with pytest.raises(TokenizerError, match=r"the chat template of .*model cannot be rendered: ") as error:
         check_stop_token(tokenizer, stop_ids)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        ("{{ strftime_now('%H:%M:%S') }}", "strftime_now"),
+        (
+            "{% if strftime_now is defined %}{% set date = strftime_now('%d %b %Y') %}{% endif %}{{ date }}",
+            "strftime_now",
+        ),
+        ("{{ [1, 2] | random }}", "random"),
+        ("{{ [1, 2]|random }}", "random"),
+        ("{{ [[1, 2]] | map('random') | list }}", "random"),
+        ("{{ lipsum(n=1) }}", "lipsum"),
+        (
+            "{# strftime_now #}{{ 'lipsum() strftime_now()' }}{% set random = 1 %}{{ random + 1 }}{{ tools.lipsum }}",
+            None,
+        ),
+    ],
+)
+def test_a_template_that_renders_another_text_each_time_is_refused(start, name, tmp_path):
+    """What is kept of one rendering would be trained on at any later time."""
+    tokenizer = tiny_tokenizer(tmp_path)
+    tokenizer.chat_template = start + tokenizer.chat_template
+    path = write(tmp_path / "data.jsonl", [chat(ASK, ANSWER)])
+    loader = Loader(Cache(tmp_path / "cache"), tokenizer)
+    ways = [
+        lambda: [*tokenize_rows(path, tokenizer, Labelling(64))],
+        lambda: prepare(path, tmp_path / "out", tokenizer, Labelling(64)),
+        lambda: loader.open([str(path)], Labelling(64)),
+    ]
+    for way in ways:
+        if name is None:
+            way()
+            continue
+        with pytest.raises(
+            TokenizerError, match=rf"^the chat template uses {name}, so that .* fixed text in its place"
+        ):
+            way()
+    assert name is None or not (tmp_path / "cache").exists()
 
 
 def test_a_template_that_fails_on_a_row_rejects_it(model_dir, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from conversion.checkpoint.manifest import seal
 from sft.data.dataset import prepare_dataset
 from sft.data.examples import prepare_examples
 from sft.data.labels import DataError, Labelling, read_conversations, tokenize_rows
@@ -257,7 +258,7 @@ def test_an_older_prepared_folder_is_of_no_sanitizing(tokenizer, tmp_path):
     prepare(path, out, tokenizer, Labelling(64))
     record = json.loads((out / "prepared.json").read_text())
     del record["labelling"]["sanitize_control_tokens"]
-    (out / "prepared.json").write_text(json.dumps(record))
+    (out / "prepared.json").write_text(json.dumps(seal(record)))
     assert prepare_dataset(out, tokenizer, max_length=64)[1].kept == 1
 
 
