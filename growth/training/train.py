@@ -48,6 +48,7 @@ from .loading import check_model, load_model, load_tokenizer
 from .masks import MaskCallback, TeleFLMMaskedForCausalLM
 from .mup import MupMixin
 from .optimizer_layout import parameter_shapes
+from .output_lock import hold_output
 from .parallel import check_parallelism, read_parallelism
 from .record import count_tokens, digest_examples, start_record
 from .resume import checkpoints
@@ -168,16 +169,17 @@ def train(
         CheckpointError: the data, the model or its state is refused; no step was done.
         RunError: the run is not what it was asked to be; no step was done.
     """
-    checkpoint = find_checkpoint(args)
-    trainer = build_trainer(growth, args, callbacks)
-    hold_to_run(
-        trainer,
-        lambda: describe_run(args, dataclasses.asdict(growth), digest_examples(trainer.train_dataset)),
-        checkpoint,
-    )
-    record = start_record(trainer, Path(growth.model_name_or_path), checkpoint)
-    output = trainer.train(resume_from_checkpoint=checkpoint)
-    record.save_model()
+    with hold_output(str(args.output_dir), writes=args.process_index == 0):
+        checkpoint = find_checkpoint(args)
+        trainer = build_trainer(growth, args, callbacks)
+        hold_to_run(
+            trainer,
+            lambda: describe_run(args, dataclasses.asdict(growth), digest_examples(trainer.train_dataset)),
+            checkpoint,
+        )
+        record = start_record(trainer, Path(growth.model_name_or_path), checkpoint)
+        output = trainer.train(resume_from_checkpoint=checkpoint)
+        record.save_model()
     return output.metrics
 
 

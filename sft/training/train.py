@@ -20,7 +20,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ from growth.training.launch import (
     leave_processes,
     settle_checkpointing,
 )
+from growth.training.output_lock import hold_output
 from growth.training.parallel import check_parallelism, data_parallel_size, loading_of, read_parallelism
 from growth.training.record import RecordCallback
 from growth.training.resume import find_checkpoint, step_of
@@ -127,8 +128,8 @@ def train(
     Raises:
         SFTError: the recipe, the data or the model is refused; no step was done and nothing was saved.
     """
-    checkpoint = _checkpoint(recipe)
-    with _progress_bars(progress):
+    with _held_output(recipe), _progress_bars(progress):
+        checkpoint = _checkpoint(recipe)
         trainer, data, eval_data = build_trainer(recipe, callbacks)
         base = _describe_base(recipe) if trainer.is_world_process_zero() else {}
         with _run_errors():
@@ -204,7 +205,7 @@ def build_trainer(
     tokenizers.check_stop_token(tokenizer, stop_ids, masked, recipe.data.last_turn_only)
 
     train_dataset, report, eval_dataset, eval_report = _load_data(recipe, tokenizer)
-    check_same_data(report.digest)
+    check_same_data(report, eval_report)
     check_memory(recipe, launched, os.environ, train_dataset, ignore=recipe.run.ignore_memory_plan)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token  # not before: it would count in the data's digest
 
@@ -440,6 +441,16 @@ def _checkpoint(recipe: Recipe) -> str | None:
     """The checkpoint to resume from, or None."""
     with _run_errors():
         return find_checkpoint(recipe.run.resume_from_checkpoint, str(recipe.training.output_dir))
+
+
+@contextmanager
+def _held_output(recipe: Recipe) -> Iterator[None]:
+    """No other run writes into the output folder meanwhile."""
+    args = recipe.training
+    with ExitStack() as stack:
+        with _run_errors():
+            stack.enter_context(hold_output(str(args.output_dir), writes=args.process_index == 0))
+        yield
 
 
 def _refuse_used_output(recipe: Recipe) -> None:

@@ -22,6 +22,7 @@ import sft.training.train
 from conversion import inspect_checkpoint
 from growth import grow_checkpoint
 from growth.method import Mask
+from growth.training.output_lock import LOCK
 from sft.data.labels import Labelling
 from sft.data.prepare import prepare
 from sft.training.recipe import RecipeError
@@ -398,6 +399,27 @@ def test_an_output_folder_holds_one_run(make_recipe):
         train(recipe)
     result = train(make_recipe(max_steps=3, resume_from_checkpoint=True), progress=False)
     assert [entry["step"] for entry in result.log_history if "loss" in entry] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_two_runs_at_once_in_an_output_folder_are_refused(resumed, make_recipe, tmp_path):
+    """There is no checkpoint yet that would tell of the first; or there is one, which both resume."""
+    keys = {**SAVED, "max_steps": 1}
+    if resumed:
+        train(make_recipe(**keys), progress=False)
+        keys |= {"max_steps": 2, "resume_from_checkpoint": True}
+    messages, second = [], make_recipe(**keys)
+
+    class Second(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            with pytest.raises(sft.SFTError, match=r"out: process \d+ on .* trains into it") as error:
+                train(second, progress=False)
+            messages.append(str(error.value))
+
+    result = train(make_recipe(**keys), callbacks=[Second()], progress=False)
+    assert len(messages) == 1
+    assert result.global_step == keys["max_steps"]
+    assert not (tmp_path / "out" / LOCK).exists()
 
 
 @pytest.mark.parametrize(
