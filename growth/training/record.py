@@ -43,6 +43,7 @@ from ..fold import MASKED_MODEL_TYPE
 from .grown_adam import AdamStart, on_every_process
 from .masks import MaskCallback, find_masked_model
 from .parallel import data_parallel_size
+from .saving import saving
 
 logger = logging.getLogger(__name__)
 
@@ -89,11 +90,16 @@ class RecordCallback(TrainerCallback):
             self._write(folder, state, digests=False)
 
     def save_model(self) -> None:
-        """Save the model, and write its record; every process of a run has to call it."""
+        """Save the model, and write its record; every process of a run has to call it.
+
+        Raises:
+            RunError: it cannot be saved.
+        """
         folder = Path(str(self.trainer.args.output_dir))
         before = _written(folder)
-        self.trainer.save_model()
-        self.trainer.save_state()
+        with saving(folder):
+            self.trainer.save_model()
+            self.trainer.save_state()
         if not self.trainer.is_world_process_zero():
             return
         if _written(folder) == before:

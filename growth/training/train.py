@@ -54,7 +54,7 @@ from .record import count_tokens, digest_examples, start_record
 from .resume import checkpoints
 from .resume import find_checkpoint as find_resumed
 from .same_run import describe_run, hold_to_run
-from .sharded import ShardedSaveMixin
+from .saving import CheckpointMixin
 from .text import load_documents
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ _NUMBERS = {
 }
 
 
-class GrowthTrainer(ShardedSaveMixin, MupMixin, Trainer):
+class GrowthTrainer(CheckpointMixin, MupMixin, Trainer):
     """A Trainer that starts from a grown state of Adam, and follows muP if it has a `base_width`.
 
     Args:
@@ -333,7 +333,10 @@ def _as_number(name: str, value: Any, kinds: Sequence[type] | None) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 is done, 2 refused before the first step. `log_level: debug` shows tracebacks."""
+    """Run the command line; 0 is done, 2 refused before the first step, or not to be saved.
+
+    `log_level: debug` shows tracebacks.
+    """
     status = 0
     try:
         growth, args = parse_arguments(sys.argv[1:] if arguments is None else arguments)

@@ -126,7 +126,8 @@ def train(
         pictures: drawn of the output folder beside `loss.png`, see [`sft.training.watch.WatchCallback`].
 
     Raises:
-        SFTError: the recipe, the data or the model is refused; no step was done and nothing was saved.
+        SFTError: the recipe, the data or the model is refused, and no step was done and nothing was saved; or a
+            checkpoint or the model cannot be saved.
     """
     with _held_output(recipe), _progress_bars(progress):
         checkpoint = _checkpoint(recipe)
@@ -536,7 +537,7 @@ def run(
 
     Returns:
         the exit status: 0 done, 2 refused before the first step with nothing saved, or stopped by a reward function
-        that failed, 130 interrupted.
+        that failed or by what could not be saved, 130 interrupted.
     """
     status = 0
     try:

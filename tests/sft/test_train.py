@@ -329,9 +329,10 @@ SAVED = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
 def test_a_checkpoint_that_lacks_what_a_step_needs_is_not_resumed(lost, what, make_recipe, tmp_path):
     """transformers goes on without it, and without a word."""
     train(make_recipe(**SAVED), progress=False)
-    (tmp_path / "out/checkpoint-2" / lost).unlink()
+    checkpoint = tmp_path / "out/checkpoint-2"
+    (checkpoint / lost).unlink()
     with pytest.raises(sft.SFTError, match=rf"checkpoint-2 has no {what}, as .*save_only_model.*model_name_or_path:"):
-        train(make_recipe(**{**SAVED, "max_steps": 3}, resume_from_checkpoint=True), progress=False)
+        train(make_recipe(**{**SAVED, "max_steps": 3}, resume_from_checkpoint=str(checkpoint)), progress=False)
 
 
 def test_a_checkpoint_of_the_weights_alone_is_not_resumed(make_recipe, tmp_path):
@@ -357,7 +358,8 @@ def test_what_a_kill_left_is_passed_over(state, make_recipe, tmp_path, caplog):
     for path in (tmp_path / "out").glob("checkpoint-*/trainer_state.json"):
         path.unlink()
     with pytest.raises(
-        sft.SFTError, match=r"holds no checkpoint-N to resume \(checkpoint-3, .* not saved to its end\)"
+        sft.SFTError,
+        match=r"holds no checkpoint-N to resume \(checkpoint-3 was not saved to its end; checkpoint-2 was not .*\)",
     ):
         train(make_recipe(**{**SAVED, "max_steps": 4}, resume_from_checkpoint=True), progress=False)
 
@@ -386,7 +388,8 @@ def test_a_record_says_whether_a_resumed_run_was_compared(make_recipe, tmp_path)
     resume = {**keys, "max_steps": 3, "resume_from_checkpoint": str(tmp_path / "out/checkpoint-1")}
     for name, same in {"again": True, "unknown": None}.items():
         if same is None:
-            (tmp_path / "out/checkpoint-1/run.json").unlink()
+            for missing in ("run.json", "teleflm_manifest.json"):  # as of a Trainer's own
+                (tmp_path / "out/checkpoint-1" / missing).unlink()
         result = train(make_recipe(**resume, output_dir=str(tmp_path / name)), progress=False)
         details = inspect_checkpoint(result.output_dir).chain[-1].details
         assert details["resumed"] == {"step": 1, "same_run": same}
