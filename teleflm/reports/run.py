@@ -6,6 +6,7 @@
 
 import base64
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,11 +29,12 @@ from sft.training.loss_plot import (
     smoothed,
     write_loss_plot,
 )
-from sft.training.run_log import RunHistory, RunLogError, points, read_history
+from sft.training.run_log import RUN_LOG, RunHistory, RunLogError, points, read_history
 from teleflm.reports.page import render_page
 
 RUN_PAGE = "training_report.html"
 _TEMPLATE = Path(__file__).with_name("run.html.jinja")
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 # Inches; a phone shows the second, in which letters are larger beside the lines.
 _WIDE, _NARROW = 9.0, 4.4
 _SHOWN_TEXT = 4000  # characters of a sample or a prompt
@@ -76,7 +78,7 @@ def write_run_page(folder: Path, output: Path | None = None) -> tuple[Path, RunH
 
     Args:
         folder: see [`sft.training.run_log.read_history`].
-        output: file; `training_report.html` in the folder unless given.
+        output: file; `training_report.html` in the folder unless given, of a checkpoint beside it (see [`place_of`]).
 
     Returns:
         where it is, and what it shows.
@@ -86,13 +88,25 @@ def write_run_page(folder: Path, output: Path | None = None) -> tuple[Path, RunH
         OSError: it cannot be written.
     """
     history = read_history(folder)
-    target = output or Path(folder) / RUN_PAGE
+    target = output or place_of(folder, RUN_PAGE)
     try:
         page = render_run(history)
     except (TypeError, ValueError, LookupError, AttributeError, UndefinedError) as error:
         raise RunLogError(f"{folder}: its log holds what no run of this version writes: {one_line(error)}") from error
     write_atomically(target, page.encode("utf-8"))
     return target, history
+
+
+def place_of(folder: Path, name: str) -> Path:
+    """Where a file about a run is written: into its folder; of a checkpoint beside it, as `NAME-checkpoint-N.SUFFIX`.
+
+    What is put into a checkpoint changes when it was changed last, by which transformers' own Trainer decides which
+    checkpoints are removed.
+    """
+    place = Path(folder).resolve()
+    if _CHECKPOINT.fullmatch(place.name) is None or (place / RUN_LOG).is_file():
+        return Path(folder) / name
+    return place.parent / f"{Path(name).stem}-{place.name}{Path(name).suffix}"
 
 
 def is_page(file: Path) -> bool:
@@ -105,8 +119,8 @@ def is_page(file: Path) -> bool:
 
 
 def write_loss(history: RunHistory) -> Path | None:
-    """Write `loss.png` of a run into its folder; None where no loss was logged."""
-    target = history.folder / LOSS_PLOT
+    """Write `loss.png` of a run into its folder, of a checkpoint beside it; None where no loss was logged."""
+    target = place_of(history.folder, LOSS_PLOT)
     return target if write_loss_plot(history, target) else None
 
 
@@ -256,4 +270,4 @@ def _shown(text: Any) -> str:
     return visible(whole[:_SHOWN_TEXT]) + (" …" if len(whole) > _SHOWN_TEXT else "")
 
 
-__all__ = ["RUN_PAGE", "draw_page", "render_run", "write_loss", "write_run_page"]
+__all__ = ["RUN_PAGE", "draw_page", "place_of", "render_run", "write_loss", "write_run_page"]

@@ -319,3 +319,20 @@ def test_only_a_page_is_replaced(tmp_path):
     for _ in range(2):
         result = CliRunner().invoke(app, ["report", str(tmp_path), "--output", str(tmp_path / "p.html")])
         assert result.exit_code == 0
+
+
+def test_the_page_of_a_checkpoint_leaves_its_folder_as_it_is(tmp_path, monkeypatch):
+    """When it was changed last is what another Trainer goes by."""
+    write_log(tmp_path, (0, False, {1: 5.0, 2: 4.0, 3: 3.0}))
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    state = {"global_step": 2, "log_history": [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}]}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    os.utime(checkpoint, (1, 1))
+    monkeypatch.chdir(checkpoint)
+    for place in (str(checkpoint), "."):
+        result = CliRunner().invoke(app, ["report", place])
+        assert result.exit_code == 0, result.output
+        assert (checkpoint.stat().st_mtime, len(list(checkpoint.iterdir()))) == (1, 1)
+        for name in ("training_report-checkpoint-2.html", "loss-checkpoint-2.png"):
+            (tmp_path / name).unlink()
