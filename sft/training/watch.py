@@ -23,7 +23,7 @@ from growth.training.mup import KINDS
 from sft.data.examples import ALL_REASONS
 from sft.data.labels import DataReport
 from sft.training.loss_plot import LOSS_PLOT, SOURCE_PREFIX, write_loss_plot
-from sft.training.run_log import append_event, count_sessions, read_history
+from sft.training.run_log import append_event, count_sessions, find_maker, read_history
 
 logger = logging.getLogger(__name__)
 
@@ -197,12 +197,11 @@ class WatchCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note what begins, and start the stopwatch."""
-        if not self.trainer.session and state.global_step:
-            self._take_over(state)
         if self.began:  # again, with a smaller batch (auto_find_batch_size)
             self.trainer.session += self._writes()
         resumed = state.global_step > 0
-        values = {"resumed": resumed, "max_steps": state.max_steps, "facts": dict(self.facts)}
+        after = self._find_maker(state) if resumed and self._writes() else None
+        values = {"resumed": resumed, "after": after, "max_steps": state.max_steps, "facts": dict(self.facts)}
         self._note("begin", {"step": state.global_step, **values})
         self.began = True
         self.trainer.start_watch()
@@ -269,12 +268,22 @@ class WatchCallback(TrainerCallback):
         self._note("end", {"step": self.trainer.state.global_step, "status": status, "error": error})
         self.draw()
 
-    def _take_over(self, state: TrainerState) -> None:
-        """A checkpoint of another folder is resumed: what it has logged becomes the beginning of this log."""
-        self._note("begin", {"step": 0, "resumed": False, "facts": {}})
-        for entry in state.log_history:
-            self._note("log", entry)
-        self.trainer.session += self._writes()
+    def _find_maker(self, state: TrainerState) -> int:
+        """The session that made the checkpoint that is resumed.
+
+        Where the log of this folder tells of none, as with a checkpoint of another one, what the checkpoint says was
+        logged becomes a session of this log.
+        """
+        maker = None
+        with self.harmless("log"):
+            maker = find_maker(self.folder, state.log_history, state.global_step)
+        if maker is None:
+            self._note("begin", {"step": 0, "resumed": False, "facts": {}})
+            for entry in state.log_history:
+                self._note("log", entry)
+            maker = self.trainer.session
+            self.trainer.session += 1
+        return maker
 
     def _note(self, event: str, values: Mapping[str, Any]) -> None:
         if not self._writes():

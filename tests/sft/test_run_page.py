@@ -102,7 +102,10 @@ def test_the_page_says_what_was_logged(tmp_path):
     assert "Done after 27 steps." in page.text
     assert "steps 27" in page.text
     assert "last loss 1.25" in page.text
-    assert "5 logs of steps after that checkpoint, which were done again and do not count" in page.text
+    assert (
+        "5 logs of steps that do not count: a later session went on from a checkpoint that has not done them"
+        in page.text
+    )
     assert "2 neighbours to either side" in page.text
     assert "Sessions" in page.text
 

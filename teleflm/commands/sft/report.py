@@ -20,8 +20,8 @@ Output = Annotated[
 def report(run: Run, output: Output = None, as_json: Json = False, debug: Debug = False) -> None:
     """Draw the loss and the page of a run: finished, interrupted, or going on.
 
-    Writes OUT/training_report.html and OUT/loss.png from what the run has logged so far; of a checkpoint-N beside it, as
-    training_report-checkpoint-N.html and loss-checkpoint-N.png.
+    Writes OUT/training_report.html and OUT/loss.png from what the run has logged so far; of a checkpoint-N beside it,
+    as training_report-checkpoint-N.html and loss-checkpoint-N.png.
     """
     from sft.training.run_log import read_history
     from teleflm.reports.run import is_page, write_loss, write_run_page
