@@ -13,9 +13,9 @@
     end         `status`: done, interrupted or failed; `error`, why
 
 A process that is killed writes no `end`. Sessions are numbered as they begin, from 0. They are a tree: a run may go
-back to a checkpoint, and then on from one that an earlier session has made. Lines of steps that the model has not done stay
-in the file; [`RunHistory`] tells them from those that count. Numbers that JSON does not have, NaN and infinities, stand
-as their names.
+back to a checkpoint, and then on from one that an earlier session has made. Lines of steps that the model has not done
+stay in the file; [`RunHistory`] tells them from those that count. Numbers that JSON does not have, NaN and infinities,
+stand as their names.
 """
 
 import json

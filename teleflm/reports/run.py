@@ -30,7 +30,7 @@ from sft.training.loss_plot import (
     write_loss_plot,
 )
 from sft.training.run_log import RUN_LOG, RunHistory, RunLogError, points, read_history
-from teleflm.reports.page import render_page
+from teleflm.reports.page import check_page, render_page
 
 RUN_PAGE = "training_report.html"
 _TEMPLATE = Path(__file__).with_name("run.html.jinja")
@@ -85,10 +85,12 @@ def write_run_page(folder: Path, output: Path | None = None) -> tuple[Path, RunH
 
     Raises:
         RunLogError: there is no run.
+        CheckpointError: something else than such a page is there.
         OSError: it cannot be written.
     """
     history = read_history(folder)
     target = output or place_of(folder, RUN_PAGE)
+    check_page(target, "run")
     try:
         page = render_run(history)
     except (TypeError, ValueError, LookupError, AttributeError, UndefinedError) as error:
@@ -107,15 +109,6 @@ def place_of(folder: Path, name: str) -> Path:
     if _CHECKPOINT.fullmatch(place.name) is None or (place / RUN_LOG).is_file():
         return Path(folder) / name
     return place.parent / f"{Path(name).stem}-{place.name}{Path(name).suffix}"
-
-
-def is_page(file: Path) -> bool:
-    """Whether a file is an HTML page, which may be replaced by another."""
-    try:
-        with file.open("rb") as content:
-            return content.read(64).lstrip().lower().startswith(b"<!doctype html")
-    except OSError:
-        return False
 
 
 def write_loss(history: RunHistory) -> Path | None:
