@@ -30,6 +30,8 @@ from sft import SFTError
 
 RUN_LOG = "training_log.jsonl"
 SAMPLES = "samples.jsonl"
+# Batches since the last log whose loss was no finite number, over all processes; logged where there are some.
+NONFINITE = "nonfinite_losses"
 _STATE = "trainer_state.json"
 _WHOLE = "train_runtime"  # is in what is logged in the end, of the run as a whole
 _NAMES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -138,6 +140,32 @@ def points(entries: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
         for entry in entries
         if isinstance(entry.get(name), int | float) and not isinstance(entry[name], bool)
     ]
+
+
+def lost_steps(entries: list[dict[str, Any]], name: str) -> list[int]:
+    """The steps at which a number was logged that is not finite; of the loss also those where a filter has hidden it.
+
+    Args:
+        entries: what was logged, in order.
+        name: `loss`, `eval_loss`, `grad_norm`.
+    """
+    return [entry["step"] for entry in entries if _is_lost(entry, name)]
+
+
+def lost_from(entries: list[dict[str, Any]], name: str) -> int | None:
+    """The step from which on a number was never finite again; None if it was when it was logged last."""
+    first = None
+    for entry in reversed(entries):
+        if name in entry and not _is_lost(entry, name):
+            break
+        if _is_lost(entry, name):
+            first = entry["step"]
+    return first
+
+
+def _is_lost(entry: Mapping[str, Any], name: str) -> bool:
+    value = entry.get(name)
+    return (isinstance(value, float) and not math.isfinite(value)) or (name == "loss" and bool(entry.get(NONFINITE)))
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -421,6 +449,7 @@ def count_sessions(folder: Path) -> int:
 
 
 __all__ = [
+    "NONFINITE",
     "RUN_LOG",
     "SAMPLES",
     "RunHistory",
@@ -430,6 +459,8 @@ __all__ = [
     "append_line",
     "count_sessions",
     "find_maker",
+    "lost_from",
+    "lost_steps",
     "now",
     "points",
     "read_history",

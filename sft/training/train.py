@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -72,6 +71,7 @@ from sft.training.guards import FusedLossGuard, GuardError, check_same_data
 from sft.training.lineage import describe_base
 from sft.training.memory import check_memory
 from sft.training.recipe import Recipe, RecipeError, parse_overrides, read_recipe
+from sft.training.run_log import lost_from, lost_steps
 from sft.training.samples import Prompt, SampleCallback, check_whole, read_prompts
 from sft.training.trackers import check_trackers
 from sft.training.trainers import TRAINERS, AnyTrainer
@@ -567,9 +567,12 @@ def _summary(result: TrainResult) -> str:
     rewards = [entry["reward"] for entry in new if "reward" in entry]
     # GRPO's loss is about 0 whatever is learned.
     learned = f"reward {rewards[0]:.3f} at first, {rewards[-1]:.3f} at last" if rewards else f"mean loss {loss:.4f}"
-    lost = [entry["step"] for entry in new if not math.isfinite(entry.get("loss", 0.0))]
-    if lost:
-        learned += f": from step {lost[0]} on the loss is no finite number, and the model is of no use"
+    if (step := lost_from(new, "loss")) is not None:
+        learned += f": from step {step} on the loss is no finite number, and the model is of no use"
+    elif (step := lost_from(new, "grad_norm")) is not None:
+        learned += f": from step {step} on the gradient norm is no finite number, and the model may be of no use"
+    elif lost := lost_steps(new, "loss"):
+        learned += f": at {len(lost)} logged steps, {lost[0]} the first, the loss is no finite number"
     text = f"{result.output_dir}: {steps} in {seconds:.0f} s{many}, {learned}\ntrained on {result.data}"
     if result.measured:
         text += "\n" + comparison_text(comparison(result.measured.get("before"), result.measured.get("after")))

@@ -23,7 +23,7 @@ from growth.training.mup import KINDS
 from sft.data.examples import ALL_REASONS
 from sft.data.labels import DataReport
 from sft.training.loss_plot import LOSS_PLOT, SOURCE_PREFIX, write_loss_plot
-from sft.training.run_log import append_event, count_sessions, find_maker, read_history
+from sft.training.run_log import NONFINITE, append_event, count_sessions, find_maker, read_history
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,8 @@ class WatchMixin(Trainer):
       prompts among them, and what pads short rows not; over the seconds since then that were not spent on evaluating,
       saving, sampling or drawing.
     - `learning_rate_matrix`: under muP, of the step that was just done, as `learning_rate`, that of vectors, is.
+    - `nonfinite_losses`: how many batches since the last log had a loss that is no finite number, if any had; also
+      where `logging_nan_inf_filter` keeps it out of `loss`.
     - `source_loss/NAME`: where the data have sources, the negative log-likelihood of the tokens of each since the last
       log: the sum of the weighted ones over the number of all trained ones, as in the loss. A source of which nothing
       was trained on is left out.
@@ -92,6 +94,7 @@ class WatchMixin(Trainer):
         self.stop_ids: Sequence[int] = ()
         self.source_names: Sequence[str] = ()
         self._read_tokens: Any = 0
+        self._lost_losses: Any = 0
         self._read_until = 0.0
         self._rates: list[float] = []
         self._source_sums: torch.Tensor | None = None
@@ -99,14 +102,16 @@ class WatchMixin(Trainer):
     def start_watch(self) -> None:
         """Begin to count."""
         self.stopwatch.start()
-        self._read_tokens, self._read_until, self._source_sums = 0, 0.0, None
+        self._read_tokens, self._lost_losses, self._read_until, self._source_sums = 0, 0, 0.0, None
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Count what is read, and do the step."""
+        """Count what is read, and do the step; nothing waits for the device."""
         self._read_tokens = self._read_tokens + count_tokens(inputs)
         if self.optimizer is not None:
             self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._lost_losses = self._lost_losses + ~torch.isfinite(loss.detach())
+        return loss
 
     def add_source_losses(self, losses: torch.Tensor, sources: torch.Tensor, trained: torch.Tensor) -> None:
         """Count the losses of some tokens to their sources; nothing waits for the device.
@@ -129,12 +134,15 @@ class WatchMixin(Trainer):
         found: dict[str, float] = {}
         if getattr(self, "base_width", None) is not None and len(self._rates) == len(KINDS):
             found["learning_rate_matrix"] = self._rates[KINDS.index("matrix")]
-        tokens = torch.as_tensor(self._read_tokens, dtype=torch.float64, device=self.args.device)
-        total = float(self.accelerator.reduce(tokens, reduction="sum"))
+        counts = (self._read_tokens, self._lost_losses)
+        mine = torch.stack([torch.as_tensor(one, dtype=torch.float64, device=self.args.device) for one in counts])
+        total, lost = self.accelerator.reduce(mine, reduction="sum").tolist()
         seconds = self.stopwatch.seconds()
         if total and seconds > self._read_until:
             found[TOKENS_PER_SECOND] = total / (seconds - self._read_until)
-        self._read_tokens, self._read_until = 0, seconds
+        if lost:
+            found[NONFINITE] = lost
+        self._read_tokens, self._lost_losses, self._read_until = 0, 0, seconds
         if self.source_names:
             found |= self._source_losses()
         return found

@@ -29,7 +29,7 @@ from sft.training.loss_plot import (
     smoothed,
     write_loss_plot,
 )
-from sft.training.run_log import RUN_LOG, RunHistory, RunLogError, points, read_history
+from sft.training.run_log import RUN_LOG, RunHistory, RunLogError, lost_from, lost_steps, points, read_history
 from teleflm.reports.page import check_page, render_page
 
 RUN_PAGE = "training_report.html"
@@ -149,6 +149,10 @@ def _state(history: RunHistory) -> tuple[str, str]:
     last, steps = history.sessions[-1], history.step
     match history.status:
         case "done":
+            if (step := lost_from(history.entries(), "loss")) is not None:
+                return "bad", f"Done after {steps} steps, of no use: from step {step} on the loss is no finite number."
+            if (step := lost_from(history.entries(), "grad_norm")) is not None:
+                return "bad", f"Done after {steps} steps. From step {step} on the gradient norm is no finite number."
             return "good", f"Done after {steps} steps."
         case "interrupted":
             return "unknown", f"Interrupted; the last log is of step {steps}."
@@ -177,7 +181,9 @@ def _headline(history: RunHistory) -> list[tuple[str, str]]:
     """A few numbers: label and value."""
     found = [("steps", f"{history.step:,}")]
     for name, label in (("loss", "last loss"), ("eval_loss", "last evaluation loss")):
-        if values := history.points(name):
+        if lost_from(history.entries(), name) is not None:
+            found.append((label, "no finite number"))
+        elif values := history.points(name):
             found.append((label, _number(values[-1][1])))
     speeds = sorted(value for _, value in history.points("tokens_per_second") if math.isfinite(value))
     if speeds:
@@ -216,8 +222,7 @@ def _unfinite(history: RunHistory) -> list[str]:
     """Where a number that should be finite was none."""
     found = []
     for name in ("loss", "eval_loss", "grad_norm"):
-        steps = [step for step, value in history.points(name) if not math.isfinite(value)]
-        if steps:
+        if steps := lost_steps(history.entries(), name):
             shown = ", ".join(map(str, steps[:8])) + (", ..." if len(steps) > 8 else "")
             found.append(f"{name} is not a finite number at {len(steps)} logged steps: {shown}.")
     if found and history.facts.get("nan_filter"):

@@ -103,7 +103,11 @@ def test_a_wrong_key_is_one_line_that_names_it(key, value, message):
 
 
 def test_numbers_of_a_command_line_are_told_as_those_of_a_file():
-    for given, message in (("9" * 400, "of more than 64 bits"), (".inf", "is or holds inf"), ("9" * 5000, "learning_rate|YAML")):
+    for given, message in (
+        ("9" * 400, "of more than 64 bits"),
+        (".inf", "is or holds inf"),
+        ("9" * 5000, "learning_rate|YAML"),
+    ):
         with pytest.raises(RecipeError, match=message) as error:
             Recipe.from_dict({**MINIMAL, **parse_overrides(["--learning_rate", given])})
         assert "\n" not in str(error.value)

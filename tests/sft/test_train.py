@@ -2,6 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+import dataclasses
 import json
 import math
 import os
@@ -26,8 +27,10 @@ from growth.training.output_lock import LOCK
 from sft.data.labels import Labelling
 from sft.data.prepare import prepare
 from sft.training.recipe import RecipeError
+from sft.training.run_log import read_history
 from sft.training.train import _summary, build_trainer, load_tokenizer, main, train
 from teleflm.commands.sft import app
+from teleflm.reports.run import _headline, _state
 from tests.fixtures.tiny import tiny_model
 
 TINY = Path(sft.__file__).parent / "recipes" / "tiny-cpu.yaml"
@@ -572,9 +575,35 @@ def test_accelerate_launches_it(arguments):
     assert state["global_step"] == 3
 
 
-def test_a_run_whose_loss_becomes_no_number_says_so(make_recipe):
-    """With transformers' default filter it would end with a mean loss like any other."""
-    result = train(make_recipe(max_steps=4, learning_rate=1e30), progress=False)
-    lost = [entry["step"] for entry in result.log_history if not math.isfinite(entry.get("loss", 0.0))]
-    assert lost
+FILTER = {"logging_nan_inf_filter": True}
+
+
+@pytest.mark.parametrize("keys", [{}, FILTER, {**FILTER, "max_grad_norm": 0.0}])
+def test_a_run_whose_loss_becomes_no_number_says_so(keys, make_recipe):
+    """With transformers' filter it would end with a mean loss like any other; without clipping no norm tells."""
+    result = train(make_recipe(max_steps=4, learning_rate=1e30, **keys), progress=False)
+    logged = [entry for entry in result.log_history if "loss" in entry]
+    assert all(math.isfinite(entry["loss"]) for entry in logged) == bool(keys)
+    lost = [entry["step"] for entry in logged if entry.get("nonfinite_losses")]
+    assert lost == [entry["step"] for entry in logged][-len(lost) :]
+    assert [entry["nonfinite_losses"] for entry in logged[-len(lost) :]] == [1] * len(lost)
     assert f"from step {lost[0]} on the loss is no finite number, and the model is of no use" in _summary(result)
+    history = read_history(result.output_dir)
+    state = _state(history)
+    assert state[0] == "bad"
+    assert f"from step {lost[0]} on the loss is no finite number" in state[1]
+    assert dict(_headline(history))["last loss"] == "no finite number"
+
+
+def test_what_the_summary_says_of_numbers_that_are_none(make_recipe):
+    result = train(make_recipe(max_steps=1), progress=False)
+    assert "finite" not in _summary(result)
+    nan, norm = math.nan, "grad_norm"
+    for entries, message in (
+        ([{"loss": nan}, {"loss": 1.0}], ": at 1 logged steps, 1 the first, the loss is no finite number"),
+        ([{"loss": 1.0, norm: nan}, {"loss": 1.0, norm: nan}], ": from step 1 on the gradient norm is no finite"),
+        ([{"loss": 1.0, norm: math.inf}, {"loss": 1.0, norm: 2.0}], None),  # as fp16 begins: its step is left out
+    ):
+        logged = [{"step": step, **entry} for step, entry in enumerate(entries, 1)]
+        text = _summary(dataclasses.replace(result, log_history=logged))
+        assert message in text if message else "finite" not in text
