@@ -332,10 +332,10 @@ def _branch(sessions: list[Session], last: int, step: float = math.inf) -> dict[
         step: of the model, if it was not the last of that session.
     """
     branch = {last: step}
-    number: int | None = last
-    while (number := _parent(sessions, number)) is not None:
-        child = min(branch)
-        branch[number] = min(sessions[child].start, branch[child])
+    number = last
+    while (parent := _parent(sessions, number)) is not None:
+        branch[parent] = min(sessions[number].start, branch[number])
+        number = parent
     return dict(sorted(branch.items()))
 
 
