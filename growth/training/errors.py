@@ -6,7 +6,10 @@
 
 
 class RunError(ValueError):
-    """A run is not, or could not be, what it was asked to be; no step was done. The message is one line."""
+    """A run is not, or could not be, what it was asked to be, and no step was done; or it could not be saved.
+
+    The message is one line.
+    """
 
 
 __all__ = ["RunError"]

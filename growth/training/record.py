@@ -49,6 +49,7 @@ from .grown_adam import AdamStart, on_every_process
 from .masks import MaskCallback, find_masked_model
 from .parallel import data_parallel_size
 from .rewarm import RewarmCallback
+from .saving import saving
 
 logger = logging.getLogger(__name__)
 
@@ -95,11 +96,16 @@ class RecordCallback(TrainerCallback):
             self._write(folder, state, digests=False)
 
     def save_model(self) -> None:
-        """Save the model, and write its record; every process of a run has to call it."""
+        """Save the model, and write its record; every process of a run has to call it.
+
+        Raises:
+            RunError: it cannot be saved.
+        """
         folder = Path(str(self.trainer.args.output_dir))
         before = _written(folder)
-        self.trainer.save_model()
-        self.trainer.save_state()
+        with saving(folder):
+            self.trainer.save_model()
+            self.trainer.save_state()
         if not self.trainer.is_world_process_zero():
             return
         if _written(folder) == before:

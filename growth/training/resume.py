@@ -5,8 +5,9 @@
 """Which checkpoint a run goes on from, and whether it is all there.
 
 A Trainer loads what it finds: without an optimizer.pt it begins with fresh moments, without a scheduler.pt with the
-first learning rate, without an rng_state with other dropout, and it says nothing. So a checkpoint has to have them all.
-What a Trainer writes last, trainer_state.json, tells a checkpoint from what a kill has left of one.
+first learning rate, without an rng_state with other dropout, and it says nothing. So a checkpoint has to have them all,
+and its files have to be whole: headers and directories are read, no tensor is, and no object is made of a pickle. What
+is saved last, trainer_state.json, tells a checkpoint from what a kill has left of one.
 """
 
 import json
@@ -16,19 +17,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.manifest import MANIFEST
+from conversion.checkpoint.safetensors_file import read_header
+from conversion.checkpoint.sources import WEIGHT_FILES, open_checkpoint
+from conversion.checkpoint.torch_file import read_torch_file
+from conversion.hub.saved_model import ADAPTER_WEIGHTS
+
 from .errors import RunError
+from .same_run import RUN, read_run
 
 logger = logging.getLogger(__name__)
 
-_STATE = "trainer_state.json"
+STATE = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# What a checkpoint has beside its weights: what it is, and the names under which Trainer, accelerate or DeepSpeed,
-# which keeps all in one folder, leave it.
+# What a checkpoint has beside what it is: the names under which Trainer, accelerate or DeepSpeed, which keeps all in
+# one folder, leave it.
 _PARTS: Mapping[str, tuple[str, ...]] = {
+    "weights": (*WEIGHT_FILES, ADAPTER_WEIGHTS, "adapter_model.bin", "pytorch_model_fsdp*", "global_step*"),
     "optimizer": ("optimizer.pt", "optimizer.bin", "optimizer_[0-9]*", "global_step*"),
     "learning rate schedule (scheduler.pt)": ("scheduler.pt", "global_step*"),
     "random state (rng_state)": ("rng_state*.pth",),
 }
+# Files of torch.save that a Trainer unpickles; and folders of torch's, whose .metadata is written last.
+_TORCH_FILES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "adapter_model.bin")
+_TORCH_FOLDERS = ("optimizer_[0-9]*", "pytorch_model_fsdp_[0-9]*")
+_MOST_TOLD = 3
 
 
 def find_checkpoint(wanted: str | Path | bool | None, output_dir: str | Path) -> str | None:
@@ -39,23 +53,57 @@ def find_checkpoint(wanted: str | Path | bool | None, output_dir: str | Path) ->
         output_dir: of the run.
 
     Raises:
-        RunError: there is none, or it lacks what a step needs.
+        RunError: there is none, or it lacks what a step needs, or has a part that is damaged.
     """
     if not wanted:
         return None
-    found = _last(Path(output_dir)) if wanted is True else Path(wanted)
+    if wanted is True:
+        return str(_last(Path(output_dir)))
+    found = Path(wanted)
     if _read_state(found) is None:
+        raise RunError(f"resume_from_checkpoint {found} holds no {STATE} that can be read; name a checkpoint-N folder.")
+    if fault := find_fault(found):
         raise RunError(
-            f"resume_from_checkpoint {found} holds no {_STATE} that can be read; name a checkpoint-N folder."
-        )
-    missing = [what for what, names in _PARTS.items() if not any(any(found.glob(name)) for name in names)]
-    if missing:
-        raise RunError(
-            f"{found} has no {', '.join(missing)}, as where it was saved with save_only_model: the steps to come would "
-            f"be those of another run. For a new run from its weights set model_name_or_path: {found}, and delete "
-            "resume_from_checkpoint."
+            f"{found} {fault}: the steps to come would be those of another run. Name another checkpoint, or "
+            f"resume_from_checkpoint: true for the last whole one. For a new run from its weights set "
+            f"model_name_or_path: {found}, and delete resume_from_checkpoint."
         )
     return str(found)
+
+
+def find_fault(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be resumed, as what follows its name in a sentence; None if it can."""
+    if _read_state(checkpoint) is None:
+        return "was not saved to its end"
+    missing = [what for what, names in _PARTS.items() if not any(any(checkpoint.glob(name)) for name in names)]
+    if missing:
+        return f"has no {', '.join(missing)}, as where it was saved with save_only_model"
+    if (checkpoint / MANIFEST).is_file() and not (checkpoint / RUN).is_file():
+        return f"was not saved to its end or was changed since: it has no {RUN}, which tells what run it is of"
+    try:
+        if (checkpoint / RUN).is_file():
+            read_run(checkpoint)
+        _open_parts(checkpoint)
+    except (RunError, CheckpointError) as error:
+        return f"is damaged ({str(error).rstrip('.')})"
+    return None
+
+
+def _open_parts(checkpoint: Path) -> None:
+    """Read the headers and directories of all files that a Trainer loads.
+
+    Raises:
+        CheckpointError: one is not whole.
+    """
+    if any((checkpoint / name).exists() for name in WEIGHT_FILES):
+        open_checkpoint(checkpoint)
+    if (checkpoint / ADAPTER_WEIGHTS).exists():
+        read_header(checkpoint / ADAPTER_WEIGHTS)
+    for path in (path for name in _TORCH_FILES for path in sorted(checkpoint.glob(name))):
+        read_torch_file(path)
+    for path in (path for name in _TORCH_FOLDERS for path in sorted(checkpoint.glob(name))):
+        if path.is_dir() and not (path / ".metadata").is_file():
+            raise CheckpointError(f"{path} has no .metadata, so it was not saved to its end.")
 
 
 def step_of(checkpoint: str | Path) -> int:
@@ -72,24 +120,26 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def _last(output_dir: Path) -> Path:
-    """The last checkpoint that was saved to its end; that others were not is said."""
-    there = checkpoints(output_dir)
-    whole = next((path for path in there if _read_state(path) is not None), None)
-    if whole is None:
-        left = f" ({', '.join(path.name for path in there)} was not saved to its end)" if there else ""
-        raise RunError(f"output_dir {output_dir} holds no checkpoint-N to resume{left}; delete resume_from_checkpoint.")
-    for path in there[: there.index(whole)]:
-        logger.warning("%s was not saved to its end; the run goes on from %s", path, whole.name)
-    return whole
+    """The last checkpoint that can be resumed; why the ones after it cannot is said."""
+    faults: list[str] = []
+    for path in checkpoints(output_dir):
+        fault = find_fault(path)
+        if fault is None:
+            for told in faults:
+                logger.warning("%s/%s; the run goes on from %s", output_dir, told, path.name)
+            return path
+        faults.append(f"{path.name} {fault}")
+    told = f" ({'; '.join(faults[:_MOST_TOLD])})" if faults else ""
+    raise RunError(f"output_dir {output_dir} holds no checkpoint-N to resume{told}; delete resume_from_checkpoint.")
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any] | None:
     """What a checkpoint says of its step; None if that was not written to its end, or not by a Trainer."""
     try:
-        state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     return state if isinstance(state, dict) and isinstance(state.get("global_step"), int) else None
 
 
-__all__ = ["checkpoints", "find_checkpoint", "step_of"]
+__all__ = ["STATE", "checkpoints", "find_checkpoint", "find_fault", "step_of"]

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from conversion.checkpoint.atomic_file import write_atomically
 from conversion.checkpoint.manifest import is_edited, seal
@@ -114,18 +114,10 @@ def check_same_run(checkpoint: str | Path, run: Mapping[str, Any]) -> bool | Non
     Raises:
         RunError: they differ, with all keys and both values; or the file cannot be read.
     """
-    path = Path(checkpoint) / RUN
-    if not path.is_file():
+    if not (Path(checkpoint) / RUN).is_file():
         logger.warning("%s has no %s: nothing tells whether this is the run that it is of", checkpoint, RUN)
         return None
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if "checksum" not in before or is_edited(before):
-            raise ValueError("its checksum is not that of the rest")
-        was = {"batch_size": before["batch_size"], **_ordered(before), **before["made_from"], **before["keys"]}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise RunError(f"{path} cannot be read ({error!r}); remove it to resume without comparing.") from None
-    now = {"batch_size": run["batch_size"], **_ordered(run), **run["made_from"], **run["keys"]}
+    was, now = _flat(read_run(Path(checkpoint))), _flat(run)
     differing = {key: (was[key], now[key]) for key in now if key in was and was[key] != now[key]}
     free = {key: differing.pop(key) for key in list(differing) if _is_free(key)}
     if differing:
@@ -145,6 +137,27 @@ def check_same_run(checkpoint: str | Path, run: Mapping[str, Any]) -> bool | Non
     return True
 
 
+def read_run(checkpoint: Path) -> dict[str, Any]:
+    """What `run.json` in a checkpoint says; see [`describe_run`].
+
+    Raises:
+        RunError: it cannot be read, or was changed since it was written.
+    """
+    path = checkpoint / RUN
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if "checksum" not in found or is_edited(found):
+            raise ValueError("its checksum is not that of the rest")
+        _flat(found)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read ({error!r}), and nothing else tells what run it is of.") from None
+    return dict(found)
+
+
+def _flat(run: Mapping[str, Any]) -> dict[str, Any]:
+    return {"batch_size": run["batch_size"], **_ordered(run), **run["made_from"], **run["keys"]}
+
+
 def _ordered(run: Mapping[str, Any]) -> dict[str, Any]:
     """Of a run whose examples are grouped by length, how they are; older checkpoints do not say."""
     order = run.get("order")
@@ -156,21 +169,17 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-class SameRunCallback(TrainerCallback):
-    """Writes `run.json` into every checkpoint; process 0 does.
+def write_run(checkpoint: Path, run: Mapping[str, Any]) -> None:
+    """Write `run.json` into the folder of a checkpoint.
 
     Args:
+        checkpoint: its folder.
         run: from [`describe_run`].
+
+    Raises:
+        OSError: it cannot be written.
     """
-
-    def __init__(self, run: Mapping[str, Any]) -> None:
-        self.run = run
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write it beside what was saved."""
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            write_atomically(folder / RUN, json.dumps(seal(self.run), indent=1, ensure_ascii=False).encode())
+    write_atomically(checkpoint / RUN, json.dumps(seal(run), indent=1, ensure_ascii=False).encode())
 
 
 def hold_to_run(trainer: Trainer, describe: Callable[[], Mapping[str, Any]], checkpoint: str | None) -> bool | None:
@@ -179,7 +188,7 @@ def hold_to_run(trainer: Trainer, describe: Callable[[], Mapping[str, Any]], che
     Every process of a run has to call it; process 0 alone looks.
 
     Args:
-        trainer: of the run.
+        trainer: of the run, with a [`growth.training.saving.CheckpointMixin`], which writes it.
         describe: calls [`describe_run`].
         checkpoint: that is resumed, if one is.
 
@@ -195,7 +204,7 @@ def hold_to_run(trainer: Trainer, describe: Callable[[], Mapping[str, Any]], che
         if not trainer.is_world_process_zero():
             return None
         run = describe()
-        trainer.add_callback(SameRunCallback(run))
+        trainer.run_description = run  # type: ignore[attr-defined]
         same = check_same_run(checkpoint, run) if checkpoint else None
         if same and trainer.args.ignore_data_skip:
             logger.warning("%s: ignore_data_skip is true, so the data begin anew: it is not the same run", checkpoint)
@@ -205,4 +214,4 @@ def hold_to_run(trainer: Trainer, describe: Callable[[], Mapping[str, Any]], che
     return on_every_process(look)
 
 
-__all__ = ["MAY_CHANGE", "RUN", "SameRunCallback", "check_same_run", "describe_run", "hold_to_run"]
+__all__ = ["MAY_CHANGE", "RUN", "check_same_run", "describe_run", "hold_to_run", "read_run", "write_run"]

@@ -50,13 +50,14 @@ from .loading import check_model, load_model, load_tokenizer
 from .masks import MaskCallback, TeleFLMMaskedForCausalLM
 from .mup import MupMixin
 from .optimizer_layout import parameter_shapes
+from .output_lock import hold_output
 from .parallel import check_parallelism, read_parallelism
 from .record import count_tokens, digest_examples, start_record
 from .resume import checkpoints
 from .resume import find_checkpoint as find_resumed
 from .rewarm import RewarmCallback, check_optimizer_choice, find_new_parts
 from .same_run import describe_run, hold_to_run
-from .sharded import ShardedSaveMixin
+from .saving import CheckpointMixin
 from .stage_schedule import ContinuedSchedule, continue_schedule, say_where_it_decays
 from .text import load_documents
 
@@ -154,7 +155,7 @@ _NUMBERS = {
 }
 
 
-class GrowthTrainer(ShardedSaveMixin, MupMixin, Trainer):
+class GrowthTrainer(CheckpointMixin, MupMixin, Trainer):
     """A Trainer that starts from a grown state of Adam, and follows muP if it has a `base_width`.
 
     Args:
@@ -202,16 +203,17 @@ def train(
         CheckpointError: the data, the model or its state is refused; no step was done.
         RunError: the run is not what it was asked to be; no step was done.
     """
-    checkpoint = find_checkpoint(args)
-    trainer = build_trainer(growth, args, callbacks)
-    hold_to_run(
-        trainer,
-        lambda: describe_run(args, dataclasses.asdict(growth), digest_examples(trainer.train_dataset)),
-        checkpoint,
-    )
-    record = start_record(trainer, Path(growth.model_name_or_path), checkpoint)
-    output = trainer.train(resume_from_checkpoint=checkpoint)
-    record.save_model()
+    with hold_output(str(args.output_dir), writes=args.process_index == 0):
+        checkpoint = find_checkpoint(args)
+        trainer = build_trainer(growth, args, callbacks)
+        hold_to_run(
+            trainer,
+            lambda: describe_run(args, dataclasses.asdict(growth), digest_examples(trainer.train_dataset)),
+            checkpoint,
+        )
+        record = start_record(trainer, Path(growth.model_name_or_path), checkpoint)
+        output = trainer.train(resume_from_checkpoint=checkpoint)
+        record.save_model()
     return output.metrics
 
 
@@ -384,7 +386,10 @@ def _as_number(name: str, value: Any, kinds: Sequence[type] | None) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 is done, 2 refused before the first step. `log_level: debug` shows tracebacks."""
+    """Run the command line; 0 is done, 2 refused before the first step, or not to be saved.
+
+    `log_level: debug` shows tracebacks.
+    """
     status = 0
     try:
         growth, args = parse_arguments(sys.argv[1:] if arguments is None else arguments)

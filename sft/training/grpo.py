@@ -21,14 +21,14 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler
 
-from growth.training.sharded import ShardedSaveMixin
+from growth.training.saving import CheckpointMixin
 from sft.rewards.reward import Reward
 from sft.training.watch import WatchMixin
 
 logger = logging.getLogger(__name__)
 
 
-class PolicyTrainer(WatchMixin, ShardedSaveMixin, GRPOTrainer):
+class PolicyTrainer(WatchMixin, CheckpointMixin, GRPOTrainer):
     """A GRPOTrainer that saves whole models where they are sharded, and is told its reference model.
 
     Args:

@@ -8,7 +8,8 @@
   the logits, is bypassed. TRL applies the factor itself if the configuration names it `logit_scale`; else the loss is
   wrong, and at initialization differs from the right one in the fourth digit only. [`FusedLossGuard`] compares the two.
 - TRL drops rows and cuts tokens without a word. [`check_trained_tokens`] counts what reached the trainer.
-- Processes that have other data train on as many batches of it. [`check_same_data`] compares what they have.
+- Processes that have other data train on as many batches of it, and wait for each other where they evaluate on fewer.
+  [`check_same_data`] compares what they have.
 
 What launchers and wrappers do other than asked is watched for by [`growth.training.launch`].
 """
@@ -34,7 +35,7 @@ from transformers import (
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, SFTTrainer
 
 from sft import SFTError
-from sft.data.labels import IGNORE_INDEX
+from sft.data.labels import IGNORE_INDEX, DataReport
 
 # Standard deviation that the logits are brought to before log-probabilities are compared. A factor k on logits moves
 # log-probabilities by (k - 1) times about this; with the 0.001 of an untrained Tele-FLM, no precision would show it.
@@ -164,24 +165,33 @@ def check_trained_tokens(dataset: Dataset, expected: int) -> None:
         )
 
 
-def check_same_data(digest: str) -> None:
+def check_same_data(data: DataReport, eval_data: DataReport | None) -> None:
     """Check that all processes have the same conversations: each reads its own disk, and the Hub at its own time.
 
-    Every process of a run has to call it.
+    With other rows to train on they would train on something else; with another number of rows to evaluate on, those
+    that have more would wait for the others for ever. Every process of a run has to call it.
 
     Args:
-        digest: of this process's data.
+        data: what became of this process's training rows.
+        eval_data: of its evaluation rows, if it has some.
 
     Raises:
         GuardError: they differ. Raised on every process.
     """
-    digests = gather_object([digest])
-    others = [rank for rank, found in enumerate(digests) if found != digests[0]]
-    if others:
-        raise GuardError(
-            f"process {others[0]} has other data (digest {digests[others[0]]}) than process 0 (digest {digests[0]}). "
-            "Do all machines see the same files? Name a dataset of the Hub with its commit, OWNER/NAME@COMMIT."
-        )
+    mine = [None if report is None else (report.taken, report.digest) for report in (data, eval_data)]
+    everyones = gather_object([mine])
+    for what, found in zip(("data", "evaluation data"), zip(*everyones, strict=True), strict=True):
+        others = [rank for rank, one in enumerate(found) if one != found[0]]
+        if others:
+            raise GuardError(
+                f"process {others[0]} has other {what} ({_rows(found[others[0]])}) than process 0 "
+                f"({_rows(found[0])}). Do all machines see the same files? Name a dataset of the Hub with its commit, "
+                "OWNER/NAME@COMMIT."
+            )
+
+
+def _rows(found: tuple[int, str] | None) -> str:
+    return "none" if found is None else f"{found[0]} rows, digest {found[1]}"
 
 
 __all__ = ["FusedLossGuard", "GuardError", "check_same_data", "check_trained_tokens", "fused_loss_gap"]

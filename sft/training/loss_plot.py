@@ -81,7 +81,7 @@ def loss_figure(history: RunHistory, *, width: float = 9.0) -> "Figure":
         _draw(axes, points(session.logs, "loss"), _GREY, "loss" if first else "", linewidth=0.9)
         lost = points(session.lost, "loss")
         first = not any(points(earlier.lost, "loss") for earlier in history.sessions[:number])
-        _draw(axes, lost, "#d97706", "done again after a resume" if first else "", linewidth=0.9, linestyle=":")
+        _draw(axes, lost, "#d97706", "not counted" if first else "", linewidth=0.9, linestyle=":")
     smooth = smoothed([point for session in history.sessions for point in points(session.logs, "loss")])
     if smooth:
         _draw_average(axes, history.sessions, smooth)

@@ -139,7 +139,7 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         size = self.test_split_size
-        if size is not None and not (0 < size < 1 or (size >= 1 and size == int(size))):
+        if size is not None and not (0 < size < 1 or (1 <= size < math.inf and size == int(size))):
             raise ValueError(f"test_split_size is {size}; expected a share between 0 and 1, or a number of rows.")
         _ = self.sources
 
@@ -459,6 +459,7 @@ def _check(key: str, value: Any, keys: _Keys, origin: str) -> None:
         known = f"RunArguments, DataArguments, ModelConfig, {keys.config.__name__}"
         way_out = f"did you mean {nearest[0]}?" if nearest else f"keys are those of {known}."
         raise RecipeError(f"{origin}: unknown key {key}; {way_out}")
+    _check_numbers(key, value, origin)
     is_a = _is_a(value, keys.hints[key])
     if key in keys.choices and not (is_a and (value is None or value in keys.choices[key])):
         raise RecipeError(f"{origin}: {key} is {value!r}; expected one of {', '.join(keys.choices[key])}.")
@@ -474,6 +475,31 @@ def _shown(value: Any) -> str:
         return f"{value!r:.200}"
     except ValueError:  # a number of more digits than Python prints
         return "a number of thousands of digits"
+
+
+# The numbers that make random generators: the first has numpy's and Python's too.
+_SEEDS = {"seed": 2**32, "data_seed": 2**63}
+# The first then clips nothing; the second says which source has such a weight.
+_MAY_BE_INFINITE = ("max_grad_norm", "data")
+
+
+def _check_numbers(key: str, value: Any, origin: str) -> None:
+    """Numbers that Python has and what computes with them has not, also in lists and mappings."""
+    match value:
+        case bool():
+            pass
+        case int() if abs(value) >= 2**63:
+            raise RecipeError(f"{origin}: {key} is or holds a number of more than 64 bits.")
+        case int() if key in _SEEDS and not 0 <= value < _SEEDS[key]:
+            raise RecipeError(f"{origin}: {key} is {value}; expected 0 to {_SEEDS[key] - 1}.")
+        case float() if not math.isfinite(value) and not (key in _MAY_BE_INFINITE and value == math.inf):
+            raise RecipeError(f"{origin}: {key} is or holds {value}; expected finite numbers.")
+        case list() | tuple():
+            for item in value:
+                _check_numbers(key, item, origin)
+        case dict():
+            for item in value.values():
+                _check_numbers(key, item, origin)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,13 +6,16 @@
 
 `training_log.jsonl` in the output folder has a line for each of these, in the order in which they came about:
 
-    begin       step from which training goes on, 0 or that of a checkpoint; `resumed`; `facts`, what is trained on what
+    begin       step from which training goes on, 0 or that of a checkpoint; `resumed`; `after`, the number of the
+                session that made that checkpoint; `facts`, what is trained on what
     log         what the Trainer logged at a step: loss, learning_rate, grad_norm, eval_loss, ...
     measured    results of texts and tasks, `when`: before the first step or after the last
     end         `status`: done, interrupted or failed; `error`, why
 
-A process that is killed writes no `end`. Lines of steps that a resumed run did again stay in the file; [`RunHistory`]
-tells them from those that count. Numbers that JSON does not have, NaN and infinities, stand as their names.
+A process that is killed writes no `end`. Sessions are numbered as they begin, from 0. They are a tree: a run may go
+back to a checkpoint, and then on from one that an earlier session has made. Lines of steps that the model has not done
+stay in the file; [`RunHistory`] tells them from those that count. Numbers that JSON does not have, NaN and infinities,
+stand as their names.
 """
 
 import json
@@ -27,7 +30,10 @@ from sft import SFTError
 
 RUN_LOG = "training_log.jsonl"
 SAMPLES = "samples.jsonl"
+# Batches since the last log whose loss was no finite number, over all processes; logged where there are some.
+NONFINITE = "nonfinite_losses"
 _STATE = "trainer_state.json"
+_WHOLE = "train_runtime"  # is in what is logged in the end, of the run as a whole
 _NAMES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -44,10 +50,13 @@ class Session:
         began: when, in ISO 8601; empty if nothing says so.
         facts: what is trained on what, see [`sft.training.watch.WatchCallback`].
         logs: what was logged, with `step`; steps that count.
-        lost: what was logged of steps after the checkpoint from which a later session went on.
+        lost: what was logged of other steps: later sessions went on from a checkpoint before them, or beside them.
         status: `done`, `interrupted` or `failed`; None if no end is recorded: it goes on, or was killed.
         error: why it failed.
         last: when the last line was written.
+        resumed: whether it went on from a checkpoint.
+        after: number of the session that made that checkpoint, if it is known.
+        measured: `before`, `after` -> results.
     """
 
     start: int = 0
@@ -58,6 +67,9 @@ class Session:
     status: str | None = None
     error: str = ""
     last: str = ""
+    resumed: bool = False
+    after: int | None = None
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -67,7 +79,7 @@ class RunHistory:
     Args:
         folder: that it was read from.
         sessions: of the run, one at least; attempts before its beginning are not among them.
-        earlier: attempts in the same folder that were begun anew.
+        earlier: sessions in the same folder before those.
         samples: texts that were generated, of steps that count; see [`sft.training.samples`].
         measured: `before`, `after` -> results, as [`evaluation.measure.describe`] gives them.
         unreadable: lines of the files that are no JSON objects of ours.
@@ -128,6 +140,32 @@ def points(entries: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
         for entry in entries
         if isinstance(entry.get(name), int | float) and not isinstance(entry[name], bool)
     ]
+
+
+def lost_steps(entries: list[dict[str, Any]], name: str) -> list[int]:
+    """The steps at which a number was logged that is not finite; of the loss also those where a filter has hidden it.
+
+    Args:
+        entries: what was logged, in order.
+        name: `loss`, `eval_loss`, `grad_norm`.
+    """
+    return [entry["step"] for entry in entries if _is_lost(entry, name)]
+
+
+def lost_from(entries: list[dict[str, Any]], name: str) -> int | None:
+    """The step from which on a number was never finite again; None if it was when it was logged last."""
+    first = None
+    for entry in reversed(entries):
+        if name in entry and not _is_lost(entry, name):
+            break
+        if _is_lost(entry, name):
+            first = entry["step"]
+    return first
+
+
+def _is_lost(entry: Mapping[str, Any], name: str) -> bool:
+    value = entry.get(name)
+    return (isinstance(value, float) and not math.isfinite(value)) or (name == "loss" and bool(entry.get(NONFINITE)))
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -191,13 +229,16 @@ def read_history(folder: str | Path) -> RunHistory:
     if not place.is_dir():
         raise RunLogError(f"{place}: no such folder; give the output_dir of a run, or a checkpoint-N in it.")
     if (place / RUN_LOG).is_file():
-        return _from_log(place, place)
+        return _from_log(place)
     state = _find_state(place)
     if state is None:
         raise RunLogError(f"{place}: holds neither {RUN_LOG} nor {_STATE}; give the output_dir of a run.")
     logs, step = _read_state(state)
-    if (state.parent.parent / RUN_LOG).is_file() and state.parent.name.startswith("checkpoint-"):
-        return _cut(_from_log(state.parent.parent, state.parent), step)
+    folder = state.parent.parent
+    if (folder / RUN_LOG).is_file() and state.parent.name.startswith("checkpoint-"):
+        maker = find_maker(folder, logs, step)
+        if maker is not None:
+            return _at_checkpoint(folder, state.parent, maker, step)
     return RunHistory(place, [Session(logs=logs)], from_state=True)
 
 
@@ -258,78 +299,157 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return found, bad
 
 
-def _from_log(folder: Path, shown: Path) -> RunHistory:
+def _read_sessions(folder: Path) -> tuple[list[Session], int]:
+    """All sessions of a log, with all that each has logged, and how many lines are none of ours."""
     lines, bad = _lines(folder / RUN_LOG)
     sessions: list[Session] = []
-    measured: dict[str, dict[str, Any]] = {}
-    first = 0
     for line in lines:
         event, time = line.pop("event", None), str(line.pop("time", ""))
         if event == "begin" or not sessions:
-            resumed = bool(line.get("resumed"))
-            if not resumed:
-                first, measured = len(sessions), {}
-            measured.pop("after", None)  # of a run that was done and goes on: it is of another step
-            facts = line.get("facts")
+            facts, after = line.get("facts"), line.get("after")
             sessions.append(Session(line["step"], time, facts if isinstance(facts, dict) else {}))
+            sessions[-1].resumed = bool(line.get("resumed"))
+            sessions[-1].after = after if isinstance(after, int) and not isinstance(after, bool) else None
         session = sessions[-1]
         session.last = time
         if event == "log":
             session.logs.append({name: _parsed(value) for name, value in line.items()})
         elif event == "measured" and isinstance(line.get("results"), dict):
-            measured[str(line.get("when"))] = line["results"]
+            session.measured[str(line.get("when"))] = line["results"]
         elif event == "end":
             session.status, session.error = str(line.get("status")), str(line.get("error") or "")
         elif event != "begin":
             bad += 1
+    return sessions, bad
+
+
+def _branch(sessions: list[Session], last: int, step: float = math.inf) -> dict[int, float]:
+    """The sessions that have made a model: number -> the last step of each that counts, from the first one on.
+
+    Args:
+        sessions: all.
+        last: number of the one that ended with it.
+        step: of the model, if it was not the last of that session.
+    """
+    branch = {last: step}
+    number = last
+    while (parent := _parent(sessions, number)) is not None:
+        branch[parent] = min(sessions[number].start, branch[number])
+        number = parent
+    return dict(sorted(branch.items()))
+
+
+def _parent(sessions: list[Session], number: int) -> int | None:
+    """The session that made the checkpoint from which one went on; of a log that does not say, the last that could."""
+    session = sessions[number]
+    if not session.resumed:
+        return None
+    after = session.after
+    if after is not None and 0 <= after < number and sessions[after].start <= session.start:
+        return after
+    for earlier in range(number - 1, -1, -1):
+        if sessions[earlier].start <= session.start:
+            return earlier
+        if not sessions[earlier].resumed:
+            break
+    return None
+
+
+def _entries(sessions: list[Session], branch: Mapping[int, float]) -> list[dict[str, Any]]:
+    return [entry for number, end in branch.items() for entry in sessions[number].logs if entry["step"] <= end]
+
+
+def find_maker(folder: Path, logs: list[dict[str, Any]], step: int) -> int | None:
+    """The number of the session that made a checkpoint; None if the log tells of none, or of other steps than it.
+
+    A checkpoint holds all that was logged of its model, so what a session has logged with those before it up to that
+    step has to be the same; but for what a Trainer logs of a run as a whole, which no checkpoint has.
+
+    Args:
+        folder: with the log.
+        logs: `log_history` of the checkpoint.
+        step: of it.
+    """
+    try:
+        sessions, _ = _read_sessions(folder)
+    except RunLogError:
+        return None
+    wanted = _of_steps(logs)
+    found = [
+        number
+        for number, session in enumerate(sessions)
+        if session.start <= step and _of_steps(_entries(sessions, _branch(sessions, number, step))) == wanted
+    ]
+    # One that only began at this step made nothing of it, unless it was the first.
+    return max((number for number in found if sessions[number].start < step), default=max(found, default=None))
+
+
+def _of_steps(entries: list[dict[str, Any]]) -> list[str]:
+    """What was logged of steps, in a form in which equal numbers are equal texts."""
+    return [json.dumps(_named(entry), sort_keys=True, default=str) for entry in entries if _WHOLE not in entry]
+
+
+def _from_log(folder: Path) -> RunHistory:
+    sessions, bad = _read_sessions(folder)
     if not sessions:
         raise RunLogError(f"{folder / RUN_LOG}: holds nothing of a run yet.")
-    of_run = sessions[first:]
-    for number, session in enumerate(of_run):
-        end = min((later.start for later in of_run[number + 1 :]), default=math.inf)
+    branch = _branch(sessions, len(sessions) - 1)
+    first = min(branch)
+    samples, more = _read_samples(folder / SAMPLES, branch)
+    measured = _measured(sessions, branch)
+    for number, session in enumerate(sessions[first:], first):
+        end = branch.get(number, -math.inf)
         session.lost = [entry for entry in session.logs if entry["step"] > end]
         session.logs = [entry for entry in session.logs if entry["step"] <= end]
-    samples, more = _read_samples(folder / SAMPLES, of_run, first)
-    return RunHistory(shown, of_run, first, samples, measured, bad + more)
+    return RunHistory(folder, sessions[first:], first, samples, measured, bad + more)
 
 
-def _read_samples(path: Path, sessions: list[Session], first: int) -> tuple[list[dict[str, Any]], int]:
+def _at_checkpoint(folder: Path, checkpoint: Path, maker: int, step: int) -> RunHistory:
+    """A run as it was at a checkpoint that one of its sessions made."""
+    sessions, bad = _read_sessions(folder)
+    branch = _branch(sessions, maker, step)
+    samples, more = _read_samples(folder / SAMPLES, branch)
+    measured = _measured(sessions, branch)
+    measured.pop("after", None)
+    for number, end in branch.items():
+        sessions[number].logs = [entry for entry in sessions[number].logs if entry["step"] <= end]
+    sessions[maker].status, sessions[maker].error = "checkpoint", ""
+    history = RunHistory(checkpoint, [sessions[number] for number in branch], min(branch), samples, measured)
+    history.unreadable, history.cut = bad + more, step
+    return history
+
+
+def _measured(sessions: list[Session], branch: Mapping[int, float]) -> dict[str, dict[str, Any]]:
+    measured: dict[str, dict[str, Any]] = {}
+    for number in branch:
+        measured.pop("after", None)  # of a run that was done and goes on: it is of another step
+        measured |= sessions[number].measured
+    return measured
+
+
+def _read_samples(path: Path, branch: Mapping[int, float]) -> tuple[list[dict[str, Any]], int]:
+    """The samples of steps that count, and how many lines are none."""
     if not path.is_file():
         return [], 0
     lines, bad = _lines(path)
-    ends = [min((later.start for later in sessions[n + 1 :]), default=math.inf) for n in range(len(sessions))]
     kept = []
     for line in lines:
         number, prompt = line.get("session"), line.get("prompt")
         said = isinstance(line.get("messages"), list) and isinstance(line.get("text"), str)
         if not (isinstance(number, int) and isinstance(prompt, int) and said):
             bad += 1
-        elif first <= number < first + len(sessions) and line["step"] <= ends[number - first]:
+        elif line["step"] <= branch.get(number, -math.inf):
             kept.append(line)
     return kept, bad
 
 
-def _cut(history: RunHistory, step: int) -> RunHistory:
-    """A run as it was at the step of a checkpoint."""
-    history.sessions = [session for session in history.sessions if session.start <= step] or history.sessions[:1]
-    for session in history.sessions:
-        session.logs = [entry for entry in session.logs if entry["step"] <= step]
-        session.lost = []
-    history.samples = [sample for sample in history.samples if sample["step"] <= step]
-    history.measured.pop("after", None)
-    history.cut = step
-    history.sessions[-1].status, history.sessions[-1].error = "checkpoint", ""
-    return history
-
-
 def count_sessions(folder: Path) -> int:
     """How many sessions the log in a folder has; 0 without one."""
-    if not (folder / RUN_LOG).is_file():
-        return 0
-    return sum(line.get("event") == "begin" for line in _lines(folder / RUN_LOG)[0])
+    return len(_read_sessions(folder)[0]) if (folder / RUN_LOG).is_file() else 0
 
 
 __all__ = [
+    "NONFINITE",
     "RUN_LOG",
     "SAMPLES",
     "RunHistory",
@@ -338,6 +458,9 @@ __all__ = [
     "append_event",
     "append_line",
     "count_sessions",
+    "find_maker",
+    "lost_from",
+    "lost_steps",
     "now",
     "points",
     "read_history",

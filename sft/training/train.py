@@ -16,11 +16,10 @@ import argparse
 import dataclasses
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +56,7 @@ from growth.training.launch import (
     leave_processes,
     settle_checkpointing,
 )
+from growth.training.output_lock import hold_output
 from growth.training.parallel import check_parallelism, data_parallel_size, loading_of, read_parallelism
 from growth.training.record import RecordCallback
 from growth.training.resume import find_checkpoint, step_of
@@ -71,6 +71,7 @@ from sft.training.guards import FusedLossGuard, GuardError, check_same_data
 from sft.training.lineage import describe_base
 from sft.training.memory import check_memory
 from sft.training.recipe import WRONG_VALUE, Recipe, RecipeError, parse_overrides, read_recipe
+from sft.training.run_log import lost_from, lost_steps
 from sft.training.samples import Prompt, SampleCallback, check_whole, read_prompts
 from sft.training.trackers import check_trackers
 from sft.training.trainers import TRAINERS, AnyTrainer
@@ -125,10 +126,11 @@ def train(
         pictures: drawn of the output folder beside `loss.png`, see [`sft.training.watch.WatchCallback`].
 
     Raises:
-        SFTError: the recipe, the data or the model is refused; no step was done and nothing was saved.
+        SFTError: the recipe, the data or the model is refused, and no step was done and nothing was saved; or a
+            checkpoint or the model cannot be saved.
     """
-    checkpoint = _checkpoint(recipe)
-    with _progress_bars(progress):
+    with _held_output(recipe), _progress_bars(progress):
+        checkpoint = _checkpoint(recipe)
         trainer, data, eval_data = build_trainer(recipe, callbacks)
         base = _describe_base(recipe) if trainer.is_world_process_zero() else {}
         with _run_errors():
@@ -205,7 +207,7 @@ def build_trainer(
     tokenizers.check_stop_token(tokenizer, stop_ids, masked, recipe.data.last_turn_only)
 
     train_dataset, report, eval_dataset, eval_report = _load_data(recipe, tokenizer)
-    check_same_data(report.digest)
+    check_same_data(report, eval_report)
     check_memory(recipe, launched, os.environ, train_dataset, ignore=recipe.run.ignore_memory_plan)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token  # not before: it would count in the data's digest
 
@@ -443,6 +445,16 @@ def _checkpoint(recipe: Recipe) -> str | None:
         return find_checkpoint(recipe.run.resume_from_checkpoint, str(recipe.training.output_dir))
 
 
+@contextmanager
+def _held_output(recipe: Recipe) -> Iterator[None]:
+    """No other run writes into the output folder meanwhile."""
+    args = recipe.training
+    with ExitStack() as stack:
+        with _run_errors():
+            stack.enter_context(hold_output(str(args.output_dir), writes=args.process_index == 0))
+        yield
+
+
 def _refuse_used_output(recipe: Recipe) -> None:
     """Two runs in one folder would mix their checkpoints; what a resumed run finds there is its own."""
     output_dir = Path(str(recipe.training.output_dir))
@@ -542,7 +554,7 @@ def run(
 
     Returns:
         the exit status: 0 done, 2 refused before the first step with nothing saved, or stopped by a reward function
-        that failed, 130 interrupted.
+        that failed or by what could not be saved, 130 interrupted.
     """
     status = 0
     try:
@@ -572,9 +584,12 @@ def _summary(result: TrainResult) -> str:
     rewards = [entry["reward"] for entry in new if "reward" in entry]
     # GRPO's loss is about 0 whatever is learned.
     learned = f"reward {rewards[0]:.3f} at first, {rewards[-1]:.3f} at last" if rewards else f"mean loss {loss:.4f}"
-    lost = [entry["step"] for entry in new if not math.isfinite(entry.get("loss", 0.0))]
-    if lost:
-        learned += f": from step {lost[0]} on the loss is no finite number, and the model is of no use"
+    if (step := lost_from(new, "loss")) is not None:
+        learned += f": from step {step} on the loss is no finite number, and the model is of no use"
+    elif (step := lost_from(new, "grad_norm")) is not None:
+        learned += f": from step {step} on the gradient norm is no finite number, and the model may be of no use"
+    elif lost := lost_steps(new, "loss"):
+        learned += f": at {len(lost)} logged steps, {lost[0]} the first, the loss is no finite number"
     text = f"{result.output_dir}: {steps} in {seconds:.0f} s{many}, {learned}\ntrained on {result.data}"
     if result.measured:
         text += "\n" + comparison_text(comparison(result.measured.get("before"), result.measured.get("after")))

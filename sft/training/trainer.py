@@ -32,7 +32,7 @@ from trl.trainer.utils import pad
 
 from growth.training.mup import MupMixin
 from growth.training.parallel import read_parallelism
-from growth.training.sharded import ShardedSaveMixin
+from growth.training.saving import CheckpointMixin
 from sft.training.recipe import RecipeError
 from sft.training.watch import WatchMixin
 
@@ -40,7 +40,7 @@ WEIGHTS = "weights"
 SOURCES = "sources"
 
 
-class WeightedSFTTrainer(WatchMixin, ShardedSaveMixin, MupMixin, SFTTrainer):
+class WeightedSFTTrainer(WatchMixin, CheckpointMixin, MupMixin, SFTTrainer):
     """An SFTTrainer that honours a column `weights` and, given a `base_width`, trains under muP.
 
     A column `sources` has for each token the index of its source in `source_names`; the loss of each is logged.
@@ -93,11 +93,11 @@ def _cuts_rows() -> bool:
     return whole.context * whole.sequence > 1
 
 
-class PreferenceTrainer(WatchMixin, ShardedSaveMixin, DPOTrainer):
+class PreferenceTrainer(WatchMixin, CheckpointMixin, DPOTrainer):
     """A DPOTrainer that saves whole models where they are sharded."""
 
 
-class LikingTrainer(WatchMixin, ShardedSaveMixin, KTOTrainer):
+class LikingTrainer(WatchMixin, CheckpointMixin, KTOTrainer):
     """A KTOTrainer that saves whole models where they are sharded."""
 
 

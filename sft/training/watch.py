@@ -23,7 +23,7 @@ from growth.training.mup import KINDS
 from sft.data.examples import ALL_REASONS
 from sft.data.labels import DataReport
 from sft.training.loss_plot import LOSS_PLOT, SOURCE_PREFIX, write_loss_plot
-from sft.training.run_log import append_event, count_sessions, read_history
+from sft.training.run_log import NONFINITE, append_event, count_sessions, find_maker, read_history
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,8 @@ class WatchMixin(Trainer):
       prompts among them, and what pads short rows not; over the seconds since then that were not spent on evaluating,
       saving, sampling or drawing.
     - `learning_rate_matrix`: under muP, of the step that was just done, as `learning_rate`, that of vectors, is.
+    - `nonfinite_losses`: how many batches since the last log had a loss that is no finite number, if any had; also
+      where `logging_nan_inf_filter` keeps it out of `loss`.
     - `source_loss/NAME`: where the data have sources, the negative log-likelihood of the tokens of each since the last
       log: the sum of the weighted ones over the number of all trained ones, as in the loss. A source of which nothing
       was trained on is left out.
@@ -92,6 +94,7 @@ class WatchMixin(Trainer):
         self.stop_ids: Sequence[int] = ()
         self.source_names: Sequence[str] = ()
         self._read_tokens: Any = 0
+        self._lost_losses: Any = 0
         self._read_until = 0.0
         self._rates: list[float] = []
         self._source_sums: torch.Tensor | None = None
@@ -99,14 +102,16 @@ class WatchMixin(Trainer):
     def start_watch(self) -> None:
         """Begin to count."""
         self.stopwatch.start()
-        self._read_tokens, self._read_until, self._source_sums = 0, 0.0, None
+        self._read_tokens, self._lost_losses, self._read_until, self._source_sums = 0, 0, 0.0, None
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Count what is read, and do the step."""
+        """Count what is read, and do the step; nothing waits for the device."""
         self._read_tokens = self._read_tokens + count_tokens(inputs)
         if self.optimizer is not None:
             self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._lost_losses = self._lost_losses + ~torch.isfinite(loss.detach())
+        return loss
 
     def add_source_losses(self, losses: torch.Tensor, sources: torch.Tensor, trained: torch.Tensor) -> None:
         """Count the losses of some tokens to their sources; nothing waits for the device.
@@ -129,12 +134,15 @@ class WatchMixin(Trainer):
         found: dict[str, float] = {}
         if getattr(self, "base_width", None) is not None and len(self._rates) == len(KINDS):
             found["learning_rate_matrix"] = self._rates[KINDS.index("matrix")]
-        tokens = torch.as_tensor(self._read_tokens, dtype=torch.float64, device=self.args.device)
-        total = float(self.accelerator.reduce(tokens, reduction="sum"))
+        counts = (self._read_tokens, self._lost_losses)
+        mine = torch.stack([torch.as_tensor(one, dtype=torch.float64, device=self.args.device) for one in counts])
+        total, lost = self.accelerator.reduce(mine, reduction="sum").tolist()
         seconds = self.stopwatch.seconds()
         if total and seconds > self._read_until:
             found[TOKENS_PER_SECOND] = total / (seconds - self._read_until)
-        self._read_tokens, self._read_until = 0, seconds
+        if lost:
+            found[NONFINITE] = lost
+        self._read_tokens, self._lost_losses, self._read_until = 0, 0, seconds
         if self.source_names:
             found |= self._source_losses()
         return found
@@ -197,12 +205,11 @@ class WatchCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note what begins, and start the stopwatch."""
-        if not self.trainer.session and state.global_step:
-            self._take_over(state)
         if self.began:  # again, with a smaller batch (auto_find_batch_size)
             self.trainer.session += self._writes()
         resumed = state.global_step > 0
-        values = {"resumed": resumed, "max_steps": state.max_steps, "facts": dict(self.facts)}
+        after = self._find_maker(state) if resumed and self._writes() else None
+        values = {"resumed": resumed, "after": after, "max_steps": state.max_steps, "facts": dict(self.facts)}
         self._note("begin", {"step": state.global_step, **values})
         self.began = True
         self.trainer.start_watch()
@@ -269,12 +276,22 @@ class WatchCallback(TrainerCallback):
         self._note("end", {"step": self.trainer.state.global_step, "status": status, "error": error})
         self.draw()
 
-    def _take_over(self, state: TrainerState) -> None:
-        """A checkpoint of another folder is resumed: what it has logged becomes the beginning of this log."""
-        self._note("begin", {"step": 0, "resumed": False, "facts": {}})
-        for entry in state.log_history:
-            self._note("log", entry)
-        self.trainer.session += self._writes()
+    def _find_maker(self, state: TrainerState) -> int:
+        """The session that made the checkpoint that is resumed.
+
+        Where the log of this folder tells of none, as with a checkpoint of another one, what the checkpoint says was
+        logged becomes a session of this log.
+        """
+        maker = None
+        with self.harmless("log"):
+            maker = find_maker(self.folder, state.log_history, state.global_step)
+        if maker is None:
+            self._note("begin", {"step": 0, "resumed": False, "facts": {}})
+            for entry in state.log_history:
+                self._note("log", entry)
+            maker = self.trainer.session
+            self.trainer.session += 1
+        return maker
 
     def _note(self, event: str, values: Mapping[str, Any]) -> None:
         if not self._writes():

@@ -72,7 +72,7 @@ def verify(
 
     with exit_codes(debug=debug):
         if report:
-            check_report_folder(report)
+            check_report_folder(report, "verification")
         recorded = check_recordable(b) if record else None
         verification = verify_checkpoints(
             a,

@@ -7,6 +7,8 @@
 import base64
 import io
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +22,52 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def check_report_folder(folder: Path) -> None:
-    """Refuse, before hours of work, a report that could not be written after them.
+# Says which template of this package a page is from; such a page may be replaced by another from it.
+_GENERATOR = re.compile(rb'<meta name="generator" content="TeleFLM [^";]*; (\w+)">')
+_CHARSET = '<meta charset="utf-8">'
+_HEAD_BYTES = 1024
+
+
+def check_page(file: Path, kind: str) -> None:
+    """Refuse to write a page where it would replace what is no page like it, or where there is no folder for it.
+
+    Args:
+        file: that is to be written.
+        kind: `run` or `preview`; the name of its template.
 
     Raises:
-        CheckpointError: the place is no folder, or the folder of a checkpoint, which the report would become part of.
+        CheckpointError: see above.
+    """
+    if file.is_dir():
+        raise CheckpointError(f"{file}: is a folder; give the name of a file.")
+    if not file.absolute().parent.is_dir():
+        raise CheckpointError(f"{file}: there is no folder {file.parent}; make it, or name another file.")
+    if os.path.lexists(file) and kind_of_page(file) != kind:
+        raise CheckpointError(f"{file}: is there already, and no page of this command; give another name.")
+
+
+def kind_of_page(file: Path) -> str | None:
+    """The name of the template that a page is from; None of a file that is no page of this package."""
+    if not file.is_file():  # a pipe would be waited for
+        return None
+    try:
+        with file.open("rb") as content:
+            found = _GENERATOR.search(content.read(_HEAD_BYTES))
+    except OSError:
+        return None
+    return found[1].decode() if found else None
+
+
+def check_report_folder(folder: Path, kind: str) -> None:
+    """Refuse, before hours of work, a report that could not be written after them, or would replace something else.
+
+    Args:
+        folder: that is to hold it.
+        kind: `selection` or `verification`; the name of its template.
+
+    Raises:
+        CheckpointError: the place is no folder; or that of a checkpoint, which the report would become part of; or
+            holds pages, pictures or numbers that are not those of such a report.
     """
     if not folder.exists():
         return
@@ -34,16 +77,25 @@ def check_report_folder(folder: Path) -> None:
     held = next((name for name in known_files(folder) if name in of_a_checkpoint or is_weights(name)), None)
     if held:
         raise CheckpointError(f"{folder}: holds a checkpoint ({held}); give --report a folder of its own.")
+    if kind_of_page(folder / "index.html") == kind:
+        return
+    other = next((path.name for path in sorted(folder.iterdir()) if path.suffix in (".html", ".png", ".json")), None)
+    if other:
+        raise CheckpointError(
+            f"{folder}: holds {other} and no earlier report of this command; give --report a folder of its own."
+        )
 
 
 def render_page(template: Path, /, **values: Any) -> str:
-    """An HTML page from a Jinja file. Every value is escaped; `version` is this package's.
+    """An HTML page from a Jinja file, which says what made it. Every value is escaped; `version` is this package's.
 
     Halves of surrogate pairs, which are no characters, and which UTF-8 cannot hold, are written as `\\ud800`.
     """
     from jinja2 import Environment
 
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template.read_text("utf-8"))
+    generator = f'<meta name="generator" content="TeleFLM {{{{ version }}}}; {template.name.partition(".")[0]}">'
+    source = template.read_text("utf-8").replace(_CHARSET, f"{_CHARSET}\n{generator}", 1)
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
     return _without_surrogates(page.render(**values, version=package_version()))
 
 
@@ -96,4 +148,12 @@ def _png(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
-__all__ = ["check_report_folder", "legend_above", "new_figure", "render_page", "write_report_files"]
+__all__ = [
+    "check_page",
+    "check_report_folder",
+    "kind_of_page",
+    "legend_above",
+    "new_figure",
+    "render_page",
+    "write_report_files",
+]

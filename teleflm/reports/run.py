@@ -6,6 +6,7 @@
 
 import base64
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,11 +29,12 @@ from sft.training.loss_plot import (
     smoothed,
     write_loss_plot,
 )
-from sft.training.run_log import RunHistory, RunLogError, points, read_history
-from teleflm.reports.page import render_page
+from sft.training.run_log import RUN_LOG, RunHistory, RunLogError, lost_from, lost_steps, points, read_history
+from teleflm.reports.page import check_page, render_page
 
 RUN_PAGE = "training_report.html"
 _TEMPLATE = Path(__file__).with_name("run.html.jinja")
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 # Inches; a phone shows the second, in which letters are larger beside the lines.
 _WIDE, _NARROW = 9.0, 4.4
 _SHOWN_TEXT = 4000  # characters of a sample or a prompt
@@ -76,17 +78,19 @@ def write_run_page(folder: Path, output: Path | None = None) -> tuple[Path, RunH
 
     Args:
         folder: see [`sft.training.run_log.read_history`].
-        output: file; `training_report.html` in the folder unless given.
+        output: file; `training_report.html` in the folder unless given, of a checkpoint beside it (see [`place_of`]).
 
     Returns:
         where it is, and what it shows.
 
     Raises:
         RunLogError: there is no run.
+        CheckpointError: something else than such a page is there.
         OSError: it cannot be written.
     """
     history = read_history(folder)
-    target = output or Path(folder) / RUN_PAGE
+    target = output or place_of(folder, RUN_PAGE)
+    check_page(target, "run")
     try:
         page = render_run(history)
     except (TypeError, ValueError, LookupError, AttributeError, UndefinedError) as error:
@@ -95,18 +99,21 @@ def write_run_page(folder: Path, output: Path | None = None) -> tuple[Path, RunH
     return target, history
 
 
-def is_page(file: Path) -> bool:
-    """Whether a file is an HTML page, which may be replaced by another."""
-    try:
-        with file.open("rb") as content:
-            return content.read(64).lstrip().lower().startswith(b"<!doctype html")
-    except OSError:
-        return False
+def place_of(folder: Path, name: str) -> Path:
+    """Where a file about a run is written: into its folder; of a checkpoint beside it, as `NAME-checkpoint-N.SUFFIX`.
+
+    What is put into a checkpoint changes when it was changed last, by which transformers' own Trainer decides which
+    checkpoints are removed.
+    """
+    place = Path(folder).resolve()
+    if _CHECKPOINT.fullmatch(place.name) is None or (place / RUN_LOG).is_file():
+        return Path(folder) / name
+    return place.parent / f"{Path(name).stem}-{place.name}{Path(name).suffix}"
 
 
 def write_loss(history: RunHistory) -> Path | None:
-    """Write `loss.png` of a run into its folder; None where no loss was logged."""
-    target = history.folder / LOSS_PLOT
+    """Write `loss.png` of a run into its folder, of a checkpoint beside it; None where no loss was logged."""
+    target = place_of(history.folder, LOSS_PLOT)
     return target if write_loss_plot(history, target) else None
 
 
@@ -142,6 +149,10 @@ def _state(history: RunHistory) -> tuple[str, str]:
     last, steps = history.sessions[-1], history.step
     match history.status:
         case "done":
+            if (step := lost_from(history.entries(), "loss")) is not None:
+                return "bad", f"Done after {steps} steps, of no use: from step {step} on the loss is no finite number."
+            if (step := lost_from(history.entries(), "grad_norm")) is not None:
+                return "bad", f"Done after {steps} steps. From step {step} on the gradient norm is no finite number."
             return "good", f"Done after {steps} steps."
         case "interrupted":
             return "unknown", f"Interrupted; the last log is of step {steps}."
@@ -170,7 +181,9 @@ def _headline(history: RunHistory) -> list[tuple[str, str]]:
     """A few numbers: label and value."""
     found = [("steps", f"{history.step:,}")]
     for name, label in (("loss", "last loss"), ("eval_loss", "last evaluation loss")):
-        if values := history.points(name):
+        if lost_from(history.entries(), name) is not None:
+            found.append((label, "no finite number"))
+        elif values := history.points(name):
             found.append((label, _number(values[-1][1])))
     speeds = sorted(value for _, value in history.points("tokens_per_second") if math.isfinite(value))
     if speeds:
@@ -209,8 +222,7 @@ def _unfinite(history: RunHistory) -> list[str]:
     """Where a number that should be finite was none."""
     found = []
     for name in ("loss", "eval_loss", "grad_norm"):
-        steps = [step for step, value in history.points(name) if not math.isfinite(value)]
-        if steps:
+        if steps := lost_steps(history.entries(), name):
             shown = ", ".join(map(str, steps[:8])) + (", ..." if len(steps) > 8 else "")
             found.append(f"{name} is not a finite number at {len(steps)} logged steps: {shown}.")
     if found and history.facts.get("nan_filter"):
@@ -256,4 +268,4 @@ def _shown(text: Any) -> str:
     return visible(whole[:_SHOWN_TEXT]) + (" …" if len(whole) > _SHOWN_TEXT else "")
 
 
-__all__ = ["RUN_PAGE", "draw_page", "render_run", "write_loss", "write_run_page"]
+__all__ = ["RUN_PAGE", "draw_page", "place_of", "render_run", "write_loss", "write_run_page"]

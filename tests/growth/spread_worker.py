@@ -8,6 +8,7 @@ accelerate shards on accelerators alone, so where it is to, it is told that thes
 A run that is refused is an outcome too. Rank 0 writes what came out.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ from conversion.checkpoint.errors import CheckpointError
 from growth.training import grown_adam
 from growth.training.errors import RunError
 from growth.training.launch import count_wrapped, leave_processes
-from growth.training.record import start_record
+from growth.training.record import digest_examples, start_record
+from growth.training.same_run import describe_run, hold_to_run
 from growth.training.train import build_trainer, find_checkpoint, parse_arguments
 
 
@@ -86,6 +88,8 @@ def run(keys: dict, fault: str | None, folder: Path) -> dict:
         trainer = build_trainer(growth, args, [watch])
         if fault in FAULTS:
             load = FAULTS[fault](trainer, Path(growth.model_name_or_path) / "optimizer.pt")
+        data = digest_examples(trainer.train_dataset)
+        hold_to_run(trainer, lambda: describe_run(args, dataclasses.asdict(growth), data), checkpoint)
         record = start_record(trainer, Path(growth.model_name_or_path), checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)
     except (CheckpointError, RunError) as error:

@@ -15,6 +15,7 @@ from trl.trainer.utils import add_fused_lm_head
 import sft.training.train
 import sft.training.trainers
 from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM
+from sft.data.labels import DataReport
 from sft.training import guards
 from sft.training.guards import GuardError, check_trained_tokens, fused_loss_gap
 from sft.training.train import build_trainer, train
@@ -151,9 +152,39 @@ def test_tokens_lost_on_the_way_to_the_trainer_are_noticed(make_recipe, monkeypa
         check_trained_tokens(Dataset.from_dict({"labels": [[-100, -100]]}), 1)
 
 
-def test_processes_with_other_data_are_told_apart(monkeypatch):
+def report_of(rows, digest):
+    return DataReport(rows, (), 0, 0, 0, digest)
+
+
+@pytest.mark.parametrize(
+    ("third", "message"),
+    [
+        (
+            ["a", (7, "e")],
+            r"process 2 has other evaluation data \(7 rows, digest e\) than process 0 \(48 rows, digest e\)",
+        ),
+        (["a", (48, "f")], r"process 2 has other evaluation data \(48 rows, digest f\) than process 0 \(48 rows, d"),
+        (["a", None], r"process 2 has other evaluation data \(none\) than process 0 \(48 rows, digest e\)"),
+        (["b", (48, "e")], r"process 2 has other data \(40 rows, digest b\) than process 0 \(40 rows, digest a\)"),
+    ],
+)
+def test_processes_with_other_data_are_told_apart(third, message, monkeypatch):
     """What they gather is planted; that a run of one and of two gathers is in the tests of these."""
-    guards.check_same_data("a")
-    monkeypatch.setattr(guards, "gather_object", lambda mine: [*mine, "a", "b"])
-    with pytest.raises(GuardError, match=r"process 2 has other data \(digest b\) than process 0 \(digest a\)"):
-        guards.check_same_data("a")
+    data, tested = report_of(40, "a"), report_of(48, "e")
+    guards.check_same_data(data, tested)
+    guards.check_same_data(data, None)
+    monkeypatch.setattr(guards, "gather_object", lambda mine: [*mine, *mine, [(40, third[0]), third[1]]])
+    with pytest.raises(GuardError, match=message):
+        guards.check_same_data(data, tested)
+
+
+def test_what_processes_compare_is_what_a_run_has_read(make_recipe, data_file, tmp_path, monkeypatch):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(data_file.open().readlines()[:7]))
+    compared = []
+    monkeypatch.setattr(guards, "gather_object", lambda mine: compared.extend(mine) or mine)
+    build_trainer(make_recipe(eval_data_files=str(few), eval_strategy="steps", eval_steps=2))
+    build_trainer(make_recipe(data_files=str(few)))
+    (first, tested), (second, none) = compared
+    assert (first[0], tested[0], none) == (48, 7, None)
+    assert tested == second != first

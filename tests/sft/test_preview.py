@@ -6,12 +6,16 @@
 
 import json
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+import teleflm.reports.page
+from conversion.checkpoint.errors import CheckpointError
 from sft.data.labels import Labelling, tokenize_rows
 from sft.data.preview import PreviewedRow, preview, render_text, visible
+from teleflm.reports.page import check_report_folder, write_report_files
 from teleflm.reports.preview import render_html
 from tests.fixtures.tiny import tiny_tokenizer
 from tests.sft.test_data import ANSWER, ASK, chat, write
@@ -112,9 +116,47 @@ def test_a_cut_row_says_so(path, tokenizer):
 
 def test_the_command(path, model_dir, tmp_path):
     html = tmp_path / "page.html"
-    status, out, _ = sft("preview", path, "--model", model_dir, "-k", 1, "--html", html)
-    assert status == 0
+    for _ in range(2):  # it replaces its own
+        status, out, _ = sft("preview", path, "--model", model_dir, "-k", 1, "--html", html)
+        assert status == 0
     assert "⟦[x 0.5] " in out
     assert len(Page(html.read_text()).tokens) > 20
     status, out, _ = sft("preview", path, "--model", model_dir, "-k", 1, "--last-turn-only", "--json")
     assert (status, {piece["weight"] for piece in json.loads(out)["rows"][0]["pieces"]}) == (0, {0, 0.5})
+
+
+@pytest.mark.parametrize("place", ["data", "link", "other page"])
+def test_a_page_replaces_nothing_but_such_a_page(place, tmp_path):
+    data = write(tmp_path / "data.jsonl", [chat(ASK, ANSWER)])
+    tiny_tokenizer(tmp_path / "model").save_pretrained(tmp_path / "model")
+    (tmp_path / "link.html").symlink_to(data)
+    (tmp_path / "page.html").write_text("<!doctype html><title>Mine</title>")
+    html = {"data": data, "link": tmp_path / "link.html", "other page": tmp_path / "page.html"}[place]
+    before = html.read_bytes()
+    status, _, error = sft("preview", data, "--model", tmp_path / "model", "--html", html)
+    assert status == 2
+    assert "is there already, and no page of this command" in " ".join(error.split())
+    assert html.read_bytes() == before
+
+
+def test_reports_replace_reports_alone(tmp_path):
+    """What `verify --report` and `select --report` ask before their work."""
+    for kind in ("selection", "verification"):
+        other = "verification" if kind == "selection" else "selection"
+        folder = tmp_path / kind
+        check_report_folder(folder, kind)
+        folder.mkdir()
+        (folder / "notes.txt").write_text("")
+        check_report_folder(folder, kind)
+        (folder / "funnel.png").write_bytes(b"")
+        with pytest.raises(CheckpointError, match=r"holds funnel\.png and no earlier report"):
+            check_report_folder(folder, kind)
+        template = Path(teleflm.reports.page.__file__).with_name(f"{kind}.html.jinja")
+        source = template.read_text()
+        assert source.count('<meta charset="utf-8">') == 1, "where it is noted what made the page"
+        bare = tmp_path / template.name
+        bare.write_text(source[: source.index("<title>")])
+        write_report_files(folder, bare, {}, ("numbers.json", {}))
+        check_report_folder(folder, kind)
+        with pytest.raises(CheckpointError, match="and no earlier report of this command"):
+            check_report_folder(folder, other)

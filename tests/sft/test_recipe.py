@@ -3,6 +3,7 @@
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 import sft
 from sft.shipped import find_shipped
-from sft.training.recipe import Recipe, RecipeError, parse_overrides, read_recipe
+from sft.training.recipe import DataArguments, Recipe, RecipeError, parse_overrides, read_recipe
 from teleflm.commands.sft import app
 from tests.fixtures.tiny import tiny_model
 
@@ -77,6 +78,16 @@ def test_keys_reach_the_dataclass_that_declares_them():
             "epoch",
             "eval_strategy has nothing to evaluate on; it needs eval_data_files or test_split_size",
         ),
+        ("data_seed", -1, "data_seed is -1; expected 0 to 9223372036854775807."),
+        ("seed", 2**32, "seed is 4294967296; expected 0 to 4294967295."),
+        ("test_split_size", math.inf, "test_split_size is or holds inf; expected finite numbers."),
+        ("learning_rate", 10**400, "learning_rate is or holds a number of more than 64 bits."),
+        ("max_steps", 2**63, "max_steps is or holds a number of more than 64 bits."),
+        ("learning_rate", math.nan, "learning_rate is or holds nan; expected finite numbers."),
+        ("max_grad_norm", math.nan, "max_grad_norm is or holds nan; expected finite numbers."),
+        ("lr_scheduler_kwargs", {"lr_end": -math.inf}, "lr_scheduler_kwargs is or holds -inf; expected finite"),
+        ("loss_weights", [0.5, 10**400], "unknown key loss_weights"),
+        ("sample_prompts", [10**400], "sample_prompts is or holds a number of more than 64 bits."),
         ("sample_steps", 3, "sample_steps has no effect here; it needs sample_prompts."),
         ("hub_model_id", "me/model", "hub_model_id has no effect here; it needs push_to_hub: true."),
         ("fsdp_config", {"version": 2}, "fsdp_config has no effect here; it needs fsdp."),
@@ -89,6 +100,23 @@ def test_a_wrong_key_is_one_line_that_names_it(key, value, message):
     assert str(error.value).startswith("my.yaml")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_of_a_command_line_are_told_as_those_of_a_file():
+    for given, message in (
+        ("9" * 400, "of more than 64 bits"),
+        (".inf", "is or holds inf"),
+        ("9" * 5000, "learning_rate|YAML"),
+    ):
+        with pytest.raises(RecipeError, match=message) as error:
+            Recipe.from_dict({**MINIMAL, **parse_overrides(["--learning_rate", given])})
+        assert "\n" not in str(error.value)
+    assert Recipe.from_dict({**MINIMAL, "max_grad_norm": math.inf, "data_seed": 2**40}).training.data_seed == 2**40
+
+
+def test_a_share_that_is_no_number_is_refused_by_the_class_itself():
+    with pytest.raises(ValueError, match="test_split_size is inf; expected a share between 0 and 1"):
+        DataArguments(data_files="x", test_split_size=math.inf)
 
 
 def test_preferences_have_keys_of_their_own():

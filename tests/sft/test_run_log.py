@@ -6,12 +6,21 @@
 
 import json
 import math
+import random
 import sys
 
 import pytest
 
 from sft.training.loss_plot import loss_figure, other_figures, png_of, smoothed, write_loss_plot
-from sft.training.run_log import RUN_LOG, SAMPLES, RunLogError, append_event, append_line, read_history
+from sft.training.run_log import (
+    RUN_LOG,
+    SAMPLES,
+    RunLogError,
+    append_event,
+    append_line,
+    find_maker,
+    read_history,
+)
 
 
 def write_log(folder, *sessions, end=True):
@@ -42,6 +51,85 @@ def test_going_back_behind_an_earlier_resume_drops_what_that_one_did(tmp_path):
     history = read_history(tmp_path)
     assert history.points("loss") == [(1, 5.0), (2, 3.0)]
     assert [[entry["loss"] for entry in session.lost] for session in history.sessions] == [[4.0], [9.0], []]
+
+
+def test_going_back_and_then_on_from_a_later_checkpoint_is_the_curve_of_the_model(tmp_path):
+    """Session 1 went back to step 5 and saved nothing; session 2 goes on from the checkpoint that session 0 left."""
+    losses = {step: 10.0 - step for step in range(1, 11)}
+    write_log(tmp_path, (0, False, losses), (5, True, {6: 60.0, 7: 70.0, 8: 80.0}))
+    of_checkpoint = [{"step": step, "loss": loss} for step, loss in losses.items()]
+    append_event(tmp_path, "log", {"step": 8, "train_runtime": 1.0})
+    maker = find_maker(tmp_path, of_checkpoint, 10)
+    append_event(tmp_path, "begin", {"step": 10, "resumed": True, "after": maker, "facts": {}})
+    append_event(tmp_path, "log", {"step": 11, "loss": -1.0})
+    history = read_history(tmp_path)
+    assert history.points("loss") == [(step, 10.0 - step) for step in range(1, 12)]
+    assert [[entry["step"] for entry in session.lost] for session in history.sessions] == [[], [6, 7, 8, 8], []]
+
+
+def of_steps(history):
+    return [entry for entry in history.entries() if "train_runtime" not in entry]
+
+
+def random_run(rng, folder):
+    """Sessions that go on from any checkpoint there is, each step saved; the oracle is what each checkpoint holds."""
+    held, number = {(0, 0): []}, 0  # (session, step) -> log_history
+    saved = {0: (0, 0)}  # the checkpoint in checkpoint-STEP, which is written over
+    for session in range(rng.randint(2, 7)):
+        start = rng.choice(sorted(saved)) if session else 0
+        logs = list(held[saved[start]])
+        values = {"step": start, "resumed": start > 0, "facts": {}}
+        if start:
+            values["after"] = find_maker(folder, logs, start)
+        append_event(folder, "begin", values)
+        if not start:
+            logs = []
+        every, saves = rng.choice([1, 1, 2, 3]), rng.random() < 0.7
+        step = start
+        for step in range(start + 1, start + rng.randint(1, 6)):
+            if step % every == 0:
+                number += 1
+                logs.append({"step": step, "loss": float(number)})
+                append_event(folder, "log", logs[-1])
+            if saves:
+                held[session, step], saved[step] = list(logs), (session, step)
+        if rng.random() < 0.7:  # it came to its end
+            append_event(folder, "log", {"step": step, "train_runtime": 1.0})
+    return logs, {step: held[key] for step, key in saved.items() if step}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_the_order_the_curve_is_what_the_last_model_has_logged(seed, tmp_path):
+    logs, saved = random_run(random.Random(seed), tmp_path)
+    history = read_history(tmp_path)
+    assert of_steps(history) == logs
+    for step, held in saved.items():
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": held}))
+        shown = read_history(checkpoint)
+        assert (of_steps(shown), shown.status, shown.step) == (held, "checkpoint", step)
+
+
+def test_a_checkpoint_whose_steps_the_log_does_not_have_is_shown_by_itself(tmp_path):
+    write_log(tmp_path, (0, False, {1: 5.0, 2: 4.0, 3: 3.0}))
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    state = {"global_step": 2, "log_history": [{"step": 1, "loss": 9.0}, {"step": 2, "loss": 8.0}]}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    history = read_history(checkpoint)
+    assert (history.points("loss"), history.from_state) == ([(1, 9.0), (2, 8.0)], True)
+    assert find_maker(tmp_path, state["log_history"], 2) is None
+    assert find_maker(tmp_path, [{"step": 1, "loss": 5.0}], 2) is None
+    assert find_maker(tmp_path / "none", [], 3) is None
+
+
+@pytest.mark.parametrize("after", [7, -1, True, "0", 1, None])
+def test_a_log_that_does_not_say_which_session_it_was_after_has_the_last_that_could(after, tmp_path):
+    write_log(tmp_path, (0, False, {1: 5.0, 2: 4.0}), (2, True, {3: 9.0}))
+    append_event(tmp_path, "begin", {"step": 1, "resumed": True, "after": after})
+    append_event(tmp_path, "log", {"step": 2, "loss": 3.0})
+    assert read_history(tmp_path).points("loss") == [(1, 5.0), (2, 3.0)]
 
 
 def test_no_line_is_drawn_across_a_resume(tmp_path):
@@ -122,15 +210,16 @@ def test_a_folder_without_a_run_is_refused_in_one_line(make, tmp_path):
 
 
 def test_a_checkpoint_is_shown_as_it_was(tmp_path):
-    write_log(tmp_path, (0, False, {1: 5.0, 2: 4.0, 3: 3.9}), (2, True, {3: 3.0, 4: 2.0}))
+    write_log(tmp_path, (0, False, {1: 5.0, 2: 4.0, 3: 3.9}))
     append_event(tmp_path, "measured", {"when": "before", "step": 0, "results": {"texts": []}})
+    write_log(tmp_path, (2, True, {3: 3.0, 4: 2.0}))
     append_event(tmp_path, "measured", {"when": "after", "step": 4, "results": {"texts": []}})
     checkpoint = tmp_path / "checkpoint-2"
     checkpoint.mkdir()
     state = {"global_step": 2, "log_history": [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}]}
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     history = read_history(checkpoint)
-    assert (history.points("loss"), history.status, history.facts["from"]) == ([(1, 5.0), (2, 4.0)], "checkpoint", 2)
+    assert (history.points("loss"), history.status, history.facts["from"]) == ([(1, 5.0), (2, 4.0)], "checkpoint", 0)
     assert list(history.measured) == ["before"]
 
 

@@ -102,7 +102,10 @@ def test_the_page_says_what_was_logged(tmp_path):
     assert "Done after 27 steps." in page.text
     assert "steps 27" in page.text
     assert "last loss 1.25" in page.text
-    assert "5 logs of steps after that checkpoint, which were done again and do not count" in page.text
+    assert (
+        "5 logs of steps that do not count: a later session went on from a checkpoint that has not done them"
+        in page.text
+    )
     assert "2 neighbours to either side" in page.text
     assert "Sessions" in page.text
 
@@ -307,15 +310,51 @@ def test_lines_have_names_where_the_first_session_logged_nothing(tmp_path):
     assert "moving average" in names
 
 
-def test_only_a_page_is_replaced(tmp_path):
+def test_only_a_page_of_a_run_is_replaced(tmp_path, model_dir, data_file):
     write_log(tmp_path, (0, False, {1: 1.0}))
-    other = tmp_path / "adapter_config.json"
-    other.write_text("{}")
-    for output, message in ((other, "no page of a run"), (tmp_path / "no/where.html", "there is no folder")):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "thesis.html").write_text("<!doctype html>\n<title>Three years of work</title>")
+    (tmp_path / "link.html").symlink_to("adapter_config.json")
+    (tmp_path / "dangling.html").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.html")
+    preview = tmp_path / "preview.html"
+    shown = CliRunner().invoke(app, ["preview", str(data_file), "--model", str(model_dir), "--html", str(preview)])
+    assert shown.exit_code == 0, shown.output
+    taken = ("adapter_config.json", "thesis.html", "link.html", "dangling.html", "pipe.html", "preview.html")
+    outputs = {tmp_path / name: "is there already, and no page of this command" for name in taken}
+    outputs |= {tmp_path / "no/where.html": "there is no folder", tmp_path: "is a folder"}
+    for output, message in outputs.items():
+        before = output.read_bytes() if output.is_file() else None
         result = CliRunner().invoke(app, ["report", str(tmp_path), "--output", str(output)])
         assert result.exit_code == 2
         assert message in " ".join(result.output.split())
-    assert other.read_text() == "{}"
+        assert before is None or output.read_bytes() == before
     for _ in range(2):
         result = CliRunner().invoke(app, ["report", str(tmp_path), "--output", str(tmp_path / "p.html")])
-        assert result.exit_code == 0
+        assert result.exit_code == 0, result.output
+
+
+def test_a_page_of_someone_else_in_the_folder_of_a_run_stays(tmp_path):
+    write_log(tmp_path, (0, False, {1: 1.0}))
+    (tmp_path / RUN_PAGE).write_text("<!doctype html> mine")
+    result = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "is there already" in " ".join(result.output.split())
+    assert (tmp_path / RUN_PAGE).read_text() == "<!doctype html> mine"
+
+
+def test_the_page_of_a_checkpoint_leaves_its_folder_as_it_is(tmp_path, monkeypatch):
+    """When it was changed last is what another Trainer goes by."""
+    write_log(tmp_path, (0, False, {1: 5.0, 2: 4.0, 3: 3.0}))
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    state = {"global_step": 2, "log_history": [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}]}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    os.utime(checkpoint, (1, 1))
+    monkeypatch.chdir(checkpoint)
+    for place in (str(checkpoint), "."):
+        result = CliRunner().invoke(app, ["report", place])
+        assert result.exit_code == 0, result.output
+        assert (checkpoint.stat().st_mtime, len(list(checkpoint.iterdir()))) == (1, 1)
+        for name in ("training_report-checkpoint-2.html", "loss-checkpoint-2.png"):
+            (tmp_path / name).unlink()

@@ -2,6 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+import dataclasses
 import json
 import math
 import os
@@ -22,11 +23,14 @@ import sft.training.train
 from conversion import inspect_checkpoint
 from growth import grow_checkpoint
 from growth.method import Mask
+from growth.training.output_lock import LOCK
 from sft.data.labels import Labelling
 from sft.data.prepare import prepare
 from sft.training.recipe import RecipeError
+from sft.training.run_log import read_history
 from sft.training.train import _summary, build_trainer, load_tokenizer, main, train
 from teleflm.commands.sft import app
+from teleflm.reports.run import _headline, _state
 from tests.fixtures.tiny import tiny_model
 
 TINY = Path(sft.__file__).parent / "recipes" / "tiny-cpu.yaml"
@@ -328,9 +332,10 @@ SAVED = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
 def test_a_checkpoint_that_lacks_what_a_step_needs_is_not_resumed(lost, what, make_recipe, tmp_path):
     """transformers goes on without it, and without a word."""
     train(make_recipe(**SAVED), progress=False)
-    (tmp_path / "out/checkpoint-2" / lost).unlink()
+    checkpoint = tmp_path / "out/checkpoint-2"
+    (checkpoint / lost).unlink()
     with pytest.raises(sft.SFTError, match=rf"checkpoint-2 has no {what}, as .*save_only_model.*model_name_or_path:"):
-        train(make_recipe(**{**SAVED, "max_steps": 3}, resume_from_checkpoint=True), progress=False)
+        train(make_recipe(**{**SAVED, "max_steps": 3}, resume_from_checkpoint=str(checkpoint)), progress=False)
 
 
 def test_a_checkpoint_of_the_weights_alone_is_not_resumed(make_recipe, tmp_path):
@@ -356,7 +361,8 @@ def test_what_a_kill_left_is_passed_over(state, make_recipe, tmp_path, caplog):
     for path in (tmp_path / "out").glob("checkpoint-*/trainer_state.json"):
         path.unlink()
     with pytest.raises(
-        sft.SFTError, match=r"holds no checkpoint-N to resume \(checkpoint-3, .* not saved to its end\)"
+        sft.SFTError,
+        match=r"holds no checkpoint-N to resume \(checkpoint-3 was not saved to its end; checkpoint-2 was not .*\)",
     ):
         train(make_recipe(**{**SAVED, "max_steps": 4}, resume_from_checkpoint=True), progress=False)
 
@@ -385,7 +391,8 @@ def test_a_record_says_whether_a_resumed_run_was_compared(make_recipe, tmp_path)
     resume = {**keys, "max_steps": 3, "resume_from_checkpoint": str(tmp_path / "out/checkpoint-1")}
     for name, same in {"again": True, "unknown": None}.items():
         if same is None:
-            (tmp_path / "out/checkpoint-1/run.json").unlink()
+            for missing in ("run.json", "teleflm_manifest.json"):  # as of a Trainer's own
+                (tmp_path / "out/checkpoint-1" / missing).unlink()
         result = train(make_recipe(**resume, output_dir=str(tmp_path / name)), progress=False)
         details = inspect_checkpoint(result.output_dir).chain[-1].details
         assert details["resumed"] == {"step": 1, "same_run": same}
@@ -398,6 +405,27 @@ def test_an_output_folder_holds_one_run(make_recipe):
         train(recipe)
     result = train(make_recipe(max_steps=3, resume_from_checkpoint=True), progress=False)
     assert [entry["step"] for entry in result.log_history if "loss" in entry] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_two_runs_at_once_in_an_output_folder_are_refused(resumed, make_recipe, tmp_path):
+    """There is no checkpoint yet that would tell of the first; or there is one, which both resume."""
+    keys = {**SAVED, "max_steps": 1}
+    if resumed:
+        train(make_recipe(**keys), progress=False)
+        keys |= {"max_steps": 2, "resume_from_checkpoint": True}
+    messages, second = [], make_recipe(**keys)
+
+    class Second(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            with pytest.raises(sft.SFTError, match=r"out: process \d+ on .* trains into it") as error:
+                train(second, progress=False)
+            messages.append(str(error.value))
+
+    result = train(make_recipe(**keys), callbacks=[Second()], progress=False)
+    assert len(messages) == 1
+    assert result.global_step == keys["max_steps"]
+    assert not (tmp_path / "out" / LOCK).exists()
 
 
 @pytest.mark.parametrize(
@@ -547,9 +575,35 @@ def test_accelerate_launches_it(arguments):
     assert state["global_step"] == 3
 
 
-def test_a_run_whose_loss_becomes_no_number_says_so(make_recipe):
-    """With transformers' default filter it would end with a mean loss like any other."""
-    result = train(make_recipe(max_steps=4, learning_rate=1e30), progress=False)
-    lost = [entry["step"] for entry in result.log_history if not math.isfinite(entry.get("loss", 0.0))]
-    assert lost
+FILTER = {"logging_nan_inf_filter": True}
+
+
+@pytest.mark.parametrize("keys", [{}, FILTER, {**FILTER, "max_grad_norm": 0.0}])
+def test_a_run_whose_loss_becomes_no_number_says_so(keys, make_recipe):
+    """With transformers' filter it would end with a mean loss like any other; without clipping no norm tells."""
+    result = train(make_recipe(max_steps=4, learning_rate=1e30, **keys), progress=False)
+    logged = [entry for entry in result.log_history if "loss" in entry]
+    assert all(math.isfinite(entry["loss"]) for entry in logged) == bool(keys)
+    lost = [entry["step"] for entry in logged if entry.get("nonfinite_losses")]
+    assert lost == [entry["step"] for entry in logged][-len(lost) :]
+    assert [entry["nonfinite_losses"] for entry in logged[-len(lost) :]] == [1] * len(lost)
     assert f"from step {lost[0]} on the loss is no finite number, and the model is of no use" in _summary(result)
+    history = read_history(result.output_dir)
+    state = _state(history)
+    assert state[0] == "bad"
+    assert f"from step {lost[0]} on the loss is no finite number" in state[1]
+    assert dict(_headline(history))["last loss"] == "no finite number"
+
+
+def test_what_the_summary_says_of_numbers_that_are_none(make_recipe):
+    result = train(make_recipe(max_steps=1), progress=False)
+    assert "finite" not in _summary(result)
+    nan, norm = math.nan, "grad_norm"
+    for entries, message in (
+        ([{"loss": nan}, {"loss": 1.0}], ": at 1 logged steps, 1 the first, the loss is no finite number"),
+        ([{"loss": 1.0, norm: nan}, {"loss": 1.0, norm: nan}], ": from step 1 on the gradient norm is no finite"),
+        ([{"loss": 1.0, norm: math.inf}, {"loss": 1.0, norm: 2.0}], None),  # as fp16 begins: its step is left out
+    ):
+        logged = [{"step": step, **entry} for step, entry in enumerate(entries, 1)]
+        text = _summary(dataclasses.replace(result, log_history=logged))
+        assert message in text if message else "finite" not in text

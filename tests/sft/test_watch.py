@@ -302,6 +302,24 @@ def test_a_checkpoint_of_another_folder_brings_what_it_has_logged(make_recipe, t
     assert [session.start for session in history.sessions] == [0, 2]
 
 
+def test_a_run_that_went_back_and_goes_on_from_where_it_was_before_is_one_curve(make_recipe, tmp_path):
+    """The session that went back has saved nothing; so `true` takes the last checkpoint of the first one."""
+    keys = {**RUN, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    first = train(make_recipe(**keys), progress=False)
+    back = str(tmp_path / "out" / "checkpoint-2")
+    train(make_recipe(**{**keys, "max_steps": 3, "save_strategy": "no"}, resume_from_checkpoint=back), progress=False)
+    last = train(make_recipe(**{**keys, "max_steps": 5}, resume_from_checkpoint=True), progress=False)
+    history = read_history(tmp_path / "out")
+    assert [session.start for session in history.sessions] == [0, 2, 4]
+    assert [step for step, _ in history.points("loss")] == [1, 2, 3, 4, 5]
+    assert [value for _, value in history.points("loss")] == losses(last)
+    assert losses(last)[:4] == losses(first)
+    assert history.points("tokens_per_second")[:4] == [
+        (entry["step"], entry["tokens_per_second"]) for entry in first.log_history if "tokens_per_second" in entry
+    ]
+    assert [entry["step"] for entry in history.sessions[1].lost if "loss" in entry] == [3]
+
+
 def test_a_run_begun_again_with_a_smaller_batch_is_one_run(make_recipe, tmp_path):
     """As `auto_find_batch_size` does it, when memory ran out."""
 

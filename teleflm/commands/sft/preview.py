@@ -58,8 +58,11 @@ def preview(
     from sft.data.examples import preview_examples
     from sft.data.preview import PreviewedRow
     from sft.data.preview import preview as preview_rows
+    from teleflm.reports.page import check_page
 
     with exit_codes(debug=debug):
+        if html:
+            check_page(html, "preview")
         given = {"--last-turn-only": last_turn_only, "--all-tokens": all_tokens}
         given |= {"--sanitize-control-tokens": sanitize_control_tokens}
         kind = choose_trainer(trainer, data, [name for name, value in given.items() if value])
@@ -71,9 +74,10 @@ def preview(
             labelling = make_labelling(max_length, last_turn_only, all_tokens, sanitize_control_tokens)
             rows = preview_rows(data, tokenizer, labelling, count)
         if html:
+            from conversion.checkpoint.atomic_file import write_atomically
             from teleflm.reports.preview import render_html
 
-            html.write_text(render_html(rows, title=Path(data).name), encoding="utf-8")
+            write_atomically(html, render_html(rows, title=Path(data).name).encode())
         if as_json:
             kinds = {"rows": True, "rejects": False}
             print_json(

@@ -20,18 +20,16 @@ Output = Annotated[
 def report(run: Run, output: Output = None, as_json: Json = False, debug: Debug = False) -> None:
     """Draw the loss and the page of a run: finished, interrupted, or going on.
 
-    Writes OUT/training_report.html and OUT/loss.png from what the run has logged so far.
+    Writes OUT/training_report.html and OUT/loss.png from what the run has logged so far; of a checkpoint-N beside it,
+    as training_report-checkpoint-N.html and loss-checkpoint-N.png.
     """
     from sft.training.run_log import read_history
-    from teleflm.reports.run import is_page, write_loss, write_run_page
+    from teleflm.reports.page import check_page
+    from teleflm.reports.run import write_loss, write_run_page
 
     with exit_codes(debug=debug):
-        if output is not None and output.is_dir():
-            raise ValueError(f"{output}: is a folder; give --output the name of a file.")
-        if output is not None and not output.absolute().parent.is_dir():
-            raise ValueError(f"{output}: there is no folder {output.parent}; make it, or name another file.")
-        if output is not None and output.exists() and not is_page(output):
-            raise ValueError(f"{output}: is there already, and no page of a run; give --output another name.")
+        if output is not None:
+            check_page(output, "run")
         history = read_history(run)
         picture = write_loss(history) if output is None else None
         page, history = write_run_page(run, output)

@@ -180,7 +180,7 @@ def select(
                 f"DATA is missing: {out} is OUT, the folder to write." if out else "DATA... OUT are missing."
             )
         if report is not None:
-            check_report_folder(report)
+            check_report_folder(report, "selection")
             if report.resolve() == Path(out).resolve():
                 raise ValueError(
                     f"{report}: is OUT, which has a selection.json of its own; give --report another folder."
