@@ -19,6 +19,7 @@ errors, and so is a key that would be ignored here.
 import dataclasses
 import difflib
 import functools
+import math
 import re
 import types
 import typing
