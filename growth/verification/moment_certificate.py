@@ -332,8 +332,8 @@ class MomentCertificate:
         if self.holds:
             worst = self.worst_ulp
             precision = f" (to within {worst:.3g} units in the last place of float32)" if worst else ""
-            new = ", every new first moment is 0, and every new second one the mean of its tensor's old ones"
-            sampled = f" (of {_WHOLE_MEAN:,} elements, where there are more)" if self.is_sampled else ""
+            new = ", every new first moment is 0, and every new second one the mean of A's tensor times that square"
+            sampled = f" (of {_WHOLE_MEAN:,} elements of it, where it has more)" if self.is_sampled else ""
             return (
                 "B's optimizer.pt is the state that was given as A's, grown: steps, groups and settings are that "
                 "state's, every old first moment is its own times the factor of the gradient, every old second one "
@@ -455,7 +455,7 @@ def _show(value: Any) -> str:
 
 
 def _shared_faults(state: AdamState) -> Iterator[str]:
-    """Moments that lie in the same bytes: a step of the optimizer would change one with the other."""
+    """Moments that lie in bytes of another: a step of the optimizer would change one with the other."""
     places = sorted(
         (str(view.file), *view.span, f"{key} of {name}")
         for name, views in state.moments.items()
@@ -464,7 +464,7 @@ def _shared_faults(state: AdamState) -> Iterator[str]:
     )
     for (file, _, end, one), (other_file, begin, _, other) in pairwise(places):
         if file == other_file and begin < end:
-            yield f"{OPTIMIZER_FILE}: {one} and {other} are the same bytes, expected each to have its own."
+            yield f"{OPTIMIZER_FILE}: {one} and {other} share storage, expected each to have its own."
 
 
 def check_moments(

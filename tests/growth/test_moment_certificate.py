@@ -33,6 +33,7 @@ from conversion.mapping import weights
 from growth import grow_checkpoint
 from growth.fold import fold_masks
 from growth.method import Mask, Random, Tile, Zero
+from growth.training.mup import parameter_groups
 from growth.verification.moment_certificate import certify_moments, model_order
 from growth.verification.verify import verify_checkpoints
 from modeling_teleflm import TeleFLMForCausalLM
@@ -207,6 +208,24 @@ def test_the_order_is_that_of_the_model(fields):
     assert model_order(Architecture.from_config({**config.to_dict(), "model_type": "TeleFLM"})) == names
 
 
+@pytest.mark.parametrize("kind", ["one", "muP"])
+def test_other_groups_are_carried_too(kind, grown, tmp_path):
+    """Groups of a run that are not Trainer's: of muP there is one for embeddings, one for norms, and so on."""
+    model = TeleFLMForCausalLM.from_pretrained(grown[0])
+    groups = [{"params": list(model.parameters())}]
+    if kind == "muP":
+        groups = parameter_groups(model, learning_rate=1e-3, weight_decay=0.1, width_ratio=2.0)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    for number, parameter in enumerate(model.parameters()):
+        parameter.grad = torch.full_like(parameter, 0.01 * (number + 1))
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    grow_checkpoint(grown[0], tmp_path / "out", heads(12, 3), optimizer=tmp_path)
+    certificate = certify_moments(grown[0], tmp_path / "out", tmp_path)
+    assert certificate.holds, certificate.faults[:3]
+    assert not certify_moments(grown[0], tmp_path / "out", grown[0]).holds  # another state of A
+
+
 def test_a_model_that_did_not_grow(grown):
     """The same state, of parameters that stay what they are; a source's state has no names, and B's must have."""
     assert certify_moments(grown[1], grown[1], grown[1]).holds
@@ -342,6 +361,12 @@ def _double(saved: dict, index: dict) -> None:
             id="a new entry's v is zero",
         ),
         pytest.param(
+            _change("lm_head.weight", "exp_avg_sq", lambda v: v[650].mul_(1 + 2**-21)),
+            r"exp_avg_sq of lm_head\.weight\[650, 0\] is .*and 95 more of its elements",
+            1,
+            id="a mean that is four units in the last place off",
+        ),
+        pytest.param(
             _mean_of_another,
             r"exp_avg_sq of model\.layers\.0\.self_attn\.q_proj\.weight\[0, 64\] is .* the mean of exp_avg_sq of",
             1,
@@ -362,7 +387,7 @@ def _double(saved: dict, index: dict) -> None:
         pytest.param(
             _swap_moments, r"exp_avg of model\.layers\.0\.self_attn\.q_proj\.weight\[0, 0\] is", 2, id="m and v swapped"
         ),
-        pytest.param(_share, "exp_avg of model.layers.1.*are the same bytes", 1, id="shared bytes"),
+        pytest.param(_share, "exp_avg of model.layers.1.*share storage", 1, id="shared bytes"),
         pytest.param(
             _other_step, r"step of model\.layers\.4\.mlp\.down_proj\.weight is 8, expected 7", 1, id="other step"
         ),
@@ -541,7 +566,7 @@ def test_a_large_tensor_has_the_mean_of_evenly_spread_windows(grown, tmp_path, m
     grow_checkpoint(grown[0], out, heads(12, 3), optimizer=grown[0])
     certificate = certify_moments(grown[0], out, grown[0])
     assert certificate.holds, certificate.faults[:2]
-    assert "(of 512 elements, where there are more)" in certificate.sentence
+    assert "(of 512 elements of it, where it has more)" in certificate.sentence
     flat = named_state(grown[0])[Q.format(0)][1].numpy().reshape(-1).astype(np.float64)
     sample = np.concatenate([flat[(flat.size - 64) * i // 7 :][:64] for i in range(8)])
     assert named_state(out)[Q.format(0)][1][-1, -1].item() == pytest.approx(sample.mean(), rel=2e-7)
