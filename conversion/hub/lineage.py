@@ -282,6 +282,9 @@ def _verdict(verification: Mapping[str, Any], source: Any) -> str:
             measured = f"; in {_show(dtype)} logits of {_count(tokens)} tokens differ by {_show(gap)} at most"
         case _:
             measured = ""
+    match verification:
+        case {"moments": {"holds": bool() as holds}}:
+            measured += f"; its optimizer.pt is {'' if holds else 'not '}the state given with the source, grown"
     return f" {_VERDICTS[name].format(of=of)}{measured}."
 
 

@@ -380,7 +380,7 @@ def check_tensor(
     for (start, stop), band in groupby(conditions.blocks, key=lambda block: block.rows):
         blocks = list(band)
         found = [BlockResult(block) for block in blocks]
-        for low, high in _row_ranges(start, stop, b.shape[1]):
+        for low, high in row_ranges(start, stop, b.shape[1]):
             values = reader.read(b[low:high])
             progress(values.nbytes)
             copied = [block for block in blocks if block.rule in ("copy", "sum")]
@@ -394,7 +394,8 @@ def check_tensor(
     return TensorResult(conditions, b.dtype, shape, tuple(results))
 
 
-def _row_ranges(start: int, stop: int, columns: int) -> Iterator[tuple[int, int]]:
+def row_ranges(start: int, stop: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Rows that are looked at together: first, and one past the last."""
     step = max(1, _BLOCK // columns)
     return ((low, min(low + step, stop)) for low in range(start, stop, step))
 
@@ -521,7 +522,7 @@ def _check_sum(
         total += wide
         np.maximum(largest, np.abs(wide, out=wide), out=largest)
     distance = np.abs(original.astype(np.float64) * rounding.factor - total)
-    ulps = distance / _last_place(largest, rounding.dtype)
+    ulps = distance / last_place(largest, rounding.dtype)
     broken = ~(ulps <= rounding.allowed_ulps_of_sum(len(copies)))
     # Large copies that cancel would make anything rounding. Noise is less than seven spreads of the weight's own.
     limit = _LARGEST_COPY * float(np.abs(original.astype(np.float64)).max(initial=0.0)) * abs(rounding.factor)
@@ -534,12 +535,12 @@ def _ulps(found: np.ndarray, original: np.ndarray, rounding: _Rounding) -> np.nd
     """Distance of each element from the original times the factor, in units in the last place of that product."""
     exact = original.astype(np.float64)
     exact *= rounding.factor
-    last_place = _last_place(exact, rounding.dtype)
+    units = last_place(exact, rounding.dtype)
     exact -= found.astype(np.float64)
-    return np.divide(np.abs(exact, out=exact), last_place, out=exact)
+    return np.divide(np.abs(exact, out=exact), units, out=exact)
 
 
-def _last_place(values: np.ndarray, dtype: DType) -> np.ndarray:
+def last_place(values: np.ndarray, dtype: DType) -> np.ndarray:
     """The unit in the last place of each value, as the dtype has it."""
     limits = ml_dtypes.finfo(dtype.numpy)
     return np.ldexp(1.0, np.maximum(np.frexp(values)[1] - 1, limits.minexp) - limits.nmant)

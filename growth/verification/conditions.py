@@ -59,7 +59,7 @@ _NO_FUNCTION = (
     "transformers_version",
     "use_cache",
 )
-_METHODS = ("zero", "tile", "mask")
+METHODS = ("zero", "tile", "mask")
 _NOT_PRESERVING = ("random", "rms")
 _MOST_GROWTHS = 4  # each may round every weight once more; beyond these, too much would pass for rounding
 _WRITERS = ("embed_tokens", "o_proj", "down_proj")  # they add to the residual stream; everything else reads it
@@ -233,20 +233,20 @@ def state_conditions(a: Mapping[str, Any], b: Mapping[str, Any], steps: Sequence
     _check_growths(steps)
     _check_noise(source, steps)
     layers = compose_layers([step.layers for step in steps])
-    _check_layers(layers, source, target)
+    check_layers(layers, source, target)
     roundings = len(steps) + sum(step.alpha is not None for step in steps)
-    sizes = tuple(_size_conditions(source, target))
+    sizes = tuple(size_conditions(source, target))
     if source.tie_word_embeddings != target.tie_word_embeddings:
         tied = source.tie_word_embeddings
         reason = "the head has weights of its own, or it has not"
         sizes = (*sizes, FieldCondition("tie_word_embeddings", not tied, tied, False, reason))
     if not all(condition.holds for condition in sizes):
         return Conditions(len(steps), roundings, sizes, ())
-    maps = {axis: _axis_over_steps(axis, source, target, steps) for axis in get_args(Axis)}
+    maps = {axis: axis_over_steps(axis, source, target, steps) for axis in get_args(Axis)}
     differ = any(step.noise for step in steps)
-    fields = (*sizes, *_function_conditions(a, b, source, target, _covered(maps["hidden"])))
+    fields = (*sizes, *_function_conditions(a, b, source, target, covered(maps["hidden"])))
     tensors = tuple(_weight_conditions(source, target, layers, maps, differ))
-    exact = _is_exact(source, target, tensors, _covered(maps["hidden"]))
+    exact = _is_exact(source, target, tensors, covered(maps["hidden"]))
     return Conditions(len(steps), roundings, fields, tensors, exact)
 
 
@@ -256,9 +256,9 @@ def _check_method(step: Step) -> None:
             f"the lineage has growth by {step.departure}, which does not preserve the function, so there is nothing to "
             "certify; how far B is from A is measured on a text: --text FILE."
         )
-    if step.method not in _METHODS:
+    if step.method not in METHODS:
         raise CheckpointError(
-            f"the lineage has growth by {step.method}; a certificate can be stated for {', '.join(_METHODS)} alone: "
+            f"the lineage has growth by {step.method}; a certificate can be stated for {', '.join(METHODS)} alone: "
             "compare logits instead, with --text FILE."
         )
     if step.method == "mask" and step.alpha != 0:
@@ -286,7 +286,7 @@ def _check_noise(source: Architecture, steps: Sequence[Step]) -> None:
     for number, step in enumerate(steps):
         axes: tuple[Axis, ...] = ("hidden", "query", "ffn") if step.noise and number else ()
         for axis in axes:
-            old = _covered(_axis_over_steps(axis, source, step.source, steps[:number]))
+            old = covered(axis_over_steps(axis, source, step.source, steps[:number]))
             if old < axis_size(axis, step.source):
                 raise CheckpointError(
                     f"growth {number + 1} of the lineage repeated, with noise, what earlier ones had added to the "
@@ -297,7 +297,7 @@ def _check_noise(source: Architecture, steps: Sequence[Step]) -> None:
 # The configuration.
 
 
-def _size_conditions(source: Architecture, target: Architecture) -> Iterator[FieldCondition]:
+def size_conditions(source: Architecture, target: Architecture) -> Iterator[FieldCondition]:
     """Sizes may only grow, heads keep their size, and every query group must find its key/value head."""
     for field in _SIZES:
         old, new = getattr(source, field), getattr(target, field)
@@ -459,12 +459,12 @@ def _group(architecture: Architecture) -> int:
     return architecture.num_attention_heads // architecture.num_key_value_heads
 
 
-def _covered(axis: AxisMap) -> int:
+def covered(axis: AxisMap) -> int:
     """How many entries of B are old ones."""
     return sum(run.size for run in axis)
 
 
-def _check_layers(layers: Sequence[LayerSource], source: Architecture, target: Architecture) -> None:
+def check_layers(layers: Sequence[LayerSource], source: Architecture, target: Architecture) -> None:
     """Every layer of A has to run once, in order; copies may stand anywhere."""
     if len(layers) != target.num_hidden_layers:
         raise CheckpointError(
@@ -513,8 +513,8 @@ def _weight_conditions(
         row_map = maps[weight.axes[0]] if len(shape) > 1 else (Run(0, 0, 1),)
         column_map = maps[weight.axes[-1]]
         is_reader = len(shape) > 1 and weight is not EMBED_TOKENS
-        copies = _covered(column_map) // axis_size(weight.axes[-1], source) if is_reader else 1
-        factor, reason = _factor(weight, source, target, _covered(maps["hidden"]))
+        copies = covered(column_map) // axis_size(weight.axes[-1], source) if is_reader else 1
+        factor, reason = weight_factor(weight, source, target, covered(maps["hidden"]))
         if copies > 1:
             reason = f"{copies} copies of each input are read together; {reason}"
         is_sum = differ and copies > 1
@@ -522,14 +522,14 @@ def _weight_conditions(
         yield TensorConditions(name, source_name, factor if is_sum else factor / copies, tuple(blocks))
 
 
-def _axis_over_steps(axis: Axis, source: Architecture, target: Architecture, steps: Sequence[Step]) -> AxisMap:
+def axis_over_steps(axis: Axis, source: Architecture, target: Architecture, steps: Sequence[Step]) -> AxisMap:
     """An axis from A to B. The ends are what their config.json says, the record is asked for what lies between."""
     stations = [source, *(step.target for step in steps[:-1]), target]
     maps = (axis_map(axis, *ends, method=step.method) for ends, step in zip(pairwise(stations), steps, strict=True))
     return reduce(compose, maps)
 
 
-def _factor(weight: Weight, source: Architecture, target: Architecture, live: int) -> tuple[float, str]:
+def weight_factor(weight: Weight, source: Architecture, target: Architecture, live: int) -> tuple[float, str]:
     """The factor on a weight's old entries, and why; `live` features of B's stream are A's."""
     width = target.hidden_size
     if weight.axes == ("hidden",) and live != width:
@@ -557,13 +557,13 @@ def _blocks(
     rest = silent if kind in _WRITERS else new
     # A new token is no input of A: its embedding is free, in all features.
     new_rows = new if kind == "embed_tokens" else rest
-    for start, stop, source_row in _segments(rows, row_map):
+    for start, stop, source_row in segments(rows, row_map):
         if source_row is None:
             yield Block(new_rows[0], (start, stop), (0, columns), new_rows[1])
             continue
         if is_sum:
             yield from _sums((start, stop), source_row, column_map, reason)
-        for left, right, source_column in _segments(columns, column_map):
+        for left, right, source_column in segments(columns, column_map):
             if source_column is None:
                 yield Block(rest[0], (start, stop), (left, right), rest[1])
             elif not is_sum:
@@ -580,7 +580,7 @@ def _sums(rows: tuple[int, int], source_row: int, column_map: AxisMap, reason: s
         yield Block("sum", rows, (first, first + right - left), reason, (source_row, left), tuple(others))
 
 
-def _segments(size: int, runs: AxisMap) -> Iterator[tuple[int, int, int | None]]:
+def segments(size: int, runs: AxisMap) -> Iterator[tuple[int, int, int | None]]:
     """An axis of B cut into old and new: start, stop, and where it starts in A (None if new)."""
     at = 0
     for run in runs:

@@ -8,6 +8,8 @@ verdict           see `Verification.verdict`
 against           A's record: its sha256, null if A has none, and whether A's weights were those of it
 certificate       whether every condition on B's bytes holds, and how near what was copied is to A's; null if none
 numbers           what logits were computed in, of how many tokens, and how far they are apart; null if none
+moments           whether B's optimizer.pt is the state that was given as A's, grown, and the identity of that state, as
+                  a growth's `optimizer` has it; null if it was not looked at
 teleflm_version   what found it
 """
 
@@ -77,7 +79,7 @@ def _against(a: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _describe(verification: Verification, against: dict[str, Any]) -> dict[str, Any]:
-    certificate, numbers = verification.certificate, verification.numbers
+    certificate, numbers, moments = verification.certificate, verification.numbers, verification.moments
     return {
         "verdict": verification.verdict,
         "against": against,
@@ -93,6 +95,7 @@ def _describe(verification: Verification, against: dict[str, Any]) -> dict[str, 
             "same_argmax": float(numbers.difference.same_argmax),
             "blind_to": float(numbers.blind_to),
         },
+        "moments": moments and {"holds": moments.holds, "state": moments.identity},
         "teleflm_version": package_version(),
     }
 

@@ -18,14 +18,17 @@ from conversion.checkpoint.limits import default_workers
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.sources import Source, open_checkpoint
 from conversion.hub.remote import is_remote, local_view
+from conversion.masked import is_masked
+from conversion.optimizer_state import OPTIMIZER_FILE
 from evaluation.text import tokenize
 
 from .certificate import Certificate, certify
 from .comparison import COMPUTE_DTYPES, Forward, Numbers, Progress, compare_numbers, no_progress
 from .conditions import MeasuredLayer, growth_steps, measured_layers
+from .moment_certificate import MomentCertificate, certify_moments
 
 FORWARDS = ("auto", "loaded", "streamed")
-Verdict: TypeAlias = Literal["same-bytes", "certified", "indistinguishable", "not-certified", "different"]
+Verdict: TypeAlias = Literal["same-bytes", "certified", "indistinguishable", "not-certified", "different", "unjudged"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Verification:
         layers: how far each layer of the model that grew moves its input, if the copied ones were chosen by that.
         no_certificate: why none could be stated, if it was tried.
         departure: by which choice B's growth did not preserve the function, by its record; empty if none.
+        moments: what the bytes of B's optimizer.pt prove, beside the state of A.
     """
 
     certificate: Certificate | None
@@ -47,20 +51,22 @@ class Verification:
     layers: tuple[MeasuredLayer, ...] = ()
     no_certificate: str = ""
     departure: str = ""
+    moments: MomentCertificate | None = None
 
     @property
     def verdict(self) -> Verdict:
-        """The strongest statement that everything looked at allows.
+        """The strongest statement on B's function that everything looked at allows; of moments, see `moments`.
 
         `same-bytes`: B has A's weights byte for byte, and a configuration that means the same, but for the dtype it
         may ask loaders for. `certified`: every condition on B's bytes holds. `indistinguishable`: no certificate could
         be stated, and on these tokens rounding explains what differs. `not-certified`: B's bytes break a condition,
         which the logits, if they were compared, do not show. `different`: the logits differ by more than rounding.
+        `unjudged`: moments alone were looked at.
         """
         if self.numbers and not self.numbers.within_rounding:
             return "different"
         if self.certificate is None:
-            return "indistinguishable"
+            return "indistinguishable" if self.numbers else "unjudged"
         if not self.certificate.holds:
             return "not-certified"
         return "same-bytes" if self.certificate.is_identity else "certified"
@@ -71,11 +77,21 @@ class Verification:
 
         Proven is what `sentence` says: of the weights as they are stored, and up to their rounding where it says so.
         """
-        return {"same-bytes": True, "certified": True, "indistinguishable": None}.get(self.verdict, False)
+        known = {"same-bytes": True, "certified": True, "indistinguishable": None, "unjudged": None}
+        return known.get(self.verdict, False)
+
+    @property
+    def is_refuted(self) -> bool:
+        """Whether something looked at is not so: B's function is not A's, or its moments are not A's, grown."""
+        return self.same is False or (self.moments is not None and not self.moments.holds)
 
     @property
     def sentence(self) -> str:
-        """The verdict in words, no stronger than it is."""
+        """The verdict in words, no stronger than it is, and what was found of moments if they were looked at."""
+        return f"{self._function} {self.moments.sentence}" if self.moments else self._function
+
+    @property
+    def _function(self) -> str:
         certificate, numbers = self.certificate, self.numbers
         match self.verdict:
             case "same-bytes":
@@ -94,6 +110,8 @@ class Verification:
                 more = f" {len(faults) - 1} more are broken." if len(faults) > 1 else ""
                 unseen = f" The logits do not show it: {_blind_spot(numbers)}" if numbers else ""
                 return f"Not A's function by B's bytes. {faults[0]}{more}{unseen}"
+            case "unjudged":
+                return " ".join(filter(None, ("Whether B computes A's function was not judged.", self.no_certificate)))
             case _:
                 tokens = numbers.difference.tokens if numbers else 0
                 if self.departure and numbers:
@@ -139,6 +157,7 @@ def verify_checkpoints(
     *,
     growth: bool | None = None,
     text: str | os.PathLike[str] | None = None,
+    optimizer: str | os.PathLike[str] | None = None,
     dtype: str = "float64",
     forward: Forward = "auto",
     max_tokens: int = 512,
@@ -160,6 +179,8 @@ def verify_checkpoints(
         growth: True: a certificate has to be stated, whatever the text says; False: none is. By default it is made
             where it can be stated, and has to be where there is no text.
         text: a file of text, UTF-8, to compare logits on.
+        optimizer: a checkpoint of transformers' Trainer, or its optimizer.pt, that grew with A: B's optimizer.pt is
+            held against it too. Masked checkpoints, whose function bytes alone do not say, are judged by that alone.
         dtype: what to compute logits in: `float64`, `float32` or `bfloat16`.
         forward: `loaded`, `streamed`, or `auto`: loaded if the larger model fits in free memory.
         max_tokens: of the text, at most.
@@ -175,6 +196,9 @@ def verify_checkpoints(
         if forward == "loaded":
             raise CheckpointError("--forward loaded needs both models on this machine; streamed reads ranges.")
         forward = "streamed"
+    if optimizer is not None and is_remote(b):
+        raise CheckpointError(f"{b}: is not on this machine, and its {OPTIMIZER_FILE} is read here: download it first.")
+    is_here = not is_remote(b)
     a, b = local_view(a), local_view(b)
     manifest = read_manifest(Path(b))
     layers = measured_layers(manifest["lineage"] if manifest else None)
@@ -197,19 +221,30 @@ def verify_checkpoints(
         except CorruptData:
             raise
         except CheckpointError as error:
-            if growth or text is None:
+            if growth or (text is None and (optimizer is None or not is_masked(open_checkpoint(b).config))):
                 raise
             no_certificate = str(error)
         notes += certificate.notes if certificate else [f"No certificate from the bytes: {no_certificate}"]
+    moments = None
+    if optimizer is None:
+        if is_here and (Path(b) / OPTIMIZER_FILE).is_file():
+            notes.append(
+                f"{OPTIMIZER_FILE} of B was not looked at; --optimizer DIR, the state that grew, certifies it."
+            )
+    elif certificate and not certificate.tensors:
+        notes.append(f"{OPTIMIZER_FILE} of B was not looked at: {certificate.broken_fields[0]}")
+    else:
+        with progress("moments") as advance:
+            moments = certify_moments(a, b, optimizer, workers=workers, progress=advance)
     numbers = None
     if input_ids is not None:
         numbers = compare_numbers(
             first, second, input_ids, dtype=dtype, forward=forward, workers=workers, progress=progress, notify=notify
         )
-    if certificate is None and numbers is None:
+    if certificate is None and numbers is None and moments is None:
         raise CheckpointError("nothing to verify by: growth is False and there is no text.")
     departure = _departure(a, b) if certificate is None else ""
-    return Verification(certificate, numbers, tuple(notes), layers, no_certificate, departure)
+    return Verification(certificate, numbers, tuple(notes), layers, no_certificate, departure, moments)
 
 
 def _departure(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> str:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from growth.verification.certificate import Certificate
     from growth.verification.comparison import Numbers
+    from growth.verification.moment_certificate import MomentCertificate
     from growth.verification.verify import Verification
 
 A = Annotated[str, typer.Argument(metavar="A", help="Folder or URL of the source.")]
@@ -37,6 +38,9 @@ GrowthFlag = Annotated[
     bool, typer.Option("--growth", help="Insist on a certificate; with --text it is made only if possible.")
 ]
 Text = Annotated[Path | None, typer.Option(metavar="FILE", help="Text to compare logits on.")]
+Optimizer = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Trainer checkpoint of A whose optimizer.pt grew: certify B's too.")
+]
 ComputeDtype = Annotated[str, typer.Option(help="What logits are computed in: float64, float32 or bfloat16.")]
 ForwardPass = Annotated[str, typer.Option(help="loaded, streamed from the files, or auto: loaded if it fits.")]
 MaxTokens = Annotated[int, typer.Option(help="Tokens of the text, at most.", min=2)]
@@ -49,6 +53,7 @@ def verify(
     b: B,
     growth: GrowthFlag = False,
     text: Text = None,
+    optimizer: Optimizer = None,
     dtype: ComputeDtype = "float64",
     forward: ForwardPass = "auto",
     max_tokens: MaxTokens = 512,
@@ -62,6 +67,8 @@ def verify(
 
     The last line says what was found, no stronger than it is; --json has it as "verdict": same-bytes, certified,
     indistinguishable (by the logits alone: exit status 0, but no proof), not-certified or different (exit status 3).
+    With --optimizer the line says of B's optimizer.pt too whether it is A's, grown (exit status 3 if not); of a masked
+    checkpoint that alone is looked at, and the verdict is unjudged.
     """
     from conversion.checkpoint.errors import printable
     from growth.verification.recorded import check_recordable, record_verification
@@ -79,6 +86,7 @@ def verify(
             b,
             growth=growth or None,
             text=text,
+            optimizer=optimizer,
             dtype=dtype,
             forward=forward,  # type: ignore[arg-type]  # checked there, with a line of its own
             max_tokens=max_tokens,
@@ -96,7 +104,7 @@ def verify(
             print_json(describe(verification))
         else:
             _print(verification, report, Path(b) / MANIFEST if recorded else None)
-    if verification.same is False:
+    if verification.is_refuted:
         raise typer.Exit(EXIT_NO)
 
 
@@ -107,13 +115,16 @@ def _print(verification: "Verification", report: Path | None, record: Path | Non
         _print_certificate(console, verification.certificate)
     if verification.numbers:
         _print_numbers(console, verification.numbers)
+    if verification.moments:
+        _print_moments(console, verification.moments)
     for note in verification.notes:
         console.print(f"- {note}")
     if report:
         console.print(f"Report: {report}/index.html")
     if record:
         console.print(f"Recorded in {record}", soft_wrap=True)
-    style = {True: "bold green", False: "bold red", None: "bold"}[verification.same]
+    known = False if verification.is_refuted else verification.same
+    style = {True: "bold green", False: "bold red", None: "bold"}[known]
     console.print(verification.sentence, style=style)
 
 
@@ -135,6 +146,18 @@ def _print_certificate(console: "Console", certificate: "Certificate") -> None:
     print_table(table)
     for broken in [*certificate.broken_fields, *certificate.violations]:
         console.print(str(broken), style="red")
+
+
+def _print_moments(console: "Console", moments: "MomentCertificate") -> None:
+    from conversion.checkpoint.errors import printable
+
+    counts, held = moments.elements, sum(not result.fault for result in moments.moments)
+    console.print(
+        f"Moments: {held} of {len(moments.moments)} tensors hold, {counts['old']:,} old and {counts['new']:,} new "
+        f"elements; held against {printable(moments.source)}"
+    )
+    for fault in moments.faults:
+        console.print(fault, style="red")
 
 
 def _print_numbers(console: "Console", numbers: "Numbers") -> None:

@@ -17,6 +17,7 @@ from evaluation.logit_comparison import BINS
 from growth.verification.certificate import Certificate, TensorResult
 from growth.verification.comparison import Numbers
 from growth.verification.conditions import MeasuredLayer, Rule
+from growth.verification.moment_certificate import MomentCertificate
 from growth.verification.verify import Verification
 from teleflm.reports.page import legend_above, new_figure, write_report_files
 
@@ -107,6 +108,8 @@ def describe(verification: Verification) -> dict[str, Any]:
             "reason": numbers.reason,
             "histogram_bins": list(BINS),
         }
+    if verification.moments:
+        result["moments"] = _describe_moments(verification.moments)
     if verification.layers:
         result["layer_distances"] = [asdict(layer) for layer in verification.layers]
     return _as_json(result)
@@ -139,6 +142,29 @@ def _describe_tensor(tensor: TensorResult) -> dict[str, Any]:
     }
 
 
+def _describe_moments(moments: MomentCertificate) -> dict[str, Any]:
+    return {
+        "holds": moments.holds,
+        "source": moments.source,
+        "file": moments.file,
+        "elements": moments.elements,
+        "worst_ulp": moments.worst_ulp,
+        "faults": moments.faults,
+        "tensors": [
+            {
+                "name": result.conditions.name,
+                "source": result.conditions.source,
+                "moment": result.moment,
+                "factor": result.factor,
+                "worst_ulp": result.worst_ulp,
+                "violations": result.violations,
+                "fault": result.fault and asdict(result.fault),
+            }
+            for result in moments.moments
+        ],
+    }
+
+
 # The page.
 
 
@@ -163,6 +189,7 @@ def write_report(verification: Verification, folder: Path, names: tuple[str, str
         verification=verification,
         certificate=certificate,
         numbers=numbers,
+        moments=verification.moments,
         lines=summarise(certificate) if certificate else [],
         faults=[str(x) for x in (*certificate.broken_fields, *certificate.violations)] if certificate else [],
         elements=elements,
