@@ -178,10 +178,14 @@ def test_the_number_of_comparisons_that_the_page_announces():
     assert all(name in arms.BY_NAME for pair in report.pairs() for name in pair)
 
 
-@pytest.mark.skipif(not (RESULTS / "runs.jsonl").exists(), reason="the study has not been run")
 def test_the_page_says_what_the_runs_say(tmp_path):
+    """Nothing, as long as there are not two seeds of every arm to say it with."""
     text = DOCS.read_text(encoding="utf-8")
     results = text.partition(report.BEGIN)[2].partition(report.END)[0]
+    if not results:
+        with pytest.raises(ValueError, match="the command `run` goes on"):
+            report.results_text(RESULTS)
+        return
     assert results == report.results_text(RESULTS), "python -m benchmarks.growth_study page"
     copy = tmp_path / "growth-study.md"
     copy.write_text(text, encoding="utf-8")
