@@ -13,13 +13,16 @@ from typing import Any
 
 from .architecture import Architecture
 from .checkpoint.errors import CheckpointError
+from .checkpoint.manifest import read_manifest, sample_digest
 from .checkpoint.plan import View
 from .checkpoint.reader import FileReader
+from .checkpoint.strict_json import read_json_object
 from .checkpoint.torch_file import read_torch_file
 from .mapping import weights
 from .optimizer_state import MOMENTS, OPTIMIZER_FILE, parameter_names
 from .parameter_kinds import group_names
 
+TRAINER_STATE = "trainer_state.json"  # what transformers' Trainer leaves in a checkpoint beside the rest
 _LAYOUT = {"state": dict, "param_groups": list}
 # What other savers leave in a checkpoint instead, for the message.
 _SHARDED = {
@@ -78,8 +81,67 @@ def read_grown_state(path: str | os.PathLike[str], shapes: Mapping[str, tuple[in
     return _read(_find_file(Path(path)), shapes, whose="the model has", must_name=True)
 
 
+def check_recorded_state(file: str | os.PathLike[str]) -> None:
+    """Check that a state is the one that the record in its folder knows, if that knows one.
+
+    Raises:
+        CheckpointError: it was exchanged, or edited, since the record was written.
+    """
+    path = Path(file)
+    record = read_manifest(path.parent)
+    files = (record or {}).get("files")
+    entry = files.get(path.name) if isinstance(files, dict) else None
+    if not isinstance(entry, dict) or "samples" not in entry:
+        return
+    size = path.stat().st_size
+    if size == entry.get("bytes") and sample_digest(path) == entry["samples"]:
+        return
+    how = f"{size} bytes, expected {entry.get('bytes')}" if size != entry.get("bytes") else "other content"
+    raise CheckpointError(
+        f"{path}: has {how}, so it is not what the record says was written with the weights; restore it, or leave "
+        "it out."
+    )
+
+
+def check_trainer_step(folder: Path, where: str, steps: Mapping[str, float]) -> int:
+    """The step of a Trainer's checkpoint, checked against that of the optimizer beside it.
+
+    Args:
+        folder: of the checkpoint.
+        where: the state, for errors.
+        steps: name of a parameter -> updates that the optimizer says it had.
+
+    Raises:
+        CheckpointError: the two are not of one step.
+    """
+    path = folder / TRAINER_STATE
+    state = read_json_object(path, infinite=True)
+    step, callbacks = state.get("global_step"), state.get("stateful_callbacks")
+    if type(step) is not int:
+        raise CheckpointError(f"{path}: global_step is {step!r}, expected a whole number; copy the checkpoint again.")
+    expected = step + _first_step(callbacks)
+    found = set(steps.values())
+    # In float16 a step whose gradients overflow leaves the weights and the optimizer as they are.
+    fits = found == {expected} or ((folder / "scaler.pt").is_file() and max(found) <= expected)
+    if not fits:
+        raise CheckpointError(
+            f"{where}: Adam is at step {' to '.join(f'{value:g}' for value in sorted({min(found), max(found)}))}, "
+            f"{path} says {expected:g}, so the two are of different checkpoints; put back the optimizer of this one."
+        )
+    return step
+
+
+def _first_step(callbacks: Any) -> float:
+    """At which of its steps Adam was when the run began, as `teleflm train` records it; else 0."""
+    match callbacks:
+        case {"AdamStart": {"attributes": {"first_step": int() | float() as first}}}:
+            return float(first)
+    return 0.0
+
+
 def _read(file: str, shapes: Mapping[str, tuple[int, ...]], *, whose: str, must_name: bool) -> AdamState:
     """Read a state of parameters with these shapes, in the order in which the model lists them."""
+    check_recorded_state(file)
     saved = read_torch_file(file)
     if not isinstance(saved, dict) or not all(isinstance(saved.get(key), kind) for key, kind in _LAYOUT.items()):
         raise CheckpointError(f"{file} is no optimizer state: expected a dict with state and param_groups.")

@@ -11,6 +11,7 @@ from typing import Any
 
 import ml_dtypes
 
+from conversion.adam_state import TRAINER_STATE, check_trainer_step
 from conversion.architecture import Architecture, load_config, load_preset, package_folder, preset_names
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
@@ -118,6 +119,8 @@ def grow_checkpoint(
     asked += check_honoured(growth.source, growth.target, given, meant)
     plan = plan_growth(checkpoint, growth, dtype=parse_dtype(dtype) if dtype else None, seed=seed, distances=distances)
     adam = read_adam_state(optimizer, growth.source) if optimizer is not None else None
+    if adam:
+        _check_step(Path(checkpoint.folder), adam)
     states = [plan_adam_state(adam, growth)] if adam else []
     if adam:
         moments = (tensor for shard in states for tensor, _ in shard.tensors)
@@ -126,7 +129,7 @@ def grow_checkpoint(
     _check_optimizer_in_the_way(Path(out), adam, overwrite=options.overwrite)
     notes = [
         *asked,
-        *growth_notes(growth, plan.tensors[0].dtype, is_cast=_is_cast(plan)),
+        *growth_notes(growth, plan.tensors[0].dtype, is_cast=_is_cast(plan), base_width=_base_width(plan.lineage)),
         *_layer_notes(layers, growth, distances),
         _optimizer_note(adam),
         *left_behind(Path(checkpoint.folder), plan.sidecars),
@@ -272,6 +275,24 @@ def _check_optimizer_in_the_way(out: Path, state: AdamState | None, *, overwrite
         use = "be replaced" if state else "lie beside weights that it is not of"
         way = "--overwrite" if state else "--overwrite, which leaves it there"
         raise CheckpointError(f"{path}: was not written by a growth, and would {use}; move it away or {way}.")
+
+
+def _base_width(lineage: Any) -> int | None:
+    """The `mup_base_width` of the last run of training in a lineage; None if it had none, or there was no run."""
+    while isinstance(lineage, Mapping):
+        width = lineage.get("mup_base_width")
+        if lineage.get("operation") == "train":
+            return width if type(width) is int else None
+        parent = lineage.get("parent")
+        lineage = parent.get("lineage") if isinstance(parent, Mapping) else None
+    return None
+
+
+def _check_step(source: Path, adam: AdamState) -> None:
+    """Check that weights and moments are of one step, where a Trainer says of which: of the source, of the state."""
+    for folder in {source, Path(adam.file).parent}:
+        if (folder / TRAINER_STATE).is_file():
+            check_trainer_step(folder, adam.file, adam.steps)
 
 
 def _optimizer_note(state: AdamState | None) -> str:

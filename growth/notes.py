@@ -15,19 +15,20 @@ from .spec import Growth
 SHORT_MASKS = 2000
 
 
-def growth_notes(growth: Growth, dtype: DType, *, is_cast: bool) -> list[str]:
+def growth_notes(growth: Growth, dtype: DType, *, is_cast: bool, base_width: int | None = None) -> list[str]:
     """What a user should know about a growth, a sentence or two each.
 
     Args:
         growth: what grows into what.
         dtype: of the grown model's weights.
         is_cast: whether it cannot hold all values of the source's.
+        base_width: `mup_base_width` of the run that trained the source, if it had one.
     """
     source, target = growth.source, growth.target
     notes = [
         *_departures(growth),
         *_exactness(growth, dtype, is_cast),
-        *_learning_rate(growth),
+        *_learning_rate(growth, base_width),
         *_repeated_layers(growth),
     ]
     if isinstance(growth.method, Tile) and target.hidden_size > source.hidden_size and not growth.noise:
@@ -52,6 +53,9 @@ def growth_notes(growth: Growth, dtype: DType, *, is_cast: bool) -> list[str]:
         notes.append(
             f"New lm_head rows repeat the mean of the {source.vocab_size - growth.unused_rows} rows without a piece."
             if known and growth.unused_rows is not None
+            else "The source has no unused vocabulary rows, so new ones repeat the mean of all, and take part in the "
+            "softmax: probabilities change slightly, whatever becomes of the old logits."
+            if growth.departures
             else "The source has no unused vocabulary rows: old logits are kept exactly, but the new rows take part in "
             "the softmax, so probabilities change slightly."
         )
@@ -108,7 +112,7 @@ def _are_shares_rounded(growth: Growth) -> bool:
     return any(bool(growth.noise) or math.frexp(count)[0] != 0.5 for count in times)
 
 
-def _learning_rate(growth: Growth) -> list[str]:
+def _learning_rate(growth: Growth, base_width: int | None) -> list[str]:
     old, new = growth.source.hidden_size, growth.target.hidden_size
     if isinstance(growth.method, Tile) and new > old:
         copies = new // old
@@ -120,11 +124,13 @@ def _learning_rate(growth: Growth) -> list[str]:
         return []
     return [
         f"By muP, matrices of a stream {new / old:.3g} times as wide learn at {old / new:.3g} of the source's rate, "
-        f"embeddings and norms at all of it: `teleflm train --mup_base_width {old}`."
+        f"embeddings and norms at all of it: `teleflm train --mup_base_width {base_width or old}`."
     ]
 
 
 def _repeated_layers(growth: Growth) -> list[str]:
+    if growth.new_layers == "random":
+        return []
     copies = Counter(origin.source for origin in growth.layers if origin.is_copy)
     often = [str(layer) for layer, count in sorted(copies.items()) if count > 1]
     if not often:

@@ -47,7 +47,7 @@ from conversion.checkpoint.plan import (
 )
 from conversion.mapping import EMBED_TOKENS, LM_HEAD, Axis, Weight, axis_size
 
-from .method import Tile, Zero
+from .method import Mask, Tile, Zero
 from .spec import Growth, key_value_copies
 
 _WRITERS = ("embed_tokens", "o_proj", "down_proj")  # they write the residual stream
@@ -152,7 +152,7 @@ def grow_weight(
     if is_copy and growth.new_layers == "random":
         scale = _scale(weight, kind, growth) * rms_scale(weight, growth)
         return TensorPlan(name, shape, dtype, (_fill_rest(Box.whole(shape), source_name, "", view, scale),))
-    if is_copy and kind in _OUTPUTS and writes_zeros and growth.new_layers == "silent":
+    if is_copy and kind in _OUTPUTS and growth.new_layers == "silent" and not isinstance(growth.method, Mask):
         return TensorPlan(name, shape, dtype, (Fill(Box.whole(shape)),))
 
     axes = [grow_axis(axis, growth) for axis in weight.axes]

@@ -134,8 +134,7 @@ def check_honoured(
             continue
         if field in overrides:
             raise CheckpointError(_not_honoured(field, asked, source, target))
-        keeps = "which keeps what the model computes"
-        notes.append(f"{field} is {_text(found)}, not the target's {_text(asked)}, {keeps}.")
+        notes.append(f"{field} is {_text(found)}, not the target's {_text(asked)}: it follows from the source's.")
     if target == source:
         raise CheckpointError(
             "nothing would grow: every size and multiplier asked for is the source's; `teleflm convert` copies a model."

@@ -17,10 +17,9 @@ optimizer unloaded, without a word. So these go along where there are moments, a
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ..adam_state import AdamState, read_adam_state
+from ..adam_state import TRAINER_STATE, AdamState, check_trainer_step, read_adam_state
 from ..checkpoint.containers import Layout, Shard
 from ..checkpoint.distributed_file import METADATA
 from ..checkpoint.distributed_layout import (
@@ -33,11 +32,10 @@ from ..checkpoint.distributed_layout import (
 )
 from ..checkpoint.dtypes import FLOAT32, DType
 from ..checkpoint.errors import CheckpointError
-from ..checkpoint.manifest import read_manifest, sample_digest
+from ..checkpoint.manifest import read_manifest
 from ..checkpoint.plan import Box, CheckpointPlan, Fill, TensorPlan
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.sources import source_identity
-from ..checkpoint.strict_json import read_json_object
 from ..hub.contents import hub_config
 from ..hub.small_files import check_read_files, copied_file, left_behind, small_files
 from ..mapping import EMBED_TOKENS, LM_HEAD, weights
@@ -45,7 +43,7 @@ from ..native.find import FSDP_OPTIMIZER, FSDP_WEIGHTS
 from ..optimizer_state import MOMENTS, OPTIMIZER_FILE
 from .model import ExportedModel
 
-_STATE, _SCHEDULER = "trainer_state.json", "scheduler.pt"
+_SCHEDULER = "scheduler.pt"
 _OF_A_RUN = re.compile(r"trainer_state\.json|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth")
 _TRAINED = ("train", "fine-tune")  # whose checkpoints have an optimizer that no record lists
 # What decides the updates, and has to be said; and what torch's AdamW of today has in a group beside it, with the value
@@ -94,9 +92,9 @@ def open_state(model: ExportedModel) -> OpenState:
                 f"{adam.file}: parameter group {number} does not say {', '.join(missing)}, which a run takes from "
                 "there; leave --optimizer out."
             )
-    if not (folder / _STATE).is_file():
+    if not (folder / TRAINER_STATE).is_file():
         return OpenState(adam, None, {})
-    step = _check_step(folder, adam)
+    step = check_trainer_step(folder, adam.file, adam.steps)
     names = sorted(entry.name for entry in folder.iterdir() if _OF_A_RUN.fullmatch(entry.name))
     return OpenState(adam, step, {name: path for name in names if (path := copied_file(folder, name))})
 
@@ -107,6 +105,12 @@ def _check_record(model: ExportedModel) -> None:
     files = (record or {}).get("files")
     if record is None or not isinstance(files, dict):
         return
+    parent = model.parent or {}
+    if parent.get("matches") is False:
+        raise CheckpointError(
+            f"{path}: the weights beside it are not those of the record ({parent.get('mismatch')}), so these moments "
+            "are of others; leave --optimizer out."
+        )
     entry = files.get(OPTIMIZER_FILE)
     if not isinstance(entry, dict):
         if record["lineage"].get("operation") in _TRAINED:
@@ -115,46 +119,6 @@ def _check_record(model: ExportedModel) -> None:
             f"{path}: the record of the folder tells of weights without an optimizer, so this is another model's; "
             "leave --optimizer out."
         )
-    size = path.stat().st_size
-    if size != entry.get("bytes") or sample_digest(path) != entry.get("samples"):
-        how = f"{size} bytes, expected {entry.get('bytes')}" if size != entry.get("bytes") else "other content"
-        raise CheckpointError(
-            f"{path}: has {how}, so it is not what the record says was written with the weights; restore it, or leave "
-            "--optimizer out."
-        )
-    parent = model.parent or {}
-    if parent.get("matches") is False:
-        raise CheckpointError(
-            f"{path}: the weights beside it are not those of the record ({parent.get('mismatch')}), so these moments "
-            "are of others; leave --optimizer out."
-        )
-
-
-def _check_step(folder: Path, adam: AdamState) -> int:
-    """The step of a Trainer's checkpoint, checked against that of its optimizer."""
-    path = folder / _STATE
-    state = read_json_object(path, infinite=True)
-    step, callbacks = state.get("global_step"), state.get("stateful_callbacks")
-    if type(step) is not int:
-        raise CheckpointError(f"{path}: global_step is {step!r}, expected a whole number; copy the checkpoint again.")
-    expected = step + _first_step(callbacks)
-    found = {min(adam.steps.values()), max(adam.steps.values())}
-    # In float16 a step whose gradients overflow leaves the weights and the optimizer as they are.
-    fits = found == {expected} or ((folder / "scaler.pt").is_file() and max(found) <= expected)
-    if not fits:
-        raise CheckpointError(
-            f"{adam.file}: Adam is at step {' to '.join(f'{value:g}' for value in sorted(found))}, {_STATE} says "
-            f"{expected:g}, so the two are of different checkpoints; put back the optimizer of this one."
-        )
-    return step
-
-
-def _first_step(callbacks: Any) -> float:
-    """At which of its steps Adam was when the run began, as `teleflm train` records it; else 0."""
-    match callbacks:
-        case {"AdamStart": {"attributes": {"first_step": int() | float() as first}}}:
-            return float(first)
-    return 0.0
 
 
 def plan_dcp(
@@ -173,8 +137,8 @@ def plan_dcp(
     """
     if state and state.step is not None and _SCHEDULER not in state.files:
         raise CheckpointError(
-            f"{model.folder}: has a {_STATE} and no {_SCHEDULER}, without which transformers' Trainer leaves the "
-            "optimizer unloaded; copy the checkpoint again, or leave --optimizer out."
+            f"{model.folder}: has a {TRAINER_STATE} and no {_SCHEDULER}, without which transformers' Trainer leaves "
+            "the optimizer unloaded; copy the checkpoint again, or leave --optimizer out."
         )
     dtype = model.dtype(cast)
     numel = sum(view.numel for view in model.checkpoint.tensors.values())
@@ -237,12 +201,13 @@ def _notes(model: ExportedModel, state: OpenState | None) -> Iterable[str]:
     )
     if state.step is None:
         yield (
-            f"The source is of no run (it has no {_STATE}): Accelerate's load_fsdp_model and load_fsdp_optimizer load "
-            "the two folders, as torch.distributed.checkpoint does; transformers' Trainer has nothing to resume here."
+            f"The source is of no run (it has no {TRAINER_STATE}): Accelerate's load_fsdp_model and "
+            "load_fsdp_optimizer load the two folders, as torch.distributed.checkpoint does; transformers' Trainer has "
+            "nothing to resume here."
         )
         return
     yield (
-        f"transformers' Trainer under FSDP2 with SHARDED_STATE_DICT goes on from step {state.step}: "
+        f"transformers' Trainer under FSDP2 with SHARDEDTRAINER_STATE_DICT goes on from step {state.step}: "
         "resume_from_checkpoint=OUT."
     )
     if "rng_state.pth" in state.files:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..adam_state import TRAINER_STATE, check_trainer_step
 from ..architecture import MODEL_TYPE, Architecture, load_config
 from ..checkpoint.containers import Shard
 from ..checkpoint.dtypes import FLOAT32, DType
@@ -101,6 +102,10 @@ def plan_run(
     sidecars = hub_sidecars(folder, model_facts(hub, out_dtype, lineage), code)
     states: list[Shard] = []
     if run.adam:
+        for place in (Path(run.folder), Path(run.folder).parent):  # DeepSpeed's is a folder of its own in there
+            if (place / TRAINER_STATE).is_file():
+                check_trainer_step(place, run.folder, run.adam.steps)
+                break
         states = [plan_adam(run, run.adam, architecture)]
         tensors += [tensor for shard in states for tensor, _ in shard.tensors]
         notes.append(f"{OPTIMIZER_FILE}: Adam's moments after {max(run.adam.steps.values()):.0f} steps.")

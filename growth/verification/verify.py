@@ -72,6 +72,12 @@ class Verification:
         return "same-bytes" if self.certificate.is_identity else "certified"
 
     @property
+    def _not_meant(self) -> str:
+        if not (self.departure and self.numbers):
+            return ""
+        return f", nor was it grown to: {self.departure} does not preserve it. {self.numbers.distance.rstrip('.')}"
+
+    @property
     def same(self) -> bool | None:
         """Whether B computes A's function: True if that is proven, False if it is not so, None if it is unknown.
 
@@ -103,7 +109,7 @@ class Verification:
             case "indistinguishable" if numbers:
                 return (
                     f"Indistinguishable at {numbers.rounding} rounding on {numbers.difference.tokens} tokens. "
-                    f"{_blind_spot(numbers)} That B computes A's function is not proven."
+                    f"{_blind_spot(numbers)} That B computes A's function is not proven{self._not_meant}."
                 )
             case "not-certified" if certificate:
                 faults = [*certificate.broken_fields, *certificate.violations]

@@ -348,3 +348,37 @@ def test_one_may_be_trained(source, tmp_path):
     loss = model(IDS, labels=IDS).loss
     loss.backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", [Random(), Rms()])
+def test_additional_layers_stay_silent_unless_they_are_asked_not_to(method, source, tmp_path):
+    """Whatever the width does."""
+    result = grow_checkpoint(source, tmp_path / "out", {**WIDER, "num_hidden_layers": 4}, layers="1", method=method)
+    assert not any("additional layer" in reason for reason in result.growth.departures)
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    for kind in ("self_attn.o_proj", "mlp.down_proj"):
+        assert not tensors[f"model.layers.2.{kind}.weight"].any()
+        assert tensors[f"model.layers.1.{kind}.weight"].any()
+
+
+def test_notes_do_not_contradict_each_other(source, tmp_path):
+    how = {"target": {**WIDER, "vocab_size": 704, "num_hidden_layers": 9}, "method": Random(), "new_layers": "random"}
+    notes = " ".join(grow_checkpoint(source, tmp_path / "out", **how).notes)
+    assert notes.startswith("Not preserving")
+    for claim in ("kept exactly", "start alike", "what the model computes"):
+        assert claim not in notes
+
+
+def test_a_departure_that_rounding_hides_is_named_still(tmp_path, text):
+    """New neurons whose outputs are far below what bfloat16 shows."""
+    folder = tmp_path / "source"
+    model = tiny_model(tiny_config(num_hidden_layers=1))
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1e-9)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer(folder).save_pretrained(folder)
+    grow_checkpoint(folder, tmp_path / "out", {"intermediate_size": 96}, method=Random())
+    verification = verify_checkpoints(folder, tmp_path / "out", text=text)
+    assert verification.verdict == "indistinguishable"
+    assert "nor was it grown to: method random does not preserve it" in verification.sentence
+    assert "nats a token from A's (KL divergence)" in verification.sentence

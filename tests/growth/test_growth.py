@@ -650,7 +650,7 @@ def test_what_a_target_has_and_growth_keeps_is_noted(source, tmp_path):
     target = {**WIDER, "rms_norm_eps": 1e-5, "use_cache": False, "max_position_embeddings": 4096, "output_mult": 9.0}
     notes = "\n".join(grow_checkpoint(source, tmp_path / "out", target, dry_run=True).notes)
     assert "Not taken from the target, which differs in them: max_position_embeddings, use_cache." in notes
-    assert re.search(r"output_mult is [\d.]+, not the target's 9, which keeps what the model computes", notes)
+    assert re.search(r"output_mult is [\d.]+, not the target's 9: it follows from the source's", notes)
 
 
 def test_nothing_of_a_target_is_dropped_without_a_word(make_source, tmp_path):
@@ -670,7 +670,7 @@ def test_nothing_of_a_target_is_dropped_without_a_word(make_source, tmp_path):
     }
     notes = "\n".join(grow_checkpoint(source, tmp_path / "out", target, dry_run=True).notes)
     assert "differs in them: attention_dropout, dtype, max_position_embeddings." in notes
-    assert "rms_norm_eps is 8e-06, not the target's 0.001, which keeps what the model computes." in notes
+    assert "rms_norm_eps is 8e-06, not the target's 0.001: it follows from the source's." in notes
     same = {**WIDER, "rms_norm_eps": 8e-06, "torch_dtype": "torch.float64", "shades": {"of": 2}}
     notes = "\n".join(grow_checkpoint(source, tmp_path / "out", same, dry_run=True).notes)
     assert "target" not in notes.replace("the target's", "")
@@ -803,7 +803,7 @@ def test_notes_on_bfloat16(fields, target, expected, unexpected, make_source, tm
     [
         ({"layers": "5"}, "layers lists 5, the source has layers 0 to 2"),
         ({"layers": "1,2"}, "layers lists 2 copies, the target has 1 layers more"),
-        ({"layers": "spread"}, "layers 'spread' is neither one of interleave, stack, top nor a list"),
+        ({"layers": "spread"}, "layers 'spread' is neither one of interleave, stack, top, middle, upper nor a list"),
         ({"multipliers": "both"}, "multipliers is 'both', expected one of preserve, target"),
         ({"dtype": "int8"}, "dtype 'int8' is not one of bfloat16"),
         ({"options": WriteOptions(max_shard_size="5 apples")}, "size '5 apples' is not a positive number of bytes"),

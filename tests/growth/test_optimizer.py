@@ -22,17 +22,18 @@ from typer.testing import CliRunner
 
 import conversion.checkpoint.finish as finishing
 import growth.moments as growing
-from conversion import convert_checkpoint
+from conversion import convert_checkpoint, export_checkpoint
 from conversion.architecture import Architecture
 from conversion.checkpoint.errors import CheckpointError, CorruptData
 from conversion.checkpoint.execute import WriteOptions
 from conversion.checkpoint.manifest import MANIFEST, read_manifest
 from conversion.checkpoint.sources import open_checkpoint
+from conversion.hub.saved_model import record_saved_model
 from conversion.inspect import inspect_checkpoint
 from conversion.optimizer_state import parameter_names
 from growth import grow_checkpoint
 from growth.method import Tile, Zero
-from growth.moments import read_adam_state
+from growth.moments import read_adam_state, read_grown_state
 from growth.training.grown_adam import check_adam_state, find_grown_state, load_adam_state
 from growth.training.mup import parameter_groups
 from modeling_teleflm import TeleFLMForCausalLM
@@ -789,3 +790,59 @@ def test_moments_that_are_no_numbers_are_refused(key, value, source, tmp_path): 
     with pytest.raises(CheckpointError, match=rf"{key}.* is (nan|inf|NaN or infinite)"):
         grow_checkpoint(source, tmp_path / "out", TARGET, optimizer=tmp_path)
     assert not (tmp_path / "out/model.safetensors").exists()
+
+
+# A state is that of its record, and of the step of the weights.
+
+
+@pytest.fixture
+def two_grown(make_source, tmp_path) -> tuple[Path, Path]:  # noqa: F811
+    """The same weights grown with the states of two runs."""
+    source = make_source()  # noqa: F811
+    for name, groups in (("one", trainer_groups), ("two", mup_groups)):
+        (tmp_path / name).mkdir()
+        save_state(source, tmp_path / name / "optimizer.pt", groups, betas=(0.0, 0.0) if name == "one" else (0.9, 0.9))
+        grow_checkpoint(source, tmp_path / f"grown {name}", TARGET, optimizer=tmp_path / name, multipliers="target")
+    return tmp_path / "grown one", tmp_path / "grown two"
+
+
+def test_a_state_that_was_exchanged_since_its_record_is_refused(two_grown):
+    """By whoever opens it: growth, training, an export."""
+    one, two = two_grown
+    shutil.copy(two / "optimizer.pt", one / "optimizer.pt")
+    architecture = Architecture.from_config(json.loads((one / "config.json").read_bytes()))
+    refusal = r"optimizer\.pt: has (other content|\d+ bytes, expected \d+), so it is not what the record says"
+    with pytest.raises(CheckpointError, match=refusal):
+        read_adam_state(one, architecture)
+    with pytest.raises(CheckpointError, match=refusal):
+        grow_checkpoint(one, one.parent / "again", {"num_hidden_layers": 7}, optimizer=one)
+    with pytest.raises(CheckpointError, match=refusal):
+        export_checkpoint(one, one.parent / "dcp", to="dcp", optimizer=True)
+    shapes = {name: tuple(parameter.shape) for name, parameter in load(one).named_parameters()}
+    with pytest.raises(CheckpointError, match=refusal):
+        read_grown_state(one / "optimizer.pt", shapes)
+
+
+@pytest.mark.parametrize("where", ["the source", "the state"])
+def test_weights_and_moments_of_different_steps_do_not_grow(where, make_source, tmp_path):  # noqa: F811
+    """As a Trainer says of its checkpoint, beside the weights or beside the moments."""
+    source, state = make_source(), tmp_path / "state"  # noqa: F811
+    state.mkdir()
+    save_state(source, state / "optimizer.pt")
+    folder = source if where == "the source" else state
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 8}))
+    with pytest.raises(CheckpointError, match=r"Adam is at step 1, .*trainer_state\.json says 8"):
+        grow_checkpoint(source, tmp_path / "out", TARGET, optimizer=state, multipliers="target")
+    assert not (tmp_path / "out").exists()
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 1}))
+    grow_checkpoint(source, tmp_path / "out", TARGET, optimizer=state, multipliers="target")
+
+
+def test_the_base_width_of_the_run_before_is_the_one_to_go_on_with(make_source, tmp_path):  # noqa: F811
+    source = make_source()  # noqa: F811
+    record_saved_model(
+        source, {"operation": "train", "mup_base_width": 16, "steps": 8, "tokens": 64, "parent": None}, 0
+    )
+    notes = " ".join(grow_checkpoint(source, tmp_path / "out", TARGET, multipliers="target").notes)
+    assert "--mup_base_width 16`" in notes
+    assert "--mup_base_width 32" not in notes
