@@ -44,7 +44,7 @@ from ..optimizer_state import MOMENTS, OPTIMIZER_FILE
 from .model import ExportedModel
 
 _SCHEDULER = "scheduler.pt"
-_OF_A_RUN = re.compile(r"trainer_state\.json|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth")
+_OF_A_RUN = re.compile(r"run\.json|trainer_state\.json|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth")
 _TRAINED = ("train", "fine-tune")  # whose checkpoints have an optimizer that no record lists
 # What decides the updates, and has to be said; and what torch's AdamW of today has in a group beside it, with the value
 # of which a state that does not say it is: a loader asks for each by name.

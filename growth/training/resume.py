@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.checkpoint.errors import CheckpointError
-from conversion.checkpoint.manifest import MANIFEST
+from conversion.checkpoint.manifest import MANIFEST, read_manifest
 from conversion.checkpoint.safetensors_file import read_header
 from conversion.checkpoint.sources import WEIGHT_FILES, open_checkpoint
 from conversion.checkpoint.torch_file import read_torch_file
@@ -78,7 +78,7 @@ def find_fault(checkpoint: Path) -> str | None:
     missing = [what for what, names in _PARTS.items() if not any(any(checkpoint.glob(name)) for name in names)]
     if missing:
         return f"has no {', '.join(missing)}, as where it was saved with save_only_model"
-    if (checkpoint / MANIFEST).is_file() and not (checkpoint / RUN).is_file():
+    if not (checkpoint / RUN).is_file() and _is_of_ours(checkpoint):
         return f"was not saved to its end or was changed since: it has no {RUN}, which tells what run it is of"
     try:
         if (checkpoint / RUN).is_file():
@@ -87,6 +87,17 @@ def find_fault(checkpoint: Path) -> str | None:
     except (RunError, CheckpointError) as error:
         return f"is damaged ({str(error).rstrip('.')})"
     return None
+
+
+def _is_of_ours(checkpoint: Path) -> bool:
+    """Whether a run of this package saved a checkpoint, and not another one of which an export was made."""
+    if not (checkpoint / MANIFEST).is_file():
+        return False
+    try:
+        record = read_manifest(checkpoint)
+    except CheckpointError:  # damaged, as nothing that was saved to its end is
+        return True
+    return record is None or record["lineage"].get("operation") != "export"
 
 
 def _open_parts(checkpoint: Path) -> None:
