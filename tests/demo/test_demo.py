@@ -175,7 +175,9 @@ def test_the_card_tells_the_whole_life(finished, summary):
     assert len(steps) == len(expected), steps
     assert [step[: len(start)] for step, start in zip(steps, expected, strict=True)] == expected
     assert "vocab_size 632 to 640" in steps[2]
-    assert "Certified against its source: every condition on its bytes holds; in float64 logits of 256 tokens" in steps[2]
+    assert (
+        "Certified against its source: every condition on its bytes holds; in float64 logits of 256 tokens" in steps[2]
+    )
     assert summary["growth"]["verdict"] == "certified"
     chain = inspect_checkpoint(out / "hub").chain
     folders = ("published", "converted", "grown", "continued", "sft", "hub")
