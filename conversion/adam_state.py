@@ -50,7 +50,7 @@ class AdamState:
     moments: dict[str, tuple[View, View]]
 
 
-def read_adam_state(path: str | os.PathLike[str], architecture: Architecture) -> AdamState:
+def read_adam_state(path: str | os.PathLike[str], architecture: Architecture, *, as_recorded: bool = True) -> AdamState:
     """Read the Adam or AdamW state that transformers' Trainer or torch.save wrote; nothing in it is executed.
 
     Such a file numbers the parameters. Which is which follows from the order of the model's parameters and from its
@@ -59,26 +59,40 @@ def read_adam_state(path: str | os.PathLike[str], architecture: Architecture) ->
     Args:
         path: the file, or the folder that holds it as optimizer.pt.
         architecture: of the model it belongs to.
+        as_recorded: whether it has to be what the record in its folder knows.
 
     Raises:
-        CheckpointError: there is no such file, or it is not the state of Adam for that architecture.
+        CheckpointError: there is no such file, it is not the state of Adam for that architecture, or it is not the one
+            that the record knows.
     """
     sizes = {name: weight.shape(architecture) for name, weight, _ in weights(architecture)}
     shapes = {name: sizes[name] for name in parameter_names(architecture)}
-    return _read(_find_file(Path(path)), shapes, whose="config.json says", must_name=False)
+    file = _find_file(Path(path))
+    state = _read(file, shapes, whose="config.json says", must_name=False)
+    if as_recorded:
+        check_recorded_state(file)
+    return state
 
 
-def read_grown_state(path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]]) -> AdamState:
+def read_grown_state(
+    path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]], *, as_recorded: bool = True
+) -> AdamState:
     """Read a state that names its parameters, as `write_adam_state` writes it; nothing in it is executed.
 
     Args:
         path: the file.
         shapes: of the parameters of the model it is for, by name.
+        as_recorded: whether it has to be what the record in its folder knows.
 
     Raises:
-        CheckpointError: there is no such file, it does not name its parameters, or they are another model's.
+        CheckpointError: there is no such file, it does not name its parameters, they are another model's, or it is not
+            the one that the record knows.
     """
-    return _read(_find_file(Path(path)), shapes, whose="the model has", must_name=True)
+    file = _find_file(Path(path))
+    state = _read(file, shapes, whose="the model has", must_name=True)
+    if as_recorded:
+        check_recorded_state(file)
+    return state
 
 
 def check_recorded_state(file: str | os.PathLike[str]) -> None:
@@ -141,7 +155,6 @@ def _first_step(callbacks: Any) -> float:
 
 def _read(file: str, shapes: Mapping[str, tuple[int, ...]], *, whose: str, must_name: bool) -> AdamState:
     """Read a state of parameters with these shapes, in the order in which the model lists them."""
-    check_recorded_state(file)
     saved = read_torch_file(file)
     if not isinstance(saved, dict) or not all(isinstance(saved.get(key), kind) for key, kind in _LAYOUT.items()):
         raise CheckpointError(f"{file} is no optimizer state: expected a dict with state and param_groups.")

@@ -20,6 +20,7 @@ from conversion.architecture import Architecture
 from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM
 
 TOY = PRESETS["toy"]
+DISTRIBUTIONS = {**corpus.TRAIN, **corpus.TUNE, **corpus.HELD_OUT}
 # One of a kind; the others differ in numbers alone.
 SOME = [
     arms.BY_NAME[name]
@@ -206,7 +207,7 @@ def test_the_runs_are_those_of_the_preset():
     corpus_kept = json.loads((RESULTS / "corpus.json").read_text())
     pinned = Path(__file__).parents[2].joinpath("constraints.txt").read_text()
     for name, version in corpus_kept["packages"].items():
-        distribution = {**corpus.TRAIN, **corpus.TUNE, **corpus.HELD_OUT}[name]
+        distribution = DISTRIBUTIONS[name]
         assert re.search(rf"(?mi)^{distribution}=={re.escape(version.partition('+')[0])}", pinned), name
 
 

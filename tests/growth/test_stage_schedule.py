@@ -203,8 +203,11 @@ def test_an_optimizer_of_another_checkpoint_is_refused(root, tmp_path, capsys):
 
 def test_moments_of_another_step_of_the_stable_phase_are_refused(root, tmp_path, capsys):
     """The fault: the rates are the same, and the weights are of step 6, the moments of step 4."""
-    run = root / "first"
-    grow_checkpoint(run / "checkpoint-6", tmp_path / "model", TARGET, optimizer=run / "checkpoint-4")
+    run, states = root / "first", tmp_path / "states"
+    for name, file in (("weights", "checkpoint-6"), ("moments", "checkpoint-4")):  # without what tells growth of it
+        shutil.copytree(run / file, states / name)
+        (states / name / "trainer_state.json").unlink()
+    grow_checkpoint(states / "weights", tmp_path / "model", TARGET, optimizer=states / "moments")
     keys = keys_of(root, tmp_path / "model", "", output_dir=str(tmp_path / "run"), continue_schedule=1)
     refused(keys, "is of Adam's step 4, but by the record of .* it was at 6 after its 6 steps", tmp_path, capsys)
 
