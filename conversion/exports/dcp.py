@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..adam_state import TRAINER_STATE, AdamState, check_trainer_step, read_adam_state
+from ..adam_state import TRAINER_STATE, AdamState, check_recorded_state, check_trainer_step, read_adam_state
 from ..checkpoint.containers import Layout, Shard
 from ..checkpoint.distributed_file import METADATA
 from ..checkpoint.distributed_layout import (
@@ -84,6 +84,7 @@ def open_state(model: ExportedModel) -> OpenState:
     folder = model.folder
     if not (folder / OPTIMIZER_FILE).is_file():
         raise CheckpointError(f"{folder}: holds no {OPTIMIZER_FILE}, whose moments --optimizer exports; leave it out.")
+    check_recorded_state(folder / OPTIMIZER_FILE)
     _check_record(model)
     adam = read_adam_state(folder, model.architecture)
     for number, (settings, _) in enumerate(adam.groups):
