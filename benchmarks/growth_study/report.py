@@ -137,6 +137,7 @@ def _describe_corpus(corpus: dict[str, Any]) -> list[str]:
 
 def _describe_tuning(folder: Path, runs: Runs, seeds: Sequence[int]) -> list[str]:
     tuned = read_lines(folder / "tuning.jsonl")
+    rates = [run["learning_rate"] for run in tuned]
     rows = []
     for arm in ARMS:
         name = SMALL_ARMS[0].name if arm in SMALL_ARMS else arm.name
@@ -146,7 +147,7 @@ def _describe_tuning(folder: Path, runs: Runs, seeds: Sequence[int]) -> list[str
             [
                 arm.name,
                 arm.shape,
-                f"{run['learning_rate']:g}",
+                f"{run['learning_rate']:g}{', an edge' if run['learning_rate'] in (min(rates), max(rates)) else ''}",
                 f"{run['warmup']:.0%}",
                 f"{own[0]:.4f}",
                 f"{own[-1]:.4f}",
