@@ -128,7 +128,7 @@ def check_same_run(checkpoint: str | Path, run: Mapping[str, Any]) -> bool | Non
         )
     for key, (old, new) in free.items():
         logger.warning(
-            "%s: %s was %s, is %s: the learning rates of the steps to come follow the new length",
+            "%s: %s was %s, is %s: the learning rates follow the new length after the next step, which has the old one",
             checkpoint,
             key,
             old,
