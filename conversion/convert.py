@@ -22,7 +22,7 @@ from .checkpoint.promises import verify_sources
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .exports.export import exported_weights
 from .hub.card import model_facts
-from .hub.contents import hub_config, hub_sidecars
+from .hub.contents import hub_config, hub_sidecars, sidecar_notes
 from .hub.published_card import CardOptions
 from .hub.remote import local_view
 from .hub.small_files import check_read_files, copied_file, left_behind, small_files
@@ -285,7 +285,7 @@ def _plan_teleflm(checkpoint: Source, dtype: DType | None) -> tuple[CheckpointPl
     config = hub_config(checkpoint.config or {}, architecture, out_dtype)
     sidecars = hub_sidecars(Path(checkpoint.folder), model_facts(config, out_dtype, lineage))
     notes = [f"{dropped} tensors that every runtime computes itself were left out."] if dropped else []
-    notes += left_behind(Path(checkpoint.folder), sidecars)
+    notes += sidecar_notes(Path(checkpoint.folder), sidecars)
     return CheckpointPlan(tensors, config, sidecars, lineage), notes
 
 

@@ -17,7 +17,7 @@ from ..checkpoint.parent import parent_of
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.sources import Source, open_checkpoint
 from ..hub.card import model_facts
-from ..hub.contents import TOKENIZER_CODE, hub_config, hub_sidecars
+from ..hub.contents import hub_config, hub_sidecars
 from ..hub.remote import local_view
 from ..mapping import EMBED_TOKENS, LM_HEAD, check_tensors, weights
 from ..masked import is_masked, split_masked_config
@@ -111,5 +111,5 @@ def stock_config(model: ExportedModel, architecture: Architecture, model_type: s
 def stock_sidecars(
     model: ExportedModel, config: Mapping[str, Any], lineage: Mapping[str, Any], dtype: DType
 ) -> dict[str, str | bytes]:
-    """Its small files: our tokenizer's code, and a card that needs none of our model's."""
-    return hub_sidecars(model.folder, model_facts(config, dtype.name, lineage), code=(TOKENIZER_CODE,))
+    """Its small files, none of them code, and a tokenizer that needs none either."""
+    return hub_sidecars(model.folder, model_facts(config, dtype.name, lineage), code=(), stock=True)

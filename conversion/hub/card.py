@@ -29,6 +29,7 @@ from .results import Result, model_index
 # --- what a card says -------------------------------------------------------------------------------------------------
 
 CARD = "README.md"
+TOKENIZER_CODE = "tokenization_teleflm.py"
 ADAPTER_CONFIG = "adapter_config.json"
 _NO_NAME = "A Tele-FLM model"
 _HERE = "."  # a folder without a name loads from where it lies
@@ -70,6 +71,7 @@ class CardFacts:
         relation: to them: `finetune`, `adapter`, `merge` or `quantized`; None leaves it to the Hub.
         results: of evaluations.
         has_tokenizer: whether a tokenizer lies beside the weights.
+        tokenizer_code: and code of ours that reads it.
         has_chat_template: and a chat template.
         has_record: and the record.
     """
@@ -92,6 +94,7 @@ class CardFacts:
     relation: str | None = None
     results: tuple[Result, ...] = ()
     has_tokenizer: bool = True
+    tokenizer_code: bool = True
     has_chat_template: bool = False
     has_record: bool = True
 
@@ -186,6 +189,7 @@ def with_files(facts: CardFacts, folder: Path | None, files: Collection[str]) ->
         facts,
         metadata=inherited_metadata(folder, facts.inherited) if folder else {},
         has_tokenizer="tokenizer.model" in files or "tokenizer.json" in files,
+        tokenizer_code=TOKENIZER_CODE in files,
         has_chat_template="chat_template.jinja" in files,
     )
 
@@ -510,7 +514,7 @@ def _code(facts: CardFacts) -> str:
     """Blocks that run as they stand, where the model is what they name."""
     here = json.dumps(facts.repo_id or _HERE)
     trust = ", trust_remote_code=True" if facts.own_code else ""
-    tokens = ", trust_remote_code=True" if facts.is_teleflm else trust  # our tokenizer is always code of the repository
+    tokens = ", trust_remote_code=True" if facts.is_teleflm and facts.tokenizer_code else trust
     pipe = tokens if facts.has_tokenizer else trust
     auto = ["AutoModelForCausalLM", *(["AutoTokenizer"] if facts.has_tokenizer else [])]
     tokenizer = [f"tokenizer = AutoTokenizer.from_pretrained({here}{tokens})"] if facts.has_tokenizer else []

@@ -22,8 +22,7 @@ from ..checkpoint.plan import CheckpointPlan, Shape, TensorPlan
 from ..checkpoint.reader import FileReader, boxes_of_range
 from ..checkpoint.sharded import ShardedTensor
 from ..hub.card import model_facts
-from ..hub.contents import CODE_FILES, count_pieces, hub_config, hub_sidecars
-from ..hub.small_files import left_behind
+from ..hub.contents import CODE_FILES, count_pieces, hub_config, hub_sidecars, sidecar_notes
 from ..mapping import EMBED_TOKENS, LM_HEAD, Weight, is_derived, weights
 from ..masked import MASKED_CODE, is_masked, masked_config, split_masked_config
 from ..optimizer_state import OPTIMIZER_FILE, adam_shard, parameter_names
@@ -112,7 +111,7 @@ def plan_run(
     plan = CheckpointPlan(tuple(tensors), hub, sidecars, lineage)
     plan.check()
     if tokenizer or beside:  # what else lies in a run's own folder is the run
-        notes += left_behind(folder, sidecars)
+        notes += sidecar_notes(folder, sidecars)
     return plan, states, notes
 
 
