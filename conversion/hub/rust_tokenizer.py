@@ -1,0 +1,358 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""A tokenizer.json for a sentencepiece model: what readers without our code tokenize with, through Rust's `tokenizers`.
+
+`TeleFLMTokenizer` cuts a text at its special tokens and has sentencepiece encode each part by itself. The file says the
+same in the terms of `tokenizers`, step by step:
+
+    added tokens     cut the text at the special tokens, as it is written
+    normalizer       a leading space for each part, the model's rules for characters, spaces become U+2581
+    pre-tokenizer    user-defined symbols stand alone, as sentencepiece never merges them with their neighbours
+    model            merges in the order of the pieces' scores, or the best sum of scores; bytes for unknown characters
+    post-processor   <s> in front
+    decoder          the same backwards; the first space of each part was none
+
+A symbol is no added token: those lie outside of the normaliser, so that the part behind one would begin with a space, and
+one at the beginning of a text would have none before it. Instead the model takes a part that is a piece as that piece
+(`ignore_merges`), and the few parts of which that is not true are cut in two beforehand, where sentencepiece cuts them.
+
+Whether it is the same is not a matter of belief: `tokenizer_check.py` compares both, and what differs is not written.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from ..checkpoint.errors import CheckpointError
+from .sentencepiece_file import SPACE, PieceType, SentencePieceFile, read_sentencepiece, without_normalizer
+
+# Noncharacters, which are not meant for texts: while one is decoded, they stand behind a special token, before the surface
+# of an unknown piece, and for the space with which a piece begins.
+_BEHIND_SPECIAL, _BEFORE_UNKNOWN, _FIRST_SPACE = (f"{mark}\ufdef{mark}" for mark in "\ufdd0\ufdd1\ufdd2")
+_MOST_CUTS = 20_000  # parts that are a piece to `tokenizers` and not to sentencepiece
+_NEVER = -1e5  # score of what is no piece of text; a text of any length has a better reading
+
+
+class TokenizerMismatch(CheckpointError):
+    """A sentencepiece model cannot be said in the terms of `tokenizers`, or says something else there."""
+
+
+@dataclass(frozen=True)
+class SpecialToken:
+    """A name at which texts are cut.
+
+    Args:
+        text: its name.
+        id: its id.
+        special: whether decoding can skip it.
+    """
+
+    text: str
+    id: int
+    special: bool = True
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """What the files beside a sentencepiece model add to it.
+
+    Args:
+        cuts: the names at which texts are cut.
+        bos: the id that comes before every text, if one does.
+        eos: the id that comes after every text, if one does.
+    """
+
+    cuts: tuple[SpecialToken, ...]
+    bos: int | None
+    eos: int | None
+
+
+@lru_cache(maxsize=8)
+def rust_tokenizer(model_file: bytes, settings: TokenizerSettings | None = None) -> str:
+    """The tokenizer.json of a sentencepiece model, compared with sentencepiece on thousands of texts.
+
+    The same bytes give the same text, whatever the machine.
+
+    Args:
+        model_file: content of tokenizer.model.
+        settings: special tokens; the model's own, and <s> before every text, unless given.
+
+    Returns:
+        The content of the file: JSON of the `tokenizers` library, 0.19.1 or later.
+
+    Raises:
+        TokenizerMismatch: there is no such file, or what it makes of a text differs; names the text and the ids.
+        CheckpointError: `model_file` is no sentencepiece model.
+    """
+    from .tokenizer_check import check_tokenizer
+
+    settings = settings or default_settings(model_file)
+    text = json.dumps(tokenizer_json(model_file, settings), ensure_ascii=False, separators=(",", ":")) + "\n"
+    check_tokenizer(text, model_file, settings)
+    return text
+
+
+def default_settings(model_file: bytes) -> TokenizerSettings:
+    """Those of a sentencepiece model without any file beside it."""
+    pieces = open_model(model_file)
+    ids = [index for index in (pieces.bos_id(), pieces.eos_id(), pieces.pad_id()) if index >= 0]
+    cuts = tuple(SpecialToken(pieces.id_to_piece(index), index) for index in ids)
+    return TokenizerSettings(cuts, pieces.bos_id() if pieces.bos_id() >= 0 else None, None)
+
+
+def open_model(model_file: bytes) -> Any:
+    """sentencepiece's own runtime on a model.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor(model_proto=model_file)
+    except (RuntimeError, ValueError, TypeError) as error:
+        said = " ".join(str(error).split())
+        raise CheckpointError(
+            f"tokenizer.model: not a sentencepiece model ({said}); restore it or remove it."
+        ) from None
+
+
+def tokenizer_json(model_file: bytes, settings: TokenizerSettings) -> dict[str, Any]:
+    """The content of the file, not compared with anything; see `rust_tokenizer`."""
+    model = read_sentencepiece(model_file)
+    _refuse_unsayable(model)
+    cut_names = {token.text for token in settings.cuts}
+    symbols = [text for text in model.texts(PieceType.USER_DEFINED) if text not in cut_names]
+    is_bpe = model.algorithm == "bpe"
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_added_token(token) for token in sorted(settings.cuts, key=lambda token: token.id)],
+        "normalizer": _normalizer(model),
+        "pre_tokenizer": _pre_tokenizer(symbols, _misread(model, model_file, cut_names) if is_bpe and symbols else {}),
+        "post_processor": _post_processor(settings),
+        "decoder": _decoder(model, settings),
+        "model": _bpe(model, ignore_merges=bool(symbols)) if is_bpe else _unigram(model),
+    }
+
+
+def _refuse_unsayable(model: SentencePieceFile) -> None:
+    unsayable = {
+        f"its algorithm is {model.algorithm}": model.algorithm not in ("bpe", "unigram"),
+        "it puts spaces behind words (treat_whitespace_as_suffix)": model.space_as_suffix,
+        "it keeps spaces as they are (escape_whitespaces is false)": not model.escape_whitespaces,
+        "it has rules for decoded text (denormalizer_spec)": model.has_denormalizer,
+        "it has unused pieces": bool(model.texts(PieceType.UNUSED)),
+        "it has no unknown piece": not model.texts(PieceType.UNKNOWN),
+    }
+    for reason, holds in unsayable.items():
+        if holds:
+            raise TokenizerMismatch(f"tokenizer.model: {reason}, which tokenizer.json cannot say.")
+
+
+# Parts of the file.
+
+
+def _added_token(token: SpecialToken) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token.id, "content": token.text, **flags, "special": token.special}
+
+
+def _sequence(kind: str, steps: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    return {"type": "Sequence", kind: list(steps)} if steps else None
+
+
+def _replace(content: str, *, text: str | None = None, regex: str | None = None) -> dict[str, Any]:
+    pattern = {"String": text} if regex is None else {"Regex": regex}
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def _normalizer(model: SentencePieceFile) -> dict[str, Any] | None:
+    steps: list[dict[str, Any]] = []
+    prefix = SPACE if model.add_dummy_prefix else ""
+    if prefix:  # before anything can make the text empty: sentencepiece asks whether it was
+        steps.append({"type": "Prepend", "prepend": prefix})
+    if model.charsmap:
+        steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(model.charsmap).decode()})
+    if model.remove_extra_whitespaces:
+        steps.append(_replace(prefix, regex=rf"\A{prefix} +"))
+        steps.append(_replace(" ", regex=" {2,}"))
+        steps.append(_replace("", regex=rf"[ {SPACE}]+\z"))  # sentencepiece drops a written U+2581 there too
+    steps.append(_replace(SPACE, text=" "))
+    return _sequence("normalizers", steps)
+
+
+def _pre_tokenizer(symbols: Sequence[str], misread: Mapping[str, str]) -> dict[str, Any] | None:
+    """Cuts around symbols, and in the parts that are a piece to `tokenizers` alone: part -> its first piece."""
+    steps = []
+    if symbols:
+        steps.append(_split("|".join(map(re.escape, sorted(symbols, key=lambda text: (-len(text), text))))))
+    if misread:
+        rests: dict[str, list[str]] = {}
+        for part, first in sorted(misread.items()):
+            rests.setdefault(first, []).append(re.escape(part[len(first) :]))
+        options = (rf"{re.escape(first)}(?=(?:{'|'.join(rest)})\z)" for first, rest in rests.items())
+        steps.append(_split(rf"\A(?:{'|'.join(options)})"))
+    return _sequence("pretokenizers", steps)
+
+
+def _split(regex: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+def _post_processor(settings: TokenizerSettings) -> dict[str, Any]:
+    """What `TeleFLMTokenizer` puts around texts, and around pairs of them: a second <s> only where no </s> is between."""
+    names = {token.id: token.text for token in settings.cuts}
+    bos = [_special(names[settings.bos])] if settings.bos is not None else []
+    eos = [_special(names[settings.eos])] if settings.eos is not None else []
+    a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    used = [index for index in (settings.bos, settings.eos) if index is not None]
+    return {
+        "type": "TemplateProcessing",
+        "single": [*bos, a, *eos],
+        "pair": [*bos, a, *(eos or bos), b, *eos],
+        "special_tokens": {
+            names[index]: {"id": names[index], "ids": [index], "tokens": [names[index]]} for index in sorted(set(used))
+        },
+    }
+
+
+def _special(name: str) -> dict[str, Any]:
+    return {"SpecialToken": {"id": name, "type_id": 0}}
+
+
+def _decoder(model: SentencePieceFile, settings: TokenizerSettings) -> dict[str, Any] | None:
+    names = [token.text for token in settings.cuts]
+    silent = [re.escape(text) for text in model.texts(PieceType.CONTROL) if text not in names]
+    (unknown,) = model.texts(PieceType.UNKNOWN)
+    steps = [_replace(name + _BEHIND_SPECIAL, regex=rf"\A{re.escape(name)}\z") for name in names]
+    if silent:
+        steps.append(_replace("", regex=rf"\A(?:{'|'.join(silent)})\z"))
+    steps.append(_replace(_BEFORE_UNKNOWN + model.unk_surface, regex=rf"\A{re.escape(unknown)}\z"))
+    has_prefix = model.add_dummy_prefix or model.remove_extra_whitespaces
+    if has_prefix:
+        steps.append(_replace(_FIRST_SPACE, regex=rf"\A{SPACE}"))
+    steps.append(_replace(" ", text=SPACE))
+    if model.byte_fallback:
+        steps.append({"type": "ByteFallback"})
+    steps.append({"type": "Fuse"})
+    if has_prefix:  # of one piece, or of every piece up to the first character
+        count = "*" if model.remove_extra_whitespaces else "?"
+        steps.append(_replace("", regex=rf"\A(?:{_FIRST_SPACE}){count}|{_BEHIND_SPECIAL}(?:{_FIRST_SPACE}){count}"))
+        steps.append(_replace(" ", text=_FIRST_SPACE))
+    else:
+        steps.append(_replace("", text=_BEHIND_SPECIAL))
+    steps.append(_replace("", text=_BEFORE_UNKNOWN))
+    return _sequence("decoders", steps)
+
+
+# Models.
+
+
+def _bpe(model: SentencePieceFile, *, ignore_merges: bool) -> dict[str, Any]:
+    merges = piece_merges(model)
+    has_spaces = any(" " in left or " " in right for left, right in merges)
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": model.texts(PieceType.UNKNOWN)[0],
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": model.byte_fallback,
+        "ignore_merges": ignore_merges,
+        "vocab": {piece.text: index for index, piece in enumerate(model.pieces)},
+        # As lines, which every version reads; in pairs only where a line would be ambiguous.
+        "merges": [list(pair) if has_spaces else " ".join(pair) for pair in merges],
+    }
+
+
+def piece_merges(model: SentencePieceFile) -> list[tuple[str, str]]:
+    """The merges of a BPE model, first to last.
+
+    sentencepiece merges the two neighbours whose joint text is the piece of the highest score, the leftmost of several;
+    `tokenizers` those whose pair is first in a list. So every way to join a piece has to be there, in the order of the
+    pieces' scores, and of one piece in an order under which the leftmost of two that overlap comes first.
+    """
+    known = {piece.text for piece in model.pieces if piece.type is PieceType.NORMAL}
+    ranked = sorted((piece for piece in model.pieces if piece.type is PieceType.NORMAL), key=lambda piece: -piece.score)
+    return [(piece.text[:cut], piece.text[cut:]) for piece in ranked for cut in _cuts(piece.text, known)]
+
+
+def _cuts(text: str, known: set[str]) -> list[int]:
+    """Where a piece may be cut into two, in the order in which `tokenizers` should look for them.
+
+    Two ways to join a piece w meet in one text where w = abc... = a+b = b+c: then a+b, the left one, is to be taken. There
+    w begins and ends with b. If that holds of b = w[:i] and not of w[:n-i], the cut at n-i has to come before the cut at
+    i; where it holds of both, w repeats one text and sentencepiece, merging from the left, has the longer part there.
+    """
+    cuts = [cut for cut in range(len(text) - 1, 0, -1) if text[:cut] in known and text[cut:] in known]
+
+    def place(cut: int) -> int:
+        long, short = max(cut, len(text) - cut), min(cut, len(text) - cut)
+        is_turned = text[:long] == text[-long:] and text[:short] != text[-short:]
+        return len(text) - cut if is_turned else cut
+
+    return sorted(cuts, key=place, reverse=True)
+
+
+def _misread(model: SentencePieceFile, model_file: bytes, never: set[str]) -> dict[str, str]:
+    """Texts that are a piece by name and that sentencepiece reads as others: text -> the part that it reads first.
+
+    Args:
+        model: the model.
+        model_file: its file.
+        never: names at which texts are cut, so that no part is one of them.
+    """
+    ids = {piece.text: index for index, piece in enumerate(model.pieces)}
+    texts = [piece.text for piece in model.pieces if piece.type is not PieceType.USER_DEFINED]
+    if not model.charsmap:  # whose rules may write a name where none was
+        texts = [text for text in texts if text not in never]
+    pieces = open_model(without_normalizer(model_file))
+    read = zip(texts, pieces.encode(texts, num_threads=1), strict=True)
+    found: dict[str, str] = {}
+    for text in (text for text, read_as in read if list(read_as) != [ids[text]]):
+        first = pieces.encode(text, out_type=str)[0]
+        # Bytes are those of a character that no piece has, and that nothing was merged with.
+        found[text] = (
+            text[0] if ids.get(first) is not None and model.pieces[ids[first]].type is PieceType.BYTE else first
+        )
+        if not text.startswith(found[text]) or text == found[text]:
+            raise TokenizerMismatch(
+                f"tokenizer.model: sentencepiece reads {text!r} as {pieces.encode(text)}, and not as its piece "
+                f"{ids[text]}; tokenizer.json cannot say that."
+            )
+    if len(found) > _MOST_CUTS:
+        raise TokenizerMismatch(
+            f"tokenizer.model: sentencepiece never makes {len(found)} of its pieces; tokenizer.json can say {_MOST_CUTS}."
+        )
+    return found
+
+
+def _unigram(model: SentencePieceFile) -> dict[str, Any]:
+    """A symbol stands alone, so that any score that is not below those of its parts makes it be taken."""
+    scores = {PieceType.NORMAL: None, PieceType.USER_DEFINED: 0.0}
+    vocab = [
+        [piece.text, piece.score if piece.type is PieceType.NORMAL else scores.get(piece.type, _NEVER)]
+        for piece in model.pieces
+    ]
+    unknown = next(index for index, piece in enumerate(model.pieces) if piece.type is PieceType.UNKNOWN)
+    return {"type": "Unigram", "unk_id": unknown, "vocab": vocab, "byte_fallback": model.byte_fallback}
+
+
+__all__ = [
+    "SpecialToken",
+    "TokenizerMismatch",
+    "TokenizerSettings",
+    "default_settings",
+    "open_model",
+    "rust_tokenizer",
+    "tokenizer_json",
+]
