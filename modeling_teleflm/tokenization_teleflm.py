@@ -25,8 +25,8 @@ class TeleFLMTokenizer(SentencePieceBackend):
     Tokenizer of a Tele-FLM model, read from its `tokenizer.model`.
 
     The text between two special tokens is encoded and decoded by sentencepiece itself, so ids are sentencepiece's ids
-    and `decode(encode(text)) == text` wherever sentencepiece's normaliser keeps the text. The `tokenizer.json` that lies
-    beside a converted model makes the same ids, for programs without this code; transformers' own conversion of
+    and `decode(encode(text)) == text` wherever sentencepiece's normaliser keeps the text. The `tokenizer.json` beside a
+    converted model makes the same ids, for programs without this code; transformers' own conversion of
     `tokenizer.model` does not: the normaliser, runs of spaces and text after `<_user>` come out differently.
 
     Control tokens are recognised wherever they stand, as sentencepiece does: a `<_bot>` inside a user's text becomes
@@ -37,7 +37,7 @@ class TeleFLMTokenizer(SentencePieceBackend):
     `parse_response(ids or text, prefix=prompt)` reads what a model answers as a message again: its text, reasoning and
     tool calls, as `chat_template.jinja` writes them.
 
-    A model's `vocab_size` is padded beyond its pieces: an id without a piece is the empty token, and decodes to nothing.
+    A model's `vocab_size` is padded beyond its pieces: an id without one is the empty token, and decodes to nothing.
 
     Args:
         vocab_file (`str`): the sentencepiece model.

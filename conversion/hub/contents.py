@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..architecture import Architecture, load_config, model_code_constant, package_folder, rope_parameters
-from ..checkpoint.errors import CheckpointError, one_line
+from ..checkpoint.errors import CheckpointError
 from .card import CARD, TOKENIZER_CODE, CardFacts, render_card, with_files
+from .sentencepiece_file import open_model
 from .small_files import check_read_files, left_behind, small_files
 from .tokenizer_files import (
     TOKENIZER_CONFIG,
@@ -119,9 +120,8 @@ def _tokenizer_notes(source: Path, tokenizer: TokenizerFiles, *, stock: bool) ->
         return [f"There is no {TOKENIZER_JSON}, so only our code reads the tokenizer: {tokenizer.problem}"]
     merged = [name for name in tokenizer.dropped if (source / name).is_file()]
     notes = [f"{TOKENIZER_CONFIG} says what was in {' and '.join(merged)}."] if merged else []
-    if (source / TOKENIZER_JSON).is_file() and (source / TOKENIZER_JSON).read_bytes() != tokenizer.files[
-        TOKENIZER_JSON
-    ]:
+    old = source / TOKENIZER_JSON
+    if old.is_file() and old.read_bytes() != tokenizer.files[TOKENIZER_JSON]:
         notes.append(f"{TOKENIZER_JSON} is made of {TOKENIZER_MODEL}, and is not the one of the source.")
     return notes
 
@@ -142,13 +142,7 @@ def open_pieces(path: Path) -> "SentencePieceProcessor":
     Raises:
         CheckpointError: it cannot be read, or is none.
     """
-    from sentencepiece import SentencePieceProcessor
-
     try:
-        return SentencePieceProcessor(model_proto=path.read_bytes())  # sentencepiece itself opens UTF-8 names alone
+        return open_model(path.read_bytes(), str(path))  # sentencepiece itself opens UTF-8 names alone
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}.") from None
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: not a sentencepiece model ({one_line(error)}); restore it or remove it."
-        ) from None

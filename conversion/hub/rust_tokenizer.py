@@ -8,20 +8,24 @@
 same in the terms of `tokenizers`, step by step:
 
     added tokens     cut the text at the special tokens, as it is written
-    normalizer       a leading space for each part, the model's rules for characters, spaces become U+2581
+    normalizer       a leading space for each part, no extra spaces if the model has it so, spaces become U+2581
     pre-tokenizer    user-defined symbols stand alone, as sentencepiece never merges them with their neighbours
-    model            merges in the order of the pieces' scores, or the best sum of scores; bytes for unknown characters
+    model            merges in the order of the pieces' scores; bytes for unknown characters
     post-processor   <s> in front
     decoder          the same backwards; the first space of each part was none
 
-A symbol is no added token: those lie outside of the normaliser, so that the part behind one would begin with a space, and
-one at the beginning of a text would have none before it. Instead the model takes a part that is a piece as that piece
-(`ignore_merges`), and the few parts of which that is not true are cut in two beforehand, where sentencepiece cuts them.
+A symbol is no added token: those lie outside of the normaliser, so that the part behind one would begin with a space,
+and one at the beginning of a text would have none before it. Instead the model takes a part that is a piece as that
+piece (`ignore_merges`), and the few parts of which that is not true are cut in two beforehand, where sentencepiece cuts
+them.
 
 Whether it is the same is not a matter of belief: `tokenizer_check.py` compares both, and what differs is not written.
+Two kinds of models cannot be the same, and are refused. Rules for characters (`nmt_nfkc` and the like) `tokenizers`
+applies to user-perceived characters, some whole and some in parts, and sentencepiece to the longest text that has a
+rule: the end of a line, "\\r\\n", tells them apart. And the best reading of a unigram model has the largest sum of
+scores, which one adds up in 32 bits and the other in 64: a row of underscores tells.
 """
 
-import base64
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -30,13 +34,19 @@ from functools import lru_cache
 from typing import Any
 
 from ..checkpoint.errors import CheckpointError
-from .sentencepiece_file import SPACE, PieceType, SentencePieceFile, read_sentencepiece, without_normalizer
+from .sentencepiece_file import (
+    SPACE,
+    PieceType,
+    SentencePieceFile,
+    open_model,
+    read_sentencepiece,
+    without_normalizer,
+)
 
-# Noncharacters, which are not meant for texts: while one is decoded, they stand behind a special token, before the surface
-# of an unknown piece, and for the space with which a piece begins.
+# Noncharacters, which are not meant for texts: while one is decoded, they stand behind a special token, before the
+# surface of an unknown piece, and for the space with which a piece begins.
 _BEHIND_SPECIAL, _BEFORE_UNKNOWN, _FIRST_SPACE = (f"{mark}\ufdef{mark}" for mark in "\ufdd0\ufdd1\ufdd2")
 _MOST_CUTS = 20_000  # parts that are a piece to `tokenizers` and not to sentencepiece
-_NEVER = -1e5  # score of what is no piece of text; a text of any length has a better reading
 
 
 class TokenizerMismatch(CheckpointError):
@@ -93,8 +103,10 @@ def rust_tokenizer(model_file: bytes, settings: TokenizerSettings | None = None)
     from .tokenizer_check import check_tokenizer
 
     settings = settings or default_settings(model_file)
-    text = json.dumps(tokenizer_json(model_file, settings), ensure_ascii=False, separators=(",", ":")) + "\n"
-    check_tokenizer(text, model_file, settings)
+    model = read_sentencepiece(model_file)
+    content = tokenizer_json(model, model_file, settings)
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"
+    check_tokenizer(text, model, model_file, settings)
     return text
 
 
@@ -106,51 +118,32 @@ def default_settings(model_file: bytes) -> TokenizerSettings:
     return TokenizerSettings(cuts, pieces.bos_id() if pieces.bos_id() >= 0 else None, None)
 
 
-def open_model(model_file: bytes) -> Any:
-    """sentencepiece's own runtime on a model.
-
-    Raises:
-        CheckpointError: it is none.
-    """
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        return SentencePieceProcessor(model_proto=model_file)
-    except (RuntimeError, ValueError, TypeError) as error:
-        said = " ".join(str(error).split())
-        raise CheckpointError(
-            f"tokenizer.model: not a sentencepiece model ({said}); restore it or remove it."
-        ) from None
-
-
-def tokenizer_json(model_file: bytes, settings: TokenizerSettings) -> dict[str, Any]:
+def tokenizer_json(model: SentencePieceFile, model_file: bytes, settings: TokenizerSettings) -> dict[str, Any]:
     """The content of the file, not compared with anything; see `rust_tokenizer`."""
-    model = read_sentencepiece(model_file)
     _refuse_unsayable(model)
     cut_names = {token.text for token in settings.cuts}
     symbols = [text for text in model.texts(PieceType.USER_DEFINED) if text not in cut_names]
-    is_bpe = model.algorithm == "bpe"
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [_added_token(token) for token in sorted(settings.cuts, key=lambda token: token.id)],
         "normalizer": _normalizer(model),
-        "pre_tokenizer": _pre_tokenizer(symbols, _misread(model, model_file, cut_names) if is_bpe and symbols else {}),
+        "pre_tokenizer": _pre_tokenizer(symbols, _misread(model, model_file, cut_names) if symbols else {}),
         "post_processor": _post_processor(settings),
         "decoder": _decoder(model, settings),
-        "model": _bpe(model, ignore_merges=bool(symbols)) if is_bpe else _unigram(model),
+        "model": _bpe(model, ignore_merges=bool(symbols)),
     }
 
 
 def _refuse_unsayable(model: SentencePieceFile) -> None:
     unsayable = {
-        f"its algorithm is {model.algorithm}": model.algorithm not in ("bpe", "unigram"),
+        f"its algorithm is {model.algorithm}, expected bpe": model.algorithm != "bpe",
+        "its normaliser has rules for characters": bool(model.charsmap),
         "it puts spaces behind words (treat_whitespace_as_suffix)": model.space_as_suffix,
         "it keeps spaces as they are (escape_whitespaces is false)": not model.escape_whitespaces,
         "it has rules for decoded text (denormalizer_spec)": model.has_denormalizer,
         "it has unused pieces": bool(model.texts(PieceType.UNUSED)),
-        "it has no unknown piece": not model.texts(PieceType.UNKNOWN),
     }
     for reason, holds in unsayable.items():
         if holds:
@@ -179,8 +172,6 @@ def _normalizer(model: SentencePieceFile) -> dict[str, Any] | None:
     prefix = SPACE if model.add_dummy_prefix else ""
     if prefix:  # before anything can make the text empty: sentencepiece asks whether it was
         steps.append({"type": "Prepend", "prepend": prefix})
-    if model.charsmap:
-        steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(model.charsmap).decode()})
     if model.remove_extra_whitespaces:
         steps.append(_replace(prefix, regex=rf"\A{prefix} +"))
         steps.append(_replace(" ", regex=" {2,}"))
@@ -189,15 +180,15 @@ def _normalizer(model: SentencePieceFile) -> dict[str, Any] | None:
     return _sequence("normalizers", steps)
 
 
-def _pre_tokenizer(symbols: Sequence[str], misread: Mapping[str, str]) -> dict[str, Any] | None:
-    """Cuts around symbols, and in the parts that are a piece to `tokenizers` alone: part -> its first piece."""
+def _pre_tokenizer(symbols: Sequence[str], misread: Mapping[str, int]) -> dict[str, Any] | None:
+    """Cuts around symbols, and in those of the parts between them that are a piece to `tokenizers` alone."""
     steps = []
     if symbols:
         steps.append(_split("|".join(map(re.escape, sorted(symbols, key=lambda text: (-len(text), text))))))
     if misread:
         rests: dict[str, list[str]] = {}
-        for part, first in sorted(misread.items()):
-            rests.setdefault(first, []).append(re.escape(part[len(first) :]))
+        for text, cut in sorted(misread.items()):
+            rests.setdefault(text[:cut], []).append(re.escape(text[cut:]))
         options = (rf"{re.escape(first)}(?=(?:{'|'.join(rest)})\z)" for first, rest in rests.items())
         steps.append(_split(rf"\A(?:{'|'.join(options)})"))
     return _sequence("pretokenizers", steps)
@@ -208,7 +199,7 @@ def _split(regex: str) -> dict[str, Any]:
 
 
 def _post_processor(settings: TokenizerSettings) -> dict[str, Any]:
-    """What `TeleFLMTokenizer` puts around texts, and around pairs of them: a second <s> only where no </s> is between."""
+    """What `TeleFLMTokenizer` puts around texts, and around pairs: a second <s> only where no </s> is between."""
     names = {token.id: token.text for token in settings.cuts}
     bos = [_special(names[settings.bos])] if settings.bos is not None else []
     eos = [_special(names[settings.eos])] if settings.eos is not None else []
@@ -289,22 +280,25 @@ def piece_merges(model: SentencePieceFile) -> list[tuple[str, str]]:
 def _cuts(text: str, known: set[str]) -> list[int]:
     """Where a piece may be cut into two, in the order in which `tokenizers` should look for them.
 
-    Two ways to join a piece w meet in one text where w = abc... = a+b = b+c: then a+b, the left one, is to be taken. There
-    w begins and ends with b. If that holds of b = w[:i] and not of w[:n-i], the cut at n-i has to come before the cut at
+    Two ways to join a piece w meet in a text a+b+c where w = a+b = b+c: then a+b, the left one, is to be taken. There w
+    begins and ends with b. If that holds of b = w[:i] and not of w[:n-i], the cut at n-i has to come before the cut at
     i; where it holds of both, w repeats one text and sentencepiece, merging from the left, has the longer part there.
     """
     cuts = [cut for cut in range(len(text) - 1, 0, -1) if text[:cut] in known and text[cut:] in known]
+    for long in cuts:
+        short = len(text) - long
+        if long <= short:
+            break
+        if short in cuts and text[:long] == text[-long:] and text[:short] != text[-short:]:
+            first, second = cuts.index(long), cuts.index(short)
+            cuts[first], cuts[second] = short, long
+    return cuts
 
-    def place(cut: int) -> int:
-        long, short = max(cut, len(text) - cut), min(cut, len(text) - cut)
-        is_turned = text[:long] == text[-long:] and text[:short] != text[-short:]
-        return len(text) - cut if is_turned else cut
 
-    return sorted(cuts, key=place, reverse=True)
+def _misread(model: SentencePieceFile, model_file: bytes, never: set[str]) -> dict[str, int]:
+    """Texts that are a piece by name and that sentencepiece reads as others: text -> where it can be cut in two.
 
-
-def _misread(model: SentencePieceFile, model_file: bytes, never: set[str]) -> dict[str, str]:
-    """Texts that are a piece by name and that sentencepiece reads as others: text -> the part that it reads first.
+    Nothing was merged over the end of one of the others, so that either side reads the same without the other.
 
     Args:
         model: the model.
@@ -312,39 +306,27 @@ def _misread(model: SentencePieceFile, model_file: bytes, never: set[str]) -> di
         never: names at which texts are cut, so that no part is one of them.
     """
     ids = {piece.text: index for index, piece in enumerate(model.pieces)}
-    texts = [piece.text for piece in model.pieces if piece.type is not PieceType.USER_DEFINED]
-    if not model.charsmap:  # whose rules may write a name where none was
-        texts = [text for text in texts if text not in never]
+    is_part = (piece.type is not PieceType.USER_DEFINED and piece.text not in never for piece in model.pieces)
+    texts = [piece.text for piece, holds in zip(model.pieces, is_part, strict=True) if holds]
     pieces = open_model(without_normalizer(model_file))
     read = zip(texts, pieces.encode(texts, num_threads=1), strict=True)
-    found: dict[str, str] = {}
-    for text in (text for text, read_as in read if list(read_as) != [ids[text]]):
-        first = pieces.encode(text, out_type=str)[0]
-        # Bytes are those of a character that no piece has, and that nothing was merged with.
-        found[text] = (
-            text[0] if ids.get(first) is not None and model.pieces[ids[first]].type is PieceType.BYTE else first
+    misread = [text for text, read_as in read if list(read_as) != [ids[text]]]
+    if len(misread) > _MOST_CUTS:
+        raise TokenizerMismatch(
+            f"tokenizer.model: sentencepiece never makes {len(misread)} of its pieces, expected at most {_MOST_CUTS}."
         )
-        if not text.startswith(found[text]) or text == found[text]:
+    unsafe = {*misread}
+    found: dict[str, int] = {}
+    for text in misread:
+        ends = [end for _, end in pieces.encode(text, return_type="offset_mapping")["offsets"]]
+        cuts = [end for end in ends if 0 < end < len(text) and not unsafe & {text[:end], text[end:]}]
+        if not cuts:
             raise TokenizerMismatch(
                 f"tokenizer.model: sentencepiece reads {text!r} as {pieces.encode(text)}, and not as its piece "
                 f"{ids[text]}; tokenizer.json cannot say that."
             )
-    if len(found) > _MOST_CUTS:
-        raise TokenizerMismatch(
-            f"tokenizer.model: sentencepiece never makes {len(found)} of its pieces; tokenizer.json can say {_MOST_CUTS}."
-        )
+        found[text] = cuts[0]
     return found
-
-
-def _unigram(model: SentencePieceFile) -> dict[str, Any]:
-    """A symbol stands alone, so that any score that is not below those of its parts makes it be taken."""
-    scores = {PieceType.NORMAL: None, PieceType.USER_DEFINED: 0.0}
-    vocab = [
-        [piece.text, piece.score if piece.type is PieceType.NORMAL else scores.get(piece.type, _NEVER)]
-        for piece in model.pieces
-    ]
-    unknown = next(index for index, piece in enumerate(model.pieces) if piece.type is PieceType.UNKNOWN)
-    return {"type": "Unigram", "unk_id": unknown, "vocab": vocab, "byte_fallback": model.byte_fallback}
 
 
 __all__ = [
@@ -352,7 +334,6 @@ __all__ = [
     "TokenizerMismatch",
     "TokenizerSettings",
     "default_settings",
-    "open_model",
     "rust_tokenizer",
     "tokenizer_json",
 ]

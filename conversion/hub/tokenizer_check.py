@@ -4,10 +4,10 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """A tokenizer.json against the sentencepiece model that it was made from: the same ids, and the same text of them.
 
-What is compared: texts of many scripts, code, emoji, control characters, spaces and newlines in runs; the names of special
-tokens and of pieces, alone and beside each other; chats of several turns; every piece by itself; and random texts of
-pieces, of Unicode, of symbols and spaces, and of few characters that repeat. The seed is fixed: a file is always
-compared on the same texts.
+What is compared: texts of many scripts, code, emoji, control characters, spaces and newlines in runs; the names of
+special tokens and of pieces, alone and beside each other; chats of several turns; every piece by itself; and random
+texts of pieces, of Unicode, of symbols and spaces, and of few characters that repeat. The seed is fixed: a file is
+always compared on the same texts.
 """
 
 import random
@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from .rust_tokenizer import TokenizerMismatch, TokenizerSettings, open_model
-from .sentencepiece_file import SPACE, PieceType, SentencePieceFile, read_sentencepiece
+from .rust_tokenizer import TokenizerMismatch, TokenizerSettings
+from .sentencepiece_file import SPACE, PieceType, SentencePieceFile, open_model
 
-_RANDOM_TEXTS = 800  # of each of the four kinds
+_RANDOM_TEXTS = 500  # of each of the four kinds
 _TOGETHER = 256  # pieces in a text
 _SHOWN = 12  # ids in a message
 _ORDINARY = (
@@ -71,12 +71,15 @@ _BLOCKS = (
 _SPACES = ("", " ", "  ", "   ", "\n", "\n\n", " \n ", "\t", "\r\n", "\u3000", "\xa0", " " * 17, "\n" * 9, " \t \t ")
 
 
-def check_tokenizer(tokenizer_json: str, model_file: bytes, settings: TokenizerSettings) -> None:
+def check_tokenizer(
+    tokenizer_json: str, model: SentencePieceFile, model_file: bytes, settings: TokenizerSettings
+) -> None:
     """Compare a tokenizer.json with the sentencepiece model that it was made from.
 
     Args:
         tokenizer_json: content of the one.
-        model_file: content of the other.
+        model: what the other says.
+        model_file: its content.
         settings: the special tokens.
 
     Raises:
@@ -88,17 +91,18 @@ def check_tokenizer(tokenizer_json: str, model_file: bytes, settings: TokenizerS
         rust = Tokenizer.from_str(tokenizer_json)
     except Exception as error:  # of a class without a name of its own
         raise TokenizerMismatch(f"tokenizer.model: `tokenizers` cannot read what is made of it: {error}.") from None
-    model = read_sentencepiece(model_file)
     reference = Reference(model_file, settings)
     _compare_vocabulary(rust, model, settings)
+
+    def ids_of(text: str) -> list[int]:
+        ids: list[int] = rust.encode(text, add_special_tokens=False).ids
+        return ids
+
     for text in check_texts(model, settings):
-        expected = reference.encode(text)
-        found = rust.encode(text, add_special_tokens=False).ids
-        if found != expected:
-            text = _shortest(
-                text, lambda part: rust.encode(part, add_special_tokens=False).ids != reference.encode(part)
-            )
-            _refuse_ids(text, reference.encode(text), rust.encode(text, add_special_tokens=False).ids)
+        found = ids_of(text)
+        if found != reference.encode(text):
+            shortest = _shortest(text, lambda part: ids_of(part) != reference.encode(part))
+            _refuse_ids(shortest, reference.encode(shortest), ids_of(shortest))
         if (again := rust.decode(found, skip_special_tokens=False)) != (decoded := reference.decode(found)):
             raise TokenizerMismatch(
                 f"tokenizer.model: the ids {_shown(found)} are {_cut(decoded)} to sentencepiece and {_cut(again)} in "
@@ -135,11 +139,11 @@ class Reference:
         """The text of ids; special tokens appear by name, ids without a piece not at all."""
         text = ""
         for is_special, run in groupby(ids, key=self._names.__contains__):
-            text += (
-                "".join(self._names[index] for index in run)
-                if is_special
-                else self._pieces.decode([index for index in run if 0 <= index < self._count])
-            )
+            part = list(run)
+            if is_special:
+                text += "".join(self._names[index] for index in part)
+            else:
+                text += self._pieces.decode([index for index in part if 0 <= index < self._count])
         return text
 
 
@@ -167,8 +171,8 @@ def _compare_frame(rust: Any, reference: Reference, settings: TokenizerSettings)
 
 def _refuse_ids(text: str, expected: Sequence[int], found: Sequence[int]) -> None:
     raise TokenizerMismatch(
-        f"tokenizer.model: the text {_cut(text)} has the ids {_shown(expected)} by sentencepiece and {_shown(found)} by "
-        "the tokenizer.json that is made of it."
+        f"tokenizer.model: the text {_cut(text)} has the ids {_shown(expected)} by sentencepiece and {_shown(found)} "
+        "by the tokenizer.json that is made of it."
     )
 
 

@@ -5,8 +5,8 @@
 """The tokenizer's files of an output folder: what `TeleFLMTokenizer` reads, and what reads the same without our code.
 
 Both read one tokenizer_config.json, and transformers merges older files into it by rules of its own
-(special_tokens_map.json, added_tokens.json, the added tokens of a tokenizer.json). So these are merged here, once, and the
-output has none but the one.
+(special_tokens_map.json, added_tokens.json, the added tokens of a tokenizer.json). So these are merged here, once, and
+the output has none but the one.
 """
 
 import json
@@ -18,13 +18,14 @@ from typing import Any
 from ..architecture import load_config
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.strict_json import read_json_object
-from .rust_tokenizer import SpecialToken, TokenizerMismatch, TokenizerSettings, open_model, rust_tokenizer
+from .rust_tokenizer import SpecialToken, TokenizerMismatch, TokenizerSettings, rust_tokenizer
+from .sentencepiece_file import open_model
 from .small_files import copied_file
 
 TOKENIZER_MODEL, TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 _SPECIAL_TOKENS_MAP, _ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
-MERGED_FILES = (_SPECIAL_TOKENS_MAP, _ADDED_TOKENS)
-_FILES = (TOKENIZER_MODEL, TOKENIZER_JSON, TOKENIZER_CONFIG, *MERGED_FILES)
+_MERGED_FILES = (_SPECIAL_TOKENS_MAP, _ADDED_TOKENS)
+_FILES = (TOKENIZER_MODEL, TOKENIZER_JSON, TOKENIZER_CONFIG, *_MERGED_FILES)
 
 # Without these, transformers would encode with a class of its own, and other ids.
 _OWN_CLASS = {
@@ -88,7 +89,7 @@ def tokenizer_files(source: Path, *, stock: bool) -> TokenizerFiles:
     except CheckpointError as error:
         raise CheckpointError(f"{source}/{error}") from None
     files[TOKENIZER_CONFIG] = _json(_config(merged, named, settings, stock=stock))
-    return TokenizerFiles(files, MERGED_FILES)
+    return TokenizerFiles(files, _MERGED_FILES)
 
 
 def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,8 +155,8 @@ def read_settings(config: Mapping[str, Any], model_file: bytes) -> TokenizerSett
     if unknown != own or unknown in specials:
         other = f"unk_token is {unknown!r}" if unknown != own else "another special token is that too"
         raise TokenizerMismatch(
-            f"{TOKENIZER_CONFIG}: the unknown piece of {TOKENIZER_MODEL} is {own!r}, and {other}; tokenizer.json cannot "
-            "say that."
+            f"{TOKENIZER_CONFIG}: the unknown piece of {TOKENIZER_MODEL} is {own!r}, and {other}; {TOKENIZER_JSON} "
+            "cannot say that."
         )
     if config.get("split_special_tokens"):
         raise TokenizerMismatch(f"{TOKENIZER_CONFIG}: split_special_tokens is true, which tokenizer.json cannot say.")
@@ -240,8 +241,9 @@ def _config(
 
 
 __all__ = [
-    "MERGED_FILES",
     "TOKENIZER_CONFIG",
+    "TOKENIZER_JSON",
+    "TOKENIZER_MODEL",
     "TokenizerFiles",
     "public_settings",
     "read_names",
