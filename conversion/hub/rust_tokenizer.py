@@ -269,30 +269,18 @@ def piece_merges(model: SentencePieceFile) -> list[tuple[str, str]]:
     """The merges of a BPE model, first to last.
 
     sentencepiece merges the two neighbours whose joint text is the piece of the highest score, the leftmost of several;
-    `tokenizers` those whose pair is first in a list. So every way to join a piece has to be there, in the order of the
-    pieces' scores, and of one piece in an order under which the leftmost of two that overlap comes first.
+    `tokenizers` those whose pair is first in a list. So every way to join a piece is there, in the order of the pieces'
+    scores. In which order those of one piece stand would only matter where two of them overlap in a text, which no
+    vocabulary was found to allow.
     """
     known = {piece.text for piece in model.pieces if piece.type is PieceType.NORMAL}
     ranked = sorted((piece for piece in model.pieces if piece.type is PieceType.NORMAL), key=lambda piece: -piece.score)
-    return [(piece.text[:cut], piece.text[cut:]) for piece in ranked for cut in _cuts(piece.text, known)]
-
-
-def _cuts(text: str, known: set[str]) -> list[int]:
-    """Where a piece may be cut into two, in the order in which `tokenizers` should look for them.
-
-    Two ways to join a piece w meet in a text a+b+c where w = a+b = b+c: then a+b, the left one, is to be taken. There w
-    begins and ends with b. If that holds of b = w[:i] and not of w[:n-i], the cut at n-i has to come before the cut at
-    i; where it holds of both, w repeats one text and sentencepiece, merging from the left, has the longer part there.
-    """
-    cuts = [cut for cut in range(len(text) - 1, 0, -1) if text[:cut] in known and text[cut:] in known]
-    for long in cuts:
-        short = len(text) - long
-        if long <= short:
-            break
-        if short in cuts and text[:long] == text[-long:] and text[:short] != text[-short:]:
-            first, second = cuts.index(long), cuts.index(short)
-            cuts[first], cuts[second] = short, long
-    return cuts
+    return [
+        (text[:cut], text[cut:])
+        for text, *_ in ranked
+        for cut in range(1, len(text))
+        if text[:cut] in known and text[cut:] in known
+    ]
 
 
 def _misread(model: SentencePieceFile, model_file: bytes, never: set[str]) -> dict[str, int]:
