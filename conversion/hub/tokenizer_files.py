@@ -10,7 +10,7 @@ the output has none but the one.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from typing import Any
 from ..architecture import load_config
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.strict_json import read_json_object
-from .rust_tokenizer import SpecialToken, TokenizerMismatch, TokenizerSettings, rust_tokenizer
-from .sentencepiece_file import open_model
+from .rust_tokenizer import TokenizerMismatch, TokenizerSettings
 from .small_files import copied_file
+from .tokenizer_process import make_tokenizer
+from .tokenizer_settings import NAMED
 
 TOKENIZER_MODEL, TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 _SPECIAL_TOKENS_MAP, _ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
@@ -33,8 +34,6 @@ _OWN_CLASS = {
     "auto_map": {"AutoTokenizer": ["tokenization_teleflm.TeleFLMTokenizer", None]},
 }
 _STOCK_CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}
-# In transformers' order, in which names that are no pieces get their ids.
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What other classes read otherwise than ours, or what is said anew.
 _DROPPED = (
     *("unk_token", "add_bos_token", "add_eos_token", "special_tokens_pattern", "added_tokens_decoder"),
@@ -78,9 +77,7 @@ def tokenizer_files(source: Path, *, stock: bool) -> TokenizerFiles:
         raise CheckpointError(f"{source}/{TOKENIZER_MODEL}: {error.strerror}.") from None
     files = {TOKENIZER_MODEL: model_file}
     try:
-        named = read_names(merged, model_file)
-        settings = read_settings(merged, model_file)
-        files[TOKENIZER_JSON] = rust_tokenizer(model_file, settings).encode()
+        made = make_tokenizer(model_file, merged)
     except TokenizerMismatch as error:
         if stock:
             return TokenizerFiles({}, _FILES, str(error))
@@ -88,7 +85,8 @@ def tokenizer_files(source: Path, *, stock: bool) -> TokenizerFiles:
         return TokenizerFiles(files, (TOKENIZER_JSON,), str(error))
     except CheckpointError as error:
         raise CheckpointError(f"{source}/{error}") from None
-    files[TOKENIZER_CONFIG] = _json(_config(merged, named, settings, stock=stock))
+    files[TOKENIZER_JSON] = made.text.encode()
+    files[TOKENIZER_CONFIG] = _json(_config(merged, made.names, made.settings, stock=stock))
     return TokenizerFiles(files, _MERGED_FILES)
 
 
@@ -124,95 +122,6 @@ def _merged(source: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return {**merged, "added_tokens_decoder": added}
 
 
-def read_names(config: Mapping[str, Any], model_file: bytes) -> dict[str, str | None]:
-    """The special tokens that have a name, such as `bos_token`; the model's own where the configuration has none.
-
-    Args:
-        config: content of tokenizer_config.json.
-        model_file: content of tokenizer.model.
-    """
-    pieces = open_model(model_file)
-    own = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id(), "unk_token": pieces.unk_id()}
-    own["pad_token"] = pieces.pad_id()
-    texts = {name: pieces.id_to_piece(index) if index >= 0 else None for name, index in own.items()}
-    return {name: _name_of(config.get(name)) or texts.get(name) for name in (*_NAMED, *_other_names(config))}
-
-
-def read_settings(config: Mapping[str, Any], model_file: bytes) -> TokenizerSettings:
-    """At which names `TeleFLMTokenizer` cuts texts, and what it puts around them.
-
-    Args:
-        config: content of tokenizer_config.json.
-        model_file: content of tokenizer.model.
-
-    Raises:
-        TokenizerMismatch: it says what a tokenizer.json cannot.
-    """
-    pieces = open_model(model_file)
-    named = read_names(config, model_file)
-    unknown, own = named.pop("unk_token"), pieces.id_to_piece(pieces.unk_id())
-    specials = [text for text in (*named.values(), *_extra(config)) if text]
-    if unknown != own or unknown in specials:
-        other = f"unk_token is {unknown!r}" if unknown != own else "another special token is that too"
-        raise TokenizerMismatch(
-            f"{TOKENIZER_CONFIG}: the unknown piece of {TOKENIZER_MODEL} is {own!r}, and {other}; {TOKENIZER_JSON} "
-            "cannot say that."
-        )
-    if config.get("split_special_tokens"):
-        raise TokenizerMismatch(f"{TOKENIZER_CONFIG}: split_special_tokens is true, which tokenizer.json cannot say.")
-    ids = {text: index for index, text in _decoder_entries(config) if text != unknown}
-    following = max([pieces.get_piece_size() - 1, *ids.values()]) + 1
-    for text in dict.fromkeys(specials):
-        if text not in ids:
-            index = pieces.piece_to_id(text)
-            is_piece = pieces.id_to_piece(index) == text
-            ids[text] = index if is_piece else following
-            following += not is_piece
-    cuts = tuple(SpecialToken(text, index, text in specials) for text, index in sorted(ids.items(), key=lambda x: x[1]))
-    has_bos, has_eos = _frame(config)
-    bos, eos = named["bos_token"], named["eos_token"]
-    return TokenizerSettings(cuts, ids[bos] if has_bos and bos else None, ids[eos] if has_eos and eos else None)
-
-
-def _frame(config: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Whether <s> comes before a text, and </s> behind it."""
-    pattern = config.get("special_tokens_pattern", "bos")
-    flags = (("add_bos_token", "bos"), ("add_eos_token", "eos"))
-    given = [config.get(flag) for flag, _ in flags]
-    said = [word in str(pattern) if flag is None else bool(flag) for (_, word), flag in zip(flags, given, strict=True)]
-    return said[0], said[1]
-
-
-def _name_of(value: Any) -> str | None:
-    """The name of a special token, which may be there with its properties."""
-    found = value.get("content") if isinstance(value, Mapping) else value
-    return found if isinstance(found, str) and found else None
-
-
-def _other_names(config: Mapping[str, Any]) -> list[str]:
-    """Special tokens of other kinds, for example of images: whatever is called a token and is a text."""
-    return [name for name in config if name.endswith("_token") and name not in _NAMED and _name_of(config[name])]
-
-
-def _extra(config: Mapping[str, Any]) -> Iterator[str]:
-    """Special tokens that have no name of their own in the configuration."""
-    found = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    values = found.values() if isinstance(found, Mapping) else found if isinstance(found, list) else []
-    yield from filter(None, map(_name_of, values))
-
-
-def _decoder_entries(config: Mapping[str, Any]) -> list[tuple[int, str]]:
-    """Ids and names of the tokens that were added to the vocabulary, or marked in it."""
-    entries = config.get("added_tokens_decoder")
-    found = []
-    for index, token in entries.items() if isinstance(entries, Mapping) else ():
-        name = _name_of(token)
-        if name is None or not str(index).isdecimal():
-            raise CheckpointError(f"{TOKENIZER_CONFIG}: added_tokens_decoder has {index!r}: {token!r}; remove that.")
-        found.append((int(index), name))
-    return found
-
-
 # What an output says.
 
 
@@ -230,7 +139,7 @@ def _config(
     if stock:
         frame = {"add_bos_token": has_bos, "add_eos_token": has_eos}
     return {
-        **{name: value for name, value in merged.items() if name not in (*_DROPPED, *_NAMED)},
+        **{name: value for name, value in merged.items() if name not in (*_DROPPED, *NAMED)},
         **{name: text for name, text in named.items() if text and name != "unk_token"},
         **frame,
         "added_tokens_decoder": added,
@@ -246,7 +155,5 @@ __all__ = [
     "TOKENIZER_MODEL",
     "TokenizerFiles",
     "public_settings",
-    "read_names",
-    "read_settings",
     "tokenizer_files",
 ]

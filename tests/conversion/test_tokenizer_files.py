@@ -16,6 +16,8 @@ from conversion import convert_checkpoint, inspect_checkpoint
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.manifest import MANIFEST
 from conversion.exports.export import export_checkpoint
+from conversion.hub import tokenizer_process
+from conversion.hub.rust_tokenizer import TokenizerMismatch
 from conversion.hub.tokenizer_files import tokenizer_files
 from modeling_teleflm import TeleFLMTokenizer
 from tests.fixtures.tiny import tiny_model, tiny_sentencepiece, tiny_tokenizer
@@ -148,6 +150,11 @@ def test_settings_that_only_our_class_has_are_named(case, tmp_path):
             r"source/tokenizer_config\.json: added_tokens_decode",
         ),
         ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', None),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"' + "9" * 5000 + '": "<_tool>"}}',
+            "added_tokens_decoder has",
+        ),
         ("added_tokens.json", '{"<_tool>": "a"}', r"added_tokens_decoder has 'a'"),
     ],
     ids=str,
@@ -161,6 +168,33 @@ def test_a_broken_file_is_one_line(name, content, said, tmp_path):
     with pytest.raises(CheckpointError, match=said) as raised:
         tokenizer_files(folder, stock=False)
     assert "\n" not in str(raised.value)
+
+
+# A large model's is made in a process of its own.
+
+
+def test_a_process_of_its_own_says_the_same(monkeypatch, tmp_path):
+    content, config = tiny_sentencepiece(), {**OLD, "add_eos_token": True, "pad_token": "<pad>"}
+    here = tokenizer_process.make_tokenizer(content, config)
+    monkeypatch.setattr(tokenizer_process, "_SMALL", 0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conversion.py").write_text("raise SystemExit('not this one')")
+    assert tokenizer_process.make_tokenizer(content, config) == here
+    with pytest.raises(TokenizerMismatch, match=r"^tokenizer\.model: its algorithm is unigram"):
+        tokenizer_process.make_tokenizer(tiny_sentencepiece("unigram"), config)
+    with pytest.raises(CheckpointError, match=r"^tokenizer\.model: not a sentencepiece model") as raised:
+        tokenizer_process.make_tokenizer(b"junk", config)
+    assert not isinstance(raised.value, TokenizerMismatch)
+
+
+def test_a_process_that_ends_early_makes_no_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(tokenizer_process, "_SMALL", 0)
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho out of luck >&2\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(TokenizerMismatch, match=r"it ended with status 3: out of luck\.$"):
+        tokenizer_process.make_tokenizer(tiny_sentencepiece(pad_id=3), {})
 
 
 # Whole folders.
@@ -222,7 +256,7 @@ def test_the_file_is_of_the_checkpoint(source, tmp_path):
     ]
     with (tmp_path / "out/tokenizer.json").open("a") as file:
         file.write(" ")
-    assert [d for d in inspect_checkpoint(tmp_path / "out", check=True).damages if "tokenizer.json" in d]
+    assert [d for d in inspect_checkpoint(tmp_path / "out", check=True).damages if "tokenizer.json" in str(d)]
 
 
 def test_a_model_that_only_sentencepiece_reads(source, tmp_path):
