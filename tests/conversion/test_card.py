@@ -225,7 +225,7 @@ def test_results_are_in_the_table_and_in_the_index():
 
 def test_a_folder_without_tokenizer_or_record(stored, tmp_path):
     convert_checkpoint(stored, tmp_path / "out")
-    for name in ("tokenizer.model", "tokenizer_config.json", "chat_template.jinja", MANIFEST):
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", MANIFEST):
         (tmp_path / "out" / name).unlink()
     card = render_card(card_facts(tmp_path / "out"))
     assert "There is no tokenizer here" in card
