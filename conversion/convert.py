@@ -19,6 +19,7 @@ from .checkpoint.job import read_json
 from .checkpoint.parent import parent_of
 from .checkpoint.plan import CheckpointPlan, TensorPlan, View
 from .checkpoint.promises import verify_sources
+from .checkpoint.sharded import ShardedTensor
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .exports.export import exported_weights
 from .hub.card import model_facts
@@ -27,6 +28,7 @@ from .hub.published_card import CardOptions
 from .hub.remote import local_view
 from .hub.small_files import check_read_files, copied_file, left_behind, small_files
 from .hub.streaming import Streamed, stream_to_hub
+from .input_mult import InputFold, fold_input_mult, folded_lineage, input_mult_warning
 from .mapping import check_tensors, weights
 from .native.checkpoint import NativeCheckpoint
 from .native.find import FORMATS as NATIVE_FORMATS
@@ -54,6 +56,7 @@ def convert_checkpoint(
     optimizer: bool = False,
     allow_unequal_replicas: bool = False,
     allow_nonfinite: bool = False,
+    fold_input_mult: bool = False,
     dtype: str | None = None,
     options: WriteOptions | None = None,
     dry_run: bool = False,
@@ -80,6 +83,8 @@ def convert_checkpoint(
             transformers' Trainer loads and growth grows.
         allow_unequal_replicas: take rank 0's where copies differ.
         allow_nonfinite: write a run's NaN and infinities as they are, and infinity for what is too large for `dtype`.
+        fold_input_mult: multiply a Tele-FLM's factor on the embeddings into these, so that it is 1: exactly if it is a
+            power of two, else each is rounded once. The notes say which.
         dtype: of the output's floating-point tensors; the source's unless given.
         options: how to write.
         dry_run: plan and check everything that headers allow, write nothing.
@@ -99,6 +104,7 @@ def convert_checkpoint(
     how |= {"vocab_size": vocab_size, "multipliers": multipliers, "fp32_master": fp32_master}
     how |= {"optimizer": optimizer}
     how |= {"allow_unequal_replicas": allow_unequal_replicas, "allow_nonfinite": allow_nonfinite, "dtype": dtype}
+    how |= {"fold_input_mult": fold_input_mult}
     planned = _plan(source, options or WriteOptions(), dry_run=dry_run, **how)
     try:
         return execute(
@@ -179,6 +185,7 @@ def _plan(
     optimizer: bool = False,
     allow_unequal_replicas: bool = False,
     allow_nonfinite: bool = False,
+    fold_input_mult: bool = False,
     dtype: str | None = None,
     dry_run: bool = False,
 ) -> _Planned:
@@ -196,9 +203,13 @@ def _plan(
         run_only |= {"multipliers": multipliers, "mapping": mapping, "fp32_master": fp32_master or None}
         run_only |= {"allow_unequal_replicas": allow_unequal_replicas or None, "optimizer": optimizer or None}
         _refuse_run_options(run_only)
-        plan, notes = plan_conversion(open_checkpoint(folder), dtype=cast, alone=folder.is_file())
+        plan, notes = plan_conversion(
+            open_checkpoint(folder), dtype=cast, alone=folder.is_file(), fold_input=fold_input_mult
+        )
     else:
-        plan, states, notes = plan_run(run, _read_config(config), tokenizer, vocab_size, cast, multipliers)
+        plan, states, notes = plan_run(
+            run, _read_config(config), tokenizer, vocab_size, cast, multipliers, fold_input=fold_input_mult
+        )
         options = replace(options, finite=not options.allow_nonfinite)
         exported = exported_folder(Path(run.folder)) if options.verify_source else None
         recorded = exported_weights(exported) if exported else {}
@@ -243,7 +254,7 @@ def _read_config(config: str | Path | Mapping[str, Any] | None) -> Mapping[str, 
 
 
 def plan_conversion(
-    checkpoint: Source, *, dtype: DType | None = None, alone: bool = False
+    checkpoint: Source, *, dtype: DType | None = None, alone: bool = False, fold_input: bool = False
 ) -> tuple[CheckpointPlan, list[str]]:
     """The plan of a conversion, and notes on it.
 
@@ -251,6 +262,7 @@ def plan_conversion(
         checkpoint: the source.
         dtype: of the output's floating-point tensors; each source tensor's own unless given.
         alone: take the weights alone, and nothing that lies beside them.
+        fold_input: multiply `input_mult` into the embeddings.
 
     Raises:
         CheckpointError: a Tele-FLM's tensors are not those of its configuration, quantised tensors are to be cast, or a
@@ -265,26 +277,52 @@ def plan_conversion(
             "copied as it is; for another dtype take the original, or dequantise it first."
         )
     is_teleflm = (checkpoint.config or {}).get("model_type") == MODEL_TYPE
+    if fold_input:
+        _check_foldable(checkpoint, how, alone=alone)
     if alone:
         plan, notes = _plan_alone(checkpoint, dtype)
+    elif is_teleflm and not how:
+        plan, notes = _plan_teleflm(checkpoint, dtype, fold_input=fold_input)
     else:
-        plan, notes = (_plan_teleflm if is_teleflm and not how else _plan_any)(checkpoint, dtype)
+        plan, notes = _plan_any(checkpoint, dtype)
     notes += [f"Quantised ({how}): every tensor was kept as it is."] if how else []
     plan.check()
     return plan, notes
 
 
-def _plan_teleflm(checkpoint: Source, dtype: DType | None) -> tuple[CheckpointPlan, list[str]]:
+def _check_foldable(checkpoint: Source, how: str | None, *, alone: bool) -> None:
+    """Whether `input_mult` of a source can be folded, which takes its configuration and weights that can be scaled."""
+    said = None if alone else (checkpoint.config or {}).get("model_type")
+    if alone:
+        reason = "is one file of weights, whose configuration is not read; name its folder"
+    elif said != MODEL_TYPE:
+        reason = f"model_type is {said!r}, and --fold-input-mult is for {MODEL_TYPE}; leave it out"
+    elif how:
+        reason = f"is quantised ({how}), and is copied as it is; fold the original, or leave --fold-input-mult out"
+    else:
+        return
+    raise CheckpointError(f"{checkpoint.folder}: {reason}.")
+
+
+def _plan_teleflm(
+    checkpoint: Source, dtype: DType | None, *, fold_input: bool
+) -> tuple[CheckpointPlan, list[str]]:
     where = f"{checkpoint.folder}/config.json"
     architecture = Architecture.from_config(checkpoint.config or {}, where, with_biases=True)
     check_tensors(checkpoint.tensors, architecture, checkpoint.folder)
-    tensors = tuple(_cast(name, checkpoint.tensors[name], dtype) for name, *_ in weights(architecture))
+    fold = fold_input_mult(architecture, where) if fold_input else InputFold(architecture, 1.0)
+    tensors = tuple(
+        _cast(name, checkpoint.tensors[name], dtype, fold.scales.get(name, 1.0)) for name, *_ in weights(architecture)
+    )
     dropped = len(checkpoint.tensors) - len(tensors)
-    lineage = _lineage(checkpoint, dtype)
+    lineage = {**_lineage(checkpoint, dtype), **folded_lineage(fold)}
     out_dtype = tensors[0].dtype.name
-    config = hub_config(checkpoint.config or {}, architecture, out_dtype)
+    config = hub_config(checkpoint.config or {}, fold.architecture, out_dtype)
     sidecars = hub_sidecars(Path(checkpoint.folder), model_facts(config, out_dtype, lineage))
     notes = [f"{dropped} tensors that every runtime computes itself were left out."] if dropped else []
+    notes += fold.notes(tensors[0].dtype) if fold_input else []
+    warning = input_mult_warning(fold.architecture)
+    notes += [warning] if warning else []
     notes += left_behind(Path(checkpoint.folder), sidecars)
     return CheckpointPlan(tensors, config, sidecars, lineage), notes
 
@@ -314,8 +352,11 @@ def _plan_alone(checkpoint: Source, dtype: DType | None) -> tuple[CheckpointPlan
     return CheckpointPlan(tensors, config, {}, lineage), notes
 
 
-def _cast(name: str, view: View, dtype: DType | None) -> TensorPlan:
-    return TensorPlan.copy_of(name, view, dtype if dtype and view.dtype.is_floating else None)
+def _cast(name: str, view: View, dtype: DType | None, scale: float = 1.0) -> TensorPlan:
+    cast = dtype if dtype and view.dtype.is_floating else None
+    if scale != 1.0:
+        return ShardedTensor.of(view).plan(name, dtype=cast, scale=scale)
+    return TensorPlan.copy_of(name, view, cast)
 
 
 def _lineage(checkpoint: Source, dtype: DType | None) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from .exports.export import exported_weights
 from .hub.contents import count_pieces
 from .hub.lineage import Link, lineage_chain, lineage_steps
 from .hub.remote import local_view
+from .input_mult import input_mult_warning
 from .mapping import check_tensors
 from .native.checkpoint import NativeCheckpoint
 from .native.find import RELEASE, exported_folder, open_native
@@ -60,6 +61,7 @@ class Inspection:
         checked_files: how many files, beside their tensors, were held against the record.
         alone: whether it is one weight file of a folder, and nothing is said of the others.
         checked_tensors: whether the record has digests of the tensors, which were held against it.
+        warnings: what whoever serves it should know, a sentence each.
     """
 
     folder: str
@@ -81,6 +83,7 @@ class Inspection:
     checked_tensors: bool = False
     alone: bool = False
     chain: tuple[Link, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def inspect_checkpoint(
@@ -150,7 +153,13 @@ def inspect_checkpoint(
         checked_files=_count_files(checked),
         checked_tensors=bool(checked and checked.get("digest")),
         chain=_chain(folder, manifest, None if alone else source.tensors),
+        warnings=_warnings(architecture),
     )
+
+
+def _warnings(architecture: Architecture | None) -> tuple[str, ...]:
+    warning = input_mult_warning(architecture) if architecture else None
+    return (warning,) if warning else ()
 
 
 def _sentences(manifest: Mapping[str, Any] | None) -> list[str]:

@@ -105,6 +105,12 @@ def stock_config(model: ExportedModel, architecture: Architecture, model_type: s
     """A config.json for a class of transformers' own."""
     config = hub_config(model.config, architecture, dtype.name)
     kept = {key: value for key, value in config.items() if key not in ("auto_map", *NEUTRAL)}
+    # MLX reads the rotary embedding in the older spelling alone, and asks for both biases. Transformers takes the older
+    # one where there are both, so that they have to agree.
+    rope = config["rope_parameters"]
+    kept |= {"rope_theta": rope["rope_theta"], "mlp_bias": False}
+    if rope["rope_type"] != "default":
+        kept["rope_scaling"] = rope
     return {**kept, "model_type": model_type, "architectures": [_STOCK_CLASSES[model_type]]}
 
 

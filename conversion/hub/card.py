@@ -5,6 +5,7 @@
 """What a person reads of a model: its card."""
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -21,6 +22,7 @@ from ..checkpoint.plan import View
 from ..checkpoint.sizes import format_bytes
 from ..checkpoint.sources import open_checkpoint, outside_target
 from ..checkpoint.strict_json import read_json_object
+from ..input_mult import input_mult_warning
 from ..masked import MASKED_MODEL_TYPE
 from .front_matter import parse_metadata, split_card, write_metadata
 from .lineage import lineage_steps
@@ -45,6 +47,7 @@ _GROWN_KEYS = (*_LICENSE_KEYS, "language", "datasets", "base_model")
 _TRAINED_KEYS = (*_LICENSE_KEYS, "language")
 _MODEL_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # the oldest have no owner
 _MAX_CARD_BYTES = 4_000_000
+_LARGEST = 1e300  # of a number that a record may have
 
 
 @dataclass(frozen=True)
@@ -356,6 +359,8 @@ def exactness(lineage: Mapping[str, Any] | None) -> list[str]:
             ]
         case {"operation": "grow", "source": dict() as old, "target": dict() as new}:
             now = _of_growth(old, new)
+        case {"operation": "convert", "folded_input_mult": float() | int() as factor} if 0 < factor < _LARGEST:
+            now = [_of_input_fold(float(factor), cast=bool(cast))]
         case {"operation": "convert"}:
             now = [] if cast else ["Conversion keeps every value of the weights, bit by bit."]
         case {"operation": "fold", "alpha": float() | int() as alpha}:
@@ -383,6 +388,13 @@ def exactness(lineage: Mapping[str, Any] | None) -> list[str]:
     if isinstance(cast, str) and cast in BY_NAME:
         now.append(f"Every value that was cast to {cast} was rounded once, to the nearest.")
     return said + [sentence for sentence in now if sentence not in said]
+
+
+def _of_input_fold(factor: float, *, cast: bool) -> str:
+    is_exact = not cast and math.frexp(factor)[0] == 0.5
+    how = "exactly, but for products that are too small to be normal numbers" if is_exact else "each rounded once"
+    rest = "" if cast else " Every other weight keeps its value, bit by bit."
+    return f"Embeddings are multiplied by {factor:g}, {how}; input_mult, which said so, is 1 now.{rest}"
 
 
 def _of_growth(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -495,6 +507,9 @@ def _use(facts: CardFacts) -> str:
             "`trust_remote_code=True` executes the Python files of the repository. With the `teleflm` package "
             "installed, `import modeling_teleflm` replaces it, and no such file is executed."
         )
+    if facts.own_code and facts.architecture and facts.masked_steps is None:
+        warning = input_mult_warning(facts.architecture)
+        parts += [warning] if warning else []
     if facts.masked_steps is not None:
         parts.append(
             f"What is new in this model is behind masks, which {facts.masked_steps} steps of training raise: a "

@@ -99,6 +99,8 @@ def _print_inspection(inspection: "Inspection") -> None:
         console.print(Text(printable(f"{number}. {link.step}{record}")))
         for problem in link.problems:
             console.print(Text.assemble(("   broken", "bold red"), printable(f" here: {problem}.")))
+    for warning in inspection.warnings:
+        console.print(Text.assemble(("warning", "bold yellow"), f" {warning}"))
     for problem in inspection.problems:
         console.print(Text.assemble(("problem", "bold red"), f" {problem}"))
     for damage in inspection.damages or []:
