@@ -36,6 +36,7 @@ from .native.find import exported_folder, open_native
 from .native.hub_plan import compare_replicas, plan_run
 from .native.masters import check_masters
 from .native.table import read_table
+from .optimizer_state import OPTIMIZER_FILE
 from .quantisation import quantisation
 
 FORMATS = ("auto", "hf", *NATIVE_FORMATS)
@@ -304,9 +305,7 @@ def _check_foldable(checkpoint: Source, how: str | None, *, alone: bool) -> None
     raise CheckpointError(f"{checkpoint.folder}: {reason}.")
 
 
-def _plan_teleflm(
-    checkpoint: Source, dtype: DType | None, *, fold_input: bool
-) -> tuple[CheckpointPlan, list[str]]:
+def _plan_teleflm(checkpoint: Source, dtype: DType | None, *, fold_input: bool) -> tuple[CheckpointPlan, list[str]]:
     where = f"{checkpoint.folder}/config.json"
     architecture = Architecture.from_config(checkpoint.config or {}, where, with_biases=True)
     check_tensors(checkpoint.tensors, architecture, checkpoint.folder)
@@ -321,6 +320,10 @@ def _plan_teleflm(
     sidecars = hub_sidecars(Path(checkpoint.folder), model_facts(config, out_dtype, lineage))
     notes = [f"{dropped} tensors that every runtime computes itself were left out."] if dropped else []
     notes += fold.notes(tensors[0].dtype) if fold_input else []
+    if fold.factor != 1.0 and (Path(checkpoint.folder) / OPTIMIZER_FILE).is_file():
+        notes.append(
+            f"{OPTIMIZER_FILE} of the source is of embeddings that were not multiplied: it is no state of this model."
+        )
     warning = input_mult_warning(fold.architecture)
     notes += [warning] if warning else []
     notes += left_behind(Path(checkpoint.folder), sidecars)

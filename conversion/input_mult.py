@@ -13,8 +13,7 @@ from .checkpoint.errors import CheckpointError
 from .exports.multipliers import folding_error
 from .mapping import EMBED_TOKENS
 
-# vLLM registers a class for TeleFLM whose model it builds as a plain Llama's: the class that has the factor is never
-# made. Read in 0.32.0 and seen in what it computes; SGLang's (read in 0.5.23) builds the class that has it.
+# vLLM's class for TeleFLM has the factor on the logits alone: read in 0.32.0, and seen in what it computes.
 _ENGINE, _VERSION = "vLLM", "0.32.0"
 
 

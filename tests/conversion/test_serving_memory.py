@@ -19,7 +19,13 @@ from conversion.serving_memory import serving_memory
 from tests.fixtures.tiny import tiny_config, tiny_model
 
 DOC = Path(__file__).parents[2] / "docs/serving.md"
-SIZES = {"vocab_size": 640, "hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 8, "num_hidden_layers": 6}
+SIZES = {
+    "vocab_size": 640,
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 6,
+}
 
 
 def brute_force(fields: dict, tensor: int, pipeline: int, weights: str) -> int:

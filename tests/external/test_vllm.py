@@ -16,19 +16,27 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from conversion import convert_checkpoint, export_checkpoint
 from modeling_teleflm import TeleFLMForCausalLM, TeleFLMTokenizer
-from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
+from tests.fixtures.tiny import PIECE_COUNT, tiny_config, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.external
 ROOT, WORKER = Path(__file__).parents[2], Path(__file__).with_name("vllm_worker.py")
-NEW_TOKENS, SECONDS = 12, 300
+NEW_TOKENS, SECONDS = 12, 900
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+PROMPTS = [[1, 300, 301, 302], [1, 5, 17, 400, 33, 250, 599], [1, 280]]
 TEXTS = ["The value of a subscription", "Grüße, 世界", " leading  spaces", "x" * 40]
+MODELS: dict[str, dict[str, Any]] = {
+    "factor 1": {"input_mult": 1.0},
+    "factor 16": {"input_mult": 16.0},
+    "tied": {"input_mult": 16.0, "tie_word_embeddings": True},
+    "biases": {"input_mult": 16.0, "attention_bias": True},
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,27 +48,32 @@ def python() -> str:
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """A Tele-FLM with some factor on its embeddings, made once."""
-    made: dict[tuple, Path] = {}
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """The models, and the factor of 16 folded and exported. No logit of a row without a piece is the largest."""
+    made = {}
+    for name, fields in MODELS.items():
+        made[name] = tmp_path_factory.mktemp("served") / "model"
+        model = tiny_model(tiny_config(**{**SIZES, **fields}))
+        with torch.no_grad():
+            model.lm_head.weight[PIECE_COUNT:] = 0
+        model.save_pretrained(made[name])
+        tiny_tokenizer(made[name]).save_pretrained(made[name])
+    for name in ("folded", "granite", "llama"):
+        made[name] = made["factor 16"].parent / name
+        if name == "folded":
+            convert_checkpoint(made["factor 16"], made[name], fold_input_mult=True)
+        else:
+            export_checkpoint(made["factor 16"], made[name], to=name)
+    return made
 
-    def make(input_mult: float, **fields) -> Path:
-        key = (input_mult, *fields.items())
-        if key not in made:
-            folder = tmp_path_factory.mktemp("source")
-            # Large enough that the factor is heard: a norm hides it from everything but the residual stream.
-            tiny_model(tiny_config(**{**SIZES, "input_mult": input_mult, **fields})).save_pretrained(folder)
-            tiny_tokenizer(folder).save_pretrained(folder)
-            made[key] = folder
-        return made[key]
 
-    return make
-
-
-def serve(python: str, folder: Path, tmp_path: Path, *, plugin: bool, prompts: list, **more) -> dict:
-    """What vLLM computes of a folder; without the plugin it is a vLLM that knows nothing of this package."""
-    out = tmp_path / "served.json"
-    asked = {"folder": str(folder), "prompts": prompts, "remote_code": not plugin, "new_tokens": NEW_TOKENS}
+def serve(python: str, folders: dict[str, Path], place: Path, *, plugin: bool, texts: str | None = None) -> dict:
+    """What vLLM computes of each folder; without the plugin it is a vLLM that knows nothing of this package."""
+    asked = {name: {"folder": str(folder), "prompts": PROMPTS} for name, folder in folders.items()}
+    if texts:
+        asked["texts"] = {"folder": str(folders[texts]), "prompts": TEXTS}
+    out = place / "served.json"
+    request = {"folders": asked, "remote_code": not plugin, "new_tokens": NEW_TOKENS, "out": str(out)}
     environment = {
         **os.environ,
         "VLLM_PLUGINS": "teleflm" if plugin else "none",
@@ -72,9 +85,9 @@ def serve(python: str, folder: Path, tmp_path: Path, *, plugin: bool, prompts: l
     }
     done = subprocess.run(
         [python, str(WORKER)],
-        input=json.dumps({**asked, "out": str(out), **more}),
+        input=json.dumps(request),
         env=environment,
-        cwd=tmp_path,
+        cwd=place,
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -84,10 +97,21 @@ def serve(python: str, folder: Path, tmp_path: Path, *, plugin: bool, prompts: l
     return json.loads(out.read_text())
 
 
+@pytest.fixture(scope="module")
+def with_plugin(python, folders, tmp_path_factory) -> dict:
+    some = {name: folders[name] for name in MODELS}
+    return serve(python, some, tmp_path_factory.mktemp("plugin"), plugin=True, texts="factor 1")
+
+
+@pytest.fixture(scope="module")
+def without(python, folders, tmp_path_factory) -> dict:
+    some = {name: folders[name] for name in ("factor 1", "factor 16", "folded", "granite", "llama")}
+    return serve(python, some, tmp_path_factory.mktemp("without"), plugin=False)
+
+
 @torch.no_grad()
-def expected(source: Path, prompt: list[int]) -> tuple[list[int], list[float]]:
+def expected(model: TeleFLMForCausalLM, prompt: list[int]) -> tuple[list[int], list[float]]:
     """The greedy continuation by our class, and the log-probability of every token after the first."""
-    model = TeleFLMForCausalLM.from_pretrained(source, dtype=torch.float32)
     ids = torch.tensor([prompt])
     for _ in range(NEW_TOKENS):
         ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
@@ -95,79 +119,46 @@ def expected(source: Path, prompt: list[int]) -> tuple[list[int], list[float]]:
     return ids[0].tolist(), logprobs.tolist()
 
 
-def farthest(source: Path, served: dict) -> float:
+def farthest(source: Path, rows: Any, **changes: float) -> float:
     """How far log-probabilities are apart at most; infinite where another token was chosen."""
+    assert isinstance(rows, list), rows
+    model = TeleFLMForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for name, value in changes.items():
+        setattr(model.config, name, value)
     apart = 0.0
-    for row in served["rows"]:
-        ids, logprobs = expected(source, row["prompt"])
+    for row in rows:
+        ids, logprobs = expected(model, row["prompt"])
         if ids != row["ids"]:
             return float("inf")
-        gaps = [abs(one - other) for one, other in zip(logprobs, row["logprobs"], strict=True)]
-        apart = max(apart, *gaps)
+        apart = max(apart, *(abs(one - other) for one, other in zip(logprobs, row["logprobs"], strict=True)))
+    print(f"{source.name}: {apart:.3g}")
     return apart
 
 
-def same(source: Path, out: Path) -> Path:
-    return source
-
-
-def folded(source: Path, out: Path) -> Path:
-    convert_checkpoint(source, out, fold_input_mult=True)
-    return out
-
-
-def exported(to: str):
-    def make(source: Path, out: Path) -> Path:
-        export_checkpoint(source, out, to=to)
-        return out
-
-    return make
-
-
-PROMPTS = [[1, 300, 301, 302], [1, 5, 17, 400, 33, 250, 599], [1, 280]]
+@pytest.mark.parametrize("name", MODELS)
+def test_a_hub_folder_with_the_plugin(name, with_plugin, folders):
+    assert farthest(folders[name], with_plugin[name]) < 2e-5
 
 
 @pytest.mark.parametrize(
-    ("input_mult", "make", "plugin"),
-    [
-        pytest.param(1.0, same, False, id="Hub folder, its own code, factor 1"),
-        pytest.param(1.0, same, True, id="Hub folder, plugin, factor 1"),
-        pytest.param(16.0, same, True, id="Hub folder, plugin, factor 16"),
-        pytest.param(16.0, folded, False, id="Hub folder, its own code, factor 16 folded"),
-        pytest.param(16.0, exported("granite"), False, id="granite"),
-        pytest.param(16.0, exported("llama"), False, id="llama"),
-    ],
+    ("name", "source"),
+    [("factor 1", "factor 1"), ("folded", "factor 16"), ("granite", "factor 16"), ("llama", "factor 16")],
 )
-def test_what_is_served_is_the_model(input_mult, make, plugin, python, sources, tmp_path):
-    source = sources(input_mult)
-    served = serve(python, make(source, tmp_path / "out"), tmp_path, plugin=plugin, prompts=PROMPTS)
-    assert farthest(source, served) < 2e-5
+def test_a_folder_without_this_package(name, source, without, folders):
+    assert farthest(folders[source], without[name]) < 2e-5
 
 
-def test_the_warning_is_true(python, sources, tmp_path):
+def test_the_warning_is_true(without, folders):
     """vLLM's own class leaves the factor out: with 16 it serves another model, that of a factor of 1."""
-    source = sources(16.0)
-    served = serve(python, source, tmp_path, plugin=False, prompts=PROMPTS)
-    assert farthest(source, served) > 0.1
-    ignored = TeleFLMForCausalLM.from_pretrained(source)
-    ignored.config.input_mult = 1.0
-    ignored.save_pretrained(tmp_path / "ignored")
-    assert farthest(tmp_path / "ignored", served) < 2e-5
+    assert farthest(folders["factor 16"], without["factor 16"]) > 0.1
+    assert farthest(folders["factor 16"], without["factor 16"], input_mult=1.0) < 2e-5
 
 
-@pytest.mark.parametrize("fields", [{"tie_word_embeddings": True}, {"attention_bias": True}], ids=str)
-def test_other_kinds_through_the_plugin(fields, python, sources, tmp_path):
-    source = sources(16.0, **fields)
-    served = serve(python, source, tmp_path, plugin=True, prompts=PROMPTS)
-    assert farthest(source, served) < 2e-5
-
-
-def test_a_text_has_the_tokens_of_our_tokenizer(python, sources, tmp_path):
-    source = sources(1.0)
-    tokenizer = TeleFLMTokenizer.from_pretrained(source)
-    served = serve(python, source, tmp_path, plugin=True, prompts=TEXTS)
-    assert [row["prompt"] for row in served["rows"]] == [tokenizer(text).input_ids for text in TEXTS]
-    assert farthest(source, served) < 2e-5
-    for row in served["rows"]:
-        answer = row["ids"][len(row["prompt"]) :]
-        assert row["text"].strip() == tokenizer.decode(answer, skip_special_tokens=True).strip()
+def test_a_text_has_the_tokens_of_our_tokenizer(with_plugin, folders):
+    tokenizer = TeleFLMTokenizer.from_pretrained(folders["factor 1"])
+    rows = with_plugin["texts"]
+    assert farthest(folders["factor 1"], rows) < 2e-5
+    assert [row["prompt"] for row in rows] == [tokenizer(text).input_ids for text in TEXTS]
+    for row in rows:
+        answer = tokenizer.decode(row["ids"][len(row["prompt"]) :], skip_special_tokens=True)
+        assert row["text"].strip() == answer.strip()
