@@ -4,8 +4,8 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """What a model needs on each GPU that serves it: weights, and keys and values of the tokens it has in mind.
 
-Bytes follow from sizes. With h features, f feed-forward features, a heads and k key/value heads of d features, L layers,
-a vocabulary of V rows, and T x P GPUs (each of P stages has some layers, each matrix of them is cut in T):
+Bytes follow from sizes. With h features, f feed-forward features, a heads and k key/value heads of d features, L
+layers, a vocabulary of V rows, and T x P GPUs (each of P stages has some layers, each matrix of them is cut in T):
 
 | what | bytes on the fullest GPU |
 |---|---|

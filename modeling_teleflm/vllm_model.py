@@ -28,6 +28,7 @@ class TeleFLMModel(LlamaModel):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
+        """Arguments and outputs are those of vLLM's `LlamaModel`."""
         if get_pp_group().is_first_rank:
             if inputs_embeds is None:
                 inputs_embeds = self.embed_input_ids(input_ids)

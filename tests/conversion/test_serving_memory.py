@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""What serving takes, counted out of transformers' own modules and caches; and that docs/serving.md has these numbers."""
+"""What serving takes, counted out of transformers' own modules and caches; docs/serving.md has these numbers."""
 
 import math
 import re
