@@ -90,7 +90,7 @@ class Family:
             if value is None or any(type(value) in _same(one) and value == one for one in harmless):
                 continue
             raise CheckpointError(
-                f"{where}: {name} is {_shown(value)}, which is nothing that a {self.name} of transformers has: where it "
+                f"{where}: {name} is {_shown(value)}, nothing that a {self.name} of transformers has; where it "
                 "is honoured, it makes another function. Remove it, if the model was trained without."
             )
         classes = config.get("auto_map")
