@@ -29,7 +29,7 @@ from .family import find_family, is_llama
 from .hub.contents import count_pieces, count_token_ids
 from .hub.lineage import Link, lineage_chain, lineage_steps
 from .hub.remote import local_view
-from .llama import why_only_copied
+from .llama import check_complete, why_only_copied
 from .mapping import check_tensors
 from .native.checkpoint import NativeCheckpoint
 from .native.find import RELEASE, exported_folder, open_native
@@ -121,17 +121,21 @@ def inspect_checkpoint(
     alone = Path(path).is_file() and len(source.files) == 1 and _SHARD.search(Path(path).name) is not None
     refused = why_only_copied(source)
     architecture = None if refused else _noting(problems, lambda: _architecture(source))
-    pieces = _noting(problems, lambda: count_pieces(folder))
+    count = count_token_ids if is_llama(source.config) else count_pieces
+    pieces = _noting(problems, lambda: count(folder))
     manifest = _noting(problems, lambda: read_manifest(folder))
     if architecture:
-        if not alone:
+        if not alone and is_llama(source.config):
+            _noting(problems, lambda: check_complete(source))
+            refused = (
+                None if problems else _complaint(lambda: check_tensors(source.tensors, architecture, "its weights"))
+            )
+        elif not alone:
             _noting(problems, lambda: check_tensors(source.tensors, architecture, source.folder))
-        if pieces and pieces > architecture.vocab_size:
+        if pieces and pieces > architecture.vocab_size and not is_llama(source.config):
             problems.append(
                 f"tokenizer.model has {pieces} pieces, config.json a vocab_size of {architecture.vocab_size}."
             )
-    if is_llama(source.config):
-        pieces = _noting(problems, lambda: count_token_ids(folder))
     if check and manifest is None:
         raise CheckpointError(f"{folder}/{MANIFEST}: no such file; there is nothing to check the tensors against.")
     checked = manifest if check else None
@@ -279,6 +283,13 @@ def _architecture(source: Source) -> Architecture | None:
     if source.config is None:
         raise CheckpointError(f"{where}: no such file.")
     return Architecture.from_config(source.config, where, with_biases=True) if find_family(source.config) else None
+
+
+def _complaint(look: Callable[[], Any]) -> str | None:
+    """What `look` complains of, without its full stop."""
+    found: list[str] = []
+    _noting(found, look)
+    return found[0].rstrip(".") if found else None
 
 
 def _noting(problems: list[str], look: Callable[[], Any]) -> Any:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from conversion.checkpoint.errors import CheckpointError, one_line
+from conversion.checkpoint.strict_json import read_json_object
+from conversion.family import is_llama
 from conversion.hub.contents import open_pieces
 
 SENTENCEPIECE, TOKENIZER = "tokenizer.model", "tokenizer.json"
@@ -49,19 +51,23 @@ class _Tokenizer:
 
 
 def open_vocabulary(folder: Path) -> Vocabulary:
-    """The tokenizer of a folder: its tokenizer.model, or else its tokenizer.json.
+    """The tokenizer of a folder: its tokenizer.model, or else its tokenizer.json; of a Llama's the other way round.
 
     Raises:
         CheckpointError: there is neither, or it cannot be read.
     """
-    path = folder / TOKENIZER
-    if (folder / SENTENCEPIECE).is_file():
-        pieces: Vocabulary = open_pieces(folder / SENTENCEPIECE)
-        return pieces
-    if not path.is_file():
+    path = folder / "config.json"
+    names = (SENTENCEPIECE, TOKENIZER)
+    names = names[::-1] if path.is_file() and is_llama(read_json_object(path, infinite=True)) else names
+    found = next((name for name in names if (folder / name).is_file()), None)
+    if found is None:
         raise CheckpointError(
             f"{folder}: holds neither {SENTENCEPIECE} nor {TOKENIZER}; put the model's tokenizer there."
         )
+    return _open_tokenizer(folder / found) if found == TOKENIZER else open_pieces(folder / found)
+
+
+def _open_tokenizer(path: Path) -> Vocabulary:
     try:
         from tokenizers import Tokenizer
 

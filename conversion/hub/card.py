@@ -194,7 +194,7 @@ def with_files(facts: CardFacts, folder: Path | None, files: Collection[str]) ->
         facts,
         metadata=inherited_metadata(folder, facts.inherited) if folder else {},
         has_tokenizer="tokenizer.model" in files or "tokenizer.json" in files,
-        has_tokenizer_code=any(name.endswith(".py") and name.startswith("tokenization") for name in files),
+        has_tokenizer_code=any(name.endswith(".py") and name.startswith("token") for name in files),
         has_chat_template="chat_template.jinja" in files,
     )
 

@@ -134,15 +134,13 @@ def count_pieces(folder: Path) -> int | None:
 def count_token_ids(folder: Path) -> int | None:
     """One more than the largest token id that the tokenizer of a folder makes, or None if there is no tokenizer.
 
-    What was added to the vocabulary counts, wherever it is noted: in tokenizer.json, added_tokens.json or
-    tokenizer_config.json.
+    A tokenizer.json counts before a tokenizer.model, as in transformers; and what was added to the vocabulary, wherever
+    it is noted: there, in added_tokens.json or in tokenizer_config.json.
 
     Raises:
         CheckpointError: one of the files cannot be read.
     """
     ids: list[int] = []
-    if (pieces := count_pieces(folder)) is not None:
-        ids.append(pieces - 1)
     if path := copied_file(folder, _TOKENIZER):
         said = read_json_object(Path(path), limit=_MAX_TOKENIZER)
         model = said.get("model")
@@ -153,6 +151,8 @@ def count_token_ids(folder: Path) -> int | None:
             ids.append(len(vocabulary) - 1)
         added = said.get("added_tokens")
         ids += _ids(entry.get("id") for entry in added if isinstance(entry, Mapping)) if isinstance(added, list) else []
+    elif (pieces := count_pieces(folder)) is not None:
+        ids.append(pieces - 1)
     if not ids:
         return None
     if path := copied_file(folder, _ADDED_TOKENS):
