@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The frequencies of rotary position embeddings, by their kinds: position t turns pair i of a head by t * f_i.
+"""The frequencies of rotary position embeddings, kind by kind: position t turns pair i of a head by t * f_i.
 
 Those whose frequencies depend on the length of a text (`dynamic`, `longrope`) are not here: a token's likelihood would
 depend on what else is computed with it.
@@ -17,6 +17,8 @@ import numpy as np
 from conversion.checkpoint.errors import CheckpointError
 
 KINDS = ("default", "linear", "llama3", "yarn")
+OF_TRAINED_LENGTH = ("llama3", "yarn")
+"""Those whose frequencies follow from the positions that the model was trained on before."""
 
 
 def rotary_frequencies(rope: Mapping[str, Any], head_dim: int, trained_length: int) -> tuple[np.ndarray, float]:
@@ -25,7 +27,8 @@ def rotary_frequencies(rope: Mapping[str, Any], head_dim: int, trained_length: i
     Args:
         rope: as `conversion.architecture.rope_parameters` reads it, with what its kind needs.
         head_dim: of the model.
-        trained_length: positions that it was trained on before its rotary embedding was scaled.
+        trained_length: positions that it was trained on before its rotary embedding was scaled; of no matter to those
+            that are not `OF_TRAINED_LENGTH`.
 
     Returns:
         Frequencies [head_dim / 2], and the factor on the rotated queries and keys; float64.
@@ -53,8 +56,10 @@ def _llama3(plain: np.ndarray, rope: Mapping[str, Any], trained_length: int) -> 
     Between the two, the share that stays grows linearly with the number of turns.
     """
     low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
+    if not low < high:
+        raise CheckpointError(f"high_freq_factor is {high:g}, expected more than low_freq_factor, {low:g}.")
     turns = trained_length * plain / (2 * math.pi)
-    kept = np.clip((turns - low) / (high - low), 0, 1) if high != low else (turns >= high).astype(float)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
     return plain * (kept + (1 - kept) / _number(rope, "factor"))
 
 
@@ -66,6 +71,8 @@ def _yarn(
     Between the two, the share that is divided grows linearly with the pair's number.
     """
     factor = _number(rope, "factor")
+    if theta <= 1:
+        raise CheckpointError(f"rope_theta of rope_type yarn is {theta:g}, expected a number above 1.")
 
     def pair(turns: float) -> float:
         """The pair, not in whole numbers, that turns so often over the trained length."""
@@ -102,4 +109,4 @@ def _number(rope: Mapping[str, Any], name: str, default: float | None = None) ->
     return float(value)
 
 
-__all__ = ["KINDS", "rotary_frequencies"]
+__all__ = ["KINDS", "OF_TRAINED_LENGTH", "rotary_frequencies"]

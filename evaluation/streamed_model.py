@@ -28,7 +28,7 @@ from conversion.checkpoint.sources import Source
 from conversion.mapping import EMBED_TOKENS, LM_HEAD, NORM, check_tensors
 from conversion.model_identity import TensorDigest
 
-from .rotary import KINDS, rotary_frequencies
+from .rotary import KINDS, OF_TRAINED_LENGTH, rotary_frequencies
 
 BLOCK = 1 << 22  # elements of a weight in memory at a time, twice: one multiplies while the next is read
 
@@ -124,7 +124,7 @@ class StreamedModel:
                 f"{where}: rope_type is {rope['rope_type']} and hidden_act {activation}; the streamed forward pass "
                 f"computes {', '.join(KINDS)} and silu alone. Use a machine with the memory to load the model."
             )
-        length = trained_length(config, where)
+        length = trained_length(config, where) if rope["rope_type"] in OF_TRAINED_LENGTH else 0
         try:
             self._frequencies, self._scale = rotary_frequencies(rope, self.architecture.head_dim, length)
         except CheckpointError as error:

@@ -32,6 +32,7 @@ from conversion.checkpoint.sources import Source
 from .held_files import HeldFiles, require_digests
 from .hidden_states import HiddenStates, check_space
 from .passages import Passage, digest_of, pack
+from .rotary import OF_TRAINED_LENGTH
 from .streamed_model import BLOCK, StreamedModel, block_rows
 
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
@@ -183,7 +184,7 @@ def _job(
 ) -> dict[str, Any]:
     config = checkpoint.config or {}
     rope = rope_parameters(config)
-    if rope["rope_type"] != "default":  # its frequencies may follow from a field beside it
+    if rope["rope_type"] in OF_TRAINED_LENGTH:  # which may be a field beside it
         rope["trained_length"] = trained_length(config)
     job = {
         "weights": sorted([os.path.basename(file.name), file.identity] for file in checkpoint.files),

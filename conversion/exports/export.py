@@ -146,4 +146,4 @@ def _check_choices(to: str, sizes: ParallelSizes, multipliers: str, spec: str, l
     if optimizer and to not in ("dcp", "torch_dist"):
         raise CheckpointError(f"--optimizer is for --to dcp and torch_dist; {to} is written without Adam's moments.")
     if link and to != "granite":
-        raise CheckpointError(f"--link is for --to granite; the weights of {to} are other bytes.")
+        raise CheckpointError(f"--link is for --to granite; {to} is written anew.")

@@ -352,7 +352,7 @@ REFUSED = {
     "--to is 'onnx', expected one of granite, llama, megatron, torch_dist, dcp": {"to": "onnx"},
     "--to gguf: export --to llama, then run llama.cpp's convert_hf_to_gguf.py": {"to": "gguf"},
     "--spec are for --to megatron, --multipliers also for torch_dist, not llama": {"to": "llama", "tp": 2},
-    "--link is for --to granite; the weights of llama are other bytes": {"to": "llama", "link": True},
+    "--link is for --to granite; llama is written anew": {"to": "llama", "link": True},
     "--multipliers is 'drop', expected one of fold, keep": {"to": "megatron", "multipliers": "drop"},
     "--spec is 'apex', expected one of te, local": {"to": "megatron", "spec": "apex"},
     "--tp is 0; it must be at least 1": {"to": "megatron", "tp": 0},

@@ -270,8 +270,7 @@ def _edit_weights(folder: Path, change) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("forward", ["loaded", "streamed"])
-@pytest.mark.parametrize("kind", ["llama3", "yarn"])
+@pytest.mark.parametrize(("kind", "forward"), [("llama3", "streamed"), ("llama3", "loaded"), ("yarn", "streamed")])
 def test_the_judge_measures_on_text(kind, forward, tmp_path):
     """By the tokenizer.json of A, and by the streamed forward pass too."""
     source = source_with(tmp_path / "source", **ROPES[kind])
@@ -281,7 +280,8 @@ def test_the_judge_measures_on_text(kind, forward, tmp_path):
         source, tmp_path / "out", text=tmp_path / "text.txt", dtype="float64", forward=forward
     )
     assert verification.numbers is not None
-    assert verification.numbers.same_argmax == 1.0
+    assert verification.numbers.exact
+    assert verification.numbers.within_rounding
 
 
 # Training goes on.
