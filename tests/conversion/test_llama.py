@@ -208,9 +208,8 @@ def test_inspect_tells_it(tmp_path):
     for text in ("llama", "4 of 8, 2 key/value", f"352 rows, {VOCABULARY} token ids"):
         assert text in shown
     edit_config(source, lambda config: config.update(sliding_window=16))
-    assert "Copied, and neither grown nor exported: config.json: sliding_window is 16" in " ".join(
-        run_teleflm("inspect", source, folder=tmp_path).stdout.split()
-    )
+    shown = " ".join(run_teleflm("inspect", source, folder=tmp_path).stdout.split())
+    assert "Copied, and neither grown nor exported: config.json: sliding_window is 16" in shown
 
 
 @pytest.mark.parametrize(
@@ -261,11 +260,15 @@ def test_stock_classes_compute_the_same(to, fields, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("to", "how"),
-    [("megatron", {"tp": 2}), ("megatron", {"multipliers": "keep"}), ("torch_dist", {}), ("dcp", {})],
-    ids=["megatron", "megatron, keep", "torch_dist", "dcp"],
+    ("to", "how", "tied"),
+    [
+        ("megatron", {"tp": 2}, False),
+        ("megatron", {"multipliers": "keep"}, True),
+        ("torch_dist", {}, False),
+        ("dcp", {}, True),
+    ],
+    ids=["megatron", "megatron, tied", "torch_dist", "dcp, tied"],
 )
-@pytest.mark.parametrize("tied", [False, True])
 def test_to_a_trainer_and_back(to, how, tied, tmp_path):
     """A Llama comes back: every byte of its weights, its numbers, its tokenizer; multipliers are asked of nobody."""
     source = save_llama(tmp_path / "source", torch.bfloat16, tie_word_embeddings=tied)
