@@ -223,7 +223,7 @@ def _check_rope(rope: Mapping[str, Any], where: str) -> None:
     if rope.get("partial_rotary_factor") not in (None, 1):
         found = _shown(rope["partial_rotary_factor"])
         raise CheckpointError(f"{where}: partial_rotary_factor is {found}; a Llama turns all of each head.")
-    for name in _ROPE_NUMBERS[kind]:
+    for name in ("rope_theta", *_ROPE_NUMBERS[kind]):
         if not _is_finite(rope.get(name)):
             raise CheckpointError(
                 f"{where}: {name} of rope_type {kind} is {_shown(rope.get(name))}, expected a number."

@@ -94,8 +94,9 @@ class Family:
                 "is honoured, it makes another function. Remove it, if the model was trained without."
             )
         classes = config.get("auto_map")
-        listed = map(str, classes) if isinstance(classes, Mapping) else ()
-        code = [name for name in listed if name.startswith(_MODEL_CLASSES)]
+        if not isinstance(classes, Mapping | None):
+            raise CheckpointError(f"{where}: auto_map is {_shown(classes)}, expected an object or null.")
+        code = [name for name in map(str, classes or ()) if name.startswith(_MODEL_CLASSES)]
         if code:
             raise CheckpointError(
                 f"{where}: auto_map names code of the folder for {code[0]}, which may compute another function than "

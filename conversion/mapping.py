@@ -107,6 +107,10 @@ def check_tensors(tensors: Mapping[str, View], architecture: Architecture, where
         if is_derived(name) or _is_tied_copy(name, tensors, architecture):
             continue
         if name not in expected:
-            raise CheckpointError(f"{where}: {name} is not a weight that config.json describes; it would be lost.")
+            tied = name == LM_HEAD.name and architecture.tie_word_embeddings
+            way_out = " Remove it, or set tie_word_embeddings to false." if tied else ""
+            raise CheckpointError(
+                f"{where}: {name} is not a weight that config.json describes; it would be lost.{way_out}"
+            )
         if view.shape != expected[name]:
             raise CheckpointError(f"{where}: {name} has shape {view.shape}, config.json says {expected[name]}.")

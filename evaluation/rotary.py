@@ -36,7 +36,7 @@ def rotary_frequencies(rope: Mapping[str, Any], head_dim: int, trained_length: i
     Raises:
         CheckpointError: the kind is none of `KINDS`, or a number is missing or none.
     """
-    kind, theta = rope["rope_type"], float(rope["rope_theta"])
+    kind, theta = rope["rope_type"], _number(rope, "rope_theta")
     plain = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     match kind:
         case "default":
