@@ -11,11 +11,12 @@ from typing import Any
 
 from .architecture import MODEL_TYPE, Architecture, load_config, load_preset, preset_names
 from .checkpoint.budget import reading_threads
-from .checkpoint.containers import Shard, parse_size
+from .checkpoint.containers import Shard
 from .checkpoint.dtypes import DType, parse_dtype
 from .checkpoint.errors import CheckpointError, NotFinite
 from .checkpoint.execute import CheckpointResult, WriteOptions, execute
 from .checkpoint.job import read_json
+from .checkpoint.numbers import parse_size
 from .checkpoint.parent import parent_of
 from .checkpoint.plan import CheckpointPlan, TensorPlan, View
 from .checkpoint.promises import verify_sources

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import Trainer, TrainingArguments
 
 from conversion import WriteOptions, convert_checkpoint, export_checkpoint, inspect_checkpoint
-from conversion.checkpoint.errors import CheckpointError, CorruptData, NotFinite
+from conversion.checkpoint.errors import CheckpointError, CorruptData, ImpossibleState
 from conversion.checkpoint.folder_formats import loadable_files
 from conversion.checkpoint.manifest import MANIFEST, read_manifest
 from growth import grow_checkpoint
@@ -435,7 +435,7 @@ def test_an_optimizer_that_the_record_does_not_know_is_refused(damage, message, 
 def test_moments_that_are_no_numbers_are_not_written(run, tmp_path):
     folder = shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2")
     _edit_state(lambda saved: saved["state"][5]["exp_avg_sq"].view(-1)[7:8].fill_(float("nan")))(folder)
-    with pytest.raises(NotFinite, match=r"optimizer_0/__0_0\.distcp/optimizer\.state\..*exp_avg_sq.* is NaN"):
+    with pytest.raises(ImpossibleState, match=r"optimizer_0/__0_0\.distcp/optimizer\.state\..*exp_avg_sq.* is NaN"):
         export_checkpoint(folder, tmp_path / "out", to="dcp", optimizer=True)
     assert not (tmp_path / "out" / WEIGHTS / ".metadata").exists()
 
