@@ -202,7 +202,7 @@ def _plan(
         plan, states, notes = plan_run(run, _read_config(config), tokenizer, vocab_size, cast, multipliers)
         options = replace(options, finite=not options.allow_nonfinite)
         exported = exported_folder(Path(run.folder)) if options.verify_source else None
-        recorded = exported_weights(exported) if exported else {}
+        recorded = exported_weights(exported, with_state=optimizer or fp32_master) if exported else {}
         if not dry_run:
             check_masters(run)
             notes += compare_replicas(run, plan.config, allow=allow_unequal_replicas)

@@ -18,7 +18,7 @@ Engine's layers, whatever layers the run builds.
 import json
 import math
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..adam_state import AdamState
@@ -304,8 +304,13 @@ def _rate(adam: AdamState) -> float:
 
 
 def _decay(adam: AdamState) -> float:
-    """The weight decay of matrices."""
-    return max(float(settings["weight_decay"]) for settings, _ in adam.groups)
+    """The weight decay of matrices: the largest, where groups of them have several."""
+    return max((float(settings["weight_decay"]) for settings, names in adam.groups if _matrices(names)), default=0.0)
+
+
+def _matrices(names: Sequence[str]) -> list[str]:
+    """The weights that Megatron decays: those of more than one dimension."""
+    return [name for name in names if "norm" not in name and not name.endswith(".bias")]
 
 
 _CARRIED = frozenset(("lr", "initial_lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"))
@@ -320,7 +325,7 @@ def _dropped(adam: AdamState) -> Iterator[str]:
         own_rate, own_decay = float(settings["lr"]), float(settings["weight_decay"])
         if own_rate != rate:
             said.append(f"lr {own_rate:g} (not {rate:g}) of group {number}, {len(names)} weights")
-        matrices = [name for name in names if "norm" not in name and not name.endswith(".bias")]
+        matrices = _matrices(names)
         if matrices and own_decay != decay:
             said.append(f"weight_decay {own_decay:g} (not {decay:g}) of the {len(matrices)} matrices in group {number}")
         if len(matrices) < len(names) and own_decay:

@@ -496,6 +496,31 @@ def test_the_record_has_a_digest_of_every_chunk(folder, grown, tmp_path):
     assert f"{folder}/{path.name}" in found
 
 
+@pytest.mark.parametrize("to", ["dcp", "torch_dist"])
+def test_moments_are_verified_when_they_are_converted(to, grown, tmp_path):
+    """The fault: one bit of one second moment, where nothing but its digest tells."""
+    export_checkpoint(grown, tmp_path / "out", to=to, optimizer=True)
+    how = {"optimizer": True, "options": WriteOptions(verify_source=True)}
+    notes = convert_checkpoint(tmp_path / "out", tmp_path / "back", **how).notes
+    assert [note for note in notes if "erified" in note] == [
+        "Verified: what is read of 2 files, by the digests of its record."
+    ]
+    record = read_manifest(tmp_path / "out")
+    (path,) = (tmp_path / "out" / name for name, entry in record["files"].items() if "tensors" in entry)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"optimizer\..* has the hash"):
+        convert_checkpoint(tmp_path / "out", tmp_path / "again", **how)
+
+
+def test_grown_moments_are_verified_when_they_grow_on(grown, tmp_path):
+    options = WriteOptions(verify_source=True)
+    more = {"num_hidden_layers": 9}
+    notes = grow_checkpoint(grown, tmp_path / "out", more, optimizer=grown, options=options).notes
+    assert any("Verified: what is read of 2 files, by the digests of its record" in note for note in notes), notes
+
+
 def test_its_source_is_verified_when_it_is_converted(grown, tmp_path):
     export_checkpoint(grown, tmp_path / "out", to="dcp", options=SMALL)
     options = WriteOptions(verify_source=True)
