@@ -436,24 +436,43 @@ def _check_resumed(optimizer: Any, first_step: float | None, global_step: int, *
                 f"{expected}: the checkpoint lacks its optimizer or is another run's. To begin anew from its weights, "
                 "name it as model_name_or_path, without resume_from_checkpoint."
             )
-        for number, tensor in enumerate(tensors):
-            _check_loaded(adam.state[tensor], tensor, number)
 
     on_every_process(check)
 
 
+def check_loaded_moments(optimizer: Any) -> None:
+    """Check that what torch loaded as moments of an Adam are such: it takes whatever there is.
+
+    Every process of a run has to call it; each looks at what it holds.
+
+    Args:
+        optimizer: whatever wraps it; of another kind than torch's Adam nothing is looked at.
+
+    Raises:
+        CheckpointError: one has another shape than its weight, holds a NaN, or is a second one and negative. Raised on
+            every process if on one.
+    """
+    adam = innermost(optimizer)
+    stepped = [tensor for group in adam.param_groups for tensor in group["params"]] or list(adam.state)
+
+    def check() -> None:
+        for number, tensor in enumerate(stepped):
+            state = adam.state.get(tensor) or {}
+            for key in (key for key in _MOMENTS if key in state):
+                _check_loaded(state[key], tensor, key, number)
+
+    on_every_process(check if isinstance(adam, torch.optim.Adam) else lambda: None)
+
+
 @torch.no_grad()
-def _check_loaded(state: Any, tensor: torch.Tensor, number: int) -> None:
-    """Check that the moments of a tensor that is stepped are moments of Adam; torch loads whatever there is."""
-    for key in _MOMENTS:
-        where = f"the checkpoint's optimizer: {key} of the {tuple(tensor.shape)} tensor {number}"
-        moment = state.get(key)
-        if not isinstance(moment, torch.Tensor) or moment.shape != tensor.shape or not moment.is_floating_point():
-            shape = tuple(moment.shape) if isinstance(moment, torch.Tensor) else "none"
-            raise CheckpointError(f"{where} has shape {shape}: the file is damaged; name another checkpoint.")
-        held = local(moment)
-        if held.numel():
-            _refuse_impossible(held, key, where)
+def _check_loaded(moment: Any, tensor: torch.Tensor, key: str, number: int) -> None:
+    where = f"the checkpoint's optimizer: {key} of parameter {number}, of shape {tuple(tensor.shape)},"
+    if not isinstance(moment, torch.Tensor) or moment.shape != tensor.shape or not moment.is_floating_point():
+        shape = f"shape {tuple(moment.shape)}" if isinstance(moment, torch.Tensor) else "no shape"
+        raise CheckpointError(f"{where} has {shape}: the file is damaged; name another checkpoint.")
+    held = local(moment)
+    if held.numel():
+        _refuse_impossible(held, key, where)
 
 
 def _refuse_impossible(moment: torch.Tensor, key: str, where: str) -> None:
@@ -469,6 +488,7 @@ __all__ = [
     "GrownAdamCallback",
     "LastRate",
     "check_adam_state",
+    "check_loaded_moments",
     "find_grown_state",
     "held_steps",
     "load_adam_state",

@@ -22,6 +22,7 @@ from conversion.checkpoint.errors import CheckpointError, one_line
 from conversion.saved_files import FILES, describe_files
 
 from .errors import RunError
+from .grown_adam import check_loaded_moments
 from .resume import STATE, checkpoints, find_fault
 from .same_run import write_run
 from .schedule import check_schedule, follow_schedule
@@ -89,13 +90,15 @@ class CheckpointMixin(ShardedSaveMixin):
         """As Trainer._load_optimizer_and_scheduler; the next step then has the rate that the schedule has for it.
 
         Raises:
-            RunError, CheckpointError: a file cannot be loaded, or the schedule in it is none of this run's kind.
+            RunError, CheckpointError: a file cannot be loaded, the schedule in it is none of this run's kind, or the
+                moments are none.
         """
         with _loading(checkpoint):
             if checkpoint is not None:
                 check_schedule(Path(checkpoint), self.lr_scheduler)
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             if checkpoint is not None:
+                check_loaded_moments(self.optimizer)
                 follow_schedule(self.lr_scheduler)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
