@@ -13,9 +13,11 @@ import re
 import sys
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, printable
+from .inert_pickle import Inert
 from .plan import View
 from .reader import FileReader
+from .torch_file import UnreadableTensor
 
 LARGEST = sys.float_info.max  # an integer of Python's may be larger than any float
 MAX_COUNT = 2**53  # up to there a float holds every whole number
@@ -92,7 +94,9 @@ def shown(value: Any) -> str:
     if value is None or isinstance(value, bool | int | float | str):
         text = repr(value[: 2 * _SHOWN] if isinstance(value, str) else value)
         return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
-    return "a tensor" if isinstance(value, View) else f"a {type(value).__name__}"
+    if isinstance(value, Inert):
+        return f"an object, {printable(value.qualified_name[:_SHOWN])}"
+    return "a tensor" if isinstance(value, View | UnreadableTensor) else f"a {type(value).__name__}"
 
 
 def parse_size(text: str | int | float) -> int:

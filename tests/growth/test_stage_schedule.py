@@ -127,20 +127,21 @@ def test_a_run_that_goes_on_with_another_length_has_its_rates_from_the_next_step
 
 
 def test_a_schedule_that_was_laid_out_anew_after_the_last_step_is_not_believed(root, tmp_path, capsys):
-    """The fault: a quarter of the peak in step 2, in a warm-up over 4, a half of the run; resumed to a length at which
+    """The fault: two thirds of the peak in step 3, of a warm-up over 3 of two epochs; resumed to one epoch, of which
     nothing is left to do, and by which the warm-up would have been over."""
-    keys = keys_of(root, root / "source", "", learning_rate=PEAK, warmup_steps=0.5, max_steps=8)
+    keys = keys_of(root, root / "source", "", learning_rate=PEAK, block_size=64, per_device_train_batch_size=7)
+    keys |= {"max_steps": -1, "num_train_epochs": 2, "warmup_steps": 0.5, "save_steps": 3}
     train(*split({**keys, "output_dir": str(tmp_path / "run")}))
-    checkpoint = tmp_path / "run/checkpoint-2"
-    keys |= {"output_dir": str(tmp_path / "short"), "resume_from_checkpoint": str(checkpoint), "max_steps": 2}
-    train(*split(keys))
+    checkpoint = str(tmp_path / "run/checkpoint-3")
+    short = {"output_dir": str(tmp_path / "short"), "resume_from_checkpoint": checkpoint, "num_train_epochs": 1}
+    train(*split({**keys, **short}))
     lineage = record_of(tmp_path / "short")
-    assert (lineage["steps"], lineage["lr_scheduler"]["warmup_steps"]) == (2, 1)
-    assert lineage["last_learning_rate"] == PEAK / 4
+    assert (lineage["steps"], lineage["lr_scheduler"]["warmup_steps"]) == (3, 2)
+    assert lineage["last_learning_rate"] == pytest.approx(PEAK * 2 / 3)
     grow_checkpoint(tmp_path / "short", tmp_path / "grown", TARGET)
     given = keys_of(root, tmp_path / "grown", "", output_dir=str(tmp_path / "next"), continue_schedule=1)
     message = (
-        r"made its last step at the learning rate 0.00025, and not at the 0.001 that its schedule over 2 steps has"
+        r"made its last step at the learning rate 0.000666.*, and not at the 0.001 that its schedule over 3 steps has"
     )
     refused(given, message, tmp_path, capsys)
 

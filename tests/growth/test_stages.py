@@ -158,7 +158,7 @@ DEEPER = {**LARGE, "model": None}
         ({"set": {"num_hidden_layers": 10**9}}, {}, "num_hidden_layers is 1000000000, expected at most 10,000"),
         ({"set": {"num_hidden_layers": HUGE}}, {}, "num_hidden_layers is 1000"),
         ({"set": {"intermediate_size": 10**38}}, {}, "intermediate_size is 1000.*, expected at most 2,147,483,647"),
-        ({"model": HUGE}, {}, "model is an integer of about 401 digits: no such file"),
+        ({"model": 10**200}, {}, "model is an integer of about 201 digits: no such file"),
         ({"tokens": 1e31}, {}, "tokens is 1e\\+31, expected a whole number"),
         ({"batch_tokens": -HUGE}, {}, "batch_tokens is an integer of about 401 digits, expected a whole number"),
         ({"learning_rate": 1e-31}, {}, "learning_rate is 1e-31, expected a number at least 1e-30"),
