@@ -282,7 +282,7 @@ def _known_groups(names: list[str]) -> list[list[list[str]]]:
 
 
 def _moments(file: str, name: str, entry: Any, shape: tuple[int, ...], whose: str) -> tuple[View, View]:
-    keys = sorted(entry) if isinstance(entry, dict) else None
+    keys = sorted(map(str, entry)) if isinstance(entry, dict) else None
     if keys != sorted((*MOMENTS, "step")):
         raise CheckpointError(
             f"{file}: the state of {name} is {keys}, expected exp_avg, exp_avg_sq, step; only Adam and AdamW can grow."

@@ -95,6 +95,10 @@ UNREADABLE = {
         "params of parameter group 0 holds True",
     ),
     "params, a dict": (group(params={}), "param_groups is no list of groups with params"),
+    "keys of many types": (
+        lambda saved: saved["state"][0].update({("a",): 1, None: 2, True: 3}),
+        r"the state of model\.embed_tokens\.weight is \[.*only Adam",
+    ),
     "no groups": (lambda saved: saved.update(param_groups=5), "is no optimizer state"),
     "lr, a text": (group(lr="x"), "parameter group 0: lr is 'x', expected a number at least 0"),
     "lr, none": (group(lr=None), "parameter group 0: lr is None, expected a number at least 0"),
