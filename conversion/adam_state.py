@@ -28,7 +28,6 @@ TRAINER_STATE = "trainer_state.json"  # what transformers' Trainer leaves in a c
 _LAYOUT = {"state": dict, "param_groups": list}
 _NAMES = ("params", "param_names")
 _DAMAGED = "the file is damaged, or of another optimizer"
-_MOST_SHOWN = 300
 # What other savers leave in a checkpoint instead, for the message.
 _SHARDED = {
     "optimizer_0": "FSDP's sharded state",
@@ -163,21 +162,25 @@ def _first_step(callbacks: Any) -> Any:
 
 
 def check_resumed_state(file: str | os.PathLike[str]) -> None:
-    """Check the numbers of a state that a Trainer is to load, of whichever optimizer: its settings, and its steps.
+    """Check the numbers of a state that a Trainer is to load, if it is Adam's: its settings, and its steps.
+
+    Of other optimizers, whose settings may be anything, the groups alone are looked at.
 
     Raises:
-        CheckpointError: it cannot be read, or has one that no optimizer has; the message names it.
+        CheckpointError: it cannot be read, or has a number that no Adam has; the message names it.
     """
     path = str(file)
     saved = _read_file(path)
-    for number, group in enumerate(_groups_of(path, saved)):
-        plain = {key: value for key, value in group.items() if key not in _NAMES}
-        with FileReader() as reader:
-            check_settings(_plain_settings(plain, reader), f"{path}: parameter group {number}", others=True)
+    groups, entries = _groups_of(path, saved), saved["state"]
+    if not any(isinstance(entry, dict) and entry.keys() >= {*MOMENTS, "step"} for entry in entries.values()):
+        return
     with FileReader() as reader:
-        for index, entry in saved["state"].items():
+        for number, group in enumerate(groups):
+            plain = {key: value for key, value in group.items() if key not in _NAMES}
+            check_settings(_plain_settings(plain, reader), f"{path}: parameter group {number}", others=True)
+        for index, entry in entries.items():
             if isinstance(entry, dict) and "step" in entry:
-                _read_step(entry["step"], f"{path}: step of parameter {index!r}"[:_MOST_SHOWN], reader)
+                _read_step(entry["step"], f"{path}: step of parameter {shown(index)}", reader)
 
 
 def _read(file: str, shapes: Mapping[str, tuple[int, ...]], *, whose: str, must_name: bool) -> AdamState:

@@ -11,6 +11,7 @@ are read: what was exchanged, restored from elsewhere or trained on shows; an ed
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,12 @@ def check_saved_files(folder: Path) -> None:
         CheckpointError: a file was exchanged or changed since, or the note itself was.
     """
     path = folder / RUN
-    if not path.is_file():
-        return
-    note = read_json_object(path, nan=True)
+    note: dict[str, Any] = {}
+    if path.is_file():
+        with suppress(CheckpointError):  # the name is anybody's; whoever resumes asks for one that can be read
+            note = read_json_object(path, nan=True)
     listed = note.get(FILES)
-    if listed is None:
+    if listed is None or "checksum" not in note:
         return
     if is_edited(note) or not isinstance(listed, dict):
         raise CheckpointError(f"{path} was edited since it was written: its checksum is not that of the rest.")

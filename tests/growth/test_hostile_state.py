@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import Adafactor
 from typer.testing import CliRunner
 
 from conversion import convert_checkpoint, export_checkpoint
+from conversion.adam_state import check_resumed_state
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.manifest import sample_digest, seal
 from conversion.optimizer_state import OPTIMIZER_FILE
@@ -255,17 +257,28 @@ def test_a_note_that_came_with_an_exchanged_file_is_of_other_weights(name, noted
         check_saved_files(noted)
 
 
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda text: text.replace('"bytes": ', '"bytes": 1'), r"run\.json was edited since it was written"),
-        (lambda text: text.replace('"files": {', '"files": [{', 1).rstrip("}") + "}", "run.json"),
-    ],
-)
-def test_a_note_that_was_edited_is_refused(edit, message, noted):
-    (noted / RUN).write_text(edit((noted / RUN).read_text()))
-    with pytest.raises(CheckpointError, match=message):
+def test_a_note_that_was_edited_is_refused(noted):
+    (noted / RUN).write_text((noted / RUN).read_text().replace('"bytes": ', '"bytes": 1'))
+    with pytest.raises(CheckpointError, match=r"run\.json was edited since it was written"):
         check_saved_files(noted)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"files": 5}', '{"files": {"optimizer.pt": {}}}', "\udc80"])
+def test_a_run_json_of_another_program_is_nothing_to_us(text, noted):
+    exchange(noted)
+    (noted / RUN).write_bytes(text.encode("utf-8", "surrogatepass"))
+    check_saved_files(noted)
+
+
+@pytest.mark.parametrize("kind", ["adafactor", "sgd"])
+def test_the_settings_of_other_optimizers_are_theirs(kind, tmp_path):
+    """Adafactor has a pair for eps, a negative decay_rate, and no rate."""
+    weight = torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = Adafactor([weight]) if kind == "adafactor" else torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    weight.grad = torch.ones(3, 3)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / OPTIMIZER_FILE)
+    check_resumed_state(tmp_path / OPTIMIZER_FILE)
 
 
 def test_a_folder_whose_run_noted_nothing_is_taken_as_it_is(noted):
