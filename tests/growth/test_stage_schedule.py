@@ -131,8 +131,8 @@ def test_a_schedule_that_was_laid_out_anew_after_the_last_step_is_not_believed(r
     nothing is left to do, and by which the warm-up would have been over."""
     keys = keys_of(root, root / "source", "", learning_rate=PEAK, block_size=64, per_device_train_batch_size=7)
     keys |= {"max_steps": -1, "num_train_epochs": 2, "warmup_steps": 0.5, "save_steps": 3}
-    train(*split({**keys, "output_dir": str(tmp_path / "run")}))
-    checkpoint = str(tmp_path / "run/checkpoint-3")
+    train(*split({**keys, "output_dir": str(tmp_path / "long")}))
+    checkpoint = str(tmp_path / "long/checkpoint-3")
     short = {"output_dir": str(tmp_path / "short"), "resume_from_checkpoint": checkpoint, "num_train_epochs": 1}
     train(*split({**keys, **short}))
     lineage = record_of(tmp_path / "short")
