@@ -11,11 +11,12 @@ from typing import Any
 
 from .architecture import MODEL_TYPE, Architecture, load_config, load_preset, preset_names
 from .checkpoint.budget import reading_threads
-from .checkpoint.containers import Shard, parse_size
+from .checkpoint.containers import Shard
 from .checkpoint.dtypes import DType, parse_dtype
 from .checkpoint.errors import CheckpointError, NotFinite
 from .checkpoint.execute import CheckpointResult, WriteOptions, execute
 from .checkpoint.job import read_json
+from .checkpoint.numbers import parse_size
 from .checkpoint.parent import parent_of
 from .checkpoint.plan import CheckpointPlan, TensorPlan, View
 from .checkpoint.promises import verify_sources
@@ -204,7 +205,7 @@ def _plan(
         plan, states, notes = plan_run(run, _read_config(config), tokenizer, vocab_size, cast, multipliers)
         options = replace(options, finite=not options.allow_nonfinite)
         exported = exported_folder(Path(run.folder)) if options.verify_source else None
-        recorded = exported_weights(exported) if exported else {}
+        recorded = exported_weights(exported, with_state=optimizer or fp32_master) if exported else {}
         if not dry_run:
             check_masters(run)
             notes += compare_replicas(run, plan.config, allow=allow_unequal_replicas)

@@ -16,11 +16,11 @@ from typing import Any
 from .architecture import Architecture
 from .checkpoint.budget import reading_threads
 from .checkpoint.check import Damage, check_folder
-from .checkpoint.containers import parse_size
 from .checkpoint.errors import CheckpointError, printable
 from .checkpoint.limits import DEFAULT_MEMORY, default_workers
 from .checkpoint.manifest import MANIFEST, find_manifest, is_edited, read_manifest
 from .checkpoint.mirror import shown
+from .checkpoint.numbers import parse_size
 from .checkpoint.parent import record_mismatch
 from .checkpoint.plan import View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint

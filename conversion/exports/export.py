@@ -109,8 +109,12 @@ def export_checkpoint(
     return replace(result, notes=[*result.notes, *notes, *uncut_note(linked, options)])
 
 
-def exported_weights(folder: Path) -> dict[str, View]:
+def exported_weights(folder: Path, *, with_state: bool = False) -> dict[str, View]:
     """The weights of a folder that was exported to train on, by the names of its plan and its record.
+
+    Args:
+        folder: the one with the record.
+        with_state: also what its optimizer keeps.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -120,7 +124,7 @@ def exported_weights(folder: Path) -> dict[str, View]:
     parts = [name for name, _ in listed if name.endswith(".distcp") and is_plain(name)]
     tensors = exported_tensors(folder)
     for place in sorted({str(PurePosixPath(name).parent) for name in parts}):
-        tensors |= read_chunks_by_name(folder, place, lambda name: not name.startswith("optimizer."))
+        tensors |= read_chunks_by_name(folder, place, lambda name: with_state or not name.startswith("optimizer."))
     return tensors
 
 

@@ -27,7 +27,8 @@ from ..hub.contents import CODE_FILES, count_pieces, hub_config, hub_sidecars
 from ..hub.small_files import left_behind
 from ..mapping import EMBED_TOKENS, LM_HEAD, Weight, is_derived, weights
 from ..masked import MASKED_CODE, is_masked, masked_config, split_masked_config
-from ..optimizer_state import OPTIMIZER_FILE, adam_shard, parameter_names
+from ..optimizer_state import OPTIMIZER_FILE, adam_shard, check_settings, parameter_names
+from ..saved_files import check_saved_files
 from .checkpoint import AdamMoments, NativeCheckpoint, Replica
 from .find import exported_folder
 from .model_parallel import copies
@@ -102,6 +103,8 @@ def plan_run(
         notes.append(f"Growth masks at step {state['step']} of {state['total_steps']}.")
     facts = model_facts(hub, out_dtype, lineage)
     sidecars = hub_sidecars(folder, facts, code, family=find_family(complete))
+    for place in (Path(run.folder), Path(run.folder).parent):
+        check_saved_files(place)
     states: list[Shard] = []
     if run.adam:
         for place in (Path(run.folder), Path(run.folder).parent):  # DeepSpeed's is a folder of its own in there
@@ -345,8 +348,11 @@ def plan_adam(run: NativeCheckpoint, adam: AdamMoments, architecture: Architectu
         architecture: its numbers, with the true vocab_size.
 
     Raises:
-        CheckpointError: a weight was not trained, so that there are no moments of it; or a shape differs.
+        CheckpointError: a weight was not trained, so that there are no moments of it; a shape differs; or a group has a
+            setting that Adam cannot have.
     """
+    for number, (settings, _) in enumerate(adam.groups):
+        check_settings(settings, f"{run.folder}: parameter group {number} of the optimizer")
     names = parameter_names(architecture)
     frozen = [name for name in names if name not in adam.steps]
     if frozen:
