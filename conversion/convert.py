@@ -11,17 +11,19 @@ from typing import Any
 
 from .architecture import MODEL_TYPE, Architecture, load_config, load_preset, preset_names
 from .checkpoint.budget import reading_threads
-from .checkpoint.containers import Shard, parse_size
+from .checkpoint.containers import Shard
 from .checkpoint.dtypes import DType, parse_dtype
 from .checkpoint.errors import CheckpointError, NotFinite
 from .checkpoint.execute import CheckpointResult, WriteOptions, execute
 from .checkpoint.job import read_json
+from .checkpoint.numbers import parse_size
 from .checkpoint.parent import parent_of
 from .checkpoint.plan import CheckpointPlan, TensorPlan, View
 from .checkpoint.promises import verify_sources
 from .checkpoint.sharded import ShardedTensor
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .exports.export import exported_weights
+from .family import TELEFLM, find_family, is_llama
 from .hub.card import model_facts
 from .hub.contents import hub_config, hub_sidecars
 from .hub.published_card import CardOptions
@@ -29,6 +31,7 @@ from .hub.remote import local_view
 from .hub.small_files import check_read_files, copied_file, left_behind, small_files
 from .hub.streaming import Streamed, stream_to_hub
 from .input_mult import InputFold, fold_input_mult, folded_lineage, input_mult_warning
+from .llama import check_complete, why_only_copied
 from .mapping import check_tensors, weights
 from .native.checkpoint import NativeCheckpoint
 from .native.find import FORMATS as NATIVE_FORMATS
@@ -65,7 +68,8 @@ def convert_checkpoint(
     """Rewrite a checkpoint as safetensors, without loading it and without executing anything it contains.
 
     A Tele-FLM's tensors are checked against its configuration and written in data-flow order, with our code and
-    configuration; any other Hugging Face model keeps its tensors, its configuration and its small files as they are.
+    configuration; any other Hugging Face model keeps its tensors, its configuration and its small files as they are, of
+    a Llama it is checked that no weight of its configuration is missing or of another shape.
     Of a training run every weight is accounted for: copies that the run kept are compared, values checked to be finite.
 
     Args:
@@ -213,7 +217,7 @@ def _plan(
         )
         options = replace(options, finite=not options.allow_nonfinite)
         exported = exported_folder(Path(run.folder)) if options.verify_source else None
-        recorded = exported_weights(exported) if exported else {}
+        recorded = exported_weights(exported, with_state=optimizer or fp32_master) if exported else {}
         if not dry_run:
             check_masters(run)
             notes += compare_replicas(run, plan.config, allow=allow_unequal_replicas)
@@ -266,8 +270,8 @@ def plan_conversion(
         fold_input: multiply `input_mult` into the embeddings.
 
     Raises:
-        CheckpointError: a Tele-FLM's tensors are not those of its configuration, quantised tensors are to be cast, or a
-            file that goes with them is a link that leads out of the folder.
+        CheckpointError: a Tele-FLM's tensors are not those of its configuration, a Llama lacks one of them, quantised
+            tensors are to be cast, or a file that goes with them is a link that leads out of the folder.
     """
     if not checkpoint.tensors:
         raise CheckpointError(f"{checkpoint.folder}: {Path(checkpoint.files[0].name).name} holds no tensors.")
@@ -277,7 +281,7 @@ def plan_conversion(
             f"{checkpoint.folder}: is quantised ({how}); --dtype {dtype} would round its scales. Without --dtype it is "
             "copied as it is; for another dtype take the original, or dequantise it first."
         )
-    is_teleflm = (checkpoint.config or {}).get("model_type") == MODEL_TYPE
+    is_teleflm = find_family(checkpoint.config) is TELEFLM
     if fold_input:
         _check_foldable(checkpoint, how, alone=alone)
     if alone:
@@ -343,6 +347,10 @@ def _plan_any(checkpoint: Source, dtype: DType | None) -> tuple[CheckpointPlan, 
     model_type = config.get("model_type")
     if model_type and model_type != MODEL_TYPE:
         notes.append(f"A {model_type} model, not a Tele-FLM: tensors and configuration were kept as they are.")
+    if unread := why_only_copied(checkpoint):
+        notes.append(f"Whether its weights are all there was not looked at: {unread}.")
+    elif is_llama(checkpoint.config):
+        check_complete(checkpoint)
     notes += left_behind(folder, sidecars)
     return CheckpointPlan(tensors, config, sidecars, _lineage(checkpoint, dtype)), notes
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from .bytes import ByteSource
 from .dtypes import FLOAT64, DType
-from .errors import NotFinite, Overflow
+from .errors import ImpossibleState, NotFinite, Overflow
 from .normal_stream import GRID, KEPT_CELLS, draw_words, look_up, normal_table
 from .plan import (
     Box,
@@ -75,8 +75,9 @@ def resolve(
         allow_nonfinite: take numbers that are NaN or infinite as they are.
 
     Raises:
-        NotFinite: one is.
+        NotFinite, ImpossibleState: one is, of weights, or of an optimizer's state.
     """
+    tensors = list(tensors)
     pieces = [piece for tensor in tensors for piece in tensor.pieces]
     values = map(piece_number, pieces)
     statistics = list(dict.fromkeys(value for value in values if isinstance(value, Statistic)))
@@ -84,7 +85,13 @@ def resolve(
     with ThreadPoolExecutor(workers) as pool:
         numbers = dict(zip(statistics, pool.map(lambda one: measure(one, reader), statistics), strict=True))
         rows = dict(zip(row_means, pool.map(lambda view: row_mean(view, reader), row_means), strict=True))
+    of_state = {piece_number(piece) for tensor in tensors if tensor.nonnegative for piece in tensor.pieces}
     for statistic, number in numbers.items():
+        if statistic in of_state and not 0.0 <= number < math.inf:
+            raise ImpossibleState(
+                f"{statistic} is {number}: what no optimizer goes on from, and --allow-nonfinite is for weights; leave "
+                "--optimizer out."
+            )
         if not allow_nonfinite and not math.isfinite(number):
             raise NotFinite(
                 f"{statistic} is {number}, so no new weights can be drawn like it: the tensor holds a NaN, an infinity "

@@ -10,7 +10,6 @@ the shards of torch.save folders.
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,6 @@ from .errors import CheckpointError
 from .plan import PlanError, TensorPlan
 from .safetensors_file import MAX_HEADER_BYTES, MAX_TENSORS
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _METADATA = "__metadata__"
 
 
@@ -173,15 +171,3 @@ def safetensors_index(shards: Sequence[Shard]) -> bytes:
     total = sum(tensor.nbytes for shard in shards for tensor, _ in shard.tensors)
     weight_map = {tensor.name: shard.filename for shard in shards for tensor, _ in shard.tensors}
     return (json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n").encode()
-
-
-def parse_size(text: str | int) -> int:
-    """Read a size as users write it (`5GB`, `500MB`, `2GiB`, or bytes) into bytes.
-
-    Raises:
-        ValueError: it is not a positive size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", str(text).upper())
-    if match is None or (match[2] or "") not in _UNITS or float(match[1]) <= 0:
-        raise ValueError(f"size {text!r} is not a positive number of bytes with an optional unit such as MB or GiB.")
-    return int(float(match[1]) * _UNITS[match[2] or ""])

@@ -48,3 +48,7 @@ class NotFinite(CorruptData):
 
 class Overflow(CorruptData):
     """A finite value is too large for the type that it was to be written in."""
+
+
+class ImpossibleState(CorruptData):
+    """A value of an optimizer's state that no optimizer has, or can go on from."""

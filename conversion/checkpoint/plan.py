@@ -281,6 +281,7 @@ class TensorPlan:
         dtype: its element type.
         pieces: what fills it; their boxes are indices into `layout`.
         layout: a factorisation of `shape` in row-major order; `shape` itself unless given ((1,) for a scalar).
+        nonnegative: whether a value below zero is refused, as of second moments. It decides no byte of the output.
     """
 
     name: str
@@ -288,6 +289,7 @@ class TensorPlan:
     dtype: DType
     pieces: tuple[Piece, ...]
     layout: Shape = ()
+    nonnegative: bool = False
 
     def __post_init__(self) -> None:
         if not self.layout:

@@ -182,7 +182,9 @@ def _optimizer(adam: AdamState, most: int) -> dict[KeyPath, Entry]:
             step = TensorPlan("", (), FLOAT32, (Fill(Box((0,), (1,)), float(adam.steps[name])),))
             entries["optimizer", "state", name, "step"] = ChunkedTensor.whole(step)
             for key, view in zip(MOMENTS, adam.moments[name], strict=True):
-                entries["optimizer", "state", name, key] = ChunkedTensor.in_rows(ShardedTensor.of(view), None, most)
+                moment = ChunkedTensor.in_rows(ShardedTensor.of(view), None, most)
+                is_square = key == MOMENTS[1]
+                entries["optimizer", "state", name, key] = moment.nonnegative() if is_square else moment
     for number, (settings, names) in enumerate(adam.groups):
         group = {**_UNSAID, "initial_lr": settings["lr"], **settings, "params": list(names)}
         entries |= {("optimizer", "param_groups", number, key): value for key, value in group.items()}
@@ -208,7 +210,7 @@ def _notes(model: ExportedModel, state: OpenState | None) -> Iterable[str]:
         )
         return
     yield (
-        f"transformers' Trainer under FSDP2 with SHARDEDTRAINER_STATE_DICT goes on from step {state.step}: "
+        f"transformers' Trainer under FSDP2 with SHARDED_STATE_DICT goes on from step {state.step}: "
         "resume_from_checkpoint=OUT."
     )
     if "rng_state.pth" in state.files:

@@ -18,7 +18,7 @@ Engine's layers, whatever layers the run builds.
 import json
 import math
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..adam_state import AdamState
@@ -35,7 +35,8 @@ from ..checkpoint.distributed_layout import (
     entry_name,
 )
 from ..checkpoint.dtypes import FLOAT32, DType
-from ..checkpoint.errors import CheckpointError
+from ..checkpoint.errors import CheckpointError, printable
+from ..checkpoint.numbers import shown
 from ..checkpoint.plan import CheckpointPlan, Shape, TensorPlan
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.sources import source_identity
@@ -245,6 +246,10 @@ def _states(
     states |= {(entry_name(path).replace(*_MASTERS, 1),): SameAs(path) for path in states}
     for key, power in zip(MOMENTS, (-1.0, -2.0), strict=True):
         states |= weights.entries(moments[key], f"optimizer.state.{key}.", FLOAT32, power)
+    squares = f"optimizer.state.{MOMENTS[1]}."
+    for path, entry in states.items():
+        if isinstance(entry, ChunkedTensor) and entry_name(path).startswith(squares):
+            states[path] = entry.nonnegative()
     return states
 
 
@@ -257,8 +262,12 @@ def _common_state(adam: AdamState, step: int) -> dict[str, Any]:
     said = [{key: settings[key] for key in ("betas", "eps")} for settings, _ in adam.groups]
     if any(other != said[0] for other in said):
         raise CheckpointError(f"{adam.file}: its groups have other betas or eps, {said}, Megatron has one of each.")
-    decay = max(settings["weight_decay"] for settings, _ in adam.groups)
-    rate = float(adam.groups[0][0]["lr"])
+    if any(settings.get("maximize") for settings, _ in adam.groups):
+        raise CheckpointError(
+            f"{adam.file}: maximize is True, and Megatron minimises: it would undo what was learnt; leave --optimizer "
+            "out."
+        )
+    decay, rate = _decay(adam), _rate(adam)
     shared = {
         **said[0],
         "betas": tuple(said[0]["betas"]),
@@ -289,6 +298,50 @@ def _common_state(adam: AdamState, step: int) -> dict[str, Any]:
     }
 
 
+def _rate(adam: AdamState) -> float:
+    """The learning rate of both of Megatron's groups."""
+    return float(adam.groups[0][0]["lr"])
+
+
+def _decay(adam: AdamState) -> float:
+    """The weight decay of matrices: the largest, where groups of them have several."""
+    return max((float(settings["weight_decay"]) for settings, names in adam.groups if _matrices(names)), default=0.0)
+
+
+def _matrices(names: Sequence[str]) -> list[str]:
+    """The weights that Megatron decays: those of more than one dimension."""
+    return [name for name in names if "norm" not in name and not name.endswith(".bias")]
+
+
+_CARRIED = frozenset(("lr", "initial_lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"))
+_OF_THE_CODE = frozenset(("foreach", "capturable", "differentiable", "fused"))  # how a step is computed, not what
+
+
+def _dropped(adam: AdamState) -> Iterator[str]:
+    """What of the parameter groups has no place in Megatron's two, which a run finds by their multipliers alone."""
+    rate, decay = _rate(adam), _decay(adam)
+    said = []
+    for number, (settings, names) in enumerate(adam.groups):
+        own_rate, own_decay = float(settings["lr"]), float(settings["weight_decay"])
+        if own_rate != rate:
+            said.append(f"lr {own_rate:g} (not {rate:g}) of group {number}, {len(names)} weights")
+        matrices = _matrices(names)
+        if matrices and own_decay != decay:
+            said.append(f"weight_decay {own_decay:g} (not {decay:g}) of the {len(matrices)} matrices in group {number}")
+        if len(matrices) < len(names) and own_decay:
+            vectors = len(names) - len(matrices)
+            said.append(f"weight_decay {own_decay:g} (not 0) of the {vectors} norms and biases in group {number}")
+        if settings.get("decoupled_weight_decay") is False:
+            said.append(f"decoupled_weight_decay False of group {number}")
+        unknown = sorted(key for key in settings if key not in _CARRIED | _OF_THE_CODE | {"decoupled_weight_decay"})
+        said += [f"{key} {shown(settings[key])} of group {number}" for key in unknown]
+    if said:
+        yield (
+            f"Megatron's groups have no place for these, and they are left out: {'; '.join(map(printable, said))}. "
+            "Where the run is to have them, as muP's rates, its script has to make such groups."
+        )
+
+
 def _notes(target: Architecture, source: Architecture, state: OpenState | None, *, fold: bool) -> Iterable[str]:
     if not fold and (source.embedding_scale, source.logit_scale) != (1.0, 1.0):
         yield (
@@ -307,6 +360,7 @@ def _notes(target: Architecture, source: Architecture, state: OpenState | None, 
         f"Adam's moments after {step} steps, and the weights in float32, are in the optimizer's state: of iteration "
         f"{step}, without a schedule and random states, in Megatron's two groups (norms have no weight decay)."
     )
+    yield from _dropped(state.adam)
     yield f"Megatron-LM: {options} --override-opt-param-scheduler --no-load-rng."
 
 
