@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from conversion import export_checkpoint
 from modeling_teleflm import TeleFLMForCausalLM
@@ -218,10 +217,3 @@ def test_transformers_serve(server, tmp_path):
     while "has no attribute TeleFLMForCausalLM" not in log.read_text():  # the answer comes before it is logged
         assert time.monotonic() < until, log.read_text()[-3000:]
         time.sleep(0.5)
-
-
-def test_an_export_has_both_spellings_of_the_rotary_embedding(tmp_path):
-    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}
-    expected = logits(save(tmp_path / "source", rope_parameters=rope))
-    export_checkpoint(tmp_path / "source", tmp_path / "out", to="llama")
-    assert np.abs(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) - expected).max() < 1e-6
