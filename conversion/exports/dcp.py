@@ -208,7 +208,7 @@ def _notes(model: ExportedModel, state: OpenState | None) -> Iterable[str]:
         )
         return
     yield (
-        f"transformers' Trainer under FSDP2 with SHARDEDTRAINER_STATE_DICT goes on from step {state.step}: "
+        f"transformers' Trainer under FSDP2 with SHARDED_STATE_DICT goes on from step {state.step}: "
         "resume_from_checkpoint=OUT."
     )
     if "rng_state.pth" in state.files:
