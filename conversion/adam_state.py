@@ -23,6 +23,17 @@ from .optimizer_state import MOMENTS, OPTIMIZER_FILE, parameter_names
 from .parameter_kinds import group_names
 
 TRAINER_STATE = "trainer_state.json"  # what transformers' Trainer leaves in a checkpoint beside the rest
+# What torch's AdamW of today has in a group beside rate, betas, eps and decay, with the values of a state that does not
+# say it: a loader asks for each by name.
+ADAMW_UNSAID = {
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": True,
+}
 _LAYOUT = {"state": dict, "param_groups": list}
 # What other savers leave in a checkpoint instead, for the message.
 _SHARDED = {

@@ -131,8 +131,8 @@ class PipelineSplit:
             )
         if not others and self.chunks > 1:  # where megatron-core (0.16 to 0.20) divides by the number of the others
             raise CheckpointError(
-                f"--pipeline-layout {self.layout}: megatron-core knows no first and last of --pp 2 x --vpp {self.chunks}; "
-                f"first={first} alone is the same split."
+                f"--pipeline-layout {self.layout}: megatron-core knows no first and last of --pp 2 x --vpp "
+                f"{self.chunks}; first={first} alone is the same split."
             )
         of_stages = [each if first is None else first, *[each] * (self.stages - 2), each if last is None else last]
         for stage, size in enumerate(of_stages):
