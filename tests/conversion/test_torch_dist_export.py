@@ -153,7 +153,7 @@ def test_the_library_computes_and_steps_the_same(ranks, loaded):
 
 
 def test_megatron_bridge_is_told_the_same_model(loaded):
-    """Its class is megatron-core's with a few fields more; `tests/external` loads an export with it."""
+    """Its class is megatron-core's with a few fields more."""
     for held in torch.load(loaded / "out-1.pt", weights_only=False):
         assert held["other_fields"] == {}
     told = yaml.safe_load((loaded / f"out/iter_{STEP:07d}/run_config.yaml").read_text())
