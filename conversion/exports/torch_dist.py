@@ -312,7 +312,8 @@ def _notes(target: Architecture, state: OpenState | None) -> Iterable[str]:
     options = f"--load OUT --use-checkpoint-args --ckpt-format torch_dist --norm-epsilon {target.rms_norm_eps:g}"
     step = _common_step(state.adam) if state else None
     if _is_plain(target):
-        yield f"Megatron-Bridge: AutoBridge.load_megatron_model of OUT/{RELEASE if step is None else _folder(step)}."
+        folder = RELEASE if step is None else _folder(step)
+        yield f"Megatron-Bridge: AutoBridge.load_megatron_model of OUT/{folder} (from its source; not tried)."
     if state is None:
         yield f"Megatron-LM: {options}."
         return
