@@ -295,6 +295,9 @@ def _export_details(lineage: Mapping[str, Any]) -> str:
             chunks = f" of {_count(virtual)} chunks" if virtual > 1 else ""
             stages = f"{_count(pipeline)} stage{'s' if pipeline > 1 else ''}{chunks}"
             details.append(f"tensor parallel {_count(tensor)}, {stages}")
+    match lineage:
+        case {"parallel": {"layout": str() as layout}}:
+            details.append(f"layers split by {_show(layout)}")
     if lineage.get("multipliers") == "fold":
         details.append("the multipliers folded into embeddings and head")
     if lineage.get("optimizer"):
