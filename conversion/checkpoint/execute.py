@@ -52,7 +52,7 @@ from .workspace import (
     unwritten_bytes,
 )
 
-_AHEAD = 2  # blocks a worker, that the system is told of before they are read
+_AHEAD = 8  # blocks a worker, that the system is told of before they are read
 _NO_STATE = "no optimizer goes on from that (--allow-nonfinite is for weights): leave --optimizer out"
 _NOTES = (".done", ".journal")  # of a shard, in the working folder
 
