@@ -5,7 +5,8 @@
 """Quantised checkpoints: how they are told, and what is not done to them.
 
 Their weights mean nothing without the scales beside them, and a scale that is rounded scales everything wrongly. So
-they are copied as they are, or refused.
+they are copied as they are, or refused; 8-bit floats as compressed-tensors keeps them can be undone, see
+`compressed_tensors.py`.
 """
 
 import re
@@ -16,7 +17,7 @@ from .checkpoint.errors import CheckpointError
 from .checkpoint.plan import View
 from .checkpoint.sources import Source
 
-_CONFIG_FIELDS = ("quantization_config", "compression_config")
+CONFIG_FIELDS = ("quantization_config", "compression_config")
 # Tensors that belong to a quantised weight: FP8 of DeepSeek and others; compressed-tensors; GPTQ and AWQ; bitsandbytes
 # in 8 and 4 bits; MXFP4.
 _COMPANION = re.compile(
@@ -36,7 +37,7 @@ def quantisation(config: Mapping[str, Any] | None, tensors: Mapping[str, View]) 
         config: the content of its config.json.
         tensors: by name.
     """
-    for field in _CONFIG_FIELDS:
+    for field in CONFIG_FIELDS:
         settings = (config or {}).get(field)
         if settings:
             method = settings.get("quant_method") if isinstance(settings, Mapping) else None
