@@ -108,7 +108,12 @@ def _quantised(tensor: TensorPlan) -> Iterator[TensorPlan]:
     rows = tensor.shape[0]
     yield TensorPlan(tensor.name, tensor.shape, FLOAT8, (RowQuantised(Box.whole(tensor.shape), tensor),))
     scales = (RowScales(Box.whole((rows, 1)), tensor),)
-    yield TensorPlan(tensor.name.removesuffix(_WEIGHT) + _SCALE, (rows, 1), tensor.dtype, scales)
+    yield TensorPlan(scale_name(tensor.name), (rows, 1), tensor.dtype, scales)
+
+
+def scale_name(weight: str) -> str:
+    """The name of the scales of a weight."""
+    return weight.removesuffix(_WEIGHT) + _SCALE
 
 
 def quantised_config(config: Mapping[str, Any]) -> dict[str, Any]:

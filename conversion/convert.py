@@ -192,6 +192,11 @@ def _plan(
     if format not in FORMATS:
         raise CheckpointError(f"format is {format!r}, expected one of {', '.join(FORMATS)}.")
     check_scheme(quantize)
+    if quantize and optimizer:
+        raise CheckpointError(
+            f"--optimizer writes moments to train on with, which --quantize {quantize} does not leave weights for; leave "
+            "one of them out."
+        )
     folder = local_view(source)
     options = replace(options, allow_nonfinite=options.allow_nonfinite or allow_nonfinite)
     recorded: dict[str, View] = {}
@@ -205,11 +210,6 @@ def _plan(
         _refuse_run_options(run_only)
         plan, notes = plan_conversion(open_checkpoint(folder), dtype=cast, quantize=quantize, alone=folder.is_file())
     else:
-        if quantize and optimizer:
-            raise CheckpointError(
-                f"--optimizer writes moments to train on with, which --quantize {quantize} does not leave weights for; "
-                "leave one of them out."
-            )
         plan, states, notes = plan_run(run, _read_config(config), tokenizer, vocab_size, cast, multipliers, quantize)
         options = replace(options, finite=not options.allow_nonfinite)
         exported = exported_folder(Path(run.folder)) if options.verify_source else None
@@ -274,7 +274,7 @@ def plan_conversion(
     how = quantisation(checkpoint.config, checkpoint.tensors)
     is_teleflm = (checkpoint.config or {}).get("model_type") == MODEL_TYPE
     if quantize:
-        _refuse_quantising(checkpoint, quantize, how, is_teleflm=is_teleflm and not alone)
+        _refuse_quantising(checkpoint, quantize, how, alone=alone)
     float8 = read_float8(checkpoint) if how and dtype and not alone and is_float8(checkpoint.config) else None
     if how and dtype and not float8:
         raise CheckpointError(
@@ -297,17 +297,18 @@ def plan_conversion(
     return plan, notes
 
 
-def _refuse_quantising(checkpoint: Source, quantize: str, how: str | None, *, is_teleflm: bool) -> None:
+def _refuse_quantising(checkpoint: Source, quantize: str, how: str | None, *, alone: bool) -> None:
     """Refuse to quantise what is quantised already, and a model whose layers are not known here."""
+    kind = (checkpoint.config or {}).get("model_type")
     if how:
         raise CheckpointError(
             f"{checkpoint.folder}: is quantised ({how}); --quantize {quantize} would round it again. Take the original."
         )
-    if not is_teleflm:
-        kind = (checkpoint.config or {}).get("model_type")
+    if alone or kind != MODEL_TYPE:
+        found = "a file of weights" if alone else f"a {kind} model" if kind else "one without a config.json"
         raise CheckpointError(
             f"{checkpoint.folder}: --quantize {quantize} is for the folder of a Tele-FLM, whose layers are known here; "
-            f"this is {f'a {kind} model' if kind else 'a file of weights, or has no config.json'}."
+            f"this is {found}."
         )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from .checkpoint.errors import CheckpointError
 from .checkpoint.plan import View
 from .checkpoint.sources import Source
+from .compressed_tensors import is_float8
 
 CONFIG_FIELDS = ("quantization_config", "compression_config")
 # Tensors that belong to a quantised weight: FP8 of DeepSeek and others; compressed-tensors; GPTQ and AWQ; bitsandbytes
@@ -63,7 +64,8 @@ def refuse_quantised(checkpoint: Source, doing: str) -> None:
     """
     how = quantisation(checkpoint.config, checkpoint.tensors)
     if how:
+        first = "`teleflm convert --dtype bfloat16`" if is_float8(checkpoint.config) else "dequantise it"
         raise CheckpointError(
             f"{checkpoint.folder}: is quantised ({how}); {doing} would change its weights without their scales. Take "
-            "the original, or dequantise it first."
+            f"the original, or {first} first."
         )
