@@ -194,8 +194,8 @@ def _plan(
     check_scheme(quantize)
     if quantize and optimizer:
         raise CheckpointError(
-            f"--optimizer writes moments to train on with, which --quantize {quantize} does not leave weights for; leave "
-            "one of them out."
+            f"--optimizer writes moments to train on with, which --quantize {quantize} does not leave weights for; "
+            "leave one of them out."
         )
     folder = local_view(source)
     options = replace(options, allow_nonfinite=options.allow_nonfinite or allow_nonfinite)

@@ -10,8 +10,8 @@ The rule, for a row w of a tensor in bfloat16, float16 or float32, is that of co
     code  = w / scale, computed in float32, limited to +-448, rounded to the nearest float8, ties to even
 
 A float32 quotient of bfloat16 or float16 numbers is never so near to the middle of two float8 that its own rounding
-decides, so for these a code is the exact quotient, rounded once. (compressed-tensors does the same on a GPU; on a CPU
-its quotients are rounded to the tensor's dtype first, which puts some on a middle that they were beside.)
+decides, so for these a code is the exact quotient, rounded once. (compressed-tensors divides in the tensor's dtype on a
+CPU, which puts some quotients on a middle that they were beside; its kernel for GPUs, by its text, in float32.)
 
 There are no more than 65,536 bfloat16, and what one over a scale becomes depends on their exponents by the difference
 alone. So a row of them is looked up in a table, of which a row's scale decides a small part.

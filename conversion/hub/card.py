@@ -263,7 +263,7 @@ def planned_facts(
         views: dtype, elements and bytes of each tensor.
         folder: holds its small files.
     """
-    kinds = Counter(dtype for dtype, _, _ in views)
+    kinds = Counter(dtype for dtype, _, _ in views if not (is_float8(config) and dtype == _FLOAT8))
     facts = model_facts(config, max(kinds, key=lambda name: (kinds[name], name)), lineage)
     facts = replace(facts, num_bytes=sum(n for _, _, n in views))
     if not (facts.is_float8 and facts.architecture):  # there, scales are no parameters

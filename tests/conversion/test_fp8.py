@@ -19,12 +19,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conversion import WriteOptions, convert_checkpoint, export_checkpoint, inspect_checkpoint
+from conversion import WriteOptions, convert_checkpoint, convert_to_hub, export_checkpoint, inspect_checkpoint
 from conversion.architecture import Architecture, load_preset
 from conversion.checkpoint.errors import CheckpointError, Unquantisable
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.sources import WEIGHT_FILES
 from conversion.compressed_tensors import check_scheme
+from conversion.hub.front_matter import parse_metadata, split_card
+from conversion.hub.published_card import CardOptions
+from conversion.hub.publishing import publish
 from growth import Mask, grow_checkpoint
 from tests.conversion.test_row_quant import by_torch
 from tests.fixtures.checkpoint_runs import Instant, contents, finish, make_sources, run_teleflm, write
@@ -394,3 +397,28 @@ def test_what_cannot_be_undone(change, says, fp8, tmp_path):
     assert not (tmp_path / "out").exists()
     if "scale" in says and change is not int8:
         inspect_checkpoint(folder)  # says it, and does not fail
+
+
+# The Hub.
+
+
+def test_streamed_to_the_hub_from_the_hub(here, model, fp8, tmp_path):
+    here.add_repository("owner/base", {path.name: path for path in model.iterdir()})
+    how = {"quantize": "fp8", "card": CardOptions(license="apache-2.0")}
+    convert_to_hub("owner/base", "owner/fp8", "1MB", work=tmp_path / "work", options=SMALL, **how)
+    files = here.repositories["owner/fp8"].files()
+    (tmp_path / "copy").mkdir()
+    for name, content in files.items():
+        (tmp_path / "copy" / name).write_bytes(content)
+    assert_same(load(tmp_path / "copy"), load(fp8))
+    assert (inspect_checkpoint(tmp_path / "copy", check=True).damages, len(files) > 3) == ([], True)
+    card = parse_metadata(split_card(files["README.md"].decode())[0])
+    assert (card["base_model"], card["base_model_relation"]) == ("owner/base", "quantized")
+    assert "float8_e4m3fn in linear layers, bfloat16" in files["README.md"].decode()
+
+
+def test_published(here, fp8):
+    publish(fp8, "owner/fp8", load=False, card=CardOptions(license="apache-2.0"))
+    files = here.repositories["owner/fp8"].files()
+    assert files["model.safetensors"] == (fp8 / "model.safetensors").read_bytes()
+    assert "| Parameters | 75,744 |" in files["README.md"].decode()  # which no scale is one of
