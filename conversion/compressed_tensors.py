@@ -10,6 +10,7 @@ a tensor, or one for each of its rows. The arithmetic is in `checkpoint/row_quan
 """
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from .mapping import LAYER, axis_size
 FP8 = "fp8"
 _BLOCK = 128  # of fp8-block, along rows and columns
 _WEIGHT, _SCALE, _INPUT_SCALE = ".weight", ".weight_scale", ".input_scale"
+_OTHER_SCALE = re.compile(r".+\.(weight|input|output|q|k|v)_(scale|zero_point|packed|shape|g_idx|global_scale)")
 # What a release of compressed-tensors writes into config.json; `tests/external` holds it against that one.
 _QUANTIZATION_CONFIG: dict[str, Any] = {
     "config_groups": {
@@ -167,6 +169,10 @@ def read_float8(source: Source) -> Float8Weights:
             scales[weight] = _scale_of_each(source, weight, name)
             del tensors[name]
     for name, view in tensors.items():
+        if _OTHER_SCALE.fullmatch(name):
+            raise CheckpointError(
+                f"{source.folder}: {name} belongs to a quantisation that config.json does not describe; correct it."
+            )
         if view.dtype == FLOAT8 and name not in scales:
             raise CheckpointError(f"{source.folder}: {name} is {FLOAT8}, its scale is missing; download it again.")
         if view.dtype != FLOAT8 and not view.dtype.is_floating and name.endswith(_WEIGHT):

@@ -368,7 +368,8 @@ def exactness(lineage: Mapping[str, Any] | None) -> list[str]:
             now = [
                 "Quantisation changes the function: each weight of a linear layer, the head aside, is an 8-bit float "
                 "times the scale of its row, within 1/16 of what it was, or within 1/1024 of the scale where it is "
-                "small. An engine that multiplies in 8 bits rounds activations too. Other weights are not quantised."
+                "small (of rows whose scale is among the smallest numbers of its dtype, less exactly so). An engine "
+                "that multiplies in 8 bits rounds activations too. Other weights are not quantised."
             ]
         case {"operation": "convert", "dequantized": True}:
             now = ["Weights that were 8-bit floats are their products with their scales: what was lost stays lost."]

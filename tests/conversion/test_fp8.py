@@ -7,6 +7,7 @@
 The oracle is torch, on the weights of the model; `tests/external` has compressed-tensors itself.
 """
 
+import importlib.util
 import json
 import random
 import shutil
@@ -351,6 +352,10 @@ def of_integers(tensors: Tensors, config: dict[str, Any]) -> None:
     tensors[f"{UP}_scale"] = tensors[f"{UP}_scale"].int()
 
 
+def keys_and_values(tensors: Tensors, config: dict[str, Any]) -> None:
+    tensors["model.layers.1.self_attn.k_scale"] = torch.tensor(0.1)
+
+
 def int8(tensors: Tensors, config: dict[str, Any]) -> None:
     config["config_groups"]["group_0"]["weights"]["type"] = "int"
 
@@ -418,7 +423,9 @@ def test_streamed_to_the_hub_from_the_hub(here, model, fp8, tmp_path):
 
 
 def test_published(here, fp8):
-    publish(fp8, "owner/fp8", load=False, card=CardOptions(license="apache-2.0"))
+    published = publish(fp8, "owner/fp8", card=CardOptions(license="apache-2.0"))
+    (loaded,) = (note for note in published.notes if note.startswith("Loaded without this package: "))
+    assert ("one token" in loaded) == (importlib.util.find_spec("compressed_tensors") is not None)
     files = here.repositories["owner/fp8"].files()
     assert files["model.safetensors"] == (fp8 / "model.safetensors").read_bytes()
     assert "| Parameters | 75,744 |" in files["README.md"].decode()  # which no scale is one of
