@@ -191,9 +191,9 @@ def _describe(lineage: Mapping[str, Any], *, refuted: bool) -> str:
             at = f" at iteration {_show(lineage['iteration'])}" if lineage.get("iteration") is not None else ""
             written = _FORMATS.get(trainer) if isinstance(trainer, str) else None
             made = f"{written or _show(trainer)}, {_show(parallel)}"
-            return f"Converted from a training checkpoint{at} ({made}){_cast(lineage)}."
+            return f"Converted from a training checkpoint{at} ({made}){_cast(lineage)}{_quantised(lineage)}."
         case {"operation": "convert", "from": container}:
-            return f"Rewritten as safetensors from {_show(container)} files{_cast(lineage)}."
+            return f"Rewritten as safetensors from {_show(container)} files{_cast(lineage)}{_quantised(lineage)}."
         case {"operation": "fold", "alpha": float() | int() as alpha}:
             other = "" if alpha == 0 else ", where what was added is heard: another function than before the growth"
             return f"Growth masks folded into the weights at alpha {_show(alpha)}{other}."
@@ -307,6 +307,13 @@ def _export_details(lineage: Mapping[str, Any]) -> str:
 
 def _cast(lineage: Mapping[str, Any]) -> str:
     return f", cast to {_show(lineage['dtype'])}" if lineage.get("dtype") else ""
+
+
+def _quantised(lineage: Mapping[str, Any]) -> str:
+    if lineage.get("dequantized") is True:
+        return ", 8-bit floats multiplied by their scales"
+    scheme = lineage.get("quantized")
+    return f", linear layers quantised to {_show(scheme)}" if isinstance(scheme, str) else ""
 
 
 # Values, which may be anything.
