@@ -25,6 +25,17 @@ from .parameter_kinds import group_names
 from .saved_files import check_saved_files
 
 TRAINER_STATE = "trainer_state.json"  # what transformers' Trainer leaves in a checkpoint beside the rest
+# What torch's AdamW of today has in a group beside rate, betas, eps and decay, with the values of a state that does not
+# say it: a loader asks for each by name.
+ADAMW_UNSAID = {
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": True,
+}
 _LAYOUT = {"state": dict, "param_groups": list}
 _NAMES = ("params", "param_names")
 _DAMAGED = "the file is damaged, or of another optimizer"

@@ -7,7 +7,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -19,11 +19,14 @@ from .normal_stream import GRID, KEPT_CELLS, draw_words, look_up, normal_table
 from .plan import (
     Box,
     Copy,
+    Dequantised,
     Fill,
     Noise,
     Normal,
     Piece,
     RowMean,
+    RowQuantised,
+    RowScales,
     Shape,
     Statistic,
     TensorPlan,
@@ -34,6 +37,7 @@ from .plan import (
 )
 from .reader import CHUNK, MAX_SPAN, FileReader, boxes_of_range
 from .rounding import first_overflow, largest, round_once, scale_and_shift, scaled_table, widens
+from .row_quant import QUANTISING_BYTES, FoundScales, dequantise, stream_codes, stream_scales
 from .scratch import scratch
 
 BLOCK = 4 * GRID  # elements of a unit of work, with a digest of its own: 8 MiB of bfloat16
@@ -48,10 +52,11 @@ _ZEROS = memoryview(bytes(CHUNK))
 
 @dataclass(frozen=True)
 class Resolved:
-    """What the prepass found: the numbers behind the plan's symbols, and the mean rows."""
+    """What the prepass found: the numbers behind the plan's symbols, and the mean rows; and scales, found since."""
 
     numbers: dict[Statistic, float]
     rows: dict[View, np.ndarray]
+    scales: FoundScales = field(default_factory=FoundScales)
 
     def number(self, value: float | Statistic) -> float:
         """The value itself, or the one behind the symbol."""
@@ -162,6 +167,7 @@ class Needs:
         cells: grid cells of random words that are held at a time.
         is_exact: whether any is computed in float64.
         looks_up: whether any value comes from a table.
+        quantises: whether rows become codes and scales, or the other way.
     """
 
     itemsize: int
@@ -171,10 +177,13 @@ class Needs:
     cells: int
     is_exact: bool
     looks_up: bool
+    quantises: bool = False
 
     @classmethod
     def of(cls, tensor: TensorPlan) -> "Needs":
         """Those of a tensor."""
+        if values := row_values(tensor):
+            return replace(cls.of(values), is_made=True, quantises=True)
         copies = [piece for piece in tensor.pieces if isinstance(piece, Copy)]
         ways = {_way(piece, tensor.dtype) for piece in copies}
         changed = [piece for piece in copies if not is_byte_copy(piece, tensor.dtype)]
@@ -188,6 +197,7 @@ class Needs:
             KEPT_CELLS if is_noisy or is_random else 0,
             "exact" in ways,
             is_random or is_noisy or "table" in ways,
+            any(isinstance(piece, Dequantised) for piece in tensor.pieces),
         )
 
     def nbytes(self, stretch: int) -> int:
@@ -205,7 +215,16 @@ class Needs:
         exact = _EXACT * 128 if self.is_exact else 0  # values, draws, bits, float32; what rounding took
         words = self.cells * GRID * 2 + min(_CHUNK, made) * 2 * (3 if self.cells else 0)
         looked_up = made * self.itemsize + 2 * CHUNK if self.looks_up else 0
-        return moved + made * self.itemsize + span + changed + exact + words + looked_up
+        quantised = QUANTISING_BYTES + made if self.quantises else 0
+        return moved + made * self.itemsize + span + changed + exact + words + looked_up + quantised
+
+
+def row_values(tensor: TensorPlan) -> TensorPlan | None:
+    """The tensor whose rows a tensor has the codes or the scales of; None if it is no such."""
+    match tensor.pieces:
+        case (RowQuantised(values=values) | RowScales(values=values),):
+            return values
+    return None
 
 
 def _stays(tensor: TensorPlan) -> bool:
@@ -266,7 +285,9 @@ def source_spans(tensor: TensorPlan, start: int, stop: int) -> Iterator[tuple[By
     What a statistic or a mean reads is not here, nor windows whose elements lie far apart: their span is others'.
     """
     for piece, box, *_ in _overlaps(tensor, start, stop):
-        if isinstance(piece, Copy):
+        if isinstance(piece, RowQuantised):  # elements are at the same places in it
+            yield from source_spans(piece.values, start, stop)
+        if isinstance(piece, Copy | Dequantised):
             view = _source_window(piece, box)
             first, last = view.span
             if view.numel and last - first <= 2 * view.nbytes:
@@ -294,6 +315,10 @@ def stream(
 
     The arguments are those of `assemble`; `stretch` is how many elements are made at a time, see `working_bytes`.
     """
+    values = row_values(tensor)
+    if values is not None:
+        yield from _stream_rows(tensor, values, start, stop, reader, resolved, stretch, allow_nonfinite)
+        return
     runs = copy_runs(tensor, start, stop)
     if runs is None:
         for first in range(start, stop, stretch):
@@ -317,6 +342,27 @@ def stream(
         yield from reader.chunks(view)
         at = first + view.numel
     yield from zeros((stop - start - at) * tensor.dtype.itemsize)
+
+
+def _stream_rows(
+    tensor: TensorPlan,
+    values: TensorPlan,
+    start: int,
+    stop: int,
+    reader: FileReader,
+    resolved: Resolved,
+    stretch: int,
+    allow_nonfinite: bool,
+) -> Iterator[memoryview]:
+    """The codes or the scales of a tensor's rows."""
+
+    def make(first: int, last: int) -> np.ndarray:
+        rows = scratch("rows", last - first, values.dtype.numpy)
+        assemble(values, first, last, rows, reader=reader, resolved=resolved, seed=0, allow_nonfinite=allow_nonfinite)
+        return rows
+
+    way = stream_codes if isinstance(tensor.pieces[0], RowQuantised) else stream_scales
+    return way(values, start, stop, stretch, make, resolved.scales)
 
 
 def zeros(nbytes: int) -> Iterator[memoryview]:
@@ -377,6 +423,8 @@ def assemble(
                     look_up(table, chosen, target)
                 else:
                     target[...] = look_up(table, chosen)
+            case Dequantised():
+                _dequantise(piece, box, target, tensor, reader, allow_nonfinite)
 
 
 def _rounded(source: np.ndarray, values: np.ndarray, box: Box, tensor: TensorPlan, allow_nonfinite: bool) -> np.ndarray:
@@ -417,8 +465,8 @@ def _overlaps(tensor: TensorPlan, start: int, stop: int) -> Iterator[tuple[Piece
         at += whole.numel
 
 
-def _source_window(piece: Copy, box: Box) -> View:
-    """The part of a copy's source that lands in `box`."""
+def _source_window(piece: Copy | Dequantised, box: Box) -> View:
+    """The part of a piece's source that lands in `box`."""
     return piece.source.window(Box(tuple(part.start for part in box.slices_in(piece.box)), box.size))
 
 
@@ -454,6 +502,26 @@ def _copy(
                 raise _overflow(tensor, place, value)
             if result is not here:
                 here[...] = result
+
+
+def _dequantise(
+    piece: Dequantised, box: Box, target: np.ndarray, tensor: TensorPlan, reader: FileReader, allow_nonfinite: bool
+) -> None:
+    codes = _source_window(piece, box)
+    scales = piece.scales.window(Box(tuple(part.start for part in box.slices_in(piece.box)), box.size))
+    step = _whole_rows(codes.shape)
+    for start in range(0, codes.numel, step):
+        for part in boxes_of_range(codes.shape, start, min(start + step, codes.numel)):
+            source = _read(codes.window(part), reader)
+            shared = tuple(slice(None) if stride else slice(0, 1) for stride in scales.strides)
+            factors = reader.read(scales.window(part)[shared])  # what is repeated, once
+            here = target[part.slices_in(Box.whole(codes.shape))]
+            products = dequantise(source.view(np.uint8), factors, tensor.dtype, here)
+            at = None if allow_nonfinite else first_overflow(products, np.ascontiguousarray(here))
+            if at is not None:
+                inside = np.unravel_index(at, part.size)
+                place = [a + b + int(c) for a, b, c in zip(box.start, part.start, inside, strict=True)]
+                raise _overflow(tensor, place, float(products.reshape(-1)[at]))
 
 
 def _whole_rows(shape: Shape) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .errors import CheckpointError
-from .plan import PlanError, TensorPlan
+from .plan import PlanError, RowQuantised, RowScales, TensorPlan
 from .safetensors_file import MAX_HEADER_BYTES, MAX_TENSORS
 
 _METADATA = "__metadata__"
@@ -117,18 +117,32 @@ def indexed_layout(shards: Sequence[Shard]) -> Layout:
 def safetensors_shards(tensors: Sequence[TensorPlan], max_shard_size: int) -> list[Shard]:
     """Lay tensors out in safetensors files of at most `max_shard_size` bytes of tensors each.
 
-    A tensor is never split, so one that is larger has a file to itself. The split follows the order of the tensors
+    A tensor is never split, so one that is larger has a file to itself; nor are rows and their scales, which whoever
+    makes a file finds in one pass. The split follows the order of the tensors
     and depends on nothing else. Names are transformers': `model.safetensors`, or `model-00001-of-000NN.safetensors`.
     """
     groups: list[list[TensorPlan]] = [[]]
     room = max_shard_size
-    for tensor in tensors:
-        if groups[-1] and tensor.nbytes > room:
+    for together in _together(tensors):
+        nbytes = sum(tensor.nbytes for tensor in together)
+        if groups[-1] and nbytes > room:
             groups.append([])
             room = max_shard_size
-        groups[-1].append(tensor)
-        room -= tensor.nbytes
+        groups[-1] += together
+        room -= nbytes
     return [_safetensors_shard(_shard_name(i, len(groups)), group) for i, group in enumerate(groups)]
+
+
+def _together(tensors: Sequence[TensorPlan]) -> list[list[TensorPlan]]:
+    """The tensors in order, those that share a file in one list: rows, and their scales after them."""
+    groups: list[list[TensorPlan]] = []
+    for tensor in tensors:
+        match tensor.pieces, groups[-1][0].pieces if groups else ():
+            case (RowScales(values=values),), (RowQuantised(values=other),) if values == other:
+                groups[-1].append(tensor)
+            case _:
+                groups.append([tensor])
+    return groups
 
 
 def _shard_name(index: int, count: int) -> str:

@@ -52,3 +52,7 @@ class Overflow(CorruptData):
 
 class ImpossibleState(CorruptData):
     """A value of an optimizer's state that no optimizer has, or can go on from."""
+
+
+class Unquantisable(CorruptData):
+    """A value that is NaN or infinite was to be written in a type that has a scale for each row."""

@@ -33,7 +33,7 @@ from .limits import DEFAULT_MEMORY, default_workers, high_water
 from .manifest import block_digest
 from .numbers import parse_size
 from .parent import parent_notes
-from .plan import CheckpointPlan, TensorPlan, View
+from .plan import CheckpointPlan, RowScales, TensorPlan, View
 from .preflight import PARTIAL, Decision, Done, Refused, Resume, listed, preflight
 from .promises import foresee_verification, verify_sources
 from .ranks import Ranks
@@ -52,7 +52,7 @@ from .workspace import (
     unwritten_bytes,
 )
 
-_AHEAD = 2  # blocks a worker, that the system is told of before they are read
+_AHEAD = 8  # blocks a worker, that the system is told of before they are read
 _NO_STATE = "no optimizer goes on from that (--allow-nonfinite is for weights): leave --optimizer out"
 _NOTES = (".done", ".journal")  # of a shard, in the working folder
 
@@ -478,7 +478,7 @@ def write_shards(
             statistics = resolved.named([tensor for tensor, _ in shard.tensors])
             file = ShardFile(shard, workspace, statistics, digest=options.digest, cached=cached)
             open_files.append(file)
-            for tensor, at in shard.tensors:
+            for tensor, at in _in_order(shard):
                 for index, (start, stop) in enumerate(blocks(tensor.numel)):
                     next(announced, None)
                     yield _Block(file, tensor, index, start, stop, at + start * tensor.dtype.itemsize)
@@ -515,13 +515,18 @@ def write_shards(
             file.close()
 
 
+def _in_order(shard: Shard) -> list[tuple[TensorPlan, int]]:
+    """The tensors of a shard in the order in which they are made: scales after the rows in which they are found."""
+    return sorted(shard.tensors, key=lambda placed: any(isinstance(piece, RowScales) for piece in placed[0].pieces))
+
+
 def _announce(shards: Sequence[Shard], reader: FileReader, ahead: int) -> Iterator[None]:
     """At each step, tell the system what one more block will read; at the first, what the next `ahead` will.
 
     Threads that read at their own places of one file look like chance to the system, and it fetches nothing in advance:
     a third of the time of a growth from a cold cache was waiting for the disk.
     """
-    every = ((tensor, *block) for shard in shards for tensor, _ in shard.tensors for block in blocks(tensor.numel))
+    every = ((tensor, *block) for shard in shards for tensor, _ in _in_order(shard) for block in blocks(tensor.numel))
     for number, (tensor, start, stop) in enumerate(every):
         for span in source_spans(tensor, start, stop):
             reader.announce(*span)

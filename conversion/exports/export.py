@@ -40,6 +40,7 @@ def export_checkpoint(
     tp: int = 1,
     pp: int = 1,
     vpp: int = 1,
+    pipeline_layout: str | None = None,
     multipliers: str = "fold",
     spec: str = "te",
     link: bool = False,
@@ -59,6 +60,8 @@ def export_checkpoint(
         tp: tensor-parallel ranks, for Megatron.
         pp: pipeline stages, for Megatron.
         vpp: chunks of layers in a stage, for Megatron.
+        pipeline_layout: which layers each stage has, for Megatron: `first=N,last=N`, `embedding,loss` (which count as a
+            layer each), or the string of its --pipeline-model-parallel-layout; as many in each unless given.
         multipliers: for Megatron: `fold` them into the weights, or `keep` the weights and note them in the arguments,
             for a trainer that knows them; a stock Megatron-LM does not.
         spec: for Megatron: the layers it builds, `te` (Transformer Engine) or `local`.
@@ -74,7 +77,8 @@ def export_checkpoint(
         CheckpointError: the source is neither Tele-FLM nor Llama, or the target has no such model; nothing was written.
         OSError: the disk failed; the output folder is not loadable, and the same call resumes.
     """
-    _check_choices(to, ParallelSizes(tp, pp, vpp), multipliers, spec, link, optimizer)
+    sizes = ParallelSizes(tp, pp, vpp, pipeline_layout)
+    _check_choices(to, sizes, multipliers, spec, link, optimizer)
     options = options or WriteOptions()
     if to == "megatron" and options.max_shard_size != WriteOptions.max_shard_size:
         raise CheckpointError(
@@ -85,7 +89,7 @@ def export_checkpoint(
         raise CheckpointError(f"{source}: is not on this machine, and cannot be linked to; leave --link out.")
     cast = parse_dtype(dtype) if dtype else None
     if to == "megatron":
-        plan, layout, notes = plan_megatron_export(model, ParallelSizes(tp, pp, vpp), multipliers == "fold", spec, cast)
+        plan, layout, notes = plan_megatron_export(model, sizes, multipliers == "fold", spec, cast)
         return execute(plan, Path(out), options, notes, dry_run=dry_run, layout=layout)
     if to in ("dcp", "torch_dist"):
         state = open_state(model) if optimizer else None
@@ -140,12 +144,13 @@ def _check_choices(to: str, sizes: ParallelSizes, multipliers: str, spec: str, l
             raise CheckpointError(f"{option} is {value!r}, expected one of {', '.join(get_args(known))}.")
     if to == "torch_dist" and (sizes, spec) != (ParallelSizes(), "te"):
         raise CheckpointError(
-            "--tp, --pp, --vpp and --spec are for --to megatron; torch_dist is the same for all ranks and layers."
+            "--tp, --pp, --vpp, --pipeline-layout and --spec are for --to megatron; torch_dist is the same for all "
+            "ranks and layers."
         )
     if to not in ("megatron", "torch_dist") and (sizes, multipliers, spec) != (ParallelSizes(), "fold", "te"):
         raise CheckpointError(
-            "--tp, --pp, --vpp, --multipliers and --spec are for --to megatron, --multipliers also for torch_dist, "
-            f"not {to}."
+            "--tp, --pp, --vpp, --pipeline-layout, --multipliers and --spec are for --to megatron, --multipliers also "
+            f"for torch_dist, not {to}."
         )
     if optimizer and to not in ("dcp", "torch_dist"):
         raise CheckpointError(f"--optimizer is for --to dcp and torch_dist; {to} is written without Adam's moments.")

@@ -22,6 +22,7 @@ from ..checkpoint.parent import parent_record
 from ..checkpoint.plan import CheckpointPlan, Shape, TensorPlan
 from ..checkpoint.reader import FileReader, boxes_of_range
 from ..checkpoint.sharded import ShardedTensor
+from ..compressed_tensors import check_scheme, quantise_linear, quantised_config
 from ..family import LLAMA, MULTIPLIERS, find_family, is_llama
 from ..hub.card import model_facts
 from ..hub.contents import CODE_FILES, count_pieces, hub_config, hub_sidecars
@@ -58,6 +59,7 @@ def plan_run(
     vocab_size: int | None,
     dtype: DType | None,
     multipliers: str | None = None,
+    quantize: str | None = None,
     *,
     fold_input: bool = False,
 ) -> tuple[CheckpointPlan, list[Shard], list[str]]:
@@ -70,6 +72,7 @@ def plan_run(
         vocab_size: rows of the vocabulary without padding.
         dtype: of the output; the run's unless given.
         multipliers: `none`, or the model's, as `training_args.parse_multipliers` reads them.
+        quantize: `fp8`, or nothing; see `compressed_tensors.py`.
         fold_input: multiply `input_mult` into the embeddings.
 
     Raises:
@@ -86,8 +89,14 @@ def plan_run(
     if is_masked(config):
         config, state = split_masked_config(config or {}, "config.json of the run")
         state = _masks_now(run, state)
+        if quantize:
+            raise CheckpointError(
+                f"{run.folder}: grows by masks, which --quantize {quantize} would leave no weights to train on for; "
+                "convert it, `teleflm fold` it, and quantise that."
+            )
     complete = complete_config(run, config, vocab_size, pieces, multipliers)
     architecture = Architecture.from_config(complete, f"{run.folder}: configuration", with_biases=True)
+    check_scheme(quantize, architecture)
     fold = fold_input_mult(architecture, run.folder) if fold_input else InputFold(architecture, 1.0)
     if fold.factor != 1.0:
         _check_foldable(run, masked=state is not None)
@@ -100,6 +109,7 @@ def plan_run(
         "iteration": run.iteration,
         "dtype": dtype.name if dtype else None,
         **folded_lineage(fold),
+        **({"quantized": quantize} if quantize else {}),
         **({"optimizer": True} if run.adam else {}),
         **({"masks": {"step": state["step"], "steps": state["total_steps"]}} if state else {}),
         "parent": parent_record(exported) if exported else None,
@@ -110,7 +120,10 @@ def plan_run(
     if state:
         hub, code = masked_config(hub, state), (*CODE_FILES, MASKED_CODE)
         notes.append(f"Growth masks at step {state['step']} of {state['total_steps']}.")
+    if quantize:
+        tensors, hub = list(quantise_linear(tensors)), quantised_config(hub)
     facts = model_facts(hub, out_dtype, lineage)
+    facts = replace(facts, num_bytes=sum(tensor.nbytes for tensor in tensors)) if quantize else facts
     sidecars = hub_sidecars(folder, facts, code, family=find_family(complete))
     for place in (Path(run.folder), Path(run.folder).parent):
         check_saved_files(place)

@@ -128,6 +128,19 @@ def test_cast_and_folded_is_rounded_once(tmp_path):
     assert (after == round_array(lambda value: value * Fraction(2.5), before, "bfloat16")).all()
 
 
+def test_folded_and_quantised(tmp_path):
+    source = save(tmp_path / "source", torch.bfloat16, input_mult=16)
+    convert_checkpoint(source, tmp_path / "out", fold_input_mult=True, quantize="fp8")
+    before, after = (load_file(folder / "model.safetensors")[EMBEDDING] for folder in (source, tmp_path / "out"))
+    assert torch.equal(after, before * 16)
+    assert json.loads((tmp_path / "out/config.json").read_text())["input_mult"] == 1.0
+    card = (tmp_path / "out/README.md").read_text()
+    assert "Embeddings are multiplied by 16, exactly" in card
+    assert "Every other weight keeps its value" not in card
+    assert "Quantisation changes the function" in card
+    assert "input_mult 16 folded into the embeddings" in inspect_checkpoint(tmp_path / "out").lineage[-1]
+
+
 def test_a_product_too_large_is_no_output(tmp_path):
     source = save(tmp_path / "source", torch.float16, input_mult=1e6)
     with pytest.raises(CorruptData, match=r"embed_tokens.weight\[\d+, \d+\] is -?\d+.*, the largest float16 is 65504"):

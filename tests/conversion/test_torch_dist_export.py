@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from conversion import WriteOptions, convert_checkpoint, export_checkpoint, inspect_checkpoint
@@ -150,6 +151,42 @@ def test_the_library_computes_and_steps_the_same(ranks, loaded):
         for name, tensor in part(stepped, model, rank, ranks).items():
             torch.testing.assert_close(held["stepped"][name], tensor, rtol=1e-6, atol=1e-7)
             assert not tensor.any() or not torch.equal(held["stepped"][name], held["weights"][name])
+
+
+def test_megatron_bridge_is_told_the_same_model(loaded):
+    """Its class is megatron-core's with a few fields more."""
+    for held in torch.load(loaded / "out-1.pt", weights_only=False):
+        assert held["other_fields"] == {}
+    told = yaml.safe_load((loaded / f"out/iter_{STEP:07d}/run_config.yaml").read_text())
+    assert told["checkpoint"] == {"save_optim": True, "save_rng": False, "fully_parallel_save": True}
+    assert (
+        told["model"].items()
+        >= {
+            "layernorm_epsilon": 1e-5,  # a text where YAML is written as JSON is
+            "rotary_base": 10000,
+            "rotary_percent": 1.0,
+            "position_embedding_type": "rope",
+            "share_embeddings_and_output_weights": False,
+            "vocab_size": 100,
+            "make_vocab_size_divisible_by": 128,
+            "should_pad_vocab": True,
+            "seq_length": 256,
+        }.items()
+    )
+
+
+def test_megatron_bridge_is_told_nothing_of_a_model_with_multipliers(tmp_path):
+    save(tmp_path / "source")
+    kept = export_checkpoint(tmp_path / "source", tmp_path / "keep", to="torch_dist", multipliers="keep")
+    folded = export_checkpoint(tmp_path / "source", tmp_path / "fold", to="torch_dist")
+    assert not (tmp_path / "keep/release/run_config.yaml").exists()
+    assert any("and so would Megatron-Bridge, for which there is no run_config.yaml" in note for note in kept.notes)
+    told = yaml.safe_load((tmp_path / "fold/release/run_config.yaml").read_text())
+    assert told["checkpoint"]["save_optim"] is False
+    assert any("AutoBridge.load_megatron_model of OUT/release (from its source" in note for note in folded.notes)
+    for folder in ("keep", "fold"):  # of which Megatron-Bridge asks for the metadata of any checkpoint
+        common = torch.load(tmp_path / folder / "release/common.pt", weights_only=False)
+        assert common["content_metadata"]["singleton_local_shards"] is False
 
 
 @pytest.mark.parametrize("multipliers", ["keep", "fold"])
