@@ -12,11 +12,13 @@ from typing import Literal
 
 import numpy as np
 
+from .block_quant import QUANTISING_BYTES, quantise_q8_0
 from .bytes import ByteSource
 from .dtypes import FLOAT64, DType
 from .errors import NotFinite, Overflow
 from .normal_stream import GRID, KEPT_CELLS, draw_words, look_up, normal_table
 from .plan import (
+    BlockQuantised,
     Box,
     Copy,
     Fill,
@@ -155,6 +157,8 @@ class Needs:
         cells: grid cells of random words that are held at a time.
         is_exact: whether any is computed in float64.
         looks_up: whether any value comes from a table.
+        packed: values of an element, where elements are blocks.
+        quantised: bytes of a value of the widest source that is quantised; 0 if none is.
     """
 
     itemsize: int
@@ -164,6 +168,8 @@ class Needs:
     cells: int
     is_exact: bool
     looks_up: bool
+    packed: int = 1
+    quantised: int = 0
 
     @classmethod
     def of(cls, tensor: TensorPlan) -> "Needs":
@@ -181,6 +187,8 @@ class Needs:
             KEPT_CELLS if is_noisy or is_random else 0,
             "exact" in ways,
             is_random or is_noisy or "table" in ways,
+            tensor.dtype.packed,
+            max((p.source.dtype.itemsize for p in tensor.pieces if isinstance(p, BlockQuantised)), default=0),
         )
 
     def nbytes(self, stretch: int) -> int:
@@ -192,13 +200,20 @@ class Needs:
         moved = 3 * CHUNK  # read, copied, looked at
         if not self.is_made:
             return moved
-        made = min(stretch, self.numel)
-        span = min(MAX_SPAN, 2 * made * max(self.itemsize, self.source) + CHUNK)
+        made = min(_stretch(stretch, self.packed), self.numel)
+        span = min(MAX_SPAN, 2 * made * max(self.itemsize, self.source, self.packed * self.quantised) + CHUNK)
         changed = min(_CHUNK, made) * (self.source + 2 * self.itemsize) if self.source else 0  # and the result's bits
         exact = _EXACT * 128 if self.is_exact else 0  # values, draws, bits, float32; what rounding took
         words = self.cells * GRID * 2 + min(_CHUNK, made) * 2 * (3 if self.cells else 0)
         looked_up = made * self.itemsize + 2 * CHUNK if self.looks_up else 0
-        return moved + made * self.itemsize + span + changed + exact + words + looked_up
+        quantised = min(_CHUNK, made * self.packed) * self.quantised + QUANTISING_BYTES if self.quantised else 0
+        quantised += min(_CHUNK // self.packed, made) * self.itemsize if self.quantised else 0
+        return moved + made * self.itemsize + span + changed + exact + words + looked_up + quantised
+
+
+def _stretch(stretch: int, packed: int) -> int:
+    """How many elements are made at a time, of which each is so many values."""
+    return max(1, stretch // packed)
 
 
 def _stays(tensor: TensorPlan) -> bool:
@@ -259,7 +274,7 @@ def source_spans(tensor: TensorPlan, start: int, stop: int) -> Iterator[tuple[By
     What a statistic or a mean reads is not here, nor windows whose elements lie far apart: their span is others'.
     """
     for piece, box, *_ in _overlaps(tensor, start, stop):
-        if isinstance(piece, Copy):
+        if isinstance(piece, Copy | BlockQuantised):
             view = _source_window(piece, box)
             first, last = view.span
             if view.numel and last - first <= 2 * view.nbytes:
@@ -289,6 +304,7 @@ def stream(
     """
     runs = copy_runs(tensor, start, stop)
     if runs is None:
+        stretch = _stretch(stretch, tensor.dtype.packed)
         for first in range(start, stop, stretch):
             last = min(first + stretch, stop)
             block = scratch("block", last - first, tensor.dtype.numpy)
@@ -352,6 +368,8 @@ def assemble(
             case Copy():
                 _copy(piece, box, target, tensor, reader, resolved, seed, allow_nonfinite)
                 words = words if piece.noise is None else None  # noise was drawn over them
+            case BlockQuantised():
+                _quantise(piece, box, target, tensor, reader)
             case Fill():
                 values = np.full(1, resolved.number(piece.value), np.float64)
                 target[...] = _rounded(values, values, box, tensor, allow_nonfinite)
@@ -410,9 +428,11 @@ def _overlaps(tensor: TensorPlan, start: int, stop: int) -> Iterator[tuple[Piece
         at += whole.numel
 
 
-def _source_window(piece: Copy, box: Box) -> View:
-    """The part of a copy's source that lands in `box`."""
-    return piece.source.window(Box(tuple(part.start for part in box.slices_in(piece.box)), box.size))
+def _source_window(piece: Copy | BlockQuantised, box: Box) -> View:
+    """The part of a piece's source that lands in `box`."""
+    inside = piece.source.shape[len(box.size) :]  # of a block
+    start = tuple(part.start for part in box.slices_in(piece.box))
+    return piece.source.window(Box((*start, *(0 for _ in inside)), (*box.size, *inside)))
 
 
 def _copy(
@@ -447,6 +467,38 @@ def _copy(
                 raise _overflow(tensor, place, value)
             if result is not here:
                 here[...] = result
+
+
+def _quantise(piece: BlockQuantised, box: Box, target: np.ndarray, tensor: TensorPlan, reader: FileReader) -> None:
+    view = _source_window(piece, box)
+    values, blocks = view.shape[-1], view.shape[:-1]
+    step = _whole_rows(view.shape) // values
+    for start in range(0, box.numel, step):
+        for part in boxes_of_range(blocks, start, min(start + step, box.numel)):
+            source = _read(view.window(Box((*part.start, 0), (*part.size, values))), reader).reshape(-1, values)
+            here = target[part.slices_in(Box.whole(blocks))]
+            result = scratch("quantised", here.shape, here.dtype)
+            block = quantise_q8_0(source, result.reshape(-1))
+            if block is not None:
+                inside = np.unravel_index(block, part.size)
+                place = [a + b + int(c) for a, b, c in zip(box.start, part.start, inside, strict=True)]
+                raise _no_scale(tensor, place, source[block])
+            here[...] = result
+
+
+def _no_scale(tensor: TensorPlan, place: Sequence[int], values: np.ndarray) -> NotFinite | Overflow:
+    """The error for a block, at an index into a tensor's layout, that no scale is large enough for."""
+    exact = values.astype(np.float64)
+    at = int(np.argmax(np.where(np.isfinite(exact), np.abs(exact), np.inf)))
+    flat = sum(index * stride for index, stride in zip(place, row_major_strides(tensor.layout), strict=True))
+    *rows, block = map(int, np.unravel_index(flat, tensor.shape))
+    where = f"{tensor.name}{[*rows, block * len(values) + at]}"
+    if not np.isfinite(exact[at]):
+        return NotFinite(f"{where} is NaN or infinite, for which {tensor.dtype} has no number; repair it.")
+    return Overflow(
+        f"{where} is {exact[at]:.9g}, more than 127 times the largest scale of {tensor.dtype}, a float16; a wider type "
+        "holds it."
+    )
 
 
 def _whole_rows(shape: Shape) -> int:

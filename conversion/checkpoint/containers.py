@@ -5,7 +5,7 @@
 """How output tensors become files: shards, what they hold beside tensors, and the file that makes the folder loadable.
 
 A `Layout` is data: a container is a function that makes one. `safetensors_layout` is the Hub's; `torch_zip.py` makes
-the shards of torch.save folders.
+the shards of torch.save folders, `gguf_layout.py` llama.cpp's files.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ class Layout:
 
     Args:
         shards: the weight files, and files of state after them.
-        index: name and content of the file that is written last and makes the folder loadable; None where the one
+        index: name and content of the file that is written last and makes the folder loadable; None where the first
             shard does.
     """
 
@@ -122,6 +122,12 @@ def safetensors_shards(tensors: Sequence[TensorPlan], max_shard_size: int) -> li
     A tensor is never split, so one that is larger has a file to itself. The split follows the order of the tensors
     and depends on nothing else. Names are transformers': `model.safetensors`, or `model-00001-of-000NN.safetensors`.
     """
+    groups = tensor_groups(tensors, max_shard_size)
+    return [_safetensors_shard(_shard_name(i, len(groups)), group) for i, group in enumerate(groups)]
+
+
+def tensor_groups(tensors: Sequence[TensorPlan], max_shard_size: int) -> list[list[TensorPlan]]:
+    """Tensors in groups of at most so many bytes, one at least; a larger tensor is a group of its own."""
     groups: list[list[TensorPlan]] = [[]]
     room = max_shard_size
     for tensor in tensors:
@@ -130,7 +136,7 @@ def safetensors_shards(tensors: Sequence[TensorPlan], max_shard_size: int) -> li
             room = max_shard_size
         groups[-1].append(tensor)
         room -= tensor.nbytes
-    return [_safetensors_shard(_shard_name(i, len(groups)), group) for i, group in enumerate(groups)]
+    return groups
 
 
 def _shard_name(index: int, count: int) -> str:

@@ -10,6 +10,7 @@ A `CheckpointPlan` is a list of `TensorPlan`s; each is a list of pieces, and eac
     Fill     one constant
     Normal   draws from a normal distribution, from a stream of the tensor's own
     RowMean  the mean of some source rows, repeated
+    BlockQuantised   blocks of a source's values that share a scale
 
 Boxes are rectangular in the tensor's `layout`, a factorisation of its shape: with the rows of a query projection laid
 out as (kv head, query of its group, head_dim), a permutation of heads is one box and one strided window, never a piece
@@ -30,7 +31,7 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from .bytes import ByteSource
-from .dtypes import DType
+from .dtypes import Q8_0, DType
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -268,7 +269,24 @@ class RowMean:
         return f"mean of {self.source.shape[0]} rows" + ("" if self.scale == 1.0 else f" x {self.scale:.6g}")
 
 
-Piece: TypeAlias = Copy | Fill | Normal | RowMean
+@dataclass(frozen=True, slots=True)
+class BlockQuantised:
+    """Blocks of values that share a scale, see `block_quant.py`: an element of the tensor is a block of the source.
+
+    Args:
+        box: what it fills, in blocks.
+        source: their values: of the box's shape, with the values of a block as one dimension more.
+    """
+
+    box: Box
+    source: View
+
+    def describe(self) -> str:
+        """One phrase for a dry run."""
+        return f"quantised by {self.source.shape[-1]}"
+
+
+Piece: TypeAlias = Copy | Fill | Normal | RowMean | BlockQuantised
 
 
 @dataclass(frozen=True)
@@ -365,6 +383,13 @@ class TensorPlan:
             raise PlanError(f"{where} takes a source of shape {piece.source.shape}.")
         if isinstance(piece, RowMean) and (len(piece.source.shape) != 2 or piece.source.shape[1] != piece.box.size[-1]):
             raise PlanError(f"{where} averages a source of shape {piece.source.shape}.")
+        if isinstance(piece, BlockQuantised):
+            expected = (*piece.box.size, self.dtype.packed)
+            if piece.source.shape != expected:
+                raise PlanError(f"{where} takes a source of shape {piece.source.shape}, expected {expected}.")
+            if self.dtype != Q8_0 or not piece.source.dtype.is_floating:
+                raise PlanError(f"{where}: {self.dtype} cannot be made of blocks of {piece.source.dtype}.")
+            return
         changes = not isinstance(piece, Copy) or not is_byte_copy(piece, self.dtype)
         dtypes = [self.dtype] + ([piece.source.dtype] if isinstance(piece, Copy | RowMean) else [])
         if changes and not all(dtype.is_floating for dtype in dtypes):
@@ -486,7 +511,7 @@ class CheckpointPlan:
 def source_views(tensor: TensorPlan) -> Iterator[View]:
     """Every window of a source file a tensor depends on, statistics included."""
     for piece in tensor.pieces:
-        if isinstance(piece, Copy | RowMean):
+        if isinstance(piece, Copy | RowMean | BlockQuantised):
             yield piece.source
         number = piece_number(piece)
         if isinstance(number, Statistic):
@@ -530,3 +555,5 @@ def _portable_repr(piece: Piece, names: Mapping[str, str]) -> str:
             return repr(("normal", box, number(piece.std)))
         case RowMean():
             return repr(("row mean", box, window(piece.source), piece.scale))
+        case BlockQuantised():
+            return repr(("block quantised", box, window(piece.source)))
