@@ -22,7 +22,7 @@ from ..architecture import Architecture, rope_parameters
 from ..checkpoint.containers import Layout
 from ..checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q8_0, DType
 from ..checkpoint.errors import CheckpointError
-from ..checkpoint.gguf_file import Value
+from ..checkpoint.gguf_file import GGUFModel, Value
 from ..checkpoint.gguf_layout import gguf_layout
 from ..checkpoint.plan import BlockQuantised, Box, CheckpointPlan, TensorPlan
 from ..checkpoint.preflight import listed
@@ -139,47 +139,55 @@ def _general(model: ExportedModel, title: str, kind: str) -> dict[str, Value]:
 
 
 def _hyperparameters(model: ExportedModel) -> dict[str, Value]:
-    a, config = model.architecture, model.config
-    where = f"{model.folder}/config.json"
+    config, where = model.config, f"{model.folder}/config.json"
     rope = rope_parameters(config, where)
-    scaling = _rope_scaling(rope, where)
     if config.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{where}: hidden_act is {config['hidden_act']!r}; llama.cpp's Granite knows 'silu' only.")
-    if a.head_dim % 2:
-        raise CheckpointError(f"{where}: head_dim is {a.head_dim}, which rotary embeddings cannot halve.")
+    if model.architecture.head_dim % 2:
+        raise CheckpointError(f"{where}: head_dim {model.architecture.head_dim} is odd; rotary embeddings need halves.")
     positions = config.get("max_position_embeddings")
     if isinstance(positions, bool) or not isinstance(positions, int) or not 0 < positions < 2**31:
         raise CheckpointError(f"{where}: max_position_embeddings is {positions!r}, expected the length of a context.")
-    settings: dict[str, Value] = {
-        "block_count": np.uint32(a.num_hidden_layers),
-        "context_length": np.uint32(positions),
-        "embedding_length": np.uint32(a.hidden_size),
-        "feed_forward_length": np.uint32(a.intermediate_size),
-        "vocab_size": np.uint32(a.vocab_size),
-        "attention.head_count": np.uint32(a.num_attention_heads),
-        "attention.head_count_kv": np.uint32(a.num_key_value_heads),
-        "attention.key_length": np.uint32(a.head_dim),
-        "attention.value_length": np.uint32(a.head_dim),
-        "rope.dimension_count": np.uint32(a.head_dim),
+    scaling = _rope_scaling(rope, where)
+    sizes = {"context_length": positions, **_sizes(model.architecture)}
+    numbers = {"rope.freq_base": rope["rope_theta"], **scaling, **_numbers(model.architecture)}
+    settings: dict[str, Value] = {name: np.uint32(size) for name, size in sizes.items()}
+    for name, number in numbers.items():
+        settings[name] = _float32(number)
+        if not np.isfinite(settings[name]) or settings[name] == 0:
+            raise CheckpointError(f"{where}: {name} would be {number:g}, which float32, as GGUF has it, does not hold.")
+    if scaling:
+        settings["rope.scaling.type"] = "linear"
+    return {f"{_ARCHITECTURE}.{name}": value for name, value in settings.items()}
+
+
+def _sizes(a: Architecture) -> dict[str, int]:
+    return {
+        "block_count": a.num_hidden_layers,
+        "embedding_length": a.hidden_size,
+        "feed_forward_length": a.intermediate_size,
+        "vocab_size": a.vocab_size,
+        "attention.head_count": a.num_attention_heads,
+        "attention.head_count_kv": a.num_key_value_heads,
+        "attention.key_length": a.head_dim,
+        "attention.value_length": a.head_dim,
+        "rope.dimension_count": a.head_dim,
     }
-    numbers = {
+
+
+def _numbers(a: Architecture) -> dict[str, float]:
+    return {
         "attention.layer_norm_rms_epsilon": a.rms_norm_eps,
-        "rope.freq_base": rope["rope_theta"],
-        **scaling,
         "embedding_scale": a.embedding_scale,
         "residual_scale": 1.0,
         "attention.scale": a.head_dim**-0.5,
         "logit_scale": 1.0 / a.logit_scale,  # llama.cpp divides by it
     }
-    for name, number in numbers.items():
-        with np.errstate(over="ignore", under="ignore"):
-            value = np.float32(number)
-        if not np.isfinite(value) or value == 0:
-            raise CheckpointError(f"{where}: {name} would be {number:g}, which float32, as GGUF has it, does not hold.")
-        settings[name] = value
-    if scaling:
-        settings["rope.scaling.type"] = "linear"
-    return {f"{_ARCHITECTURE}.{name}": value for name, value in settings.items()}
+
+
+def _float32(number: float) -> np.float32:
+    with np.errstate(over="ignore", under="ignore"):
+        return np.float32(number)
 
 
 def _rope_scaling(rope: dict[str, Any], where: str) -> dict[str, float]:
@@ -196,12 +204,14 @@ def _rope_scaling(rope: dict[str, Any], where: str) -> dict[str, float]:
 # Tensors.
 
 
-def _tensor(line: Weight, layer: int | None, source: ShardedTensor, a: Architecture, matrix: DType) -> TensorPlan:
+def _name(line: Weight, layer: int | None) -> str:
     stem, end = line.name.rsplit(".", 1)
-    name = f"{_NAMES[stem].format(layer)}.{end}"
-    shape = source.shape
-    parts = source
-    if stem in _ROTATED:
+    return f"{_NAMES[stem].format(layer)}.{end}"
+
+
+def _tensor(line: Weight, layer: int | None, source: ShardedTensor, a: Architecture, matrix: DType) -> TensorPlan:
+    name, shape, parts = _name(line, layer), source.shape, source
+    if line.name.rsplit(".", 1)[0] in _ROTATED:
         heads = shape[0] // a.head_dim
         parts = source.unflatten(0, (heads, 2, a.head_dim // 2)).permute(0, 2, 1, *range(3, len(shape) + 2))
     if len(shape) == 1:
@@ -216,6 +226,30 @@ def _tensor(line: Weight, layer: int | None, source: ShardedTensor, a: Architect
         BlockQuantised(Box(box.start[:-1], box.size[:-1]), view) for box, view in blocks.chunks if view is not None
     )
     return TensorPlan(name, (shape[0], columns // Q8_0.packed), Q8_0, pieces, blocks.shape[:-1])
+
+
+def gguf_mismatch(model: GGUFModel, a: Architecture) -> str | None:
+    """Where GGUF files are not those of a model of some architecture; None if nowhere.
+
+    Args:
+        model: the files.
+        a: what the config.json beside them says.
+    """
+    if (kind := model.settings.get("general.architecture")) != _ARCHITECTURE:
+        return f"general.architecture is {kind!r}, that of a Tele-FLM is {_ARCHITECTURE!r}"
+    expected = {**_sizes(a), **{name: float(_float32(number)) for name, number in _numbers(a).items()}}
+    for name, value in expected.items():
+        found = model.settings.get(f"{_ARCHITECTURE}.{name}")
+        if found != value:
+            return f"{_ARCHITECTURE}.{name} is {found}, config.json says {value}"
+    shapes = {_name(line, layer): line.shape(a) for _, line, layer in weights(a)}
+    for name, shape in shapes.items():
+        view = model.tensors.get(name)
+        found = view and (*view.shape[:-1], view.shape[-1] * view.dtype.packed)
+        if found != shape:
+            return f"{name} {'is missing' if found is None else f'has shape {found}, config.json says {shape}'}"
+    unknown = min(model.tensors.keys() - shapes.keys(), default=None)
+    return unknown and f"{unknown} is not a weight of a Tele-FLM"
 
 
 # What a user should know.
@@ -244,4 +278,4 @@ def _notes(tensors: Iterable[TensorPlan], kind: str, prompts: Prompts, file: str
     yield f"llama.cpp: llama-server -m OUT/{file}."
 
 
-__all__ = ["OutType", "plan_gguf"]
+__all__ = ["OutType", "gguf_mismatch", "plan_gguf"]
