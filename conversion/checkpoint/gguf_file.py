@@ -152,7 +152,9 @@ def open_gguf(path: Path) -> GGUFModel:
     tensors: dict[str, View] = {}
     for number, header in enumerate(headers):
         if count > 1 and header.settings.get("split.no") != number:
-            raise CheckpointError(f"{header.source}: says that it is file {header.settings.get('split.no')!r} of its model.")
+            raise CheckpointError(
+                f"{header.source}: says that it is file {header.settings.get('split.no')!r} of its model."
+            )
         twice = tensors.keys() & header.tensors.keys()
         if twice:
             raise CheckpointError(f"{header.source}: has {min(twice)!r}, as another file of this model has; {_AGAIN}.")
@@ -308,7 +310,9 @@ def _windows(
             raise CheckpointError(f"{where} is there twice; {_AGAIN}.")
         dtype = TYPES.get(kind)
         if dtype is None:
-            raise CheckpointError(f"{where} is of ggml's type {kind}, which this version does not know; update teleflm.")
+            raise CheckpointError(
+                f"{where} is of ggml's type {kind}, which this version does not know; update teleflm."
+            )
         fast = sizes[0] if sizes else 1
         if fast % dtype.packed or math.prod(sizes) >= 2**62:
             raise CheckpointError(f"{where} has rows of {fast}, which no blocks of {dtype.packed} make; {_AGAIN}.")
@@ -334,7 +338,7 @@ def _is_number(value: Any) -> bool:
 
 
 def vocabulary(settings: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows of the vocabulary that a model's settings describe, and how many of them are pieces; the others come last."""
+    """Rows of the vocabulary that a model's settings describe, and how many of these are pieces: the first ones."""
     kinds = settings.get("tokenizer.ggml.token_type")
     if not isinstance(kinds, np.ndarray):
         return 0, 0

@@ -19,9 +19,7 @@ _TENSOR_TYPES = {dtype: number for number, dtype in TYPES.items()}
 _MAX_FILES = 0xFFFF
 
 
-def gguf_layout(
-    stem: str, settings: Mapping[str, Value], tensors: Sequence[TensorPlan], max_shard_size: int
-) -> Layout:
+def gguf_layout(stem: str, settings: Mapping[str, Value], tensors: Sequence[TensorPlan], max_shard_size: int) -> Layout:
     """A model as GGUF files: `STEM.gguf`, or `STEM-00001-of-000NN.gguf` and so on, as llama.cpp's own tools call them.
 
     Args:
@@ -93,7 +91,9 @@ def _setting(value: Value) -> bytes:
         case str():
             return struct.pack("<I", TEXT) + _text(value)
         case np.ndarray():
-            return struct.pack("<IIQ", ARRAY, _NUMBER_TYPES[value.dtype.newbyteorder("<")], value.size) + value.tobytes()
+            return (
+                struct.pack("<IIQ", ARRAY, _NUMBER_TYPES[value.dtype.newbyteorder("<")], value.size) + value.tobytes()
+            )
         case list():
             return struct.pack("<IIQ", ARRAY, TEXT, len(value)) + b"".join(map(_text, value))
     return struct.pack("<I", _NUMBER_TYPES[value.dtype.newbyteorder("<")]) + value.tobytes()

@@ -5,8 +5,9 @@
 """A Tele-FLM for other runtimes and trainers: Granite, Llama, GGUF, Megatron-LM, FSDP2.
 
 Tele-FLM is Llama with two multipliers, on the embeddings and on the logits. Granite has both in its configuration, so
-its weights are the same bytes; GGUF is a Granite's. Llama and stock Megatron-LM have neither, so there the multipliers are folded into the
-embedding and the head, exactly where they are powers of two and rounded once where not. FSDP2 trains the model itself.
+its weights are the same bytes; GGUF is a Granite's. Llama and stock Megatron-LM have neither, so there the multipliers
+are folded into the embedding and the head, exactly where they are powers of two and rounded once where not. FSDP2
+trains the model itself.
 """
 
 from dataclasses import replace
@@ -104,7 +105,9 @@ def export_checkpoint(
             plan, layout, notes = plan_torch_dist(model, state, multipliers == "fold", cast, options.shard_bytes)
         return execute(plan, Path(out), options, notes, dry_run=dry_run, layout=layout)
     if to == "gguf":
-        plan, layout, notes = plan_gguf(model, outtype, "text" if prompts == "text" else "chat", name, options.shard_bytes)
+        plan, layout, notes = plan_gguf(
+            model, outtype, "text" if prompts == "text" else "chat", name, options.shard_bytes
+        )
         return execute(plan, Path(out), options, notes, dry_run=dry_run, layout=layout)
     if to == "llama":
         plan, notes = plan_llama(model, cast)

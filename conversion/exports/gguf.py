@@ -13,7 +13,6 @@ here. Vectors are float32, as its kernels want them.
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -117,8 +116,8 @@ def _title(model: ExportedModel, name: str | None) -> str:
         raise CheckpointError(f"--name is {title[:80]!r}, expected letters and digits, at most {_MAX_NAME} bytes.")
     if found := next((other for other in _OTHERS if other in title.lower()), None):
         raise CheckpointError(
-            f"the model is called {title!r}, and llama.cpp takes what has {found!r} in its name for another model, with "
-            "other rules for spaces; give another --name."
+            f"the model is called {title!r}, and llama.cpp takes what has {found!r} in its name for another model, "
+            "with other rules for spaces; give another --name."
         )
     return title
 
@@ -142,7 +141,9 @@ def _hyperparameters(model: ExportedModel) -> dict[str, Value]:
     config, where = model.config, f"{model.folder}/config.json"
     rope = rope_parameters(config, where)
     if config.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"{where}: hidden_act is {config['hidden_act']!r}; llama.cpp's Granite knows 'silu' only.")
+        raise CheckpointError(
+            f"{where}: hidden_act is {config['hidden_act']!r}; llama.cpp's Granite knows 'silu' only."
+        )
     if model.architecture.head_dim % 2:
         raise CheckpointError(f"{where}: head_dim {model.architecture.head_dim} is odd; rotary embeddings need halves.")
     positions = config.get("max_position_embeddings")

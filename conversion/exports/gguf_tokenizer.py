@@ -5,9 +5,9 @@
 """The tokenizer of a Tele-FLM in the settings of GGUF, so that llama.cpp finds the ids that `TeleFLMTokenizer` finds.
 
 `TeleFLMTokenizer` cuts a text at its special tokens and has sentencepiece encode each part: a space before it, and
-user-defined symbols, such as <_user>, whole and without a space of their own. Nothing is put before a chat; a plain text
-begins with <s>. llama.cpp (`tokenizer.ggml.model` = llama) merges as sentencepiece does, but cuts at user-defined symbols
-as at special tokens, and has one pair of switches for chats and plain texts alike: `add_bos_token`, and
+user-defined symbols, such as <_user>, whole and without a space of their own. Nothing is put before a chat; a plain
+text begins with <s>. llama.cpp (`tokenizer.ggml.model` = llama) merges as sentencepiece does, but cuts at user-defined
+symbols as at special tokens, and has one pair of switches for chats and plain texts alike: `add_bos_token`, and
 `add_space_prefix`, a space behind every cut. So no setting is right for both, and which is wanted is chosen:
 
     chat    both are off. The template writes the spaces, as text; a plain text has to begin with "<s> "
@@ -110,7 +110,7 @@ def tokenizer_settings(folder: Path, vocab_size: int, prompts: Prompts) -> dict[
 
 
 def _type(text: str, kind: PieceType, cuts: frozenset[str]) -> PieceType:
-    """llama.cpp finds tokens of the types control, unknown and user-defined in a text; these are to be those of ours."""
+    """llama.cpp finds tokens of the types control, unknown and user-defined in a text: these are to be ours."""
     if text in cuts:
         return PieceType.CONTROL
     return PieceType.UNUSED if kind in (PieceType.CONTROL, PieceType.UNKNOWN) else kind
@@ -160,7 +160,7 @@ def _check_names(names: Sequence[str], types: Sequence[PieceType], path: str) ->
             if all(len(part) == 1 or part in whole for part in (name[:cut], name[cut:])):
                 raise CheckpointError(
                     f"{path}: has the pieces {name[:cut]!r} and {name[cut:]!r}, of which llama.cpp would make {name!r}, "
-                    f"which is no piece of text; {_ELSEWHERE}."
+                    f"a piece that no text has; {_ELSEWHERE}."
                 )
 
 
@@ -221,9 +221,11 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str:
     if path := copied_file(folder, _TEMPLATE):
         return Path(path).read_text("utf-8")
     said = config.get("chat_template")
-    named = {entry.get("name"): entry.get("template") for entry in said if isinstance(entry, Mapping)} if isinstance(
-        said, list
-    ) else {"default": said}
+    named = (
+        {entry.get("name"): entry.get("template") for entry in said if isinstance(entry, Mapping)}
+        if isinstance(said, list)
+        else {"default": said}
+    )
     template = named.get("default")
     return template if isinstance(template, str) else (package_folder() / _TEMPLATE).read_text("utf-8")
 

@@ -5,16 +5,21 @@
 """What a sentencepiece model file says, read without protobuf: its pieces with their types, and how it normalises text.
 
 sentencepiece's own runtime encodes, but does not tell which pieces are user-defined, or what its normaliser does. The
-file is a `ModelProto` of sentencepiece_model.proto; a field of a message is a varint of its number and wire type, and its
-value.
+file is a `ModelProto` of sentencepiece_model.proto; a field of a message is a varint of its number and wire type, and
+its value.
 """
 
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
-from ..checkpoint.errors import CheckpointError
+from ..checkpoint.errors import CheckpointError, one_line
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 SPACE = "\u2581"  # stands for a space in pieces
 
@@ -30,8 +35,7 @@ class PieceType(IntEnum):
     BYTE = 6
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A piece of the vocabulary; its id is its place."""
 
     text: str
@@ -73,6 +77,8 @@ class SentencePieceFile:
 
 
 _ALGORITHMS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+_TYPES = {int(kind): kind for kind in PieceType}
+_FLOAT = struct.Struct("<f")
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 # Numbers of the fields of sentencepiece_model.proto.
 _PIECES, _TRAINER, _NORMALIZER, _DENORMALIZER = 1, 2, 3, 5
@@ -97,6 +103,27 @@ def read_sentencepiece(content: bytes, where: str = "tokenizer.model") -> Senten
         raise CheckpointError(f"{where}: not a sentencepiece model ({error}); restore it or remove it.") from None
 
 
+@lru_cache(maxsize=2)
+def open_model(content: bytes, where: str = "tokenizer.model") -> "SentencePieceProcessor":
+    """sentencepiece's own runtime on a model.
+
+    Args:
+        content: of the file.
+        where: what to call it in errors.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor(model_proto=content)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{where}: not a sentencepiece model ({one_line(error)}); restore it or remove it."
+        ) from None
+
+
 def without_normalizer(content: bytes) -> bytes:
     """The same model with a normaliser that leaves text as it is, so that what it encodes are pieces as they stand.
 
@@ -115,7 +142,7 @@ def _model(content: bytes) -> SentencePieceFile:
     messages = {_TRAINER: trainer, _NORMALIZER: normalizer, _DENORMALIZER: denormalizer}
     for number, value in _fields(content):
         if number == _PIECES:
-            pieces.append(_piece(_message(value)))
+            pieces.append(_usual_piece(_bytes(value)) or _piece(_message(value)))
         elif number in messages:
             messages[number].update(_message(value))
     algorithm = trainer.get(_MODEL_TYPE, 1)
@@ -133,6 +160,17 @@ def _model(content: bytes) -> SentencePieceFile:
         escape_whitespaces=bool(normalizer.get(_ESCAPE, True)),
         has_denormalizer=bool(denormalizer.get(_CHARSMAP, b"")),
     )
+
+
+def _usual_piece(content: bytes) -> Piece | None:
+    """A piece whose fields are all there, or all but the type, in order, as every piece is written; None of another."""
+    end = 2 + content[1] if len(content) > 1 else 0
+    if content[:1] != b"\x0a" or end > 0x81 or content[end : end + 1] != b"\x15":
+        return None
+    (score,), rest = _FLOAT.unpack_from(content, end + 1), content[end + 5 :]
+    if rest and (len(rest) != 2 or rest[0] != 0x18 or rest[1] not in _TYPES):
+        return None
+    return Piece(content[2:end].decode(), score, _TYPES[rest[1]] if rest else PieceType.NORMAL)
 
 
 def _piece(fields: dict[int, int | bytes]) -> Piece:
@@ -191,4 +229,12 @@ def _varint(content: bytes, at: int) -> tuple[int, int]:
             raise ValueError(f"a number of more than 64 bits at byte {at}")
 
 
-__all__ = ["SPACE", "Piece", "PieceType", "SentencePieceFile", "read_sentencepiece", "without_normalizer"]
+__all__ = [
+    "SPACE",
+    "Piece",
+    "PieceType",
+    "SentencePieceFile",
+    "open_model",
+    "read_sentencepiece",
+    "without_normalizer",
+]

@@ -43,7 +43,9 @@ Optimizer = Annotated[
 ]
 OutType = Annotated[
     str | None,
-    typer.Option(help="For gguf: bf16, f16, f32 or q8_0, of the matrices; that of SRC unless given.", show_default=False),
+    typer.Option(
+        help="For gguf: bf16, f16, f32 or q8_0, of the matrices; that of SRC unless given.", show_default=False
+    ),
 ]
 Prompts = Annotated[
     str, typer.Option(help="For gguf: have llama.cpp tokenize a chat as the model's tokenizer does, or plain text.")

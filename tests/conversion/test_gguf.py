@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""GGUF, against the reader and the quantisation of llama.cpp's own Python package; tests/external has llama.cpp itself."""
+"""GGUF, against the reader and the quantisation of llama.cpp's Python package; tests/external has llama.cpp itself."""
 
 import json
 import os
@@ -257,7 +257,9 @@ class Interruption(Exception):
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
 @pytest.mark.parametrize("shard_size", ["5GB", "60KB"])
-def test_a_resumed_export_has_the_bytes_of_one_that_was_not_interrupted(shard_size, share, source, tmp_path, monkeypatch):
+def test_a_resumed_export_has_the_bytes_of_one_that_was_not_interrupted(
+    shard_size, share, source, tmp_path, monkeypatch
+):
     monkeypatch.setattr(assemble, "BLOCK", 100)
     done = 0
 
@@ -283,7 +285,9 @@ def test_a_resumed_export_has_the_bytes_of_one_that_was_not_interrupted(shard_si
 def test_another_export_in_the_same_folder(source, tmp_path):
     (first,) = export(source, tmp_path / "out", "f16")
     (tmp_path / "out/theirs-Q4_K_M.gguf").write_bytes(b"GGUF of somebody")
-    with pytest.raises(CheckpointError, match=r"already holds tele-F16\.gguf, but lineage\.outtype was 'f16' and is 'f32'"):
+    with pytest.raises(
+        CheckpointError, match=r"already holds tele-F16\.gguf, but lineage\.outtype was 'f16' and is 'f32'"
+    ):
         export(source, tmp_path / "out", "f32")
     assert first.exists()
     found = export(source, tmp_path / "out", "f32", options=WriteOptions(overwrite=True))
@@ -307,11 +311,7 @@ def llama_ids(said: dict[str, object], text: str) -> list[int]:
     merges = SentencePieceProcessor(model_proto=without_normalizer(tiny_sentencepiece()))
     parts: list[str | int] = [text]
     for cut in cuts:
-        parts = [
-            new
-            for part in parts
-            for new in ([part] if isinstance(part, int) else _cut(part, cut, ids[cut]))
-        ]
+        parts = [new for part in parts for new in ([part] if isinstance(part, int) else _cut(part, cut, ids[cut]))]
     found = [ids["<s>"]] if said["tokenizer.ggml.add_bos_token"] else []
     behind_cut = True
     for part in parts:
@@ -331,7 +331,22 @@ def _cut(text: str, name: str, number: int) -> list[str | int]:
     return parts
 
 
-SPELLED = [*CHAT_SYMBOLS, "</s>", "<s>", "<unk>", " ", "  ", "\n", "<0x0A>", "[PAD601]", "<_use", "\u2581", "é", "中文", "🙂"]
+SPELLED = [
+    *CHAT_SYMBOLS,
+    "</s>",
+    "<s>",
+    "<unk>",
+    " ",
+    "  ",
+    "\n",
+    "<0x0A>",
+    "[PAD601]",
+    "<_use",
+    "\u2581",
+    "é",
+    "中文",
+    "🙂",
+]
 
 
 def some_text(rng: random.Random) -> str:
@@ -393,7 +408,8 @@ def test_types_of_tokens(source, tmp_path):
 def test_a_template_of_the_users_own(tmp_path):
     save(tmp_path / "source")
     config = json.loads((tmp_path / "source/tokenizer_config.json").read_text())
-    template = "{% for m in messages %}\n  {% generation %}\n[{{ m.content }}]{{ eos_token }}{%- endgeneration -%}\n {% endfor %}"
+    marked = "  {% generation %}\n[{{ m.content }}]{{ eos_token }}{%- endgeneration -%}\n"
+    template = "{% for m in messages %}\n" + marked + " {% endfor %}"
     for place in ("chat_template.jinja", "tokenizer_config.json"):
         text = template if place.endswith("jinja") else json.dumps({**config, "chat_template": template})
         (tmp_path / "source" / place).write_text(text)
@@ -438,12 +454,18 @@ TOKENIZERS = {
     "has spaces at the end of words": lambda: tiny_sentencepiece() + b"\x12\x03\xc0\x01\x01",
     "changes decoded text": lambda: tiny_sentencepiece() + denormaliser(),
     "has unused pieces, which llama.cpp would use": lambda: with_piece("spare", 5),
-    "has no pieces for 256 of the 256 bytes": lambda: re.sub(
-        rb"(<0x[0-9A-F]{2}>\x15....)\x18\x06", rb"\1\x18\x01", tiny_sentencepiece(), flags=re.DOTALL
-    )
-    + b"\x12\x03\x98\x02\x00",
-    r"the pieces '<0x0' and 'A>', of which llama.cpp would make '<0x0A>'": lambda: with_piece("<0x0", 1)
-    + with_piece("A>", 1)[len(tiny_sentencepiece()) :],
+    "has no pieces for 256 of the 256 bytes": lambda: (
+        re.sub(
+            rb"(<0x[0-9A-F]{2}>\x15....)\x18\x06",
+            lambda found: found[1] + b"\x18\x01",
+            tiny_sentencepiece(),
+            flags=re.DOTALL,
+        )
+        + b"\x12\x03\x98\x02\x00"
+    ),
+    r"the pieces '<0x0' and 'A>', of which llama.cpp would make '<0x0A>'": lambda: (
+        with_piece("<0x0", 1) + with_piece("A>", 1)[len(tiny_sentencepiece()) :]
+    ),
     "not a sentencepiece model": lambda: b"\x0a\xff\xff",
 }
 
@@ -481,7 +503,13 @@ REFUSED = {
         lambda folder: change_config(folder, "config.json", max_position_embeddings=None), {}
     ),
     "embedding_scale would be 1e[+]39, which float32, as GGUF has it, does not hold": ({"input_mult": 1e39}, {}),
-    "head_dim 15 is odd": ({"head_dim": 15}, {}),
+    "head_dim 15 is odd": (
+        lambda folder: (
+            save(folder, head_dim=30),
+            change_config(folder, "config.json", head_dim=15, num_attention_heads=8, num_key_value_heads=4),
+        ),
+        {},
+    ),
     "called 'my-Phi3', and llama.cpp takes what has 'phi3' in its name for another model": ({}, {"name": "my-Phi3"}),
     "--name is '../x', expected letters and digits": ({}, {"name": "../x"}),
     "--name is '', expected letters and digits": ({}, {"name": ""}),
@@ -510,7 +538,9 @@ def test_refused(message, case, tmp_path):
 def test_the_types_are_those_of_the_reference():
     sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
     assert {number: (dtype.packed, dtype.itemsize) for number, dtype in TYPES.items()} == {n: sizes[n] for n in TYPES}
-    assert all(GGMLQuantizationType(n).name.lower() == dtype.name.lower() for n, dtype in TYPES.items() if dtype.packed > 1)
+    assert all(
+        GGMLQuantizationType(n).name.lower() == dtype.name.lower() for n, dtype in TYPES.items() if dtype.packed > 1
+    )
 
 
 def text(value: str) -> bytes:
@@ -590,7 +620,7 @@ def test_damage_is_found(source, tmp_path):
     del found
     for message, at in places.items():
         flip(path, at)
-        assert message in [*map(str, inspect_checkpoint(path, check=True).damages)][0]
+        assert message in next(map(str, inspect_checkpoint(path, check=True).damages))
         path.write_bytes(whole)
     os.truncate(path, len(whole) - 34)
     with pytest.raises(CheckpointError, match="in all, in steps of 32"):
