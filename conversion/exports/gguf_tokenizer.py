@@ -159,8 +159,8 @@ def _check_names(names: Sequence[str], types: Sequence[PieceType], path: str) ->
         for cut in range(1, len(name)):
             if all(len(part) == 1 or part in whole for part in (name[:cut], name[cut:])):
                 raise CheckpointError(
-                    f"{path}: has the pieces {name[:cut]!r} and {name[cut:]!r}, of which llama.cpp would make {name!r}, "
-                    f"a piece that no text has; {_ELSEWHERE}."
+                    f"{path}: has the pieces {name[:cut]!r} and {name[cut:]!r}, of which llama.cpp would make "
+                    f"{name!r}, a piece that no text has; {_ELSEWHERE}."
                 )
 
 
