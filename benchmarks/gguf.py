@@ -23,6 +23,7 @@ from measure import (
     Run,
     arguments,
     cp,
+    cpu_seconds,
     interleave,
     mib,
     ratios,
@@ -41,6 +42,7 @@ from tests.fixtures.tiny import tiny_sentencepiece
 
 _BLOCKS = 1 << 15
 _OUTTYPES = ("bf16", "q8_0")
+_COLUMNS = ["", "GiB", "cp, s", "export, s", "x cp", "arithmetic, s", "bound, s", "processor, s", "peak RSS, MiB"]
 
 
 def quantising_rate() -> float:
@@ -94,6 +96,7 @@ def main() -> None:
                         ratios(runs, outtype, f"cp of {outtype}"),
                         f"{arithmetic:.2f}",
                         f"{bound:.2f}",
+                        cpu_seconds(runs[outtype]),
                         mib(runs[outtype]),
                     ]
                 )
@@ -101,7 +104,17 @@ def main() -> None:
                 f"A bfloat16 model to GGUF, {cache} cache",
                 options.folder,
                 f"{options.pairs} rounds, {options.workers} threads. A core makes {rate:.2f} GiB of q8_0 in a second.",
-                ["outtype", "GiB written", "cp, s", "export, s", "x cp", "arithmetic, s", "bound, s", "peak RSS, MiB"],
+                [
+                    "outtype",
+                    "GiB written",
+                    "cp, s",
+                    "export, s",
+                    "x cp",
+                    "arithmetic, s",
+                    "bound, s",
+                    "processor s",
+                    "peak RSS, MiB",
+                ],
                 rows,
             )
 

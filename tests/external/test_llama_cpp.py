@@ -128,7 +128,7 @@ def test_the_same_function(fields, tmp_path):
     first, *others = sorted((tmp_path / "out").glob("*.gguf"))
     assert others
     server, rng, compared = Server(first), random.Random(0), 0
-    for length in (1, 7, 60, 120):
+    for length in (1, 2, 5, 7, 30, 60, 120):
         ids = [rng.randrange(3, PIECE_COUNT) for _ in range(length)]
         with torch.no_grad():
             expected = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
@@ -141,7 +141,7 @@ def test_the_same_function(fields, tmp_path):
     assert expected.std() > 0.05
 
 
-@pytest.mark.parametrize(("outtype", "bound"), [("bf16", 0.02), ("f16", 0.002), ("q8_0", 0.05)])
+@pytest.mark.parametrize(("outtype", "bound"), [("bf16", 0.05), ("f16", 0.006), ("q8_0", 0.12)])
 def test_rounded_weights(outtype, bound, tmp_path):
     model = save(tmp_path / "tele", use_mup=False)
     export_checkpoint(tmp_path / "tele", tmp_path / "out", to="gguf", outtype=outtype)
