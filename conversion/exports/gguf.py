@@ -77,11 +77,8 @@ def plan_gguf(
     """
     a, kind = model.architecture, outtype or _of_source(model)
     title = _title(model, name)
-    settings = {
-        **_general(model, title, kind),
-        **_hyperparameters(model),
-        **tokenizer_settings(model.folder, a.vocab_size, prompts),
-    }
+    tokenizer, begin = tokenizer_settings(model.folder, a.vocab_size, prompts)
+    settings = {**_general(model, title, kind), **_hyperparameters(model), **tokenizer}
     tensors = tuple(
         _tensor(line, layer, ShardedTensor.of(model.checkpoint.tensors[key]), a, _DTYPES[kind])
         for key, line, layer in weights(a)
@@ -95,7 +92,7 @@ def plan_gguf(
     # The card says how transformers loads the model, which is not how this folder is loaded.
     sidecars = {file: path for file, path in copied.items() if is_text(file) and file != "README.md"}
     plan = CheckpointPlan(tensors, config, sidecars, model.lineage("gguf", None, outtype=kind, prompts=prompts))
-    notes = [*left_behind(model.folder, copied), *_notes(tensors, kind, prompts, layout.loadable_file)]
+    notes = [*left_behind(model.folder, copied), *_notes(tensors, kind, begin, layout.loadable_file)]
     return plan, layout, notes
 
 
@@ -113,7 +110,8 @@ def _title(model: ExportedModel, name: str | None) -> str:
     is_snapshot = folder.parent.name == "snapshots"
     title = name if name is not None else folder.parents[1].name.split("--")[-1] if is_snapshot else folder.name
     if not title.isprintable() or not re.search(r"\w", title) or len(title.encode()) > _MAX_NAME or "/" in title:
-        raise CheckpointError(f"--name is {title[:80]!r}, expected letters and digits, at most {_MAX_NAME} bytes.")
+        whose = "--name" if name is not None else f"the name of the folder {folder}, without --name,"
+        raise CheckpointError(f"{whose} is {title[:80]!r}, expected letters and digits, at most {_MAX_NAME} bytes.")
     if found := next((other for other in _OTHERS if other in title.lower()), None):
         raise CheckpointError(
             f"the model is called {title!r}, and llama.cpp takes what has {found!r} in its name for another model, "
@@ -256,7 +254,7 @@ def gguf_mismatch(model: GGUFModel, a: Architecture) -> str | None:
 # What a user should know.
 
 
-def _notes(tensors: Iterable[TensorPlan], kind: str, prompts: Prompts, file: str) -> Iterable[str]:
+def _notes(tensors: Iterable[TensorPlan], kind: str, begin: str | None, file: str) -> Iterable[str]:
     matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
     if kind == "q8_0" and (whole := [tensor.name for tensor in matrices if tensor.dtype == FLOAT16]):
         yield f"Rows of these are no multiple of {Q8_0.packed}, so they are f16: {listed(whole)}."
@@ -266,15 +264,16 @@ def _notes(tensors: Iterable[TensorPlan], kind: str, prompts: Prompts, file: str
             f"Rows of {len(odd)} of {len(matrices)} matrices are no multiple of {_K_BLOCK}, which the K types of "
             "llama-quantize need; it makes those another type."
         )
-    if prompts == "chat":
-        yield (
-            "Chats have the tokenizer's ids in llama.cpp, which adds neither <s> nor a space; a plain text has them if "
-            "the prompt begins with '<s> ' (--prompts text is for models that only continue texts)."
-        )
-    else:
+    if begin is None:
         yield (
             "Plain texts have the tokenizer's ids in llama.cpp; chats have others, so that no chat template is inside, "
             "and a server asked for a chat takes one of its own."
+        )
+    else:
+        text = f"a plain text has them if the prompt begins with {begin!r}" if begin else "plain texts have them too"
+        yield (
+            f"Chats have the tokenizer's ids in llama.cpp, which puts nothing before a prompt; {text} (--prompts text "
+            "is for models that only continue texts)."
         )
     yield f"llama.cpp: llama-server -m OUT/{file}."
 

@@ -62,8 +62,8 @@ class _SpecialTokens:
     add_eos: bool
 
 
-def tokenizer_settings(folder: Path, vocab_size: int, prompts: Prompts) -> dict[str, Value]:
-    """The settings `tokenizer.*` of a GGUF file.
+def tokenizer_settings(folder: Path, vocab_size: int, prompts: Prompts) -> tuple[dict[str, Value], str | None]:
+    """The settings `tokenizer.*` of a GGUF file, and what the prompt of a plain text has to begin with; None of `text`.
 
     Args:
         folder: the model's.
@@ -106,7 +106,8 @@ def tokenizer_settings(folder: Path, vocab_size: int, prompts: Prompts) -> dict[
         settings["tokenizer.chat_template"] = spaced_template(
             _chat_template(folder, config), sorted(special.cuts), add_space=model.add_dummy_prefix
         )
-    return settings
+    begin = (model.pieces[special.bos].text if special.add_bos else "") + " " * model.add_dummy_prefix
+    return settings, None if is_text else begin
 
 
 def _type(text: str, kind: PieceType, cuts: frozenset[str]) -> PieceType:
