@@ -21,12 +21,14 @@ from .checkpoint.plan import CheckpointPlan, TensorPlan, View
 from .checkpoint.promises import verify_sources
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .exports.export import exported_weights
+from .family import TELEFLM, find_family, is_llama
 from .hub.card import model_facts
 from .hub.contents import hub_config, hub_sidecars
 from .hub.published_card import CardOptions
 from .hub.remote import local_view
 from .hub.small_files import check_read_files, copied_file, left_behind, small_files
 from .hub.streaming import Streamed, stream_to_hub
+from .llama import check_complete, why_only_copied
 from .mapping import check_tensors, weights
 from .native.checkpoint import NativeCheckpoint
 from .native.find import FORMATS as NATIVE_FORMATS
@@ -61,7 +63,8 @@ def convert_checkpoint(
     """Rewrite a checkpoint as safetensors, without loading it and without executing anything it contains.
 
     A Tele-FLM's tensors are checked against its configuration and written in data-flow order, with our code and
-    configuration; any other Hugging Face model keeps its tensors, its configuration and its small files as they are.
+    configuration; any other Hugging Face model keeps its tensors, its configuration and its small files as they are, of
+    a Llama it is checked that no weight of its configuration is missing or of another shape.
     Of a training run every weight is accounted for: copies that the run kept are compared, values checked to be finite.
 
     Args:
@@ -253,8 +256,8 @@ def plan_conversion(
         alone: take the weights alone, and nothing that lies beside them.
 
     Raises:
-        CheckpointError: a Tele-FLM's tensors are not those of its configuration, quantised tensors are to be cast, or a
-            file that goes with them is a link that leads out of the folder.
+        CheckpointError: a Tele-FLM's tensors are not those of its configuration, a Llama lacks one of them, quantised
+            tensors are to be cast, or a file that goes with them is a link that leads out of the folder.
     """
     if not checkpoint.tensors:
         raise CheckpointError(f"{checkpoint.folder}: {Path(checkpoint.files[0].name).name} holds no tensors.")
@@ -264,7 +267,7 @@ def plan_conversion(
             f"{checkpoint.folder}: is quantised ({how}); --dtype {dtype} would round its scales. Without --dtype it is "
             "copied as it is; for another dtype take the original, or dequantise it first."
         )
-    is_teleflm = (checkpoint.config or {}).get("model_type") == MODEL_TYPE
+    is_teleflm = find_family(checkpoint.config) is TELEFLM
     if alone:
         plan, notes = _plan_alone(checkpoint, dtype)
     else:
@@ -302,6 +305,10 @@ def _plan_any(checkpoint: Source, dtype: DType | None) -> tuple[CheckpointPlan, 
     model_type = config.get("model_type")
     if model_type and model_type != MODEL_TYPE:
         notes.append(f"A {model_type} model, not a Tele-FLM: tensors and configuration were kept as they are.")
+    if unread := why_only_copied(checkpoint):
+        notes.append(f"Whether its weights are all there was not looked at: {unread}.")
+    elif is_llama(checkpoint.config):
+        check_complete(checkpoint)
     notes += left_behind(folder, sidecars)
     return CheckpointPlan(tensors, config, sidecars, _lineage(checkpoint, dtype)), notes
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .architecture import MODEL_TYPE, Architecture, load_config
+from .architecture import Architecture, load_config
 from .checkpoint.budget import reading_threads
 from .checkpoint.check import Damage, check_folder
 from .checkpoint.containers import parse_size
@@ -27,13 +27,15 @@ from .checkpoint.plan import View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .exports.export import exported_weights
 from .exports.gguf import gguf_mismatch
-from .hub.contents import count_pieces
+from .family import TELEFLM, find_family, is_llama
+from .hub.contents import count_pieces, count_token_ids
 from .hub.lineage import Link, lineage_chain, lineage_steps
 from .hub.remote import local_view
+from .llama import check_complete, why_only_copied
 from .mapping import check_tensors
 from .native.checkpoint import NativeCheckpoint
 from .native.find import RELEASE, exported_folder, find_native, open_native
-from .native.hub_plan import compare_replicas, missing_multipliers, plan_tensors, run_architecture
+from .native.hub_plan import compare_replicas, missing_multipliers, plan_tensors, run_architecture, run_model_type
 
 _SHARD = re.compile(r"-\d+-of-\d+\.")
 
@@ -48,12 +50,12 @@ class Inspection:
         parallel: of a training run: how it is cut, in words.
         iteration: of a training run: the step it was saved at.
         model_type: of its config.json, None without one.
-        architecture: its numbers, for a Tele-FLM with a usable config.json.
+        architecture: its numbers, for a Tele-FLM or a Llama with a usable config.json.
         parameters: elements of all tensors.
         dtypes: dtype -> number of tensors.
         nbytes: bytes of all tensors.
         files: weight files and their sizes in bytes.
-        pieces: pieces of its tokenizer, None without one.
+        pieces: pieces of its tokenizer, None without one; of a Llama the token ids, those that were added among them.
         padding_rows: vocabulary rows without a piece, None if unknown.
         lineage: what it was made from, a sentence a step, oldest first.
         chain: the same as links from record to record, with what is wrong with each.
@@ -62,6 +64,7 @@ class Inspection:
         checked_files: how many files, beside their tensors, were held against the record.
         alone: whether it is one weight file of a folder, and nothing is said of the others.
         checked_tensors: whether the record has digests of the tensors, which were held against it.
+        refused: of a Llama, why it is copied as it is and neither grown nor exported; None if it is both.
     """
 
     folder: str
@@ -83,6 +86,7 @@ class Inspection:
     checked_tensors: bool = False
     alone: bool = False
     chain: tuple[Link, ...] = ()
+    refused: str | None = None
 
 
 def inspect_checkpoint(
@@ -119,13 +123,20 @@ def inspect_checkpoint(
     folder = Path(source.folder)
     problems: list[str] = []
     alone = Path(path).is_file() and len(source.files) == 1 and _SHARD.search(Path(path).name) is not None
-    architecture = _noting(problems, lambda: _architecture(source))
-    pieces = _noting(problems, lambda: count_pieces(folder))
+    refused = why_only_copied(source)
+    architecture = None if refused else _noting(problems, lambda: _architecture(source))
+    count = count_token_ids if is_llama(source.config) else count_pieces
+    pieces = _noting(problems, lambda: count(folder))
     manifest = _noting(problems, lambda: read_manifest(folder))
     if architecture:
-        if not alone:
+        if not alone and is_llama(source.config):
+            _noting(problems, lambda: check_complete(source))
+            refused = (
+                None if problems else _complaint(lambda: check_tensors(source.tensors, architecture, "its weights"))
+            )
+        elif not alone:
             _noting(problems, lambda: check_tensors(source.tensors, architecture, source.folder))
-        if pieces and pieces > architecture.vocab_size:
+        if pieces and pieces > architecture.vocab_size and not is_llama(source.config):
             problems.append(
                 f"tokenizer.model has {pieces} pieces, config.json a vocab_size of {architecture.vocab_size}."
             )
@@ -146,7 +157,7 @@ def inspect_checkpoint(
         nbytes=sum(view.nbytes for view in source.tensors.values()),
         files={Path(file.name).name: file.size for file in source.files},
         pieces=pieces,
-        padding_rows=architecture.vocab_size - pieces if architecture and pieces else None,
+        padding_rows=max(0, architecture.vocab_size - pieces) if architecture and pieces else None,
         lineage=_sentences(manifest),
         problems=[*map(shown, problems)],
         damages=_check(source.tensors, folder, checked, workers, progress, alone=alone, with_state=with_state),
@@ -154,6 +165,7 @@ def inspect_checkpoint(
         checked_files=_count_files(checked),
         checked_tensors=bool(checked and checked.get("digest")),
         chain=_chain(folder, manifest, None if alone else source.tensors),
+        refused=refused,
     )
 
 
@@ -233,7 +245,7 @@ def _inspect_gguf(path: Path, check: bool, workers: int, progress: Callable[[int
     folder, problems = Path(model.folder), list[str]()
     config = _noting(problems, lambda: load_config(folder / "config.json")) if (folder / "config.json").exists() else {}
     architecture = None
-    if (config or {}).get("model_type") == MODEL_TYPE:
+    if find_family(config) == TELEFLM:
         where = f"{folder}/config.json"
         architecture = _noting(problems, lambda: Architecture.from_config(config, where, with_biases=True))
     if architecture and (mismatch := gguf_mismatch(model, architecture)):
@@ -292,7 +304,7 @@ def _inspect_run(run: NativeCheckpoint, check: bool, workers: int, progress: Cal
         format=run.format,
         parallel=run.parallel,
         iteration=run.iteration,
-        model_type=MODEL_TYPE if architecture else None,
+        model_type=_noting(problems, lambda: run_model_type(run)) if architecture else None,
         architecture=architecture,
         parameters=sum(tensor.numel for tensor in tensors),
         dtypes=dict(Counter(tensor.dtype.name for tensor in tensors)),
@@ -318,11 +330,14 @@ def _architecture(source: Source) -> Architecture | None:
     where = f"{source.folder}/config.json"
     if source.config is None:
         raise CheckpointError(f"{where}: no such file.")
-    return (
-        Architecture.from_config(source.config, where, with_biases=True)
-        if source.config.get("model_type") == MODEL_TYPE
-        else None
-    )
+    return Architecture.from_config(source.config, where, with_biases=True) if find_family(source.config) else None
+
+
+def _complaint(look: Callable[[], Any]) -> str | None:
+    """What `look` complains of, without its full stop."""
+    found: list[str] = []
+    _noting(found, look)
+    return found[0].rstrip(".") if found else None
 
 
 def _noting(problems: list[str], look: Callable[[], Any]) -> Any:

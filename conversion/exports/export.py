@@ -2,12 +2,12 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""A Tele-FLM for other runtimes and trainers: Granite, Llama, GGUF, Megatron-LM, FSDP2.
+"""A Tele-FLM or a Llama for other runtimes and trainers: Granite, Llama, GGUF, Megatron-LM, FSDP2.
 
 Tele-FLM is Llama with two multipliers, on the embeddings and on the logits. Granite has both in its configuration, so
 its weights are the same bytes; GGUF is a Granite's. Llama and stock Megatron-LM have neither, so there the multipliers
 are folded into the embedding and the head, exactly where they are powers of two and rounded once where not. FSDP2
-trains the model itself.
+trains the model itself. A Llama is a Tele-FLM whose multipliers are 1.
 """
 
 from dataclasses import replace
@@ -53,10 +53,10 @@ def export_checkpoint(
     options: WriteOptions | None = None,
     dry_run: bool = False,
 ) -> CheckpointResult:
-    """Make a folder that another runtime or trainer loads from a Tele-FLM in Hub format; nothing is loaded.
+    """Make a folder that another runtime or trainer loads, of a Tele-FLM or a Llama in Hub format; nothing is loaded.
 
     Args:
-        source: folder of the Tele-FLM.
+        source: folder of the model.
         out: folder to write: new, or the finished or interrupted result of the same call.
         to: `granite` and `llama` are folders that stock transformers loads, and whatever loads those; `gguf` is one of
             files that llama.cpp loads; `megatron` is
@@ -80,7 +80,7 @@ def export_checkpoint(
         dry_run: plan and check everything, write nothing.
 
     Raises:
-        CheckpointError: the source is no Tele-FLM, or the target has no such model; nothing was written.
+        CheckpointError: the source is neither Tele-FLM nor Llama, or the target has no such model; nothing was written.
         OSError: the disk failed; the output folder is not loadable, and the same call resumes.
     """
     _check_choices(to, ParallelSizes(tp, pp, vpp), multipliers, spec, link, optimizer)
@@ -159,7 +159,7 @@ def _check_choices(to: str, sizes: ParallelSizes, multipliers: str, spec: str, l
     if optimizer and to not in ("dcp", "torch_dist"):
         raise CheckpointError(f"--optimizer is for --to dcp and torch_dist; {to} is written without Adam's moments.")
     if link and to != "granite":
-        raise CheckpointError(f"--link is for --to granite; the weights of {to} are other bytes.")
+        raise CheckpointError(f"--link is for --to granite; {to} is written anew.")
 
 
 def _check_gguf(to: str, outtype: str | None, prompts: str, name: str | None, dtype: str | None) -> None:

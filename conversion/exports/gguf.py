@@ -26,6 +26,7 @@ from ..checkpoint.gguf_layout import gguf_layout
 from ..checkpoint.plan import BlockQuantised, Box, CheckpointPlan, TensorPlan
 from ..checkpoint.preflight import listed
 from ..checkpoint.sharded import ShardedTensor
+from ..family import TELEFLM
 from ..hub.card import inherited_metadata
 from ..hub.contents import hub_config
 from ..hub.small_files import check_read_files, is_text, left_behind, small_files
@@ -75,6 +76,11 @@ def plan_gguf(
     Raises:
         CheckpointError: llama.cpp has no such model, or would tokenize otherwise.
     """
+    if model.family != TELEFLM:
+        raise CheckpointError(
+            f"{model.folder}: is a {model.family.name}, whose tokenizer is another; convert it with llama.cpp's own "
+            "convert_hf_to_gguf.py."
+        )
     a, kind = model.architecture, outtype or _of_source(model)
     title = _title(model, name)
     tokenizer, begin = tokenizer_settings(model.folder, a.vocab_size, prompts)

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from ..architecture import Architecture
+from ..architecture import Architecture, rope_parameters
 from ..checkpoint.containers import Layout
 from ..checkpoint.dtypes import DType
 from ..checkpoint.errors import CheckpointError
@@ -174,7 +174,7 @@ def training_args(
     Raises:
         CheckpointError: Megatron has no such model; names the field.
     """
-    rope = config["rope_parameters"]
+    rope = rope_parameters(config)
     for field, value, accepted in (
         ("rope_type", rope.get("rope_type"), "default"),
         ("hidden_act", config.get("hidden_act", "silu"), "silu"),

@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The Tele-FLM that is exported, and what every folder for stock transformers has."""
+"""The model that is exported, and what every folder for stock transformers has."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from ..checkpoint.errors import CheckpointError
 from ..checkpoint.parent import parent_of
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.sources import Source, open_checkpoint
+from ..family import Family, require_family
 from ..hub.card import model_facts
 from ..hub.contents import TOKENIZER_CODE, hub_config, hub_sidecars
 from ..hub.remote import local_view
@@ -31,7 +32,7 @@ _STOCK_CLASSES = {"granite": "GraniteForCausalLM", "llama": "LlamaForCausalLM"}
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A Tele-FLM that is open for planning."""
+    """A Tele-FLM or a Llama that is open for planning."""
 
     checkpoint: Source
     config: dict[str, Any]
@@ -43,6 +44,11 @@ class ExportedModel:
     def folder(self) -> Path:
         """Where it lies."""
         return Path(self.checkpoint.folder)
+
+    @cached_property
+    def family(self) -> Family:
+        """What its configuration is of."""
+        return require_family(self.config, f"{self.folder}/config.json")
 
     @cached_property
     def parent(self) -> dict[str, Any] | None:
@@ -63,7 +69,10 @@ class ExportedModel:
         return {name: ShardedTensor.of(tensors[source]) for name, source in sources.items()}
 
     def lineage(self, to: Target, cast: DType | None, **details: Any) -> dict[str, Any]:
-        """The record of its export, on top of its own."""
+        """The record of its export, on top of its own; a Llama's says that it is one, and nothing of multipliers."""
+        if not self.family.has_multipliers:
+            details = {"model_type": self.family.model_type, **details}
+            details.pop("multipliers", None)
         return {
             "operation": "export",
             "to": to,
@@ -74,7 +83,7 @@ class ExportedModel:
 
 
 def open_model(source: str | Path, *, masked: bool = False) -> ExportedModel:
-    """Open a Tele-FLM in Hub format for export.
+    """Open a Tele-FLM or a Llama in Hub format for export.
 
     Args:
         source: its folder.
@@ -86,7 +95,9 @@ def open_model(source: str | Path, *, masked: bool = False) -> ExportedModel:
     checkpoint = open_checkpoint(local_view(source))
     config = checkpoint.config
     if config is None:
-        raise CheckpointError(f"{checkpoint.folder}/config.json: no such file; only a Tele-FLM can be exported.")
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json: no such file; only a Tele-FLM or a Llama can be exported."
+        )
     refuse_quantised(checkpoint, "export")
     where, state = f"{checkpoint.folder}/config.json", None
     if is_masked(config):
@@ -111,5 +122,6 @@ def stock_config(model: ExportedModel, architecture: Architecture, model_type: s
 def stock_sidecars(
     model: ExportedModel, config: Mapping[str, Any], lineage: Mapping[str, Any], dtype: DType
 ) -> dict[str, str | bytes]:
-    """Its small files: our tokenizer's code, and a card that needs none of our model's."""
-    return hub_sidecars(model.folder, model_facts(config, dtype.name, lineage), code=(TOKENIZER_CODE,))
+    """Its small files: a Tele-FLM's with our tokenizer's code, and a card that needs none of our model's."""
+    facts = model_facts(config, dtype.name, lineage)
+    return hub_sidecars(model.folder, facts, code=(TOKENIZER_CODE,), family=model.family)

@@ -21,6 +21,7 @@ from ..checkpoint.plan import View
 from ..checkpoint.sizes import format_bytes
 from ..checkpoint.sources import open_checkpoint, outside_target
 from ..checkpoint.strict_json import read_json_object
+from ..family import LLAMA
 from ..masked import MASKED_MODEL_TYPE
 from .front_matter import parse_metadata, split_card, write_metadata
 from .lineage import lineage_steps
@@ -70,6 +71,7 @@ class CardFacts:
         relation: to them: `finetune`, `adapter`, `merge` or `quantized`; None leaves it to the Hub.
         results: of evaluations.
         has_tokenizer: whether a tokenizer lies beside the weights.
+        has_tokenizer_code: whether it is code of the repository.
         has_chat_template: and a chat template.
         has_record: and the record.
     """
@@ -92,6 +94,7 @@ class CardFacts:
     relation: str | None = None
     results: tuple[Result, ...] = ()
     has_tokenizer: bool = True
+    has_tokenizer_code: bool = False
     has_chat_template: bool = False
     has_record: bool = True
 
@@ -121,13 +124,18 @@ def model_facts(config: Mapping[str, Any], dtype: str, lineage: Mapping[str, Any
         architecture=architecture,
         context=context if isinstance(context, int) and context > 0 else None,
         own_code=isinstance(classes, dict) and "AutoModelForCausalLM" in classes,
-        is_teleflm=is_ours or (architecture is not None and (lineage or {}).get("operation") == "export"),
+        is_teleflm=is_ours or (architecture is not None and _is_exported(lineage or {})),
         masked_steps=total if isinstance(total, int) else None,
         inherited=_inherited_keys(lineage or {}),
         steps=tuple(lineage_steps(lineage)),
         exact=tuple(exactness(lineage)),
         base_models=_hub_parent(lineage or {}),
     )
+
+
+def _is_exported(lineage: Mapping[str, Any]) -> bool:
+    """Whether a lineage ends with the export of a Tele-FLM, to a folder that does not say so itself."""
+    return lineage.get("operation") == "export" and lineage.get("model_type", MODEL_TYPE) == MODEL_TYPE
 
 
 def _hub_parent(lineage: Mapping[str, Any]) -> tuple[str, ...]:
@@ -186,6 +194,7 @@ def with_files(facts: CardFacts, folder: Path | None, files: Collection[str]) ->
         facts,
         metadata=inherited_metadata(folder, facts.inherited) if folder else {},
         has_tokenizer="tokenizer.model" in files or "tokenizer.json" in files,
+        has_tokenizer_code=any(name.endswith(".py") and name.startswith("token") for name in files),
         has_chat_template="chat_template.jinja" in files,
     )
 
@@ -309,13 +318,13 @@ def _read_text(path: Path) -> str:
 
 
 def _architecture(config: Mapping[str, Any]) -> Architecture | None:
-    """The numbers of a Tele-FLM, under whatever name it is exported; None if it is none."""
+    """The numbers of a Tele-FLM, under whatever name it is exported, or of a Llama; None if it is none."""
     kind = config.get("model_type")
-    values = {**config, "model_type": MODEL_TYPE}
+    values = {**config, "model_type": kind if kind == LLAMA.model_type else MODEL_TYPE}
     if kind == "granite" and config.get("logits_scaling"):
         values |= {"use_mup": True, "input_mult": config.get("embedding_multiplier", 1.0)}
         values |= {"output_mult": 1.0, "mup_scale_factor": config["logits_scaling"]}
-    elif kind not in (MODEL_TYPE, MASKED_MODEL_TYPE, "llama"):
+    elif kind not in (MODEL_TYPE, MASKED_MODEL_TYPE, LLAMA.model_type):
         return None
     try:
         return Architecture.from_config(values, with_biases=True)
@@ -452,7 +461,8 @@ def _title(facts: CardFacts) -> str:
         what = f"A LoRA adapter for {of or 'a Tele-FLM'}: a few weights that change what that model says."
         return f"# {name or 'A LoRA adapter for a Tele-FLM'}\n\n{what}"
     if not facts.is_teleflm:
-        return f"# {name or 'A model'}"
+        what = f"A dense, decoder-only language model with {_count(facts.num_parameters)} parameters."
+        return f"# {name or 'A model'}" + (f"\n\n{what}" if facts.architecture else "")
     size = f"{_count(facts.num_parameters)} parameters"
     kind = "A dense, decoder-only language model of the Tele-FLM (FLM-2) architecture"
     stock = "" if facts.own_code else ", in the format of a model that transformers has itself"
@@ -476,8 +486,7 @@ def _table(facts: CardFacts) -> str:
             "Feed-forward size": f"{a.intermediate_size:,}",
             "Vocabulary rows": f"{a.vocab_size:,}",
             **({"Context": f"{facts.context:,} tokens"} if facts.context else {}),
-            "Factor on the embeddings": f"{a.embedding_scale:g}",
-            "Factor on the logits": f"{a.logit_scale:g}",
+            **(_factors(a) if facts.is_teleflm or {a.embedding_scale, a.logit_scale} != {1.0} else {}),
         }
     if facts.adapter is not None:
         modules = facts.adapter.get("target_modules")
@@ -486,6 +495,13 @@ def _table(facts: CardFacts) -> str:
     rows["Weights"] = f"{facts.dtype}, {format_bytes(facts.num_bytes)}" if facts.num_bytes else facts.dtype
     lines = [f"| {name} | {_line(str(value))} |" for name, value in rows.items() if value is not None]
     return "\n".join(["## Architecture\n", "| | |", "|---|---|", *lines])
+
+
+def _factors(architecture: Architecture) -> dict[str, str]:
+    return {
+        "Factor on the embeddings": f"{architecture.embedding_scale:g}",
+        "Factor on the logits": f"{architecture.logit_scale:g}",
+    }
 
 
 def _use(facts: CardFacts) -> str:
@@ -510,7 +526,8 @@ def _code(facts: CardFacts) -> str:
     """Blocks that run as they stand, where the model is what they name."""
     here = json.dumps(facts.repo_id or _HERE)
     trust = ", trust_remote_code=True" if facts.own_code else ""
-    tokens = ", trust_remote_code=True" if facts.is_teleflm else trust  # our tokenizer is always code of the repository
+    # Our tokenizer is always code of the repository.
+    tokens = ", trust_remote_code=True" if facts.is_teleflm or facts.has_tokenizer_code else trust
     pipe = tokens if facts.has_tokenizer else trust
     auto = ["AutoModelForCausalLM", *(["AutoTokenizer"] if facts.has_tokenizer else [])]
     tokenizer = [f"tokenizer = AutoTokenizer.from_pretrained({here}{tokens})"] if facts.has_tokenizer else []

@@ -135,7 +135,8 @@ def left_behind(folder: Path, files: Mapping[str, str | bytes]) -> list[str]:
     has_code = any(map(_CODE.fullmatch, files))
     replaced = [name for name in dropped if name in files or (has_code and _CODE.fullmatch(name))]
     left = [name for name in dropped if name not in replaced]
-    notes = [f"The output has a card and code of its own, in place of: {_some(replaced)}."] if replaced else []
+    own = "a card and code" if has_code else "a card"
+    notes = [f"The output has {own} of its own, in place of: {_some(replaced)}."] if replaced else []
     return notes + ([f"Left behind, as a model needs no such files: {_some(left)}."] if left else [])
 
 

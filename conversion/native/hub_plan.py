@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..adam_state import TRAINER_STATE, check_trainer_step
-from ..architecture import MODEL_TYPE, Architecture, load_config
+from ..architecture import MODEL_TYPE, Architecture, load_config, rope_parameters
 from ..checkpoint.containers import Shard
 from ..checkpoint.dtypes import FLOAT32, DType
 from ..checkpoint.errors import CheckpointError
@@ -21,6 +21,7 @@ from ..checkpoint.parent import parent_record
 from ..checkpoint.plan import CheckpointPlan, Shape, TensorPlan
 from ..checkpoint.reader import FileReader, boxes_of_range
 from ..checkpoint.sharded import ShardedTensor
+from ..family import LLAMA, MULTIPLIERS, find_family, is_llama
 from ..hub.card import model_facts
 from ..hub.contents import CODE_FILES, count_pieces, hub_config, hub_sidecars
 from ..hub.small_files import left_behind
@@ -73,7 +74,7 @@ def plan_run(
         config = load_config(beside / "config.json")
     folder = Path(tokenizer) if tokenizer else beside or Path(run.folder)
     pieces = count_pieces(folder)
-    if tokenizer and pieces is None:
+    if tokenizer and pieces is None and not (is_llama(config) and (folder / "tokenizer.json").is_file()):
         raise CheckpointError(f"{folder}: holds no tokenizer.model.")
     state = None
     if is_masked(config):
@@ -99,7 +100,8 @@ def plan_run(
     if state:
         hub, code = masked_config(hub, state), (*CODE_FILES, MASKED_CODE)
         notes.append(f"Growth masks at step {state['step']} of {state['total_steps']}.")
-    sidecars = hub_sidecars(folder, model_facts(hub, out_dtype, lineage), code)
+    facts = model_facts(hub, out_dtype, lineage)
+    sidecars = hub_sidecars(folder, facts, code, family=find_family(complete))
     states: list[Shard] = []
     if run.adam:
         for place in (Path(run.folder), Path(run.folder).parent):  # DeepSpeed's is a folder of its own in there
@@ -181,7 +183,25 @@ def complete_config(
     }
     merged |= _multipliers(run, merged, config or {}, multipliers)
     size = _vocab_size(run, config or {}, vocab_size, pieces)
+    if is_llama(config):
+        return _llama_config(run, merged, size)
     return {**merged, "vocab_size": size, "model_type": MODEL_TYPE}
+
+
+def _llama_config(run: NativeCheckpoint, merged: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """What is known of a run whose configuration is a Llama's, which has no multipliers."""
+    factors = _factors(merged, merged)
+    if any(factor not in (None, 1.0) for factor in factors):
+        raise CheckpointError(
+            f"{run.folder}: the factors on embeddings and logits are {factors} by the run's arguments or "
+            "--multipliers, and config.json is a Llama's, which has none; give the configuration of a Tele-FLM."
+        )
+    kind = rope_parameters(merged, "config.json")["rope_type"]
+    if run.table is not None and kind != "default":
+        raise CheckpointError(
+            f"{run.folder}: rope_type is 'default' by the run's arguments and {kind!r} by config.json; correct it."
+        )
+    return {**{name: value for name, value in merged.items() if name not in MULTIPLIERS}, "vocab_size": vocab_size}
 
 
 def _multipliers(
@@ -210,12 +230,19 @@ def _multipliers(
 
 def _missing_multipliers(run: NativeCheckpoint, config: Mapping[str, Any]) -> str | None:
     """That nothing says the multipliers of a run, with what may be them; None if something does."""
-    if run.table is None or states_multipliers(run.args) or config.get("use_mup") is not None:
+    if run.table is None or states_multipliers(run.args) or config.get("use_mup") is not None or is_llama(config):
         return None
     like = ", ".join(f"{name} {value!r}" for name, value in sorted(unread_multipliers(run.args).items())[:8])
     return "the run's arguments do not say the factors on embeddings and logits that every published Tele-FLM has" + (
         f" (unknown here: {like})" if like else ""
     )
+
+
+def run_model_type(run: NativeCheckpoint) -> str:
+    """The model_type of what a training checkpoint converts to: of a config.json beside it, if that is a Llama's."""
+    folder = _folder_with_config(run)
+    config = load_config(folder / "config.json") if folder else {}
+    return LLAMA.model_type if is_llama(config) else MODEL_TYPE
 
 
 def missing_multipliers(run: NativeCheckpoint) -> str | None:

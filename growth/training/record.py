@@ -42,6 +42,7 @@ from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.parent import parent_notes, parent_of, parent_record
 from conversion.checkpoint.sources import WEIGHT_FILES, open_checkpoint
+from conversion.family import LLAMA
 from conversion.hub.saved_model import ADAPTER_WEIGHTS, has_saved_weights, record_saved_model
 from conversion.masked import MASKED_MODEL_TYPE
 
@@ -127,7 +128,7 @@ class RecordCallback(TrainerCallback):
                 lineage,
                 seed,
                 digests=digests,
-                model_types=(MODEL_TYPE, MASKED_MODEL_TYPE),
+                model_types=(MODEL_TYPE, MASKED_MODEL_TYPE, LLAMA.model_type),
                 origin=self.origin,
                 base=self.base,
             )

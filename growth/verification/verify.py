@@ -21,6 +21,7 @@ from conversion.hub.remote import is_remote, local_view
 from conversion.masked import is_masked
 from conversion.optimizer_state import OPTIMIZER_FILE
 from evaluation.text import tokenize
+from evaluation.vocabulary import SENTENCEPIECE, TOKENIZER
 
 from .certificate import Certificate, certify
 from .comparison import COMPUTE_DTYPES, Forward, Numbers, Progress, compare_numbers, no_progress
@@ -277,10 +278,12 @@ def _check_ids(input_ids: np.ndarray, *checkpoints: Source) -> None:
 
 
 def _compare_tokenizers(a: Source, b: Source) -> list[str]:
-    files = [Path(source.folder) / "tokenizer.model" for source in (a, b)]
-    if files[1].is_file() and files[0].read_bytes() != files[1].read_bytes():
-        return ["tokenizer.model of B is not A's: the same text gives it other tokens than were compared."]
-    return []
+    notes = []
+    for name in (SENTENCEPIECE, TOKENIZER):
+        first, second = (Path(source.folder) / name for source in (a, b))
+        if first.is_file() and second.is_file() and first.read_bytes() != second.read_bytes():
+            notes.append(f"{name} of B is not A's: the same text may give it other tokens than were compared.")
+    return notes
 
 
 def _refuse_adapter(folder: Path) -> None:

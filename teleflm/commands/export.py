@@ -27,7 +27,9 @@ from teleflm.terminal import (
     WorldSize,
 )
 
-Source = Annotated[str, typer.Argument(metavar="SRC", help="Folder of a Tele-FLM in Hub format; or OWNER/NAME, a URL.")]
+Source = Annotated[
+    str, typer.Argument(metavar="SRC", help="Folder of a Tele-FLM or a Llama in Hub format; or OWNER/NAME, a URL.")
+]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
 To = Annotated[str, typer.Option(help="granite, llama, gguf, megatron, torch_dist or dcp.")]
 TensorParallel = Annotated[int, typer.Option("--tp", help="For megatron: tensor-parallel ranks.")]

@@ -351,7 +351,7 @@ def test_a_grown_model_in_another_runtime(tmp_path):
 REFUSED = {
     "--to is 'onnx', expected one of granite, llama, gguf, megatron, torch_dist, dcp": {"to": "onnx"},
     "--spec are for --to megatron, --multipliers also for torch_dist, not llama": {"to": "llama", "tp": 2},
-    "--link is for --to granite; the weights of llama are other bytes": {"to": "llama", "link": True},
+    "--link is for --to granite; llama is written anew": {"to": "llama", "link": True},
     "--multipliers is 'drop', expected one of fold, keep": {"to": "megatron", "multipliers": "drop"},
     "--spec is 'apex', expected one of te, local": {"to": "megatron", "spec": "apex"},
     "--tp is 0; it must be at least 1": {"to": "megatron", "tp": 0},
@@ -386,13 +386,13 @@ def test_what_megatron_lacks(message, fields, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_only_a_teleflm_is_exported(tmp_path):
+def test_only_a_teleflm_or_a_llama_is_exported(tmp_path):
     save(tmp_path / "source")
-    export_checkpoint(tmp_path / "source", tmp_path / "llama", to="llama")
-    with pytest.raises(CheckpointError, match="model_type is 'llama', expected 'TeleFLM'"):
-        export_checkpoint(tmp_path / "llama", tmp_path / "out", to="granite")
+    export_checkpoint(tmp_path / "source", tmp_path / "granite", to="granite")
+    with pytest.raises(CheckpointError, match="model_type is 'granite', expected 'TeleFLM' or 'llama'"):
+        export_checkpoint(tmp_path / "granite", tmp_path / "out", to="llama")
     (tmp_path / "source/config.json").unlink()
-    with pytest.raises(CheckpointError, match="no such file; only a Tele-FLM can be exported"):
+    with pytest.raises(CheckpointError, match="no such file; only a Tele-FLM or a Llama can be exported"):
         export_checkpoint(tmp_path / "source", tmp_path / "out", to="granite")
 
 

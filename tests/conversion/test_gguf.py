@@ -518,6 +518,11 @@ REFUSED = {
     "--dtype: --to gguf has --outtype instead": ({}, {"dtype": "float16"}),
     "--outtype, --prompts and --name are for --to gguf, not llama": ({}, {"to": "llama", "outtype": "f16"}),
     "--link is for --to granite": ({}, {"link": True}),
+    "is a Llama, whose tokenizer is another; convert it with llama.cpp's own": (
+        lambda folder: export_checkpoint(save(folder.with_name("tele"), use_mup=False) and folder.with_name("tele"), folder,
+                                         to="llama", options=WriteOptions(overwrite=True)),
+        {},
+    ),
 }  # fmt: skip
 
 

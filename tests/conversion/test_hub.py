@@ -172,7 +172,7 @@ def test_architecture_agrees_with_the_configuration_class(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama', expected 'TeleFLM'"),
+        ({"model_type": "mistral"}, "model_type is 'mistral', expected 'TeleFLM' or 'llama'"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be finite and above 0"),
         ({"num_attention_heads": 5}, "hidden_size 8192 is not a multiple of num_attention_heads 5"),

@@ -850,7 +850,7 @@ def _quantise(tensors):
     ("damage", "message"),
     [
         (_drop, r"model\.layers\.1\.mlp\.up_proj\.weight is missing"),
-        (_add_bias, r"q_proj\.bias is not a weight of a Tele-FLM model"),
+        (_add_bias, r"q_proj\.bias is not a weight that config\.json describes"),
         (_reshape, r"model\.norm\.weight has shape \(31,\), config.json says \(32,\)"),
         (_quantise, r"is quantised \(lm_head\.weight is int8\); growth would change its weights without their scales"),
     ],
