@@ -479,6 +479,11 @@ def test_a_tokenizer_that_llama_cpp_does_not_have(message, content, source, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def become_a_llama(folder: Path) -> None:
+    save(folder.with_name("tele"), use_mup=False)
+    export_checkpoint(folder.with_name("tele"), folder, to="llama", options=WriteOptions(overwrite=True))
+
+
 def lose_the_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.model").unlink()
 
@@ -518,11 +523,7 @@ REFUSED = {
     "--dtype: --to gguf has --outtype instead": ({}, {"dtype": "float16"}),
     "--outtype, --prompts and --name are for --to gguf, not llama": ({}, {"to": "llama", "outtype": "f16"}),
     "--link is for --to granite": ({}, {"link": True}),
-    "is a Llama, whose tokenizer is another; convert it with llama.cpp's own": (
-        lambda folder: export_checkpoint(save(folder.with_name("tele"), use_mup=False) and folder.with_name("tele"), folder,
-                                         to="llama", options=WriteOptions(overwrite=True)),
-        {},
-    ),
+    "is a Llama, whose tokenizer is another; convert it with llama.cpp's own": (become_a_llama, {}),
 }  # fmt: skip
 
 
