@@ -488,7 +488,7 @@ def _quantise(piece: BlockQuantised, box: Box, target: np.ndarray, tensor: Tenso
 
 def _no_scale(tensor: TensorPlan, place: Sequence[int], values: np.ndarray) -> NotFinite | Overflow:
     """The error for a block, at an index into a tensor's layout, that no scale is large enough for."""
-    exact = values.astype(np.float64)
+    exact: np.ndarray = values.astype(np.float64)
     at = int(np.argmax(np.where(np.isfinite(exact), np.abs(exact), np.inf)))
     flat = sum(index * stride for index, stride in zip(place, row_major_strides(tensor.layout), strict=True))
     *rows, block = map(int, np.unravel_index(flat, tensor.shape))

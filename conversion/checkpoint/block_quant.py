@@ -68,7 +68,7 @@ def _largest(values: np.ndarray) -> np.ndarray:
 
     Numbers of 16 bits are turned around first, because along short rows a maximum takes longer than that.
     """
-    words = values.view(f"<u{values.itemsize}")
+    words: np.ndarray = values.view(f"<u{values.itemsize}")
     across = values.itemsize == 2
     magnitudes = scratch("q8 magnitudes", words.shape[::-1] if across else words.shape, words.dtype)
     np.bitwise_and(words.T if across else words, words.dtype.type(2 ** (8 * values.itemsize - 1) - 1), out=magnitudes)

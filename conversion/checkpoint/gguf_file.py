@@ -36,7 +36,7 @@ SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 Value: TypeAlias = "bool | str | np.generic | np.ndarray | list[str]"
 """Of a setting: a numpy scalar or a one-dimensional array where the format has a number of that type, or several."""
 
-NUMBERS = {
+NUMBERS: dict[int, np.dtype] = {
     number: np.dtype(name)
     for number, name in enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "", "", "", "<u8", "<i8", "<f8"))
     if name

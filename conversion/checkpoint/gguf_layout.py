@@ -14,7 +14,7 @@ from .errors import CheckpointError
 from .gguf_file import ALIGNMENT, ARRAY, BOOL, MAGIC, MAX_NAME_BYTES, NUMBERS, TEXT, TYPES, VERSION, Value
 from .plan import TensorPlan
 
-_NUMBER_TYPES = {dtype: number for number, dtype in NUMBERS.items()}
+_NUMBER_TYPES: dict[np.dtype, int] = {dtype: number for number, dtype in NUMBERS.items()}
 _TENSOR_TYPES = {dtype: number for number, dtype in TYPES.items()}
 _MAX_FILES = 0xFFFF
 
