@@ -23,6 +23,8 @@ from .family import LLAMA, MULTIPLIERS, TELEFLM, find_family, require_family
 MODEL_TYPE = TELEFLM.model_type
 _DEFAULT_POSITIONS = 2048  # of transformers' LlamaConfig
 _LARGEST = sys.float_info.max  # an integer of JSON may be larger than any float
+# Of any size, and of layers, which are gone through one by one: ten times what the deepest model that was trained has.
+_MOST, _MOST_LAYERS = 2**31 - 1, 10_000
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,9 @@ def _value(values: Mapping[str, Any], name: str, kind: Any, where: str) -> Any:
         raise CheckpointError(f"{where}: {name} is {_shown(value)}, expected {expected}.")
     if not 0 < value <= _LARGEST:
         raise CheckpointError(f"{where}: {name} is {_shown(value)}; it must be finite and above 0.")
+    most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
+    if kind is int and value > most:
+        raise CheckpointError(f"{where}: {name} is {_shown(value)}, expected at most {most:,}.")
     return kind(value)
 
 

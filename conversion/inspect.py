@@ -16,15 +16,16 @@ from typing import Any
 from .architecture import Architecture, load_config
 from .checkpoint.budget import reading_threads
 from .checkpoint.check import Damage, check_folder
-from .checkpoint.containers import parse_size
 from .checkpoint.errors import CheckpointError, printable
 from .checkpoint.gguf_file import gguf_files, open_gguf, vocabulary
 from .checkpoint.limits import DEFAULT_MEMORY, default_workers
 from .checkpoint.manifest import MANIFEST, find_manifest, is_edited, read_manifest
 from .checkpoint.mirror import shown
+from .checkpoint.numbers import parse_size
 from .checkpoint.parent import record_mismatch
 from .checkpoint.plan import View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
+from .compressed_tensors import is_float8, read_float8
 from .exports.export import exported_weights
 from .exports.gguf import gguf_mismatch
 from .family import TELEFLM, find_family, is_llama
@@ -36,6 +37,7 @@ from .mapping import check_tensors
 from .native.checkpoint import NativeCheckpoint
 from .native.find import RELEASE, exported_folder, find_native, open_native
 from .native.hub_plan import compare_replicas, missing_multipliers, plan_tensors, run_architecture, run_model_type
+from .quantisation import quantisation
 
 _SHARD = re.compile(r"-\d+-of-\d+\.")
 
@@ -51,7 +53,7 @@ class Inspection:
         iteration: of a training run: the step it was saved at.
         model_type: of its config.json, None without one.
         architecture: its numbers, for a Tele-FLM or a Llama with a usable config.json.
-        parameters: elements of all tensors.
+        parameters: elements of all tensors; without the scales of 8-bit floats.
         dtypes: dtype -> number of tensors.
         nbytes: bytes of all tensors.
         files: weight files and their sizes in bytes.
@@ -59,6 +61,7 @@ class Inspection:
         padding_rows: vocabulary rows without a piece, None if unknown.
         lineage: what it was made from, a sentence a step, oldest first.
         chain: the same as links from record to record, with what is wrong with each.
+        quantised: how it is quantised, and what says so; None if it is not.
         problems: what is wrong with it, a sentence each.
         damages: tensors and files that differ from the record; None if that was not checked.
         checked_files: how many files, beside their tensors, were held against the record.
@@ -87,6 +90,7 @@ class Inspection:
     alone: bool = False
     chain: tuple[Link, ...] = ()
     refused: str | None = None
+    quantised: str | None = None
 
 
 def inspect_checkpoint(
@@ -128,14 +132,17 @@ def inspect_checkpoint(
     count = count_token_ids if is_llama(source.config) else count_pieces
     pieces = _noting(problems, lambda: count(folder))
     manifest = _noting(problems, lambda: read_manifest(folder))
+    has_scales = is_float8(source.config) and not alone
+    float8 = _noting(problems, lambda: read_float8(source)) if has_scales else None
+    tensors = float8.tensors if float8 else source.tensors
     if architecture:
         if not alone and is_llama(source.config):
             _noting(problems, lambda: check_complete(source))
             refused = (
                 None if problems else _complaint(lambda: check_tensors(source.tensors, architecture, "its weights"))
             )
-        elif not alone:
-            _noting(problems, lambda: check_tensors(source.tensors, architecture, source.folder))
+        elif not alone and bool(float8) == has_scales:
+            _noting(problems, lambda: check_tensors(tensors, architecture, source.folder))
         if pieces and pieces > architecture.vocab_size and not is_llama(source.config):
             problems.append(
                 f"tokenizer.model has {pieces} pieces, config.json a vocab_size of {architecture.vocab_size}."
@@ -152,7 +159,7 @@ def inspect_checkpoint(
         iteration=None,
         model_type=_model_type(source.config or {}),
         architecture=architecture,
-        parameters=sum(view.numel * view.dtype.packed for view in source.tensors.values()),
+        parameters=sum(view.numel * view.dtype.packed for view in tensors.values()),
         dtypes=dict(Counter(view.dtype.name for view in source.tensors.values())),
         nbytes=sum(view.nbytes for view in source.tensors.values()),
         files={Path(file.name).name: file.size for file in source.files},
@@ -166,6 +173,7 @@ def inspect_checkpoint(
         checked_tensors=bool(checked and checked.get("digest")),
         chain=_chain(folder, manifest, None if alone else source.tensors),
         refused=refused,
+        quantised=quantisation(source.config, source.tensors),
     )
 
 

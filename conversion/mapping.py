@@ -106,6 +106,11 @@ def check_tensors(tensors: Mapping[str, View], architecture: Architecture, where
     for name, view in tensors.items():
         if is_derived(name) or _is_tied_copy(name, tensors, architecture):
             continue
+        if name.endswith(".weight_scale") and name.removesuffix("_scale") in expected:
+            raise CheckpointError(
+                f"{where}: is quantised (it holds {name}), and this takes weights that need no scales; `teleflm "
+                "convert --dtype bfloat16` multiplies 8-bit floats by theirs."
+            )
         if name not in expected:
             tied = name == LM_HEAD.name and architecture.tie_word_embeddings
             way_out = " Remove it, or set tie_word_embeddings to false." if tied else ""

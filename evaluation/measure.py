@@ -18,6 +18,7 @@ import numpy as np
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.limits import default_workers
 from conversion.checkpoint.sources import Source, open_checkpoint
+from conversion.compressed_tensors import is_float8
 from conversion.family import FAMILIES, find_family
 from conversion.hub.remote import is_remote, local_view
 from conversion.model_identity import ModelIdentity, model_identity, tensor_digests
@@ -26,6 +27,7 @@ from .held_files import HeldFiles
 from .loaded_scores import check_model_type
 from .multiple_choice import Accuracy, accuracies, choice_passages, read_task
 from .passages import Passage, check_window, document_passages
+from .streamed_model import ACTIVATIONS_KEPT
 from .streamed_scores import Progress, score_streamed
 from .text import TextFile, read_documents
 from .vocabulary import Vocabulary, open_vocabulary
@@ -215,8 +217,10 @@ def evaluate(
             TaskResult(task.name, task.sha256, len(task.questions), count, accuracies(task, [x.sum() for x in part]))
             for task, (_, count), part in zip(task_files, cut, parts[len(of_texts) :], strict=True)
         )
-        notes = (*_window_notes(window, checkpoint), *_result_notes(text_results, task_results))
         forward = "loaded" if loaded or score is not None else "streamed"
+        notes = (*_window_notes(window, checkpoint), *_result_notes(text_results, task_results))
+        if forward == "streamed" and is_float8(checkpoint.config):
+            notes = (*notes, ACTIVATIONS_KEPT)
         how = (forward, device, dtype, window, stride)
         made.append(Evaluation(text_results, task_results, *how, seconds, identity, notes))
         keep(made[0])

@@ -51,7 +51,11 @@ VerifySource = Annotated[
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 AllowNonfinite = Annotated[
-    bool, typer.Option("--allow-nonfinite", help="Write infinity for what is too large, and a run's NaN as they are.")
+    bool,
+    typer.Option(
+        "--allow-nonfinite",
+        help="Write infinity for what is too large, and a run's NaN as they are; of weights alone, never of moments.",
+    ),
 ]
 Rank = Annotated[int | None, typer.Option(help="Which of the processes that share the work; else as launched.", min=0)]
 WorldSize = Annotated[int | None, typer.Option(help="How many processes share the work; else as launched.", min=1)]

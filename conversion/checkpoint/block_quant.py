@@ -15,7 +15,7 @@ import numpy as np
 from .dtypes import Q8_0
 from .scratch import scratch
 
-QUANTISING_BYTES = 2**20  # of arrays that a thread holds to quantise, beside what it reads and what it makes
+BLOCK_QUANTISING_BYTES = 2**20  # of arrays that a thread holds to quantise, beside what it reads and what it makes
 _AT_A_TIME = 1 << 10  # blocks, whose values stay in a core's cache
 _BLOCK = np.dtype([("scale", "<f2"), ("codes", "i1", (Q8_0.packed,))])
 _FLOAT32 = np.dtype(np.float32)

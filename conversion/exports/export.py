@@ -42,6 +42,7 @@ def export_checkpoint(
     tp: int = 1,
     pp: int = 1,
     vpp: int = 1,
+    pipeline_layout: str | None = None,
     multipliers: str = "fold",
     spec: str = "te",
     link: bool = False,
@@ -65,6 +66,8 @@ def export_checkpoint(
         tp: tensor-parallel ranks, for Megatron.
         pp: pipeline stages, for Megatron.
         vpp: chunks of layers in a stage, for Megatron.
+        pipeline_layout: which layers each stage has, for Megatron: `first=N,last=N`, `embedding,loss` (which count as a
+            layer each), or the string of its --pipeline-model-parallel-layout; as many in each unless given.
         multipliers: for Megatron: `fold` them into the weights, or `keep` the weights and note them in the arguments,
             for a trainer that knows them; a stock Megatron-LM does not.
         spec: for Megatron: the layers it builds, `te` (Transformer Engine) or `local`.
@@ -83,7 +86,8 @@ def export_checkpoint(
         CheckpointError: the source is neither Tele-FLM nor Llama, or the target has no such model; nothing was written.
         OSError: the disk failed; the output folder is not loadable, and the same call resumes.
     """
-    _check_choices(to, ParallelSizes(tp, pp, vpp), multipliers, spec, link, optimizer)
+    sizes = ParallelSizes(tp, pp, vpp, pipeline_layout)
+    _check_choices(to, sizes, multipliers, spec, link, optimizer)
     _check_gguf(to, outtype, prompts, name, dtype)
     options = options or WriteOptions()
     if to == "megatron" and options.max_shard_size != WriteOptions.max_shard_size:
@@ -95,7 +99,7 @@ def export_checkpoint(
         raise CheckpointError(f"{source}: is not on this machine, and cannot be linked to; leave --link out.")
     cast = parse_dtype(dtype) if dtype else None
     if to == "megatron":
-        plan, layout, notes = plan_megatron_export(model, ParallelSizes(tp, pp, vpp), multipliers == "fold", spec, cast)
+        plan, layout, notes = plan_megatron_export(model, sizes, multipliers == "fold", spec, cast)
         return execute(plan, Path(out), options, notes, dry_run=dry_run, layout=layout)
     if to in ("dcp", "torch_dist"):
         state = open_state(model) if optimizer else None
@@ -124,8 +128,12 @@ def export_checkpoint(
     return replace(result, notes=[*result.notes, *notes, *uncut_note(linked, options)])
 
 
-def exported_weights(folder: Path) -> dict[str, View]:
+def exported_weights(folder: Path, *, with_state: bool = False) -> dict[str, View]:
     """The weights of a folder that was exported to train on, by the names of its plan and its record.
+
+    Args:
+        folder: the one with the record.
+        with_state: also what its optimizer keeps.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -135,7 +143,7 @@ def exported_weights(folder: Path) -> dict[str, View]:
     parts = [name for name, _ in listed if name.endswith(".distcp") and is_plain(name)]
     tensors = exported_tensors(folder)
     for place in sorted({str(PurePosixPath(name).parent) for name in parts}):
-        tensors |= read_chunks_by_name(folder, place, lambda name: not name.startswith("optimizer."))
+        tensors |= read_chunks_by_name(folder, place, lambda name: with_state or not name.startswith("optimizer."))
     return tensors
 
 
@@ -149,12 +157,13 @@ def _check_choices(to: str, sizes: ParallelSizes, multipliers: str, spec: str, l
             raise CheckpointError(f"{option} is {value!r}, expected one of {', '.join(get_args(known))}.")
     if to == "torch_dist" and (sizes, spec) != (ParallelSizes(), "te"):
         raise CheckpointError(
-            "--tp, --pp, --vpp and --spec are for --to megatron; torch_dist is the same for all ranks and layers."
+            "--tp, --pp, --vpp, --pipeline-layout and --spec are for --to megatron; torch_dist is the same for all "
+            "ranks and layers."
         )
     if to not in ("megatron", "torch_dist") and (sizes, multipliers, spec) != (ParallelSizes(), "fold", "te"):
         raise CheckpointError(
-            "--tp, --pp, --vpp, --multipliers and --spec are for --to megatron, --multipliers also for torch_dist, "
-            f"not {to}."
+            "--tp, --pp, --vpp, --pipeline-layout, --multipliers and --spec are for --to megatron, --multipliers also "
+            f"for torch_dist, not {to}."
         )
     if optimizer and to not in ("dcp", "torch_dist"):
         raise CheckpointError(f"--optimizer is for --to dcp and torch_dist; {to} is written without Adam's moments.")

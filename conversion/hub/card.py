@@ -21,6 +21,7 @@ from ..checkpoint.plan import View
 from ..checkpoint.sizes import format_bytes
 from ..checkpoint.sources import open_checkpoint, outside_target
 from ..checkpoint.strict_json import read_json_object
+from ..compressed_tensors import is_float8
 from ..family import LLAMA
 from ..masked import MASKED_MODEL_TYPE
 from .front_matter import parse_metadata, split_card, write_metadata
@@ -31,6 +32,7 @@ from .results import Result, model_index
 
 CARD = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
+_FLOAT8 = "float8_e4m3fn"
 _NO_NAME = "A Tele-FLM model"
 _HERE = "."  # a folder without a name loads from where it lies
 _LICENSES = (  # how the texts begin
@@ -53,13 +55,14 @@ class CardFacts:
     """What a card says of a model or an adapter.
 
     Args:
-        dtype: of its weights.
+        dtype: of its weights; of those that are not quantised, if it is.
         num_parameters: how many weights it has.
         num_bytes: of them.
         architecture: the model's numbers; None if it is an adapter, or not of this family.
         context: positions that it was trained for, if the configuration says so.
         own_code: whether it loads with code from its repository.
         is_teleflm: whether it is a Tele-FLM, or an adapter for one.
+        is_float8: whether its linear layers are in 8-bit floats with scales, as compressed-tensors has them.
         masked_steps: of a checkpoint that grows by masks: steps of training until they are open; else None.
         adapter: of an adapter, the content of its `adapter_config.json`; else None.
         steps: what it was made from, a sentence a step.
@@ -83,6 +86,7 @@ class CardFacts:
     context: int | None = None
     own_code: bool = True
     is_teleflm: bool = True
+    is_float8: bool = False
     masked_steps: int | None = None
     adapter: Mapping[str, Any] | None = None
     steps: tuple[str, ...] = ()
@@ -125,11 +129,13 @@ def model_facts(config: Mapping[str, Any], dtype: str, lineage: Mapping[str, Any
         context=context if isinstance(context, int) and context > 0 else None,
         own_code=isinstance(classes, dict) and "AutoModelForCausalLM" in classes,
         is_teleflm=is_ours or (architecture is not None and _is_exported(lineage or {})),
+        is_float8=is_float8(config),
         masked_steps=total if isinstance(total, int) else None,
         inherited=_inherited_keys(lineage or {}),
         steps=tuple(lineage_steps(lineage)),
         exact=tuple(exactness(lineage)),
         base_models=_hub_parent(lineage or {}),
+        relation="quantized" if (lineage or {}).get("quantized") and _hub_parent(lineage or {}) else None,
     )
 
 
@@ -266,9 +272,11 @@ def planned_facts(
         views: dtype, elements and bytes of each tensor.
         folder: holds its small files.
     """
-    kinds = Counter(dtype for dtype, _, _ in views)
+    kinds = Counter(dtype for dtype, _, _ in views if not (is_float8(config) and dtype == _FLOAT8))
     facts = model_facts(config, max(kinds, key=lambda name: (kinds[name], name)), lineage)
-    facts = replace(facts, num_parameters=sum(n for _, n, _ in views), num_bytes=sum(n for _, _, n in views))
+    facts = replace(facts, num_bytes=sum(n for _, _, n in views))
+    if not (facts.is_float8 and facts.architecture):  # there, scales are no parameters
+        facts = replace(facts, num_parameters=sum(n for _, n, _ in views))
     names = [path.name for path in folder.iterdir() if path.is_file()]
     return with_files(replace(facts, inherited=_SAME_KEYS), folder, names)
 
@@ -365,6 +373,15 @@ def exactness(lineage: Mapping[str, Any] | None) -> list[str]:
             ]
         case {"operation": "grow", "source": dict() as old, "target": dict() as new}:
             now = _of_growth(old, new)
+        case {"operation": "convert", "quantized": _}:
+            now = [
+                "Quantisation changes the function: each weight of a linear layer, the head aside, is an 8-bit float "
+                "times the scale of its row, within 1/16 of what it was, or within 1/1024 of the scale where it is "
+                "small (of rows whose scale is among the smallest numbers of its dtype, less exactly so). An engine "
+                "that multiplies in 8 bits rounds activations too. Other weights are not quantised."
+            ]
+        case {"operation": "convert", "dequantized": True}:
+            now = ["Weights that were 8-bit floats are their products with their scales: what was lost stays lost."]
         case {"operation": "convert"}:
             now = [] if cast else ["Conversion keeps every value of the weights, bit by bit."]
         case {"operation": "fold", "alpha": float() | int() as alpha}:
@@ -492,7 +509,8 @@ def _table(facts: CardFacts) -> str:
         modules = facts.adapter.get("target_modules")
         rows |= {"Rank": facts.adapter.get("r"), "Alpha": facts.adapter.get("lora_alpha")}
         rows |= {"On": ", ".join(sorted(map(str, modules))) if isinstance(modules, list) else modules}
-    rows["Weights"] = f"{facts.dtype}, {format_bytes(facts.num_bytes)}" if facts.num_bytes else facts.dtype
+    kind = f"{_FLOAT8} in linear layers, {facts.dtype}" if facts.is_float8 else facts.dtype
+    rows["Weights"] = f"{kind}, {format_bytes(facts.num_bytes)}" if facts.num_bytes else kind
     lines = [f"| {name} | {_line(str(value))} |" for name, value in rows.items() if value is not None]
     return "\n".join(["## Architecture\n", "| | |", "|---|---|", *lines])
 
@@ -510,6 +528,11 @@ def _use(facts: CardFacts) -> str:
         parts.append(
             "`trust_remote_code=True` executes the Python files of the repository. With the `teleflm` package "
             "installed, `import modeling_teleflm` replaces it, and no such file is executed."
+        )
+    if facts.is_float8:
+        parts.append(
+            "Its linear layers are quantised (FP8, compressed-tensors): transformers reads them with `pip install "
+            "compressed-tensors`."
         )
     if facts.masked_steps is not None:
         parts.append(
@@ -586,7 +609,8 @@ def _memory(facts: CardFacts) -> list[str]:
         return []
     if facts.adapter is not None:
         return [f"The adapter takes {format_bytes(facts.num_bytes)} beside its base."]
-    sizes = {facts.dtype: facts.num_bytes}
+    stored = _FLOAT8 if facts.is_float8 else facts.dtype
+    sizes = {stored: facts.num_bytes}
     for dtype in ("bfloat16", "float32") if facts.num_parameters else ():
         sizes.setdefault(dtype, facts.num_parameters * _itemsize(dtype))
     lines = [
@@ -596,7 +620,7 @@ def _memory(facts: CardFacts) -> list[str]:
                 "| to load in | weights |",
                 "|---|---|",
                 *(
-                    f"| {name}{', as stored' if name == facts.dtype else ''} | {format_bytes(size)} |"
+                    f"| {name}{', as stored' if name == stored else ''} | {format_bytes(size)} |"
                     for name, size in sizes.items()
                 ),
             ]

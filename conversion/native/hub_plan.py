@@ -21,13 +21,15 @@ from ..checkpoint.parent import parent_record
 from ..checkpoint.plan import CheckpointPlan, Shape, TensorPlan
 from ..checkpoint.reader import FileReader, boxes_of_range
 from ..checkpoint.sharded import ShardedTensor
+from ..compressed_tensors import check_scheme, quantise_linear, quantised_config
 from ..family import LLAMA, MULTIPLIERS, find_family, is_llama
 from ..hub.card import model_facts
 from ..hub.contents import CODE_FILES, count_pieces, hub_config, hub_sidecars
 from ..hub.small_files import left_behind
 from ..mapping import EMBED_TOKENS, LM_HEAD, Weight, is_derived, weights
 from ..masked import MASKED_CODE, is_masked, masked_config, split_masked_config
-from ..optimizer_state import OPTIMIZER_FILE, adam_shard, parameter_names
+from ..optimizer_state import OPTIMIZER_FILE, adam_shard, check_settings, parameter_names
+from ..saved_files import check_saved_files
 from .checkpoint import AdamMoments, NativeCheckpoint, Replica
 from .find import exported_folder
 from .model_parallel import copies
@@ -55,6 +57,7 @@ def plan_run(
     vocab_size: int | None,
     dtype: DType | None,
     multipliers: str | None = None,
+    quantize: str | None = None,
 ) -> tuple[CheckpointPlan, list[Shard], list[str]]:
     """The plan of the Hub folder that a training checkpoint becomes, its files of state, and notes on it.
 
@@ -65,6 +68,7 @@ def plan_run(
         vocab_size: rows of the vocabulary without padding.
         dtype: of the output; the run's unless given.
         multipliers: `none`, or the model's, as `training_args.parse_multipliers` reads them.
+        quantize: `fp8`, or nothing; see `compressed_tensors.py`.
 
     Raises:
         CheckpointError: something is missing, or two sources of one fact disagree.
@@ -80,8 +84,14 @@ def plan_run(
     if is_masked(config):
         config, state = split_masked_config(config or {}, "config.json of the run")
         state = _masks_now(run, state)
+        if quantize:
+            raise CheckpointError(
+                f"{run.folder}: grows by masks, which --quantize {quantize} would leave no weights to train on for; "
+                "convert it, `teleflm fold` it, and quantise that."
+            )
     complete = complete_config(run, config, vocab_size, pieces, multipliers)
     architecture = Architecture.from_config(complete, f"{run.folder}: configuration", with_biases=True)
+    check_scheme(quantize, architecture)
     tensors, notes = plan_tensors(run, architecture, dtype or run.dtype)
     exported = exported_folder(Path(run.folder))
     lineage = {
@@ -90,6 +100,7 @@ def plan_run(
         "parallel": run.parallel,
         "iteration": run.iteration,
         "dtype": dtype.name if dtype else None,
+        **({"quantized": quantize} if quantize else {}),
         **({"optimizer": True} if run.adam else {}),
         **({"masks": {"step": state["step"], "steps": state["total_steps"]}} if state else {}),
         "parent": parent_record(exported) if exported else None,
@@ -100,8 +111,13 @@ def plan_run(
     if state:
         hub, code = masked_config(hub, state), (*CODE_FILES, MASKED_CODE)
         notes.append(f"Growth masks at step {state['step']} of {state['total_steps']}.")
+    if quantize:
+        tensors, hub = list(quantise_linear(tensors)), quantised_config(hub)
     facts = model_facts(hub, out_dtype, lineage)
+    facts = replace(facts, num_bytes=sum(tensor.nbytes for tensor in tensors)) if quantize else facts
     sidecars = hub_sidecars(folder, facts, code, family=find_family(complete))
+    for place in (Path(run.folder), Path(run.folder).parent):
+        check_saved_files(place)
     states: list[Shard] = []
     if run.adam:
         for place in (Path(run.folder), Path(run.folder).parent):  # DeepSpeed's is a folder of its own in there
@@ -345,8 +361,11 @@ def plan_adam(run: NativeCheckpoint, adam: AdamMoments, architecture: Architectu
         architecture: its numbers, with the true vocab_size.
 
     Raises:
-        CheckpointError: a weight was not trained, so that there are no moments of it; or a shape differs.
+        CheckpointError: a weight was not trained, so that there are no moments of it; a shape differs; or a group has a
+            setting that Adam cannot have.
     """
+    for number, (settings, _) in enumerate(adam.groups):
+        check_settings(settings, f"{run.folder}: parameter group {number} of the optimizer")
     names = parameter_names(architecture)
     frozen = [name for name in names if name not in adam.steps]
     if frozen:

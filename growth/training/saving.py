@@ -6,8 +6,9 @@
 
 transformers removes the checkpoints that were changed longest ago: where a clock was set back, and where anything was
 put into an old one, it removes the one that it has just saved. Here the steps decide. What says that a checkpoint is
-whole, trainer_state.json, is removed before one of the same name is written again, and what it is of (`run.json`) is
-written before it. What a library says where a disk is full, or a file damaged, is told in one line.
+whole, trainer_state.json, is removed before one of the same name is written again, and what it is of (`run.json`), with
+sizes and samples of what was saved, is written before it. What a library says where a disk is full, or a file damaged,
+is told in one line.
 """
 
 import logging
@@ -18,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from conversion.checkpoint.errors import CheckpointError, one_line
+from conversion.saved_files import FILES, describe_files
 
 from .errors import RunError
+from .grown_adam import check_loaded_moments
 from .resume import STATE, checkpoints, find_fault
 from .same_run import write_run
+from .schedule import check_schedule, follow_schedule
 from .sharded import ShardedSaveMixin
 
 logger = logging.getLogger(__name__)
@@ -34,6 +38,8 @@ class CheckpointMixin(ShardedSaveMixin):
     """
 
     state: Any
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
     run_description: Mapping[str, Any] | None = None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -67,13 +73,33 @@ class CheckpointMixin(ShardedSaveMixin):
         # The arguments are saved as they are; from here on the Trainer is to remove nothing.
         self.args.save_total_limit = None
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As Trainer._save_optimizer_and_scheduler; then what was saved is noted, before the checkpoint counts."""
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # of which each process saves a part
+            self.accelerator.wait_for_everyone()
+        if self.run_description is not None and self.args.should_save:
+            folder = Path(output_dir)
+            write_run(folder, {**self.run_description, FILES: describe_files(folder)})
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with _loading(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As Trainer._load_optimizer_and_scheduler; the next step then has the rate that the schedule has for it.
+
+        Raises:
+            RunError, CheckpointError: a file cannot be loaded, the schedule in it is none of this run's kind, or the
+                moments are none.
+        """
         with _loading(checkpoint):
+            if checkpoint is not None:
+                check_schedule(Path(checkpoint), self.lr_scheduler)
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            if checkpoint is not None:
+                check_loaded_moments(self.optimizer)
+                follow_schedule(self.lr_scheduler)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         with _loading(checkpoint):

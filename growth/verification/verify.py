@@ -17,9 +17,11 @@ from conversion.checkpoint.errors import CheckpointError, CorruptData
 from conversion.checkpoint.limits import default_workers
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.sources import Source, open_checkpoint
+from conversion.compressed_tensors import is_float8
 from conversion.hub.remote import is_remote, local_view
 from conversion.masked import is_masked
 from conversion.optimizer_state import OPTIMIZER_FILE
+from evaluation.streamed_model import ACTIVATIONS_KEPT
 from evaluation.text import tokenize
 from evaluation.vocabulary import SENTENCEPIECE, TOKENIZER
 
@@ -248,6 +250,8 @@ def verify_checkpoints(
         numbers = compare_numbers(
             first, second, input_ids, dtype=dtype, forward=forward, workers=workers, progress=progress, notify=notify
         )
+        if any(is_float8(source.config) for source in (first, second)):
+            notes += [ACTIVATIONS_KEPT, numbers.distance]
     if certificate is None and numbers is None and moments is None:
         raise CheckpointError("nothing to verify by: growth is False and there is no text.")
     departure = _departure(a, b) if certificate is None else ""

@@ -54,6 +54,9 @@ Fp32Master = Annotated[
 Optimizer = Annotated[
     bool, typer.Option("--optimizer", help="Of a training run: write Adam's moments too, as optimizer.pt.")
 ]
+Quantize = Annotated[
+    str | None, typer.Option(help="Of a Tele-FLM: fp8, linear layers in 8-bit floats (compressed-tensors FP8_DYNAMIC).")
+]
 AllowUnequalReplicas = Annotated[
     bool, typer.Option("--allow-unequal-replicas", help="Take rank 0's where a run's copies of one tensor differ.")
 ]
@@ -73,6 +76,7 @@ def convert(
     optimizer: Optimizer = False,
     allow_unequal_replicas: AllowUnequalReplicas = False,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     allow_nonfinite: AllowNonfinite = False,
     workers: Workers = DEFAULT_WORKERS,
     memory: Memory = DEFAULT_MEMORY,
@@ -99,7 +103,7 @@ def convert(
 
     how: dict[str, Any] = {"format": format, "iteration": iteration, "config": config, "tokenizer": tokenizer}
     how |= {"vocab_size": vocab_size, "multipliers": multipliers, "mapping": mapping, "fp32_master": fp32_master}
-    how |= {"optimizer": optimizer}
+    how |= {"optimizer": optimizer, "quantize": quantize}
     how |= {"allow_unequal_replicas": allow_unequal_replicas, "allow_nonfinite": allow_nonfinite, "dtype": dtype}
     settings: dict[str, Any] = {"workers": workers, "memory": memory, "max_shard_size": max_shard_size}
     settings |= {"overwrite": overwrite, "no_digest": no_digest, "verify_source": verify_source, "as_json": as_json}

@@ -35,6 +35,14 @@ To = Annotated[str, typer.Option(help="granite, llama, gguf, megatron, torch_dis
 TensorParallel = Annotated[int, typer.Option("--tp", help="For megatron: tensor-parallel ranks.")]
 PipelineParallel = Annotated[int, typer.Option("--pp", help="For megatron: pipeline stages.")]
 VirtualPipeline = Annotated[int, typer.Option("--vpp", help="For megatron: chunks of layers in a stage.")]
+PipelineLayout = Annotated[
+    str | None,
+    typer.Option(
+        help="For megatron: stages of unlike size: first=N,last=N layers, or embedding,loss as a layer each, or the "
+        "string of Megatron's --pipeline-model-parallel-layout.",
+        show_default="as many layers in each",
+    ),
+]
 Multipliers = Annotated[
     str, typer.Option(help="For Megatron's: fold them into the weights, or keep them, for a trainer that knows them.")
 ]
@@ -65,6 +73,7 @@ def export(
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,
     vpp: VirtualPipeline = 1,
+    pipeline_layout: PipelineLayout = None,
     multipliers: Multipliers = "fold",
     spec: Spec = "te",
     link: Link = False,
@@ -101,6 +110,7 @@ def export(
             tp=tp,
             pp=pp,
             vpp=vpp,
+            pipeline_layout=pipeline_layout,
             multipliers=multipliers,
             spec=spec,
             link=link,

@@ -79,6 +79,8 @@ def _print_inspection(inspection: "Inspection") -> None:
         table.add_row("training run", f"{inspection.format}, {inspection.parallel}{step}")
     table.add_row("parameters", f"{inspection.parameters:,}")
     table.add_row("dtypes", ", ".join(f"{name} ({count} tensors)" for name, count in inspection.dtypes.items()))
+    if inspection.quantised:
+        table.add_row("quantised", printable(inspection.quantised))
     sizes = inspection.files.values()
     table.add_row(
         "weights", f"{format_bytes(sum(sizes))} in {len(sizes)} {inspection.format} file{'s' * (len(sizes) != 1)}"

@@ -359,6 +359,9 @@ REFUSED = {
     "num_key_value_heads 2 is not a multiple of --tp 4": {"to": "megatron", "tp": 4},
     "--vpp is 3, --pp is 1; virtual stages need several stages": {"to": "megatron", "vpp": 3},
     "num_hidden_layers 3 is not a multiple of --pp 3 x --vpp 2": {"to": "megatron", "pp": 3, "vpp": 2},
+    "first=3 leaves 0 of 3 layers for the other 1": {"to": "megatron", "pp": 2, "pipeline_layout": "first=3"},
+    "--pipeline-layout and --spec are for --to megatron; torch_dist": {"to": "torch_dist", "pipeline_layout": "loss"},
+    "--pipeline-layout, --multipliers and --spec are": {"to": "granite", "pipeline_layout": "loss"},
 }
 
 

@@ -357,7 +357,7 @@ def _nothing(saved):
         (_fewer, r"param_groups have \[23, 6\] parameters, the model has \[30\] or \[23, 7\] or \[2, 21, 7\]"),
         (_lost, r"state of model\.layers\.0\.self_attn\.v_proj\.weight is None"),
         (_integers, r"exp_avg of model\.embed_tokens\.weight is no tensor of floating-point numbers"),
-        (_no_number, r"step of model\.embed_tokens\.weight is a str, expected a number"),
+        (_no_number, r"step of model\.embed_tokens\.weight is 'three', expected a whole number"),
         (_other_names, "param_names are not the 30 parameters of the model"),
         (_nothing, "is no optimizer state"),
     ],

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, TrainingArguments
 
 from conversion.checkpoint.errors import CheckpointError
-from conversion.checkpoint.manifest import MANIFEST
+from conversion.checkpoint.manifest import MANIFEST, seal
 from growth import grow_checkpoint
 from growth.fold import fold_masks
 from growth.method import Mask
@@ -209,6 +209,11 @@ def test_a_checkpoint_with_the_optimizer_of_another_step_is_not_resumed(grown, a
     train(*split(keys))
     shutil.copy(tmp_path / "run/checkpoint-4/optimizer.pt", tmp_path / "run/checkpoint-2/optimizer.pt")
     keys |= {"output_dir": str(tmp_path / "again"), "resume_from_checkpoint": str(tmp_path / "run/checkpoint-2")}
+    with pytest.raises(RunError, match=r"optimizer\.pt: has other content, so it is not what was saved with the rest"):
+        train(*split(keys))
+    note = tmp_path / "run/checkpoint-2/run.json"  # as of a run that noted nothing of its files
+    found = {key: value for key, value in json.loads(note.read_text()).items() if key != "files"}
+    note.write_text(json.dumps(seal(found)))
     with pytest.raises(CheckpointError, match="the optimizer is at step 9 after loading it, expected step 7"):
         train(*split(keys))
 
