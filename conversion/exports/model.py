@@ -25,7 +25,7 @@ from ..masked import is_masked, split_masked_config
 from ..quantisation import refuse_quantised
 from .multipliers import NEUTRAL
 
-Target: TypeAlias = Literal["granite", "llama", "megatron", "torch_dist", "dcp"]
+Target: TypeAlias = Literal["granite", "llama", "gguf", "megatron", "torch_dist", "dcp"]
 
 _STOCK_CLASSES = {"granite": "GraniteForCausalLM", "llama": "LlamaForCausalLM"}
 
