@@ -20,6 +20,7 @@ from .checkpoint.numbers import parse_size
 from .checkpoint.parent import parent_of
 from .checkpoint.plan import CheckpointPlan, TensorPlan, View
 from .checkpoint.promises import verify_sources
+from .checkpoint.sharded import ShardedTensor
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .compressed_tensors import Float8Weights, check_scheme, is_float8, quantise_linear, quantised_config, read_float8
 from .exports.export import exported_weights
@@ -30,6 +31,7 @@ from .hub.published_card import CardOptions
 from .hub.remote import local_view
 from .hub.small_files import check_read_files, copied_file, left_behind, small_files
 from .hub.streaming import Streamed, stream_to_hub
+from .input_mult import InputFold, fold_input_mult, folded_lineage, input_mult_warning
 from .llama import check_complete, why_only_copied
 from .mapping import check_tensors, weights
 from .native.checkpoint import NativeCheckpoint
@@ -38,6 +40,7 @@ from .native.find import exported_folder, open_native
 from .native.hub_plan import compare_replicas, plan_run
 from .native.masters import check_masters
 from .native.table import read_table
+from .optimizer_state import OPTIMIZER_FILE
 from .quantisation import CONFIG_FIELDS, quantisation
 
 FORMATS = ("auto", "hf", *NATIVE_FORMATS)
@@ -58,6 +61,7 @@ def convert_checkpoint(
     optimizer: bool = False,
     allow_unequal_replicas: bool = False,
     allow_nonfinite: bool = False,
+    fold_input_mult: bool = False,
     dtype: str | None = None,
     quantize: str | None = None,
     options: WriteOptions | None = None,
@@ -86,6 +90,8 @@ def convert_checkpoint(
             transformers' Trainer loads and growth grows.
         allow_unequal_replicas: take rank 0's where copies differ.
         allow_nonfinite: write a run's NaN and infinities as they are, and infinity for what is too large for `dtype`.
+        fold_input_mult: multiply a Tele-FLM's factor on the embeddings into these, so that it is 1: exactly if it is a
+            power of two, else each is rounded once. The notes say which.
         dtype: of the output's floating-point tensors; the source's unless given. Weights in 8-bit floats that
             `compressed_tensors.is_float8` become their products with their scales.
         quantize: of a Tele-FLM: `fp8`, its linear layers but the head in 8-bit floats with a scale for each row.
@@ -107,6 +113,7 @@ def convert_checkpoint(
     how |= {"vocab_size": vocab_size, "multipliers": multipliers, "fp32_master": fp32_master}
     how |= {"optimizer": optimizer}
     how |= {"allow_unequal_replicas": allow_unequal_replicas, "allow_nonfinite": allow_nonfinite, "dtype": dtype}
+    how |= {"fold_input_mult": fold_input_mult}
     how |= {"quantize": quantize}
     planned = _plan(source, options or WriteOptions(), dry_run=dry_run, **how)
     try:
@@ -188,6 +195,7 @@ def _plan(
     optimizer: bool = False,
     allow_unequal_replicas: bool = False,
     allow_nonfinite: bool = False,
+    fold_input_mult: bool = False,
     dtype: str | None = None,
     quantize: str | None = None,
     dry_run: bool = False,
@@ -212,9 +220,13 @@ def _plan(
         run_only |= {"multipliers": multipliers, "mapping": mapping, "fp32_master": fp32_master or None}
         run_only |= {"allow_unequal_replicas": allow_unequal_replicas or None, "optimizer": optimizer or None}
         _refuse_run_options(run_only)
-        plan, notes = plan_conversion(open_checkpoint(folder), dtype=cast, quantize=quantize, alone=folder.is_file())
+        plan, notes = plan_conversion(
+            open_checkpoint(folder), dtype=cast, quantize=quantize, alone=folder.is_file(), fold_input=fold_input_mult
+        )
     else:
-        plan, states, notes = plan_run(run, _read_config(config), tokenizer, vocab_size, cast, multipliers, quantize)
+        plan, states, notes = plan_run(
+            run, _read_config(config), tokenizer, vocab_size, cast, multipliers, quantize, fold_input=fold_input_mult
+        )
         options = replace(options, finite=not options.allow_nonfinite)
         exported = exported_folder(Path(run.folder)) if options.verify_source else None
         recorded = exported_weights(exported, with_state=optimizer or fp32_master) if exported else {}
@@ -259,7 +271,12 @@ def _read_config(config: str | Path | Mapping[str, Any] | None) -> Mapping[str, 
 
 
 def plan_conversion(
-    checkpoint: Source, *, dtype: DType | None = None, quantize: str | None = None, alone: bool = False
+    checkpoint: Source,
+    *,
+    dtype: DType | None = None,
+    quantize: str | None = None,
+    alone: bool = False,
+    fold_input: bool = False,
 ) -> tuple[CheckpointPlan, list[str]]:
     """The plan of a conversion, and notes on it.
 
@@ -268,6 +285,7 @@ def plan_conversion(
         dtype: of the output's floating-point tensors; each source tensor's own unless given.
         quantize: see `convert_checkpoint`.
         alone: take the weights alone, and nothing that lies beside them.
+        fold_input: multiply `input_mult` into the embeddings.
 
     Raises:
         CheckpointError: a Tele-FLM's tensors are not those of its configuration, a Llama lacks one of them, quantised
@@ -286,10 +304,12 @@ def plan_conversion(
             f"{checkpoint.folder}: is quantised ({how}); --dtype {dtype} would round its scales. Without --dtype it is "
             "copied as it is; for another dtype take the original, or dequantise it first."
         )
+    if fold_input:
+        _check_foldable(checkpoint, how, alone=alone)
     if alone:
         plan, notes = _plan_alone(checkpoint, dtype)
     elif is_teleflm and (float8 or not how):
-        plan, notes = _plan_teleflm(checkpoint, dtype, quantize, float8)
+        plan, notes = _plan_teleflm(checkpoint, dtype, quantize, float8, fold_input=fold_input)
     else:
         plan, notes = _plan_any(checkpoint, dtype, float8)
     if float8:
@@ -300,6 +320,20 @@ def plan_conversion(
         notes.append(f"Quantised ({how}): every tensor was kept as it is.")
     plan.check()
     return plan, notes
+
+
+def _check_foldable(checkpoint: Source, how: str | None, *, alone: bool) -> None:
+    """Whether `input_mult` of a source can be folded, which takes its configuration and weights that can be scaled."""
+    said = None if alone else (checkpoint.config or {}).get("model_type")
+    if alone:
+        reason = "is one file of weights, whose configuration is not read; name its folder"
+    elif said != MODEL_TYPE:
+        reason = f"model_type is {said!r}, and --fold-input-mult is for {MODEL_TYPE}; leave it out"
+    elif how:
+        reason = f"is quantised ({how}), and is copied as it is; fold the original, or leave --fold-input-mult out"
+    else:
+        return
+    raise CheckpointError(f"{checkpoint.folder}: {reason}.")
 
 
 def _refuse_quantising(checkpoint: Source, quantize: str, how: str | None, *, alone: bool) -> None:
@@ -318,7 +352,7 @@ def _refuse_quantising(checkpoint: Source, quantize: str, how: str | None, *, al
 
 
 def _plan_teleflm(
-    checkpoint: Source, dtype: DType | None, quantize: str | None, float8: Float8Weights | None
+    checkpoint: Source, dtype: DType | None, quantize: str | None, float8: Float8Weights | None, *, fold_input: bool
 ) -> tuple[CheckpointPlan, list[str]]:
     where = f"{checkpoint.folder}/config.json"
     config = {key: value for key, value in (checkpoint.config or {}).items() if not (float8 and key in CONFIG_FIELDS)}
@@ -326,17 +360,27 @@ def _plan_teleflm(
     check_scheme(quantize, architecture)
     found = float8.tensors if float8 else checkpoint.tensors
     check_tensors(found, architecture, checkpoint.folder)
-    tensors = tuple(_cast(name, found[name], dtype, float8) for name, *_ in weights(architecture))
+    fold = fold_input_mult(architecture, where) if fold_input else InputFold(architecture, 1.0)
+    tensors = tuple(
+        _cast(name, found[name], dtype, float8, scale=fold.scales.get(name, 1.0)) for name, *_ in weights(architecture)
+    )
     dropped = len(found) - len(tensors)
-    lineage = _lineage(checkpoint, dtype, quantize, float8)
+    lineage = {**_lineage(checkpoint, dtype, quantize, float8), **folded_lineage(fold)}
     out_dtype = tensors[0].dtype.name
-    config = hub_config(config, architecture, out_dtype)
+    config = hub_config(config, fold.architecture, out_dtype)
     if quantize:
         tensors, config = quantise_linear(tensors), quantised_config(config)
     facts = model_facts(config, out_dtype, lineage)
     facts = replace(facts, num_bytes=sum(tensor.nbytes for tensor in tensors)) if quantize else facts
     sidecars = hub_sidecars(Path(checkpoint.folder), facts)
     notes = [f"{dropped} tensors that every runtime computes itself were left out."] if dropped else []
+    notes += fold.notes(tensors[0].dtype) if fold_input else []
+    if fold.factor != 1.0 and (Path(checkpoint.folder) / OPTIMIZER_FILE).is_file():
+        notes.append(
+            f"{OPTIMIZER_FILE} of the source is of embeddings that were not multiplied: it is no state of this model."
+        )
+    warning = input_mult_warning(fold.architecture)
+    notes += [warning] if warning else []
     notes += left_behind(Path(checkpoint.folder), sidecars)
     return CheckpointPlan(tensors, config, sidecars, lineage), notes
 
@@ -374,10 +418,15 @@ def _plan_alone(checkpoint: Source, dtype: DType | None) -> tuple[CheckpointPlan
     return CheckpointPlan(tensors, config, {}, lineage), notes
 
 
-def _cast(name: str, view: View, dtype: DType | None, float8: Float8Weights | None = None) -> TensorPlan:
+def _cast(
+    name: str, view: View, dtype: DType | None, float8: Float8Weights | None = None, *, scale: float = 1.0
+) -> TensorPlan:
     if float8 and dtype:
         return float8.plan(name, dtype)
-    return TensorPlan.copy_of(name, view, dtype if dtype and view.dtype.is_floating else None)
+    cast = dtype if dtype and view.dtype.is_floating else None
+    if scale != 1.0:
+        return ShardedTensor.of(view).plan(name, dtype=cast, scale=scale)
+    return TensorPlan.copy_of(name, view, cast)
 
 
 def _lineage(

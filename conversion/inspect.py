@@ -32,6 +32,7 @@ from .family import TELEFLM, find_family, is_llama
 from .hub.contents import count_pieces, count_token_ids
 from .hub.lineage import Link, lineage_chain, lineage_steps
 from .hub.remote import local_view
+from .input_mult import input_mult_warning
 from .llama import check_complete, why_only_copied
 from .mapping import check_tensors
 from .native.checkpoint import NativeCheckpoint
@@ -67,6 +68,7 @@ class Inspection:
         checked_files: how many files, beside their tensors, were held against the record.
         alone: whether it is one weight file of a folder, and nothing is said of the others.
         checked_tensors: whether the record has digests of the tensors, which were held against it.
+        warnings: what whoever serves it should know, a sentence each.
         refused: of a Llama, why it is copied as it is and neither grown nor exported; None if it is both.
     """
 
@@ -89,6 +91,7 @@ class Inspection:
     checked_tensors: bool = False
     alone: bool = False
     chain: tuple[Link, ...] = ()
+    warnings: tuple[str, ...] = ()
     refused: str | None = None
     quantised: str | None = None
 
@@ -172,9 +175,15 @@ def inspect_checkpoint(
         checked_files=_count_files(checked),
         checked_tensors=bool(checked and checked.get("digest")),
         chain=_chain(folder, manifest, None if alone else source.tensors),
+        warnings=_warnings(architecture),
         refused=refused,
         quantised=quantisation(source.config, source.tensors),
     )
+
+
+def _warnings(architecture: Architecture | None) -> tuple[str, ...]:
+    warning = input_mult_warning(architecture) if architecture else None
+    return (warning,) if warning else ()
 
 
 def _sentences(manifest: Mapping[str, Any] | None) -> list[str]:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from ..architecture import Architecture
+from ..architecture import Architecture, rope_parameters
 from ..checkpoint.dtypes import DType
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.parent import parent_of
@@ -116,6 +116,12 @@ def stock_config(model: ExportedModel, architecture: Architecture, model_type: s
     """A config.json for a class of transformers' own."""
     config = hub_config(model.config, architecture, dtype.name)
     kept = {key: value for key, value in config.items() if key not in ("auto_map", *NEUTRAL)}
+    # MLX reads the rotary embedding in the older spelling alone, and asks for both biases. Transformers takes the older
+    # one where there are both, so that they have to agree.
+    rope = rope_parameters(model.config, "the source's config.json")
+    kept |= {"rope_theta": rope["rope_theta"], "mlp_bias": False}
+    if rope["rope_type"] != "default" and not kept.get("rope_scaling"):
+        kept["rope_scaling"] = rope
     return {**kept, "model_type": model_type, "architectures": [_STOCK_CLASSES[model_type]]}
 
 

@@ -5,6 +5,7 @@
 """What a person reads of a model: its card."""
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -23,6 +24,7 @@ from ..checkpoint.sources import open_checkpoint, outside_target
 from ..checkpoint.strict_json import read_json_object
 from ..compressed_tensors import is_float8
 from ..family import LLAMA
+from ..input_mult import input_mult_warning
 from ..masked import MASKED_MODEL_TYPE
 from .front_matter import parse_metadata, split_card, write_metadata
 from .lineage import lineage_steps
@@ -48,6 +50,7 @@ _GROWN_KEYS = (*_LICENSE_KEYS, "language", "datasets", "base_model")
 _TRAINED_KEYS = (*_LICENSE_KEYS, "language")
 _MODEL_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # the oldest have no owner
 _MAX_CARD_BYTES = 4_000_000
+_LARGEST = 1e300  # of a number that a record may have
 
 
 @dataclass(frozen=True)
@@ -363,6 +366,7 @@ def exactness(lineage: Mapping[str, Any] | None) -> list[str]:
     said = exactness(before if isinstance(before, Mapping) else None)
     # Of training, it is the type of the parameters, which need not have been cast to it.
     cast = lineage.get("dtype") if lineage.get("operation") != "train" else None
+    folded = _folded_factor(lineage)
     match lineage:
         case {"operation": "grow", "preserves_function": False}:
             now = [
@@ -383,7 +387,7 @@ def exactness(lineage: Mapping[str, Any] | None) -> list[str]:
         case {"operation": "convert", "dequantized": True}:
             now = ["Weights that were 8-bit floats are their products with their scales: what was lost stays lost."]
         case {"operation": "convert"}:
-            now = [] if cast else ["Conversion keeps every value of the weights, bit by bit."]
+            now = [] if cast or folded else ["Conversion keeps every value of the weights, bit by bit."]
         case {"operation": "fold", "alpha": float() | int() as alpha}:
             now = [f"Folding masks computes the function that the masked model has at alpha {alpha:g}, rounding aside."]
             if alpha != 0:
@@ -406,9 +410,26 @@ def exactness(lineage: Mapping[str, Any] | None) -> list[str]:
             now = now if said else ["Training has changed the weights: the function is no longer that of the base."]
         case _:
             now = []
+    if folded:
+        now.insert(0, _of_input_fold(folded, others_kept=not (cast or lineage.get("quantized")), cast=bool(cast)))
     if isinstance(cast, str) and cast in BY_NAME:
         now.append(f"Every value that was cast to {cast} was rounded once, to the nearest.")
     return said + [sentence for sentence in now if sentence not in said]
+
+
+def _folded_factor(lineage: Mapping[str, Any]) -> float | None:
+    """What a conversion multiplied the embeddings by; None if it did not, or says no number."""
+    match lineage:
+        case {"operation": "convert", "folded_input_mult": float() | int() as factor} if 0 < factor < _LARGEST:
+            return float(factor)
+    return None
+
+
+def _of_input_fold(factor: float, *, others_kept: bool, cast: bool) -> str:
+    is_exact = not cast and math.frexp(factor)[0] == 0.5
+    how = "exactly, but for products that are too small to be normal numbers" if is_exact else "each rounded once"
+    rest = "" if not others_kept else " Every other weight keeps its value, bit by bit."
+    return f"Embeddings are multiplied by {factor:g}, {how}; input_mult, which said so, is 1 now.{rest}"
 
 
 def _of_growth(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -529,6 +550,9 @@ def _use(facts: CardFacts) -> str:
             "`trust_remote_code=True` executes the Python files of the repository. With the `teleflm` package "
             "installed, `import modeling_teleflm` replaces it, and no such file is executed."
         )
+    if facts.own_code and facts.architecture and facts.masked_steps is None:
+        warning = input_mult_warning(facts.architecture)
+        parts += [warning] if warning else []
     if facts.is_float8:
         parts.append(
             "Its linear layers are quantised (FP8, compressed-tensors): transformers reads them with `pip install "

@@ -191,9 +191,9 @@ def _describe(lineage: Mapping[str, Any], *, refuted: bool) -> str:
             at = f" at iteration {_show(lineage['iteration'])}" if lineage.get("iteration") is not None else ""
             written = _FORMATS.get(trainer) if isinstance(trainer, str) else None
             made = f"{written or _show(trainer)}, {_show(parallel)}"
-            return f"Converted from a training checkpoint{at} ({made}){_cast(lineage)}{_quantised(lineage)}."
+            return f"Converted from a training checkpoint{at} ({made}){_changes(lineage)}."
         case {"operation": "convert", "from": container}:
-            return f"Rewritten as safetensors from {_show(container)} files{_cast(lineage)}{_quantised(lineage)}."
+            return f"Rewritten as safetensors from {_show(container)} files{_changes(lineage)}."
         case {"operation": "fold", "alpha": float() | int() as alpha}:
             other = "" if alpha == 0 else ", where what was added is heard: another function than before the growth"
             return f"Growth masks folded into the weights at alpha {_show(alpha)}{other}."
@@ -305,6 +305,16 @@ def _export_details(lineage: Mapping[str, Any]) -> str:
     if lineage.get("optimizer"):
         details.append("with the moments of Adam")
     return "".join(f", {detail}" for detail in details) + _cast(lineage)
+
+
+def _changes(lineage: Mapping[str, Any]) -> str:
+    """What a conversion changed of the values, beside their container."""
+    return f"{_folded(lineage)}{_cast(lineage)}{_quantised(lineage)}"
+
+
+def _folded(lineage: Mapping[str, Any]) -> str:
+    factor = lineage.get("folded_input_mult")
+    return "" if factor is None else f", input_mult {_show(factor)} folded into the embeddings"
 
 
 def _cast(lineage: Mapping[str, Any]) -> str:

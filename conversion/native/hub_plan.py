@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from ..family import LLAMA, MULTIPLIERS, find_family, is_llama
 from ..hub.card import model_facts
 from ..hub.contents import CODE_FILES, count_pieces, hub_config, hub_sidecars
 from ..hub.small_files import left_behind
+from ..input_mult import InputFold, fold_input_mult, folded_lineage, input_mult_warning
 from ..mapping import EMBED_TOKENS, LM_HEAD, Weight, is_derived, weights
 from ..masked import MASKED_CODE, is_masked, masked_config, split_masked_config
 from ..optimizer_state import OPTIMIZER_FILE, adam_shard, check_settings, parameter_names
@@ -58,6 +60,8 @@ def plan_run(
     dtype: DType | None,
     multipliers: str | None = None,
     quantize: str | None = None,
+    *,
+    fold_input: bool = False,
 ) -> tuple[CheckpointPlan, list[Shard], list[str]]:
     """The plan of the Hub folder that a training checkpoint becomes, its files of state, and notes on it.
 
@@ -69,6 +73,7 @@ def plan_run(
         dtype: of the output; the run's unless given.
         multipliers: `none`, or the model's, as `training_args.parse_multipliers` reads them.
         quantize: `fp8`, or nothing; see `compressed_tensors.py`.
+        fold_input: multiply `input_mult` into the embeddings.
 
     Raises:
         CheckpointError: something is missing, or two sources of one fact disagree.
@@ -92,7 +97,10 @@ def plan_run(
     complete = complete_config(run, config, vocab_size, pieces, multipliers)
     architecture = Architecture.from_config(complete, f"{run.folder}: configuration", with_biases=True)
     check_scheme(quantize, architecture)
-    tensors, notes = plan_tensors(run, architecture, dtype or run.dtype)
+    fold = fold_input_mult(architecture, run.folder) if fold_input else InputFold(architecture, 1.0)
+    if fold.factor != 1.0:
+        _check_foldable(run, masked=state is not None)
+    tensors, notes = plan_tensors(run, architecture, dtype or run.dtype, fold.scales)
     exported = exported_folder(Path(run.folder))
     lineage = {
         "operation": "convert",
@@ -100,13 +108,14 @@ def plan_run(
         "parallel": run.parallel,
         "iteration": run.iteration,
         "dtype": dtype.name if dtype else None,
+        **folded_lineage(fold),
         **({"quantized": quantize} if quantize else {}),
         **({"optimizer": True} if run.adam else {}),
         **({"masks": {"step": state["step"], "steps": state["total_steps"]}} if state else {}),
         "parent": parent_record(exported) if exported else None,
     }
     out_dtype = tensors[0].dtype.name
-    hub = hub_config(complete, architecture, out_dtype)
+    hub = hub_config(complete, fold.architecture, out_dtype)
     code: tuple[str, ...] = CODE_FILES
     if state:
         hub, code = masked_config(hub, state), (*CODE_FILES, MASKED_CODE)
@@ -131,7 +140,23 @@ def plan_run(
     plan.check()
     if tokenizer or beside:  # what else lies in a run's own folder is the run
         notes += left_behind(folder, sidecars)
-    return plan, states, notes
+    notes += fold.notes(tensors[0].dtype) if fold_input else []
+    warning = None if state else input_mult_warning(fold.architecture)
+    return plan, states, [*notes, *([warning] if warning else [])]
+
+
+def _check_foldable(run: NativeCheckpoint, *, masked: bool) -> None:
+    """Whether the embeddings of a run can be multiplied, which are no longer those that it trains."""
+    if run.adam:
+        raise CheckpointError(
+            f"{run.folder}: a step of Adam is as large as the learning rate, whatever the weights, so embeddings that "
+            "were multiplied would train at another rate; leave --optimizer or --fold-input-mult out."
+        )
+    if masked:
+        raise CheckpointError(
+            f"{run.folder}: its growth masks still rise, for which it is converted as it is; leave --fold-input-mult "
+            "out, and fold the plain model that `teleflm fold` makes of it."
+        )
 
 
 def _masks_now(run: NativeCheckpoint, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,7 +340,10 @@ def _embedding(run: NativeCheckpoint) -> ShardedTensor:
 
 
 def plan_tensors(
-    run: NativeCheckpoint, architecture: Architecture, dtype: DType | None
+    run: NativeCheckpoint,
+    architecture: Architecture,
+    dtype: DType | None,
+    scales: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[list[TensorPlan], list[str]]:
     """The Hub tensors of a training checkpoint in data-flow order, and notes on them.
 
@@ -323,6 +351,7 @@ def plan_tensors(
         run: the checkpoint.
         architecture: its numbers, with the true vocab_size.
         dtype: of the output; each tensor's own unless given.
+        scales: name of a Hub tensor -> a factor on it.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape than the architecture says, or would be lost.
@@ -348,7 +377,8 @@ def plan_tensors(
         # Megatron has no bias on the output of attention; the Hub's model has one wherever q, k and v do.
         shape = weight.shape(architecture)
         part = parts.get(name) or ShardedTensor.zeros(shape, next(iter(parts.values())).dtype)
-        tensors.append(part.plan(name, shape, dtype=dtype, offset=1.0 if name in gammas else 0.0))
+        offset = 1.0 if name in gammas else 0.0
+        tensors.append(part.plan(name, shape, dtype=dtype, scale=scales.get(name, 1.0), offset=offset))
     return tensors, [*run.notes, *_notes(run, architecture, gammas)]
 
 

@@ -102,6 +102,8 @@ def _print_inspection(inspection: "Inspection") -> None:
         console.print(Text(printable(f"{number}. {link.step}{record}")))
         for problem in link.problems:
             console.print(Text.assemble(("   broken", "bold red"), printable(f" here: {problem}.")))
+    for warning in inspection.warnings:
+        console.print(Text.assemble(("warning", "bold yellow"), f" {warning}"))
     if inspection.refused:
         console.print(Text(printable(f"Copied, and neither grown nor exported: {inspection.refused}.")))
     for problem in inspection.problems:

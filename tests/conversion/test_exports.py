@@ -83,6 +83,25 @@ def test_the_configuration_says_nothing_of_ours(tmp_path):
     assert not any(name in llama for name in multipliers)
 
 
+@pytest.mark.parametrize("to", CLASSES)
+@pytest.mark.parametrize("kind", ["default", "linear"])
+def test_the_rotary_embedding_has_both_spellings(kind, to, tmp_path):
+    """Transformers takes the older one where there are both, and MLX knows no other."""
+    rope = {"rope_type": kind, "rope_theta": 5e5, **({"factor": 4.0} if kind == "linear" else {})}
+    with torch.no_grad():
+        expected = save(tmp_path / "source", rope_parameters=rope)(IDS).logits
+    export_checkpoint(tmp_path / "source", tmp_path / "out", to=to)
+    path = tmp_path / "out/config.json"
+    config = json.loads(path.read_text())
+    assert (config["rope_theta"], config["mlp_bias"], config["attention_bias"]) == (5e5, False, False)
+    for left_out in ((), ("rope_parameters",), ("rope_theta", "rope_scaling")):  # each spelling alone says it all
+        path.write_text(json.dumps({name: value for name, value in config.items() if name not in left_out}))
+        assert (logits(tmp_path / "out") - expected).abs().max() < 1e-6
+    without = {name: config[name] for name in config if not name.startswith("rope_")}
+    path.write_text(json.dumps(without))
+    assert (logits(tmp_path / "out") - expected).abs().max() > 1e-3
+
+
 def test_the_tokenizer_goes_along(tmp_path):
     save(tmp_path / "source")
     tokenizer = tiny_tokenizer(tmp_path / "source")
