@@ -21,7 +21,7 @@ from ..checkpoint.execute import CheckpointResult, WriteOptions, execute
 from ..checkpoint.manifest import is_plain, read_manifest
 from ..checkpoint.mirror import origin
 from ..checkpoint.plan import View
-from ..hub.small_files import left_behind
+from ..hub.contents import sidecar_notes
 from .dcp import open_state, plan_dcp
 from .gguf import OutType, plan_gguf
 from .gguf_tokenizer import Prompts
@@ -118,7 +118,7 @@ def export_checkpoint(
         return execute(plan, Path(out), options, notes, dry_run=dry_run)
     plan = plan_granite(model, cast)
     linked = linked_layout(model.checkpoint, plan) if link else None
-    kept = left_behind(model.folder, plan.sidecars)
+    kept = sidecar_notes(model.folder, plan.sidecars, family=model.family, stock=True)
     if linked is None:
         notes = ["The weights are copied: links need safetensors files of the output's very tensors."] if link else []
         notes += kept

@@ -232,7 +232,7 @@ def test_weights_that_were_saved_over_are_not_already_done(way, steps, tmp_path)
     assert refused(way.write, steps[0], out).startswith(f"{out}/{file}: is not what was written there")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "pytorch_model.bin", "adapter_config.json"])
+@pytest.mark.parametrize("name", ["vocab.json", "pytorch_model.bin", "adapter_config.json"])
 def test_a_file_that_would_be_loaded_with_a_finished_checkpoint_is_named(name, way, steps, tmp_path):
     out = tmp_path / "out"
     way.write(steps[0], out)
