@@ -29,11 +29,9 @@ scores, which one adds up in 32 bits and the other in 64: a row of underscores t
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ..checkpoint.errors import CheckpointError
 from .sentencepiece_file import (
     SPACE,
     PieceType,
@@ -42,45 +40,13 @@ from .sentencepiece_file import (
     read_sentencepiece,
     without_normalizer,
 )
+from .tokenizer_check import check_tokenizer
+from .tokenizer_settings import SpecialToken, TokenizerMismatch, TokenizerSettings, default_settings
 
 # Noncharacters, which are not meant for texts: while one is decoded, they stand behind a special token, before the
 # surface of an unknown piece, and for the space with which a piece begins.
 _BEHIND_SPECIAL, _BEFORE_UNKNOWN, _FIRST_SPACE = (f"{mark}\ufdef{mark}" for mark in "\ufdd0\ufdd1\ufdd2")
 _MOST_CUTS = 20_000  # parts that are a piece to `tokenizers` and not to sentencepiece
-
-
-class TokenizerMismatch(CheckpointError):
-    """A sentencepiece model cannot be said in the terms of `tokenizers`, or says something else there."""
-
-
-@dataclass(frozen=True)
-class SpecialToken:
-    """A name at which texts are cut.
-
-    Args:
-        text: its name.
-        id: its id.
-        special: whether decoding can skip it.
-    """
-
-    text: str
-    id: int
-    special: bool = True
-
-
-@dataclass(frozen=True)
-class TokenizerSettings:
-    """What the files beside a sentencepiece model add to it.
-
-    Args:
-        cuts: the names at which texts are cut.
-        bos: the id that comes before every text, if one does.
-        eos: the id that comes after every text, if one does.
-    """
-
-    cuts: tuple[SpecialToken, ...]
-    bos: int | None
-    eos: int | None
 
 
 @lru_cache(maxsize=8)
@@ -100,22 +66,12 @@ def rust_tokenizer(model_file: bytes, settings: TokenizerSettings | None = None)
         TokenizerMismatch: there is no such file, or what it makes of a text differs; names the text and the ids.
         CheckpointError: `model_file` is no sentencepiece model.
     """
-    from .tokenizer_check import check_tokenizer
-
     settings = settings or default_settings(model_file)
     model = read_sentencepiece(model_file)
     content = tokenizer_json(model, model_file, settings)
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"
     check_tokenizer(text, model, model_file, settings)
     return text
-
-
-def default_settings(model_file: bytes) -> TokenizerSettings:
-    """Those of a sentencepiece model without any file beside it."""
-    pieces = open_model(model_file)
-    ids = [index for index in (pieces.bos_id(), pieces.eos_id(), pieces.pad_id()) if index >= 0]
-    cuts = tuple(SpecialToken(pieces.id_to_piece(index), index) for index in ids)
-    return TokenizerSettings(cuts, pieces.bos_id() if pieces.bos_id() >= 0 else None, None)
 
 
 def tokenizer_json(model: SentencePieceFile, model_file: bytes, settings: TokenizerSettings) -> dict[str, Any]:
@@ -317,11 +273,4 @@ def _misread(model: SentencePieceFile, model_file: bytes, never: set[str]) -> di
     return found
 
 
-__all__ = [
-    "SpecialToken",
-    "TokenizerMismatch",
-    "TokenizerSettings",
-    "default_settings",
-    "rust_tokenizer",
-    "tokenizer_json",
-]
+__all__ = ["rust_tokenizer", "tokenizer_json"]

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from .rust_tokenizer import TokenizerMismatch, TokenizerSettings
 from .sentencepiece_file import SPACE, PieceType, SentencePieceFile, open_model
+from .tokenizer_settings import TokenizerMismatch, TokenizerSettings
 
 _RANDOM_TEXTS = 500  # of each of the four kinds
 _TOGETHER = 256  # pieces in a text

@@ -18,10 +18,9 @@ from typing import Any
 from ..architecture import load_config
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.strict_json import read_json_object
-from .rust_tokenizer import TokenizerMismatch, TokenizerSettings
 from .small_files import copied_file
 from .tokenizer_process import make_tokenizer
-from .tokenizer_settings import NAMED
+from .tokenizer_settings import NAMED, TokenizerMismatch, TokenizerSettings, name_of
 
 TOKENIZER_MODEL, TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 _SPECIAL_TOKENS_MAP, _ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"

@@ -20,8 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.errors import CheckpointError
-from .rust_tokenizer import SpecialToken, TokenizerMismatch, TokenizerSettings, rust_tokenizer
-from .tokenizer_settings import read_names, read_settings
+from .rust_tokenizer import rust_tokenizer
+from .tokenizer_settings import (
+    SpecialToken,
+    TokenizerMismatch,
+    TokenizerSettings,
+    read_names,
+    read_settings,
+)
 
 _SMALL = 300_000  # bytes of a model that takes no memory worth speaking of
 _PATIENCE = 1800  # seconds; 80,000 pieces take four of a processor

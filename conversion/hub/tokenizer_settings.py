@@ -2,18 +2,60 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""What the files beside a tokenizer.model add to it, as `TeleFLMTokenizer` reads them."""
+"""What a tokenizer is beside its pieces, as `TeleFLMTokenizer` reads it: special tokens, what comes around a text."""
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.errors import CheckpointError
-from .rust_tokenizer import SpecialToken, TokenizerMismatch, TokenizerSettings
 from .sentencepiece_file import open_model
 
 # In transformers' order, in which names that are no pieces get their ids.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class TokenizerMismatch(CheckpointError):
+    """A sentencepiece model cannot be said in the terms of `tokenizers`, or says something else there."""
+
+
+@dataclass(frozen=True)
+class SpecialToken:
+    """A name at which texts are cut.
+
+    Args:
+        text: its name.
+        id: its id.
+        special: whether decoding can skip it.
+    """
+
+    text: str
+    id: int
+    special: bool = True
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """What the files beside a sentencepiece model add to it.
+
+    Args:
+        cuts: the names at which texts are cut.
+        bos: the id that comes before every text, if one does.
+        eos: the id that comes after every text, if one does.
+    """
+
+    cuts: tuple[SpecialToken, ...]
+    bos: int | None
+    eos: int | None
+
+
+def default_settings(model_file: bytes) -> TokenizerSettings:
+    """Those of a sentencepiece model without any file beside it."""
+    pieces = open_model(model_file)
+    ids = [index for index in (pieces.bos_id(), pieces.eos_id(), pieces.pad_id()) if index >= 0]
+    cuts = tuple(SpecialToken(pieces.id_to_piece(index), index) for index in ids)
+    return TokenizerSettings(cuts, pieces.bos_id() if pieces.bos_id() >= 0 else None, None)
 
 
 def read_names(config: Mapping[str, Any], model_file: bytes) -> dict[str, str | None]:
@@ -107,4 +149,13 @@ def _decoder_entries(config: Mapping[str, Any]) -> list[tuple[int, str]]:
     return found
 
 
-__all__ = ["NAMED", "name_of", "read_names", "read_settings"]
+__all__ = [
+    "NAMED",
+    "SpecialToken",
+    "TokenizerMismatch",
+    "TokenizerSettings",
+    "default_settings",
+    "name_of",
+    "read_names",
+    "read_settings",
+]

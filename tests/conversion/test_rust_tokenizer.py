@@ -16,9 +16,10 @@ from tokenizers import Tokenizer, normalizers
 
 from conversion.checkpoint.errors import CheckpointError
 from conversion.hub import rust_tokenizer as module
-from conversion.hub.rust_tokenizer import TokenizerMismatch, default_settings, rust_tokenizer, tokenizer_json
+from conversion.hub.rust_tokenizer import rust_tokenizer, tokenizer_json
 from conversion.hub.sentencepiece_file import PieceType, read_sentencepiece
 from conversion.hub.tokenizer_check import check_tokenizer
+from conversion.hub.tokenizer_settings import TokenizerMismatch, default_settings
 from modeling_teleflm import TeleFLMTokenizer
 from tests.fixtures.tiny import CHAT_SYMBOLS, tiny_sentencepiece, tiny_tokenizer
 

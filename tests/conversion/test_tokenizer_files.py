@@ -17,8 +17,8 @@ from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.manifest import MANIFEST
 from conversion.exports.export import export_checkpoint
 from conversion.hub import tokenizer_process
-from conversion.hub.rust_tokenizer import TokenizerMismatch
 from conversion.hub.tokenizer_files import tokenizer_files
+from conversion.hub.tokenizer_settings import TokenizerMismatch
 from modeling_teleflm import TeleFLMTokenizer
 from tests.fixtures.tiny import tiny_model, tiny_sentencepiece, tiny_tokenizer
 
