@@ -20,7 +20,7 @@ from ..checkpoint.errors import CheckpointError
 from ..checkpoint.strict_json import read_json_object
 from .small_files import copied_file
 from .tokenizer_process import make_tokenizer
-from .tokenizer_settings import NAMED, TokenizerMismatch, TokenizerSettings, name_of
+from .tokenizer_settings import NAMED, TokenizerMismatch, TokenizerSettings
 
 TOKENIZER_MODEL, TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 _SPECIAL_TOKENS_MAP, _ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
