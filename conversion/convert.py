@@ -26,7 +26,7 @@ from .compressed_tensors import Float8Weights, check_scheme, is_float8, quantise
 from .exports.export import exported_weights
 from .family import is_llama
 from .hub.card import model_facts
-from .hub.contents import hub_config, hub_sidecars
+from .hub.contents import hub_config, hub_sidecars, sidecar_notes
 from .hub.published_card import CardOptions
 from .hub.remote import local_view
 from .hub.small_files import check_read_files, copied_file, left_behind, small_files
@@ -381,7 +381,7 @@ def _plan_teleflm(
         )
     warning = input_mult_warning(fold.architecture)
     notes += [warning] if warning else []
-    notes += left_behind(Path(checkpoint.folder), sidecars)
+    notes += sidecar_notes(Path(checkpoint.folder), sidecars)
     return CheckpointPlan(tensors, config, sidecars, lineage), notes
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .architecture import Architecture
+from .architecture import Architecture, load_config
 from .checkpoint.budget import reading_threads
 from .checkpoint.check import Damage, check_folder
 from .checkpoint.errors import CheckpointError, printable
+from .checkpoint.gguf_file import gguf_files, open_gguf, vocabulary
 from .checkpoint.limits import DEFAULT_MEMORY, default_workers
 from .checkpoint.manifest import MANIFEST, find_manifest, is_edited, read_manifest
 from .checkpoint.mirror import shown
@@ -26,7 +27,8 @@ from .checkpoint.plan import View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .compressed_tensors import is_float8, read_float8
 from .exports.export import exported_weights
-from .family import find_family, is_llama
+from .exports.gguf import gguf_mismatch
+from .family import TELEFLM, find_family, is_llama
 from .hub.contents import count_pieces, count_token_ids
 from .hub.lineage import Link, lineage_chain, lineage_steps
 from .hub.remote import local_view
@@ -34,7 +36,7 @@ from .input_mult import input_mult_warning
 from .llama import check_complete, why_only_copied
 from .mapping import check_tensors
 from .native.checkpoint import NativeCheckpoint
-from .native.find import RELEASE, exported_folder, open_native
+from .native.find import RELEASE, exported_folder, find_native, open_native
 from .native.hub_plan import compare_replicas, missing_multipliers, plan_tensors, run_architecture, run_model_type
 from .quantisation import quantisation
 
@@ -47,7 +49,7 @@ class Inspection:
 
     Args:
         folder: its path.
-        format: the container of its weights, `safetensors` or `torch`; of a training run, what wrote it.
+        format: the container of its weights, `safetensors`, `torch` or `gguf`; of a training run, what wrote it.
         parallel: of a training run: how it is cut, in words.
         iteration: of a training run: the step it was saved at.
         model_type: of its config.json, None without one.
@@ -119,6 +121,8 @@ def inspect_checkpoint(
     """
     path = local_view(path)
     workers = reading_threads(workers or default_workers(), parse_size(memory))
+    if _is_gguf(Path(path)):
+        return _inspect_gguf(Path(path), check, workers, progress)
     run = None if _is_hub(Path(path)) else _open_run(Path(path), check)
     if run is not None:
         return _inspect_run(run, check, workers, progress)
@@ -244,6 +248,50 @@ def _open_run(path: Path, check: bool) -> NativeCheckpoint | None:
     if run is None and fault:
         raise fault
     return run
+
+
+def _is_gguf(path: Path) -> bool:
+    """Whether a path is that of a GGUF file, or of a folder that has such and is nothing else."""
+    if path.is_file():
+        return path.suffix == ".gguf"
+    return path.is_dir() and bool(gguf_files(path)) and not _is_hub(path) and find_native(path) is None
+
+
+def _inspect_gguf(path: Path, check: bool, workers: int, progress: Callable[[int, int], None]) -> Inspection:
+    model = open_gguf(path)
+    folder, problems = Path(model.folder), list[str]()
+    config = _noting(problems, lambda: load_config(folder / "config.json")) if (folder / "config.json").exists() else {}
+    architecture = None
+    if find_family(config) == TELEFLM:
+        where = f"{folder}/config.json"
+        architecture = _noting(problems, lambda: Architecture.from_config(config, where, with_biases=True))
+    if architecture and (mismatch := gguf_mismatch(model, architecture)):
+        problems.append(f"{Path(model.files[0].name).name}: {mismatch}.")
+    manifest = _noting(problems, lambda: read_manifest(folder))
+    if check and manifest is None:
+        raise CheckpointError(f"{folder}/{MANIFEST}: no such file; there is nothing to check the tensors against.")
+    rows, pieces = vocabulary(model.settings)
+    kind = model.settings.get("general.architecture")
+    return Inspection(
+        folder=shown(model.folder),
+        format="gguf",
+        parallel=None,
+        iteration=None,
+        model_type=printable(kind) if isinstance(kind, str) else None,
+        architecture=architecture,
+        parameters=sum(view.numel * view.dtype.packed for view in model.tensors.values()),
+        dtypes=dict(Counter(view.dtype.name for view in model.tensors.values())),
+        nbytes=sum(view.nbytes for view in model.tensors.values()),
+        files={Path(file.name).name: file.size for file in model.files},
+        pieces=pieces,
+        padding_rows=rows - pieces if pieces else None,
+        lineage=_sentences(manifest),
+        problems=[*map(shown, problems)],
+        damages=_check(model.tensors, folder, manifest if check else None, workers, progress),
+        checked_files=_count_files(manifest if check else None),
+        checked_tensors=bool(check and manifest and manifest.get("digest")),
+        chain=_chain(folder, manifest, model.tensors),
+    )
 
 
 def _is_hub(path: Path) -> bool:

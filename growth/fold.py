@@ -25,9 +25,8 @@ from conversion.checkpoint.parent import parent_of
 from conversion.checkpoint.plan import Box, CheckpointPlan, Copy, Fill, Piece, TensorPlan, View
 from conversion.checkpoint.sources import Source, open_checkpoint
 from conversion.hub.card import model_facts
-from conversion.hub.contents import hub_config, hub_sidecars
+from conversion.hub.contents import hub_config, hub_sidecars, sidecar_notes
 from conversion.hub.remote import local_view
-from conversion.hub.small_files import left_behind
 from conversion.mapping import Weight, check_tensors, weights
 from conversion.masked import MASKED_MODEL_TYPE, masked_config
 from conversion.quantisation import refuse_quantised
@@ -193,7 +192,7 @@ def fold_masks(
     notes = [f"Masks at alpha {folded:g}; the checkpoint is at step {state.step} of {state.total_steps}."]
     if folded < 1 and folded < state.alpha:
         notes.append("Below the checkpoint's own alpha, this is not the model that was trained.")
-    notes += left_behind(Path(checkpoint.folder), plan.sidecars)
+    notes += sidecar_notes(Path(checkpoint.folder), plan.sidecars)
     return execute(plan, Path(out), options, notes, dry_run=dry_run)
 
 

@@ -23,9 +23,8 @@ from conversion.checkpoint.preflight import is_placed
 from conversion.checkpoint.sources import Source, open_checkpoint, source_identity
 from conversion.family import LLAMA, Family, find_family
 from conversion.hub.card import model_facts
-from conversion.hub.contents import count_pieces, count_token_ids, hub_config, hub_sidecars
+from conversion.hub.contents import count_pieces, count_token_ids, hub_config, hub_sidecars, sidecar_notes
 from conversion.hub.remote import local_view
-from conversion.hub.small_files import left_behind
 from conversion.mapping import check_tensors, weights
 from conversion.masked import MASKED_CODE, MASKED_MODEL_TYPE
 from conversion.optimizer_state import OPTIMIZER_FILE
@@ -135,7 +134,7 @@ def grow_checkpoint(
         *growth_notes(growth, plan.tensors[0].dtype, is_cast=_is_cast(plan), base_width=_base_width(plan.lineage)),
         *_layer_notes(layers, growth, distances),
         _optimizer_note(adam),
-        *left_behind(Path(checkpoint.folder), plan.sidecars),
+        *sidecar_notes(Path(checkpoint.folder), plan.sidecars, family=family),
     ]
     result = execute(plan, Path(out), options, notes, dry_run=dry_run, states=states)
     outcome = (plan, result.shards, result.notes, result.written)

@@ -25,8 +25,9 @@ class TeleFLMTokenizer(SentencePieceBackend):
     Tokenizer of a Tele-FLM model, read from its `tokenizer.model`.
 
     The text between two special tokens is encoded and decoded by sentencepiece itself, so ids are sentencepiece's ids
-    and `decode(encode(text)) == text` wherever sentencepiece's normaliser keeps the text. Converting the file to a
-    rust tokenizer would not do: the normaliser, runs of spaces and text after `<_user>` come out differently.
+    and `decode(encode(text)) == text` wherever sentencepiece's normaliser keeps the text. The `tokenizer.json` beside a
+    converted model makes the same ids, for programs without this code; transformers' own conversion of
+    `tokenizer.model` does not: the normaliser, runs of spaces and text after `<_user>` come out differently.
 
     Control tokens are recognised wherever they stand, as sentencepiece does: a `<_bot>` inside a user's text becomes
     the control token. Check texts from strangers before rendering them. With `sanitize_control_tokens=True`,
@@ -35,6 +36,8 @@ class TeleFLMTokenizer(SentencePieceBackend):
 
     `parse_response(ids or text, prefix=prompt)` reads what a model answers as a message again: its text, reasoning and
     tool calls, as `chat_template.jinja` writes them.
+
+    A model's `vocab_size` is padded beyond its pieces: an id without one is the empty token, and decodes to nothing.
 
     Args:
         vocab_file (`str`): the sentencepiece model.
@@ -141,12 +144,9 @@ class TeleFLMTokenizer(SentencePieceBackend):
         return self._added_tokens_encoder.keys() - {self.unk_token}
 
     def _convert_id_to_token(self, index: int) -> str:
-        if not 0 <= index < self.vocab_size:
-            raise IndexError(
-                f"id {index} has no piece: {self.vocab_file} has {self.vocab_size} pieces. A model's vocab_size is "
-                "padded beyond them; those ids, and labels such as -100, cannot be decoded."
-            )
-        return self.sp_model.id_to_piece(index)
+        if index < 0:
+            raise IndexError(f"{index} is no id: ids begin at 0, and labels such as -100 cannot be decoded.")
+        return self.sp_model.id_to_piece(index) if index < self.vocab_size else ""
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Join pieces into text as sentencepiece does; special tokens appear by name."""
@@ -154,7 +154,7 @@ class TeleFLMTokenizer(SentencePieceBackend):
 
     def _join(self, tokens: list[str], skipped: frozenset[str]) -> str:
         text = ""
-        for is_boundary, part in groupby(tokens, key=self._boundaries().__contains__):
+        for is_boundary, part in groupby(filter(None, tokens), key=self._boundaries().__contains__):
             kept = [token for token in part if token not in skipped]
             text += "".join(kept) if is_boundary else self.sp_model.decode(kept)
         return text
@@ -168,7 +168,9 @@ class TeleFLMTokenizer(SentencePieceBackend):
         **kwargs: Any,
     ) -> str:
         tokens = self.convert_ids_to_tokens([token_ids] if isinstance(token_ids, int) else token_ids)
-        text = self._join(tokens, skipped=frozenset(self.all_special_tokens if skip_special_tokens else ()))
+        # The unknown piece stands for text, which is not skipped.
+        skipped = {*self.all_special_tokens} - {self.unk_token} if skip_special_tokens else set()
+        text = self._join(tokens, skipped=frozenset(skipped))
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
 
     def apply_chat_template(

@@ -26,8 +26,9 @@ from conversion.checkpoint.safetensors_file import read_safetensors
 from conversion.checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from conversion.checkpoint.strict_json import read_json_object
 from conversion.convert import convert_checkpoint, plan_conversion
+from conversion.family import find_family
 from conversion.hub.card import CARD, CardFacts, adapter_facts, is_repo_id, model_facts
-from conversion.hub.contents import hub_sidecars
+from conversion.hub.contents import hub_sidecars, tokenizer_notes
 from conversion.hub.saved_model import ADAPTER_WEIGHTS, record_saved_model
 from conversion.hub.small_files import is_text, small_files
 from conversion.model_identity import base_digest, is_base
@@ -100,7 +101,11 @@ def export_model(
             if (checkpoint / TOKENIZER).is_file():
                 where["tokenizer"] = checkpoint
         converted = convert_checkpoint(checkpoint, out, **where, dtype=dtype, options=options)
-        return Exported(out, notes=tuple(parent_notes(converted.plan.lineage)))
+        notes = [
+            *parent_notes(converted.plan.lineage),
+            *tokenizer_notes(checkpoint, family=find_family(converted.plan.config)),
+        ]
+        return Exported(out, notes=tuple(notes))
 
     adapter = _read_adapter(checkpoint)
     source = _open_base(adapter, base)
@@ -109,7 +114,8 @@ def export_model(
         if dtype:
             raise ExportError(f"dtype is {dtype}, but an adapter keeps its own; add --merge.")
         _write_adapter(adapter, source, out, base, overwrite=options.overwrite)
-        return Exported(out, notes=tuple(parent_notes({"parent": adapter.record()})))
+        kept = tokenizer_notes(_tokenizer_folder(adapter, source))
+        return Exported(out, notes=(*parent_notes({"parent": adapter.record()}), *kept))
     return _write_merged(adapter, source, out, base, cast, options)
 
 
@@ -265,12 +271,15 @@ def _small_files(adapter: _Adapter, base: Source, facts: CardFacts) -> dict[str,
     Licence and notices are the base's, which decides under what terms anything made of it is passed on.
     """
     origin = Path(base.folder)
-    has_tokenizer = (adapter.folder / TOKENIZER).is_file()
-    files = hub_sidecars(adapter.folder if has_tokenizer else origin, facts, origin=origin)
+    files = hub_sidecars(_tokenizer_folder(adapter, base), facts, origin=origin)
     for name, path in small_files(origin, {}).items():
         if name == _GENERATION_CONFIG or (is_text(name) and name != CARD):
             files.setdefault(name, path)
     return files
+
+
+def _tokenizer_folder(adapter: _Adapter, base: Source) -> Path:
+    return adapter.folder if (adapter.folder / TOKENIZER).is_file() else Path(base.folder)
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------
@@ -315,6 +324,7 @@ def _write_merged(
         plan = replace(plan, lineage=lineage, sidecars=_small_files(adapter, base, facts))
         written = write_checkpoint(plan, out, options)
     notes = [*parent_notes(lineage), *(f"The base: {note}" for note in parent_notes({"parent": lineage["base"]}))]
+    notes += tokenizer_notes(_tokenizer_folder(adapter, base))
     return Exported(written.folder, len(merged), gap, tuple(dict.fromkeys(notes)))
 
 

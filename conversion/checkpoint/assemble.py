@@ -12,11 +12,13 @@ from typing import Literal
 
 import numpy as np
 
+from .block_quant import BLOCK_QUANTISING_BYTES, quantise_q8_0
 from .bytes import ByteSource
 from .dtypes import FLOAT64, DType
 from .errors import ImpossibleState, NotFinite, Overflow
 from .normal_stream import GRID, KEPT_CELLS, draw_words, look_up, normal_table
 from .plan import (
+    BlockQuantised,
     Box,
     Copy,
     Dequantised,
@@ -168,6 +170,8 @@ class Needs:
         is_exact: whether any is computed in float64.
         looks_up: whether any value comes from a table.
         quantises: whether rows become codes and scales, or the other way.
+        packed: values of an element, where elements are blocks.
+        block_values: bytes of a value of the widest source that becomes blocks; 0 if none does.
     """
 
     itemsize: int
@@ -178,6 +182,8 @@ class Needs:
     is_exact: bool
     looks_up: bool
     quantises: bool = False
+    packed: int = 1
+    block_values: int = 0
 
     @classmethod
     def of(cls, tensor: TensorPlan) -> "Needs":
@@ -198,6 +204,8 @@ class Needs:
             "exact" in ways,
             is_random or is_noisy or "table" in ways,
             any(isinstance(piece, Dequantised) for piece in tensor.pieces),
+            tensor.dtype.packed,
+            max((p.source.dtype.itemsize for p in tensor.pieces if isinstance(p, BlockQuantised)), default=0),
         )
 
     def nbytes(self, stretch: int) -> int:
@@ -209,14 +217,22 @@ class Needs:
         moved = 3 * CHUNK  # read, copied, looked at
         if not self.is_made:
             return moved
-        made = min(stretch, self.numel)
-        span = min(MAX_SPAN, 2 * made * max(self.itemsize, self.source) + CHUNK)
+        made = min(_stretch(stretch, self.packed), self.numel)
+        span = min(MAX_SPAN, 2 * made * max(self.itemsize, self.source, self.packed * self.block_values) + CHUNK)
         changed = min(_CHUNK, made) * (self.source + 2 * self.itemsize) if self.source else 0  # and the result's bits
         exact = _EXACT * 128 if self.is_exact else 0  # values, draws, bits, float32; what rounding took
         words = self.cells * GRID * 2 + min(_CHUNK, made) * 2 * (3 if self.cells else 0)
         looked_up = made * self.itemsize + 2 * CHUNK if self.looks_up else 0
         quantised = QUANTISING_BYTES + made if self.quantises else 0
+        if self.block_values:
+            quantised += min(_CHUNK, made * self.packed) * self.block_values + BLOCK_QUANTISING_BYTES
+            quantised += min(_CHUNK // self.packed, made) * self.itemsize
         return moved + made * self.itemsize + span + changed + exact + words + looked_up + quantised
+
+
+def _stretch(stretch: int, packed: int) -> int:
+    """How many elements are made at a time, of which each is so many values."""
+    return max(1, stretch // packed)
 
 
 def row_values(tensor: TensorPlan) -> TensorPlan | None:
@@ -287,7 +303,7 @@ def source_spans(tensor: TensorPlan, start: int, stop: int) -> Iterator[tuple[By
     for piece, box, *_ in _overlaps(tensor, start, stop):
         if isinstance(piece, RowQuantised):  # elements are at the same places in it
             yield from source_spans(piece.values, start, stop)
-        if isinstance(piece, Copy | Dequantised):
+        if isinstance(piece, Copy | Dequantised | BlockQuantised):
             view = _source_window(piece, box)
             first, last = view.span
             if view.numel and last - first <= 2 * view.nbytes:
@@ -321,6 +337,7 @@ def stream(
         return
     runs = copy_runs(tensor, start, stop)
     if runs is None:
+        stretch = _stretch(stretch, tensor.dtype.packed)
         for first in range(start, stop, stretch):
             last = min(first + stretch, stop)
             block = scratch("block", last - first, tensor.dtype.numpy)
@@ -405,6 +422,8 @@ def assemble(
             case Copy():
                 _copy(piece, box, target, tensor, reader, resolved, seed, allow_nonfinite)
                 words = words if piece.noise is None else None  # noise was drawn over them
+            case BlockQuantised():
+                _quantise(piece, box, target, tensor, reader)
             case Fill():
                 values = np.full(1, resolved.number(piece.value), np.float64)
                 target[...] = _rounded(values, values, box, tensor, allow_nonfinite)
@@ -465,9 +484,11 @@ def _overlaps(tensor: TensorPlan, start: int, stop: int) -> Iterator[tuple[Piece
         at += whole.numel
 
 
-def _source_window(piece: Copy | Dequantised, box: Box) -> View:
+def _source_window(piece: Copy | Dequantised | BlockQuantised, box: Box) -> View:
     """The part of a piece's source that lands in `box`."""
-    return piece.source.window(Box(tuple(part.start for part in box.slices_in(piece.box)), box.size))
+    inside = piece.source.shape[len(box.size) :]  # of a block
+    start = tuple(part.start for part in box.slices_in(piece.box))
+    return piece.source.window(Box((*start, *(0 for _ in inside)), (*box.size, *inside)))
 
 
 def _copy(
@@ -502,6 +523,38 @@ def _copy(
                 raise _overflow(tensor, place, value)
             if result is not here:
                 here[...] = result
+
+
+def _quantise(piece: BlockQuantised, box: Box, target: np.ndarray, tensor: TensorPlan, reader: FileReader) -> None:
+    view = _source_window(piece, box)
+    values, blocks = view.shape[-1], view.shape[:-1]
+    step = _whole_rows(view.shape) // values
+    for start in range(0, box.numel, step):
+        for part in boxes_of_range(blocks, start, min(start + step, box.numel)):
+            source = _read(view.window(Box((*part.start, 0), (*part.size, values))), reader).reshape(-1, values)
+            here = target[part.slices_in(Box.whole(blocks))]
+            result = scratch("quantised", here.shape, here.dtype)
+            block = quantise_q8_0(source, result.reshape(-1))
+            if block is not None:
+                inside = np.unravel_index(block, part.size)
+                place = [a + b + int(c) for a, b, c in zip(box.start, part.start, inside, strict=True)]
+                raise _no_scale(tensor, place, source[block])
+            here[...] = result
+
+
+def _no_scale(tensor: TensorPlan, place: Sequence[int], values: np.ndarray) -> NotFinite | Overflow:
+    """The error for a block, at an index into a tensor's layout, that no scale is large enough for."""
+    exact: np.ndarray = values.astype(np.float64)
+    at = int(np.argmax(np.where(np.isfinite(exact), np.abs(exact), np.inf)))
+    flat = sum(index * stride for index, stride in zip(place, row_major_strides(tensor.layout), strict=True))
+    *rows, block = map(int, np.unravel_index(flat, tensor.shape))
+    where = f"{tensor.name}{[*rows, block * len(values) + at]}"
+    if not np.isfinite(exact[at]):
+        return NotFinite(f"{where} is NaN or infinite, for which {tensor.dtype} has no number; repair it.")
+    return Overflow(
+        f"{where} is {exact[at]:.9g}, more than 127 times the largest scale of {tensor.dtype}, a float16; a wider type "
+        "holds it."
+    )
 
 
 def _dequantise(

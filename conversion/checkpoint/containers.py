@@ -5,7 +5,7 @@
 """How output tensors become files: shards, what they hold beside tensors, and the file that makes the folder loadable.
 
 A `Layout` is data: a container is a function that makes one. `safetensors_layout` is the Hub's; `torch_zip.py` makes
-the shards of torch.save folders.
+the shards of torch.save folders, `gguf_layout.py` llama.cpp's files.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ class Layout:
 
     Args:
         shards: the weight files, and files of state after them.
-        index: name and content of the file that is written last and makes the folder loadable; None where the one
+        index: name and content of the file that is written last and makes the folder loadable; None where the first
             shard does.
     """
 
@@ -118,9 +118,15 @@ def safetensors_shards(tensors: Sequence[TensorPlan], max_shard_size: int) -> li
     """Lay tensors out in safetensors files of at most `max_shard_size` bytes of tensors each.
 
     A tensor is never split, so one that is larger has a file to itself; nor are rows and their scales, which whoever
-    makes a file finds in one pass. The split follows the order of the tensors
-    and depends on nothing else. Names are transformers': `model.safetensors`, or `model-00001-of-000NN.safetensors`.
+    makes a file finds in one pass. The split follows the order of the tensors and depends on nothing else. Names are
+    transformers': `model.safetensors`, or `model-00001-of-000NN.safetensors`.
     """
+    groups = tensor_groups(tensors, max_shard_size)
+    return [_safetensors_shard(_shard_name(i, len(groups)), group) for i, group in enumerate(groups)]
+
+
+def tensor_groups(tensors: Sequence[TensorPlan], max_shard_size: int) -> list[list[TensorPlan]]:
+    """Tensors in groups of at most so many bytes, one at least; a larger tensor is a group of its own."""
     groups: list[list[TensorPlan]] = [[]]
     room = max_shard_size
     for together in _together(tensors):
@@ -130,7 +136,7 @@ def safetensors_shards(tensors: Sequence[TensorPlan], max_shard_size: int) -> li
             room = max_shard_size
         groups[-1] += together
         room -= nbytes
-    return [_safetensors_shard(_shard_name(i, len(groups)), group) for i, group in enumerate(groups)]
+    return groups
 
 
 def _together(tensors: Sequence[TensorPlan]) -> list[list[TensorPlan]]:

@@ -88,6 +88,8 @@ FLOAT16 = BY_NAME["float16"]
 FLOAT32 = BY_NAME["float32"]
 FLOAT64 = BY_NAME["float64"]
 FLOAT8 = BY_NAME["float8_e4m3fn"]
+# Of ggml: 32 values and their scale are an item. Neither torch nor safetensors has such.
+Q8_0 = DType("q8_0", "", "", np.dtype("V34"), packed=32)
 
 
 _SPELLINGS = {

@@ -11,6 +11,7 @@ A `CheckpointPlan` is a list of `TensorPlan`s; each is a list of pieces, and eac
     Normal   draws from a normal distribution, from a stream of the tensor's own
     RowMean  the mean of some source rows, repeated
     RowQuantised, RowScales, Dequantised    8-bit floats, and the scales of their rows
+    BlockQuantised   blocks of a source's values that share a scale
 
 Boxes are rectangular in the tensor's `layout`, a factorisation of its shape: with the rows of a query projection laid
 out as (kv head, query of its group, head_dim), a permutation of heads is one box and one strided window, never a piece
@@ -31,7 +32,7 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from .bytes import ByteSource
-from .dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, DType
+from .dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, Q8_0, DType
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -316,7 +317,24 @@ class Dequantised:
         return f"{self.source.dtype} x scale"
 
 
-Piece: TypeAlias = Copy | Fill | Normal | RowMean | RowQuantised | RowScales | Dequantised
+@dataclass(frozen=True, slots=True)
+class BlockQuantised:
+    """Blocks of values that share a scale, see `block_quant.py`: an element of the tensor is a block of the source.
+
+    Args:
+        box: what it fills, in blocks.
+        source: their values: of the box's shape, with the values of a block as one dimension more.
+    """
+
+    box: Box
+    source: View
+
+    def describe(self) -> str:
+        """One phrase for a dry run."""
+        return f"quantised by {self.source.shape[-1]}"
+
+
+Piece: TypeAlias = Copy | Fill | Normal | RowMean | RowQuantised | RowScales | Dequantised | BlockQuantised
 
 
 @dataclass(frozen=True)
@@ -421,6 +439,13 @@ class TensorPlan:
             return
         if isinstance(piece, RowMean) and (len(piece.source.shape) != 2 or piece.source.shape[1] != piece.box.size[-1]):
             raise PlanError(f"{where} averages a source of shape {piece.source.shape}.")
+        if isinstance(piece, BlockQuantised):
+            expected = (*piece.box.size, self.dtype.packed)
+            if piece.source.shape != expected:
+                raise PlanError(f"{where} takes a source of shape {piece.source.shape}, expected {expected}.")
+            if self.dtype != Q8_0 or not piece.source.dtype.is_floating:
+                raise PlanError(f"{where}: {self.dtype} cannot be made of blocks of {piece.source.dtype}.")
+            return
         changes = not isinstance(piece, Copy) or not is_byte_copy(piece, self.dtype)
         dtypes = [self.dtype] + ([piece.source.dtype] if isinstance(piece, Copy | RowMean) else [])
         if changes and not all(dtype.is_floating for dtype in dtypes):
@@ -572,7 +597,7 @@ class CheckpointPlan:
 def source_views(tensor: TensorPlan) -> Iterator[View]:
     """Every window of a source file a tensor depends on, statistics included."""
     for piece in tensor.pieces:
-        if isinstance(piece, Copy | RowMean | Dequantised):
+        if isinstance(piece, Copy | RowMean | Dequantised | BlockQuantised):
             yield piece.source
         if isinstance(piece, Dequantised):
             yield piece.scales
@@ -626,3 +651,5 @@ def _portable_repr(piece: Piece, names: Mapping[str, str]) -> str:
             return repr((kind, box, piece.values.dtype.name, piece.values.layout, parts))
         case Dequantised():
             return repr(("dequantised", box, window(piece.source), window(piece.scales)))
+        case BlockQuantised():
+            return repr(("block quantised", box, window(piece.source)))

@@ -6,7 +6,7 @@
 
 from ..checkpoint.dtypes import DType
 from ..checkpoint.plan import CheckpointPlan
-from ..hub.small_files import left_behind
+from ..hub.contents import sidecar_notes
 from .model import ExportedModel, stock_config, stock_sidecars
 from .multipliers import fold_multipliers, folding_notes
 
@@ -20,4 +20,5 @@ def plan_llama(model: ExportedModel, cast: DType | None) -> tuple[CheckpointPlan
     lineage = model.lineage("llama", cast, multipliers="fold")
     config = stock_config(model, target, "llama", dtype)
     plan = CheckpointPlan(tensors, config, stock_sidecars(model, config, lineage, dtype), lineage)
-    return plan, left_behind(model.folder, plan.sidecars) + folding_notes(model.architecture, target, scales, dtype)
+    notes = sidecar_notes(model.folder, plan.sidecars, family=model.family, stock=True)
+    return plan, notes + folding_notes(model.architecture, target, scales, dtype)

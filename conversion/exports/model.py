@@ -18,14 +18,14 @@ from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.sources import Source, open_checkpoint
 from ..family import Family, require_family
 from ..hub.card import model_facts
-from ..hub.contents import TOKENIZER_CODE, hub_config, hub_sidecars
+from ..hub.contents import hub_config, hub_sidecars
 from ..hub.remote import local_view
 from ..mapping import EMBED_TOKENS, LM_HEAD, check_tensors, weights
 from ..masked import is_masked, split_masked_config
 from ..quantisation import refuse_quantised
 from .multipliers import NEUTRAL
 
-Target: TypeAlias = Literal["granite", "llama", "megatron", "torch_dist", "dcp"]
+Target: TypeAlias = Literal["granite", "llama", "gguf", "megatron", "torch_dist", "dcp"]
 
 _STOCK_CLASSES = {"granite": "GraniteForCausalLM", "llama": "LlamaForCausalLM"}
 
@@ -128,6 +128,6 @@ def stock_config(model: ExportedModel, architecture: Architecture, model_type: s
 def stock_sidecars(
     model: ExportedModel, config: Mapping[str, Any], lineage: Mapping[str, Any], dtype: DType
 ) -> dict[str, str | bytes]:
-    """Its small files: a Tele-FLM's with our tokenizer's code, and a card that needs none of our model's."""
+    """Its small files, none of them code, and a tokenizer that needs none either; of a Llama, its own."""
     facts = model_facts(config, dtype.name, lineage)
-    return hub_sidecars(model.folder, facts, code=(TOKENIZER_CODE,), family=model.family)
+    return hub_sidecars(model.folder, facts, code=(), stock=True, family=model.family)

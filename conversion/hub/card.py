@@ -33,6 +33,7 @@ from .results import Result, model_index
 # --- what a card says -------------------------------------------------------------------------------------------------
 
 CARD = "README.md"
+TOKENIZER_CODE = "tokenization_teleflm.py"
 ADAPTER_CONFIG = "adapter_config.json"
 _FLOAT8 = "float8_e4m3fn"
 _NO_NAME = "A Tele-FLM model"
@@ -77,7 +78,7 @@ class CardFacts:
         relation: to them: `finetune`, `adapter`, `merge` or `quantized`; None leaves it to the Hub.
         results: of evaluations.
         has_tokenizer: whether a tokenizer lies beside the weights.
-        has_tokenizer_code: whether it is code of the repository.
+        tokenizer_code: whether it is code of the repository.
         has_chat_template: and a chat template.
         has_record: and the record.
     """
@@ -101,7 +102,7 @@ class CardFacts:
     relation: str | None = None
     results: tuple[Result, ...] = ()
     has_tokenizer: bool = True
-    has_tokenizer_code: bool = False
+    tokenizer_code: bool = True
     has_chat_template: bool = False
     has_record: bool = True
 
@@ -203,7 +204,7 @@ def with_files(facts: CardFacts, folder: Path | None, files: Collection[str]) ->
         facts,
         metadata=inherited_metadata(folder, facts.inherited) if folder else {},
         has_tokenizer="tokenizer.model" in files or "tokenizer.json" in files,
-        has_tokenizer_code=any(name.endswith(".py") and name.startswith("token") for name in files),
+        tokenizer_code=any(name.endswith(".py") and name.startswith("token") for name in files),
         has_chat_template="chat_template.jinja" in files,
     )
 
@@ -573,8 +574,7 @@ def _code(facts: CardFacts) -> str:
     """Blocks that run as they stand, where the model is what they name."""
     here = json.dumps(facts.repo_id or _HERE)
     trust = ", trust_remote_code=True" if facts.own_code else ""
-    # Our tokenizer is always code of the repository.
-    tokens = ", trust_remote_code=True" if facts.is_teleflm or facts.has_tokenizer_code else trust
+    tokens = ", trust_remote_code=True" if facts.tokenizer_code else trust
     pipe = tokens if facts.has_tokenizer else trust
     auto = ["AutoModelForCausalLM", *(["AutoTokenizer"] if facts.has_tokenizer else [])]
     tokenizer = [f"tokenizer = AutoTokenizer.from_pretrained({here}{tokens})"] if facts.has_tokenizer else []

@@ -91,12 +91,27 @@ def try_tokenizer(folder: str, done: list[str]) -> Any:
         if again.strip() != text.strip() and not unknown:
             raise ValueError(f"the tokenizer makes {again!r} of {text!r}")
     done.append("tokenizer, there and back")
+    if os.path.isfile(os.path.join(folder, "tokenizer.json")):
+        compare_tokenizers(folder, tokenizer)
+        done.append("tokenizer.json, to the same ids")
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": TEXTS[0]}]
         if not tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False).strip():
             raise ValueError("the chat template makes nothing of a question")
         done.append("chat template")
     return tokenizer
+
+
+def compare_tokenizers(folder: str, tokenizer: Any) -> None:
+    """Hold the tokenizer of programs without the folder's code against the folder's own."""
+    from transformers import PreTrainedTokenizerFast
+
+    stock: Any = PreTrainedTokenizerFast.from_pretrained(folder)
+    names = [name for name in tokenizer.get_vocab() if name.startswith("<") and name.endswith(">")][:16]
+    for text in (*TEXTS, *(f" {name} a  b{name}{name}c" for name in names)):
+        found, expected = stock(text).input_ids, tokenizer(text).input_ids
+        if found != expected:
+            raise ValueError(f"tokenizer.json makes {found} of {text!r}, the tokenizer of the folder {expected}")
 
 
 def main() -> None:

@@ -300,6 +300,8 @@ def _export_details(lineage: Mapping[str, Any]) -> str:
             details.append(f"layers split by {_show(layout)}")
     if lineage.get("multipliers") == "fold":
         details.append("the multipliers folded into embeddings and head")
+    if isinstance(lineage.get("outtype"), str):
+        details.append(f"as {_show(lineage['outtype'])}")
     if lineage.get("optimizer"):
         details.append("with the moments of Adam")
     return "".join(f", {detail}" for detail in details) + _cast(lineage)

@@ -11,7 +11,7 @@ written, and perhaps published; whatever else lies in it (optimizer states, logs
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def _listed(folder: Path) -> Iterator[str]:
         yield from (f"{name}/{entry.name}" for entry in sorted(path.iterdir()) if not entry.is_dir())
 
 
-def left_behind(folder: Path, files: Mapping[str, str | bytes]) -> list[str]:
+def left_behind(folder: Path, files: Mapping[str, str | bytes], *, elsewhere: Collection[str] = ()) -> list[str]:
     """Notes on the small files of a folder that do not go with its weights, or in whose place the output has its own.
 
     Of those that we wrote, as the folder's record says, nothing is said.
@@ -118,6 +118,7 @@ def left_behind(folder: Path, files: Mapping[str, str | bytes]) -> list[str]:
     Args:
         folder: the model's.
         files: the small files of the output: name -> path, or content.
+        elsewhere: names of which something else is said.
     """
     said = (read_manifest(folder) or {}).get("files")
     said = said if isinstance(said, Mapping) else {}
@@ -126,7 +127,7 @@ def left_behind(folder: Path, files: Mapping[str, str | bytes]) -> list[str]:
         for name in _listed(folder)
         if files.get(name) != str(folder / name)
         and not name.startswith(".")
-        and name not in (*_NOT_COPIED, _TOKENIZER_CONFIG)
+        and name not in (*_NOT_COPIED, _TOKENIZER_CONFIG, *elsewhere)
         and not is_weights(name)
         and not is_state(name)
         and not name.endswith(_WEIGHT_SUFFIXES)

@@ -25,8 +25,7 @@ from ..checkpoint.sharded import ShardedTensor
 from ..compressed_tensors import check_scheme, quantise_linear, quantised_config
 from ..family import LLAMA, MULTIPLIERS, find_family, is_llama
 from ..hub.card import model_facts
-from ..hub.contents import CODE_FILES, count_pieces, hub_config, hub_sidecars
-from ..hub.small_files import left_behind
+from ..hub.contents import CODE_FILES, count_pieces, hub_config, hub_sidecars, sidecar_notes
 from ..input_mult import InputFold, fold_input_mult, folded_lineage, input_mult_warning
 from ..mapping import EMBED_TOKENS, LM_HEAD, Weight, is_derived, weights
 from ..masked import MASKED_CODE, is_masked, masked_config, split_masked_config
@@ -139,7 +138,7 @@ def plan_run(
     plan = CheckpointPlan(tuple(tensors), hub, sidecars, lineage)
     plan.check()
     if tokenizer or beside:  # what else lies in a run's own folder is the run
-        notes += left_behind(folder, sidecars)
+        notes += sidecar_notes(folder, sidecars, family=find_family(complete))
     notes += fold.notes(tensors[0].dtype) if fold_input else []
     warning = None if state else input_mult_warning(fold.architecture)
     return plan, states, [*notes, *([warning] if warning else [])]

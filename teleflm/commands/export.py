@@ -31,7 +31,7 @@ Source = Annotated[
     str, typer.Argument(metavar="SRC", help="Folder of a Tele-FLM or a Llama in Hub format; or OWNER/NAME, a URL.")
 ]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
-To = Annotated[str, typer.Option(help="granite, llama, megatron, torch_dist or dcp.")]
+To = Annotated[str, typer.Option(help="granite, llama, gguf, megatron, torch_dist or dcp.")]
 TensorParallel = Annotated[int, typer.Option("--tp", help="For megatron: tensor-parallel ranks.")]
 PipelineParallel = Annotated[int, typer.Option("--pp", help="For megatron: pipeline stages.")]
 VirtualPipeline = Annotated[int, typer.Option("--vpp", help="For megatron: chunks of layers in a stage.")]
@@ -51,6 +51,19 @@ Link = Annotated[bool, typer.Option("--link", help="For granite: link to the wei
 Optimizer = Annotated[
     bool, typer.Option("--optimizer", help="For dcp and torch_dist: Adam's moments too, of the optimizer.pt in SRC.")
 ]
+OutType = Annotated[
+    str | None,
+    typer.Option(
+        help="For gguf: bf16, f16, f32 or q8_0, of the matrices; that of SRC unless given.", show_default=False
+    ),
+]
+Prompts = Annotated[
+    str, typer.Option(help="For gguf: have llama.cpp tokenize a chat as the model's tokenizer does, or plain text.")
+]
+Name = Annotated[
+    str | None,
+    typer.Option(help="For gguf: of the model and its files; that of SRC's folder unless given.", show_default=False),
+]
 
 
 def export(
@@ -66,6 +79,9 @@ def export(
     link: Link = False,
     optimizer: Optimizer = False,
     dtype: Dtype = None,
+    outtype: OutType = None,
+    prompts: Prompts = "chat",
+    name: Name = None,
     allow_nonfinite: AllowNonfinite = False,
     workers: Workers = DEFAULT_WORKERS,
     memory: Memory = DEFAULT_MEMORY,
@@ -100,6 +116,9 @@ def export(
             link=link,
             optimizer=optimizer,
             dtype=dtype,
+            outtype=outtype,
+            prompts=prompts,
+            name=name,
             options=options,
             dry_run=dry_run,
         ),

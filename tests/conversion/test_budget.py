@@ -19,12 +19,15 @@ from conversion.checkpoint import normal_stream, scratch
 from conversion.checkpoint.assemble import BLOCK, PREPASS_BYTES, Needs, blocks, resolve, stream
 from conversion.checkpoint.budget import THREAD_BYTES, reading_threads, share_out
 from conversion.checkpoint.bytes import identify
-from conversion.checkpoint.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, FLOAT64, DType
+from conversion.checkpoint.containers import Layout
+from conversion.checkpoint.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, FLOAT64, Q8_0, DType
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import WriteOptions, execute, write_checkpoint
+from conversion.checkpoint.gguf_layout import gguf_layout
 from conversion.checkpoint.manifest import MANIFEST
 from conversion.checkpoint.normal_stream import GRID
 from conversion.checkpoint.plan import (
+    BlockQuantised,
     Box,
     CheckpointPlan,
     Copy,
@@ -82,6 +85,11 @@ def plans(
         Copy(Box((0, 0), (rows // 2, width)), view(FLOAT32)[: rows // 2]),
         RowMean(Box((rows // 2, 0), (rows // 2, width)), view(FLOAT32)),
     )
+
+    def quantised(dtype) -> TensorPlan:
+        blocks = view(dtype)[:, : width // 32 * 32].unflatten(1, (width // 32, 32))
+        return of(Q8_0, BlockQuantised(Box.whole(blocks.shape[:2]), blocks), layout=blocks.shape[:2])
+
     return {
         "casts": plan(of(FLOAT32, Copy(box, view())), of(BFLOAT16, Copy(box, view(FLOAT64)))),
         "factors": plan(of(FLOAT64, Copy(box, view(FLOAT32), 0.7)), of(FLOAT32, Copy(box, view(), 0.7))),
@@ -91,8 +99,14 @@ def plans(
         "noise": plan(of(FLOAT32, *halves), of(BFLOAT16, Normal(left, 0.5), halves[1])),
         "means": plan(means),
         "zeros": plan(of(FLOAT64, Fill(box))),
+        "blocks": plan(*map(quantised, (BFLOAT16, FLOAT32, FLOAT64))),
         "quantises": plan(*_quantised(shape, view)),
     }
+
+
+def files(name: str, plan: CheckpointPlan) -> Layout | None:
+    """What the plan is written as: safetensors but for blocks, which it does not have."""
+    return gguf_layout("model", {}, plan.tensors, 10**12) if name == "blocks" else None
 
 
 def _quantised(shape: tuple[int, int], view: Callable[[DType], View]) -> list[TensorPlan]:
@@ -115,12 +129,12 @@ def measure(name: str, folder: Path, workers: int, memory: str) -> dict[str, int
         from conversion.checkpoint.execute import WriteOptions, peak_memory, write_checkpoint
         from conversion.checkpoint.limits import high_water
         from conversion.checkpoint import assemble
-        from tests.conversion.test_budget import plans
+        from tests.conversion.test_budget import files, plans
         assemble.BLOCK = {SMALL_BLOCK if workers > 2 else BLOCK}
         plan = plans(Path({str(folder)!r}))[{name!r}]
         options = WriteOptions(workers={workers}, memory={memory!r}, finite=True)
         said, before = peak_memory(plan, options), high_water()
-        write_checkpoint(plan, Path({str(folder)!r}) / "out", options)
+        write_checkpoint(plan, Path({str(folder)!r}) / "out", options, files({name!r}, plan))
         print(json.dumps(dict(before=before, peak=high_water(), said=said)))
     """
     root = Path(__file__).parents[2]
@@ -129,12 +143,12 @@ def measure(name: str, folder: Path, workers: int, memory: str) -> dict[str, int
     return json.loads(done.stdout)
 
 
-PLANS = ["casts", "factors", "gathers", "transposed", "draws", "noise", "means", "zeros", "quantises"]
+PLANS = ["casts", "factors", "gathers", "transposed", "draws", "noise", "means", "zeros", "quantises", "blocks"]
 
 
 @pytest.mark.parametrize(("workers", "memory"), [(2, "256MB"), (32, "64MB"), (128, "64MB")])
 @pytest.mark.parametrize(
-    "name", ["casts", "factors", "gathers", "transposed", "draws", "noise", "means", "zeros", "quantises"]
+    "name", ["casts", "factors", "gathers", "transposed", "draws", "noise", "means", "zeros", "quantises", "blocks"]
 )
 def test_a_process_stays_within_its_budget(name, workers, memory, tmp_path):
     found = measure(name, tmp_path, workers, memory)
@@ -142,15 +156,17 @@ def test_a_process_stays_within_its_budget(name, workers, memory, tmp_path):
     assert found["peak"] <= found["before"] + int(memory.removesuffix("MB")) * 10**6
 
 
-@pytest.mark.parametrize("name", ["casts", "factors", "gathers", "draws", "noise", "means", "quantises"])
+@pytest.mark.parametrize("name", ["casts", "factors", "gathers", "draws", "noise", "means", "quantises", "blocks"])
 def test_a_budget_does_not_change_a_byte(name, tmp_path):
     values = np.random.default_rng(0).standard_normal(1100 * 1030 * 2).astype("<f4")
     plan = plans(tmp_path, 1100, 1030, values)[name]
+    if name == "blocks":  # these values as bfloat16 are anything
+        plan = replace(plan, tensors=tuple(t for t in plan.tensors if t.pieces[0].source.dtype == FLOAT32))
     digests = []
     for memory, workers in (("1GB", 1), ("1GB", 7), ("64MB", 40)):
         out = tmp_path / f"{memory}-{workers}"
         options = WriteOptions(workers=workers, memory=memory, allow_nonfinite=True)
-        write_checkpoint(plan, out, options)
+        write_checkpoint(plan, out, options, files(name, plan))
         digests.append(json.loads((out / MANIFEST).read_bytes())["tensors"])
     assert digests[0] == digests[1] == digests[2]
 

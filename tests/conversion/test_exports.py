@@ -368,8 +368,7 @@ def test_a_grown_model_in_another_runtime(tmp_path):
 
 
 REFUSED = {
-    "--to is 'onnx', expected one of granite, llama, megatron, torch_dist, dcp": {"to": "onnx"},
-    "--to gguf: export --to llama, then run llama.cpp's convert_hf_to_gguf.py": {"to": "gguf"},
+    "--to is 'onnx', expected one of granite, llama, gguf, megatron, torch_dist, dcp": {"to": "onnx"},
     "--spec are for --to megatron, --multipliers also for torch_dist, not llama": {"to": "llama", "tp": 2},
     "--link is for --to granite; llama is written anew": {"to": "llama", "link": True},
     "--multipliers is 'drop', expected one of fold, keep": {"to": "megatron", "multipliers": "drop"},

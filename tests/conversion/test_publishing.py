@@ -36,7 +36,7 @@ ROOT = Path(teleflm.__file__).parent.parent
 REPO = "owner/model"
 CODE = {"configuration_teleflm.py", "modeling_teleflm.py", "tokenization_teleflm.py"}
 TEXTS = {"README.md", "config.json", MANIFEST, "model.safetensors.index.json"}
-TOKENIZER = {"tokenizer.model", "tokenizer_config.json", "chat_template.jinja"}
+TOKENIZER = {"tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
 
 @pytest.fixture(scope="module")

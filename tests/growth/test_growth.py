@@ -378,6 +378,7 @@ def test_the_folder_is_a_hub_repository(source, tmp_path):
         "README.md",
         "model.safetensors.index.json",
         "tokenizer.model",
+        "tokenizer.json",
     } <= names
     assert {
         "configuration_teleflm.py",

@@ -1,0 +1,118 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Making a tokenizer.json in a process of its own, which gives back what it took of memory, and fails alone.
+
+With 80,000 pieces it takes some 200 MB, most of which a process keeps for itself once it had it. That of a small model
+is made here. A child reads one JSON object, and answers with one.
+"""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.errors import CheckpointError
+from .rust_tokenizer import rust_tokenizer
+from .tokenizer_settings import (
+    SpecialToken,
+    TokenizerMismatch,
+    TokenizerSettings,
+    read_names,
+    read_settings,
+)
+
+_SMALL = 300_000  # bytes of a model that takes no memory worth speaking of
+_PATIENCE = 1800  # seconds; 80,000 pieces take four of a processor
+
+
+@dataclass(frozen=True)
+class MadeTokenizer:
+    """A tokenizer.json, and what it was made with.
+
+    Args:
+        text: content of the file.
+        names: special tokens by name, such as `bos_token`.
+        settings: at which texts are cut.
+    """
+
+    text: str
+    names: Mapping[str, str | None]
+    settings: TokenizerSettings
+
+
+def make_tokenizer(model_file: bytes, config: Mapping[str, Any]) -> MadeTokenizer:
+    """The tokenizer.json of a sentencepiece model and what a tokenizer_config.json says of it.
+
+    Args:
+        model_file: content of tokenizer.model.
+        config: content of tokenizer_config.json.
+
+    Raises:
+        TokenizerMismatch: there is no such file.
+        CheckpointError: a file is not what its name says.
+    """
+    said = json.dumps(config, sort_keys=True)
+    return _make(model_file, said) if len(model_file) < _SMALL else _make_apart(model_file, said)
+
+
+def _make(model_file: bytes, config: str) -> MadeTokenizer:
+    said = json.loads(config)
+    names, settings = read_names(said, model_file), read_settings(said, model_file)
+    return MadeTokenizer(rust_tokenizer(model_file, settings), names, settings)
+
+
+@lru_cache(maxsize=4)
+def _make_apart(model_file: bytes, config: str) -> MadeTokenizer:
+    root = str(Path(__file__).parents[2])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    try:
+        run = subprocess.run(
+            [sys.executable, "-P", "-m", __name__],  # -P: what lies in the working folder is not imported
+            input=json.dumps({"model": base64.b64encode(model_file).decode(), "config": config}).encode(),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            capture_output=True,
+            timeout=_PATIENCE,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise TokenizerMismatch(f"tokenizer.model: no tokenizer.json was made of it in {_PATIENCE} s.") from None
+    if run.returncode:
+        said = (run.stderr.decode(errors="replace").strip().splitlines() or ["without a word"])[-1]
+        raise TokenizerMismatch(
+            f"tokenizer.model: what makes a tokenizer.json of it ended with status {run.returncode}: {said[:200]}."
+        )
+    answer = json.loads(run.stdout)
+    if "text" not in answer:
+        raise (TokenizerMismatch if answer["mismatch"] else CheckpointError)(answer["said"])
+    cuts = tuple(SpecialToken(*token) for token in answer["cuts"])
+    settings = TokenizerSettings(cuts, answer["bos"], answer["eos"])
+    return MadeTokenizer(answer["text"], answer["names"], settings)
+
+
+def main() -> None:
+    """Answer the request on stdin."""
+    asked = json.load(sys.stdin)
+    try:
+        made = _make(base64.b64decode(asked["model"]), asked["config"])
+    except CheckpointError as error:
+        answer: dict[str, Any] = {"said": str(error), "mismatch": isinstance(error, TokenizerMismatch)}
+    else:
+        settings = asdict(made.settings)
+        settings["cuts"] = [list(token.values()) for token in settings["cuts"]]
+        answer = {"text": made.text, "names": dict(made.names), **settings}
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
+
+
+__all__ = ["MadeTokenizer", "make_tokenizer"]
