@@ -172,6 +172,24 @@ def _first_step(callbacks: Any) -> Any:
     return 0
 
 
+def check_gradients_alone(state: AdamState) -> None:
+    """Check that moments are of gradients alone, which is what follows the weights when these are scaled.
+
+    Adam with a penalty adds `weight_decay` times the weight to the gradient, which grows by another factor; the sum of
+    the two by none.
+
+    Raises:
+        CheckpointError: a group says that its decay is not decoupled, and decays; the message names it.
+    """
+    for number, (settings, _) in enumerate(state.groups):
+        if settings.get("decoupled_weight_decay") is False and settings.get("weight_decay"):
+            raise CheckpointError(
+                f"{state.file}: parameter group {number} has decoupled_weight_decay False and weight_decay "
+                f"{settings['weight_decay']:g}: Adam then adds the decay to the gradients, and its moments hold both, "
+                "which no factor grows; leave --optimizer out and warm up."
+            )
+
+
 def check_resumed_state(file: str | os.PathLike[str]) -> None:
     """Check the numbers of a state that a Trainer is to load, if it is Adam's: its settings, and its steps.
 
@@ -328,6 +346,7 @@ def _plain_settings(settings: Mapping[Any, Any], reader: FileReader) -> dict[Any
 
 __all__ = [
     "AdamState",
+    "check_gradients_alone",
     "check_recorded_state",
     "check_resumed_state",
     "check_trainer_step",
