@@ -190,6 +190,21 @@ def check_gradients_alone(state: AdamState) -> None:
             )
 
 
+def decay_notes(state: AdamState) -> list[str]:
+    """A note on the groups that decay and do not say how, which an export writes as AdamW's (`ADAMW_UNSAID`)."""
+    silent = [
+        str(number)
+        for number, (settings, _) in enumerate(state.groups)
+        if "decoupled_weight_decay" not in settings and settings.get("weight_decay")
+    ]
+    if not silent:
+        return []
+    return [
+        f"{OPTIMIZER_FILE} does not say whether the weight decay of group {', '.join(silent)} is decoupled; it was taken "
+        "for AdamW's, decoupled_weight_decay True. Of a plain Adam, whose decay goes into the gradients, it is False."
+    ]
+
+
 def check_resumed_state(file: str | os.PathLike[str]) -> None:
     """Check the numbers of a state that a Trainer is to load, if it is Adam's: its settings, and its steps.
 
@@ -350,6 +365,7 @@ __all__ = [
     "check_recorded_state",
     "check_resumed_state",
     "check_trainer_step",
+    "decay_notes",
     "read_adam_state",
     "read_grown_state",
 ]
