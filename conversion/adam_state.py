@@ -42,7 +42,6 @@ _DAMAGED = "the file is damaged, or of another optimizer"
 # What other savers leave in a checkpoint instead, for the message.
 _SHARDED = {
     "optimizer_0": "FSDP's sharded state",
-    "optimizer.bin": "FSDP's gathered state",
     "latest": "DeepSpeed's state",
     "distrib_optim.pt": "Megatron's distributed state",
 }
@@ -243,6 +242,11 @@ def _read(file: str, shapes: Mapping[str, tuple[int, ...]], *, whose: str, must_
         settled = tuple((_plain_settings(settings, reader), names) for settings, names in groups)
     for number, (settings, _) in enumerate(settled):
         check_settings(settings, f"{file}: parameter group {number}")
+        if "foreach" in settings and "amsgrad" not in settings:  # of torch's optimizers RAdam alone has Adam's moments
+            raise CheckpointError(
+                f"{file}: parameter group {number} has foreach and no amsgrad, which torch's RAdam leaves and its Adam "
+                "and AdamW do not; only these can grow, and be exported."
+            )
         if settings.get("amsgrad"):
             raise CheckpointError(
                 f"{file}: parameter group {number}: amsgrad is True, and the state has no max_exp_avg_sq for it; only "
@@ -281,6 +285,12 @@ def _find_file(path: Path) -> str:
         return str(path)
     if (path / OPTIMIZER_FILE).is_file():
         return str(path / OPTIMIZER_FILE)
+    if (path / "optimizer.bin").exists():
+        raise CheckpointError(
+            f"{path}: optimizer.bin is FSDP's gathered state; only an unsharded {OPTIMIZER_FILE} can grow. Load it in "
+            "a run that is not sharded and save that checkpoint, or save with SHARDED_STATE_DICT, of which `teleflm "
+            f"convert --optimizer` makes an {OPTIMIZER_FILE}."
+        )
     for name, what in _SHARDED.items():
         if (path / name).exists():
             raise CheckpointError(
@@ -330,6 +340,11 @@ def _known_groups(names: list[str]) -> list[list[list[str]]]:
 
 def _moments(file: str, name: str, entry: Any, shape: tuple[int, ...], whose: str) -> tuple[View, View]:
     keys = sorted(map(str, entry)) if isinstance(entry, dict) else None
+    if keys == sorted((*MOMENTS, "step", "max_exp_avg_sq")):
+        raise CheckpointError(
+            f"{file}: the state of {name} has max_exp_avg_sq, so it is of an Adam with amsgrad; only Adam and AdamW "
+            "without it can grow, and be exported."
+        )
     if keys != sorted((*MOMENTS, "step")):
         raise CheckpointError(
             f"{file}: the state of {name} is {keys}, expected exp_avg, exp_avg_sq, step; only Adam and AdamW can grow."
