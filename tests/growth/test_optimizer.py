@@ -472,6 +472,13 @@ def test_sharded_states_are_a_stated_limit(name, message, source, tmp_path):  # 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_state_through_a_link_is_not_called_weights(trained, tmp_path):
+    (tmp_path / "optimizer.pt").symlink_to(trained[1] / "optimizer.pt")
+    result = grow_checkpoint(trained[0], tmp_path / "out", ALL_AXES, optimizer=tmp_path, dry_run=True)
+    (note,) = [note for note in result.notes if "through links" in note]
+    assert note.startswith("The optimizer's state was taken through links that lead out of its folder: optimizer.pt (")
+
+
 def test_a_state_of_another_model_is_not_loaded(trained, tmp_path):
     folder, checkpoint = trained
     grow_checkpoint(folder, tmp_path / "out", {"intermediate_size": 96}, optimizer=checkpoint)
