@@ -199,8 +199,8 @@ def decay_notes(state: AdamState) -> list[str]:
     if not silent:
         return []
     return [
-        f"{OPTIMIZER_FILE} does not say whether the weight decay of group {', '.join(silent)} is decoupled; it was taken "
-        "for AdamW's, decoupled_weight_decay True. Of a plain Adam, whose decay goes into the gradients, it is False."
+        f"{OPTIMIZER_FILE} does not say whether the weight decay of group {', '.join(silent)} is decoupled; it was "
+        "taken for AdamW's, decoupled_weight_decay True. Of a plain Adam, whose decay goes into the gradients, it is False."
     ]
 
 
