@@ -200,7 +200,8 @@ def decay_notes(state: AdamState) -> list[str]:
         return []
     return [
         f"{OPTIMIZER_FILE} does not say whether the weight decay of group {', '.join(silent)} is decoupled; it was "
-        "taken for AdamW's, decoupled_weight_decay True. Of a plain Adam, whose decay goes into the gradients, it is False."
+        "taken for AdamW's, decoupled_weight_decay True. Of a plain Adam, whose decay goes into the gradients, it is "
+        "False."
     ]
 
 
