@@ -55,8 +55,12 @@ def growth_notes(growth: Growth, dtype: DType, *, is_cast: bool, base_width: int
             if known and growth.unused_rows is not None
             else "The source has no unused vocabulary rows, so new ones repeat the mean of all"
         )
-        kept = "whatever becomes of the old logits" if growth.departures else "old logits are kept"
-        notes.append(f"{rows}, and take part in the softmax: {kept}, and probabilities change.")
+        change = (
+            "probabilities change, whatever becomes of the old logits"
+            if growth.departures
+            else "old logits are kept, and probabilities change"
+        )
+        notes.append(f"{rows}, and take part in the softmax: {change}.")
     if growth.head_scale != 1.0 and not source.tie_word_embeddings:
         notes.append(f"lm_head is multiplied by {growth.head_scale:.6g} to make up for the new logit multiplier.")
     if growth.embedding_scale != 1.0:
