@@ -42,7 +42,6 @@ _DAMAGED = "the file is damaged, or of another optimizer"
 # What other savers leave in a checkpoint instead, for the message.
 _SHARDED = {
     "optimizer_0": "FSDP's sharded state",
-    "optimizer.bin": "FSDP's gathered state",
     "latest": "DeepSpeed's state",
     "distrib_optim.pt": "Megatron's distributed state",
 }
@@ -172,6 +171,40 @@ def _first_step(callbacks: Any) -> Any:
     return 0
 
 
+def check_gradients_alone(state: AdamState) -> None:
+    """Check that moments are of gradients alone, which is what follows the weights when these are scaled.
+
+    Adam with a penalty adds `weight_decay` times the weight to the gradient, which grows by another factor; the sum of
+    the two by none.
+
+    Raises:
+        CheckpointError: a group says that its decay is not decoupled, and decays; the message names it.
+    """
+    for number, (settings, _) in enumerate(state.groups):
+        if settings.get("decoupled_weight_decay") is False and settings.get("weight_decay"):
+            raise CheckpointError(
+                f"{state.file}: parameter group {number} has decoupled_weight_decay False and weight_decay "
+                f"{settings['weight_decay']:g}: Adam then adds the decay to the gradients, and its moments hold both, "
+                "which no factor grows; leave --optimizer out and warm up."
+            )
+
+
+def decay_notes(state: AdamState) -> list[str]:
+    """A note on the groups that decay and do not say how, which an export writes as AdamW's (`ADAMW_UNSAID`)."""
+    silent = [
+        str(number)
+        for number, (settings, _) in enumerate(state.groups)
+        if "decoupled_weight_decay" not in settings and settings.get("weight_decay")
+    ]
+    if not silent:
+        return []
+    return [
+        f"{OPTIMIZER_FILE} does not say whether the weight decay of group {', '.join(silent)} is decoupled; it was "
+        "taken for AdamW's, decoupled_weight_decay True. Of a plain Adam, whose decay goes into the gradients, it is "
+        "False."
+    ]
+
+
 def check_resumed_state(file: str | os.PathLike[str]) -> None:
     """Check the numbers of a state that a Trainer is to load, if it is Adam's: its settings, and its steps.
 
@@ -210,6 +243,11 @@ def _read(file: str, shapes: Mapping[str, tuple[int, ...]], *, whose: str, must_
         settled = tuple((_plain_settings(settings, reader), names) for settings, names in groups)
     for number, (settings, _) in enumerate(settled):
         check_settings(settings, f"{file}: parameter group {number}")
+        if "foreach" in settings and "amsgrad" not in settings:  # of torch's optimizers RAdam alone has Adam's moments
+            raise CheckpointError(
+                f"{file}: parameter group {number} has foreach and no amsgrad, which torch's RAdam leaves and its Adam "
+                "and AdamW do not; only these can grow, and be exported."
+            )
         if settings.get("amsgrad"):
             raise CheckpointError(
                 f"{file}: parameter group {number}: amsgrad is True, and the state has no max_exp_avg_sq for it; only "
@@ -248,6 +286,12 @@ def _find_file(path: Path) -> str:
         return str(path)
     if (path / OPTIMIZER_FILE).is_file():
         return str(path / OPTIMIZER_FILE)
+    if (path / "optimizer.bin").exists():
+        raise CheckpointError(
+            f"{path}: optimizer.bin is FSDP's gathered state; only an unsharded {OPTIMIZER_FILE} can grow. Load it in "
+            "a run that is not sharded and save that checkpoint, or save with SHARDED_STATE_DICT, of which `teleflm "
+            f"convert --optimizer` makes an {OPTIMIZER_FILE}."
+        )
     for name, what in _SHARDED.items():
         if (path / name).exists():
             raise CheckpointError(
@@ -297,6 +341,11 @@ def _known_groups(names: list[str]) -> list[list[list[str]]]:
 
 def _moments(file: str, name: str, entry: Any, shape: tuple[int, ...], whose: str) -> tuple[View, View]:
     keys = sorted(map(str, entry)) if isinstance(entry, dict) else None
+    if keys == sorted((*MOMENTS, "step", "max_exp_avg_sq")):
+        raise CheckpointError(
+            f"{file}: the state of {name} has max_exp_avg_sq, so it is of an Adam with amsgrad; only Adam and AdamW "
+            "without it can grow, and be exported."
+        )
     if keys != sorted((*MOMENTS, "step")):
         raise CheckpointError(
             f"{file}: the state of {name} is {keys}, expected exp_avg, exp_avg_sq, step; only Adam and AdamW can grow."
@@ -328,9 +377,11 @@ def _plain_settings(settings: Mapping[Any, Any], reader: FileReader) -> dict[Any
 
 __all__ = [
     "AdamState",
+    "check_gradients_alone",
     "check_recorded_state",
     "check_resumed_state",
     "check_trainer_step",
+    "decay_notes",
     "read_adam_state",
     "read_grown_state",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_dtypes
 
-from conversion.adam_state import TRAINER_STATE, check_trainer_step
+from conversion.adam_state import TRAINER_STATE, check_gradients_alone, check_trainer_step
 from conversion.architecture import Architecture, load_config, load_preset, package_folder, preset_names
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
@@ -122,6 +122,7 @@ def grow_checkpoint(
     plan = plan_growth(checkpoint, growth, dtype=parse_dtype(dtype) if dtype else None, seed=seed, distances=distances)
     adam = read_adam_state(optimizer, growth.source) if optimizer is not None else None
     if adam:
+        check_gradients_alone(adam)
         _check_step(Path(checkpoint.folder), adam)
     states = [plan_adam_state(adam, growth)] if adam else []
     if adam:

@@ -201,7 +201,7 @@ def execute(
     """
     job = make_job(plan, options, layout, states)
     shards = [*job.layout.shards]
-    notes = [*notes, *parent_notes(plan.lineage), *link_notes(source.name for source in plan.sources)]
+    notes = [*notes, *parent_notes(plan.lineage), *_links(plan)]
     if dry_run:
         options.share(plan.tensors)
         notes = [*notes, *(foresee_verification(plan, recorded or {}) if options.verify_source else [])]
@@ -214,6 +214,13 @@ def execute(
     was = {name: "had been changed" if name in written.replaced else "was missing" for name in written.restored}
     restored = [f"{name} {state} and was written again." for name, state in was.items()]
     return CheckpointResult(plan, shards, [*notes, *restored, *_left_states(job, out)], written)
+
+
+def _links(plan: CheckpointPlan) -> list[str]:
+    names = [source.name for source in plan.sources]
+    states = [name for name in names if is_state(Path(name).name)]
+    weights = [name for name in names if name not in states]
+    return [*link_notes(weights), *link_notes(states, "The optimizer's state was", "its")]
 
 
 def _left_states(job: Job, out: Path, removed: Sequence[str] = ()) -> list[str]:

@@ -25,6 +25,7 @@ from ..adam_state import (
     AdamState,
     check_recorded_state,
     check_trainer_step,
+    decay_notes,
     read_adam_state,
 )
 from ..checkpoint.containers import Layout, Shard
@@ -198,6 +199,7 @@ def _notes(model: ExportedModel, state: OpenState | None) -> Iterable[str]:
         f"{FSDP_OPTIMIZER}: Adam's moments after {max(state.adam.steps.values()):.0f} steps, in {len(sizes)} parameter "
         f"groups of {', '.join(map(str, sizes))}; a run that loads them has to have the same number of groups."
     )
+    yield from decay_notes(state.adam)
     if state.step is None:
         yield (
             f"The source is of no run (it has no {TRAINER_STATE}): Accelerate's load_fsdp_model and "

@@ -22,7 +22,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..adam_state import ADAMW_UNSAID, AdamState
+from ..adam_state import ADAMW_UNSAID, AdamState, decay_notes
 from ..architecture import Architecture
 from ..checkpoint.containers import Layout
 from ..checkpoint.distributed_file import METADATA
@@ -374,6 +374,7 @@ def _notes(target: Architecture, state: OpenState | None) -> Iterable[str]:
         f"Adam's moments after {step} steps, and the weights in float32, are in the optimizer's state: of iteration "
         f"{step}, without a schedule and random states, in Megatron's two groups (norms have no weight decay)."
     )
+    yield from decay_notes(state.adam)
     yield from _dropped(state.adam)
     yield f"Megatron-LM: {options} --override-opt-param-scheduler --no-load-rng."
 

@@ -446,8 +446,8 @@ def _of_growth(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         )
     if old.get("vocab_size") != new.get("vocab_size"):
         said.append(
-            "Logits of the old vocabulary are kept; new rows take part in the softmax as far as the source had no "
-            "unused rows to repeat."
+            "Logits of the old vocabulary are kept; new rows take part in the softmax beside them, so probabilities "
+            "change."
         )
     return said
 

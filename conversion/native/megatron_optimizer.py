@@ -114,7 +114,7 @@ def chained(count: int, where: str) -> CheckpointError:
 def left_out(content: Mapping[str, Any], optimizer: Any, args: Mapping[str, Any]) -> list[str]:
     """Notes on what a run keeps for training on and what an optimizer.pt has no place for."""
     keys = {str(key).split("/")[0] for key in content}
-    found = dict.fromkeys(words for key, words in LEFT_OUT.items() if key in keys)
+    found = dict.fromkeys(words for key, words in LEFT_OUT.items() if key in keys and not _is_unused(content.get(key)))
     if isinstance(optimizer, Mapping) and "grad_scaler" in optimizer:
         found["loss scale"] = None
     notes = []
@@ -125,6 +125,11 @@ def left_out(content: Mapping[str, Any], optimizer: Any, args: Mapping[str, Any]
             "The run's Adam added weight decay to the gradients (no decoupled_weight_decay): its moments hold it too."
         )
     return notes
+
+
+def _is_unused(schedule: Any) -> bool:
+    """Whether it is a schedule that has seen no step, as that in whose place a run lays out its own."""
+    return isinstance(schedule, Mapping) and type(schedule.get("num_steps")) is int and schedule["num_steps"] == 0
 
 
 def _read_step(value: Any, where: str) -> float:

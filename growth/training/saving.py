@@ -18,6 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
 from conversion.checkpoint.errors import CheckpointError, one_line
 from conversion.saved_files import FILES, describe_files
 
@@ -38,9 +41,14 @@ class CheckpointMixin(ShardedSaveMixin):
     """
 
     state: Any
+    callback_handler: Any
     is_fsdp_enabled: bool
     is_deepspeed_enabled: bool
     run_description: Mapping[str, Any] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(OwnIntervals())  # type: ignore[attr-defined]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As Trainer._save_checkpoint.
@@ -51,6 +59,7 @@ class CheckpointMixin(ShardedSaveMixin):
         place = Path(self._get_output_dir(trial))  # type: ignore[attr-defined]
         folder = place / f"checkpoint-{self.state.global_step}"
         limit = self.args.save_total_limit
+        self._make_room_for_callbacks()
         try:
             with saving(folder):
                 if self.args.should_save:
@@ -62,6 +71,18 @@ class CheckpointMixin(ShardedSaveMixin):
             best = self.state.best_model_checkpoint
             for path in superseded(place, self.state.global_step, limit, best):
                 shutil.rmtree(path, ignore_errors=True)
+
+    def _make_room_for_callbacks(self) -> None:
+        """Let callbacks be saved that the checkpoint from which the run goes on knew nothing of.
+
+        A Trainer replaces what `trainer_state.json` had of each, and fails where it had nothing.
+        """
+        ours = [callback for callback in self.callback_handler.callbacks if isinstance(callback, ExportableState)]
+        fresh: Any = TrainerState(stateful_callbacks=ours).stateful_callbacks  # type: ignore[arg-type]
+        known = self.state.stateful_callbacks
+        for name, state in fresh.items():
+            known.setdefault(name, state)
+        known.setdefault(type(self.control).__name__, self.control.state())  # type: ignore[attr-defined]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer.save_model; into a checkpoint comes what it is of."""
@@ -108,6 +129,19 @@ class CheckpointMixin(ShardedSaveMixin):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _loading(checkpoint):
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
+
+
+class OwnIntervals(TrainerCallback):
+    """Has a resumed run log, evaluate and save as often as its keys say.
+
+    A Trainer takes that from `trainer_state.json`, as the run before had it.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the steps anew; shares are of the length that the run has now."""
+        state.compute_steps(args, state.max_steps)
 
 
 def superseded(output_dir: Path, step: int, limit: int | None, best: str | Path | None = None) -> list[Path]:
@@ -178,4 +212,4 @@ def _loading(checkpoint: str | None) -> Iterator[None]:
         ) from error
 
 
-__all__ = ["CheckpointMixin", "saving", "superseded"]
+__all__ = ["CheckpointMixin", "OwnIntervals", "saving", "superseded"]

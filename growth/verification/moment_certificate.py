@@ -31,7 +31,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from conversion.adam_state import AdamState, read_adam_state, read_grown_state
+from conversion.adam_state import AdamState, check_gradients_alone, read_adam_state, read_grown_state
 from conversion.architecture import Architecture
 from conversion.checkpoint.dtypes import FLOAT32
 from conversion.checkpoint.errors import CheckpointError, printable
@@ -395,6 +395,7 @@ def certify_moments(
             f"{b}: holds no {OPTIMIZER_FILE} to certify; grow with --optimizer, or leave --optimizer out here."
         )
     before = read_adam_state(optimizer, source)
+    check_gradients_alone(before)
     shapes = {name: weight.shape(target) for name, weight, _ in weights(target)}
     after = read_grown_state(Path(b) / OPTIMIZER_FILE, shapes, as_recorded=False)  # the bytes decide
     total = sum(view.nbytes for views in after.moments.values() for view in views)

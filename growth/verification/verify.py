@@ -134,20 +134,26 @@ class Verification:
 
 
 def _certified(certificate: Certificate) -> str:
-    """What a certificate that holds proves: the function itself, or the function but for the rounding of weights."""
+    """What a certificate that holds proves: the function itself, or the function but for the rounding of weights.
+
+    Where the vocabulary grew, of the function the logits that A has.
+    """
     proof = f"every condition on its configuration and its weights holds ({certificate.precision})"
+    grows = certificate.has_new_rows
+    what = "A's old logits" if grows else "A's function"
+    more = " Probabilities are not A's: new vocabulary rows take part in the softmax." if grows else ""
     if certificate.is_exact:
         return (
-            f"B computes A's function: {proof}. That is the function in exact arithmetic; computed in floating point, "
-            "sums may round otherwise than in A."
+            f"B computes {what}: {proof}. That is {'said of them' if grows else 'the function'} in exact arithmetic; "
+            f"computed in floating point, sums may round otherwise than in A.{more}"
         )
     dtypes = " and ".join(certificate.stored[1])
     times = certificate.conditions.roundings
     often = f", {times} times over," if times > 1 else ""
     return (
-        f"B computes A's function up to rounding: {proof}. In exact arithmetic the two differ by no more than the "
+        f"B computes {what} up to rounding: {proof}. In exact arithmetic the two differ by no more than the "
         f"rounding of weights to {dtypes}{often} and of the numbers in its configuration; computed in floating point, "
-        "sums may round otherwise too."
+        f"sums may round otherwise too.{more}"
     )
 
 

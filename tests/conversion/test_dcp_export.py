@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -459,6 +460,15 @@ def test_what_is_said(run, grown, tmp_path):
     assert "optimizer.pt is left behind; --optimizer exports its moments too." in alone.notes
     # A Trainer would go on from these with fresh moments, and say nothing.
     assert not [name for name in contents(tmp_path / "out") if name.startswith(("trainer_state", "optimizer"))]
+
+
+@pytest.mark.parametrize("to", ["dcp", "torch_dist"])
+def test_a_decay_that_does_not_say_what_it_is_is_said_to_be_taken_for_adamws(to, run, tmp_path):
+    folder = shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2")
+    export = partial(export_checkpoint, folder, tmp_path / "out", to=to, optimizer=True, dry_run=True)
+    assert not any("taken for AdamW's" in note for note in export().notes)
+    _edit_state(lambda saved: [group.pop("decoupled_weight_decay") for group in saved["param_groups"]])(folder)
+    assert any("weight decay of group 0 is decoupled; it was taken for AdamW's" in note for note in export().notes)
 
 
 def test_without_a_state_of_a_run_a_trainer_stops(grown, tmp_path):

@@ -511,6 +511,27 @@ def test_mutants_of_growth_are_caught(mutant, method, make_source, tmp_path, mon
 # What cannot be judged.
 
 
+def test_moments_that_hold_a_decay_neither_grow_nor_are_certified(grown, tmp_path):
+    """Adam, not AdamW, with weight_decay: g + decay x w, which grow by unlike factors."""
+    source, out = grown
+    saved = torch.load(source / "optimizer.pt")
+    folder = tmp_path / "state"
+    folder.mkdir()
+    for decays, decoupled in ((True, False), (True, True), (False, False)):
+        for group in saved["param_groups"]:
+            group |= {"decoupled_weight_decay": decoupled, "weight_decay": 0.1 if decays else 0.0}
+        torch.save(saved, folder / "optimizer.pt")
+        if decoupled or not decays:
+            grow_checkpoint(source, tmp_path / "out", heads(12, 3), optimizer=folder, dry_run=True)
+            continue
+        refused = r"group 0 has decoupled_weight_decay False and weight_decay 0\.1.*leave --optimizer out"
+        with pytest.raises(CheckpointError, match=refused):
+            grow_checkpoint(source, tmp_path / "out", heads(12, 3), optimizer=folder)
+        with pytest.raises(CheckpointError, match=refused):
+            verify_checkpoints(source, out, optimizer=folder)
+        assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_judged_is_refused(grown, make_source, tmp_path):
     source, out = grown
     grow_checkpoint(out, tmp_path / "twice", {**heads(16, 4)}, optimizer=out)
