@@ -199,9 +199,7 @@ def test_transformers_serve(server, tmp_path):
     """An export answers as the model does; a Tele-FLM is refused, as the class is looked for in transformers itself."""
     source = tmp_path / "source"
     model = save(source)
-    with (
-        torch.no_grad()
-    ):  # no bytes, which are no text one by one: sentencepiece and Rust show half a letter differently
+    with torch.no_grad():  # no bytes: of half a letter sentencepiece and Rust make different text
         model.lm_head.weight[:262] = 0
     model.save_pretrained(source)
     tokenizer = tiny_tokenizer(source)
