@@ -72,7 +72,7 @@ def main() -> None:
             status = _exit_status()
     except typer.Exit as end:
         status = end.exit_code
-    sys.exit(status)
+    sys.exit(status or 0)
 
 
 def _exit_status() -> Any:
