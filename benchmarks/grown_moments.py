@@ -8,10 +8,11 @@
 
 The source has the 52B's hidden size, heads, feed-forward size and vocabulary, one layer, random bfloat16 weights, and
 an optimizer.pt of random float32 moments. It grows to the 102B's width with two layers. Bounds: 0.7 x the rate at which
-`dd if=/dev/zero conv=fsync` writes as many bytes, and 300 MiB. `dd` reads nothing, growth reads 21 GB. Zero by plan,
-and so never written, is what is zero of the weights and of the first moments; the rate counts all bytes, and then only
-those that are written. In the end a growth is killed twice on its way and started again, and the digests of all tensors
-are compared.
+`dd if=/dev/zero conv=fsync` writes as many bytes, and 300 MiB. `dd` reads nothing, growth reads 21 GB: so a second
+baseline moves what growth moves, a `dd` that reads the source beside one that writes as many zeros as growth writes.
+Zero by plan, and so never written, is what is zero of the weights and of the first moments; the rate counts all bytes,
+and then only those that are written. In the end a growth is killed twice on its way and started again, and the digests
+of all tensors are compared.
 """
 
 import json
@@ -49,6 +50,7 @@ from conversion.mapping import weights
 from conversion.optimizer_state import MOMENTS, OPTIMIZER_FILE, adam_shard, parameter_names
 from growth import grow_checkpoint
 
+BOTH_WAYS = "dd that reads, dd that writes"
 TARGET = ["--to", "tele-flm-102b", "--set", "num_hidden_layers=2"]
 
 
@@ -83,6 +85,14 @@ def command(source: Path, out: Path) -> list[str]:
 
 def grow(source: Path, out: Path) -> Run:
     return run_processes(command(source, out))
+
+
+def dd_both_ways(files: list[Path], written: int, out: Path) -> Run:
+    """The files read and thrown away, and beside it zeros written with one fsync at the end."""
+    out.mkdir()
+    zeros = f"dd if=/dev/zero of={out / 'zeros'} count={written} iflag=count_bytes,fullblock bs=1M conv=fsync"
+    reads = "; ".join(f"dd if={file} of=/dev/null bs=1M" for file in files)
+    return run_processes(["sh", "-c", f"({reads}) 2>/dev/null & {zeros}; wait"])
 
 
 def planned_bytes(source: Path) -> tuple[int, int]:
@@ -132,7 +142,11 @@ def main() -> None:
             seen.append(digests(out))
             return run
 
-        contestants = {"dd": partial(dd, nbytes), "grow --optimizer": grow_and_look}
+        contestants = {
+            "dd": partial(dd, nbytes),
+            BOTH_WAYS: partial(dd_both_ways, files, written),
+            "grow --optimizer": grow_and_look,
+        }
         runs = interleave(contestants, options.pairs, place, files, "cold")
         grown = runs["grow --optimizer"]
         kill_twice(source, place / "killed", statistics.median(run.seconds for run in grown))
@@ -140,14 +154,17 @@ def main() -> None:
         same = all(found == seen[0] for found in seen)
         console.print(f"{len(seen[0])} tensors, the same digests after two kills: {same}")
     rates = [zeros.seconds / run.seconds for zeros, run in zip(runs["dd"], grown, strict=True)]
+    both = [moved.seconds / run.seconds for moved, run in zip(runs[BOTH_WAYS], grown, strict=True)]
     rows = [
-        ["dd", seconds(runs["dd"]), _rate(runs["dd"], nbytes), "1.00", "", ""],
+        ["dd", seconds(runs["dd"]), _rate(runs["dd"], nbytes), "1.00", "", "", ""],
+        [BOTH_WAYS, seconds(runs[BOTH_WAYS]), _rate(runs[BOTH_WAYS], nbytes), "", "", "1.00", ""],
         [
             "grow --optimizer",
             seconds(grown),
             _rate(grown, nbytes),
             spread(rates),
             spread([rate * written / nbytes for rate in rates]),
+            spread(both),
             mib(grown),
         ],
     ]
@@ -156,7 +173,15 @@ def main() -> None:
         f"that are read; cold cache, {options.pairs} rounds in random order. All growths, and one that was killed "
         f"twice and started again, have {'the same' if same else 'OTHER'} digests of {len(seen[0])} tensors."
     )
-    columns = ["", "seconds", "GB/s", "x the rate of dd", "the same, bytes written only", "peak RSS, MiB"]
+    columns = [
+        "",
+        "seconds",
+        "GB/s",
+        "x the rate of dd",
+        "the same, bytes written only",
+        "x the rate of both dd",
+        "peak RSS, MiB",
+    ]
     report("Growth with Adam's moments at true widths", options.folder, about, columns, rows)
 
 

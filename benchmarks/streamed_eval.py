@@ -17,7 +17,7 @@ from synthetic import tele_flm_config, write_safetensors
 sys.path.insert(0, str(ROOT))
 
 from conversion.architecture import Architecture
-from conversion.checkpoint.containers import parse_size
+from conversion.checkpoint.numbers import parse_size
 from evaluation.passages import document_passages
 from evaluation.streamed_scores import memory_need
 from tests.fixtures.tiny import tiny_tokenizer

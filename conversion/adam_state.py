@@ -14,20 +14,34 @@ from typing import Any
 from .architecture import Architecture
 from .checkpoint.errors import CheckpointError
 from .checkpoint.manifest import read_manifest, sample_digest
+from .checkpoint.numbers import plain_value, read_count, shown
 from .checkpoint.plan import View
 from .checkpoint.reader import FileReader
 from .checkpoint.strict_json import read_json_object
 from .checkpoint.torch_file import read_torch_file
 from .mapping import weights
-from .optimizer_state import MOMENTS, OPTIMIZER_FILE, parameter_names
+from .optimizer_state import MAX_STEPS, MOMENTS, OPTIMIZER_FILE, check_settings, parameter_names
 from .parameter_kinds import group_names
+from .saved_files import check_saved_files
 
 TRAINER_STATE = "trainer_state.json"  # what transformers' Trainer leaves in a checkpoint beside the rest
+# What torch's AdamW of today has in a group beside rate, betas, eps and decay, with the values of a state that does not
+# say it: a loader asks for each by name.
+ADAMW_UNSAID = {
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": True,
+}
 _LAYOUT = {"state": dict, "param_groups": list}
+_NAMES = ("params", "param_names")
+_DAMAGED = "the file is damaged, or of another optimizer"
 # What other savers leave in a checkpoint instead, for the message.
 _SHARDED = {
     "optimizer_0": "FSDP's sharded state",
-    "optimizer.bin": "FSDP's gathered state",
     "latest": "DeepSpeed's state",
     "distrib_optim.pt": "Megatron's distributed state",
 }
@@ -98,10 +112,14 @@ def read_grown_state(
 def check_recorded_state(file: str | os.PathLike[str]) -> None:
     """Check that a state is the one that the record in its folder knows, if that knows one.
 
+    Of a folder that the engine wrote that is its record; of a checkpoint that a run of ours saved, what the run noted
+    (`saved_files`).
+
     Raises:
         CheckpointError: it was exchanged, or edited, since the record was written.
     """
     path = Path(file)
+    check_saved_files(path.parent)
     record = read_manifest(path.parent)
     files = (record or {}).get("files")
     entry = files.get(path.name) if isinstance(files, dict) else None
@@ -129,11 +147,11 @@ def check_trainer_step(folder: Path, where: str, steps: Mapping[str, float]) -> 
         CheckpointError: the two are not of one step.
     """
     path = folder / TRAINER_STATE
-    state = read_json_object(path, infinite=True)
-    step, callbacks = state.get("global_step"), state.get("stateful_callbacks")
-    if type(step) is not int:
-        raise CheckpointError(f"{path}: global_step is {step!r}, expected a whole number; copy the checkpoint again.")
-    expected = step + _first_step(callbacks)
+    state = read_json_object(path, nan=True)
+    again = "copy the checkpoint again"
+    step = read_count(state.get("global_step"), f"{path}: global_step", way_out=again)
+    first = read_count(_first_step(state.get("stateful_callbacks")), f"{path}: first_step of AdamStart", way_out=again)
+    expected = step + first
     found = set(steps.values())
     # In float16 a step whose gradients overflow leaves the weights and the optimizer as they are.
     fits = found == {expected} or ((folder / "scaler.pt").is_file() and max(found) <= expected)
@@ -145,20 +163,74 @@ def check_trainer_step(folder: Path, where: str, steps: Mapping[str, float]) -> 
     return step
 
 
-def _first_step(callbacks: Any) -> float:
+def _first_step(callbacks: Any) -> Any:
     """At which of its steps Adam was when the run began, as `teleflm train` records it; else 0."""
     match callbacks:
-        case {"AdamStart": {"attributes": {"first_step": int() | float() as first}}}:
-            return float(first)
-    return 0.0
+        case {"AdamStart": {"attributes": {"first_step": first}}} if first is not None:
+            return first
+    return 0
+
+
+def check_gradients_alone(state: AdamState) -> None:
+    """Check that moments are of gradients alone, which is what follows the weights when these are scaled.
+
+    Adam with a penalty adds `weight_decay` times the weight to the gradient, which grows by another factor; the sum of
+    the two by none.
+
+    Raises:
+        CheckpointError: a group says that its decay is not decoupled, and decays; the message names it.
+    """
+    for number, (settings, _) in enumerate(state.groups):
+        if settings.get("decoupled_weight_decay") is False and settings.get("weight_decay"):
+            raise CheckpointError(
+                f"{state.file}: parameter group {number} has decoupled_weight_decay False and weight_decay "
+                f"{settings['weight_decay']:g}: Adam then adds the decay to the gradients, and its moments hold both, "
+                "which no factor grows; leave --optimizer out and warm up."
+            )
+
+
+def decay_notes(state: AdamState) -> list[str]:
+    """A note on the groups that decay and do not say how, which an export writes as AdamW's (`ADAMW_UNSAID`)."""
+    silent = [
+        str(number)
+        for number, (settings, _) in enumerate(state.groups)
+        if "decoupled_weight_decay" not in settings and settings.get("weight_decay")
+    ]
+    if not silent:
+        return []
+    return [
+        f"{OPTIMIZER_FILE} does not say whether the weight decay of group {', '.join(silent)} is decoupled; it was "
+        "taken for AdamW's, decoupled_weight_decay True. Of a plain Adam, whose decay goes into the gradients, it is "
+        "False."
+    ]
+
+
+def check_resumed_state(file: str | os.PathLike[str]) -> None:
+    """Check the numbers of a state that a Trainer is to load, if it is Adam's: its settings, and its steps.
+
+    Of other optimizers, whose settings may be anything, the groups alone are looked at.
+
+    Raises:
+        CheckpointError: it cannot be read, or has a number that no Adam has; the message names it.
+    """
+    path = str(file)
+    saved = _read_file(path)
+    groups, entries = _groups_of(path, saved), saved["state"]
+    if not any(isinstance(entry, dict) and entry.keys() >= {*MOMENTS, "step"} for entry in entries.values()):
+        return
+    with FileReader() as reader:
+        for number, group in enumerate(groups):
+            plain = {key: value for key, value in group.items() if key not in _NAMES}
+            check_settings(_plain_settings(plain, reader), f"{path}: parameter group {number}", others=True)
+        for index, entry in entries.items():
+            if isinstance(entry, dict) and "step" in entry:
+                _read_step(entry["step"], f"{path}: step of parameter {shown(index)}", reader)
 
 
 def _read(file: str, shapes: Mapping[str, tuple[int, ...]], *, whose: str, must_name: bool) -> AdamState:
     """Read a state of parameters with these shapes, in the order in which the model lists them."""
-    saved = read_torch_file(file)
-    if not isinstance(saved, dict) or not all(isinstance(saved.get(key), kind) for key, kind in _LAYOUT.items()):
-        raise CheckpointError(f"{file} is no optimizer state: expected a dict with state and param_groups.")
-    groups = _name_groups(file, saved["param_groups"], list(shapes), must_name=must_name)
+    saved = _read_file(file)
+    groups = _name_groups(file, _groups_of(file, saved), list(shapes), must_name=must_name)
 
     steps: dict[str, float] = {}
     moments: dict[str, tuple[View, View]] = {}
@@ -167,12 +239,46 @@ def _read(file: str, shapes: Mapping[str, tuple[int, ...]], *, whose: str, must_
             for name, index in zip(names, group["params"], strict=True):
                 entry = saved["state"].get(index)
                 moments[name] = _moments(file, name, entry, shapes[name], whose)
-                steps[name] = _number(entry["step"], reader)
-        settled = tuple(
-            ({key: _setting(file, key, value, reader) for key, value in settings.items()}, names)
-            for settings, names in groups
-        )
+                steps[name] = _read_step(entry["step"], f"{file}: step of {name}", reader)
+        settled = tuple((_plain_settings(settings, reader), names) for settings, names in groups)
+    for number, (settings, _) in enumerate(settled):
+        check_settings(settings, f"{file}: parameter group {number}")
+        if "foreach" in settings and "amsgrad" not in settings:  # of torch's optimizers RAdam alone has Adam's moments
+            raise CheckpointError(
+                f"{file}: parameter group {number} has foreach and no amsgrad, which torch's RAdam leaves and its Adam "
+                "and AdamW do not; only these can grow, and be exported."
+            )
+        if settings.get("amsgrad"):
+            raise CheckpointError(
+                f"{file}: parameter group {number}: amsgrad is True, and the state has no max_exp_avg_sq for it; only "
+                "Adam and AdamW without it can grow, and be exported."
+            )
     return AdamState(file, settled, steps, moments)
+
+
+def _read_file(file: str) -> dict[str, Any]:
+    saved = read_torch_file(file)
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(key), kind) for key, kind in _LAYOUT.items()):
+        raise CheckpointError(f"{file} is no optimizer state: expected a dict with state and param_groups.")
+    return saved
+
+
+def _groups_of(file: str, saved: Mapping[str, Any]) -> list[dict[Any, Any]]:
+    """The parameter groups: each has a list of the numbers, or names, of its parameters."""
+    groups: list[Any] = saved["param_groups"]
+    for number, group in enumerate(groups):
+        members = group.get("params") if isinstance(group, dict) else None
+        if not isinstance(members, list):
+            raise CheckpointError(f"{file}: param_groups is no list of groups with params.")
+        for name in _NAMES:
+            listed = group.get(name, members)
+            odd = [item for item in listed if type(item) not in (int, str)] if isinstance(listed, list) else [listed]
+            if odd:
+                raise CheckpointError(
+                    f"{file}: {name} of parameter group {number} {'holds' if isinstance(listed, list) else 'is'} "
+                    f"{shown(odd[0])}, expected a list of numbers or names."
+                )
+    return groups
 
 
 def _find_file(path: Path) -> str:
@@ -180,6 +286,12 @@ def _find_file(path: Path) -> str:
         return str(path)
     if (path / OPTIMIZER_FILE).is_file():
         return str(path / OPTIMIZER_FILE)
+    if (path / "optimizer.bin").exists():
+        raise CheckpointError(
+            f"{path}: optimizer.bin is FSDP's gathered state; only an unsharded {OPTIMIZER_FILE} can grow. Load it in "
+            "a run that is not sharded and save that checkpoint, or save with SHARDED_STATE_DICT, of which `teleflm "
+            f"convert --optimizer` makes an {OPTIMIZER_FILE}."
+        )
     for name, what in _SHARDED.items():
         if (path / name).exists():
             raise CheckpointError(
@@ -192,11 +304,9 @@ def _find_file(path: Path) -> str:
 
 
 def _name_groups(
-    file: str, saved: list[Any], names: list[str], *, must_name: bool
+    file: str, saved: list[dict[Any, Any]], names: list[str], *, must_name: bool
 ) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
     """The settings of each saved group, and the names of its parameters."""
-    if not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in saved):
-        raise CheckpointError(f"{file}: param_groups is no list of groups with params.")
     sizes = [len(group["params"]) for group in saved]
     if all("param_names" in group for group in saved):
         found = [list(group["param_names"]) for group in saved]
@@ -216,8 +326,7 @@ def _name_groups(
         if not found:
             expected = " or ".join(str([len(group) for group in groups]) for groups in known)
             raise CheckpointError(f"{file}: param_groups have {sizes} parameters, the model has {expected}.")
-    extra = ("params", "param_names")
-    settings = [{key: value for key, value in group.items() if key not in extra} for group in saved]
+    settings = [{key: value for key, value in group.items() if key not in _NAMES} for group in saved]
     return [(own, tuple(members)) for own, members in zip(settings, found, strict=True)]
 
 
@@ -231,14 +340,16 @@ def _known_groups(names: list[str]) -> list[list[list[str]]]:
 
 
 def _moments(file: str, name: str, entry: Any, shape: tuple[int, ...], whose: str) -> tuple[View, View]:
-    keys = sorted(entry) if isinstance(entry, dict) else None
+    keys = sorted(map(str, entry)) if isinstance(entry, dict) else None
+    if keys == sorted((*MOMENTS, "step", "max_exp_avg_sq")):
+        raise CheckpointError(
+            f"{file}: the state of {name} has max_exp_avg_sq, so it is of an Adam with amsgrad; only Adam and AdamW "
+            "without it can grow, and be exported."
+        )
     if keys != sorted((*MOMENTS, "step")):
         raise CheckpointError(
             f"{file}: the state of {name} is {keys}, expected exp_avg, exp_avg_sq, step; only Adam and AdamW can grow."
         )
-    step = entry["step"]
-    if not isinstance(step, int | float) and not (isinstance(step, View) and step.numel == 1):
-        raise CheckpointError(f"{file}: step of {name} is a {type(step).__name__}, expected a number.")
     for key in MOMENTS:
         view = entry[key]
         if not isinstance(view, View) or not view.dtype.is_floating:
@@ -248,17 +359,29 @@ def _moments(file: str, name: str, entry: Any, shape: tuple[int, ...], whose: st
     return entry["exp_avg"], entry["exp_avg_sq"]
 
 
-def _setting(file: str, key: str, value: Any, reader: FileReader) -> Any:
-    if isinstance(value, View) and value.numel == 1:
-        return _number(value, reader)
-    plain = value if isinstance(value, tuple | list) else (value,)
-    if not all(item is None or isinstance(item, bool | int | float | str) for item in plain):
-        raise CheckpointError(f"{file}: {key} of a parameter group is a {type(value).__name__}, expected numbers.")
-    return value
+def _read_step(value: Any, where: str, reader: FileReader) -> float:
+    """A number of updates: torch counts them in float32, which ends at 2^24."""
+    return float(read_count(plain_value(value, reader), where, most=MAX_STEPS, way_out=_DAMAGED))
 
 
-def _number(value: Any, reader: FileReader) -> float:
-    return float(reader.read(value).reshape(-1)[0]) if isinstance(value, View) else float(value)
+def _plain_settings(settings: Mapping[Any, Any], reader: FileReader) -> dict[Any, Any]:
+    """The settings of a group, with the number in place of a tensor of one."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(plain_value(item, reader) for item in value)
+        return plain_value(value, reader)
+
+    return {key: plain(value) for key, value in settings.items()}
 
 
-__all__ = ["AdamState", "read_adam_state", "read_grown_state"]
+__all__ = [
+    "AdamState",
+    "check_gradients_alone",
+    "check_recorded_state",
+    "check_resumed_state",
+    "check_trainer_step",
+    "decay_notes",
+    "read_adam_state",
+    "read_grown_state",
+]

@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The few numbers of a Tele-FLM configuration that checkpoints depend on, read from config.json without torch."""
+"""The few numbers of a configuration that checkpoints depend on, read from config.json without torch."""
 
 import ast
 import copy
@@ -18,14 +18,18 @@ from typing import Any
 
 from .checkpoint.errors import CheckpointError
 from .checkpoint.strict_json import read_json_object
+from .family import LLAMA, MULTIPLIERS, TELEFLM, find_family, require_family
 
-MODEL_TYPE = "TeleFLM"
+MODEL_TYPE = TELEFLM.model_type
+_DEFAULT_POSITIONS = 2048  # of transformers' LlamaConfig
 _LARGEST = sys.float_info.max  # an integer of JSON may be larger than any float
+# Of any size, and of layers, which are gone through one by one: ten times what the deepest model that was trained has.
+_MOST, _MOST_LAYERS = 2**31 - 1, 10_000
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes and multipliers of a Tele-FLM model; the fields are config.json's."""
+    """Sizes and multipliers of a model; the fields are config.json's. Of a family without multipliers, these are 1."""
 
     hidden_size: int
     intermediate_size: int
@@ -78,20 +82,20 @@ class Architecture:
             with_biases: whether the caller can deal with biases in attention, which no published Tele-FLM has.
 
         Raises:
-            CheckpointError: a field is missing, has the wrong type, or contradicts another.
+            CheckpointError: a field is missing, has the wrong type, contradicts another, or is none of the family's.
         """
-        if config.get("model_type") != MODEL_TYPE:
-            raise CheckpointError(f"{where}: model_type is {config.get('model_type')!r}, expected {MODEL_TYPE!r}.")
+        family = require_family(config, where)
+        family.require_plain(config, where)
         for biases in ("mlp_bias",) if with_biases else ("attention_bias", "mlp_bias"):
             if config.get(biases):
                 raise CheckpointError(f"{where}: {biases} is true; biases are not supported here.")
-        values = {field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None}
+        read = [field.name for field in fields(cls) if family.has_multipliers or field.name not in MULTIPLIERS]
+        values = {**family.defaults, **{name: config[name] for name in read if config.get(name) is not None}}
         heads, hidden = _number(values, "num_attention_heads", where), _number(values, "hidden_size", where)
         if hidden % heads:
             raise CheckpointError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}.")
         values.setdefault("num_key_value_heads", heads)
         values.setdefault("head_dim", hidden // heads)
-        values.setdefault("rms_norm_eps", 1e-6)  # transformers' default for Llama
         for field in fields(cls):
             values[field.name] = _value(values, field.name, field.type, where)
         if heads % values["num_key_value_heads"]:
@@ -100,6 +104,8 @@ class Architecture:
                 f"{values['num_key_value_heads']}."
             )
         architecture = cls(**values)
+        if family is LLAMA:
+            _check_rope(rope_parameters(config, where), where)
         if not 0 < architecture.logit_scale < math.inf:
             raise CheckpointError(
                 f"{where}: output_mult {architecture.output_mult} / mup_scale_factor {architecture.mup_scale_factor} "
@@ -108,8 +114,13 @@ class Architecture:
         return architecture
 
     def to_config(self, base: Mapping[str, Any]) -> dict[str, Any]:
-        """`base` with this architecture's numbers; everything else as it is there."""
-        return {**base, **asdict(self), "model_type": MODEL_TYPE}
+        """`base` with this architecture's numbers; everything else as it is there. It is a Tele-FLM's unless it says.
+
+        Of a family without multipliers none are written: what they make up for has to be in the weights.
+        """
+        family = find_family(base) or TELEFLM
+        numbers = {name: v for name, v in asdict(self).items() if family.has_multipliers or name not in MULTIPLIERS}
+        return {**base, **numbers, "model_type": family.model_type}
 
     def evolve(self, **changes: Any) -> "Architecture":
         """A copy with some fields changed."""
@@ -138,6 +149,9 @@ def _value(values: Mapping[str, Any], name: str, kind: Any, where: str) -> Any:
         raise CheckpointError(f"{where}: {name} is {_shown(value)}, expected {expected}.")
     if not 0 < value <= _LARGEST:
         raise CheckpointError(f"{where}: {name} is {_shown(value)}; it must be finite and above 0.")
+    most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
+    if kind is int and value > most:
+        raise CheckpointError(f"{where}: {name} is {_shown(value)}, expected at most {most:,}.")
     return kind(value)
 
 
@@ -166,6 +180,69 @@ def rope_parameters(config: Mapping[str, Any], where: str = "config.json") -> di
     theta = config.get("rope_theta")
     rope.setdefault("rope_theta", 10000.0 if theta is None else float(theta))
     return rope
+
+
+def trained_length(config: Mapping[str, Any], where: str = "config.json") -> int:
+    """The positions that a model was trained on before its rotary embedding was scaled, as transformers reads it.
+
+    Args:
+        config: content of a config.json.
+        where: what to call it in errors.
+
+    Raises:
+        CheckpointError: it is no number of positions.
+    """
+    name = "original_max_position_embeddings"
+    places = (config, rope_parameters(config, where))
+    length = next((place[name] for place in places if place.get(name) is not None), None)
+    if length is None:
+        name, length = "max_position_embeddings", config.get("max_position_embeddings")
+    length = _DEFAULT_POSITIONS if length is None else length
+    if isinstance(length, bool) or not isinstance(length, int) or not 0 < length <= _LARGEST:
+        raise CheckpointError(f"{where}: {name} is {_shown(length)}, expected an integer above 0.")
+    return length
+
+
+# What each kind of rotary embedding that transformers' Llama has needs beside rope_theta: numbers, or lists of them.
+_ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": (),
+}
+_ROPE_LISTS: dict[str, tuple[str, ...]] = {"longrope": ("short_factor", "long_factor")}
+
+
+def _check_rope(rope: Mapping[str, Any], where: str) -> None:
+    """Refuse a rotary embedding that transformers' Llama does not have, or that lacks what decides its angles."""
+    kind = rope["rope_type"]
+    if kind not in _ROPE_NUMBERS:
+        raise CheckpointError(f"{where}: rope_type is {_shown(kind)}, expected one of {', '.join(_ROPE_NUMBERS)}.")
+    for name, value in rope.items():
+        if isinstance(value, Mapping):
+            raise CheckpointError(
+                f"{where}: rope_parameters has {name}, an object: a Llama's are the same in all layers."
+            )
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        found = _shown(rope["partial_rotary_factor"])
+        raise CheckpointError(f"{where}: partial_rotary_factor is {found}; a Llama turns all of each head.")
+    for name in ("rope_theta", *_ROPE_NUMBERS[kind]):
+        if not _is_finite(rope.get(name)):
+            raise CheckpointError(
+                f"{where}: {name} of rope_type {kind} is {_shown(rope.get(name))}, expected a number."
+            )
+    for name in _ROPE_LISTS.get(kind, ()):
+        values = rope.get(name)
+        if not isinstance(values, list) or not values or not all(map(_is_finite, values)):
+            raise CheckpointError(
+                f"{where}: {name} of rope_type {kind} is {_shown(values)}, expected a list of numbers."
+            )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _LARGEST
 
 
 def _rope_theta(value: Any, where: str) -> None:

@@ -11,22 +11,28 @@ from typing import Any
 
 from .architecture import MODEL_TYPE, Architecture, load_config, load_preset, preset_names
 from .checkpoint.budget import reading_threads
-from .checkpoint.containers import Shard, parse_size
+from .checkpoint.containers import Shard
 from .checkpoint.dtypes import DType, parse_dtype
 from .checkpoint.errors import CheckpointError, NotFinite
 from .checkpoint.execute import CheckpointResult, WriteOptions, execute
 from .checkpoint.job import read_json
+from .checkpoint.numbers import parse_size
 from .checkpoint.parent import parent_of
 from .checkpoint.plan import CheckpointPlan, TensorPlan, View
 from .checkpoint.promises import verify_sources
+from .checkpoint.sharded import ShardedTensor
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
+from .compressed_tensors import Float8Weights, check_scheme, is_float8, quantise_linear, quantised_config, read_float8
 from .exports.export import exported_weights
+from .family import is_llama
 from .hub.card import model_facts
 from .hub.contents import hub_config, hub_sidecars, sidecar_notes
 from .hub.published_card import CardOptions
 from .hub.remote import local_view
 from .hub.small_files import check_read_files, copied_file, left_behind, small_files
 from .hub.streaming import Streamed, stream_to_hub
+from .input_mult import InputFold, fold_input_mult, folded_lineage, input_mult_warning
+from .llama import check_complete, why_only_copied
 from .mapping import check_tensors, weights
 from .native.checkpoint import NativeCheckpoint
 from .native.find import FORMATS as NATIVE_FORMATS
@@ -34,7 +40,8 @@ from .native.find import exported_folder, open_native
 from .native.hub_plan import compare_replicas, plan_run
 from .native.masters import check_masters
 from .native.table import read_table
-from .quantisation import quantisation
+from .optimizer_state import OPTIMIZER_FILE
+from .quantisation import CONFIG_FIELDS, quantisation
 
 FORMATS = ("auto", "hf", *NATIVE_FORMATS)
 
@@ -54,14 +61,17 @@ def convert_checkpoint(
     optimizer: bool = False,
     allow_unequal_replicas: bool = False,
     allow_nonfinite: bool = False,
+    fold_input_mult: bool = False,
     dtype: str | None = None,
+    quantize: str | None = None,
     options: WriteOptions | None = None,
     dry_run: bool = False,
 ) -> CheckpointResult:
     """Rewrite a checkpoint as safetensors, without loading it and without executing anything it contains.
 
     A Tele-FLM's tensors are checked against its configuration and written in data-flow order, with our code and
-    configuration; any other Hugging Face model keeps its tensors, its configuration and its small files as they are.
+    configuration; any other Hugging Face model keeps its tensors, its configuration and its small files as they are, of
+    a Llama it is checked that no weight of its configuration is missing or of another shape.
     Of a training run every weight is accounted for: copies that the run kept are compared, values checked to be finite.
 
     Args:
@@ -80,7 +90,11 @@ def convert_checkpoint(
             transformers' Trainer loads and growth grows.
         allow_unequal_replicas: take rank 0's where copies differ.
         allow_nonfinite: write a run's NaN and infinities as they are, and infinity for what is too large for `dtype`.
-        dtype: of the output's floating-point tensors; the source's unless given.
+        fold_input_mult: multiply a Tele-FLM's factor on the embeddings into these, so that it is 1: exactly if it is a
+            power of two, else each is rounded once. The notes say which.
+        dtype: of the output's floating-point tensors; the source's unless given. Weights in 8-bit floats that
+            `compressed_tensors.is_float8` become their products with their scales.
+        quantize: of a Tele-FLM: `fp8`, its linear layers but the head in 8-bit floats with a scale for each row.
         options: how to write.
         dry_run: plan and check everything that headers allow, write nothing.
 
@@ -99,6 +113,8 @@ def convert_checkpoint(
     how |= {"vocab_size": vocab_size, "multipliers": multipliers, "fp32_master": fp32_master}
     how |= {"optimizer": optimizer}
     how |= {"allow_unequal_replicas": allow_unequal_replicas, "allow_nonfinite": allow_nonfinite, "dtype": dtype}
+    how |= {"fold_input_mult": fold_input_mult}
+    how |= {"quantize": quantize}
     planned = _plan(source, options or WriteOptions(), dry_run=dry_run, **how)
     try:
         return execute(
@@ -179,12 +195,20 @@ def _plan(
     optimizer: bool = False,
     allow_unequal_replicas: bool = False,
     allow_nonfinite: bool = False,
+    fold_input_mult: bool = False,
     dtype: str | None = None,
+    quantize: str | None = None,
     dry_run: bool = False,
 ) -> _Planned:
     """The plan of a conversion, and how to write it; see `convert_checkpoint`."""
     if format not in FORMATS:
         raise CheckpointError(f"format is {format!r}, expected one of {', '.join(FORMATS)}.")
+    check_scheme(quantize)
+    if quantize and optimizer:
+        raise CheckpointError(
+            f"--optimizer writes moments to train on with, which --quantize {quantize} does not leave weights for; "
+            "leave one of them out."
+        )
     folder = local_view(source)
     options = replace(options, allow_nonfinite=options.allow_nonfinite or allow_nonfinite)
     recorded: dict[str, View] = {}
@@ -196,12 +220,16 @@ def _plan(
         run_only |= {"multipliers": multipliers, "mapping": mapping, "fp32_master": fp32_master or None}
         run_only |= {"allow_unequal_replicas": allow_unequal_replicas or None, "optimizer": optimizer or None}
         _refuse_run_options(run_only)
-        plan, notes = plan_conversion(open_checkpoint(folder), dtype=cast, alone=folder.is_file())
+        plan, notes = plan_conversion(
+            open_checkpoint(folder), dtype=cast, quantize=quantize, alone=folder.is_file(), fold_input=fold_input_mult
+        )
     else:
-        plan, states, notes = plan_run(run, _read_config(config), tokenizer, vocab_size, cast, multipliers)
+        plan, states, notes = plan_run(
+            run, _read_config(config), tokenizer, vocab_size, cast, multipliers, quantize, fold_input=fold_input_mult
+        )
         options = replace(options, finite=not options.allow_nonfinite)
         exported = exported_folder(Path(run.folder)) if options.verify_source else None
-        recorded = exported_weights(exported) if exported else {}
+        recorded = exported_weights(exported, with_state=optimizer or fp32_master) if exported else {}
         if not dry_run:
             check_masters(run)
             notes += compare_replicas(run, plan.config, allow=allow_unequal_replicas)
@@ -243,57 +271,128 @@ def _read_config(config: str | Path | Mapping[str, Any] | None) -> Mapping[str, 
 
 
 def plan_conversion(
-    checkpoint: Source, *, dtype: DType | None = None, alone: bool = False
+    checkpoint: Source,
+    *,
+    dtype: DType | None = None,
+    quantize: str | None = None,
+    alone: bool = False,
+    fold_input: bool = False,
 ) -> tuple[CheckpointPlan, list[str]]:
     """The plan of a conversion, and notes on it.
 
     Args:
         checkpoint: the source.
         dtype: of the output's floating-point tensors; each source tensor's own unless given.
+        quantize: see `convert_checkpoint`.
         alone: take the weights alone, and nothing that lies beside them.
+        fold_input: multiply `input_mult` into the embeddings.
 
     Raises:
-        CheckpointError: a Tele-FLM's tensors are not those of its configuration, quantised tensors are to be cast, or a
-            file that goes with them is a link that leads out of the folder.
+        CheckpointError: a Tele-FLM's tensors are not those of its configuration, a Llama lacks one of them, quantised
+            tensors are to be cast or quantised again, or a file that goes with them is a link that leads out of the
+            folder.
     """
     if not checkpoint.tensors:
         raise CheckpointError(f"{checkpoint.folder}: {Path(checkpoint.files[0].name).name} holds no tensors.")
     how = quantisation(checkpoint.config, checkpoint.tensors)
-    if how and dtype:
+    is_teleflm = (checkpoint.config or {}).get("model_type") == MODEL_TYPE
+    if quantize:
+        _refuse_quantising(checkpoint, quantize, how, alone=alone)
+    float8 = read_float8(checkpoint) if how and dtype and not alone and is_float8(checkpoint.config) else None
+    if how and dtype and not float8:
         raise CheckpointError(
             f"{checkpoint.folder}: is quantised ({how}); --dtype {dtype} would round its scales. Without --dtype it is "
             "copied as it is; for another dtype take the original, or dequantise it first."
         )
-    is_teleflm = (checkpoint.config or {}).get("model_type") == MODEL_TYPE
+    if fold_input:
+        _check_foldable(checkpoint, how, alone=alone)
     if alone:
         plan, notes = _plan_alone(checkpoint, dtype)
+    elif is_teleflm and (float8 or not how):
+        plan, notes = _plan_teleflm(checkpoint, dtype, quantize, float8, fold_input=fold_input)
     else:
-        plan, notes = (_plan_teleflm if is_teleflm and not how else _plan_any)(checkpoint, dtype)
-    notes += [f"Quantised ({how}): every tensor was kept as it is."] if how else []
+        plan, notes = _plan_any(checkpoint, dtype, float8)
+    if float8:
+        notes.append(f"Dequantised ({how}): {len(float8.scales)} weights are products with their scales, rounded once.")
+        if float8.left_out:
+            notes.append(f"{len(float8.left_out)} scales of activations were left out.")
+    elif how:
+        notes.append(f"Quantised ({how}): every tensor was kept as it is.")
     plan.check()
     return plan, notes
 
 
-def _plan_teleflm(checkpoint: Source, dtype: DType | None) -> tuple[CheckpointPlan, list[str]]:
+def _check_foldable(checkpoint: Source, how: str | None, *, alone: bool) -> None:
+    """Whether `input_mult` of a source can be folded, which takes its configuration and weights that can be scaled."""
+    said = None if alone else (checkpoint.config or {}).get("model_type")
+    if alone:
+        reason = "is one file of weights, whose configuration is not read; name its folder"
+    elif said != MODEL_TYPE:
+        reason = f"model_type is {said!r}, and --fold-input-mult is for {MODEL_TYPE}; leave it out"
+    elif how:
+        reason = f"is quantised ({how}), and is copied as it is; fold the original, or leave --fold-input-mult out"
+    else:
+        return
+    raise CheckpointError(f"{checkpoint.folder}: {reason}.")
+
+
+def _refuse_quantising(checkpoint: Source, quantize: str, how: str | None, *, alone: bool) -> None:
+    """Refuse to quantise what is quantised already, and a model whose layers are not known here."""
+    kind = (checkpoint.config or {}).get("model_type")
+    if how:
+        raise CheckpointError(
+            f"{checkpoint.folder}: is quantised ({how}); --quantize {quantize} would round it again. Take the original."
+        )
+    if alone or kind != MODEL_TYPE:
+        found = "a file of weights" if alone else f"a {kind} model" if kind else "one without a config.json"
+        raise CheckpointError(
+            f"{checkpoint.folder}: --quantize {quantize} is for the folder of a Tele-FLM, whose layers are known here; "
+            f"this is {found}."
+        )
+
+
+def _plan_teleflm(
+    checkpoint: Source, dtype: DType | None, quantize: str | None, float8: Float8Weights | None, *, fold_input: bool
+) -> tuple[CheckpointPlan, list[str]]:
     where = f"{checkpoint.folder}/config.json"
-    architecture = Architecture.from_config(checkpoint.config or {}, where, with_biases=True)
-    check_tensors(checkpoint.tensors, architecture, checkpoint.folder)
-    tensors = tuple(_cast(name, checkpoint.tensors[name], dtype) for name, *_ in weights(architecture))
-    dropped = len(checkpoint.tensors) - len(tensors)
-    lineage = _lineage(checkpoint, dtype)
+    config = {key: value for key, value in (checkpoint.config or {}).items() if not (float8 and key in CONFIG_FIELDS)}
+    architecture = Architecture.from_config(config, where, with_biases=True)
+    check_scheme(quantize, architecture)
+    found = float8.tensors if float8 else checkpoint.tensors
+    check_tensors(found, architecture, checkpoint.folder)
+    fold = fold_input_mult(architecture, where) if fold_input else InputFold(architecture, 1.0)
+    tensors = tuple(
+        _cast(name, found[name], dtype, float8, scale=fold.scales.get(name, 1.0)) for name, *_ in weights(architecture)
+    )
+    dropped = len(found) - len(tensors)
+    lineage = {**_lineage(checkpoint, dtype, quantize, float8), **folded_lineage(fold)}
     out_dtype = tensors[0].dtype.name
-    config = hub_config(checkpoint.config or {}, architecture, out_dtype)
-    sidecars = hub_sidecars(Path(checkpoint.folder), model_facts(config, out_dtype, lineage))
+    config = hub_config(config, fold.architecture, out_dtype)
+    if quantize:
+        tensors, config = quantise_linear(tensors), quantised_config(config)
+    facts = model_facts(config, out_dtype, lineage)
+    facts = replace(facts, num_bytes=sum(tensor.nbytes for tensor in tensors)) if quantize else facts
+    sidecars = hub_sidecars(Path(checkpoint.folder), facts)
     notes = [f"{dropped} tensors that every runtime computes itself were left out."] if dropped else []
+    notes += fold.notes(tensors[0].dtype) if fold_input else []
+    if fold.factor != 1.0 and (Path(checkpoint.folder) / OPTIMIZER_FILE).is_file():
+        notes.append(
+            f"{OPTIMIZER_FILE} of the source is of embeddings that were not multiplied: it is no state of this model."
+        )
+    warning = input_mult_warning(fold.architecture)
+    notes += [warning] if warning else []
     notes += sidecar_notes(Path(checkpoint.folder), sidecars)
     return CheckpointPlan(tensors, config, sidecars, lineage), notes
 
 
-def _plan_any(checkpoint: Source, dtype: DType | None) -> tuple[CheckpointPlan, list[str]]:
+def _plan_any(
+    checkpoint: Source, dtype: DType | None, float8: Float8Weights | None
+) -> tuple[CheckpointPlan, list[str]]:
     folder = Path(checkpoint.folder)
-    tensors = tuple(_cast(name, view, dtype) for name, view in checkpoint.tensors.items())
+    found = float8.tensors if float8 else checkpoint.tensors
+    tensors = tuple(_cast(name, view, dtype, float8) for name, view in found.items())
     check_read_files(folder)
-    config = dict(checkpoint.config or {})
+    config = {key: value for key, value in (checkpoint.config or {}).items() if not (float8 and key in CONFIG_FIELDS)}
     tokenizer = read_json(Path(path)) if (path := copied_file(folder, "tokenizer_config.json")) else None
     sidecars = small_files(folder, {"config.json": config, "tokenizer_config.json": tokenizer})
     if dtype:
@@ -301,9 +400,14 @@ def _plan_any(checkpoint: Source, dtype: DType | None) -> tuple[CheckpointPlan, 
     notes = [] if checkpoint.config else ["The source has no config.json; the output's is empty."]
     model_type = config.get("model_type")
     if model_type and model_type != MODEL_TYPE:
-        notes.append(f"A {model_type} model, not a Tele-FLM: tensors and configuration were kept as they are.")
+        kept = "configuration was kept as it is" if float8 else "tensors and configuration were kept as they are"
+        notes.append(f"A {model_type} model, not a Tele-FLM: {kept}.")
+    if unread := why_only_copied(checkpoint):
+        notes.append(f"Whether its weights are all there was not looked at: {unread}.")
+    elif is_llama(checkpoint.config):
+        check_complete(checkpoint)
     notes += left_behind(folder, sidecars)
-    return CheckpointPlan(tensors, config, sidecars, _lineage(checkpoint, dtype)), notes
+    return CheckpointPlan(tensors, config, sidecars, _lineage(checkpoint, dtype, None, float8)), notes
 
 
 def _plan_alone(checkpoint: Source, dtype: DType | None) -> tuple[CheckpointPlan, list[str]]:
@@ -314,14 +418,25 @@ def _plan_alone(checkpoint: Source, dtype: DType | None) -> tuple[CheckpointPlan
     return CheckpointPlan(tensors, config, {}, lineage), notes
 
 
-def _cast(name: str, view: View, dtype: DType | None) -> TensorPlan:
-    return TensorPlan.copy_of(name, view, dtype if dtype and view.dtype.is_floating else None)
+def _cast(
+    name: str, view: View, dtype: DType | None, float8: Float8Weights | None = None, *, scale: float = 1.0
+) -> TensorPlan:
+    if float8 and dtype:
+        return float8.plan(name, dtype)
+    cast = dtype if dtype and view.dtype.is_floating else None
+    if scale != 1.0:
+        return ShardedTensor.of(view).plan(name, dtype=cast, scale=scale)
+    return TensorPlan.copy_of(name, view, cast)
 
 
-def _lineage(checkpoint: Source, dtype: DType | None) -> dict[str, Any]:
+def _lineage(
+    checkpoint: Source, dtype: DType | None, quantize: str | None = None, float8: Float8Weights | None = None
+) -> dict[str, Any]:
     return {
         "operation": "convert",
         "from": checkpoint.format,
         "dtype": dtype.name if dtype else None,
+        **({"quantized": quantize} if quantize else {}),
+        **({"dequantized": True} if float8 else {}),
         "parent": parent_of(checkpoint),
     }

@@ -13,25 +13,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .architecture import MODEL_TYPE, Architecture
+from .architecture import Architecture, load_config
 from .checkpoint.budget import reading_threads
 from .checkpoint.check import Damage, check_folder
-from .checkpoint.containers import parse_size
 from .checkpoint.errors import CheckpointError, printable
+from .checkpoint.gguf_file import gguf_files, open_gguf, vocabulary
 from .checkpoint.limits import DEFAULT_MEMORY, default_workers
 from .checkpoint.manifest import MANIFEST, find_manifest, is_edited, read_manifest
 from .checkpoint.mirror import shown
+from .checkpoint.numbers import parse_size
 from .checkpoint.parent import record_mismatch
 from .checkpoint.plan import View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
+from .compressed_tensors import is_float8, read_float8
 from .exports.export import exported_weights
-from .hub.contents import count_pieces
+from .exports.gguf import gguf_mismatch
+from .family import TELEFLM, find_family, is_llama
+from .hub.contents import count_pieces, count_token_ids
 from .hub.lineage import Link, lineage_chain, lineage_steps
 from .hub.remote import local_view
+from .input_mult import input_mult_warning
+from .llama import check_complete, why_only_copied
 from .mapping import check_tensors
 from .native.checkpoint import NativeCheckpoint
-from .native.find import RELEASE, exported_folder, open_native
-from .native.hub_plan import compare_replicas, missing_multipliers, plan_tensors, run_architecture
+from .native.find import RELEASE, exported_folder, find_native, open_native
+from .native.hub_plan import compare_replicas, missing_multipliers, plan_tensors, run_architecture, run_model_type
+from .quantisation import quantisation
 
 _SHARD = re.compile(r"-\d+-of-\d+\.")
 
@@ -42,24 +49,27 @@ class Inspection:
 
     Args:
         folder: its path.
-        format: the container of its weights, `safetensors` or `torch`; of a training run, what wrote it.
+        format: the container of its weights, `safetensors`, `torch` or `gguf`; of a training run, what wrote it.
         parallel: of a training run: how it is cut, in words.
         iteration: of a training run: the step it was saved at.
         model_type: of its config.json, None without one.
-        architecture: its numbers, for a Tele-FLM with a usable config.json.
-        parameters: elements of all tensors.
+        architecture: its numbers, for a Tele-FLM or a Llama with a usable config.json.
+        parameters: elements of all tensors; without the scales of 8-bit floats.
         dtypes: dtype -> number of tensors.
         nbytes: bytes of all tensors.
         files: weight files and their sizes in bytes.
-        pieces: pieces of its tokenizer, None without one.
+        pieces: pieces of its tokenizer, None without one; of a Llama the token ids, those that were added among them.
         padding_rows: vocabulary rows without a piece, None if unknown.
         lineage: what it was made from, a sentence a step, oldest first.
         chain: the same as links from record to record, with what is wrong with each.
+        quantised: how it is quantised, and what says so; None if it is not.
         problems: what is wrong with it, a sentence each.
         damages: tensors and files that differ from the record; None if that was not checked.
         checked_files: how many files, beside their tensors, were held against the record.
         alone: whether it is one weight file of a folder, and nothing is said of the others.
         checked_tensors: whether the record has digests of the tensors, which were held against it.
+        warnings: what whoever serves it should know, a sentence each.
+        refused: of a Llama, why it is copied as it is and neither grown nor exported; None if it is both.
     """
 
     folder: str
@@ -81,6 +91,9 @@ class Inspection:
     checked_tensors: bool = False
     alone: bool = False
     chain: tuple[Link, ...] = ()
+    warnings: tuple[str, ...] = ()
+    refused: str | None = None
+    quantised: str | None = None
 
 
 def inspect_checkpoint(
@@ -108,6 +121,8 @@ def inspect_checkpoint(
     """
     path = local_view(path)
     workers = reading_threads(workers or default_workers(), parse_size(memory))
+    if _is_gguf(Path(path)):
+        return _inspect_gguf(Path(path), check, workers, progress)
     run = None if _is_hub(Path(path)) else _open_run(Path(path), check)
     if run is not None:
         return _inspect_run(run, check, workers, progress)
@@ -115,13 +130,23 @@ def inspect_checkpoint(
     folder = Path(source.folder)
     problems: list[str] = []
     alone = Path(path).is_file() and len(source.files) == 1 and _SHARD.search(Path(path).name) is not None
-    architecture = _noting(problems, lambda: _architecture(source))
-    pieces = _noting(problems, lambda: count_pieces(folder))
+    refused = why_only_copied(source)
+    architecture = None if refused else _noting(problems, lambda: _architecture(source))
+    count = count_token_ids if is_llama(source.config) else count_pieces
+    pieces = _noting(problems, lambda: count(folder))
     manifest = _noting(problems, lambda: read_manifest(folder))
+    has_scales = is_float8(source.config) and not alone
+    float8 = _noting(problems, lambda: read_float8(source)) if has_scales else None
+    tensors = float8.tensors if float8 else source.tensors
     if architecture:
-        if not alone:
-            _noting(problems, lambda: check_tensors(source.tensors, architecture, source.folder))
-        if pieces and pieces > architecture.vocab_size:
+        if not alone and is_llama(source.config):
+            _noting(problems, lambda: check_complete(source))
+            refused = (
+                None if problems else _complaint(lambda: check_tensors(source.tensors, architecture, "its weights"))
+            )
+        elif not alone and bool(float8) == has_scales:
+            _noting(problems, lambda: check_tensors(tensors, architecture, source.folder))
+        if pieces and pieces > architecture.vocab_size and not is_llama(source.config):
             problems.append(
                 f"tokenizer.model has {pieces} pieces, config.json a vocab_size of {architecture.vocab_size}."
             )
@@ -137,12 +162,12 @@ def inspect_checkpoint(
         iteration=None,
         model_type=_model_type(source.config or {}),
         architecture=architecture,
-        parameters=sum(view.numel * view.dtype.packed for view in source.tensors.values()),
+        parameters=sum(view.numel * view.dtype.packed for view in tensors.values()),
         dtypes=dict(Counter(view.dtype.name for view in source.tensors.values())),
         nbytes=sum(view.nbytes for view in source.tensors.values()),
         files={Path(file.name).name: file.size for file in source.files},
         pieces=pieces,
-        padding_rows=architecture.vocab_size - pieces if architecture and pieces else None,
+        padding_rows=max(0, architecture.vocab_size - pieces) if architecture and pieces else None,
         lineage=_sentences(manifest),
         problems=[*map(shown, problems)],
         damages=_check(source.tensors, folder, checked, workers, progress, alone=alone, with_state=with_state),
@@ -150,7 +175,15 @@ def inspect_checkpoint(
         checked_files=_count_files(checked),
         checked_tensors=bool(checked and checked.get("digest")),
         chain=_chain(folder, manifest, None if alone else source.tensors),
+        warnings=_warnings(architecture),
+        refused=refused,
+        quantised=quantisation(source.config, source.tensors),
     )
+
+
+def _warnings(architecture: Architecture | None) -> tuple[str, ...]:
+    warning = input_mult_warning(architecture) if architecture else None
+    return (warning,) if warning else ()
 
 
 def _sentences(manifest: Mapping[str, Any] | None) -> list[str]:
@@ -217,6 +250,50 @@ def _open_run(path: Path, check: bool) -> NativeCheckpoint | None:
     return run
 
 
+def _is_gguf(path: Path) -> bool:
+    """Whether a path is that of a GGUF file, or of a folder that has such and is nothing else."""
+    if path.is_file():
+        return path.suffix == ".gguf"
+    return path.is_dir() and bool(gguf_files(path)) and not _is_hub(path) and find_native(path) is None
+
+
+def _inspect_gguf(path: Path, check: bool, workers: int, progress: Callable[[int, int], None]) -> Inspection:
+    model = open_gguf(path)
+    folder, problems = Path(model.folder), list[str]()
+    config = _noting(problems, lambda: load_config(folder / "config.json")) if (folder / "config.json").exists() else {}
+    architecture = None
+    if find_family(config) == TELEFLM:
+        where = f"{folder}/config.json"
+        architecture = _noting(problems, lambda: Architecture.from_config(config, where, with_biases=True))
+    if architecture and (mismatch := gguf_mismatch(model, architecture)):
+        problems.append(f"{Path(model.files[0].name).name}: {mismatch}.")
+    manifest = _noting(problems, lambda: read_manifest(folder))
+    if check and manifest is None:
+        raise CheckpointError(f"{folder}/{MANIFEST}: no such file; there is nothing to check the tensors against.")
+    rows, pieces = vocabulary(model.settings)
+    kind = model.settings.get("general.architecture")
+    return Inspection(
+        folder=shown(model.folder),
+        format="gguf",
+        parallel=None,
+        iteration=None,
+        model_type=printable(kind) if isinstance(kind, str) else None,
+        architecture=architecture,
+        parameters=sum(view.numel * view.dtype.packed for view in model.tensors.values()),
+        dtypes=dict(Counter(view.dtype.name for view in model.tensors.values())),
+        nbytes=sum(view.nbytes for view in model.tensors.values()),
+        files={Path(file.name).name: file.size for file in model.files},
+        pieces=pieces,
+        padding_rows=rows - pieces if pieces else None,
+        lineage=_sentences(manifest),
+        problems=[*map(shown, problems)],
+        damages=_check(model.tensors, folder, manifest if check else None, workers, progress),
+        checked_files=_count_files(manifest if check else None),
+        checked_tensors=bool(check and manifest and manifest.get("digest")),
+        chain=_chain(folder, manifest, model.tensors),
+    )
+
+
 def _is_hub(path: Path) -> bool:
     return path.is_file() or any((path / name).exists() for name in WEIGHT_FILES)
 
@@ -244,7 +321,7 @@ def _inspect_run(run: NativeCheckpoint, check: bool, workers: int, progress: Cal
         format=run.format,
         parallel=run.parallel,
         iteration=run.iteration,
-        model_type=MODEL_TYPE if architecture else None,
+        model_type=_noting(problems, lambda: run_model_type(run)) if architecture else None,
         architecture=architecture,
         parameters=sum(tensor.numel for tensor in tensors),
         dtypes=dict(Counter(tensor.dtype.name for tensor in tensors)),
@@ -270,11 +347,14 @@ def _architecture(source: Source) -> Architecture | None:
     where = f"{source.folder}/config.json"
     if source.config is None:
         raise CheckpointError(f"{where}: no such file.")
-    return (
-        Architecture.from_config(source.config, where, with_biases=True)
-        if source.config.get("model_type") == MODEL_TYPE
-        else None
-    )
+    return Architecture.from_config(source.config, where, with_biases=True) if find_family(source.config) else None
+
+
+def _complaint(look: Callable[[], Any]) -> str | None:
+    """What `look` complains of, without its full stop."""
+    found: list[str] = []
+    _noting(found, look)
+    return found[0].rstrip(".") if found else None
 
 
 def _noting(problems: list[str], look: Callable[[], Any]) -> Any:

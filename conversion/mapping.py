@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The name and layout table of a Tele-FLM checkpoint in Hub format: one line a weight, in data-flow order."""
+"""The name and layout table of a checkpoint in Hub format, Tele-FLM or Llama: one line a weight, in data-flow order."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -106,7 +106,16 @@ def check_tensors(tensors: Mapping[str, View], architecture: Architecture, where
     for name, view in tensors.items():
         if is_derived(name) or _is_tied_copy(name, tensors, architecture):
             continue
+        if name.endswith(".weight_scale") and name.removesuffix("_scale") in expected:
+            raise CheckpointError(
+                f"{where}: is quantised (it holds {name}), and this takes weights that need no scales; `teleflm "
+                "convert --dtype bfloat16` multiplies 8-bit floats by theirs."
+            )
         if name not in expected:
-            raise CheckpointError(f"{where}: {name} is not a weight of a Tele-FLM model; it would be lost.")
+            tied = name == LM_HEAD.name and architecture.tie_word_embeddings
+            way_out = " Remove it, or set tie_word_embeddings to false." if tied else ""
+            raise CheckpointError(
+                f"{where}: {name} is not a weight that config.json describes; it would be lost.{way_out}"
+            )
         if view.shape != expected[name]:
             raise CheckpointError(f"{where}: {name} has shape {view.shape}, config.json says {expected[name]}.")

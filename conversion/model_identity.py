@@ -6,7 +6,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from .checkpoint.manifest import block_digest, tensor_digest
 from .checkpoint.plan import View
 from .checkpoint.reader import FileReader
 from .checkpoint.sources import Source
+from .family import is_llama
 
 _SPREAD = "spread:"  # before a digest of rows all over each tensor; older ones are of the first row alone
 _ROWS = 16
@@ -78,7 +79,8 @@ def model_identity(
     digest = hashlib.sha256()
     for name, view in sorted(source.tensors.items()):
         digest.update(json.dumps([name, view.dtype.name, list(view.shape), digests[name]]).encode() + b"\n")
-    return ModelIdentity(digest.hexdigest(), _config_digest(source.config or {}), _tokenizer_digest(source.folder))
+    tokenizer = _tokenizer_digest(source.folder, _TOKENIZERS[::-1] if is_llama(source.config) else _TOKENIZERS)
+    return ModelIdentity(digest.hexdigest(), _config_digest(source.config or {}), tokenizer)
 
 
 def tensor_digests(
@@ -205,8 +207,9 @@ def _config_digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
 
 
-def _tokenizer_digest(folder: str) -> str | None:
-    for name in _TOKENIZERS:
+def _tokenizer_digest(folder: str, names: Sequence[str]) -> str | None:
+    """Of the first that there is: the one that `evaluation.vocabulary` opens."""
+    for name in names:
         if (path := Path(folder) / name).is_file():
             with path.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()

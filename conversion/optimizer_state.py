@@ -15,12 +15,15 @@ from typing import Any
 from .architecture import Architecture
 from .checkpoint.containers import Shard
 from .checkpoint.dtypes import FLOAT32
+from .checkpoint.errors import CheckpointError, printable
+from .checkpoint.numbers import read_number, shown
 from .checkpoint.plan import Box, Fill, TensorPlan
 from .checkpoint.torch_zip import torch_shard
 from .mapping import weights
 
 OPTIMIZER_FILE = "optimizer.pt"  # beside the weights: where transformers' Trainer has it, and training looks for it
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MAX_STEPS = 2**24  # torch's counter is a float32, which cannot count on from there
 
 _NAMES = ("params", "param_names")
 
@@ -52,6 +55,49 @@ def _is_plain(value: Any) -> bool:
     return all(item is None or isinstance(item, bool | int | float | str) for item in values)
 
 
+# What torch's Adam takes: it refuses anything else when it is made, and nothing at all when it loads a state. And what
+# megatron-core has in a group beside it.
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "lr_mult", "pre_lr_mult")
+_DECAYS = ("weight_decay", "initial_weight_decay", "start_wd", "end_wd", "wd_mult", "pre_wd_mult")
+_NOT_NEGATIVE = frozenset((*_RATES, *_DECAYS, "eps"))
+_SWITCHES = ("amsgrad", "maximize")  # what they are decides every update
+
+
+def check_settings(settings: Mapping[Any, Any], where: str, *, others: bool = False) -> None:
+    """Check what a parameter group says beside its parameters: rates, decays, betas, eps.
+
+    Args:
+        settings: the group, without the parameters; tensors of one element as numbers.
+        where: which it is, for the message: file and group.
+        others: whether it may be of another optimizer than Adam, with objects in it.
+
+    Raises:
+        CheckpointError: a value is of another type, out of its range, NaN or infinite.
+    """
+    for key, value in settings.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"{where} has a setting called {shown(key)}, expected a text.")
+        place = f"{where}: {printable(key[:80])}"
+        values = value if isinstance(value, tuple | list) else (value,)
+        if not _is_plain(value):
+            if others and key not in _NOT_NEGATIVE and key != "betas":
+                continue
+            raise CheckpointError(f"{place} is {shown(value)}, expected numbers.")
+        if key in _NOT_NEGATIVE:
+            read_number(value, place, least=0.0)
+        elif key == "betas":
+            if len(values) < 2:
+                raise CheckpointError(f"{place} is {shown(value)}, expected two numbers.")
+            for beta in values:
+                read_number(beta, place, least=0.0, below=1.0)
+        elif key in _SWITCHES and value is not None and not isinstance(value, bool):
+            raise CheckpointError(f"{place} is {shown(value)}, expected true or false.")
+        else:
+            for item in values:
+                if isinstance(item, int | float) and not isinstance(item, bool):
+                    read_number(item, place)
+
+
 def adam_shard(
     groups: Sequence[Group], moments: Mapping[str, Mapping[str, TensorPlan]], steps: Mapping[str, float]
 ) -> Shard:
@@ -69,7 +115,10 @@ def adam_shard(
         for index, name in zip(indices, names, strict=True):
             where = f"{OPTIMIZER_FILE}/state.{index}"
             step = TensorPlan(f"{where}.step", (), FLOAT32, (Fill(Box((0,), (1,)), float(steps[name])),))
-            plans = {key: replace(moments[name][key], name=f"{where}.{key}") for key in MOMENTS}
+            plans = {
+                key: replace(moments[name][key], name=f"{where}.{key}", nonnegative=key == MOMENTS[1])
+                for key in MOMENTS
+            }
             state[index] = {"step": step, **plans}
         saved.append({**settings, "params": indices, "param_names": list(names)})
     return torch_shard(OPTIMIZER_FILE, {"state": state, "param_groups": saved}, state=True)

@@ -5,7 +5,8 @@
 """Quantised checkpoints: how they are told, and what is not done to them.
 
 Their weights mean nothing without the scales beside them, and a scale that is rounded scales everything wrongly. So
-they are copied as they are, or refused.
+they are copied as they are, or refused; 8-bit floats as compressed-tensors keeps them can be undone, see
+`compressed_tensors.py`.
 """
 
 import re
@@ -15,8 +16,9 @@ from typing import Any
 from .checkpoint.errors import CheckpointError
 from .checkpoint.plan import View
 from .checkpoint.sources import Source
+from .compressed_tensors import is_float8
 
-_CONFIG_FIELDS = ("quantization_config", "compression_config")
+CONFIG_FIELDS = ("quantization_config", "compression_config")
 # Tensors that belong to a quantised weight: FP8 of DeepSeek and others; compressed-tensors; GPTQ and AWQ; bitsandbytes
 # in 8 and 4 bits; MXFP4.
 _COMPANION = re.compile(
@@ -36,7 +38,7 @@ def quantisation(config: Mapping[str, Any] | None, tensors: Mapping[str, View]) 
         config: the content of its config.json.
         tensors: by name.
     """
-    for field in _CONFIG_FIELDS:
+    for field in CONFIG_FIELDS:
         settings = (config or {}).get(field)
         if settings:
             method = settings.get("quant_method") if isinstance(settings, Mapping) else None
@@ -62,7 +64,8 @@ def refuse_quantised(checkpoint: Source, doing: str) -> None:
     """
     how = quantisation(checkpoint.config, checkpoint.tensors)
     if how:
+        first = "`teleflm convert --dtype bfloat16`" if is_float8(checkpoint.config) else "dequantise it"
         raise CheckpointError(
             f"{checkpoint.folder}: is quantised ({how}); {doing} would change its weights without their scales. Take "
-            "the original, or dequantise it first."
+            f"the original, or {first} first."
         )

@@ -20,7 +20,9 @@ from conversion.architecture import MODEL_TYPE, Architecture
 from conversion.checkpoint.errors import CheckpointError, one_line
 from conversion.checkpoint.limits import default_workers
 from conversion.checkpoint.sources import Source, check_utf8, open_checkpoint
+from conversion.family import is_llama
 from conversion.hub.remote import is_remote, local_view
+from conversion.llama import check_complete, why_only_copied
 from conversion.mapping import check_tensors
 from conversion.model_identity import ModelIdentity, model_identity, tensor_digests
 
@@ -88,6 +90,8 @@ def _opened(model: str, *, required: bool) -> Source | None:
     if config.get("model_type") == MODEL_TYPE:
         where = f"{checkpoint.folder}/config.json"
         check_tensors(checkpoint.tensors, Architecture.from_config(config, where), checkpoint.folder)
+    elif is_llama(config) and why_only_copied(checkpoint) is None:
+        check_complete(checkpoint)
     return checkpoint
 
 

@@ -11,15 +11,15 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from conversion.architecture import MODEL_TYPE
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.limits import default_workers
 from conversion.checkpoint.sources import Source, open_checkpoint
-from conversion.hub.contents import open_pieces
+from conversion.compressed_tensors import is_float8
+from conversion.family import FAMILIES, find_family
 from conversion.hub.remote import is_remote, local_view
 from conversion.model_identity import ModelIdentity, model_identity, tensor_digests
 
@@ -27,11 +27,10 @@ from .held_files import HeldFiles
 from .loaded_scores import check_model_type
 from .multiple_choice import Accuracy, accuracies, choice_passages, read_task
 from .passages import Passage, check_window, document_passages
+from .streamed_model import ACTIVATIONS_KEPT
 from .streamed_scores import Progress, score_streamed
 from .text import TextFile, read_documents
-
-if TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
+from .vocabulary import Vocabulary, open_vocabulary
 
 COMPUTE_DTYPES = ("float64", "float32", "bfloat16")
 DEFAULT_MEMORY = 4 * 10**9
@@ -153,8 +152,8 @@ def evaluate(
     token is predicted twice: see `passages.document_passages`.
 
     Args:
-        model: folder or URL of a Tele-FLM; with `loaded` any causal language model that transformers has, which needs a
-            `tokenizer.model`.
+        model: folder or URL of a Tele-FLM or a Llama; with `loaded` any causal language model that transformers has.
+            Its tokenizer is a `tokenizer.model`, or else a `tokenizer.json`.
         texts: files of text, see `text.read_documents`.
         tasks: files of questions, see `multiple_choice.read_task`.
         loaded: load the model, onto the GPUs if there are some. Without, it is computed from the files layer by layer,
@@ -189,7 +188,7 @@ def evaluate(
     window = window or _configured_window(checkpoint)
     stride = stride or window // 2
     check_window(window, stride)
-    pieces = _open_tokenizer(checkpoint)
+    pieces = open_vocabulary(Path(checkpoint.folder))
     start = pieces.bos_id() if pieces.bos_id() >= 0 else None
     of_texts = [_text_passages(file, pieces, start, window, stride) for file in text_files]
     cut = [choice_passages(task, pieces.encode, start, window) for task in task_files]
@@ -218,8 +217,10 @@ def evaluate(
             TaskResult(task.name, task.sha256, len(task.questions), count, accuracies(task, [x.sum() for x in part]))
             for task, (_, count), part in zip(task_files, cut, parts[len(of_texts) :], strict=True)
         )
-        notes = (*_window_notes(window, checkpoint), *_result_notes(text_results, task_results))
         forward = "loaded" if loaded or score is not None else "streamed"
+        notes = (*_window_notes(window, checkpoint), *_result_notes(text_results, task_results))
+        if forward == "streamed" and is_float8(checkpoint.config):
+            notes = (*notes, ACTIVATIONS_KEPT)
         how = (forward, device, dtype, window, stride)
         made.append(Evaluation(text_results, task_results, *how, seconds, identity, notes))
         keep(made[0])
@@ -263,19 +264,13 @@ def _open(model: str | os.PathLike[str], loaded: bool) -> Source:
     checkpoint = open_checkpoint(folder)
     check_model_type(checkpoint.config or {}, checkpoint.folder)
     kind = (checkpoint.config or {}).get("model_type")
-    if kind != MODEL_TYPE and not loaded:
+    if find_family(checkpoint.config) is None and not loaded:
+        expected = " or ".join(map(repr, FAMILIES))
         raise CheckpointError(
-            f"{checkpoint.folder}/config.json: model_type is {kind!r}, expected {MODEL_TYPE!r}; --loaded takes what "
+            f"{checkpoint.folder}/config.json: model_type is {kind!r}, expected {expected}; --loaded takes what "
             "transformers can load."
         )
     return checkpoint
-
-
-def _open_tokenizer(checkpoint: Source) -> "SentencePieceProcessor":
-    vocabulary = Path(checkpoint.folder) / "tokenizer.model"
-    if not vocabulary.is_file():
-        raise CheckpointError(f"{vocabulary}: no such file; put the model's sentencepiece tokenizer there.")
-    return open_pieces(vocabulary)
 
 
 def _configured_window(checkpoint: Source) -> int:
@@ -303,9 +298,7 @@ def _refuse_same_names(names: Sequence[str]) -> None:
 # Passages, and what they say.
 
 
-def _text_passages(
-    file: TextFile, pieces: "SentencePieceProcessor", start: int | None, window: int, stride: int
-) -> list[Passage]:
+def _text_passages(file: TextFile, pieces: Vocabulary, start: int | None, window: int, stride: int) -> list[Passage]:
     passages: list[Passage] = []
     for number, document in enumerate(file.documents, 1):
         ids = np.array([*([] if start is None else [start]), *pieces.encode(document)], np.int64)
@@ -334,7 +327,7 @@ def _score_loaded(
 
 
 def _text_result(
-    file: TextFile, passages: Sequence[Passage], scores: Sequence[np.ndarray], pieces: "SentencePieceProcessor"
+    file: TextFile, passages: Sequence[Passage], scores: Sequence[np.ndarray], pieces: Vocabulary
 ) -> TextResult:
     nats = -math.fsum(float(value) for part in scores for value in part)
     unknown = sum(int((passage.targets == pieces.unk_id()).sum()) for passage in passages)

@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The forward pass of a Tele-FLM in numpy, its weights read from the files row block by row block.
+"""The forward pass of a Tele-FLM or a Llama in numpy, its weights read from the files row block by row block.
 
 A layer of the 1T is 15.4 GB in bfloat16; here no more than a few blocks of it are in memory at a time, beside the
 activations. Written from the definition of the architecture (Llama, with a factor on the embeddings and one on the
@@ -19,16 +19,25 @@ from typing import Any
 
 import numpy as np
 
-from conversion.architecture import Architecture, rope_parameters
-from conversion.checkpoint.dtypes import DType
+from conversion.architecture import Architecture, rope_parameters, trained_length
+from conversion.checkpoint.dtypes import FLOAT32, FLOAT64, DType
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.plan import View
 from conversion.checkpoint.reader import FileReader
+from conversion.checkpoint.row_quant import dequantise
 from conversion.checkpoint.sources import Source
+from conversion.compressed_tensors import is_float8, read_float8, scale_name
 from conversion.mapping import EMBED_TOKENS, LM_HEAD, NORM, check_tensors
 from conversion.model_identity import TensorDigest
 
+from .rotary import KINDS, OF_TRAINED_LENGTH, rotary_frequencies
+
 BLOCK = 1 << 22  # elements of a weight in memory at a time, twice: one multiplies while the next is read
+
+ACTIVATIONS_KEPT = (
+    "The model is quantised: what was computed with are its weights times their scales; activations were not rounded "
+    "to 8 bits, as an engine may do."
+)
 
 
 def block_rows(columns: int) -> int:
@@ -59,14 +68,9 @@ def rms_norm(hidden: np.ndarray, weight: np.ndarray, eps: float, precision: Prec
     return precision.round(precision.round(hidden / np.sqrt(mean_square + hidden.dtype.type(eps))) * weight)
 
 
-def rotary_angles(length: int, head_dim: int, theta: float) -> np.ndarray:
-    """Angles [T, head_dim / 2]: position t turns pair i by t * theta^(-2i / head_dim). Float64."""
-    return np.outer(np.arange(length), theta ** (-np.arange(0, head_dim, 2) / head_dim))
-
-
-def rotate(heads: np.ndarray, angles: np.ndarray, precision: Precision) -> np.ndarray:
-    """Turn the pairs (x_i, x_{i + head_dim/2}) of heads [n, T, head_dim] by their angles."""
-    cos, sin = (precision.round(table(angles).astype(precision.compute)) for table in (np.cos, np.sin))
+def rotate(heads: np.ndarray, angles: np.ndarray, scale: float, precision: Precision) -> np.ndarray:
+    """Turn the pairs (x_i, x_{i + head_dim/2}) of heads [n, T, head_dim] by their angles, and multiply by scale."""
+    cos, sin = (precision.round((scale * table(angles)).astype(precision.compute)) for table in (np.cos, np.sin))
     x, y = np.split(heads, 2, axis=-1)
     along = precision.round(heads * np.concatenate([cos, cos], -1))
     across = precision.round(np.concatenate([-y, x], -1) * np.concatenate([sin, sin], -1))
@@ -120,15 +124,22 @@ class StreamedModel:
         config: dict[str, Any] = checkpoint.config or {}
         where = f"{checkpoint.folder}/config.json"
         self.architecture = Architecture.from_config(config, where)
-        check_tensors(checkpoint.tensors, self.architecture, checkpoint.folder)
+        float8 = read_float8(checkpoint) if is_float8(config) else None
+        tensors = float8.tensors if float8 else checkpoint.tensors
+        check_tensors(tensors, self.architecture, checkpoint.folder)
         rope, activation = rope_parameters(config), config.get("hidden_act") or "silu"
-        if rope["rope_type"] != "default" or activation != "silu":
+        if rope["rope_type"] not in KINDS or activation != "silu":
             raise CheckpointError(
                 f"{where}: rope_type is {rope['rope_type']} and hidden_act {activation}; the streamed forward pass "
-                "computes default and silu alone. Use a machine with the memory to load the model."
+                f"computes {', '.join(KINDS)} and silu alone. Use a machine with the memory to load the model."
             )
-        self._theta = rope["rope_theta"]
-        self._tensors, self._reader, self._pool = checkpoint.tensors, reader, pool
+        length = trained_length(config, where) if rope["rope_type"] in OF_TRAINED_LENGTH else 0
+        try:
+            self._frequencies, self._scale = rotary_frequencies(rope, self.architecture.head_dim, length)
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: {error}") from None
+        self._tensors, self._reader, self._pool = tensors, reader, pool
+        self._scales = {name: checkpoint.tensors[scale_name(name)] for name in (float8.scales if float8 else ())}
         self.progress: Callable[[int], None] = lambda nbytes: None  # called with the bytes just read
         self._digests: dict[str, str] = {}
         self.precision = Precision(dtype)
@@ -197,10 +208,10 @@ class StreamedModel:
     def layer(self, number: int, hidden: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
         """The residual stream [T, hidden_size] after a layer; of sequences of these lengths, whose sum is T."""
         name = f"model.layers.{number}"
-        angles = np.concatenate([rotary_angles(n, self.architecture.head_dim, self._theta) for n in lengths])
+        angles = np.outer(np.concatenate([np.arange(n) for n in lengths]), self._frequencies)
         normed = self._norm(hidden, f"{name}.input_layernorm.weight")
         query, key, value = (self._heads(normed, f"{name}.self_attn.{kind}_proj.weight") for kind in "qkv")
-        query, key = (rotate(heads, angles, self.precision) for heads in (query, key))
+        query, key = (rotate(heads, angles, self._scale, self.precision) for heads in (query, key))
         attended = np.empty((len(hidden), query.shape[0] * query.shape[2]), query.dtype)
         for end, length in zip(np.cumsum(lengths), lengths, strict=True):
             one = slice(end - length, end)
@@ -252,10 +263,13 @@ class StreamedModel:
         """A weight's rows in blocks, the next one being read while one is used; all of them, for its digest."""
         view = self._tensors[name]
         rows = rows or (block_rows(view.shape[1]) if len(view.shape) > 1 else view.shape[0])
-        digest = TensorDigest()
+        digest, scales = TensorDigest(), self._read_scales(name)
         ahead: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
         for start in range(0, view.shape[0], rows):
-            ahead.append(self._pool.submit(self._read, view[start : min(start + rows, view.shape[0])]))
+            stop = min(start + rows, view.shape[0])
+            ahead.append(
+                self._pool.submit(self._read, view[start:stop], scales if scales is None else scales[start:stop])
+            )
             if len(ahead) > 1:
                 yield self._hashed(ahead.popleft(), digest)
         while ahead:
@@ -268,11 +282,26 @@ class StreamedModel:
         digest.update(values)
         return rounded
 
-    def _read(self, view: View) -> tuple[np.ndarray, np.ndarray]:
+    def _read_scales(self, name: str) -> np.ndarray | None:
+        """The scales [rows, 1] of a weight in 8-bit floats; None if it is in none."""
+        if name not in self._scales:
+            return None
+        scales, digest = self._reader.read(self._scales[name]), TensorDigest()
+        digest.update(scales)
+        self._digests[scale_name(name)] = digest.hexdigest()
+        return np.broadcast_to(scales.reshape(-1, 1), (self._tensors[name].shape[0], 1))
+
+    def _read(self, view: View, scales: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Values of a weight: as the file has them, and as they are computed with."""
         values = self._reader.read(view)
         self.progress(values.nbytes)
-        return values, self.precision.round(values)
+        if scales is None:
+            return values, self.precision.round(values)
+        products = np.empty(values.shape, self.precision.compute)
+        dtype = FLOAT64 if self.precision.compute.itemsize == 8 else FLOAT32
+        for row, codes in enumerate(values.view(np.uint8)):  # each with little beside it
+            dequantise(codes, scales[row], dtype, products[row])
+        return values, self.precision.round(products)
 
 
 def available_memory() -> int:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from conversion.architecture import Architecture, rope_parameters
+from conversion.architecture import Architecture, rope_parameters, trained_length
 from conversion.checkpoint.dtypes import parse_dtype
 from conversion.checkpoint.errors import CheckpointError, CorruptData
 from conversion.checkpoint.limits import default_workers
@@ -32,6 +32,7 @@ from conversion.checkpoint.sources import Source
 from .held_files import HeldFiles, require_digests
 from .hidden_states import HiddenStates, check_space
 from .passages import Passage, digest_of, pack
+from .rotary import OF_TRAINED_LENGTH
 from .streamed_model import BLOCK, StreamedModel, block_rows
 
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
@@ -181,9 +182,13 @@ def default_work(job: dict[str, Any]) -> Path:
 def _job(
     checkpoint: Source, architecture: Architecture, passages: Sequence[Passage], groups: Sequence[range], dtype: str
 ) -> dict[str, Any]:
+    config = checkpoint.config or {}
+    rope = rope_parameters(config)
+    if rope["rope_type"] in OF_TRAINED_LENGTH:  # which may be a field beside it
+        rope["trained_length"] = trained_length(config)
     job = {
         "weights": sorted([os.path.basename(file.name), file.identity] for file in checkpoint.files),
-        "architecture": {**asdict(architecture), "rope_parameters": rope_parameters(checkpoint.config or {})},
+        "architecture": {**asdict(architecture), "rope_parameters": rope},
         "dtype": dtype,
         "passages": digest_of(passages),
         "groups": len(groups),

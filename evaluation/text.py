@@ -15,11 +15,12 @@ import numpy as np
 from conversion.checkpoint.errors import CheckpointError, printable
 from conversion.checkpoint.sources import Source
 from conversion.checkpoint.strict_json import parse_json_object
-from conversion.hub.contents import open_pieces
+
+from .vocabulary import Vocabulary, open_vocabulary
 
 MAX_BYTES = 256 * 2**20  # of a file: all of its tokens are in memory
 _MAX_JSON = 2**31  # bytes of memory, which a row of many commas is thought to take
-_PIECE = 64  # characters; no piece of these vocabularies is longer
+_PIECE = 256  # characters; no piece of these vocabularies is longer
 _JSON_LINES = (".jsonl", ".ndjson")
 
 
@@ -106,32 +107,30 @@ def tokenize(checkpoint: Source, text: Path, max_tokens: int) -> np.ndarray:
     """The first tokens of a text, after the checkpoint's beginning-of-sequence token: ids [T].
 
     Raises:
-        CheckpointError: the text is missing, empty or not UTF-8, or the checkpoint has no sentencepiece tokenizer.
+        CheckpointError: the text is missing, empty or not UTF-8, or the checkpoint has no tokenizer.
     """
-    vocabulary = Path(checkpoint.folder) / "tokenizer.model"
-    if not vocabulary.is_file():
-        raise CheckpointError(f"{vocabulary}: no such file; the text needs A's tokenizer.")
+    vocabulary = open_vocabulary(Path(checkpoint.folder))
     ids = encode_beginning(vocabulary, text, max_tokens)
     if not ids:
         raise CheckpointError(f"{text}: is empty; give a text of some hundred words.")
-    bos = open_pieces(vocabulary).bos_id()
+    bos = vocabulary.bos_id()
     return np.array([*([bos] if bos >= 0 else []), *ids][:max_tokens], np.int64)
 
 
-def encode_beginning(vocabulary: Path, text: Path, max_tokens: int) -> list[int]:
+def encode_beginning(vocabulary: Vocabulary, text: Path, max_tokens: int) -> list[int]:
     """The first tokens of a text, at most so many.
 
     Args:
-        vocabulary: a sentencepiece model.
+        vocabulary: makes the tokens.
         text: a file, UTF-8.
         max_tokens: that are wanted.
 
     Raises:
-        CheckpointError: one of the files cannot be read, or the text is not UTF-8.
+        CheckpointError: the file cannot be read, or is not UTF-8.
     """
     with _readable(text), text.open(encoding="utf-8") as file:
         beginning = file.read(_PIECE * max_tokens)
-    return open_pieces(vocabulary).encode(without_nul(beginning, text))[:max_tokens]
+    return vocabulary.encode(without_nul(beginning, text))[:max_tokens]
 
 
 def without_nul(text: str, where: Path | str) -> str:

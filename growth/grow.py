@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_dtypes
 
-from conversion.adam_state import TRAINER_STATE, check_trainer_step
+from conversion.adam_state import TRAINER_STATE, check_gradients_alone, check_trainer_step
 from conversion.architecture import Architecture, load_config, load_preset, package_folder, preset_names
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
@@ -21,8 +21,9 @@ from conversion.checkpoint.parent import parent_of
 from conversion.checkpoint.plan import CheckpointPlan, Copy
 from conversion.checkpoint.preflight import is_placed
 from conversion.checkpoint.sources import Source, open_checkpoint, source_identity
+from conversion.family import LLAMA, Family, find_family
 from conversion.hub.card import model_facts
-from conversion.hub.contents import count_pieces, hub_config, hub_sidecars, sidecar_notes
+from conversion.hub.contents import count_pieces, count_token_ids, hub_config, hub_sidecars, sidecar_notes
 from conversion.hub.remote import local_view
 from conversion.mapping import check_tensors, weights
 from conversion.masked import MASKED_CODE, MASKED_MODEL_TYPE
@@ -77,7 +78,7 @@ def grow_checkpoint(
     than a few blocks, whatever the model.
 
     Args:
-        source: folder of a Tele-FLM checkpoint, safetensors or `.bin`.
+        source: folder of a Tele-FLM or a Llama, safetensors or `.bin`; the grown model is of the same family.
         out: folder to write: new, or the finished result of the same call.
         target: a preset's name, the path of a config.json, its content, or None for the source's own.
         overrides: fields of the configuration on top of `target`, each of which is meant: none is ignored.
@@ -101,6 +102,8 @@ def grow_checkpoint(
     checkpoint = open_checkpoint(local_view(source))
     refuse_quantised(checkpoint, "growth")
     architecture = source_architecture(checkpoint)
+    family = find_family(checkpoint.config)
+    _check_family(family, method, multipliers)
     given, meant = _requested(target), dict(overrides or {})
     requested, asked = check_request(checkpoint.config or {}, given, meant)
     distances = _layer_distances(checkpoint, layers, calibration, options.workers, dry_run)
@@ -110,7 +113,7 @@ def grow_checkpoint(
         requested,
         layers=_chosen_layers(layers, distances, extra),
         multipliers=multipliers,
-        unused_rows=count_pieces(Path(checkpoint.folder)),
+        unused_rows=_unused_rows(Path(checkpoint.folder), family, architecture, requested),
         method=method,
         keeps_input=meant.get("input_mult") == architecture.embedding_scale,
         new_layers=new_layers,
@@ -119,6 +122,7 @@ def grow_checkpoint(
     plan = plan_growth(checkpoint, growth, dtype=parse_dtype(dtype) if dtype else None, seed=seed, distances=distances)
     adam = read_adam_state(optimizer, growth.source) if optimizer is not None else None
     if adam:
+        check_gradients_alone(adam)
         _check_step(Path(checkpoint.folder), adam)
     states = [plan_adam_state(adam, growth)] if adam else []
     if adam:
@@ -131,7 +135,7 @@ def grow_checkpoint(
         *growth_notes(growth, plan.tensors[0].dtype, is_cast=_is_cast(plan), base_width=_base_width(plan.lineage)),
         *_layer_notes(layers, growth, distances),
         _optimizer_note(adam),
-        *sidecar_notes(Path(checkpoint.folder), plan.sidecars),
+        *sidecar_notes(Path(checkpoint.folder), plan.sidecars, family=family),
     ]
     result = execute(plan, Path(out), options, notes, dry_run=dry_run, states=states)
     outcome = (plan, result.shards, result.notes, result.written)
@@ -177,7 +181,8 @@ def plan_growth(
     config = hub_config(checkpoint.config or {}, growth.target, tensors[0].dtype.name)
     if isinstance(growth.method, Mask):
         config = MaskState.of_growth(growth, growth.method.steps).to_config(config)
-    sidecars = hub_sidecars(Path(checkpoint.folder), model_facts(config, tensors[0].dtype.name, lineage))
+    facts = model_facts(config, tensors[0].dtype.name, lineage)
+    sidecars = hub_sidecars(Path(checkpoint.folder), facts, family=find_family(checkpoint.config))
     if isinstance(growth.method, Mask):
         sidecars[MASKED_CODE] = str(package_folder() / MASKED_CODE)
     plan = CheckpointPlan(tuple(tensors), config, sidecars, lineage, seed)
@@ -248,6 +253,28 @@ def source_architecture(checkpoint: Source) -> Architecture:
     if checkpoint.config.get("model_type") == MASKED_MODEL_TYPE:
         raise CheckpointError(f"{where}: model_type is {MASKED_MODEL_TYPE!r}; `teleflm fold` it first, then grow that.")
     return Architecture.from_config(checkpoint.config, where)
+
+
+def _check_family(family: Family | None, method: Method, multipliers: str) -> None:
+    """Refuse what a Llama has no place for: masks, which are a class of ours, and multipliers."""
+    if family is not LLAMA:
+        return
+    if isinstance(method, Mask):
+        raise CheckpointError(
+            "method is mask, and the source a Llama: masks are of a Tele-FLM's class, and transformers' Llama has "
+            "none; use the method zero, whose new entries learn from the second step on."
+        )
+    if multipliers != "preserve":
+        raise CheckpointError(
+            f"multipliers is {multipliers!r}, and the source a Llama, which has none; leave --multipliers out."
+        )
+
+
+def _unused_rows(folder: Path, family: Family | None, source: Architecture, requested: Mapping[str, Any]) -> int | None:
+    """First row of the vocabulary that no token has, if that is known; of a Llama, looked for where rows are added."""
+    if family is not LLAMA:
+        return count_pieces(folder)
+    return count_token_ids(folder) if requested.get("vocab_size", source.vocab_size) != source.vocab_size else None
 
 
 def _requested(target: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:

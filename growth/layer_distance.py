@@ -21,6 +21,7 @@ from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.sources import Source
 from evaluation.streamed_model import StreamedModel
 from evaluation.text import encode_beginning
+from evaluation.vocabulary import open_vocabulary
 
 MAX_TOKENS = 1024
 _MIN_TOKENS = 16
@@ -50,7 +51,7 @@ def read_calibration(path: str | Path, folder: str | Path, max_tokens: int = MAX
     Raises:
         CheckpointError: the file or the tokenizer cannot be read, or the text is too short to say anything.
     """
-    ids = encode_beginning(Path(folder) / "tokenizer.model", Path(path), max_tokens)
+    ids = encode_beginning(open_vocabulary(Path(folder)), Path(path), max_tokens)
     if len(ids) < _MIN_TOKENS:
         raise CheckpointError(f"{path}: calibration text has {len(ids)} tokens, at least {_MIN_TOKENS} are needed.")
     return np.array(ids)

@@ -50,15 +50,17 @@ def growth_notes(growth: Growth, dtype: DType, *, is_cast: bool, base_width: int
         )
     if source.vocab_size != target.vocab_size:
         known = growth.unused_rows is not None and growth.unused_rows < source.vocab_size
-        notes.append(
-            f"New lm_head rows repeat the mean of the {source.vocab_size - growth.unused_rows} rows without a piece."
+        rows = (
+            f"New lm_head rows repeat the mean of the {source.vocab_size - growth.unused_rows} rows without a piece"
             if known and growth.unused_rows is not None
-            else "The source has no unused vocabulary rows, so new ones repeat the mean of all, and take part in the "
-            "softmax: probabilities change slightly, whatever becomes of the old logits."
-            if growth.departures
-            else "The source has no unused vocabulary rows: old logits are kept exactly, but the new rows take part in "
-            "the softmax, so probabilities change slightly."
+            else "The source has no unused vocabulary rows, so new ones repeat the mean of all"
         )
+        change = (
+            "probabilities change, whatever becomes of the old logits"
+            if growth.departures
+            else "old logits are kept, and probabilities change"
+        )
+        notes.append(f"{rows}, and take part in the softmax: {change}.")
     if growth.head_scale != 1.0 and not source.tie_word_embeddings:
         notes.append(f"lm_head is multiplied by {growth.head_scale:.6g} to make up for the new logit multiplier.")
     if growth.embedding_scale != 1.0:
@@ -95,8 +97,10 @@ def _exactness(growth: Growth, dtype: DType, is_cast: bool) -> list[str]:
         return []
     holds = ", but for the rounding of weights" if rounded else ""
     cause = f"{' and '.join(rounded)} are rounded to {dtype}" if rounded else "sums are longer"
+    grows = growth.source.vocab_size != growth.target.vocab_size
+    what = "Old logits are the source's" if grows else "The function is the source's"
     return [
-        f"The function is the source's in exact arithmetic{holds}. In {dtype}, {cause}, so logits may differ as they "
+        f"{what} in exact arithmetic{holds}. In {dtype}, {cause}, so logits may differ as they "
         "do between two roundings of the source, and where two tokens are that close another may come first. "
         "`teleflm verify --text` shows by how much."
     ]

@@ -12,6 +12,7 @@ from typing import Any
 
 from conversion.architecture import MODEL_TYPE, Architecture, rope_parameters
 from conversion.checkpoint.errors import CheckpointError
+from conversion.family import MULTIPLIERS, TELEFLM, Family, find_family
 
 GROWN = (
     "hidden_size",
@@ -21,7 +22,6 @@ GROWN = (
     "num_key_value_heads",
     "vocab_size",
 )
-MULTIPLIER_FIELDS = ("use_mup", "input_mult", "output_mult", "mup_scale_factor")
 _ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
 # They decide what the model computes; each with its value in a config.json that does not say.
 _KEPT: dict[str, Any] = {
@@ -64,7 +64,7 @@ _WHY_NOT = {
     "max_position_embeddings": "the positions that the source was trained on stay",
 }
 _MOST_LAYERS = 10_000
-_KNOWN = (*GROWN, *MULTIPLIER_FIELDS, "head_dim", "rms_norm_eps", *_ROPE, *_KEPT, *_HARMLESS)
+_KNOWN = (*GROWN, *MULTIPLIERS, "head_dim", "rms_norm_eps", *_ROPE, *_KEPT, *_HARMLESS)
 
 
 def check_request(
@@ -84,17 +84,19 @@ def check_request(
     Raises:
         CheckpointError: a field is unknown, or growth cannot give it the value; the message names both values.
     """
+    family = find_family(source) or TELEFLM
     for given in (target, overrides):
         for key in given:
             if key not in _KNOWN and key not in source:
-                raise CheckpointError(_unknown(key))
+                raise CheckpointError(_unknown(key, family))
     for key, value in overrides.items():
         if value is None:
             raise CheckpointError(f"{key} is null, expected a value; leave it out to keep the source's.")
-        if key not in (*GROWN, *MULTIPLIER_FIELDS, "head_dim", *_ROPE, *_KEPT):
+        if key not in (*GROWN, *MULTIPLIERS, "head_dim", *_ROPE, *_KEPT):
             reason = _WHY_NOT.get(key, "change it in the config.json of OUT afterwards")
             raise CheckpointError(f"{key} is no field that growth sets: {reason}; leave it out.")
     requested = {key: value for key, value in {**target, **overrides}.items() if value is not None}
+    _check_family(source, requested, family)
     epsilon = requested.get("rms_norm_eps", 1.0)
     if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 < epsilon <= sys.float_info.max:
         raise CheckpointError(f"rms_norm_eps is {epsilon!r}, expected a number above 0.")
@@ -128,7 +130,7 @@ def check_honoured(
         CheckpointError: an override is not taken over, or nothing grows.
     """
     notes = []
-    for field in (*MULTIPLIER_FIELDS, "rms_norm_eps"):
+    for field in (*MULTIPLIERS, "rms_norm_eps"):
         asked, found = overrides.get(field, given.get(field)), getattr(target, field)
         if asked is None or _equal(asked, found):
             continue
@@ -162,10 +164,26 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:g}"
 
 
-def _unknown(key: str) -> str:
+def _unknown(key: str, family: Family) -> str:
     near = difflib.get_close_matches(key, _KNOWN, 1, 0.6)
-    hint = f"did you mean {near[0]}?" if near else f"growth sets {', '.join((*GROWN, *MULTIPLIER_FIELDS))}."
-    return f"{key} is no field of a Tele-FLM's configuration; {hint}"
+    settable = (*GROWN, *MULTIPLIERS) if family.has_multipliers else GROWN
+    hint = f"did you mean {near[0]}?" if near else f"growth sets {', '.join(settable)}."
+    return f"{key} is no field of a {family.name}'s configuration; {hint}"
+
+
+def _check_family(source: Mapping[str, Any], requested: Mapping[str, Any], family: Family) -> None:
+    """A model stays of its family, and one without multipliers gets none."""
+    kind = requested.get("model_type", family.model_type)
+    if kind != family.model_type:
+        raise CheckpointError(
+            f"model_type would change from {family.model_type} to {str(kind)[:80]}; growth keeps it: name the sizes "
+            "alone, with --set."
+        )
+    if family.has_multipliers:
+        return
+    for key in MULTIPLIERS:
+        if key in requested and requested[key] != source.get(key):
+            raise CheckpointError(f"{key} is asked to be {requested[key]!r}: a {family.name} has no multipliers.")
 
 
 def _check_kept(source: Mapping[str, Any], requested: Mapping[str, Any]) -> None:

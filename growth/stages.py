@@ -33,15 +33,14 @@ from pathlib import Path
 from typing import Any
 
 from conversion.architecture import Architecture, load_config, load_preset, preset_names
-from conversion.checkpoint.containers import parse_size
 from conversion.checkpoint.errors import CheckpointError
-from conversion.checkpoint.job import shortened
+from conversion.checkpoint.numbers import parse_size, read_count, read_number, shown
 
 from .method import Mask, Method, Zero
 from .spec import plan_target
 
 _HOUR = 3600
-_LARGEST = 1e30  # of any number in a schedule
+_SMALLEST, _LARGEST = 1e-30, 1e30  # of any number in a schedule: so that what they come to is a number too
 _LARGEST_STEP = 4.0  # in parameters
 _SHORT_MASK = 2000
 _SCHEDULES = Path(__file__).parent / "schedules"
@@ -221,7 +220,7 @@ def run_keys(schedule: Schedule, index: int) -> dict[str, Any]:
     stage, first = schedule.stages[index], schedule.stages[0]
     keys: dict[str, Any] = {
         "block_size": schedule.sequence_length,
-        "max_steps": math.ceil(stage.tokens / stage.batch_tokens),
+        "max_steps": _steps(stage),
         "learning_rate": stage.learning_rate,
         "mup_base_width": first.architecture.hidden_size,
         "warmup_steps": stage.warmup_steps,
@@ -243,6 +242,10 @@ def flops_per_token(architecture: Architecture, sequence_length: int) -> int:
     return 6 * (a.num_parameters - embedding) + attention
 
 
+def _steps(stage: Stage) -> int:
+    return -(-stage.tokens // stage.batch_tokens)  # in integers: a float has no 10^30
+
+
 def _gpu_hours(flops: float, schedule: Schedule) -> float:
     return flops / (schedule.gpu_tflops * 1e12 * schedule.mfu) / _HOUR
 
@@ -259,7 +262,7 @@ def _cost(stage: Stage, before: Stage | None, schedule: Schedule) -> StageCost:
         stage=stage,
         parameters=a.num_parameters,
         growth_factor=a.num_parameters / before.architecture.num_parameters if before else 1.0,
-        steps=math.ceil(stage.tokens / stage.batch_tokens),
+        steps=_steps(stage),
         flops=flops,
         gpu_hours=hours,
         days=hours / stage.gpus / 24,
@@ -413,7 +416,7 @@ def read_schedule(values: Any, where: str) -> Schedule:
     switches = {name: values[name] for name in ("moments", "activation_checkpointing") if name in values}
     for name, value in switches.items():
         if not isinstance(value, bool):
-            raise CheckpointError(f"{where}: {name} is {value!r}; expected true or false.")
+            raise CheckpointError(f"{where}: {name} is {shown(value)}; expected true or false.")
     return Schedule(stages=tuple(stages), note=str(values.get("note") or ""), **sizes, **numbers, **switches)
 
 
@@ -475,7 +478,8 @@ def _read_architecture(row: Mapping[str, Any], before: Stage | None, where: str)
         config = load_config(path / "config.json" if path.is_dir() else path)
     else:
         raise CheckpointError(
-            f"{where}: model is {model!r}: no such file, and no preset; known presets: {', '.join(preset_names())}."
+            f"{where}: model is {shown(model)}: no such file, and no preset; known presets: "
+            f"{', '.join(preset_names())}."
         )
     return Architecture.from_config({**config, **changes}, f"{where}: model")
 
@@ -495,12 +499,9 @@ def _refuse_unknown(values: Mapping[str, Any], known: set[str], where: str) -> N
 
 
 def _number(value: Any, where: str, *, whole: bool = False, zero: bool = False) -> Any:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
-    if not is_number or (whole and value != int(value)):
-        raise CheckpointError(f"{where} is {shortened(value)}; expected a {'whole ' if whole else ''}number.")
-    if value < 0 or (value == 0 and not zero):
-        raise CheckpointError(f"{where} is {value:g}; it must be {'at least' if zero else 'above'} 0.")
-    return int(value) if whole else float(value)
+    if whole:
+        return read_count(value, where, least=0 if zero else 1, most=int(_LARGEST))
+    return read_number(value, where, least=_SMALLEST, most=_LARGEST)
 
 
 def _size(value: Any, where: str) -> int:

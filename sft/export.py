@@ -26,6 +26,7 @@ from conversion.checkpoint.safetensors_file import read_safetensors
 from conversion.checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from conversion.checkpoint.strict_json import read_json_object
 from conversion.convert import convert_checkpoint, plan_conversion
+from conversion.family import find_family
 from conversion.hub.card import CARD, CardFacts, adapter_facts, is_repo_id, model_facts
 from conversion.hub.contents import hub_sidecars, tokenizer_notes
 from conversion.hub.saved_model import ADAPTER_WEIGHTS, record_saved_model
@@ -100,7 +101,10 @@ def export_model(
             if (checkpoint / TOKENIZER).is_file():
                 where["tokenizer"] = checkpoint
         converted = convert_checkpoint(checkpoint, out, **where, dtype=dtype, options=options)
-        notes = [*parent_notes(converted.plan.lineage), *tokenizer_notes(checkpoint)]
+        notes = [
+            *parent_notes(converted.plan.lineage),
+            *tokenizer_notes(checkpoint, family=find_family(converted.plan.config)),
+        ]
         return Exported(out, notes=tuple(notes))
 
     adapter = _read_adapter(checkpoint)

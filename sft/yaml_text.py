@@ -24,6 +24,7 @@ _PATTERNS = {
 }
 _MERGE = "<<"
 _MAX_REPEATED = 10_000  # values that aliases say once more
+_MAX_BITS = 14_000  # of an integer: Python writes out no longer ones, not even into a message
 
 
 class _Loader(yaml.SafeLoader):
@@ -69,11 +70,14 @@ def _read_scalar(loader: _Loader, node: yaml.ScalarNode) -> Any:
     if kind == "bool":
         return text.lower() == "true"
     if kind == "int":
-        return int(text.replace("0o", "").replace("0x", ""), {"0o": 8, "0x": 16}.get(text[:2], 10))
-    number = text.lower()
-    if number.endswith(".inf"):
-        return -math.inf if number[0] == "-" else math.inf
-    return math.nan if number == ".nan" else float(number)
+        number = int(text.replace("0o", "").replace("0x", ""), {"0o": 8, "0x": 16}.get(text[:2], 10))
+        if number.bit_length() > _MAX_BITS:
+            raise ValueError
+        return number
+    lower = text.lower()
+    if lower.endswith(".inf"):
+        return -math.inf if lower[0] == "-" else math.inf
+    return math.nan if lower == ".nan" else float(lower)
 
 
 for _kind, (_pattern, _first) in _PATTERNS.items():

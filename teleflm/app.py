@@ -11,6 +11,7 @@ import typer
 
 from teleflm.commands.chat import chat
 from teleflm.commands.convert import convert
+from teleflm.commands.doctor import doctor
 from teleflm.commands.eval import evaluate
 from teleflm.commands.export import export
 from teleflm.commands.fold import fold
@@ -21,12 +22,14 @@ from teleflm.commands.publish import publish
 from teleflm.commands.sft import app as sft_app
 from teleflm.commands.train import train
 from teleflm.commands.verify import verify
-from teleflm.terminal import FORWARDED, failures_named, prepare_stdout
+from teleflm.terminal import EXIT_BAD_INPUT, FORWARDED, fail, failures_named, prepare_stdout
+
+_UsageError: Any = typer.BadParameter.__base__  # which typer itself does not name
 
 app = typer.Typer(
     help="Load, convert, grow, fine-tune and publish Tele-FLM models.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 app.command()(inspect)
@@ -40,6 +43,7 @@ app.command(context_settings=FORWARDED)(train)
 app.command("eval")(evaluate)
 app.command()(chat)
 app.command()(publish)
+app.command()(doctor)
 app.add_typer(sft_app, name="sft")
 
 
@@ -68,12 +72,23 @@ def main() -> None:
             status = _exit_status()
     except typer.Exit as end:
         status = end.exit_code
-    sys.exit(status)
+    sys.exit(status or 0)
 
 
 def _exit_status() -> Any:
     try:
-        app(prog_name="teleflm")
-    except SystemExit as end:
+        return app(prog_name="teleflm", standalone_mode=False)
+    except SystemExit as end:  # of completion, which knows no other mode
         return end.code
-    return 0
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            return EXIT_BAD_INPUT
+        fail(_usage_line(error), EXIT_BAD_INPUT)
+
+
+def _usage_line(error: Any) -> str:
+    """What is wrong with a command line, in one line like every other error, and where its help is."""
+    message = " ".join(error.format_message().split())
+    path = error.ctx.command_path if error.ctx else "teleflm"
+    return f"{message.removesuffix('.')}; see {path} --help."

@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """What every command shares on the terminal: exit codes, one-line errors, a progress bar, sizes for people."""
 
+import errno
 import io
 import json
 import os
@@ -12,12 +13,13 @@ import sys
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Event
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from conversion.checkpoint.dtypes import dtype_name
 from conversion.checkpoint.errors import CorruptData
 from conversion.checkpoint.limits import default_workers
 from conversion.checkpoint.sizes import format_bytes
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 _TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # embeddings, overrides, isolates
 _WIDEST = 10_000  # columns of a table
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_NO, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_NO, EXIT_INTERRUPTED, EXIT_UNREAD = 1, 2, 3, 130, 141
 
 # The options that mean the same wherever they apply.
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and write nothing.")]
@@ -36,7 +38,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Workers = Annotated[int, typer.Option(help="Threads.", min=1)]
 Memory = Annotated[str, typer.Option(help="What all threads may hold together; fewer run where it is too little.")]
 MaxShardSize = Annotated[str, typer.Option(help="Most bytes of weights in a file.")]
-Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; the source's unless given.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(parser=dtype_name, metavar="DTYPE", help="bfloat16, float16, float32; else the source's."),
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in OUT, or a file in the way.")]
 NoDigest = Annotated[bool, typer.Option("--no-digest", help="Do not hash the tensors.")]
@@ -46,7 +51,11 @@ VerifySource = Annotated[
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 AllowNonfinite = Annotated[
-    bool, typer.Option("--allow-nonfinite", help="Write infinity for what is too large, and a run's NaN as they are.")
+    bool,
+    typer.Option(
+        "--allow-nonfinite",
+        help="Write infinity for what is too large, and a run's NaN as they are; of weights alone, never of moments.",
+    ),
 ]
 Rank = Annotated[int | None, typer.Option(help="Which of the processes that share the work; else as launched.", min=0)]
 WorldSize = Annotated[int | None, typer.Option(help="How many processes share the work; else as launched.", min=1)]
@@ -66,24 +75,30 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
         with failures_named(debug=debug):
             yield
     except KeyboardInterrupt:
-        _fail("interrupted; run the same command again.", EXIT_INTERRUPTED)
+        fail("interrupted; run the same command again.", EXIT_INTERRUPTED)
     except ValueError as error:
         if debug:
             raise
-        _fail(str(error), EXIT_FAILED if isinstance(error, CorruptData) else EXIT_BAD_INPUT)
+        fail(str(error), EXIT_FAILED if isinstance(error, CorruptData) else EXIT_BAD_INPUT)
 
 
 @contextmanager
 def failures_named(*, debug: bool) -> Iterator[None]:
-    """Turn what the system refuses, such as space on a disk, into one line on stderr and exit status 1."""
+    """Turn what the system refuses, such as space on a disk, into one line on stderr and exit status 1.
+
+    Whoever reads the output may have enough of it, as `head` has: that is no failure and nothing is said, but the exit
+    status is that of a program which SIGPIPE ends.
+    """
     try:
         yield
         if sys.stdout is not None:  # as it is where it was closed by whoever started this
             sys.stdout.flush()  # what cannot be printed is a failure as well
     except OSError as error:
+        if error.errno == errno.EPIPE and error.filename == "stdout":
+            raise typer.Exit(EXIT_UNREAD) from None
         if debug:
             raise
-        _fail(f"{error.filename or 'disk'}: {error.strerror or error}", EXIT_FAILED)
+        fail(f"{error.filename or 'disk'}: {error.strerror or error}", EXIT_FAILED)
 
 
 @contextmanager
@@ -136,10 +151,15 @@ def prepare_stdout() -> None:
         sys.stdout = _Stdout(sys.stdout)  # all that print and rich ask of it
 
 
-def _fail(message: str, status: int) -> None:
+def fail(message: str, status: int) -> NoReturn:
+    """End with one line on stderr and an exit status; with --json as an object on stdout too, which scripts read."""
     from conversion.checkpoint.mirror import shown
 
     print(f"teleflm: {shown(message)}", file=sys.stderr)
+    if "--json" in sys.argv[1:] and sys.stdout is not None:
+        with suppress(OSError):
+            print_json({"error": shown(message), "exit_status": status})
+            sys.stdout.flush()
     raise typer.Exit(status)
 
 

@@ -10,9 +10,14 @@ import sys
 import pytest
 from hypothesis import settings
 
+from tests.fixtures.no_power_cut import keep_files_in_memory
+
 # Before torch is imported, here or in a child: models this small lose by a second thread, a thousandfold where the
 # processors are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Tests write many thousands of small files, each of which a slow disk would be waited for.
+keep_files_in_memory()
 
 # Shared machines stall at any moment, so the time of an example says nothing; and a suite that gates rolls no dice.
 settings.register_profile("suite", deadline=None, derandomize=True)

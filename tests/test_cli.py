@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The command line as users and scripts meet it: real processes, exit codes, one-line errors, JSON."""
 
+import configparser
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,8 @@ from conversion.checkpoint.containers import safetensors_index, safetensors_shar
 from conversion.checkpoint.dtypes import BFLOAT16
 from conversion.checkpoint.plan import TensorPlan
 from conversion.mapping import weights
+from teleflm import app
+from teleflm.environment import NEEDED_BY
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +68,103 @@ def test_help_lists_the_commands():
     result = teleflm("--help")
     assert result.returncode == 0
     assert {"grow", "sft", "eval", "chat"} <= set(re.findall(r"^│ (\w+)", result.stdout, re.MULTILINE))
+
+
+def run_here(monkeypatch, *arguments: str | Path) -> int | None:
+    """The status with which the command line ends, in this process."""
+    monkeypatch.setattr(sys, "argv", ["teleflm", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        app.main()
+    return end.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspekt"], "No such command 'inspekt'. Did you mean 'inspect'?; see teleflm --help."),
+        (["sft", "selct"], "No such command 'selct'. Did you mean 'select'?; see teleflm sft --help."),
+        (["inspect"], "Missing argument 'PATH'; see teleflm inspect --help."),
+        (["inspect", "--jsn", "x"], "No such option: --jsn (Possible options: --json); see teleflm inspect --help."),
+        (["grow", "a", "b", "--seed", "x"], "see teleflm grow --help."),
+        (["inspect", "nowhere"], "nowhere: no such file or folder."),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=" ".join)
+def test_every_error_is_one_line_with_one_prefix_and_an_object_for_scripts(
+    arguments, message, more, monkeypatch, capfd
+):
+    assert run_here(monkeypatch, *arguments, *more) == 2
+    out, err = capfd.readouterr()
+    assert re.fullmatch(r"teleflm: .*" + re.escape(message) + r"\n", err)
+    if more:
+        assert json.loads(out) == {"error": err.removeprefix("teleflm: ").strip(), "exit_status": 2}
+    else:
+        assert not out
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["grow", "-h"], ["sft", "-h"], ["sft", "train", "-h"]], ids=" ".join)
+def test_short_help(arguments, monkeypatch, capsys):
+    assert not run_here(monkeypatch, *arguments)
+    assert "Usage: teleflm" in capsys.readouterr().out
+
+
+def test_completion_completes(monkeypatch, capsys):
+    monkeypatch.setenv("_TELEFLM_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "teleflm gro")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert not run_here(monkeypatch)
+    assert capsys.readouterr().out.split() == ["grow", "grow-plan"]
+
+
+def test_whoever_reads_may_have_enough(source):
+    """As `head` has; only what nobody reads is lost, and nothing is said of a disk."""
+    command = [sys.executable, "-m", "teleflm", "inspect", source, "--json"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("spelling", ["bf16", "BF16", "torch.bfloat16", "bfloat16"])
+def test_dtypes_are_spelled_as_the_field_spells_them(spelling, source, tmp_path, monkeypatch, capsys):
+    assert not run_here(monkeypatch, "convert", source, tmp_path / "out", "--dtype", spelling, "--dry-run", "--json")
+    plan = json.loads(capsys.readouterr().out)
+    assert {tensor["dtype"] for tensor in plan["tensors"]} == {"bfloat16"}
+
+
+def test_doctor_names_what_is_missing_and_what_for(monkeypatch, capsys):
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name == "lm_eval":
+            raise metadata.PackageNotFoundError(name)
+        return "0.1" if name == "trl" else real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert not run_here(monkeypatch, "doctor", "--json")
+    found = json.loads(capsys.readouterr().out)
+    missing = {need["extra"]: [p["requirement"] for p in need["packages"] if not p["fits"]] for need in found["needs"]}
+    assert missing[None] == []
+    assert missing["eval"] == ["lm_eval>=0.4.9"]
+    assert missing["sft"] == ["trl<2,>=1.16"]
+    assert not run_here(monkeypatch, "doctor")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "trl<2,>=1.16 is needed, and 0.1 is installed" in shown
+    assert 'pip install "teleflm[eval]"' in shown
+
+
+def test_doctor_fails_where_the_package_itself_cannot_work(monkeypatch, capsys):
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "4.40" if name == "transformers" else real(name))
+    assert run_here(monkeypatch, "doctor") == 1
+    assert "transformers<6,>=5.13 is needed, and 4.40 is installed; pip install teleflm." in capsys.readouterr().out
+
+
+def test_every_extra_that_users_choose_is_told_by_doctor():
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    assert {*settings["options.extras_require"]} - {"bench", "dev", "external"} == {*NEEDED_BY}
 
 
 def test_grow_and_again(source, tmp_path):

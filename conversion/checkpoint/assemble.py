@@ -7,23 +7,28 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
+from .block_quant import BLOCK_QUANTISING_BYTES, quantise_q8_0
 from .bytes import ByteSource
 from .dtypes import FLOAT64, DType
-from .errors import NotFinite, Overflow
+from .errors import ImpossibleState, NotFinite, Overflow
 from .normal_stream import GRID, KEPT_CELLS, draw_words, look_up, normal_table
 from .plan import (
+    BlockQuantised,
     Box,
     Copy,
+    Dequantised,
     Fill,
     Noise,
     Normal,
     Piece,
     RowMean,
+    RowQuantised,
+    RowScales,
     Shape,
     Statistic,
     TensorPlan,
@@ -34,6 +39,7 @@ from .plan import (
 )
 from .reader import CHUNK, MAX_SPAN, FileReader, boxes_of_range
 from .rounding import first_overflow, largest, round_once, scale_and_shift, scaled_table, widens
+from .row_quant import QUANTISING_BYTES, FoundScales, dequantise, stream_codes, stream_scales
 from .scratch import scratch
 
 BLOCK = 4 * GRID  # elements of a unit of work, with a digest of its own: 8 MiB of bfloat16
@@ -48,10 +54,11 @@ _ZEROS = memoryview(bytes(CHUNK))
 
 @dataclass(frozen=True)
 class Resolved:
-    """What the prepass found: the numbers behind the plan's symbols, and the mean rows."""
+    """What the prepass found: the numbers behind the plan's symbols, and the mean rows; and scales, found since."""
 
     numbers: dict[Statistic, float]
     rows: dict[View, np.ndarray]
+    scales: FoundScales = field(default_factory=FoundScales)
 
     def number(self, value: float | Statistic) -> float:
         """The value itself, or the one behind the symbol."""
@@ -75,8 +82,9 @@ def resolve(
         allow_nonfinite: take numbers that are NaN or infinite as they are.
 
     Raises:
-        NotFinite: one is.
+        NotFinite, ImpossibleState: one is, of weights, or of an optimizer's state.
     """
+    tensors = list(tensors)
     pieces = [piece for tensor in tensors for piece in tensor.pieces]
     values = map(piece_number, pieces)
     statistics = list(dict.fromkeys(value for value in values if isinstance(value, Statistic)))
@@ -84,7 +92,13 @@ def resolve(
     with ThreadPoolExecutor(workers) as pool:
         numbers = dict(zip(statistics, pool.map(lambda one: measure(one, reader), statistics), strict=True))
         rows = dict(zip(row_means, pool.map(lambda view: row_mean(view, reader), row_means), strict=True))
+    of_state = {piece_number(piece) for tensor in tensors if tensor.nonnegative for piece in tensor.pieces}
     for statistic, number in numbers.items():
+        if statistic in of_state and not 0.0 <= number < math.inf:
+            raise ImpossibleState(
+                f"{statistic} is {number}: what no optimizer goes on from, and --allow-nonfinite is for weights; leave "
+                "--optimizer out."
+            )
         if not allow_nonfinite and not math.isfinite(number):
             raise NotFinite(
                 f"{statistic} is {number}, so no new weights can be drawn like it: the tensor holds a NaN, an infinity "
@@ -155,6 +169,9 @@ class Needs:
         cells: grid cells of random words that are held at a time.
         is_exact: whether any is computed in float64.
         looks_up: whether any value comes from a table.
+        quantises: whether rows become codes and scales, or the other way.
+        packed: values of an element, where elements are blocks.
+        block_values: bytes of a value of the widest source that becomes blocks; 0 if none does.
     """
 
     itemsize: int
@@ -164,10 +181,15 @@ class Needs:
     cells: int
     is_exact: bool
     looks_up: bool
+    quantises: bool = False
+    packed: int = 1
+    block_values: int = 0
 
     @classmethod
     def of(cls, tensor: TensorPlan) -> "Needs":
         """Those of a tensor."""
+        if values := row_values(tensor):
+            return replace(cls.of(values), is_made=True, quantises=True)
         copies = [piece for piece in tensor.pieces if isinstance(piece, Copy)]
         ways = {_way(piece, tensor.dtype) for piece in copies}
         changed = [piece for piece in copies if not is_byte_copy(piece, tensor.dtype)]
@@ -181,6 +203,9 @@ class Needs:
             KEPT_CELLS if is_noisy or is_random else 0,
             "exact" in ways,
             is_random or is_noisy or "table" in ways,
+            any(isinstance(piece, Dequantised) for piece in tensor.pieces),
+            tensor.dtype.packed,
+            max((p.source.dtype.itemsize for p in tensor.pieces if isinstance(p, BlockQuantised)), default=0),
         )
 
     def nbytes(self, stretch: int) -> int:
@@ -192,13 +217,30 @@ class Needs:
         moved = 3 * CHUNK  # read, copied, looked at
         if not self.is_made:
             return moved
-        made = min(stretch, self.numel)
-        span = min(MAX_SPAN, 2 * made * max(self.itemsize, self.source) + CHUNK)
+        made = min(_stretch(stretch, self.packed), self.numel)
+        span = min(MAX_SPAN, 2 * made * max(self.itemsize, self.source, self.packed * self.block_values) + CHUNK)
         changed = min(_CHUNK, made) * (self.source + 2 * self.itemsize) if self.source else 0  # and the result's bits
         exact = _EXACT * 128 if self.is_exact else 0  # values, draws, bits, float32; what rounding took
         words = self.cells * GRID * 2 + min(_CHUNK, made) * 2 * (3 if self.cells else 0)
         looked_up = made * self.itemsize + 2 * CHUNK if self.looks_up else 0
-        return moved + made * self.itemsize + span + changed + exact + words + looked_up
+        quantised = QUANTISING_BYTES + made if self.quantises else 0
+        if self.block_values:
+            quantised += min(_CHUNK, made * self.packed) * self.block_values + BLOCK_QUANTISING_BYTES
+            quantised += min(_CHUNK // self.packed, made) * self.itemsize
+        return moved + made * self.itemsize + span + changed + exact + words + looked_up + quantised
+
+
+def _stretch(stretch: int, packed: int) -> int:
+    """How many elements are made at a time, of which each is so many values."""
+    return max(1, stretch // packed)
+
+
+def row_values(tensor: TensorPlan) -> TensorPlan | None:
+    """The tensor whose rows a tensor has the codes or the scales of; None if it is no such."""
+    match tensor.pieces:
+        case (RowQuantised(values=values) | RowScales(values=values),):
+            return values
+    return None
 
 
 def _stays(tensor: TensorPlan) -> bool:
@@ -259,7 +301,9 @@ def source_spans(tensor: TensorPlan, start: int, stop: int) -> Iterator[tuple[By
     What a statistic or a mean reads is not here, nor windows whose elements lie far apart: their span is others'.
     """
     for piece, box, *_ in _overlaps(tensor, start, stop):
-        if isinstance(piece, Copy):
+        if isinstance(piece, RowQuantised):  # elements are at the same places in it
+            yield from source_spans(piece.values, start, stop)
+        if isinstance(piece, Copy | Dequantised | BlockQuantised):
             view = _source_window(piece, box)
             first, last = view.span
             if view.numel and last - first <= 2 * view.nbytes:
@@ -287,8 +331,13 @@ def stream(
 
     The arguments are those of `assemble`; `stretch` is how many elements are made at a time, see `working_bytes`.
     """
+    values = row_values(tensor)
+    if values is not None:
+        yield from _stream_rows(tensor, values, start, stop, reader, resolved, stretch, allow_nonfinite)
+        return
     runs = copy_runs(tensor, start, stop)
     if runs is None:
+        stretch = _stretch(stretch, tensor.dtype.packed)
         for first in range(start, stop, stretch):
             last = min(first + stretch, stop)
             block = scratch("block", last - first, tensor.dtype.numpy)
@@ -310,6 +359,27 @@ def stream(
         yield from reader.chunks(view)
         at = first + view.numel
     yield from zeros((stop - start - at) * tensor.dtype.itemsize)
+
+
+def _stream_rows(
+    tensor: TensorPlan,
+    values: TensorPlan,
+    start: int,
+    stop: int,
+    reader: FileReader,
+    resolved: Resolved,
+    stretch: int,
+    allow_nonfinite: bool,
+) -> Iterator[memoryview]:
+    """The codes or the scales of a tensor's rows."""
+
+    def make(first: int, last: int) -> np.ndarray:
+        rows = scratch("rows", last - first, values.dtype.numpy)
+        assemble(values, first, last, rows, reader=reader, resolved=resolved, seed=0, allow_nonfinite=allow_nonfinite)
+        return rows
+
+    way = stream_codes if isinstance(tensor.pieces[0], RowQuantised) else stream_scales
+    return way(values, start, stop, stretch, make, resolved.scales)
 
 
 def zeros(nbytes: int) -> Iterator[memoryview]:
@@ -352,6 +422,8 @@ def assemble(
             case Copy():
                 _copy(piece, box, target, tensor, reader, resolved, seed, allow_nonfinite)
                 words = words if piece.noise is None else None  # noise was drawn over them
+            case BlockQuantised():
+                _quantise(piece, box, target, tensor, reader)
             case Fill():
                 values = np.full(1, resolved.number(piece.value), np.float64)
                 target[...] = _rounded(values, values, box, tensor, allow_nonfinite)
@@ -370,6 +442,8 @@ def assemble(
                     look_up(table, chosen, target)
                 else:
                     target[...] = look_up(table, chosen)
+            case Dequantised():
+                _dequantise(piece, box, target, tensor, reader, allow_nonfinite)
 
 
 def _rounded(source: np.ndarray, values: np.ndarray, box: Box, tensor: TensorPlan, allow_nonfinite: bool) -> np.ndarray:
@@ -410,9 +484,11 @@ def _overlaps(tensor: TensorPlan, start: int, stop: int) -> Iterator[tuple[Piece
         at += whole.numel
 
 
-def _source_window(piece: Copy, box: Box) -> View:
-    """The part of a copy's source that lands in `box`."""
-    return piece.source.window(Box(tuple(part.start for part in box.slices_in(piece.box)), box.size))
+def _source_window(piece: Copy | Dequantised | BlockQuantised, box: Box) -> View:
+    """The part of a piece's source that lands in `box`."""
+    inside = piece.source.shape[len(box.size) :]  # of a block
+    start = tuple(part.start for part in box.slices_in(piece.box))
+    return piece.source.window(Box((*start, *(0 for _ in inside)), (*box.size, *inside)))
 
 
 def _copy(
@@ -447,6 +523,58 @@ def _copy(
                 raise _overflow(tensor, place, value)
             if result is not here:
                 here[...] = result
+
+
+def _quantise(piece: BlockQuantised, box: Box, target: np.ndarray, tensor: TensorPlan, reader: FileReader) -> None:
+    view = _source_window(piece, box)
+    values, blocks = view.shape[-1], view.shape[:-1]
+    step = _whole_rows(view.shape) // values
+    for start in range(0, box.numel, step):
+        for part in boxes_of_range(blocks, start, min(start + step, box.numel)):
+            source = _read(view.window(Box((*part.start, 0), (*part.size, values))), reader).reshape(-1, values)
+            here = target[part.slices_in(Box.whole(blocks))]
+            result = scratch("quantised", here.shape, here.dtype)
+            block = quantise_q8_0(source, result.reshape(-1))
+            if block is not None:
+                inside = np.unravel_index(block, part.size)
+                place = [a + b + int(c) for a, b, c in zip(box.start, part.start, inside, strict=True)]
+                raise _no_scale(tensor, place, source[block])
+            here[...] = result
+
+
+def _no_scale(tensor: TensorPlan, place: Sequence[int], values: np.ndarray) -> NotFinite | Overflow:
+    """The error for a block, at an index into a tensor's layout, that no scale is large enough for."""
+    exact: np.ndarray = values.astype(np.float64)
+    at = int(np.argmax(np.where(np.isfinite(exact), np.abs(exact), np.inf)))
+    flat = sum(index * stride for index, stride in zip(place, row_major_strides(tensor.layout), strict=True))
+    *rows, block = map(int, np.unravel_index(flat, tensor.shape))
+    where = f"{tensor.name}{[*rows, block * len(values) + at]}"
+    if not np.isfinite(exact[at]):
+        return NotFinite(f"{where} is NaN or infinite, for which {tensor.dtype} has no number; repair it.")
+    return Overflow(
+        f"{where} is {exact[at]:.9g}, more than 127 times the largest scale of {tensor.dtype}, a float16; a wider type "
+        "holds it."
+    )
+
+
+def _dequantise(
+    piece: Dequantised, box: Box, target: np.ndarray, tensor: TensorPlan, reader: FileReader, allow_nonfinite: bool
+) -> None:
+    codes = _source_window(piece, box)
+    scales = piece.scales.window(Box(tuple(part.start for part in box.slices_in(piece.box)), box.size))
+    step = _whole_rows(codes.shape)
+    for start in range(0, codes.numel, step):
+        for part in boxes_of_range(codes.shape, start, min(start + step, codes.numel)):
+            source = _read(codes.window(part), reader)
+            shared = tuple(slice(None) if stride else slice(0, 1) for stride in scales.strides)
+            factors = reader.read(scales.window(part)[shared])  # what is repeated, once
+            here = target[part.slices_in(Box.whole(codes.shape))]
+            products = dequantise(source.view(np.uint8), factors, tensor.dtype, here)
+            at = None if allow_nonfinite else first_overflow(products, np.ascontiguousarray(here))
+            if at is not None:
+                inside = np.unravel_index(at, part.size)
+                place = [a + b + int(c) for a, b, c in zip(box.start, part.start, inside, strict=True)]
+                raise _overflow(tensor, place, float(products.reshape(-1)[at]))
 
 
 def _whole_rows(shape: Shape) -> int:

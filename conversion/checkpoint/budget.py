@@ -14,6 +14,7 @@ from .normal_stream import GRID, TABLE_BYTES
 from .plan import RowMean, Statistic, TensorPlan, piece_number, source_views
 from .reader import CHUNK
 from .rounding import KEPT_TABLES
+from .row_quant import KEPT_SCALES_BYTES
 from .sizes import format_bytes
 
 # A thread's stack, and the heap that the C library gives it for what is not an array: measured, with room.
@@ -54,7 +55,8 @@ def share_out(tensors: Iterable[TensorPlan], workers: int, memory: int) -> Share
     tensors = list(tensors)
     window = max((view.file.window for tensor in tensors for view in source_views(tensor)), default=0)
     needs = {Needs.of(tensor) for tensor in tensors}
-    shared = _PROGRAM_BYTES + (2 * KEPT_TABLES * TABLE_BYTES if any(need.looks_up for need in needs) else 0)
+    shared = _PROGRAM_BYTES + (KEPT_SCALES_BYTES if any(need.quantises for need in needs) else 0)
+    shared += 2 * KEPT_TABLES * TABLE_BYTES if any(need.looks_up for need in needs) else 0
     asked = min(workers, max(1, sum(-(-tensor.numel // assemble.BLOCK) for tensor in tensors)))
 
     def each(stretch: int) -> int:

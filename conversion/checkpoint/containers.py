@@ -5,21 +5,19 @@
 """How output tensors become files: shards, what they hold beside tensors, and the file that makes the folder loadable.
 
 A `Layout` is data: a container is a function that makes one. `safetensors_layout` is the Hub's; `torch_zip.py` makes
-the shards of torch.save folders.
+the shards of torch.save folders, `gguf_layout.py` llama.cpp's files.
 """
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from .errors import CheckpointError
-from .plan import PlanError, TensorPlan
+from .plan import PlanError, RowQuantised, RowScales, TensorPlan
 from .safetensors_file import MAX_HEADER_BYTES, MAX_TENSORS
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _METADATA = "__metadata__"
 
 
@@ -64,7 +62,7 @@ class Layout:
 
     Args:
         shards: the weight files, and files of state after them.
-        index: name and content of the file that is written last and makes the folder loadable; None where the one
+        index: name and content of the file that is written last and makes the folder loadable; None where the first
             shard does.
     """
 
@@ -119,18 +117,38 @@ def indexed_layout(shards: Sequence[Shard]) -> Layout:
 def safetensors_shards(tensors: Sequence[TensorPlan], max_shard_size: int) -> list[Shard]:
     """Lay tensors out in safetensors files of at most `max_shard_size` bytes of tensors each.
 
-    A tensor is never split, so one that is larger has a file to itself. The split follows the order of the tensors
-    and depends on nothing else. Names are transformers': `model.safetensors`, or `model-00001-of-000NN.safetensors`.
+    A tensor is never split, so one that is larger has a file to itself; nor are rows and their scales, which whoever
+    makes a file finds in one pass. The split follows the order of the tensors and depends on nothing else. Names are
+    transformers': `model.safetensors`, or `model-00001-of-000NN.safetensors`.
     """
+    groups = tensor_groups(tensors, max_shard_size)
+    return [_safetensors_shard(_shard_name(i, len(groups)), group) for i, group in enumerate(groups)]
+
+
+def tensor_groups(tensors: Sequence[TensorPlan], max_shard_size: int) -> list[list[TensorPlan]]:
+    """Tensors in groups of at most so many bytes, one at least; a larger tensor is a group of its own."""
     groups: list[list[TensorPlan]] = [[]]
     room = max_shard_size
-    for tensor in tensors:
-        if groups[-1] and tensor.nbytes > room:
+    for together in _together(tensors):
+        nbytes = sum(tensor.nbytes for tensor in together)
+        if groups[-1] and nbytes > room:
             groups.append([])
             room = max_shard_size
-        groups[-1].append(tensor)
-        room -= tensor.nbytes
-    return [_safetensors_shard(_shard_name(i, len(groups)), group) for i, group in enumerate(groups)]
+        groups[-1] += together
+        room -= nbytes
+    return groups
+
+
+def _together(tensors: Sequence[TensorPlan]) -> list[list[TensorPlan]]:
+    """The tensors in order, those that share a file in one list: rows, and their scales after them."""
+    groups: list[list[TensorPlan]] = []
+    for tensor in tensors:
+        match tensor.pieces, groups[-1][0].pieces if groups else ():
+            case (RowScales(values=values),), (RowQuantised(values=other),) if values == other:
+                groups[-1].append(tensor)
+            case _:
+                groups.append([tensor])
+    return groups
 
 
 def _shard_name(index: int, count: int) -> str:
@@ -173,15 +191,3 @@ def safetensors_index(shards: Sequence[Shard]) -> bytes:
     total = sum(tensor.nbytes for shard in shards for tensor, _ in shard.tensors)
     weight_map = {tensor.name: shard.filename for shard in shards for tensor, _ in shard.tensors}
     return (json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n").encode()
-
-
-def parse_size(text: str | int) -> int:
-    """Read a size as users write it (`5GB`, `500MB`, `2GiB`, or bytes) into bytes.
-
-    Raises:
-        ValueError: it is not a positive size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", str(text).upper())
-    if match is None or (match[2] or "") not in _UNITS or float(match[1]) <= 0:
-        raise ValueError(f"size {text!r} is not a positive number of bytes with an optional unit such as MB or GiB.")
-    return int(float(match[1]) * _UNITS[match[2] or ""])

@@ -70,6 +70,10 @@ class ChunkedTensor:
         rest = (0,) * (len(tensor.shape) - 1)
         return cls(tensor.shape, out, tuple(((start, *rest), part.plan("", dtype=out)) for start, part in parts))
 
+    def nonnegative(self) -> "ChunkedTensor":
+        """The same, in which no value may be below zero, see `TensorPlan`."""
+        return replace(self, chunks=tuple((start, replace(plan, nonnegative=True)) for start, plan in self.chunks))
+
 
 @dataclass(frozen=True)
 class SameAs:

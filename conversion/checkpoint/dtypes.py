@@ -87,15 +87,38 @@ BFLOAT16 = BY_NAME["bfloat16"]
 FLOAT16 = BY_NAME["float16"]
 FLOAT32 = BY_NAME["float32"]
 FLOAT64 = BY_NAME["float64"]
+FLOAT8 = BY_NAME["float8_e4m3fn"]
+# Of ggml: 32 values and their scale are an item. Neither torch nor safetensors has such.
+Q8_0 = DType("q8_0", "", "", np.dtype("V34"), packed=32)
+
+
+_SPELLINGS = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "f16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "f32": "float32",
+    "float": "float32",
+    "fp64": "float64",
+    "f64": "float64",
+    "double": "float64",
+}
+
+
+def dtype_name(text: str) -> str:
+    """Torch's name of a floating dtype in any spelling of the field (`bf16`, `fp32`, `torch.half`); else the text."""
+    name = text.strip().lower().removeprefix("torch.")
+    return _SPELLINGS.get(name, name if name in BY_NAME else text)
 
 
 def parse_dtype(name: str) -> DType:
-    """Look up a floating dtype by torch's name, as users write it (`bfloat16`, `float16`, `float32`, `float64`).
+    """Look up a floating dtype as users write it (`bfloat16`, `float16`, `float32`, `float64`, `bf16`, `torch.half`).
 
     Raises:
         ValueError: the name is none of those.
     """
-    dtype = BY_NAME.get(name)
+    dtype = BY_NAME.get(dtype_name(name))
     if dtype is None or not dtype.is_floating:
         raise ValueError(f"dtype {name!r} is not one of bfloat16, float16, float32, float64.")
     return dtype

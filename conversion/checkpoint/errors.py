@@ -48,3 +48,11 @@ class NotFinite(CorruptData):
 
 class Overflow(CorruptData):
     """A finite value is too large for the type that it was to be written in."""
+
+
+class ImpossibleState(CorruptData):
+    """A value of an optimizer's state that no optimizer has, or can go on from."""
+
+
+class Unquantisable(CorruptData):
+    """A value that is NaN or infinite was to be written in a type that has a scale for each row."""

@@ -24,20 +24,21 @@ import numpy as np
 
 from .assemble import blocks, copy_runs, is_zero, resolve, source_spans, stream, zeros
 from .budget import Share, reading_threads, share_out
-from .containers import Layout, Shard, parse_size, safetensors_layout
-from .errors import CheckpointError, CorruptData, NotFinite
+from .containers import Layout, Shard, safetensors_layout
+from .errors import CheckpointError, CorruptData, ImpossibleState, NotFinite
 from .finish import finish, write_missing
 from .folder_formats import is_state, known_files
 from .job import Finished, Job
 from .limits import DEFAULT_MEMORY, default_workers, high_water
 from .manifest import block_digest
+from .numbers import parse_size
 from .parent import parent_notes
-from .plan import CheckpointPlan, TensorPlan, View
+from .plan import CheckpointPlan, RowScales, TensorPlan, View
 from .preflight import PARTIAL, Decision, Done, Refused, Resume, listed, preflight
 from .promises import foresee_verification, verify_sources
 from .ranks import Ranks
 from .reader import FileReader, read_chunks
-from .rounding import first_nonfinite
+from .rounding import first_negative, first_nonfinite
 from .sizes import format_bytes
 from .sources import link_notes
 from .workspace import (
@@ -51,7 +52,8 @@ from .workspace import (
     unwritten_bytes,
 )
 
-_AHEAD = 2  # blocks a worker, that the system is told of before they are read
+_AHEAD = 8  # blocks a worker, that the system is told of before they are read
+_NO_STATE = "no optimizer goes on from that (--allow-nonfinite is for weights): leave --optimizer out"
 _NOTES = (".done", ".journal")  # of a shard, in the working folder
 
 
@@ -74,7 +76,8 @@ class WriteOptions:
         finite: refuse to write a NaN or an infinity.
         memory: what all threads may hold together, beside the program itself: bytes, or text such as `256MB`. Fewer
             threads run than asked for where it does not suffice for all; the output's bytes do not depend on it.
-        allow_nonfinite: write what is too large for a tensor's dtype as infinity, which is an error else.
+        allow_nonfinite: write what is too large for a tensor's dtype as infinity, which is an error else; of weights
+            alone, as no optimizer goes on from a state that is not finite.
         verify_source: check what the source's files promise of their bytes first, see `promises.py`; rank 0 does.
         verify_progress: as `progress`, of that.
     """
@@ -198,7 +201,7 @@ def execute(
     """
     job = make_job(plan, options, layout, states)
     shards = [*job.layout.shards]
-    notes = [*notes, *parent_notes(plan.lineage), *link_notes(source.name for source in plan.sources)]
+    notes = [*notes, *parent_notes(plan.lineage), *_links(plan)]
     if dry_run:
         options.share(plan.tensors)
         notes = [*notes, *(foresee_verification(plan, recorded or {}) if options.verify_source else [])]
@@ -211,6 +214,13 @@ def execute(
     was = {name: "had been changed" if name in written.replaced else "was missing" for name in written.restored}
     restored = [f"{name} {state} and was written again." for name, state in was.items()]
     return CheckpointResult(plan, shards, [*notes, *restored, *_left_states(job, out)], written)
+
+
+def _links(plan: CheckpointPlan) -> list[str]:
+    names = [source.name for source in plan.sources]
+    states = [name for name in names if is_state(Path(name).name)]
+    weights = [name for name in names if name not in states]
+    return [*link_notes(weights), *link_notes(states, "The optimizer's state was", "its")]
 
 
 def _left_states(job: Job, out: Path, removed: Sequence[str] = ()) -> list[str]:
@@ -475,7 +485,7 @@ def write_shards(
             statistics = resolved.named([tensor for tensor, _ in shard.tensors])
             file = ShardFile(shard, workspace, statistics, digest=options.digest, cached=cached)
             open_files.append(file)
-            for tensor, at in shard.tensors:
+            for tensor, at in _in_order(shard):
                 for index, (start, stop) in enumerate(blocks(tensor.numel)):
                     next(announced, None)
                     yield _Block(file, tensor, index, start, stop, at + start * tensor.dtype.itemsize)
@@ -512,13 +522,18 @@ def write_shards(
             file.close()
 
 
+def _in_order(shard: Shard) -> list[tuple[TensorPlan, int]]:
+    """The tensors of a shard in the order in which they are made: scales after the rows in which they are found."""
+    return sorted(shard.tensors, key=lambda placed: any(isinstance(piece, RowScales) for piece in placed[0].pieces))
+
+
 def _announce(shards: Sequence[Shard], reader: FileReader, ahead: int) -> Iterator[None]:
     """At each step, tell the system what one more block will read; at the first, what the next `ahead` will.
 
     Threads that read at their own places of one file look like chance to the system, and it fetches nothing in advance:
     a third of the time of a growth from a cold cache was waiting for the disk.
     """
-    every = ((tensor, *block) for shard in shards for tensor, _ in shard.tensors for block in blocks(tensor.numel))
+    every = ((tensor, *block) for shard in shards for tensor, _ in _in_order(shard) for block in blocks(tensor.numel))
     for number, (tensor, start, stop) in enumerate(every):
         for span in source_spans(tensor, start, stop):
             reader.announce(*span)
@@ -538,15 +553,28 @@ def _write_hashed(block: _Block, data: Iterator[memoryview]) -> bytes:
 
 
 def _checked(block: _Block, data: Iterator[memoryview]) -> Iterator[memoryview]:
-    """Each chunk, if all its elements are finite."""
-    at = block.start
+    """Each chunk, if all its elements are finite, and none is negative where none may be."""
+    tensor, at = block.tensor, block.start
     for chunk in data:
-        found = first_nonfinite(chunk, block.tensor.dtype.numpy) if block.tensor.dtype.is_floating else None
+        found = first_nonfinite(chunk, tensor.dtype.numpy) if tensor.dtype.is_floating else None
         if found is not None:
-            index = np.unravel_index(at + found, block.tensor.shape or (1,))
-            raise NotFinite(f"{block.tensor.name}{[*map(int, index)]} is NaN or infinite as {block.tensor.dtype}.")
+            said = f"{_element(tensor, at + found)} is NaN or infinite as {tensor.dtype}"
+            if block.file.is_state:
+                raise ImpossibleState(f"{said}; {_NO_STATE}.")
+            raise NotFinite(f"{said}.")
+        if tensor.nonnegative:
+            found = first_negative(chunk, tensor.dtype.numpy)
+            if found is not None:
+                value = float(np.frombuffer(chunk, tensor.dtype.numpy)[found])
+                said = f"{_element(tensor, at + found)} is {value:.9g}, and a mean of squares is not negative"
+                raise ImpossibleState(f"{said}; {_NO_STATE}.")
         yield chunk
-        at += len(chunk) // block.tensor.dtype.itemsize
+        at += len(chunk) // tensor.dtype.itemsize
+
+
+def _element(tensor: TensorPlan, at: int) -> str:
+    """A tensor's name with the index of one of its elements."""
+    return f"{tensor.name}{[*map(int, np.unravel_index(at, tensor.shape or (1,)))]}"
 
 
 def _written(block: _Block, data: Iterable[memoryview]) -> Iterator[memoryview]:

@@ -49,6 +49,8 @@ _PERSISTENT_BYTES = 200  # as many as take the rest of the pickle as much time
 # Keys whose hashes cost little and cannot be made to collide: by Python's random seed, by identity, or, for integers
 # below the modulus of their hash, by being equal. There may be few of any others.
 _MAX_INTEGER_KEY = 2**61 - 1
+# Whoever makes a float of an integer may take it for granted that there is one: the largest float has 1024 bits.
+_MAX_INTEGER_BITS = 1023
 _MAX_OTHER_KEYS = 10_000
 _MAX_KEY_ITEMS = 16
 
@@ -289,6 +291,8 @@ class _Machine:
 
     def _make(self, value: Any) -> None:
         """Push something that was not there before."""
+        if type(value) is int and value.bit_length() > _MAX_INTEGER_BITS:
+            raise ValueError(f"it holds an integer of {value.bit_length()} bits, which no number of a checkpoint has")
         self._spend(sys.getsizeof(value) + _STACK_BYTES)
         self._stack.append(value)
 

@@ -10,6 +10,8 @@ A `CheckpointPlan` is a list of `TensorPlan`s; each is a list of pieces, and eac
     Fill     one constant
     Normal   draws from a normal distribution, from a stream of the tensor's own
     RowMean  the mean of some source rows, repeated
+    RowQuantised, RowScales, Dequantised    8-bit floats, and the scales of their rows
+    BlockQuantised   blocks of a source's values that share a scale
 
 Boxes are rectangular in the tensor's `layout`, a factorisation of its shape: with the rows of a query projection laid
 out as (kv head, query of its group, head_dim), a permutation of heads is one box and one strided window, never a piece
@@ -30,7 +32,7 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from .bytes import ByteSource
-from .dtypes import DType
+from .dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, Q8_0, DType
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -268,7 +270,71 @@ class RowMean:
         return f"mean of {self.source.shape[0]} rows" + ("" if self.scale == 1.0 else f" x {self.scale:.6g}")
 
 
-Piece: TypeAlias = Copy | Fill | Normal | RowMean
+@dataclass(frozen=True, slots=True)
+class RowQuantised:
+    """All of a [rows, n] tensor as 8-bit floats: each row of `values`, over the row's scale; see `row_quant.py`.
+
+    The pieces of `values` may cut a row anywhere: its scale is that of the row which they make.
+    """
+
+    box: Box
+    values: "TensorPlan"
+
+    def describe(self) -> str:
+        """One phrase for a dry run."""
+        of = ", ".join(dict.fromkeys(piece.describe() for piece in self.values.pieces))
+        return f"{of}, as {self.values.dtype}, / scale of its row"
+
+
+@dataclass(frozen=True, slots=True)
+class RowScales:
+    """All of a [rows, 1] tensor: the scales of the rows of `values`, in their dtype."""
+
+    box: Box
+    values: "TensorPlan"
+
+    def describe(self) -> str:
+        """One phrase for a dry run."""
+        return f"largest of each row, as {self.values.dtype}, / 448"
+
+
+@dataclass(frozen=True, slots=True)
+class Dequantised:
+    """8-bit floats times their scales, rounded once.
+
+    Args:
+        box: what it fills.
+        source: the 8-bit floats.
+        scales: of each of them, by strides of 0 where several share one.
+    """
+
+    box: Box
+    source: View
+    scales: View
+
+    def describe(self) -> str:
+        """One phrase for a dry run."""
+        return f"{self.source.dtype} x scale"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockQuantised:
+    """Blocks of values that share a scale, see `block_quant.py`: an element of the tensor is a block of the source.
+
+    Args:
+        box: what it fills, in blocks.
+        source: their values: of the box's shape, with the values of a block as one dimension more.
+    """
+
+    box: Box
+    source: View
+
+    def describe(self) -> str:
+        """One phrase for a dry run."""
+        return f"quantised by {self.source.shape[-1]}"
+
+
+Piece: TypeAlias = Copy | Fill | Normal | RowMean | RowQuantised | RowScales | Dequantised | BlockQuantised
 
 
 @dataclass(frozen=True)
@@ -281,6 +347,7 @@ class TensorPlan:
         dtype: its element type.
         pieces: what fills it; their boxes are indices into `layout`.
         layout: a factorisation of `shape` in row-major order; `shape` itself unless given ((1,) for a scalar).
+        nonnegative: whether a value below zero is refused, as of second moments. It decides no byte of the output.
     """
 
     name: str
@@ -288,6 +355,7 @@ class TensorPlan:
     dtype: DType
     pieces: tuple[Piece, ...]
     layout: Shape = ()
+    nonnegative: bool = False
 
     def __post_init__(self) -> None:
         if not self.layout:
@@ -363,12 +431,55 @@ class TensorPlan:
             raise PlanError(f"{where} reaches outside layout {self.layout}.")
         if isinstance(piece, Copy) and piece.source.shape != piece.box.size:
             raise PlanError(f"{where} takes a source of shape {piece.source.shape}.")
+        if isinstance(piece, RowQuantised | RowScales):
+            self._check_rows(piece, where)
+            return
+        if isinstance(piece, Dequantised):
+            self._check_dequantised(piece, where)
+            return
         if isinstance(piece, RowMean) and (len(piece.source.shape) != 2 or piece.source.shape[1] != piece.box.size[-1]):
             raise PlanError(f"{where} averages a source of shape {piece.source.shape}.")
+        if isinstance(piece, BlockQuantised):
+            expected = (*piece.box.size, self.dtype.packed)
+            if piece.source.shape != expected:
+                raise PlanError(f"{where} takes a source of shape {piece.source.shape}, expected {expected}.")
+            if self.dtype != Q8_0 or not piece.source.dtype.is_floating:
+                raise PlanError(f"{where}: {self.dtype} cannot be made of blocks of {piece.source.dtype}.")
+            return
         changes = not isinstance(piece, Copy) or not is_byte_copy(piece, self.dtype)
         dtypes = [self.dtype] + ([piece.source.dtype] if isinstance(piece, Copy | RowMean) else [])
         if changes and not all(dtype.is_floating for dtype in dtypes):
             raise PlanError(f"{where}: {' from '.join(map(str, dtypes))} can only be copied byte by byte.")
+
+    def _check_rows(self, piece: "RowQuantised | RowScales", where: str) -> None:
+        values = piece.values
+        expected = values.shape if isinstance(piece, RowQuantised) else (*values.shape[:1], 1)
+        if len(values.shape) != 2 or not self.layout == self.shape == piece.box.size == expected:
+            raise PlanError(f"{where}: {self.shape} in layout {self.layout} is not {expected}, of {values.shape}.")
+        dtype = FLOAT8 if isinstance(piece, RowQuantised) else values.dtype
+        if self.dtype != dtype or values.dtype not in (BFLOAT16, FLOAT16, FLOAT32):
+            raise PlanError(f"{where}: {self.dtype} cannot be made of rows of {values.dtype}.")
+        odd = next((part for part in values.pieces if not _is_plain(part)), None)
+        if odd:
+            raise PlanError(f"{where}: rows are quantised where they are copies and constants, not {odd.describe()}.")
+        values.check()
+
+    def _check_dequantised(self, piece: "Dequantised", where: str) -> None:
+        if not piece.source.shape == piece.scales.shape == piece.box.size:
+            raise PlanError(f"{where} takes {piece.source.shape} with scales of {piece.scales.shape}.")
+        is_scale = piece.scales.dtype in (BFLOAT16, FLOAT16, FLOAT32)
+        if piece.source.dtype != FLOAT8 or not (is_scale and self.dtype.is_floating):
+            raise PlanError(f"{where}: {self.dtype} cannot be {piece.source.dtype} x {piece.scales.dtype}.")
+
+
+def _is_plain(piece: Piece) -> bool:
+    """Whether a piece needs no random words, and no data but what it copies."""
+    match piece:
+        case Copy(noise=None):
+            return True
+        case Fill(value=value):
+            return not isinstance(value, Statistic)
+    return False
 
 
 def first_overlap(pieces: Sequence[Piece]) -> tuple[Piece, Piece] | None:
@@ -486,8 +597,12 @@ class CheckpointPlan:
 def source_views(tensor: TensorPlan) -> Iterator[View]:
     """Every window of a source file a tensor depends on, statistics included."""
     for piece in tensor.pieces:
-        if isinstance(piece, Copy | RowMean):
+        if isinstance(piece, Copy | RowMean | Dequantised | BlockQuantised):
             yield piece.source
+        if isinstance(piece, Dequantised):
+            yield piece.scales
+        if isinstance(piece, RowQuantised | RowScales):
+            yield from source_views(piece.values)
         number = piece_number(piece)
         if isinstance(number, Statistic):
             yield number.view
@@ -530,3 +645,11 @@ def _portable_repr(piece: Piece, names: Mapping[str, str]) -> str:
             return repr(("normal", box, number(piece.std)))
         case RowMean():
             return repr(("row mean", box, window(piece.source), piece.scale))
+        case RowQuantised() | RowScales():
+            kind = "row quantised" if isinstance(piece, RowQuantised) else "row scales"
+            parts = [_portable_repr(part, names) for part in piece.values.pieces]
+            return repr((kind, box, piece.values.dtype.name, piece.values.layout, parts))
+        case Dequantised():
+            return repr(("dequantised", box, window(piece.source), window(piece.scales)))
+        case BlockQuantised():
+            return repr(("block quantised", box, window(piece.source)))

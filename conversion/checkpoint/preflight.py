@@ -261,6 +261,12 @@ class _Contents:
             if is_ours:
                 yield name
 
+    @property
+    def recorded_weights(self) -> list[str]:
+        """The files of weights that the record lists and that are still there, whatever they are called."""
+        files = dict(_entries((self.record or {}).get("files")))
+        return [name for name in self._recorded() if "samples" in files[name] and "tensors" not in files[name]]
+
     def _written(self) -> Iterator[str]:
         """The files that an interrupted run has written, or was writing."""
         run = self.run or {}
@@ -353,8 +359,8 @@ _NOT_OURS = f"is there already, written by no earlier run; move it away, {_WAY_O
 def _held_against_nothing(job: Job, there: _Contents) -> Decision:
     """What to do where no run has left a word of itself."""
     out = there.out
-    if there.weights:
-        return Refused(f"{out}: already holds {there.weights[0]}, {_made_otherwise(job, there)}", there.removable(job))
+    if held := there.weights or there.recorded_weights:
+        return Refused(f"{out}: already holds {held[0]}, {_made_otherwise(job, there)}", there.removable(job))
     left = there.left
     partials = (name + PARTIAL for name in job.weights if name + PARTIAL not in left)
     foreign = there.present([*job.weights, *job.small_contents, *there.settings, *partials])

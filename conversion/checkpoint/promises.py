@@ -29,11 +29,13 @@ from typing import Any, Literal, TypeAlias
 from .bytes import ByteSource, LocalFile, OpenBytes, reading
 from .dtypes import BY_NAME
 from .errors import CheckpointError, CorruptData
-from .manifest import block_digest, read_manifest, tensor_digest
+from .folder_formats import is_state
+from .manifest import block_digest, read_manifest, recorded_tensors, tensor_digest
 from .mirror import MirroredFile
 from .plan import CheckpointPlan, View, source_views
 from .reader import FileReader
 from .safetensors_file import read_header
+from .torch_file import read_torch_file, tensors_within
 from .zip_directory import LOCAL_BYTES, Directory, Member, content_start, read_directory
 
 Kind: TypeAlias = Literal["download", "record", "zip"]
@@ -220,12 +222,12 @@ def _of_record(source: ByteSource, spans: Spans, tensors: Mapping[str, View]) ->
             continue
         known = {
             name: entry["digest"]
-            for name, entry in manifest["tensors"].items()
+            for name, entry in recorded_tensors(manifest).items()
             if isinstance(entry, dict)
             and entry.get("file") == file.relative_to(folder).as_posix()
             and "digest" in entry
         }
-        views = tensors or (read_header(source).tensors if known and source.name.endswith(".safetensors") else {})
+        views = tensors or (_own_tensors(source, file.relative_to(folder).as_posix()) if known else {})
         block = manifest["digest"]["block_elements"]
         return [
             Promise("record", name, view, str(known[name]), block)
@@ -233,6 +235,13 @@ def _of_record(source: ByteSource, spans: Spans, tensors: Mapping[str, View]) ->
             if name in known and view.is_contiguous and _is_read(spans, *view.span)
         ]
     return []
+
+
+def _own_tensors(source: ByteSource, name: str) -> Mapping[str, View]:
+    """The tensors of a file by the names that a record has: of state, these are the way that leads to them."""
+    if name.endswith(".safetensors"):
+        return read_header(source).tensors
+    return tensors_within(read_torch_file(source), f"{name}/") if is_state(name) else {}
 
 
 def _manifest_of(folder: Path) -> dict[str, Any] | None:

@@ -184,3 +184,17 @@ def first_nonfinite(data: memoryview, dtype: np.dtype) -> int | None:
         if int(magnitudes.max()) >= infinity:
             return start + int(np.argmax(magnitudes >= infinity))
     return None
+
+
+def first_negative(data: memoryview, dtype: np.dtype) -> int | None:
+    """Index of the first number below zero among finite little-endian elements of a floating type of IEEE's, or None.
+
+    Minus zero is not below it.
+    """
+    all_words = np.frombuffer(data, f"<u{dtype.itemsize}")
+    minus_zero = 1 << (8 * dtype.itemsize - 1)
+    for start in range(0, all_words.size, _AT_A_TIME):
+        words = all_words[start : start + _AT_A_TIME]
+        if int(words.max()) > minus_zero:
+            return start + int(np.argmax(words > minus_zero))
+    return None

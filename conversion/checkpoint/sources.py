@@ -135,11 +135,17 @@ def outside_target(path: Path, folder: Path) -> Path | None:
     return None if any(target.is_relative_to(place) for place in (root, *blobs)) else target
 
 
-def link_notes(files: Iterable[str]) -> list[str]:
-    """A sentence on the weight files that are links out of their folders, which is allowed, but never unsaid."""
+def link_notes(files: Iterable[str], what: str = "Weights were", whose: str = "their") -> list[str]:
+    """A sentence on the files of tensors that are links out of their folders, which is allowed, but never unsaid.
+
+    Args:
+        files: their paths.
+        what: they hold, and its verb.
+        whose: folder it is.
+    """
     targets = {file: outside_target(Path(file), Path(file).parent) for file in sorted(files)}
     links = [f"{Path(file).name} ({target})" for file, target in targets.items() if target]
-    return [f"Weights were taken through links that lead out of their folder: {_some(links)}."] if links else []
+    return [f"{what} taken through links that lead out of {whose} folder: {_some(links)}."] if links else []
 
 
 def _find_weights(path: Path) -> Path:

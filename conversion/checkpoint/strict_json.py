@@ -19,28 +19,30 @@ from .errors import CheckpointError
 # The index of 140,000 tensors, more than any model has, takes 81 MB.
 MAX_JSON_MEMORY = 96 * 2**20
 MAX_JSON_DEPTH = 100
-_MAX_DIGITS = 400  # of an integer; as many as a double has
+_MAX_DIGITS = 308  # of an integer: whoever makes a float of one may take it for granted that there is one
 # Bytes in memory, measured: an object or list; a value after a comma; a name with its value, while its object grows.
 _PER_CONTAINER, _PER_ITEM, _PER_MEMBER = 72, 72, 170
 
 
-def read_json_object(where: Where, *, limit: int = MAX_JSON_MEMORY, infinite: bool = False) -> dict[str, Any]:
+def read_json_object(
+    where: Where, *, limit: int = MAX_JSON_MEMORY, infinite: bool = False, nan: bool = False
+) -> dict[str, Any]:
     """Read a file of UTF-8 JSON whose top level is an object.
 
     Args:
         where: the file.
-        limit, infinite: see `parse_json_object`.
+        limit, infinite, nan: see `parse_json_object`.
 
     Raises:
         CheckpointError: the file cannot be read, or see `parse_json_object`.
     """
     with reading(where) as data:
         text = data.read(0, data.size, limit=limit // 3, what="its JSON")  # bytes, text, and the strings in it
-    return parse_json_object(text, full_name(where), limit=limit, infinite=infinite)
+    return parse_json_object(text, full_name(where), limit=limit, infinite=infinite, nan=nan)
 
 
 def parse_json_object(
-    text: bytes, where: str, *, limit: int = MAX_JSON_MEMORY, infinite: bool = False
+    text: bytes, where: str, *, limit: int = MAX_JSON_MEMORY, infinite: bool = False, nan: bool = False
 ) -> dict[str, Any]:
     """Parse UTF-8 JSON whose top level is an object.
 
@@ -51,7 +53,8 @@ def parse_json_object(
         where: what it is, for the message.
         limit: bytes of memory that it may take at most.
         infinite: whether `Infinity` is a number, as in configurations of some models; NaN, which no two readings of a
-            file can be compared by, never is.
+            file can be compared by, is none.
+        nan: whether both are, as in the log of a run that a Trainer keeps.
 
     Raises:
         CheckpointError: it is not JSON, nests too deeply, is no object, takes too much memory, or one of its objects
@@ -60,7 +63,7 @@ def parse_json_object(
     needed = _memory(text)
     if needed > limit:
         raise CheckpointError(f"{where} could take {needed} bytes of memory, the limit is {limit}; no checkpoint does.")
-    decoder = _INFINITE if infinite else _FINITE
+    decoder = _ANY if nan else _INFINITE if infinite else _FINITE
     try:
         value = decoder.decode(text.decode("utf-8"))
         _check_tree(value)
@@ -129,10 +132,11 @@ def _infinity(constant: str) -> float:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > _MAX_DIGITS:
-        raise ValueError(f"a number has {len(digits)} digits")
+    if len(digits.lstrip("-")) > _MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits.lstrip('-'))} digits")
     return int(digits)
 
 
 _FINITE = json.JSONDecoder(object_pairs_hook=_unique_names, parse_int=_integer, parse_constant=_refuse)
 _INFINITE = json.JSONDecoder(object_pairs_hook=_unique_names, parse_int=_integer, parse_constant=_infinity)
+_ANY = json.JSONDecoder(object_pairs_hook=_unique_names, parse_int=_integer, parse_constant=float)

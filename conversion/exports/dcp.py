@@ -19,7 +19,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..adam_state import TRAINER_STATE, AdamState, check_recorded_state, check_trainer_step, read_adam_state
+from ..adam_state import (
+    ADAMW_UNSAID,
+    TRAINER_STATE,
+    AdamState,
+    check_recorded_state,
+    check_trainer_step,
+    decay_notes,
+    read_adam_state,
+)
 from ..checkpoint.containers import Layout, Shard
 from ..checkpoint.distributed_file import METADATA
 from ..checkpoint.distributed_layout import (
@@ -46,18 +54,7 @@ from .model import ExportedModel
 _SCHEDULER = "scheduler.pt"
 _OF_A_RUN = re.compile(r"run\.json|trainer_state\.json|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth")
 _TRAINED = ("train", "fine-tune")  # whose checkpoints have an optimizer that no record lists
-# What decides the updates, and has to be said; and what torch's AdamW of today has in a group beside it, with the value
-# of which a state that does not say it is: a loader asks for each by name.
-_SAID = ("lr", "betas", "eps", "weight_decay")
-_UNSAID = {
-    "amsgrad": False,
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-    "decoupled_weight_decay": True,
-}
+_SAID = ("lr", "betas", "eps", "weight_decay")  # what decides the updates
 
 
 @dataclass(frozen=True)
@@ -182,9 +179,11 @@ def _optimizer(adam: AdamState, most: int) -> dict[KeyPath, Entry]:
             step = TensorPlan("", (), FLOAT32, (Fill(Box((0,), (1,)), float(adam.steps[name])),))
             entries["optimizer", "state", name, "step"] = ChunkedTensor.whole(step)
             for key, view in zip(MOMENTS, adam.moments[name], strict=True):
-                entries["optimizer", "state", name, key] = ChunkedTensor.in_rows(ShardedTensor.of(view), None, most)
+                moment = ChunkedTensor.in_rows(ShardedTensor.of(view), None, most)
+                is_square = key == MOMENTS[1]
+                entries["optimizer", "state", name, key] = moment.nonnegative() if is_square else moment
     for number, (settings, names) in enumerate(adam.groups):
-        group = {**_UNSAID, "initial_lr": settings["lr"], **settings, "params": list(names)}
+        group = {**ADAMW_UNSAID, "initial_lr": settings["lr"], **settings, "params": list(names)}
         entries |= {("optimizer", "param_groups", number, key): value for key, value in group.items()}
     return entries
 
@@ -200,6 +199,7 @@ def _notes(model: ExportedModel, state: OpenState | None) -> Iterable[str]:
         f"{FSDP_OPTIMIZER}: Adam's moments after {max(state.adam.steps.values()):.0f} steps, in {len(sizes)} parameter "
         f"groups of {', '.join(map(str, sizes))}; a run that loads them has to have the same number of groups."
     )
+    yield from decay_notes(state.adam)
     if state.step is None:
         yield (
             f"The source is of no run (it has no {TRAINER_STATE}): Accelerate's load_fsdp_model and "
@@ -208,7 +208,7 @@ def _notes(model: ExportedModel, state: OpenState | None) -> Iterable[str]:
         )
         return
     yield (
-        f"transformers' Trainer under FSDP2 with SHARDEDTRAINER_STATE_DICT goes on from step {state.step}: "
+        f"transformers' Trainer under FSDP2 with SHARDED_STATE_DICT goes on from step {state.step}: "
         "resume_from_checkpoint=OUT."
     )
     if "rng_state.pth" in state.files:

@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Llama, which has no multipliers: they are folded into the embedding and the head."""
+"""Llama, which has no multipliers: they are folded into the embedding and the head. A Llama stays what it is."""
 
 from ..checkpoint.dtypes import DType
 from ..checkpoint.plan import CheckpointPlan
@@ -20,5 +20,5 @@ def plan_llama(model: ExportedModel, cast: DType | None) -> tuple[CheckpointPlan
     lineage = model.lineage("llama", cast, multipliers="fold")
     config = stock_config(model, target, "llama", dtype)
     plan = CheckpointPlan(tensors, config, stock_sidecars(model, config, lineage, dtype), lineage)
-    notes = sidecar_notes(model.folder, plan.sidecars, stock=True)
+    notes = sidecar_notes(model.folder, plan.sidecars, family=model.family, stock=True)
     return plan, notes + folding_notes(model.architecture, target, scales, dtype)

@@ -8,8 +8,9 @@
     OUT/release/mp_rank_{tensor:02d}[_{pipeline:03d}]/model_optim_rng.pt
     OUT/config.json                                            the same model in the Hub's terms
 
-A stage's layers are numbered from 0, in `model`, or in `model0`, `model1`, ... where it has several chunks. The chunks
-follow each other over the stages first, as Megatron's interleaved schedule has it.
+A stage's layers are numbered from 0, in `model`, or in `model0`, `model1`, ... where it has several chunks: of which
+layers, `pipeline_split.py` says. The embedding is in the first of all chunks, the last norm and the head are in the
+last, whether these have layers or not.
 """
 
 import math
@@ -21,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from ..architecture import Architecture
+from ..architecture import Architecture, rope_parameters
 from ..checkpoint.containers import Layout
 from ..checkpoint.dtypes import DType
 from ..checkpoint.errors import CheckpointError
@@ -37,6 +38,7 @@ from ..native.find import RELEASE, TRACKER
 from ..native.table import MEGATRON, NativeWeight, RowOrder, join, native_tensors
 from .model import ExportedModel
 from .multipliers import fold_multipliers, folding_notes
+from .pipeline_split import PipelineSplit
 
 Spec: TypeAlias = Literal["te", "local"]
 """Whose layers the trainer builds: Transformer Engine's, which hold the norm before them, or megatron-core's own."""
@@ -61,6 +63,8 @@ class ParallelSizes:
     tensor: int = 1
     pipeline: int = 1
     virtual: int = 1
+    layout: str | None = None
+    """Which layers each stage has, where these are not as many as in any other: see `PipelineSplit`."""
 
     def check(self, architecture: Architecture) -> None:
         """Check that a model can be spread like that.
@@ -78,17 +82,15 @@ class ParallelSizes:
                 )
         if self.virtual > 1 and self.pipeline == 1:
             raise CheckpointError(f"--vpp is {self.virtual}, --pp is 1; virtual stages need several stages.")
-        if architecture.num_hidden_layers % (self.pipeline * self.virtual):
-            raise CheckpointError(
-                f"num_hidden_layers {architecture.num_hidden_layers} is not a multiple of --pp {self.pipeline} x "
-                f"--vpp {self.virtual}."
-            )
+        self.split(architecture).ranges()
 
-    def layers(self, count: int, stage: int, chunk: int) -> range:
-        """The layers of a stage's chunk, of so many in all."""
-        size = count // (self.pipeline * self.virtual)
-        first = (chunk * self.pipeline + stage) * size
-        return range(first, first + size)
+    def split(self, architecture: Architecture) -> PipelineSplit:
+        """The layers of each stage's chunks."""
+        return PipelineSplit(architecture.num_hidden_layers, self.pipeline, self.virtual, self.layout)
+
+    def record(self) -> dict[str, Any]:
+        """For the lineage."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
     def folder(self, rank: int, stage: int) -> str:
         """What Megatron calls the folder of a rank."""
@@ -174,7 +176,7 @@ def training_args(
     Raises:
         CheckpointError: Megatron has no such model; names the field.
     """
-    rope = config["rope_parameters"]
+    rope = rope_parameters(config)
     for field, value, accepted in (
         ("rope_type", rope.get("rope_type"), "default"),
         ("hidden_act", config.get("hidden_act", "silu"), "silu"),
@@ -221,9 +223,7 @@ def training_args(
         "tensor_model_parallel_size": sizes.tensor,
         "pipeline_model_parallel_size": sizes.pipeline,
         "virtual_pipeline_model_parallel_size": sizes.virtual if sizes.virtual > 1 else None,
-        "num_layers_per_virtual_pipeline_stage": (
-            len(sizes.layers(a.num_hidden_layers, 0, 0)) if sizes.virtual > 1 else None
-        ),
+        **sizes.split(a).arguments(),
         "ckpt_format": "torch",
         **({name: getattr(a, name) for name in names} if a.use_mup else {}),
     }
@@ -277,15 +277,17 @@ def _chunks(
     embedding = {_EMBEDDING: outside.pop(_EMBEDDING)}
     if architecture.tie_word_embeddings and sizes.pipeline > 1:  # the last stage has a copy
         outside[_HEAD] = embedding[_EMBEDDING]
-    for chunk in range(sizes.virtual):
-        layers = sizes.layers(architecture.num_hidden_layers, stage, chunk)
+    first, last = (0, 0), (sizes.pipeline - 1, sizes.virtual - 1)
+    for (owner, chunk), layers in sizes.split(architecture).ranges().items():
+        if owner != stage:
+            continue
         inside = [weight for weight in weights if weight.layer in layers]
         yield (
             "model" if sizes.virtual == 1 else f"model{chunk}",
             {
-                **(embedding if layers.start == 0 else {}),
+                **(embedding if (stage, chunk) == first else {}),
                 **{w.line.name.format(w.layer - layers.start): w for w in inside if w.layer is not None},
-                **(outside if layers.stop == architecture.num_hidden_layers else {}),
+                **(outside if (stage, chunk) == last else {}),
             },
         )
 
@@ -334,7 +336,7 @@ def plan_megatron_export(
     if model.growth_state:
         masked = masked_config(config, model.growth_state)
         config = {key: value for key, value in masked.items() if key != "auto_map"}
-    details = {"parallel": asdict(sizes), "multipliers": "fold" if fold else "keep", "spec": spec}
+    details = {"parallel": sizes.record(), "multipliers": "fold" if fold else "keep", "spec": spec}
     lineage = model.lineage("megatron", cast, **details)
     check_read_files(model.folder)
     # The card says how transformers loads the model, which is not how this folder is loaded.
@@ -353,8 +355,11 @@ def plan_megatron_export(
     padded = padded_vocab_size(target.vocab_size, sizes.tensor)
     if padded != target.vocab_size:
         notes.append(f"{padded - target.vocab_size} rows of zeros follow the {target.vocab_size} of the vocabulary.")
+    split = sizes.split(target).options()
     notes.append(
-        "Megatron-LM: --load OUT --use-checkpoint-args --use-mp-args-from-checkpoint-args --ckpt-format torch "
+        f"Megatron-LM: --load OUT --use-checkpoint-args --use-mp-args-from-checkpoint-args{split} --ckpt-format torch "
         f"--norm-epsilon {target.rms_norm_eps:g}."
     )
+    if split:
+        notes.append(f"Of these,{split} are not taken from the arguments in the files: a run needs them each time.")
     return CheckpointPlan(tensors, config, sidecars, lineage), layout, notes

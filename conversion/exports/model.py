@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The Tele-FLM that is exported, and what every folder for stock transformers has."""
+"""The model that is exported, and what every folder for stock transformers has."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from ..architecture import Architecture
+from ..architecture import Architecture, rope_parameters
 from ..checkpoint.dtypes import DType
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.parent import parent_of
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.sources import Source, open_checkpoint
+from ..family import Family, require_family
 from ..hub.card import model_facts
 from ..hub.contents import hub_config, hub_sidecars
 from ..hub.remote import local_view
@@ -24,14 +25,14 @@ from ..masked import is_masked, split_masked_config
 from ..quantisation import refuse_quantised
 from .multipliers import NEUTRAL
 
-Target: TypeAlias = Literal["granite", "llama", "megatron", "torch_dist", "dcp"]
+Target: TypeAlias = Literal["granite", "llama", "gguf", "megatron", "torch_dist", "dcp"]
 
 _STOCK_CLASSES = {"granite": "GraniteForCausalLM", "llama": "LlamaForCausalLM"}
 
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A Tele-FLM that is open for planning."""
+    """A Tele-FLM or a Llama that is open for planning."""
 
     checkpoint: Source
     config: dict[str, Any]
@@ -43,6 +44,11 @@ class ExportedModel:
     def folder(self) -> Path:
         """Where it lies."""
         return Path(self.checkpoint.folder)
+
+    @cached_property
+    def family(self) -> Family:
+        """What its configuration is of."""
+        return require_family(self.config, f"{self.folder}/config.json")
 
     @cached_property
     def parent(self) -> dict[str, Any] | None:
@@ -63,7 +69,10 @@ class ExportedModel:
         return {name: ShardedTensor.of(tensors[source]) for name, source in sources.items()}
 
     def lineage(self, to: Target, cast: DType | None, **details: Any) -> dict[str, Any]:
-        """The record of its export, on top of its own."""
+        """The record of its export, on top of its own; a Llama's says that it is one, and nothing of multipliers."""
+        if not self.family.has_multipliers:
+            details = {"model_type": self.family.model_type, **details}
+            details.pop("multipliers", None)
         return {
             "operation": "export",
             "to": to,
@@ -74,7 +83,7 @@ class ExportedModel:
 
 
 def open_model(source: str | Path, *, masked: bool = False) -> ExportedModel:
-    """Open a Tele-FLM in Hub format for export.
+    """Open a Tele-FLM or a Llama in Hub format for export.
 
     Args:
         source: its folder.
@@ -86,7 +95,9 @@ def open_model(source: str | Path, *, masked: bool = False) -> ExportedModel:
     checkpoint = open_checkpoint(local_view(source))
     config = checkpoint.config
     if config is None:
-        raise CheckpointError(f"{checkpoint.folder}/config.json: no such file; only a Tele-FLM can be exported.")
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json: no such file; only a Tele-FLM or a Llama can be exported."
+        )
     refuse_quantised(checkpoint, "export")
     where, state = f"{checkpoint.folder}/config.json", None
     if is_masked(config):
@@ -105,11 +116,18 @@ def stock_config(model: ExportedModel, architecture: Architecture, model_type: s
     """A config.json for a class of transformers' own."""
     config = hub_config(model.config, architecture, dtype.name)
     kept = {key: value for key, value in config.items() if key not in ("auto_map", *NEUTRAL)}
+    # MLX reads the rotary embedding in the older spelling alone, and asks for both biases. Transformers takes the older
+    # one where there are both, so that they have to agree.
+    rope = rope_parameters(model.config, "the source's config.json")
+    kept |= {"rope_theta": rope["rope_theta"], "mlp_bias": False}
+    if rope["rope_type"] != "default" and not kept.get("rope_scaling"):
+        kept["rope_scaling"] = rope
     return {**kept, "model_type": model_type, "architectures": [_STOCK_CLASSES[model_type]]}
 
 
 def stock_sidecars(
     model: ExportedModel, config: Mapping[str, Any], lineage: Mapping[str, Any], dtype: DType
 ) -> dict[str, str | bytes]:
-    """Its small files, none of them code, and a tokenizer that needs none either."""
-    return hub_sidecars(model.folder, model_facts(config, dtype.name, lineage), code=(), stock=True)
+    """Its small files, none of them code, and a tokenizer that needs none either; of a Llama, its own."""
+    facts = model_facts(config, dtype.name, lineage)
+    return hub_sidecars(model.folder, facts, code=(), stock=True, family=model.family)

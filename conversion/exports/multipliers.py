@@ -31,13 +31,14 @@ def folding_notes(source: Architecture, target: Architecture, scales: Mapping[st
     names = [
         name for name in scales if scales[name] != 1.0 and not (name == LM_HEAD.name and target.tie_word_embeddings)
     ]
-    notes = [f"{name} was multiplied by {scales[name]:g}: {_rounding(scales[name], dtype)}." for name in names]
+    notes = [f"{name} was multiplied by {scales[name]:g}: {folding_error(scales[name], dtype)}." for name in names]
     if source.tie_word_embeddings and not target.tie_word_embeddings:
         notes.append(f"{LM_HEAD.name} is no longer tied to the embedding: their factors differ.")
     return notes
 
 
-def _rounding(factor: float, dtype: DType) -> str:
+def folding_error(factor: float, dtype: DType) -> str:
+    """How exact a product by a factor is that is rounded once to a dtype, in words."""
     limits = ml_dtypes.finfo(dtype.numpy)
     smallest = f"{float(limits.smallest_normal):.3g}"
     if math.frexp(factor)[0] == 0.5:

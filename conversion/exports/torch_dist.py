@@ -9,6 +9,7 @@
         decoder.layers.mlp.linear_fc2.weight                 the layers of one weight, stacked: [layers, rows, columns]
         optimizer.state.exp_avg.decoder.layers....           and so exp_avg_sq, and the weights in float32, fp32_param
     OUT/.../common.pt, metadata.json            arguments, the settings of the optimizer; which format it is
+    OUT/.../run_config.yaml                     the model in Megatron-Bridge's terms, if its multipliers are 1
     OUT/config.json                             the same model in the Hub's terms
 
 Megatron-LM does not load the optimizer of a `release`, so moments have an iteration. Names are those of Transformer
@@ -18,10 +19,10 @@ Engine's layers, whatever layers the run builds.
 import json
 import math
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..adam_state import AdamState
+from ..adam_state import ADAMW_UNSAID, AdamState, decay_notes
 from ..architecture import Architecture
 from ..checkpoint.containers import Layout
 from ..checkpoint.distributed_file import METADATA
@@ -35,7 +36,8 @@ from ..checkpoint.distributed_layout import (
     entry_name,
 )
 from ..checkpoint.dtypes import FLOAT32, DType
-from ..checkpoint.errors import CheckpointError
+from ..checkpoint.errors import CheckpointError, printable
+from ..checkpoint.numbers import shown
 from ..checkpoint.plan import CheckpointPlan, Shape, TensorPlan
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.sources import source_identity
@@ -56,6 +58,7 @@ from .megatron import (
 )
 from .model import ExportedModel
 from .multipliers import fold_multipliers, folding_notes
+from .run_config import RUN_CONFIG, run_config
 
 # Modules that have an entry for FP8 scales in each layer, of Transformer Engine and of megatron-core alike; None says
 # there are none. A loader asks for each by name.
@@ -70,6 +73,7 @@ _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _COMMON_FORMAT = {"common_backend": "torch", "common_backend_version": 1}
 _MASTERS = ("optimizer.state.fp32_param", "optimizer.state.param")
 _SHARDING = "fully_reshardable"  # moments in the shape of their weights
+_CONTENT = {"distrib_optim_sharding_type": _SHARDING, "singleton_local_shards": False}
 
 
 def plan_torch_dist(
@@ -96,12 +100,17 @@ def plan_torch_dist(
     weights = _Weights(target, scales, arguments["padded_vocab_size"], chunk_bytes(nbytes, shard_bytes))
     entries = {**weights.entries(model.parts(target), "", dtype, 1.0), **_extra_states(target)}
     states: dict[KeyPath, Entry] = {}
-    common: dict[str, Any] = {"args": Namespace(**arguments), "checkpoint_version": CHECKPOINT_VERSION, "iteration": 0}
+    common: dict[str, Any] = {
+        "args": Namespace(**arguments),
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "iteration": 0,
+        "content_metadata": _CONTENT,
+    }
     details: dict[str, Any] = {"multipliers": "fold" if fold else "keep"}
     folder = RELEASE
     if state:
         step = _common_step(state.adam)
-        folder = f"iter_{step:07d}"
+        folder = _folder(step)
         states = _states(weights, model.parts(target), _moments(state.adam, source, target))
         common |= {"iteration": step, **_common_state(state.adam, step)}
         details["optimizer"] = source_identity(state.adam.file)
@@ -114,10 +123,12 @@ def plan_torch_dist(
         f"{folder}/metadata.json": json.dumps({**_FORMAT, **_COMMON_FORMAT}).encode(),
         f"{folder}/common.pt": b"".join(part for _, part in sorted(torch_shard("common.pt", common).fixed)),
     }
+    if _is_plain(target):  # a model with multipliers would be made without them
+        sidecars[f"{folder}/{RUN_CONFIG}"] = run_config(arguments, optimizer=state is not None)
     tensors = tuple(tensor for shard in shards for tensor, _ in shard.tensors)
     layout = Layout(tuple(shards), (TRACKER, (RELEASE if state is None else str(common["iteration"])).encode()))
     notes = [*left_behind(model.folder, sidecars), *folding_notes(source, target, scales, dtype)]
-    notes += _notes(target, source, state, fold=fold)
+    notes += _notes(target, state)
     return CheckpointPlan(tensors, config, sidecars, model.lineage("torch_dist", cast, **details)), layout, notes
 
 
@@ -208,6 +219,10 @@ def _extra_states(architecture: Architecture) -> dict[KeyPath, Entry]:
 # The optimizer.
 
 
+def _folder(step: int) -> str:
+    return f"iter_{step:07d}"
+
+
 def _common_step(adam: AdamState) -> int:
     steps = {*adam.steps.values()}
     if len(steps) > 1:
@@ -245,6 +260,10 @@ def _states(
     states |= {(entry_name(path).replace(*_MASTERS, 1),): SameAs(path) for path in states}
     for key, power in zip(MOMENTS, (-1.0, -2.0), strict=True):
         states |= weights.entries(moments[key], f"optimizer.state.{key}.", FLOAT32, power)
+    squares = f"optimizer.state.{MOMENTS[1]}."
+    for path, entry in states.items():
+        if isinstance(entry, ChunkedTensor) and entry_name(path).startswith(squares):
+            states[path] = entry.nonnegative()
     return states
 
 
@@ -257,8 +276,12 @@ def _common_state(adam: AdamState, step: int) -> dict[str, Any]:
     said = [{key: settings[key] for key in ("betas", "eps")} for settings, _ in adam.groups]
     if any(other != said[0] for other in said):
         raise CheckpointError(f"{adam.file}: its groups have other betas or eps, {said}, Megatron has one of each.")
-    decay = max(settings["weight_decay"] for settings, _ in adam.groups)
-    rate = float(adam.groups[0][0]["lr"])
+    if any(settings.get("maximize") for settings, _ in adam.groups):
+        raise CheckpointError(
+            f"{adam.file}: maximize is True, and Megatron minimises: it would undo what was learnt; leave --optimizer "
+            "out."
+        )
+    decay, rate = _decay(adam), _rate(adam)
     shared = {
         **said[0],
         "betas": tuple(said[0]["betas"]),
@@ -268,15 +291,8 @@ def _common_state(adam: AdamState, step: int) -> dict[str, Any]:
         "is_expert_parallel": False,
         "is_decoupled_lr": False,
         "default_config": True,
-        # Of torch's AdamW, and of Apex' and Transformer Engine's.
-        "amsgrad": False,
-        "maximize": False,
-        "foreach": None,
-        "capturable": False,
-        "differentiable": False,
-        "fused": None,
-        "decoupled_weight_decay": True,
-        "bias_correction": True,
+        **ADAMW_UNSAID,
+        "bias_correction": True,  # of Apex and Transformer Engine
     }
     groups = [{**shared, "wd_mult": factor, "weight_decay": decay * factor} for factor in (1.0, 0.0)]
     inner = {"state": {"common_step": float(step)}, "param_groups": groups}
@@ -285,28 +301,81 @@ def _common_state(adam: AdamState, step: int) -> dict[str, Any]:
     return {
         "optimizer": {"optimizer": inner, "param_state_sharding_type": _SHARDING, **inner},
         "opt_param_scheduler": schedule,
-        "content_metadata": {"distrib_optim_sharding_type": _SHARDING, "singleton_local_shards": False},
     }
 
 
-def _notes(target: Architecture, source: Architecture, state: OpenState | None, *, fold: bool) -> Iterable[str]:
-    if not fold and (source.embedding_scale, source.logit_scale) != (1.0, 1.0):
+def _rate(adam: AdamState) -> float:
+    """The learning rate of both of Megatron's groups."""
+    return float(adam.groups[0][0]["lr"])
+
+
+def _decay(adam: AdamState) -> float:
+    """The weight decay of matrices: the largest, where groups of them have several."""
+    return max((float(settings["weight_decay"]) for settings, names in adam.groups if _matrices(names)), default=0.0)
+
+
+def _matrices(names: Sequence[str]) -> list[str]:
+    """The weights that Megatron decays: those of more than one dimension."""
+    return [name for name in names if "norm" not in name and not name.endswith(".bias")]
+
+
+_CARRIED = frozenset(("lr", "initial_lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"))
+_OF_THE_CODE = frozenset(("foreach", "capturable", "differentiable", "fused"))  # how a step is computed, not what
+
+
+def _dropped(adam: AdamState) -> Iterator[str]:
+    """What of the parameter groups has no place in Megatron's two, which a run finds by their multipliers alone."""
+    rate, decay = _rate(adam), _decay(adam)
+    said = []
+    for number, (settings, names) in enumerate(adam.groups):
+        own_rate, own_decay = float(settings["lr"]), float(settings["weight_decay"])
+        if own_rate != rate:
+            said.append(f"lr {own_rate:g} (not {rate:g}) of group {number}, {len(names)} weights")
+        matrices = _matrices(names)
+        if matrices and own_decay != decay:
+            said.append(f"weight_decay {own_decay:g} (not {decay:g}) of the {len(matrices)} matrices in group {number}")
+        if len(matrices) < len(names) and own_decay:
+            vectors = len(names) - len(matrices)
+            said.append(f"weight_decay {own_decay:g} (not 0) of the {vectors} norms and biases in group {number}")
+        if settings.get("decoupled_weight_decay") is False:
+            said.append(f"decoupled_weight_decay False of group {number}")
+        unknown = sorted(key for key in settings if key not in _CARRIED | _OF_THE_CODE | {"decoupled_weight_decay"})
+        said += [f"{key} {shown(settings[key])} of group {number}" for key in unknown]
+    if said:
         yield (
-            f"The multipliers {source.embedding_scale:g} on the embeddings and {source.logit_scale:g} on the logits "
-            "are in the arguments only; a stock Megatron-LM ignores them and computes another function."
+            f"Megatron's groups have no place for these, and they are left out: {'; '.join(map(printable, said))}. "
+            "Where the run is to have them, as muP's rates, its script has to make such groups."
+        )
+
+
+def _is_plain(architecture: Architecture) -> bool:
+    return (architecture.embedding_scale, architecture.logit_scale) == (1.0, 1.0)
+
+
+def _notes(target: Architecture, state: OpenState | None) -> Iterable[str]:
+    if not _is_plain(target):
+        yield (
+            f"The multipliers {target.embedding_scale:g} on the embeddings and {target.logit_scale:g} on the logits "
+            "are in the arguments only; a stock Megatron-LM ignores them and computes another function, and so would "
+            f"Megatron-Bridge, for which there is no {RUN_CONFIG}."
         )
     padding = padded_vocab_size(target.vocab_size, 1) - target.vocab_size
     if padding:
         yield f"{padding} rows of zeros follow the {target.vocab_size} of the vocabulary."
     options = f"--load OUT --use-checkpoint-args --ckpt-format torch_dist --norm-epsilon {target.rms_norm_eps:g}"
+    step = _common_step(state.adam) if state else None
+    if _is_plain(target):
+        folder = RELEASE if step is None else _folder(step)
+        yield f"Megatron-Bridge: AutoBridge.load_megatron_model of OUT/{folder} (from its source; not tried)."
     if state is None:
         yield f"Megatron-LM: {options}."
         return
-    step = _common_step(state.adam)
     yield (
         f"Adam's moments after {step} steps, and the weights in float32, are in the optimizer's state: of iteration "
         f"{step}, without a schedule and random states, in Megatron's two groups (norms have no weight decay)."
     )
+    yield from decay_notes(state.adam)
+    yield from _dropped(state.adam)
     yield f"Megatron-LM: {options} --override-opt-param-scheduler --no-load-rng."
 
 

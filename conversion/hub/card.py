@@ -5,6 +5,7 @@
 """What a person reads of a model: its card."""
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -21,6 +22,9 @@ from ..checkpoint.plan import View
 from ..checkpoint.sizes import format_bytes
 from ..checkpoint.sources import open_checkpoint, outside_target
 from ..checkpoint.strict_json import read_json_object
+from ..compressed_tensors import is_float8
+from ..family import LLAMA
+from ..input_mult import input_mult_warning
 from ..masked import MASKED_MODEL_TYPE
 from .front_matter import parse_metadata, split_card, write_metadata
 from .lineage import lineage_steps
@@ -31,6 +35,7 @@ from .results import Result, model_index
 CARD = "README.md"
 TOKENIZER_CODE = "tokenization_teleflm.py"
 ADAPTER_CONFIG = "adapter_config.json"
+_FLOAT8 = "float8_e4m3fn"
 _NO_NAME = "A Tele-FLM model"
 _HERE = "."  # a folder without a name loads from where it lies
 _LICENSES = (  # how the texts begin
@@ -46,6 +51,7 @@ _GROWN_KEYS = (*_LICENSE_KEYS, "language", "datasets", "base_model")
 _TRAINED_KEYS = (*_LICENSE_KEYS, "language")
 _MODEL_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # the oldest have no owner
 _MAX_CARD_BYTES = 4_000_000
+_LARGEST = 1e300  # of a number that a record may have
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,14 @@ class CardFacts:
     """What a card says of a model or an adapter.
 
     Args:
-        dtype: of its weights.
+        dtype: of its weights; of those that are not quantised, if it is.
         num_parameters: how many weights it has.
         num_bytes: of them.
         architecture: the model's numbers; None if it is an adapter, or not of this family.
         context: positions that it was trained for, if the configuration says so.
         own_code: whether it loads with code from its repository.
         is_teleflm: whether it is a Tele-FLM, or an adapter for one.
+        is_float8: whether its linear layers are in 8-bit floats with scales, as compressed-tensors has them.
         masked_steps: of a checkpoint that grows by masks: steps of training until they are open; else None.
         adapter: of an adapter, the content of its `adapter_config.json`; else None.
         steps: what it was made from, a sentence a step.
@@ -71,7 +78,7 @@ class CardFacts:
         relation: to them: `finetune`, `adapter`, `merge` or `quantized`; None leaves it to the Hub.
         results: of evaluations.
         has_tokenizer: whether a tokenizer lies beside the weights.
-        tokenizer_code: and code of ours that reads it.
+        tokenizer_code: whether it is code of the repository.
         has_chat_template: and a chat template.
         has_record: and the record.
     """
@@ -83,6 +90,7 @@ class CardFacts:
     context: int | None = None
     own_code: bool = True
     is_teleflm: bool = True
+    is_float8: bool = False
     masked_steps: int | None = None
     adapter: Mapping[str, Any] | None = None
     steps: tuple[str, ...] = ()
@@ -124,13 +132,20 @@ def model_facts(config: Mapping[str, Any], dtype: str, lineage: Mapping[str, Any
         architecture=architecture,
         context=context if isinstance(context, int) and context > 0 else None,
         own_code=isinstance(classes, dict) and "AutoModelForCausalLM" in classes,
-        is_teleflm=is_ours or (architecture is not None and (lineage or {}).get("operation") == "export"),
+        is_teleflm=is_ours or (architecture is not None and _is_exported(lineage or {})),
+        is_float8=is_float8(config),
         masked_steps=total if isinstance(total, int) else None,
         inherited=_inherited_keys(lineage or {}),
         steps=tuple(lineage_steps(lineage)),
         exact=tuple(exactness(lineage)),
         base_models=_hub_parent(lineage or {}),
+        relation="quantized" if (lineage or {}).get("quantized") and _hub_parent(lineage or {}) else None,
     )
+
+
+def _is_exported(lineage: Mapping[str, Any]) -> bool:
+    """Whether a lineage ends with the export of a Tele-FLM, to a folder that does not say so itself."""
+    return lineage.get("operation") == "export" and lineage.get("model_type", MODEL_TYPE) == MODEL_TYPE
 
 
 def _hub_parent(lineage: Mapping[str, Any]) -> tuple[str, ...]:
@@ -189,7 +204,7 @@ def with_files(facts: CardFacts, folder: Path | None, files: Collection[str]) ->
         facts,
         metadata=inherited_metadata(folder, facts.inherited) if folder else {},
         has_tokenizer="tokenizer.model" in files or "tokenizer.json" in files,
-        tokenizer_code=TOKENIZER_CODE in files,
+        tokenizer_code=any(name.endswith(".py") and name.startswith("token") for name in files),
         has_chat_template="chat_template.jinja" in files,
     )
 
@@ -261,9 +276,11 @@ def planned_facts(
         views: dtype, elements and bytes of each tensor.
         folder: holds its small files.
     """
-    kinds = Counter(dtype for dtype, _, _ in views)
+    kinds = Counter(dtype for dtype, _, _ in views if not (is_float8(config) and dtype == _FLOAT8))
     facts = model_facts(config, max(kinds, key=lambda name: (kinds[name], name)), lineage)
-    facts = replace(facts, num_parameters=sum(n for _, n, _ in views), num_bytes=sum(n for _, _, n in views))
+    facts = replace(facts, num_bytes=sum(n for _, _, n in views))
+    if not (facts.is_float8 and facts.architecture):  # there, scales are no parameters
+        facts = replace(facts, num_parameters=sum(n for _, n, _ in views))
     names = [path.name for path in folder.iterdir() if path.is_file()]
     return with_files(replace(facts, inherited=_SAME_KEYS), folder, names)
 
@@ -313,13 +330,13 @@ def _read_text(path: Path) -> str:
 
 
 def _architecture(config: Mapping[str, Any]) -> Architecture | None:
-    """The numbers of a Tele-FLM, under whatever name it is exported; None if it is none."""
+    """The numbers of a Tele-FLM, under whatever name it is exported, or of a Llama; None if it is none."""
     kind = config.get("model_type")
-    values = {**config, "model_type": MODEL_TYPE}
+    values = {**config, "model_type": kind if kind == LLAMA.model_type else MODEL_TYPE}
     if kind == "granite" and config.get("logits_scaling"):
         values |= {"use_mup": True, "input_mult": config.get("embedding_multiplier", 1.0)}
         values |= {"output_mult": 1.0, "mup_scale_factor": config["logits_scaling"]}
-    elif kind not in (MODEL_TYPE, MASKED_MODEL_TYPE, "llama"):
+    elif kind not in (MODEL_TYPE, MASKED_MODEL_TYPE, LLAMA.model_type):
         return None
     try:
         return Architecture.from_config(values, with_biases=True)
@@ -350,6 +367,7 @@ def exactness(lineage: Mapping[str, Any] | None) -> list[str]:
     said = exactness(before if isinstance(before, Mapping) else None)
     # Of training, it is the type of the parameters, which need not have been cast to it.
     cast = lineage.get("dtype") if lineage.get("operation") != "train" else None
+    folded = _folded_factor(lineage)
     match lineage:
         case {"operation": "grow", "preserves_function": False}:
             now = [
@@ -360,8 +378,17 @@ def exactness(lineage: Mapping[str, Any] | None) -> list[str]:
             ]
         case {"operation": "grow", "source": dict() as old, "target": dict() as new}:
             now = _of_growth(old, new)
+        case {"operation": "convert", "quantized": _}:
+            now = [
+                "Quantisation changes the function: each weight of a linear layer, the head aside, is an 8-bit float "
+                "times the scale of its row, within 1/16 of what it was, or within 1/1024 of the scale where it is "
+                "small (of rows whose scale is among the smallest numbers of its dtype, less exactly so). An engine "
+                "that multiplies in 8 bits rounds activations too. Other weights are not quantised."
+            ]
+        case {"operation": "convert", "dequantized": True}:
+            now = ["Weights that were 8-bit floats are their products with their scales: what was lost stays lost."]
         case {"operation": "convert"}:
-            now = [] if cast else ["Conversion keeps every value of the weights, bit by bit."]
+            now = [] if cast or folded else ["Conversion keeps every value of the weights, bit by bit."]
         case {"operation": "fold", "alpha": float() | int() as alpha}:
             now = [f"Folding masks computes the function that the masked model has at alpha {alpha:g}, rounding aside."]
             if alpha != 0:
@@ -384,9 +411,26 @@ def exactness(lineage: Mapping[str, Any] | None) -> list[str]:
             now = now if said else ["Training has changed the weights: the function is no longer that of the base."]
         case _:
             now = []
+    if folded:
+        now.insert(0, _of_input_fold(folded, others_kept=not (cast or lineage.get("quantized")), cast=bool(cast)))
     if isinstance(cast, str) and cast in BY_NAME:
         now.append(f"Every value that was cast to {cast} was rounded once, to the nearest.")
     return said + [sentence for sentence in now if sentence not in said]
+
+
+def _folded_factor(lineage: Mapping[str, Any]) -> float | None:
+    """What a conversion multiplied the embeddings by; None if it did not, or says no number."""
+    match lineage:
+        case {"operation": "convert", "folded_input_mult": float() | int() as factor} if 0 < factor < _LARGEST:
+            return float(factor)
+    return None
+
+
+def _of_input_fold(factor: float, *, others_kept: bool, cast: bool) -> str:
+    is_exact = not cast and math.frexp(factor)[0] == 0.5
+    how = "exactly, but for products that are too small to be normal numbers" if is_exact else "each rounded once"
+    rest = "" if not others_kept else " Every other weight keeps its value, bit by bit."
+    return f"Embeddings are multiplied by {factor:g}, {how}; input_mult, which said so, is 1 now.{rest}"
 
 
 def _of_growth(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -402,8 +446,8 @@ def _of_growth(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         )
     if old.get("vocab_size") != new.get("vocab_size"):
         said.append(
-            "Logits of the old vocabulary are kept; new rows take part in the softmax as far as the source had no "
-            "unused rows to repeat."
+            "Logits of the old vocabulary are kept; new rows take part in the softmax beside them, so probabilities "
+            "change."
         )
     return said
 
@@ -456,7 +500,8 @@ def _title(facts: CardFacts) -> str:
         what = f"A LoRA adapter for {of or 'a Tele-FLM'}: a few weights that change what that model says."
         return f"# {name or 'A LoRA adapter for a Tele-FLM'}\n\n{what}"
     if not facts.is_teleflm:
-        return f"# {name or 'A model'}"
+        what = f"A dense, decoder-only language model with {_count(facts.num_parameters)} parameters."
+        return f"# {name or 'A model'}" + (f"\n\n{what}" if facts.architecture else "")
     size = f"{_count(facts.num_parameters)} parameters"
     kind = "A dense, decoder-only language model of the Tele-FLM (FLM-2) architecture"
     stock = "" if facts.own_code else ", in the format of a model that transformers has itself"
@@ -480,16 +525,23 @@ def _table(facts: CardFacts) -> str:
             "Feed-forward size": f"{a.intermediate_size:,}",
             "Vocabulary rows": f"{a.vocab_size:,}",
             **({"Context": f"{facts.context:,} tokens"} if facts.context else {}),
-            "Factor on the embeddings": f"{a.embedding_scale:g}",
-            "Factor on the logits": f"{a.logit_scale:g}",
+            **(_factors(a) if facts.is_teleflm or {a.embedding_scale, a.logit_scale} != {1.0} else {}),
         }
     if facts.adapter is not None:
         modules = facts.adapter.get("target_modules")
         rows |= {"Rank": facts.adapter.get("r"), "Alpha": facts.adapter.get("lora_alpha")}
         rows |= {"On": ", ".join(sorted(map(str, modules))) if isinstance(modules, list) else modules}
-    rows["Weights"] = f"{facts.dtype}, {format_bytes(facts.num_bytes)}" if facts.num_bytes else facts.dtype
+    kind = f"{_FLOAT8} in linear layers, {facts.dtype}" if facts.is_float8 else facts.dtype
+    rows["Weights"] = f"{kind}, {format_bytes(facts.num_bytes)}" if facts.num_bytes else kind
     lines = [f"| {name} | {_line(str(value))} |" for name, value in rows.items() if value is not None]
     return "\n".join(["## Architecture\n", "| | |", "|---|---|", *lines])
+
+
+def _factors(architecture: Architecture) -> dict[str, str]:
+    return {
+        "Factor on the embeddings": f"{architecture.embedding_scale:g}",
+        "Factor on the logits": f"{architecture.logit_scale:g}",
+    }
 
 
 def _use(facts: CardFacts) -> str:
@@ -498,6 +550,14 @@ def _use(facts: CardFacts) -> str:
         parts.append(
             "`trust_remote_code=True` executes the Python files of the repository. With the `teleflm` package "
             "installed, `import modeling_teleflm` replaces it, and no such file is executed."
+        )
+    if facts.own_code and facts.architecture and facts.masked_steps is None:
+        warning = input_mult_warning(facts.architecture)
+        parts += [warning] if warning else []
+    if facts.is_float8:
+        parts.append(
+            "Its linear layers are quantised (FP8, compressed-tensors): transformers reads them with `pip install "
+            "compressed-tensors`."
         )
     if facts.masked_steps is not None:
         parts.append(
@@ -514,7 +574,7 @@ def _code(facts: CardFacts) -> str:
     """Blocks that run as they stand, where the model is what they name."""
     here = json.dumps(facts.repo_id or _HERE)
     trust = ", trust_remote_code=True" if facts.own_code else ""
-    tokens = ", trust_remote_code=True" if facts.is_teleflm and facts.tokenizer_code else trust
+    tokens = ", trust_remote_code=True" if facts.tokenizer_code else trust
     pipe = tokens if facts.has_tokenizer else trust
     auto = ["AutoModelForCausalLM", *(["AutoTokenizer"] if facts.has_tokenizer else [])]
     tokenizer = [f"tokenizer = AutoTokenizer.from_pretrained({here}{tokens})"] if facts.has_tokenizer else []
@@ -573,7 +633,8 @@ def _memory(facts: CardFacts) -> list[str]:
         return []
     if facts.adapter is not None:
         return [f"The adapter takes {format_bytes(facts.num_bytes)} beside its base."]
-    sizes = {facts.dtype: facts.num_bytes}
+    stored = _FLOAT8 if facts.is_float8 else facts.dtype
+    sizes = {stored: facts.num_bytes}
     for dtype in ("bfloat16", "float32") if facts.num_parameters else ():
         sizes.setdefault(dtype, facts.num_parameters * _itemsize(dtype))
     lines = [
@@ -583,7 +644,7 @@ def _memory(facts: CardFacts) -> list[str]:
                 "| to load in | weights |",
                 "|---|---|",
                 *(
-                    f"| {name}{', as stored' if name == facts.dtype else ''} | {format_bytes(size)} |"
+                    f"| {name}{', as stored' if name == stored else ''} | {format_bytes(size)} |"
                     for name, size in sizes.items()
                 ),
             ]

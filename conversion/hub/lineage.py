@@ -191,9 +191,9 @@ def _describe(lineage: Mapping[str, Any], *, refuted: bool) -> str:
             at = f" at iteration {_show(lineage['iteration'])}" if lineage.get("iteration") is not None else ""
             written = _FORMATS.get(trainer) if isinstance(trainer, str) else None
             made = f"{written or _show(trainer)}, {_show(parallel)}"
-            return f"Converted from a training checkpoint{at} ({made}){_cast(lineage)}."
+            return f"Converted from a training checkpoint{at} ({made}){_changes(lineage)}."
         case {"operation": "convert", "from": container}:
-            return f"Rewritten as safetensors from {_show(container)} files{_cast(lineage)}."
+            return f"Rewritten as safetensors from {_show(container)} files{_changes(lineage)}."
         case {"operation": "fold", "alpha": float() | int() as alpha}:
             other = "" if alpha == 0 else ", where what was added is heard: another function than before the growth"
             return f"Growth masks folded into the weights at alpha {_show(alpha)}{other}."
@@ -295,15 +295,37 @@ def _export_details(lineage: Mapping[str, Any]) -> str:
             chunks = f" of {_count(virtual)} chunks" if virtual > 1 else ""
             stages = f"{_count(pipeline)} stage{'s' if pipeline > 1 else ''}{chunks}"
             details.append(f"tensor parallel {_count(tensor)}, {stages}")
+    match lineage:
+        case {"parallel": {"layout": str() as layout}}:
+            details.append(f"layers split by {_show(layout)}")
     if lineage.get("multipliers") == "fold":
         details.append("the multipliers folded into embeddings and head")
+    if isinstance(lineage.get("outtype"), str):
+        details.append(f"as {_show(lineage['outtype'])}")
     if lineage.get("optimizer"):
         details.append("with the moments of Adam")
     return "".join(f", {detail}" for detail in details) + _cast(lineage)
 
 
+def _changes(lineage: Mapping[str, Any]) -> str:
+    """What a conversion changed of the values, beside their container."""
+    return f"{_folded(lineage)}{_cast(lineage)}{_quantised(lineage)}"
+
+
+def _folded(lineage: Mapping[str, Any]) -> str:
+    factor = lineage.get("folded_input_mult")
+    return "" if factor is None else f", input_mult {_show(factor)} folded into the embeddings"
+
+
 def _cast(lineage: Mapping[str, Any]) -> str:
     return f", cast to {_show(lineage['dtype'])}" if lineage.get("dtype") else ""
+
+
+def _quantised(lineage: Mapping[str, Any]) -> str:
+    if lineage.get("dequantized") is True:
+        return ", 8-bit floats multiplied by their scales"
+    scheme = lineage.get("quantized")
+    return f", linear layers quantised to {_show(scheme)}" if isinstance(scheme, str) else ""
 
 
 # Values, which may be anything.

@@ -20,6 +20,7 @@ from ..architecture import package_folder
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.kernel_copy import available_memory
 from ..checkpoint.sources import check_utf8, open_checkpoint
+from ..compressed_tensors import is_float8, read_float8
 from . import clean_process
 from .release import Release
 
@@ -43,11 +44,16 @@ def try_loading(release: Release) -> list[str]:
         return [f"Not loaded: {foreign} is not of this version of this package, and is not run."]
     check_utf8(release.folder.absolute())
     source = open_checkpoint(release.folder)
-    fits = sum(release.weights.values()) < available_memory() // 3
+    tensors = read_float8(source).tensors if is_float8(source.config) else source.tensors
+    untried = ""
+    if sum(release.weights.values()) >= available_memory() // 3:
+        untried = "; no token was computed, as the weights take more than a third of the memory"
+    elif tensors is not source.tensors and importlib.util.find_spec("compressed_tensors") is None:
+        untried = "; no token was computed, as compressed-tensors, which reads 8-bit floats, is not installed"
     asked = {
         "folder": str(release.folder.absolute()),
-        "tensors": {name: list(view.shape) for name, view in source.tensors.items()},
-        "generate": fits,
+        "tensors": {name: list(view.shape) for name, view in tensors.items()},
+        "generate": not untried,
     }
     with tempfile.TemporaryDirectory() as cache:
         kept = os.environ.keys() - {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_MODULES_CACHE"}
@@ -76,8 +82,7 @@ def try_loading(release: Release) -> list[str]:
     answer = json.loads(lines[-1])
     if answer["problem"]:
         raise CheckpointError(f"{release.folder}: does not load in a process of its own: {answer['problem']}.")
-    also = "" if fits else "; no token was computed, as the weights take more than a third of the memory"
-    return [f"Loaded without this package: {', '.join(answer['done'])}{also}."]
+    return [f"Loaded without this package: {', '.join(answer['done'])}{untried}."]
 
 
 def foreign_code(release: Release) -> str | None:

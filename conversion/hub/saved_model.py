@@ -50,7 +50,7 @@ def record_saved_model(
     origin: Path | None = None,
     base: str = "",
 ) -> None:
-    """Write the record, and the model card of a Tele-FLM, into a saved model; one process of a run does so.
+    """Write the record, and the model card of a Tele-FLM or a Llama, into a saved model; one process of a run does so.
 
     Args:
         folder: holds a whole model, or the weights of an adapter.
@@ -58,7 +58,7 @@ def record_saved_model(
         seed: of the run.
         digests: read all weights for the digest of each tensor; without, the record has samples of the files alone,
             which costs the same for every size of model.
-        model_types: of the configurations that are a Tele-FLM's, with a card of ours.
+        model_types: of the configurations of which there is a card of ours.
         origin: folder of the model it was made from, whose licence and language it keeps.
         base: name of that model; the card has it where it is one of the Hub.
 

@@ -30,6 +30,8 @@ _JSON_SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.jso
 _TOKENIZER_CONFIG = "tokenizer_config.json"  # goes along, with our class in it
 # Those that are written anew, or are another model's.
 _NOT_COPIED = ("config.json", "adapter_config.json", MANIFEST, OLD_MANIFEST)
+# What a Trainer saves with the weights under names that weights have too.
+_OF_A_RUN = re.compile(r"scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth|training_args\.bin")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".gguf", ".h5", ".msgpack")
 
 
@@ -130,13 +132,14 @@ def left_behind(folder: Path, files: Mapping[str, str | bytes], *, elsewhere: Co
         and name not in (*_NOT_COPIED, _TOKENIZER_CONFIG, *elsewhere)
         and not is_weights(name)
         and not is_state(name)
-        and not name.endswith(_WEIGHT_SUFFIXES)
+        and (not name.endswith(_WEIGHT_SUFFIXES) or _OF_A_RUN.fullmatch(name))
         and not _is_ours(folder / name, said.get(name))
     ]
     has_code = any(map(_CODE.fullmatch, files))
     replaced = [name for name in dropped if name in files or (has_code and _CODE.fullmatch(name))]
     left = [name for name in dropped if name not in replaced]
-    notes = [f"The output has a card and code of its own, in place of: {_some(replaced)}."] if replaced else []
+    own = "a card and code" if has_code else "a card"
+    notes = [f"The output has {own} of its own, in place of: {_some(replaced)}."] if replaced else []
     return notes + ([f"Left behind, as a model needs no such files: {_some(left)}."] if left else [])
 
 

@@ -22,11 +22,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.containers import Shard, parse_size
+from ..checkpoint.containers import Shard
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.execute import WriteOptions, make_job, write_and_ship
 from ..checkpoint.job import Finished, Job, json_bytes
 from ..checkpoint.manifest import MANIFEST, seal
+from ..checkpoint.numbers import parse_size
 from ..checkpoint.plan import CheckpointPlan
 from ..checkpoint.record import job_record
 from ..checkpoint.sizes import format_bytes

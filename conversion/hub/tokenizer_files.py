@@ -39,7 +39,7 @@ _DROPPED = (
     *("tokenizer_class", "auto_map", "add_prefix_space", "backend", "fast_tokenizer_files", "from_slow", "legacy"),
     *("sp_model_kwargs", "use_fast", "vocab_file", "clean_up_tokenization_spaces", "model_input_names"),
 )
-_PLACES = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
+PLACES = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def tokenizer_files(source: Path, *, stock: bool) -> TokenizerFiles:
 
 def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings without where they lay on the machine of whoever saved them, which tells a reader nothing."""
-    return {name: value for name, value in settings.items() if name not in _PLACES}
+    return {name: value for name, value in settings.items() if name not in PLACES}
 
 
 def _json(value: Any) -> bytes:
@@ -149,6 +149,7 @@ def _config(
 
 
 __all__ = [
+    "PLACES",
     "TOKENIZER_CONFIG",
     "TOKENIZER_JSON",
     "TOKENIZER_MODEL",

@@ -28,11 +28,12 @@ from ..checkpoint.bytes import read_start
 from ..checkpoint.dtypes import FLOAT32, DType
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.inert_pickle import Inert
+from ..checkpoint.numbers import plain_value, read_count
 from ..checkpoint.plan import Shape, View
 from ..checkpoint.reader import FileReader
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.torch_file import UnreadableTensor, read_torch_file
-from ..optimizer_state import MOMENTS, plain_settings
+from ..optimizer_state import MAX_STEPS, MOMENTS, plain_settings
 from .checkpoint import AdamMoments, NativeCheckpoint
 from .table import hub_name
 
@@ -558,15 +559,11 @@ def _one_step(found: Iterable[float], path: Path) -> float:
 
 
 def _number(value: Any, path: Path) -> float:
-    """A number, or a tensor of one."""
+    """A number of updates, or a tensor of one."""
     if isinstance(value, dict):
         value = value.get("param")
-    if isinstance(value, View) and value.numel == 1:
-        with FileReader() as reader:
-            return float(reader.read(value).reshape(-1)[0])
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise CheckpointError(f"{path}: step is a {type(value).__name__}, expected a number.")
-    return float(value)
+    with FileReader() as reader:
+        return float(read_count(plain_value(value, reader), f"{path}: step", most=MAX_STEPS, way_out=_LOST))
 
 
 def _settings(path: Path, is_zero3: bool) -> list[dict[str, Any]]:

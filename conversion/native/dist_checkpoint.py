@@ -22,11 +22,12 @@ from typing import Any
 from ..checkpoint.bytes import reading
 from ..checkpoint.distributed_file import METADATA, DistributedCheckpoint, read_distributed_checkpoint
 from ..checkpoint.errors import CheckpointError
+from ..checkpoint.numbers import plain_value, read_count
 from ..checkpoint.reader import FileReader
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.strict_json import parse_json_object
 from ..checkpoint.torch_file import read_torch_file
-from ..optimizer_state import MOMENTS, plain_settings
+from ..optimizer_state import MAX_STEPS, MOMENTS, plain_settings
 from .checkpoint import NO_FSDP_DTENSOR_OPTIMIZER, AdamMoments, NativeCheckpoint, NativeFormat
 from .dist_optimizer import DistRun, is_optimizer_entry, read_dist_adam
 from .megatron_optimizer import LEFT_OUT, with_adam
@@ -358,7 +359,7 @@ def _scalar(tensor: ShardedTensor, reader: FileReader, where: str) -> float:
     views = [view for _, view in tensor.chunks if view is not None]
     if tensor.numel != 1 or len(views) != 1:
         raise CheckpointError(f"{where} has shape {tensor.shape}, expected one number.")
-    return float(reader.read(views[0]).reshape(-1)[0])
+    return float(read_count(plain_value(views[0], reader), where, most=MAX_STEPS, way_out=_LOST))
 
 
 def _fsdp_groups(checkpoint: DistributedCheckpoint, names: Collection[str]) -> list[tuple[dict[str, Any], list[str]]]:

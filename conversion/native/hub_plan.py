@@ -8,12 +8,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from ..adam_state import TRAINER_STATE, check_trainer_step
-from ..architecture import MODEL_TYPE, Architecture, load_config
+from ..architecture import MODEL_TYPE, Architecture, load_config, rope_parameters
 from ..checkpoint.containers import Shard
 from ..checkpoint.dtypes import FLOAT32, DType
 from ..checkpoint.errors import CheckpointError
@@ -21,11 +22,15 @@ from ..checkpoint.parent import parent_record
 from ..checkpoint.plan import CheckpointPlan, Shape, TensorPlan
 from ..checkpoint.reader import FileReader, boxes_of_range
 from ..checkpoint.sharded import ShardedTensor
+from ..compressed_tensors import check_scheme, quantise_linear, quantised_config
+from ..family import LLAMA, MULTIPLIERS, find_family, is_llama
 from ..hub.card import model_facts
 from ..hub.contents import CODE_FILES, count_pieces, hub_config, hub_sidecars, sidecar_notes
+from ..input_mult import InputFold, fold_input_mult, folded_lineage, input_mult_warning
 from ..mapping import EMBED_TOKENS, LM_HEAD, Weight, is_derived, weights
 from ..masked import MASKED_CODE, is_masked, masked_config, split_masked_config
-from ..optimizer_state import OPTIMIZER_FILE, adam_shard, parameter_names
+from ..optimizer_state import OPTIMIZER_FILE, adam_shard, check_settings, parameter_names
+from ..saved_files import check_saved_files
 from .checkpoint import AdamMoments, NativeCheckpoint, Replica
 from .find import exported_folder
 from .model_parallel import copies
@@ -53,6 +58,9 @@ def plan_run(
     vocab_size: int | None,
     dtype: DType | None,
     multipliers: str | None = None,
+    quantize: str | None = None,
+    *,
+    fold_input: bool = False,
 ) -> tuple[CheckpointPlan, list[Shard], list[str]]:
     """The plan of the Hub folder that a training checkpoint becomes, its files of state, and notes on it.
 
@@ -63,6 +71,8 @@ def plan_run(
         vocab_size: rows of the vocabulary without padding.
         dtype: of the output; the run's unless given.
         multipliers: `none`, or the model's, as `training_args.parse_multipliers` reads them.
+        quantize: `fp8`, or nothing; see `compressed_tensors.py`.
+        fold_input: multiply `input_mult` into the embeddings.
 
     Raises:
         CheckpointError: something is missing, or two sources of one fact disagree.
@@ -72,15 +82,24 @@ def plan_run(
         config = load_config(beside / "config.json")
     folder = Path(tokenizer) if tokenizer else beside or Path(run.folder)
     pieces = count_pieces(folder)
-    if tokenizer and pieces is None:
+    if tokenizer and pieces is None and not (is_llama(config) and (folder / "tokenizer.json").is_file()):
         raise CheckpointError(f"{folder}: holds no tokenizer.model.")
     state = None
     if is_masked(config):
         config, state = split_masked_config(config or {}, "config.json of the run")
         state = _masks_now(run, state)
+        if quantize:
+            raise CheckpointError(
+                f"{run.folder}: grows by masks, which --quantize {quantize} would leave no weights to train on for; "
+                "convert it, `teleflm fold` it, and quantise that."
+            )
     complete = complete_config(run, config, vocab_size, pieces, multipliers)
     architecture = Architecture.from_config(complete, f"{run.folder}: configuration", with_biases=True)
-    tensors, notes = plan_tensors(run, architecture, dtype or run.dtype)
+    check_scheme(quantize, architecture)
+    fold = fold_input_mult(architecture, run.folder) if fold_input else InputFold(architecture, 1.0)
+    if fold.factor != 1.0:
+        _check_foldable(run, masked=state is not None)
+    tensors, notes = plan_tensors(run, architecture, dtype or run.dtype, fold.scales)
     exported = exported_folder(Path(run.folder))
     lineage = {
         "operation": "convert",
@@ -88,17 +107,25 @@ def plan_run(
         "parallel": run.parallel,
         "iteration": run.iteration,
         "dtype": dtype.name if dtype else None,
+        **folded_lineage(fold),
+        **({"quantized": quantize} if quantize else {}),
         **({"optimizer": True} if run.adam else {}),
         **({"masks": {"step": state["step"], "steps": state["total_steps"]}} if state else {}),
         "parent": parent_record(exported) if exported else None,
     }
     out_dtype = tensors[0].dtype.name
-    hub = hub_config(complete, architecture, out_dtype)
+    hub = hub_config(complete, fold.architecture, out_dtype)
     code: tuple[str, ...] = CODE_FILES
     if state:
         hub, code = masked_config(hub, state), (*CODE_FILES, MASKED_CODE)
         notes.append(f"Growth masks at step {state['step']} of {state['total_steps']}.")
-    sidecars = hub_sidecars(folder, model_facts(hub, out_dtype, lineage), code)
+    if quantize:
+        tensors, hub = list(quantise_linear(tensors)), quantised_config(hub)
+    facts = model_facts(hub, out_dtype, lineage)
+    facts = replace(facts, num_bytes=sum(tensor.nbytes for tensor in tensors)) if quantize else facts
+    sidecars = hub_sidecars(folder, facts, code, family=find_family(complete))
+    for place in (Path(run.folder), Path(run.folder).parent):
+        check_saved_files(place)
     states: list[Shard] = []
     if run.adam:
         for place in (Path(run.folder), Path(run.folder).parent):  # DeepSpeed's is a folder of its own in there
@@ -111,8 +138,24 @@ def plan_run(
     plan = CheckpointPlan(tuple(tensors), hub, sidecars, lineage)
     plan.check()
     if tokenizer or beside:  # what else lies in a run's own folder is the run
-        notes += sidecar_notes(folder, sidecars)
-    return plan, states, notes
+        notes += sidecar_notes(folder, sidecars, family=find_family(complete))
+    notes += fold.notes(tensors[0].dtype) if fold_input else []
+    warning = None if state else input_mult_warning(fold.architecture)
+    return plan, states, [*notes, *([warning] if warning else [])]
+
+
+def _check_foldable(run: NativeCheckpoint, *, masked: bool) -> None:
+    """Whether the embeddings of a run can be multiplied, which are no longer those that it trains."""
+    if run.adam:
+        raise CheckpointError(
+            f"{run.folder}: a step of Adam is as large as the learning rate, whatever the weights, so embeddings that "
+            "were multiplied would train at another rate; leave --optimizer or --fold-input-mult out."
+        )
+    if masked:
+        raise CheckpointError(
+            f"{run.folder}: its growth masks still rise, for which it is converted as it is; leave --fold-input-mult "
+            "out, and fold the plain model that `teleflm fold` makes of it."
+        )
 
 
 def _masks_now(run: NativeCheckpoint, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,7 +223,25 @@ def complete_config(
     }
     merged |= _multipliers(run, merged, config or {}, multipliers)
     size = _vocab_size(run, config or {}, vocab_size, pieces)
+    if is_llama(config):
+        return _llama_config(run, merged, size)
     return {**merged, "vocab_size": size, "model_type": MODEL_TYPE}
+
+
+def _llama_config(run: NativeCheckpoint, merged: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """What is known of a run whose configuration is a Llama's, which has no multipliers."""
+    factors = _factors(merged, merged)
+    if any(factor not in (None, 1.0) for factor in factors):
+        raise CheckpointError(
+            f"{run.folder}: the factors on embeddings and logits are {factors} by the run's arguments or "
+            "--multipliers, and config.json is a Llama's, which has none; give the configuration of a Tele-FLM."
+        )
+    kind = rope_parameters(merged, "config.json")["rope_type"]
+    if run.table is not None and kind != "default":
+        raise CheckpointError(
+            f"{run.folder}: rope_type is 'default' by the run's arguments and {kind!r} by config.json; correct it."
+        )
+    return {**{name: value for name, value in merged.items() if name not in MULTIPLIERS}, "vocab_size": vocab_size}
 
 
 def _multipliers(
@@ -209,12 +270,19 @@ def _multipliers(
 
 def _missing_multipliers(run: NativeCheckpoint, config: Mapping[str, Any]) -> str | None:
     """That nothing says the multipliers of a run, with what may be them; None if something does."""
-    if run.table is None or states_multipliers(run.args) or config.get("use_mup") is not None:
+    if run.table is None or states_multipliers(run.args) or config.get("use_mup") is not None or is_llama(config):
         return None
     like = ", ".join(f"{name} {value!r}" for name, value in sorted(unread_multipliers(run.args).items())[:8])
     return "the run's arguments do not say the factors on embeddings and logits that every published Tele-FLM has" + (
         f" (unknown here: {like})" if like else ""
     )
+
+
+def run_model_type(run: NativeCheckpoint) -> str:
+    """The model_type of what a training checkpoint converts to: of a config.json beside it, if that is a Llama's."""
+    folder = _folder_with_config(run)
+    config = load_config(folder / "config.json") if folder else {}
+    return LLAMA.model_type if is_llama(config) else MODEL_TYPE
 
 
 def missing_multipliers(run: NativeCheckpoint) -> str | None:
@@ -271,7 +339,10 @@ def _embedding(run: NativeCheckpoint) -> ShardedTensor:
 
 
 def plan_tensors(
-    run: NativeCheckpoint, architecture: Architecture, dtype: DType | None
+    run: NativeCheckpoint,
+    architecture: Architecture,
+    dtype: DType | None,
+    scales: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[list[TensorPlan], list[str]]:
     """The Hub tensors of a training checkpoint in data-flow order, and notes on them.
 
@@ -279,6 +350,7 @@ def plan_tensors(
         run: the checkpoint.
         architecture: its numbers, with the true vocab_size.
         dtype: of the output; each tensor's own unless given.
+        scales: name of a Hub tensor -> a factor on it.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape than the architecture says, or would be lost.
@@ -304,7 +376,8 @@ def plan_tensors(
         # Megatron has no bias on the output of attention; the Hub's model has one wherever q, k and v do.
         shape = weight.shape(architecture)
         part = parts.get(name) or ShardedTensor.zeros(shape, next(iter(parts.values())).dtype)
-        tensors.append(part.plan(name, shape, dtype=dtype, offset=1.0 if name in gammas else 0.0))
+        offset = 1.0 if name in gammas else 0.0
+        tensors.append(part.plan(name, shape, dtype=dtype, scale=scales.get(name, 1.0), offset=offset))
     return tensors, [*run.notes, *_notes(run, architecture, gammas)]
 
 
@@ -317,8 +390,11 @@ def plan_adam(run: NativeCheckpoint, adam: AdamMoments, architecture: Architectu
         architecture: its numbers, with the true vocab_size.
 
     Raises:
-        CheckpointError: a weight was not trained, so that there are no moments of it; or a shape differs.
+        CheckpointError: a weight was not trained, so that there are no moments of it; a shape differs; or a group has a
+            setting that Adam cannot have.
     """
+    for number, (settings, _) in enumerate(adam.groups):
+        check_settings(settings, f"{run.folder}: parameter group {number} of the optimizer")
     names = parameter_names(architecture)
     frozen = [name for name in names if name not in adam.steps]
     if frozen:

@@ -22,12 +22,13 @@ from typing import Any
 
 from ..checkpoint.dtypes import FLOAT32, DType
 from ..checkpoint.errors import CheckpointError
+from ..checkpoint.numbers import plain_value, read_count
 from ..checkpoint.plan import Shape, View
 from ..checkpoint.reader import FileReader
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.torch_file import read_torch_file
 from ..mapping import EMBED_TOKENS, LM_HEAD
-from ..optimizer_state import MOMENTS, plain_settings
+from ..optimizer_state import MAX_STEPS, MOMENTS, plain_settings
 from .checkpoint import AdamMoments, NativeCheckpoint, Replica
 from .flat_buffers import FlatLayout, lay_out
 from .model_parallel import LAYER, LOST, Chunk, Rank
@@ -38,7 +39,6 @@ LEAVE_OUT = "leave --optimizer and --fp32-master out"
 _DISTRIBUTED_FILE = "distrib_optim.pt"
 _STATE_KEYS = {*MOMENTS, "step", "master_param"}
 _ADAM = ("adam", "adamw")
-_COUNTS, _MAX_STEPS = ("int32", "int64"), 2**53
 # What a run keeps beside its weights and its optimizer, and what it is in words.
 LEFT_OUT = {
     "opt_param_scheduler": "learning-rate scheduler",
@@ -114,7 +114,7 @@ def chained(count: int, where: str) -> CheckpointError:
 def left_out(content: Mapping[str, Any], optimizer: Any, args: Mapping[str, Any]) -> list[str]:
     """Notes on what a run keeps for training on and what an optimizer.pt has no place for."""
     keys = {str(key).split("/")[0] for key in content}
-    found = dict.fromkeys(words for key, words in LEFT_OUT.items() if key in keys)
+    found = dict.fromkeys(words for key, words in LEFT_OUT.items() if key in keys and not _is_unused(content.get(key)))
     if isinstance(optimizer, Mapping) and "grad_scaler" in optimizer:
         found["loss scale"] = None
     notes = []
@@ -127,17 +127,15 @@ def left_out(content: Mapping[str, Any], optimizer: Any, args: Mapping[str, Any]
     return notes
 
 
-def _read_count(value: Any, where: str) -> float:
-    """A whole number, or a tensor of one."""
-    if isinstance(value, View) and value.numel == 1 and (value.dtype.is_floating or value.dtype.name in _COUNTS):
-        with FileReader() as reader:
-            value = float(reader.read(value).reshape(-1)[0])
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise CheckpointError(f"{where}: step is a {type(value).__name__}, expected a number.")
-    if not 0 <= value < _MAX_STEPS or value != int(value):
-        shown = f"{value:g}" if isinstance(value, float) or abs(value) < _MAX_STEPS else "beyond 2**53"
-        raise CheckpointError(f"{where}: step is {shown}, expected a number of updates; {LEAVE_OUT}.")
-    return float(value)
+def _is_unused(schedule: Any) -> bool:
+    """Whether it is a schedule that has seen no step, as that in whose place a run lays out its own."""
+    return isinstance(schedule, Mapping) and type(schedule.get("num_steps")) is int and schedule["num_steps"] == 0
+
+
+def _read_step(value: Any, where: str) -> float:
+    """A number of updates, or a tensor of one."""
+    with FileReader() as reader:
+        return float(read_count(plain_value(value, reader), f"{where}: step", most=MAX_STEPS, way_out=LEAVE_OUT))
 
 
 def one_step(found: Iterable[Any], where: str) -> float:
@@ -146,7 +144,7 @@ def one_step(found: Iterable[Any], where: str) -> float:
     Raises:
         CheckpointError: they differ, there is none, or one is no number of updates.
     """
-    steps = {_read_count(value, where) for value in found}
+    steps = {_read_step(value, where) for value in found}
     if len(steps) != 1:
         listed = ", ".join(f"{step:g}" for step in sorted(steps)) or "none"
         raise CheckpointError(f"{where}: the optimizer's steps are {listed}, expected one number; {LEAVE_OUT}.")

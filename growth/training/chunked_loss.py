@@ -105,13 +105,13 @@ def causal_lm_loss(
 
 
 def chunk_loss(model: nn.Module) -> None:
-    """Have a Tele-FLM compute its loss in chunks, where it is given labels: its output then has no logits.
+    """Have a model compute its loss in chunks, where it is given labels: its output then has no logits.
 
     Inside of the forward pass, so that what shards a model has the head's weight there. A head that is a DTensor, under
     tensor parallelism, stays with transformers' own loss.
 
     Args:
-        model: a causal language model of this package, masked or not; its `forward` is replaced.
+        model: a causal language model of this package, masked or not, or a Llama; its `forward` is replaced.
     """
     own: Callable[..., Any] = model.forward
 
@@ -122,7 +122,8 @@ def chunk_loss(model: nn.Module) -> None:
             return own(*args, labels=labels, **kwargs)
         count = kwargs.pop("num_items_in_batch", None)
         hidden = self.model(*args, **kwargs).last_hidden_state
-        loss = causal_lm_loss(hidden, weight, labels, self.config.logit_scale, count)
+        scale = getattr(self.config, "logit_scale", 1.0)  # of a Tele-FLM
+        loss = causal_lm_loss(hidden, weight, labels, scale, count)
         return CausalLMOutputWithPast(loss=loss)
 
     model.forward = types.MethodType(forward, model)

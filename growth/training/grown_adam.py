@@ -26,8 +26,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.errors import CheckpointError, one_line
 from conversion.checkpoint.manifest import read_manifest
+from conversion.checkpoint.numbers import read_count, read_number
 from conversion.checkpoint.plan import Box, View
 from conversion.checkpoint.reader import FileReader
 from conversion.optimizer_state import OPTIMIZER_FILE
@@ -104,9 +105,11 @@ def _state_of(slot: Slot, grown: AdamState, reader: FileReader) -> dict[str, tor
     like = slot.tensor.detach()
     moments = {key: torch.zeros_like(like, memory_format=torch.contiguous_format) for key in _MOMENTS}
     for part in slot.parts:
-        for moment, view in zip(moments.values(), grown.moments[part.name], strict=True):
+        for (key, moment), view in zip(moments.items(), grown.moments[part.name], strict=True):
             flat, position = local(moment).view(-1), part.start
+            where = f"{grown.file}: {key} of {part.name}"
             for values in _read_blocks(reader, view, part.boxes, like.dtype):
+                _refuse_impossible(values, key, where)
                 flat[position : position + len(values)].copy_(values)
                 position += len(values)
     # On the device of its tensor only where torch's kernels want it there.
@@ -283,6 +286,36 @@ class AdamStart(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"first_step": self.first_step}}
 
 
+class LastRate(TrainerCallback, ExportableState):
+    """Keeps in `trainer_state.json` the learning rate with which the last step was made: of the first parameter group.
+
+    A schedule that is laid out anew, for a run of another length, says of a step that was made before what it would
+    have been.
+    """
+
+    def __init__(self) -> None:
+        self.rate: float | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Of a run that is resumed, it is that of its checkpoint until the next step."""
+        callbacks: Any = state.stateful_callbacks
+        match callbacks:
+            case {LastRate.__name__: {"attributes": {"rate": rate}}} if state.global_step and rate is not None:
+                self.rate = read_number(rate, "trainer_state.json of the checkpoint: rate of LastRate", least=0.0)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note it before the schedule moves on."""
+        self.rate = float(kwargs["optimizer"].param_groups[0]["lr"])
+
+    def state(self) -> dict[str, Any]:
+        """What `trainer_state.json` keeps."""
+        return {"args": {}, "attributes": {"rate": self.rate}}
+
+
 class GrownAdamCallback(TrainerCallback):
     """Loads grown moments when a run begins, and checks before its first step that they are there.
 
@@ -310,9 +343,7 @@ class GrownAdamCallback(TrainerCallback):
         """
         optimizer, model = self._trained()
         if state.global_step:
-            callbacks: Any = state.stateful_callbacks  # by name, although declared a list
-            recorded = callbacks.get(AdamStart.__name__)
-            first_step = recorded["attributes"]["first_step"] if recorded else None
+            first_step = _recorded_start(state)
             self._check = partial(_check_resumed, optimizer, first_step, state.global_step, may_skip=args.fp16)
         else:
             steps = held_steps(optimizer)
@@ -360,7 +391,23 @@ def held_steps(optimizer: Any) -> set[float]:
     adam = innermost(optimizer)
     stepped = [tensor for group in adam.param_groups for tensor in group["params"]] or list(adam.state)
     states = (adam.state.get(tensor, {}) for tensor in stepped)
-    return {float(state["step"]) for state in states if isinstance(state, dict) and "step" in state}
+    return {_as_number(state["step"]) for state in states if isinstance(state, dict) and "step" in state}
+
+
+def _as_number(step: Any) -> float:
+    try:
+        return float(step)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"the optimizer has a step that is no number: {one_line(error)}.") from None
+
+
+def _recorded_start(state: TrainerState) -> float | None:
+    """At which of its steps Adam was when a run began that is resumed now; None: not known."""
+    callbacks: Any = state.stateful_callbacks  # by name, although declared a list
+    match callbacks:
+        case {AdamStart.__name__: {"attributes": {"first_step": first}}} if first is not None:
+            return float(read_count(first, "trainer_state.json of the checkpoint: first_step of AdamStart"))
+    return None
 
 
 def _check_resumed(optimizer: Any, first_step: float | None, global_step: int, *, may_skip: bool) -> None:
@@ -393,10 +440,55 @@ def _check_resumed(optimizer: Any, first_step: float | None, global_step: int, *
     on_every_process(check)
 
 
+def check_loaded_moments(optimizer: Any) -> None:
+    """Check that what torch loaded as moments of an Adam are such: it takes whatever there is.
+
+    Every process of a run has to call it; each looks at what it holds.
+
+    Args:
+        optimizer: whatever wraps it; of another kind than torch's Adam nothing is looked at.
+
+    Raises:
+        CheckpointError: one has another shape than its weight, holds a NaN, or is a second one and negative. Raised on
+            every process if on one.
+    """
+    adam = innermost(optimizer)
+    stepped = [tensor for group in adam.param_groups for tensor in group["params"]] or list(adam.state)
+
+    def check() -> None:
+        for number, tensor in enumerate(stepped):
+            state = adam.state.get(tensor) or {}
+            for key in (key for key in _MOMENTS if key in state):
+                _check_loaded(state[key], tensor, key, number)
+
+    on_every_process(check if isinstance(adam, torch.optim.Adam) else lambda: None)
+
+
+@torch.no_grad()
+def _check_loaded(moment: Any, tensor: torch.Tensor, key: str, number: int) -> None:
+    where = f"the checkpoint's optimizer: {key} of parameter {number}, of shape {tuple(tensor.shape)},"
+    if not isinstance(moment, torch.Tensor) or moment.shape != tensor.shape or not moment.is_floating_point():
+        shape = f"shape {tuple(moment.shape)}" if isinstance(moment, torch.Tensor) else "no shape"
+        raise CheckpointError(f"{where} has {shape}: the file is damaged; name another checkpoint.")
+    held = local(moment)
+    if held.numel():
+        _refuse_impossible(held, key, where)
+
+
+def _refuse_impossible(moment: torch.Tensor, key: str, where: str) -> None:
+    """Refuse values that no Adam has: no number, or a mean of squares below zero. In one pass, without a copy."""
+    low = float(moment.min())
+    if math.isnan(low) or (key == _MOMENTS[1] and low < 0):
+        what = "no number" if math.isnan(low) else f"{low:g}, and a mean of squares is not negative"
+        raise CheckpointError(f"{where} holds {what}: no optimizer goes on from that; leave that state out.")
+
+
 __all__ = [
     "AdamStart",
     "GrownAdamCallback",
+    "LastRate",
     "check_adam_state",
+    "check_loaded_moments",
     "find_grown_state",
     "held_steps",
     "load_adam_state",

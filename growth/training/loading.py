@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from conversion.architecture import MODEL_TYPE, Architecture
 from conversion.checkpoint.errors import CheckpointError, one_line
 from conversion.checkpoint.sources import check_utf8, open_checkpoint
+from conversion.family import is_llama
 from conversion.hub.small_files import check_json_settings
+from conversion.llama import check_complete, why_only_copied
 from conversion.mapping import check_tensors
 
 _VOCABULARIES = ("tokenizer.model", "tokenizer.json")
@@ -27,7 +29,7 @@ def check_model(folder: Path) -> None:
 
     Raises:
         CheckpointError: its path is not UTF-8, it has no configuration or weights, a file is damaged, or of a Tele-FLM
-            a weight is missing.
+            or a Llama a weight is missing.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"model_name_or_path is {str(folder)!r}, which holds no config.json.")
@@ -38,6 +40,8 @@ def check_model(folder: Path) -> None:
     if config.get("model_type") == MODEL_TYPE:
         architecture = Architecture.from_config(config, f"{folder}/config.json", with_biases=True)
         check_tensors(checkpoint.tensors, architecture, str(folder))
+    elif is_llama(config) and why_only_copied(checkpoint) is None:
+        check_complete(checkpoint)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -28,7 +28,7 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".training.lock"
+LOCK = "_training.lock"  # of names that begin so, a Trainer with push_to_hub uploads none; it has the name of this host
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # a link under this name would lead somewhere else
 
 

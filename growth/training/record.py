@@ -13,6 +13,8 @@ A step that trains on text is called `train` in a lineage:
     batch_size              examples of a step, over all processes
     learning_rate           its peak; with `mup_base_width`, of a model of that width
     lr_scheduler            type, settings, warmup_steps, and the steps that it is laid out for
+    last_learning_rate      with which the last step was made, which a schedule that was laid out anew after it does not
+                            say; null where no step of this run, or of its checkpoint, tells
     continued_schedule      of a run whose rate is that at which the one before stopped: the rate and the steps of that,
                             and the factor on it; null of others
     rewarmed                what is new by the record of the growth, and the steps over which its updates rise; null
@@ -42,10 +44,11 @@ from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.parent import parent_notes, parent_of, parent_record
 from conversion.checkpoint.sources import WEIGHT_FILES, open_checkpoint
+from conversion.family import LLAMA
 from conversion.hub.saved_model import ADAPTER_WEIGHTS, has_saved_weights, record_saved_model
 from conversion.masked import MASKED_MODEL_TYPE
 
-from .grown_adam import AdamStart, on_every_process
+from .grown_adam import AdamStart, LastRate, on_every_process
 from .masks import MaskCallback, find_masked_model
 from .parallel import data_parallel_size
 from .rewarm import RewarmCallback
@@ -127,7 +130,7 @@ class RecordCallback(TrainerCallback):
                 lineage,
                 seed,
                 digests=digests,
-                model_types=(MODEL_TYPE, MASKED_MODEL_TYPE),
+                model_types=(MODEL_TYPE, MASKED_MODEL_TYPE, LLAMA.model_type),
                 origin=self.origin,
                 base=self.base,
             )
@@ -217,6 +220,7 @@ def describe_training(trainer: Trainer, state: TrainerState, made_from: Mapping[
     adam = next((callback.first_step for callback in callbacks if isinstance(callback, AdamStart)), None)
     settings = args.lr_scheduler_kwargs if isinstance(args.lr_scheduler_kwargs, dict) else {}
     continued = getattr(trainer, "continued", None)
+    last_rate = next((callback.rate for callback in callbacks if isinstance(callback, LastRate)), None)
     rewarm = next((callback for callback in callbacks if isinstance(callback, RewarmCallback)), None)
     return {
         "operation": "train",
@@ -231,6 +235,7 @@ def describe_training(trainer: Trainer, state: TrainerState, made_from: Mapping[
             "warmup_steps": args.get_warmup_steps(state.max_steps),
             "steps": state.max_steps,
         },
+        "last_learning_rate": last_rate,
         "continued_schedule": continued.to_record() if continued else None,
         "rewarmed": rewarm.to_record() if rewarm else None,
         "masks": _describe_masks(trainer),

@@ -6,30 +6,39 @@
 
 A Trainer loads what it finds: without an optimizer.pt it begins with fresh moments, without a scheduler.pt with the
 first learning rate, without an rng_state with other dropout, and it says nothing. So a checkpoint has to have them all,
-and its files have to be whole: headers and directories are read, no tensor is, and no object is made of a pickle. What
-is saved last, trainer_state.json, tells a checkpoint from what a kill has left of one.
+and its files have to be whole, and those that were saved with it: headers, directories and samples are read, no tensor
+is, and no object is made of a pickle. Their numbers have to be numbers, as a Trainer takes them as they are. What is
+saved last, trainer_state.json, tells a checkpoint from what a kill has left of one.
 """
 
-import json
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+import transformers
+from transformers import TrainerState
+
+from conversion.adam_state import TRAINER_STATE, check_resumed_state
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.manifest import MANIFEST, read_manifest
+from conversion.checkpoint.numbers import read_count, read_number, shown
 from conversion.checkpoint.safetensors_file import read_header
 from conversion.checkpoint.sources import WEIGHT_FILES, open_checkpoint
+from conversion.checkpoint.strict_json import read_json_object
 from conversion.checkpoint.torch_file import read_torch_file
 from conversion.hub.saved_model import ADAPTER_WEIGHTS
+from conversion.optimizer_state import OPTIMIZER_FILE
+from conversion.saved_files import check_saved_files
 
 from .errors import RunError
 from .same_run import RUN, read_run
 
 logger = logging.getLogger(__name__)
 
-STATE = "trainer_state.json"
+STATE = TRAINER_STATE
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What a checkpoint has beside what it is: the names under which Trainer, accelerate or DeepSpeed, which keeps all in
 # one folder, leave it.
@@ -81,9 +90,13 @@ def find_fault(checkpoint: Path) -> str | None:
     if not (checkpoint / RUN).is_file() and _is_of_ours(checkpoint):
         return f"was not saved to its end or was changed since: it has no {RUN}, which tells what run it is of"
     try:
+        _check_state(checkpoint / STATE)
         if (checkpoint / RUN).is_file():
             read_run(checkpoint)
         _open_parts(checkpoint)
+        check_saved_files(checkpoint)
+        if (checkpoint / OPTIMIZER_FILE).is_file():
+            check_resumed_state(checkpoint / OPTIMIZER_FILE)
     except (RunError, CheckpointError) as error:
         return f"is damaged ({str(error).rstrip('.')})"
     return None
@@ -147,10 +160,44 @@ def _last(output_dir: Path) -> Path:
 def _read_state(checkpoint: Path) -> dict[str, Any] | None:
     """What a checkpoint says of its step; None if that was not written to its end, or not by a Trainer."""
     try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        state = read_json_object(checkpoint / STATE, nan=True)
+    except CheckpointError:
         return None
-    return state if isinstance(state, dict) and isinstance(state.get("global_step"), int) else None
+    return state if type(state.get("global_step")) is int else None
+
+
+def _check_state(path: Path) -> None:
+    """Check that the state of a Trainer has the fields that it has, of the types that transformers declares.
+
+    Raises:
+        CheckpointError: it has not; names the file and the field.
+    """
+    state, hints = read_json_object(path, nan=True), get_type_hints(TrainerState)
+    for name in state.keys() - {field.name for field in fields(TrainerState)}:
+        version = transformers.__version__
+        raise CheckpointError(f"{path} has {shown(name)}, which transformers {version} has no use for.")
+    for name, value in state.items():
+        kinds = {*(get_args(hints[name]) or (hints[name],))} & {int, float, str, bool}
+        if not kinds or (value is None and name != "train_batch_size"):
+            continue
+        place = f"{path}: {name}"
+        if kinds == {int}:
+            read_count(value, place, least=-1 if name == "max_steps" else 0)
+        elif float in kinds and name != "best_metric":  # which may be what it is
+            read_number(value, place, least=0.0)
+        elif not isinstance(value, (*kinds, int) if float in kinds else (*kinds,)):
+            raise CheckpointError(f"{place} is {shown(value)}, expected a {' or a '.join(k.__name__ for k in kinds)}.")
+    if not _are_objects(state.get("log_history") or []):
+        raise CheckpointError(f"{path}: log_history is no list of objects.")
+    callbacks = state.get("stateful_callbacks") or {}
+    if not isinstance(callbacks, dict) or not all(
+        _are_objects(saved if isinstance(saved, list) else [saved]) for saved in callbacks.values()
+    ):
+        raise CheckpointError(f"{path}: stateful_callbacks is no object of objects.")
+
+
+def _are_objects(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, dict) for value in values)
 
 
 __all__ = ["STATE", "checkpoints", "find_checkpoint", "find_fault", "step_of"]

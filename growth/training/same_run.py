@@ -6,7 +6,8 @@
 
 A Trainer resumes any checkpoint with any settings: with other data it skips as many batches of these as the checkpoint
 has seen of the others, and the record would credit all steps to the new ones. So every checkpoint holds `run.json`, all
-that decides what the steps compute, and a run that is resumed is compared with it, before its first step. Three kinds:
+that decides what the steps compute, and a run that is resumed is compared with it, before its first step. (Beside that
+it has what was saved with it, see `conversion.saved_files`.) Three kinds:
 
 - what may change, as no step computes anything else for it ([`MAY_CHANGE`]): how often is saved, logged and evaluated,
   how long the run is (the schedule is then laid out for the new length, which is said), how it is spread and how its
@@ -28,6 +29,7 @@ from transformers import Trainer, TrainingArguments
 
 from conversion.checkpoint.atomic_file import write_atomically
 from conversion.checkpoint.manifest import is_edited, seal
+from conversion.saved_files import RUN
 
 from .errors import RunError
 from .grown_adam import on_every_process
@@ -35,7 +37,6 @@ from .parallel import data_parallel_size
 
 logger = logging.getLogger(__name__)
 
-RUN = "run.json"
 # Regular expressions of keys; each matches a whole name.
 LENGTH = "max_steps|num_train_epochs"
 MAY_CHANGE = "|".join(
@@ -128,7 +129,7 @@ def check_same_run(checkpoint: str | Path, run: Mapping[str, Any]) -> bool | Non
         )
     for key, (old, new) in free.items():
         logger.warning(
-            "%s: %s was %s, is %s: the learning rates follow the new length after the next step, which has the old one",
+            "%s: %s was %s, is %s: from the next step on the learning rates are those of the new length",
             checkpoint,
             key,
             old,
@@ -174,7 +175,7 @@ def write_run(checkpoint: Path, run: Mapping[str, Any]) -> None:
 
     Args:
         checkpoint: its folder.
-        run: from [`describe_run`].
+        run: from [`describe_run`], and what was saved beside it, see `conversion.saved_files`.
 
     Raises:
         OSError: it cannot be written.

@@ -6,8 +6,9 @@
 
 transformers removes the checkpoints that were changed longest ago: where a clock was set back, and where anything was
 put into an old one, it removes the one that it has just saved. Here the steps decide. What says that a checkpoint is
-whole, trainer_state.json, is removed before one of the same name is written again, and what it is of (`run.json`) is
-written before it. What a library says where a disk is full, or a file damaged, is told in one line.
+whole, trainer_state.json, is removed before one of the same name is written again, and what it is of (`run.json`), with
+sizes and samples of what was saved, is written before it. What a library says where a disk is full, or a file damaged,
+is told in one line.
 """
 
 import logging
@@ -17,11 +18,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
 from conversion.checkpoint.errors import CheckpointError, one_line
+from conversion.saved_files import FILES, describe_files
 
 from .errors import RunError
+from .grown_adam import check_loaded_moments
 from .resume import STATE, checkpoints, find_fault
 from .same_run import write_run
+from .schedule import check_schedule, follow_schedule
 from .sharded import ShardedSaveMixin
 
 logger = logging.getLogger(__name__)
@@ -34,7 +41,14 @@ class CheckpointMixin(ShardedSaveMixin):
     """
 
     state: Any
+    callback_handler: Any
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
     run_description: Mapping[str, Any] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(OwnIntervals())  # type: ignore[attr-defined]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As Trainer._save_checkpoint.
@@ -45,6 +59,7 @@ class CheckpointMixin(ShardedSaveMixin):
         place = Path(self._get_output_dir(trial))  # type: ignore[attr-defined]
         folder = place / f"checkpoint-{self.state.global_step}"
         limit = self.args.save_total_limit
+        self._make_room_for_callbacks()
         try:
             with saving(folder):
                 if self.args.should_save:
@@ -57,6 +72,18 @@ class CheckpointMixin(ShardedSaveMixin):
             for path in superseded(place, self.state.global_step, limit, best):
                 shutil.rmtree(path, ignore_errors=True)
 
+    def _make_room_for_callbacks(self) -> None:
+        """Let callbacks be saved that the checkpoint from which the run goes on knew nothing of.
+
+        A Trainer replaces what `trainer_state.json` had of each, and fails where it had nothing.
+        """
+        ours = [callback for callback in self.callback_handler.callbacks if isinstance(callback, ExportableState)]
+        fresh: Any = TrainerState(stateful_callbacks=ours).stateful_callbacks  # type: ignore[arg-type]
+        known = self.state.stateful_callbacks
+        for name, state in fresh.items():
+            known.setdefault(name, state)
+        known.setdefault(type(self.control).__name__, self.control.state())  # type: ignore[attr-defined]
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer.save_model; into a checkpoint comes what it is of."""
         super().save_model(output_dir, _internal_call)
@@ -67,13 +94,33 @@ class CheckpointMixin(ShardedSaveMixin):
         # The arguments are saved as they are; from here on the Trainer is to remove nothing.
         self.args.save_total_limit = None
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As Trainer._save_optimizer_and_scheduler; then what was saved is noted, before the checkpoint counts."""
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # of which each process saves a part
+            self.accelerator.wait_for_everyone()
+        if self.run_description is not None and self.args.should_save:
+            folder = Path(output_dir)
+            write_run(folder, {**self.run_description, FILES: describe_files(folder)})
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with _loading(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As Trainer._load_optimizer_and_scheduler; the next step then has the rate that the schedule has for it.
+
+        Raises:
+            RunError, CheckpointError: a file cannot be loaded, the schedule in it is none of this run's kind, or the
+                moments are none.
+        """
         with _loading(checkpoint):
+            if checkpoint is not None:
+                check_schedule(Path(checkpoint), self.lr_scheduler)
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            if checkpoint is not None:
+                check_loaded_moments(self.optimizer)
+                follow_schedule(self.lr_scheduler)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         with _loading(checkpoint):
@@ -82,6 +129,19 @@ class CheckpointMixin(ShardedSaveMixin):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _loading(checkpoint):
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
+
+
+class OwnIntervals(TrainerCallback):
+    """Has a resumed run log, evaluate and save as often as its keys say.
+
+    A Trainer takes that from `trainer_state.json`, as the run before had it.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the steps anew; shares are of the length that the run has now."""
+        state.compute_steps(args, state.max_steps)
 
 
 def superseded(output_dir: Path, step: int, limit: int | None, best: str | Path | None = None) -> list[Path]:
@@ -152,4 +212,4 @@ def _loading(checkpoint: str | None) -> Iterator[None]:
         ) from error
 
 
-__all__ = ["CheckpointMixin", "saving", "superseded"]
+__all__ = ["CheckpointMixin", "OwnIntervals", "saving", "superseded"]

@@ -27,7 +27,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
-from conversion.checkpoint.plan import View
+from conversion.checkpoint.numbers import plain_value, read_count, shown
 from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.torch_file import read_torch_file
 from conversion.optimizer_state import OPTIMIZER_FILE
@@ -85,7 +85,13 @@ class ContinuedSchedule:
 
 
 def continue_schedule(
-    args: TrainingArguments, folder: Path, factor: float, *, base_width: int | None, checkpoint: str | None = None
+    args: TrainingArguments,
+    folder: Path,
+    factor: float,
+    *,
+    base_width: int | None,
+    checkpoint: str | None = None,
+    gives_rate: bool | None = None,
 ) -> ContinuedSchedule:
     """Set `args.learning_rate` to a share of the rate at which the run stopped that a model is from, and say so.
 
@@ -95,6 +101,7 @@ def continue_schedule(
         factor: the share, above 0.
         base_width: `mup_base_width` of the run that begins.
         checkpoint: the one that it resumes.
+        gives_rate: whether a learning_rate was given; None: if it is not transformers' default.
 
     Raises:
         RunError: no record says where the run before stopped, that was not in its stable phase, or the keys of this one
@@ -105,8 +112,9 @@ def continue_schedule(
     run = _find_run(folder, checkpoint)
     _check_width(run, base_width)
     rate = factor * run.learning_rate
-    default = TrainingArguments.__dataclass_fields__["learning_rate"].default
-    if args.learning_rate != default and not math.isclose(args.learning_rate, rate, rel_tol=_GIVEN):
+    if gives_rate is None:
+        gives_rate = args.learning_rate != TrainingArguments.__dataclass_fields__["learning_rate"].default
+    if gives_rate and not math.isclose(args.learning_rate, rate, rel_tol=_GIVEN):
         raise RunError(
             f"learning_rate is {args.learning_rate:g}, but continue_schedule {factor:g} of the {run.learning_rate:g} "
             f"at which the run before stopped is {rate:g}: leave one of the two keys out."
@@ -183,7 +191,7 @@ def _end_of(run: Mapping[str, Any], hidden_size: Any, folder: Path) -> EarlierRu
         "lr_scheduler.steps": schedule.get("steps"),
     }
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e15:
+        if value is None or not _is_number(value) or not 0 <= value < 1e15:
             raise RunError(f"{where} is recorded with {name} {str(value)[:40]}, expected a number. {_WAY_OUT}")
     steps, rate, warmup, total = (float(value or 0) for value in numbers.values())
     if kind not in STABLE:
@@ -204,6 +212,12 @@ def _end_of(run: Mapping[str, Any], hidden_size: Any, folder: Path) -> EarlierRu
         raise RunError(
             f"{where} stopped in its {phase}, at {factor:.3g} of its peak {rate:g} in step {steps:.0f} of {total:.0f}: "
             "grow from a checkpoint of its stable phase, or set learning_rate yourself and leave continue_schedule out."
+        )
+    last = run.get("last_learning_rate")  # records of earlier versions have none
+    if last is not None and not (_is_number(last) and math.isclose(last, rate * factor, rel_tol=_GIVEN)):
+        raise RunError(
+            f"{where} made its last step at the learning rate {shown(last)}, and not at the {rate * factor:g} that its "
+            f"schedule over {total:.0f} steps has there: it was laid out anew after that step. {_WAY_OUT}"
         )
     moments = run.get("moments_step", 0 if run.get("moments") == "fresh" else None)
     adam_step = None if type(moments) not in (int, float) else moments + steps
@@ -252,7 +266,7 @@ def _compare_optimizer(path: Path, run: EarlierRun) -> bool | None:
             f"the model says {expected:g} of {run.learning_rate:g}: weights and optimizer are not of one checkpoint. "
             f"{_WAY_OUT}"
         )
-    step = _adam_step(content)
+    step = _adam_step(content, path)
     if step is None or run.adam_step is None:
         return None
     if step != run.adam_step and not (run.may_skip and step < run.adam_step):
@@ -263,15 +277,19 @@ def _compare_optimizer(path: Path, run: EarlierRun) -> bool | None:
     return True
 
 
-def _adam_step(content: Mapping[str, Any]) -> float | None:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _adam_step(content: Mapping[str, Any], path: Path) -> int | None:
     """Adam's counter, of the first parameter; None where there is none."""
     state = content.get("state")
     first = next(iter(state.values()), None) if isinstance(state, Mapping) else None
     step = first.get("step") if isinstance(first, Mapping) else None
-    if isinstance(step, View) and step.numel == 1:
-        with FileReader() as reader:
-            return float(reader.read(step).reshape(-1)[0])
-    return float(step) if isinstance(step, int | float) else None
+    if step is None:
+        return None
+    with FileReader() as reader:
+        return read_count(plain_value(step, reader), f"{path}: step of the first parameter")
 
 
 def say_where_it_decays(args: TrainingArguments, steps: int) -> None:

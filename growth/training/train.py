@@ -43,7 +43,7 @@ from conversion.checkpoint.errors import CheckpointError, one_line
 from ..moments import read_grown_state
 from .chunked_loss import chunk_loss
 from .errors import RunError
-from .grown_adam import AdamStart, GrownAdamCallback, find_grown_state, on_every_process
+from .grown_adam import AdamStart, GrownAdamCallback, LastRate, find_grown_state, on_every_process
 from .kernels import check_kernels, check_kernels_are_used
 from .launch import DistributedName, WrappingGuard, check_launch, check_spread, leave_processes, settle_checkpointing
 from .loading import check_model, load_model, load_tokenizer
@@ -91,6 +91,10 @@ class GrowthArguments:
             to start one in place of many without a word.
         distributed_type: what the run is meant to be spread by, in accelerate's words: `NO`, `MULTI_CPU`, `MULTI_GPU`
             (both replicate the model), `FSDP`, `DEEPSPEED`; anything else is an error.
+
+    Attributes:
+        gives_rate: whether learning_rate was among the keys of the run; None where nobody looked: then it counts as
+            given unless it has transformers' default.
     """
 
     model_name_or_path: str
@@ -107,6 +111,7 @@ class GrowthArguments:
     rewarm_new_steps: int | None = None
     num_processes: int | None = None
     distributed_type: DistributedName | None = None
+    gives_rate: bool | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if type(self.continue_schedule) is int:
@@ -174,6 +179,7 @@ class GrowthTrainer(CheckpointMixin, MupMixin, Trainer):
         super().__init__(*args, **kwargs)
         self.continued = continued
         self.add_callback(AdamStart())
+        self.add_callback(LastRate())
         self.add_callback(GrownAdamCallback(self, adam_state))
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -208,13 +214,18 @@ def train(
         trainer = build_trainer(growth, args, callbacks)
         hold_to_run(
             trainer,
-            lambda: describe_run(args, dataclasses.asdict(growth), digest_examples(trainer.train_dataset)),
+            lambda: describe_run(args, _keys(growth), digest_examples(trainer.train_dataset)),
             checkpoint,
         )
         record = start_record(trainer, Path(growth.model_name_or_path), checkpoint)
         output = trainer.train(resume_from_checkpoint=checkpoint)
         record.save_model()
     return output.metrics
+
+
+def _keys(growth: GrowthArguments) -> dict[str, Any]:
+    """The keys of a run that are ours, with their values."""
+    return {field.name: getattr(growth, field.name) for field in dataclasses.fields(growth) if field.init}
 
 
 def build_trainer(
@@ -242,7 +253,12 @@ def build_trainer(
     continued = None
     if growth.continue_schedule is not None:
         continued = continue_schedule(
-            args, folder, growth.continue_schedule, base_width=growth.mup_base_width, checkpoint=resumed
+            args,
+            folder,
+            growth.continue_schedule,
+            base_width=growth.mup_base_width,
+            checkpoint=resumed,
+            gives_rate=growth.gives_rate,
         )
     if growth.rewarm_new_steps is not None:
         check_optimizer_choice(args)
@@ -348,9 +364,16 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[GrowthArguments, Training
     """
     parser = HfArgumentParser((GrowthArguments, TrainingArguments), prog="teleflm train")  # type: ignore[arg-type]
     if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml", ".json")):
-        growth, args = parser.parse_dict(_read_keys(Path(arguments[0])))
-    else:
-        growth, args = parser.parse_args_into_dataclasses(list(arguments))
+        keys = _read_keys(Path(arguments[0]))
+        growth, args = parser.parse_dict(keys)
+        growth.gives_rate = "learning_rate" in keys
+        return growth, args
+    default = parser.get_default("learning_rate")
+    parser.set_defaults(learning_rate=math.nan)  # which no command line means
+    growth, args = parser.parse_args_into_dataclasses(list(arguments))
+    growth.gives_rate = not math.isnan(args.learning_rate)
+    if not growth.gives_rate:
+        args.learning_rate = default
     return growth, args
 
 

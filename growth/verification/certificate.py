@@ -197,6 +197,12 @@ class Certificate:
         )
 
     @property
+    def has_new_rows(self) -> bool:
+        """Whether B has more vocabulary than A: its old logits may be A's, its probabilities are not."""
+        rows = [field for field in self.conditions.fields if field.field == "vocab_size"]
+        return bool(rows) and rows[0].expected != f"{rows[0].found} or more"
+
+    @property
     def loading(self) -> str:
         """What becomes of stored weights where a loader follows config.json, a sentence; empty if they stay the same.
 
@@ -244,8 +250,7 @@ class Certificate:
         if dead:
             some = ", ".join(dead[:3]) + (", ..." if len(dead) > 3 else "")
             notes.append(f"New entries of {len(dead)} tensors are all zero and may never learn: {some}.")
-        rows = [field for field in self.conditions.fields if field.field == "vocab_size"]
-        if self.holds and rows and rows[0].expected != f"{rows[0].found} or more":
+        if self.holds and self.has_new_rows:
             notes.append("Old logits are kept; the new vocabulary rows take part in the softmax beside them.")
         return notes
 

@@ -254,7 +254,8 @@ def _check_method(step: Step) -> None:
     if step.departure:
         raise CheckpointError(
             f"the lineage has growth by {step.departure}, which does not preserve the function, so there is nothing to "
-            "certify; how far B is from A is measured on a text: --text FILE."
+            "certify, of its function or of moments; how far B is from A is measured on a text: --text FILE, without "
+            "--optimizer."
         )
     if step.method not in METHODS:
         raise CheckpointError(

@@ -31,7 +31,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from conversion.adam_state import AdamState, read_adam_state, read_grown_state
+from conversion.adam_state import AdamState, check_gradients_alone, read_adam_state, read_grown_state
 from conversion.architecture import Architecture
 from conversion.checkpoint.dtypes import FLOAT32
 from conversion.checkpoint.errors import CheckpointError, printable
@@ -268,6 +268,7 @@ class MomentResult:
         worst_ulp: largest distance of an old element from A's times the factor, in units in the last place of float32.
         violations: elements that are not what they have to be.
         fault: the first of them.
+        nonfinite: elements that are NaN or infinite as A's are, and so what they have to be.
     """
 
     conditions: MomentConditions
@@ -275,6 +276,7 @@ class MomentResult:
     worst_ulp: float = 0.0
     violations: int = 0
     fault: MomentFault | None = None
+    nonfinite: int = 0
 
     @property
     def factor(self) -> float:
@@ -318,6 +320,11 @@ class MomentCertificate:
         return max((result.worst_ulp for result in self.moments), default=0.0)
 
     @property
+    def nonfinite(self) -> int:
+        """How many elements are NaN or infinite because A's are."""
+        return sum(result.nonfinite for result in self.moments)
+
+    @property
     def elements(self) -> dict[str, int]:
         """How many elements were looked at, of both moments together: `old` and `new` ones."""
         counts = {"old": 0, "new": 0}
@@ -337,10 +344,18 @@ class MomentCertificate:
             return (
                 "B's optimizer.pt is the state that was given as A's, grown: steps, groups and settings are that "
                 "state's, every old first moment is its own times the factor of the gradient, every old second one "
-                f"times the square of it{precision}{new + sampled if self.elements['new'] else ''}."
+                f"times the square of it{precision}{new + sampled if self.elements['new'] else ''}.{self._lost}"
             )
         more = f" {len(self.faults) - 1} more are broken." if len(self.faults) > 1 else ""
-        return f"B's optimizer.pt is not the state that was given as A's, grown. {self.faults[0]}{more}"
+        return f"B's optimizer.pt is not the state that was given as A's, grown. {self.faults[0]}{more}{self._lost}"
+
+    @property
+    def _lost(self) -> str:
+        """That A's state is one that no training goes on from, if it is."""
+        count = self.nonfinite
+        return f" {count:,} of the elements are NaN or infinite as A's are: no optimizer goes on from these." * (
+            count > 0
+        )
 
 
 # The check.
@@ -357,8 +372,8 @@ def certify_moments(
     """Prove from the bytes that the optimizer.pt of B is the state of A grown with the weights, or name what is not.
 
     Old moments must be A's times the factor of the gradient, correctly rounded to float32; those of new entries 0 and
-    the mean of A's, within the rounding of both to float32. B's state is read once, A's as often as it was copied and
-    once for its means; memory is a few megabytes a worker.
+    the mean of A's, within the rounding of both to float32. What is NaN or infinite in A has to be that in B. B's state
+    is read once, A's as often as it was copied and once for its means; memory is a few megabytes a worker.
 
     Args:
         a: folder of the source; of it, config.json is read.
@@ -380,6 +395,7 @@ def certify_moments(
             f"{b}: holds no {OPTIMIZER_FILE} to certify; grow with --optimizer, or leave --optimizer out here."
         )
     before = read_adam_state(optimizer, source)
+    check_gradients_alone(before)
     shapes = {name: weight.shape(target) for name, weight, _ in weights(target)}
     after = read_grown_state(Path(b) / OPTIMIZER_FILE, shapes, as_recorded=False)  # the bytes decide
     total = sum(view.nbytes for views in after.moments.values() for view in views)
@@ -515,7 +531,7 @@ def _check(
     is_vector, is_plain = len(b.shape) == 1, factor == 1.0 and a.dtype == FLOAT32
     a, b = (view.unflatten(0, (1, view.numel)) if is_vector else view for view in (a, b))
     new_values = _mean_range(mean, factor) if mean is not None else (0.0, 0.0)
-    worst, violations, faults = 0.0, 0, []
+    worst, violations, nonfinite, faults = 0.0, 0, 0, []
     for (start, stop), band in groupby(conditions.blocks, key=lambda block: block.rows):
         blocks = list(band)
         for low, high in row_ranges(start, stop, b.shape[1]):
@@ -525,12 +541,17 @@ def _check(
                 found = values[:, slice(*block.columns)]
                 with np.errstate(all="ignore"):  # what no number can be is named as what it is
                     if block.source is None:
-                        broken, exact = _outside(found, *new_values), None
+                        exact = None
+                        broken = _outside(found, *new_values)
+                        lost = _same_nonfinite(found, np.float64(mean * factor if mean is not None else 0.0))
                     else:
                         row, column = block.source[0] + low - start, block.source[1]
                         original = reader.read(a[row : row + high - low, column : column + found.shape[1]])
                         broken, exact, distance = _check_old(found, original, factor, is_plain=is_plain)
+                        lost = _same_nonfinite(found, exact) & ~np.isfinite(original)
                         worst = max(worst, distance)
+                broken &= ~lost
+                nonfinite += int(np.count_nonzero(lost))
                 count = int(np.count_nonzero(broken))
                 violations += count
                 if count:
@@ -539,9 +560,10 @@ def _check(
                     expected = None if exact is None else float(exact[at])
                     faults.append((place, float(found[at]), expected, block))
     if not faults:
-        return MomentResult(conditions, moment, worst)
+        return MomentResult(conditions, moment, worst, nonfinite=nonfinite)
     fault = _name_fault(moment, conditions, min(faults, key=lambda fault: fault[0]), factor, mean, is_vector=is_vector)
-    return MomentResult(conditions, moment, worst, violations, MomentFault(*fault, count=violations))
+    named = MomentFault(*fault, count=violations)
+    return MomentResult(conditions, moment, worst, violations, named, nonfinite)
 
 
 def _name_fault(
@@ -579,6 +601,11 @@ def _check_old(
     broken = _outside(found, np.minimum(*ends), np.maximum(*ends))
     ulps = np.abs(exact - found) / last_place(exact, FLOAT32)
     return broken, exact, float(np.max(ulps, where=~broken, initial=0.0))
+
+
+def _same_nonfinite(found: np.ndarray, exact: np.ndarray | np.float64) -> np.ndarray:
+    """Which elements are NaN or infinite as they have to be; of NaN there is only one."""
+    return ~np.isfinite(exact) & ((found == exact) | (np.isnan(found) & np.isnan(exact)))
 
 
 def _outside(found: np.ndarray, low: np.ndarray | float, high: np.ndarray | float) -> np.ndarray:

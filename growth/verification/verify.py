@@ -17,10 +17,13 @@ from conversion.checkpoint.errors import CheckpointError, CorruptData
 from conversion.checkpoint.limits import default_workers
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.sources import Source, open_checkpoint
+from conversion.compressed_tensors import is_float8
 from conversion.hub.remote import is_remote, local_view
 from conversion.masked import is_masked
 from conversion.optimizer_state import OPTIMIZER_FILE
+from evaluation.streamed_model import ACTIVATIONS_KEPT
 from evaluation.text import tokenize
+from evaluation.vocabulary import SENTENCEPIECE, TOKENIZER
 
 from .certificate import Certificate, certify
 from .comparison import COMPUTE_DTYPES, Forward, Numbers, Progress, compare_numbers, no_progress
@@ -131,20 +134,26 @@ class Verification:
 
 
 def _certified(certificate: Certificate) -> str:
-    """What a certificate that holds proves: the function itself, or the function but for the rounding of weights."""
+    """What a certificate that holds proves: the function itself, or the function but for the rounding of weights.
+
+    Where the vocabulary grew, of the function the logits that A has.
+    """
     proof = f"every condition on its configuration and its weights holds ({certificate.precision})"
+    grows = certificate.has_new_rows
+    what = "A's old logits" if grows else "A's function"
+    more = " Probabilities are not A's: new vocabulary rows take part in the softmax." if grows else ""
     if certificate.is_exact:
         return (
-            f"B computes A's function: {proof}. That is the function in exact arithmetic; computed in floating point, "
-            "sums may round otherwise than in A."
+            f"B computes {what}: {proof}. That is {'said of them' if grows else 'the function'} in exact arithmetic; "
+            f"computed in floating point, sums may round otherwise than in A.{more}"
         )
     dtypes = " and ".join(certificate.stored[1])
     times = certificate.conditions.roundings
     often = f", {times} times over," if times > 1 else ""
     return (
-        f"B computes A's function up to rounding: {proof}. In exact arithmetic the two differ by no more than the "
+        f"B computes {what} up to rounding: {proof}. In exact arithmetic the two differ by no more than the "
         f"rounding of weights to {dtypes}{often} and of the numbers in its configuration; computed in floating point, "
-        "sums may round otherwise too."
+        f"sums may round otherwise too.{more}"
     )
 
 
@@ -247,6 +256,8 @@ def verify_checkpoints(
         numbers = compare_numbers(
             first, second, input_ids, dtype=dtype, forward=forward, workers=workers, progress=progress, notify=notify
         )
+        if any(is_float8(source.config) for source in (first, second)):
+            notes += [ACTIVATIONS_KEPT, numbers.distance]
     if certificate is None and numbers is None and moments is None:
         raise CheckpointError("nothing to verify by: growth is False and there is no text.")
     departure = _departure(a, b) if certificate is None else ""
@@ -277,10 +288,12 @@ def _check_ids(input_ids: np.ndarray, *checkpoints: Source) -> None:
 
 
 def _compare_tokenizers(a: Source, b: Source) -> list[str]:
-    files = [Path(source.folder) / "tokenizer.model" for source in (a, b)]
-    if files[1].is_file() and files[0].read_bytes() != files[1].read_bytes():
-        return ["tokenizer.model of B is not A's: the same text gives it other tokens than were compared."]
-    return []
+    notes = []
+    for name in (SENTENCEPIECE, TOKENIZER):
+        first, second = (Path(source.folder) / name for source in (a, b))
+        if first.is_file() and second.is_file() and first.read_bytes() != second.read_bytes():
+            notes.append(f"{name} of B is not A's: the same text may give it other tokens than were compared.")
+    return notes
 
 
 def _refuse_adapter(folder: Path) -> None:

@@ -69,7 +69,8 @@ class Words:
 def split_words(text: str) -> list[bytes]:
     """The words of a text, in UTF-8."""
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text).casefold()
+        # Folding may leave what is no normal form: once more, so that a text and its capitals have the same words.
+        text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
         text = _NON_ASCII.sub(lambda run: "".join(map(_spellings.__getitem__, run[0])), text)
     return text.encode("utf-8", "surrogatepass").translate(_WORD_BYTES).split()
 

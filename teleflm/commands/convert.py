@@ -54,6 +54,12 @@ Fp32Master = Annotated[
 Optimizer = Annotated[
     bool, typer.Option("--optimizer", help="Of a training run: write Adam's moments too, as optimizer.pt.")
 ]
+FoldInputMult = Annotated[
+    bool, typer.Option("--fold-input-mult", help="Multiply input_mult into the embeddings, so that it is 1.")
+]
+Quantize = Annotated[
+    str | None, typer.Option(help="Of a Tele-FLM: fp8, linear layers in 8-bit floats (compressed-tensors FP8_DYNAMIC).")
+]
 AllowUnequalReplicas = Annotated[
     bool, typer.Option("--allow-unequal-replicas", help="Take rank 0's where a run's copies of one tensor differ.")
 ]
@@ -72,7 +78,9 @@ def convert(
     fp32_master: Fp32Master = False,
     optimizer: Optimizer = False,
     allow_unequal_replicas: AllowUnequalReplicas = False,
+    fold_input_mult: FoldInputMult = False,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     allow_nonfinite: AllowNonfinite = False,
     workers: Workers = DEFAULT_WORKERS,
     memory: Memory = DEFAULT_MEMORY,
@@ -99,7 +107,7 @@ def convert(
 
     how: dict[str, Any] = {"format": format, "iteration": iteration, "config": config, "tokenizer": tokenizer}
     how |= {"vocab_size": vocab_size, "multipliers": multipliers, "mapping": mapping, "fp32_master": fp32_master}
-    how |= {"optimizer": optimizer}
+    how |= {"optimizer": optimizer, "quantize": quantize, "fold_input_mult": fold_input_mult}
     how |= {"allow_unequal_replicas": allow_unequal_replicas, "allow_nonfinite": allow_nonfinite, "dtype": dtype}
     settings: dict[str, Any] = {"workers": workers, "memory": memory, "max_shard_size": max_shard_size}
     settings |= {"overwrite": overwrite, "no_digest": no_digest, "verify_source": verify_source, "as_json": as_json}

@@ -118,7 +118,7 @@ def evaluate(
             )
             _finish_harness(found, identity, where, as_json)
             return
-        from conversion.checkpoint.containers import parse_size
+        from conversion.checkpoint.numbers import parse_size
         from evaluation.measure import evaluate as measure
 
         measure(

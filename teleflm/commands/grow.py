@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from conversion.checkpoint.execute import WriteOptions
     from growth.grow import GrowthResult
 
-Source = Annotated[str, typer.Argument(metavar="SRC", help="Folder of a Tele-FLM checkpoint; or OWNER/NAME, a URL.")]
+Source = Annotated[str, typer.Argument(metavar="SRC", help="Folder of a Tele-FLM or a Llama; or OWNER/NAME, a URL.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
 To = Annotated[str | None, typer.Option(metavar="PRESET|CONFIG.json", help="What to grow into.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A field of the target; repeatable.")]

@@ -79,6 +79,8 @@ def _print_inspection(inspection: "Inspection") -> None:
         table.add_row("training run", f"{inspection.format}, {inspection.parallel}{step}")
     table.add_row("parameters", f"{inspection.parameters:,}")
     table.add_row("dtypes", ", ".join(f"{name} ({count} tensors)" for name, count in inspection.dtypes.items()))
+    if inspection.quantised:
+        table.add_row("quantised", printable(inspection.quantised))
     sizes = inspection.files.values()
     table.add_row(
         "weights", f"{format_bytes(sum(sizes))} in {len(sizes)} {inspection.format} file{'s' * (len(sizes) != 1)}"
@@ -89,7 +91,8 @@ def _print_inspection(inspection: "Inspection") -> None:
         table.add_row("hidden size", f"{a.hidden_size:,}, feed-forward {a.intermediate_size:,}")
         table.add_row("heads", f"{a.num_attention_heads} of {a.head_dim}, {a.num_key_value_heads} key/value")
         table.add_row("multipliers", f"embeddings x {a.embedding_scale:g}, logits x {a.logit_scale:g}")
-        pieces = f", {inspection.pieces:,} pieces" if inspection.pieces else ", no tokenizer"
+        unit = "token ids" if inspection.model_type == "llama" else "pieces"
+        pieces = f", {inspection.pieces:,} {unit}" if inspection.pieces else ", no tokenizer"
         padding = f", {inspection.padding_rows:,} rows of padding" if inspection.padding_rows else ""
         padding = ", padding included" if inspection.parallel is not None else padding
         table.add_row("vocabulary", f"{a.vocab_size:,} rows{pieces}{padding}")
@@ -99,6 +102,10 @@ def _print_inspection(inspection: "Inspection") -> None:
         console.print(Text(printable(f"{number}. {link.step}{record}")))
         for problem in link.problems:
             console.print(Text.assemble(("   broken", "bold red"), printable(f" here: {problem}.")))
+    for warning in inspection.warnings:
+        console.print(Text.assemble(("warning", "bold yellow"), f" {warning}"))
+    if inspection.refused:
+        console.print(Text(printable(f"Copied, and neither grown nor exported: {inspection.refused}.")))
     for problem in inspection.problems:
         console.print(Text.assemble(("problem", "bold red"), f" {problem}"))
     for damage in inspection.damages or []:

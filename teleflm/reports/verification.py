@@ -149,6 +149,7 @@ def _describe_moments(moments: MomentCertificate) -> dict[str, Any]:
         "file": moments.file,
         "elements": moments.elements,
         "worst_ulp": moments.worst_ulp,
+        "nonfinite": moments.nonfinite,
         "faults": moments.faults,
         "tensors": [
             {

@@ -101,6 +101,11 @@ def pipe(path: Path) -> Path:
     return path
 
 
+def gguf_array(kind: int, count: int, entry: bytes) -> bytes:
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a"
+    return head + struct.pack("<IIQ", 9, kind, count) + entry * count
+
+
 INDEX = "model.safetensors.index.json"
 PID = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x06tq\x020"
 TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\nq\x01(h\x02QK\x00K\x02\x85K\x01\x85\x89}tq\x040"
@@ -169,6 +174,19 @@ METADATA: Cases = {
     "nothing": (lambda: b"N" * 5_700_000, "more operations"),
     "tuples": (lambda: b"N\x85" * 2_850_000, "more memory"),
 }
+GGUF: Cases = {
+    "as many texts as may be": (lambda: gguf_array(8, 1_040_000, struct.pack("<Q", 8) + b"a" * 8), "read"),
+    "texts": (lambda: gguf_array(8, 2_000_000, bytes(8)), "has 2000000 texts in arrays, more than 1048576"),
+    "numbers": (lambda: gguf_array(6, 5_500_000, bytes(4)), "read"),
+    "one text": (lambda: gguf_array(8, 1, struct.pack("<Q", 2**62)), "past the end of the file"),
+    "a long text": (lambda: gguf_array(8, 1, struct.pack("<Q", 30_000_000) + bytes(30_000_000)), "the 25165824 bytes"),
+    "tensors": (
+        lambda: b"GGUF" + struct.pack("<IQQ", 3, 100_000, 0) + b"".join(
+            struct.pack("<Q6sIIQ", 6, b"%06d" % i, 0, 0, 0) for i in range(100_000)
+        ) + bytes(64),
+        "'000001' lies in the one before it",
+    ),
+}  # fmt: skip
 # By reader: the file's name, its content, its size.
 OTHERS: dict[str, tuple[str, str, Callable[[], str], int | None, str]] = {
     "config of 100 MB": ("config", "config.json", lambda: "{", 10**8, "has 100000000 bytes, the limit is 33554432"),
@@ -237,6 +255,12 @@ def test_configurations(content, outcome, tmp_path, reader):
 @pytest.mark.parametrize(("content", "outcome"), METADATA.values(), ids=METADATA)
 def test_metadata(content, outcome, tmp_path, reader):
     check(reader("dcp", metadata(tmp_path, content())), outcome)
+
+
+@pytest.mark.parametrize(("content", "outcome"), GGUF.values(), ids=GGUF)
+def test_gguf(content, outcome, tmp_path, reader):
+    (tmp_path / "x.gguf").write_bytes(content())
+    check(reader("gguf", tmp_path / "x.gguf"), outcome)
 
 
 @pytest.mark.parametrize(("kind", "name", "content", "size", "outcome"), OTHERS.values(), ids=OTHERS)

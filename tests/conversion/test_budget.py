@@ -7,6 +7,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,19 +19,25 @@ from conversion.checkpoint import normal_stream, scratch
 from conversion.checkpoint.assemble import BLOCK, PREPASS_BYTES, Needs, blocks, resolve, stream
 from conversion.checkpoint.budget import THREAD_BYTES, reading_threads, share_out
 from conversion.checkpoint.bytes import identify
-from conversion.checkpoint.dtypes import BFLOAT16, FLOAT32, FLOAT64
+from conversion.checkpoint.containers import Layout
+from conversion.checkpoint.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, FLOAT64, Q8_0, DType
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import WriteOptions, execute, write_checkpoint
+from conversion.checkpoint.gguf_layout import gguf_layout
 from conversion.checkpoint.manifest import MANIFEST
 from conversion.checkpoint.normal_stream import GRID
 from conversion.checkpoint.plan import (
+    BlockQuantised,
     Box,
     CheckpointPlan,
     Copy,
+    Dequantised,
     Fill,
     Noise,
     Normal,
     RowMean,
+    RowQuantised,
+    RowScales,
     Statistic,
     TensorPlan,
     View,
@@ -78,6 +85,11 @@ def plans(
         Copy(Box((0, 0), (rows // 2, width)), view(FLOAT32)[: rows // 2]),
         RowMean(Box((rows // 2, 0), (rows // 2, width)), view(FLOAT32)),
     )
+
+    def quantised(dtype) -> TensorPlan:
+        blocks = view(dtype)[:, : width // 32 * 32].unflatten(1, (width // 32, 32))
+        return of(Q8_0, BlockQuantised(Box.whole(blocks.shape[:2]), blocks), layout=blocks.shape[:2])
+
     return {
         "casts": plan(of(FLOAT32, Copy(box, view())), of(BFLOAT16, Copy(box, view(FLOAT64)))),
         "factors": plan(of(FLOAT64, Copy(box, view(FLOAT32), 0.7)), of(FLOAT32, Copy(box, view(), 0.7))),
@@ -87,7 +99,26 @@ def plans(
         "noise": plan(of(FLOAT32, *halves), of(BFLOAT16, Normal(left, 0.5), halves[1])),
         "means": plan(means),
         "zeros": plan(of(FLOAT64, Fill(box))),
+        "blocks": plan(*map(quantised, (BFLOAT16, FLOAT32, FLOAT64))),
+        "quantises": plan(*_quantised(shape, view)),
     }
+
+
+def files(name: str, plan: CheckpointPlan) -> Layout | None:
+    """What the plan is written as: safetensors but for blocks, which it does not have."""
+    return gguf_layout("model", {}, plan.tensors, 10**12) if name == "blocks" else None
+
+
+def _quantised(shape: tuple[int, int], view: Callable[[DType], View]) -> list[TensorPlan]:
+    """Rows of several dtypes as 8-bit floats, their scales, and 8-bit floats as numbers."""
+    (rows, _), tensors = shape, []
+    for dtype in (BFLOAT16, FLOAT32, FLOAT16):
+        values = TensorPlan(f"of {dtype}", shape, dtype, (Copy(Box.whole(shape), view(FLOAT32), 0.5),))
+        tensors.append(TensorPlan("w", shape, FLOAT8, (RowQuantised(Box.whole(shape), values),)))
+        tensors.append(TensorPlan("w", (rows, 1), dtype, (RowScales(Box.whole((rows, 1)), values),)))
+    source, scale = view(FLOAT8), view(FLOAT32)[:, :1]
+    scale = View(scale.file, scale.offset, shape, (scale.strides[0], 0), FLOAT32)
+    return [*tensors, TensorPlan("w", shape, BFLOAT16, (Dequantised(Box.whole(shape), source, scale),))]
 
 
 def measure(name: str, folder: Path, workers: int, memory: str) -> dict[str, int]:
@@ -98,12 +129,12 @@ def measure(name: str, folder: Path, workers: int, memory: str) -> dict[str, int
         from conversion.checkpoint.execute import WriteOptions, peak_memory, write_checkpoint
         from conversion.checkpoint.limits import high_water
         from conversion.checkpoint import assemble
-        from tests.conversion.test_budget import plans
+        from tests.conversion.test_budget import files, plans
         assemble.BLOCK = {SMALL_BLOCK if workers > 2 else BLOCK}
         plan = plans(Path({str(folder)!r}))[{name!r}]
         options = WriteOptions(workers={workers}, memory={memory!r}, finite=True)
         said, before = peak_memory(plan, options), high_water()
-        write_checkpoint(plan, Path({str(folder)!r}) / "out", options)
+        write_checkpoint(plan, Path({str(folder)!r}) / "out", options, files({name!r}, plan))
         print(json.dumps(dict(before=before, peak=high_water(), said=said)))
     """
     root = Path(__file__).parents[2]
@@ -112,29 +143,36 @@ def measure(name: str, folder: Path, workers: int, memory: str) -> dict[str, int
     return json.loads(done.stdout)
 
 
+PLANS = ["casts", "factors", "gathers", "transposed", "draws", "noise", "means", "zeros", "quantises", "blocks"]
+
+
 @pytest.mark.parametrize(("workers", "memory"), [(2, "256MB"), (32, "64MB"), (128, "64MB")])
-@pytest.mark.parametrize("name", ["casts", "factors", "gathers", "transposed", "draws", "noise", "means", "zeros"])
+@pytest.mark.parametrize(
+    "name", ["casts", "factors", "gathers", "transposed", "draws", "noise", "means", "zeros", "quantises", "blocks"]
+)
 def test_a_process_stays_within_its_budget(name, workers, memory, tmp_path):
     found = measure(name, tmp_path, workers, memory)
     assert found["peak"] <= found["said"]
     assert found["peak"] <= found["before"] + int(memory.removesuffix("MB")) * 10**6
 
 
-@pytest.mark.parametrize("name", ["casts", "factors", "gathers", "draws", "noise", "means"])
+@pytest.mark.parametrize("name", ["casts", "factors", "gathers", "draws", "noise", "means", "quantises", "blocks"])
 def test_a_budget_does_not_change_a_byte(name, tmp_path):
     values = np.random.default_rng(0).standard_normal(1100 * 1030 * 2).astype("<f4")
     plan = plans(tmp_path, 1100, 1030, values)[name]
+    if name == "blocks":  # these values as bfloat16 are anything
+        plan = replace(plan, tensors=tuple(t for t in plan.tensors if t.pieces[0].source.dtype == FLOAT32))
     digests = []
     for memory, workers in (("1GB", 1), ("1GB", 7), ("64MB", 40)):
         out = tmp_path / f"{memory}-{workers}"
         options = WriteOptions(workers=workers, memory=memory, allow_nonfinite=True)
-        write_checkpoint(plan, out, options)
+        write_checkpoint(plan, out, options, files(name, plan))
         digests.append(json.loads((out / MANIFEST).read_bytes())["tensors"])
     assert digests[0] == digests[1] == digests[2]
 
 
 @pytest.mark.parametrize("stretch", [1 << 16, 1 << 18, GRID])
-@pytest.mark.parametrize("name", ["casts", "factors", "gathers", "transposed", "draws", "noise", "means"])
+@pytest.mark.parametrize("name", [name for name in PLANS if name != "zeros"])
 def test_what_a_thread_holds_is_what_it_was_charged_for(name, stretch, tmp_path):
     """Array by array, each tensor in a thread of its own."""
     plan = plans(tmp_path)[name]
@@ -147,8 +185,8 @@ def test_what_a_thread_holds_is_what_it_was_charged_for(name, stretch, tmp_path)
         return kept + len(vars(normal_stream._kept).get("cells", ())) * GRID * 2
 
     with FileReader() as reader:
-        resolved = resolve(plan.tensors, reader, 1)
         for tensor in plan.tensors[: len(plan.tensors) // 3]:
+            resolved = resolve([tensor], reader, 1)  # of scales, none were found with their rows
             with ThreadPoolExecutor(1) as pool:
                 held = pool.submit(hold, tensor).result()
             assert 0 < held <= Needs.of(tensor).nbytes(stretch)

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import Trainer, TrainingArguments
 
 from conversion import WriteOptions, convert_checkpoint, export_checkpoint, inspect_checkpoint
-from conversion.checkpoint.errors import CheckpointError, CorruptData, NotFinite
+from conversion.checkpoint.errors import CheckpointError, CorruptData, ImpossibleState
 from conversion.checkpoint.folder_formats import loadable_files
 from conversion.checkpoint.manifest import MANIFEST, read_manifest
 from growth import grow_checkpoint
@@ -435,7 +436,7 @@ def test_an_optimizer_that_the_record_does_not_know_is_refused(damage, message, 
 def test_moments_that_are_no_numbers_are_not_written(run, tmp_path):
     folder = shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2")
     _edit_state(lambda saved: saved["state"][5]["exp_avg_sq"].view(-1)[7:8].fill_(float("nan")))(folder)
-    with pytest.raises(NotFinite, match=r"optimizer_0/__0_0\.distcp/optimizer\.state\..*exp_avg_sq.* is NaN"):
+    with pytest.raises(ImpossibleState, match=r"optimizer_0/__0_0\.distcp/optimizer\.state\..*exp_avg_sq.* is NaN"):
         export_checkpoint(folder, tmp_path / "out", to="dcp", optimizer=True)
     assert not (tmp_path / "out" / WEIGHTS / ".metadata").exists()
 
@@ -459,6 +460,15 @@ def test_what_is_said(run, grown, tmp_path):
     assert "optimizer.pt is left behind; --optimizer exports its moments too." in alone.notes
     # A Trainer would go on from these with fresh moments, and say nothing.
     assert not [name for name in contents(tmp_path / "out") if name.startswith(("trainer_state", "optimizer"))]
+
+
+@pytest.mark.parametrize("to", ["dcp", "torch_dist"])
+def test_a_decay_that_does_not_say_what_it_is_is_said_to_be_taken_for_adamws(to, run, tmp_path):
+    folder = shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2")
+    export = partial(export_checkpoint, folder, tmp_path / "out", to=to, optimizer=True, dry_run=True)
+    assert not any("taken for AdamW's" in note for note in export().notes)
+    _edit_state(lambda saved: [group.pop("decoupled_weight_decay") for group in saved["param_groups"]])(folder)
+    assert any("weight decay of group 0 is decoupled; it was taken for AdamW's" in note for note in export().notes)
 
 
 def test_without_a_state_of_a_run_a_trainer_stops(grown, tmp_path):
@@ -494,6 +504,31 @@ def test_the_record_has_a_digest_of_every_chunk(folder, grown, tmp_path):
     path.write_bytes(content)
     (found,) = damages(out)
     assert f"{folder}/{path.name}" in found
+
+
+@pytest.mark.parametrize("to", ["dcp", "torch_dist"])
+def test_moments_are_verified_when_they_are_converted(to, grown, tmp_path):
+    """The fault: one bit of one second moment, where nothing but its digest tells."""
+    export_checkpoint(grown, tmp_path / "out", to=to, optimizer=True)
+    how = {"optimizer": True, "options": WriteOptions(verify_source=True)}
+    notes = convert_checkpoint(tmp_path / "out", tmp_path / "back", **how).notes
+    assert [note for note in notes if "erified" in note] == [
+        "Verified: what is read of 2 files, by the digests of its record."
+    ]
+    record = read_manifest(tmp_path / "out")
+    (path,) = (tmp_path / "out" / name for name, entry in record["files"].items() if "tensors" in entry)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"optimizer\..* has the hash"):
+        convert_checkpoint(tmp_path / "out", tmp_path / "again", **how)
+
+
+def test_grown_moments_are_verified_when_they_grow_on(grown, tmp_path):
+    options = WriteOptions(verify_source=True)
+    more = {"num_hidden_layers": 9}
+    notes = grow_checkpoint(grown, tmp_path / "out", more, optimizer=grown, options=options).notes
+    assert any("Verified: what is read of 2 files, by the digests of its record" in note for note in notes), notes
 
 
 def test_its_source_is_verified_when_it_is_converted(grown, tmp_path):

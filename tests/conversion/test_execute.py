@@ -23,12 +23,13 @@ from safetensors import safe_open
 from conversion.checkpoint import assemble as assemble_module
 from conversion.checkpoint.assemble import measure
 from conversion.checkpoint.bytes import identify
-from conversion.checkpoint.containers import parse_size, safetensors_shards
+from conversion.checkpoint.containers import safetensors_shards
 from conversion.checkpoint.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, FLOAT64
 from conversion.checkpoint.errors import CheckpointError, CorruptData
 from conversion.checkpoint.execute import WriteOptions, foresee, make_job, write_checkpoint
 from conversion.checkpoint.manifest import MANIFEST
 from conversion.checkpoint.normal_stream import GRID, draw_words, normal_table
+from conversion.checkpoint.numbers import parse_size
 from conversion.checkpoint.plan import (
     Box,
     CheckpointPlan,

@@ -83,6 +83,25 @@ def test_the_configuration_says_nothing_of_ours(tmp_path):
     assert not any(name in llama for name in multipliers)
 
 
+@pytest.mark.parametrize("to", CLASSES)
+@pytest.mark.parametrize("kind", ["default", "linear"])
+def test_the_rotary_embedding_has_both_spellings(kind, to, tmp_path):
+    """Transformers takes the older one where there are both, and MLX knows no other."""
+    rope = {"rope_type": kind, "rope_theta": 5e5, **({"factor": 4.0} if kind == "linear" else {})}
+    with torch.no_grad():
+        expected = save(tmp_path / "source", rope_parameters=rope)(IDS).logits
+    export_checkpoint(tmp_path / "source", tmp_path / "out", to=to)
+    path = tmp_path / "out/config.json"
+    config = json.loads(path.read_text())
+    assert (config["rope_theta"], config["mlp_bias"], config["attention_bias"]) == (5e5, False, False)
+    for left_out in ((), ("rope_parameters",), ("rope_theta", "rope_scaling")):  # each spelling alone says it all
+        path.write_text(json.dumps({name: value for name, value in config.items() if name not in left_out}))
+        assert (logits(tmp_path / "out") - expected).abs().max() < 1e-6
+    without = {name: config[name] for name in config if not name.startswith("rope_")}
+    path.write_text(json.dumps(without))
+    assert (logits(tmp_path / "out") - expected).abs().max() > 1e-3
+
+
 def test_the_tokenizer_goes_along(tmp_path):
     save(tmp_path / "source")
     tokenizer = tiny_tokenizer(tmp_path / "source")
@@ -349,10 +368,9 @@ def test_a_grown_model_in_another_runtime(tmp_path):
 
 
 REFUSED = {
-    "--to is 'onnx', expected one of granite, llama, megatron, torch_dist, dcp": {"to": "onnx"},
-    "--to gguf: export --to llama, then run llama.cpp's convert_hf_to_gguf.py": {"to": "gguf"},
+    "--to is 'onnx', expected one of granite, llama, gguf, megatron, torch_dist, dcp": {"to": "onnx"},
     "--spec are for --to megatron, --multipliers also for torch_dist, not llama": {"to": "llama", "tp": 2},
-    "--link is for --to granite; the weights of llama are other bytes": {"to": "llama", "link": True},
+    "--link is for --to granite; llama is written anew": {"to": "llama", "link": True},
     "--multipliers is 'drop', expected one of fold, keep": {"to": "megatron", "multipliers": "drop"},
     "--spec is 'apex', expected one of te, local": {"to": "megatron", "spec": "apex"},
     "--tp is 0; it must be at least 1": {"to": "megatron", "tp": 0},
@@ -360,6 +378,9 @@ REFUSED = {
     "num_key_value_heads 2 is not a multiple of --tp 4": {"to": "megatron", "tp": 4},
     "--vpp is 3, --pp is 1; virtual stages need several stages": {"to": "megatron", "vpp": 3},
     "num_hidden_layers 3 is not a multiple of --pp 3 x --vpp 2": {"to": "megatron", "pp": 3, "vpp": 2},
+    "first=3 leaves 0 of 3 layers for the other 1": {"to": "megatron", "pp": 2, "pipeline_layout": "first=3"},
+    "--pipeline-layout and --spec are for --to megatron; torch_dist": {"to": "torch_dist", "pipeline_layout": "loss"},
+    "--pipeline-layout, --multipliers and --spec are": {"to": "granite", "pipeline_layout": "loss"},
 }
 
 
@@ -387,13 +408,13 @@ def test_what_megatron_lacks(message, fields, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_only_a_teleflm_is_exported(tmp_path):
+def test_only_a_teleflm_or_a_llama_is_exported(tmp_path):
     save(tmp_path / "source")
-    export_checkpoint(tmp_path / "source", tmp_path / "llama", to="llama")
-    with pytest.raises(CheckpointError, match="model_type is 'llama', expected 'TeleFLM'"):
-        export_checkpoint(tmp_path / "llama", tmp_path / "out", to="granite")
+    export_checkpoint(tmp_path / "source", tmp_path / "granite", to="granite")
+    with pytest.raises(CheckpointError, match="model_type is 'granite', expected 'TeleFLM' or 'llama'"):
+        export_checkpoint(tmp_path / "granite", tmp_path / "out", to="llama")
     (tmp_path / "source/config.json").unlink()
-    with pytest.raises(CheckpointError, match="no such file; only a Tele-FLM can be exported"):
+    with pytest.raises(CheckpointError, match="no such file; only a Tele-FLM or a Llama can be exported"):
         export_checkpoint(tmp_path / "source", tmp_path / "out", to="granite")
 
 

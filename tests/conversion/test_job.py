@@ -647,6 +647,15 @@ def test_only_what_a_model_needs_is_copied(tmp_path):
     ]
 
 
+def test_what_a_trainer_saved_with_the_weights_is_named(tmp_path):
+    folder = stock_folder(tmp_path / "source", 1)
+    for name in ("scheduler.pt", "rng_state.pth", "training_args.bin", "optimizer.pt", "other.bin"):
+        (folder / name).write_bytes(b"")
+    assert "Left behind, as a model needs no such files: rng_state.pth, scheduler.pt, training_args.bin." in [
+        *convert_checkpoint(folder, tmp_path / "out").notes
+    ]
+
+
 def test_code_goes_with_a_configuration_that_refers_to_it(tmp_path):
     folder = stock_folder(tmp_path / "source", 1)
     edit_json(folder / "config.json", auto_map={"AutoModel": "modeling_other.Other"})

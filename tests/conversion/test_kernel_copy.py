@@ -207,7 +207,7 @@ def a_disk(tmp_path):
     path = tmp_path / "probe"
     path.write_bytes(DATA)
     with path.open("rb") as file:
-        os.fsync(file.fileno())
+        os.fdatasync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if any(cached_pages(path)):
         pytest.skip("this file system keeps its files in memory")
@@ -219,7 +219,7 @@ def test_a_passing_cache_keeps_the_last_bytes(files, a_disk):
     cache = PassingCache(target, keep=2 * unit)
     for at in range(0, 10 * unit, unit):
         write_all(target, DATA[:unit], at)
-        os.fsync(target)  # what is not on the disk yet is never let go
+        os.fdatasync(target)  # what is not on the disk yet is never let go
         cache.passed(at, unit)
     there = cached_pages(path)
     assert sum(there) * page <= 2 * unit
@@ -230,6 +230,7 @@ def test_a_passing_cache_keeps_the_last_bytes(files, a_disk):
 
 @pytest.mark.parametrize("digest", [False, True])
 def test_an_output_larger_than_memory_leaves_the_page_cache(digest, tmp_path, a_disk, monkeypatch):
+    monkeypatch.setattr(os, "fsync", os.fdatasync)  # which does wait for the disk
     make_sources(tmp_path / "sources")
     options = WriteOptions(digest=digest)
     write_checkpoint(mixed_plan(tmp_path / "sources"), tmp_path / "small", options)

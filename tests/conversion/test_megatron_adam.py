@@ -483,17 +483,20 @@ NUMBERED_FAULTS: dict[str, tuple[Damage, list[str]]] = {
     ),
     "a step in between": (
         numbered(lambda state: [entry.update(step=torch.tensor(2.5)) for entry in state.values()]),
-        ["step is 2.5, expected a number of updates"],
+        ["step is 2.5, expected a whole number from 0 to 16,777,216"],
     ),
     "a step that is not finite": (
         numbered(lambda state: state[0].update(step=torch.tensor(float("nan")))),
-        ["step is nan, expected a number of updates"],
+        ["step is nan, expected a whole number"],
     ),
     "a step beyond numbers": (
         numbered(lambda state: state[0].update(step=10**9000)),
-        ["step is beyond 2**53, expected a number of"],
+        ["it holds an integer of 29898 bits, which no number of a checkpoint has"],
     ),
-    "a step that is none": (numbered(lambda state: state[0].update(step="3")), ["step is a str, expected a number"]),
+    "a step that is none": (
+        numbered(lambda state: state[0].update(step="3")),
+        ["step is '3', expected a whole number"],
+    ),
     "masters of some": (
         edit(lambda content: content["optimizer"]["fp32_from_fp16_params"][0].pop() is None),
         ["float32 copies of [8, 4] weights in its groups, which have [9, 4]"],

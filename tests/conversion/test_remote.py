@@ -104,6 +104,10 @@ def test_growing_judging_and_exporting_read_it_as_well(here, folders, tmp_path):
         verify_checkpoints(REPO, tmp_path / "remote", text=text, forward="loaded")
     export_checkpoint(REPO, tmp_path / "granite", to="granite")
     assert load_file(tmp_path / "granite/model.safetensors").keys() == tiny_model().state_dict().keys()
+    for name, source in (("here", folders / "sharded"), ("there", REPO)):
+        export_checkpoint(source, tmp_path / name, to="gguf", name="tele")
+    there, here_too = (tmp_path / name / "tele-F32.gguf" for name in ("there", "here"))
+    assert there.read_bytes() == here_too.read_bytes()
     with pytest.raises(CheckpointError, match="is not on this machine, and cannot be linked to"):
         export_checkpoint(REPO, tmp_path / "linked", to="granite", link=True)
     assert not (tmp_path / "linked").exists()

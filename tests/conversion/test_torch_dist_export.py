@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from conversion import WriteOptions, convert_checkpoint, export_checkpoint, inspect_checkpoint
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.manifest import read_manifest
+from growth.training.mup import parameter_groups
 from modeling_teleflm import TeleFLMForCausalLM
 from tests.fixtures.megatron_reference import Chunk, chunk_weights
 from tests.fixtures.megatron_worlds import ROOT, TOKENS
@@ -151,6 +153,42 @@ def test_the_library_computes_and_steps_the_same(ranks, loaded):
             assert not tensor.any() or not torch.equal(held["stepped"][name], held["weights"][name])
 
 
+def test_megatron_bridge_is_told_the_same_model(loaded):
+    """Its class is megatron-core's with a few fields more."""
+    for held in torch.load(loaded / "out-1.pt", weights_only=False):
+        assert held["other_fields"] == {}
+    told = yaml.safe_load((loaded / f"out/iter_{STEP:07d}/run_config.yaml").read_text())
+    assert told["checkpoint"] == {"save_optim": True, "save_rng": False, "fully_parallel_save": True}
+    assert (
+        told["model"].items()
+        >= {
+            "layernorm_epsilon": 1e-5,  # a text where YAML is written as JSON is
+            "rotary_base": 10000,
+            "rotary_percent": 1.0,
+            "position_embedding_type": "rope",
+            "share_embeddings_and_output_weights": False,
+            "vocab_size": 100,
+            "make_vocab_size_divisible_by": 128,
+            "should_pad_vocab": True,
+            "seq_length": 256,
+        }.items()
+    )
+
+
+def test_megatron_bridge_is_told_nothing_of_a_model_with_multipliers(tmp_path):
+    save(tmp_path / "source")
+    kept = export_checkpoint(tmp_path / "source", tmp_path / "keep", to="torch_dist", multipliers="keep")
+    folded = export_checkpoint(tmp_path / "source", tmp_path / "fold", to="torch_dist")
+    assert not (tmp_path / "keep/release/run_config.yaml").exists()
+    assert any("and so would Megatron-Bridge, for which there is no run_config.yaml" in note for note in kept.notes)
+    told = yaml.safe_load((tmp_path / "fold/release/run_config.yaml").read_text())
+    assert told["checkpoint"]["save_optim"] is False
+    assert any("AutoBridge.load_megatron_model of OUT/release (from its source" in note for note in folded.notes)
+    for folder in ("keep", "fold"):  # of which Megatron-Bridge asks for the metadata of any checkpoint
+        common = torch.load(tmp_path / folder / "release/common.pt", weights_only=False)
+        assert common["content_metadata"]["singleton_local_shards"] is False
+
+
 @pytest.mark.parametrize("multipliers", ["keep", "fold"])
 def test_to_torch_dist_and_back(multipliers, tmp_path):
     model = save(tmp_path / "source")
@@ -185,6 +223,10 @@ def _other_steps(saved):
     saved["state"][3]["step"] += 1
 
 
+def _maximize(saved):
+    saved["param_groups"][1]["maximize"] = True
+
+
 def _other_betas(saved):
     saved["param_groups"][1]["betas"] = (0.9, 0.999)
 
@@ -194,6 +236,7 @@ def _other_betas(saved):
     [
         (_other_steps, "parameters are at steps 700 and 701, Megatron has one step for all"),
         (_other_betas, "its groups have other betas or eps"),
+        (_maximize, "maximize is True, and Megatron minimises"),
     ],
 )
 def test_what_megatron_has_no_place_for(change, message, tmp_path):
@@ -230,6 +273,33 @@ def test_what_is_said(tmp_path):
     assert json.loads((tmp_path / "out/iter_0000700/metadata.json").read_text())["sharded_backend"] == "torch_dist"
 
 
+def test_what_of_the_groups_is_left_out_is_named(tmp_path):
+    """muP's groups have three rates and three decays; Megatron finds its two groups by multipliers that both say 1."""
+    model = save(tmp_path / "source")
+    optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate=1e-3, weight_decay=0.1, width_ratio=2.0))
+    model(TOKENS, labels=TOKENS).loss.backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["param_groups"][2] |= {"weight_decay": 0.3, "mystery": 7}
+    torch.save(saved, tmp_path / "source/optimizer.pt")
+    notes = export_checkpoint(tmp_path / "source", tmp_path / "out", to="torch_dist", optimizer=True).notes
+    (note,) = [note for note in notes if "have no place" in note]
+    for said in (
+        "weight_decay 0.1 (not 0.2) of the 2 matrices in group 0",
+        "lr 0.0005 (not 0.001) of group 1, 28 weights",
+        "weight_decay 0.3 (not 0) of the 9 norms and biases in group 2",
+        "mystery 7 of group 2",
+    ):
+        assert said in note
+    assert note.count(";") == 3, "and nothing else"
+
+
+def test_of_a_trainers_groups_nothing_is_left_out(tmp_path):
+    save(tmp_path / "source")
+    notes = export_checkpoint(tmp_path / "source", tmp_path / "out", to="torch_dist", optimizer=True).notes
+    assert not any("have no place" in note for note in notes)
+
+
 @pytest.mark.parametrize("multipliers", ["fold", "keep"])
 def test_weights_and_moments_come_back(multipliers, tmp_path):
     """`convert --optimizer` of the export; folding multiplies weights and divides moments by powers of two here or not.
@@ -239,7 +309,8 @@ def test_weights_and_moments_come_back(multipliers, tmp_path):
     model = save(tmp_path / "source")
     out = tmp_path / "out"
     export_checkpoint(tmp_path / "source", out, to="torch_dist", optimizer=True, multipliers=multipliers, options=SMALL)
-    convert_checkpoint(out, tmp_path / "back", optimizer=True)
+    result = convert_checkpoint(out, tmp_path / "back", optimizer=True)
+    assert not any("not converted" in note for note in result.notes), "the schedule in there is of no step"
     back = TeleFLMForCausalLM.from_pretrained(tmp_path / "back")
     power = 1.0 if multipliers == "fold" else 0.0
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}

@@ -287,13 +287,15 @@ def test_models_that_cannot_be_measured(folder, text, tmp_path):
         (copy / "config.json").write_text(json.dumps(config))
         return copy
 
-    with pytest.raises(CheckpointError, match=r"model_type is 'llama', expected 'TeleFLM'; --loaded takes"):
-        evaluate(changed("llama", model_type="llama"), texts=[text])
-    with pytest.raises(CheckpointError, match="rope_type is linear"):
-        evaluate(changed("rope", rope_parameters={"rope_type": "linear", "factor": 2.0}), texts=[text])
-    (tmp_path / "llama/tokenizer.model").unlink()
-    with pytest.raises(CheckpointError, match=r"tokenizer.model: no such file"):
-        evaluate(tmp_path / "llama", texts=[text], loaded=True)
+    with pytest.raises(
+        CheckpointError, match=r"model_type is 'mistral', expected 'TeleFLM' or 'llama'; --loaded takes"
+    ):
+        evaluate(changed("mistral", model_type="mistral"), texts=[text])
+    with pytest.raises(CheckpointError, match="rope_type is dynamic"):
+        evaluate(changed("rope", rope_parameters={"rope_type": "dynamic", "factor": 2.0}), texts=[text])
+    (tmp_path / "mistral/tokenizer.model").unlink()
+    with pytest.raises(CheckpointError, match=r"holds neither tokenizer.model nor tokenizer.json"):
+        evaluate(tmp_path / "mistral", texts=[text], loaded=True)
     small = tmp_path / "small"
     tiny_model(tiny_config(vocab_size=320)).save_pretrained(small)
     (small / "tokenizer.model").write_bytes(tiny_sentencepiece())

@@ -14,6 +14,7 @@ import pytest
 from conversion.checkpoint.errors import CheckpointError
 from evaluation.measure import evaluate
 from evaluation.text import encode_beginning, read_content, read_documents
+from evaluation.vocabulary import open_vocabulary
 from tests.fixtures.tiny import tiny_tokenizer
 
 
@@ -95,7 +96,7 @@ def test_a_line_of_a_megabyte(folder, tmp_path):
 
 def test_only_the_beginning_is_read_for_a_few_tokens(folder, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"the value " * 100_000 + b"\xff")
-    ids = encode_beginning(folder / "tokenizer.model", tmp_path / "a.txt", 10)
+    ids = encode_beginning(open_vocabulary(folder), tmp_path / "a.txt", 10)
     assert ids == tiny_tokenizer(tmp_path / "t").sp_model.encode("the value " * 100)[:10]
 
 

@@ -789,6 +789,8 @@ def test_notes(target, arguments, expected, unexpected, source, tmp_path):
         ),
         ({"input_mult": 2.0}, heads(16, 16), "in exact arithmetic. In bfloat16, sums are longer", "are rounded"),
         ({}, DEEPER, "In bfloat16, embed_tokens x 2.5 are rounded to bfloat16", None),
+        ({}, {"vocab_size": 700}, "Old logits are the source's in exact arithmetic, but for", "The function is"),
+        ({}, {"vocab_size": 700}, "take part in the softmax: old logits are kept, and probabilities change.", None),
         ({"input_mult": 2.0}, DEEPER, "No optimizer state", "exact arithmetic"),
     ],
 )
@@ -851,7 +853,7 @@ def _quantise(tensors):
     ("damage", "message"),
     [
         (_drop, r"model\.layers\.1\.mlp\.up_proj\.weight is missing"),
-        (_add_bias, r"q_proj\.bias is not a weight of a Tele-FLM model"),
+        (_add_bias, r"q_proj\.bias is not a weight that config\.json describes"),
         (_reshape, r"model\.norm\.weight has shape \(31,\), config.json says \(32,\)"),
         (_quantise, r"is quantised \(lm_head\.weight is int8\); growth would change its weights without their scales"),
     ],

@@ -9,6 +9,7 @@ adds them up in the weights that were written, and divides by that, which is the
 """
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -510,6 +511,27 @@ def test_mutants_of_growth_are_caught(mutant, method, make_source, tmp_path, mon
 # What cannot be judged.
 
 
+def test_moments_that_hold_a_decay_neither_grow_nor_are_certified(grown, tmp_path):
+    """Adam, not AdamW, with weight_decay: g + decay x w, which grow by unlike factors."""
+    source, out = grown
+    saved = torch.load(source / "optimizer.pt")
+    folder = tmp_path / "state"
+    folder.mkdir()
+    for decays, decoupled in ((True, False), (True, True), (False, False)):
+        for group in saved["param_groups"]:
+            group |= {"decoupled_weight_decay": decoupled, "weight_decay": 0.1 if decays else 0.0}
+        torch.save(saved, folder / "optimizer.pt")
+        if decoupled or not decays:
+            grow_checkpoint(source, tmp_path / "out", heads(12, 3), optimizer=folder, dry_run=True)
+            continue
+        refused = r"group 0 has decoupled_weight_decay False and weight_decay 0\.1.*leave --optimizer out"
+        with pytest.raises(CheckpointError, match=refused):
+            grow_checkpoint(source, tmp_path / "out", heads(12, 3), optimizer=folder)
+        with pytest.raises(CheckpointError, match=refused):
+            verify_checkpoints(source, out, optimizer=folder)
+        assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_judged_is_refused(grown, make_source, tmp_path):
     source, out = grown
     grow_checkpoint(out, tmp_path / "twice", {**heads(16, 4)}, optimizer=out)
@@ -671,3 +693,38 @@ def test_command_report_and_record(grown, tmp_path):
     none = run("verify", source, out, "--optimizer", tmp_path)
     assert none.exit_code == 2
     assert "holds no optimizer.pt" in none.output
+
+
+@pytest.mark.parametrize(("key", "value"), [("exp_avg", math.nan), ("exp_avg_sq", math.inf), ("exp_avg_sq", math.nan)])
+def test_what_is_no_number_in_both_is_the_same_and_is_said(key, value, grown, tmp_path):
+    """Growth refuses to write such a state; of one that another program wrote, the judge says what is so."""
+    source, out = (Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in grown)
+    name = "model.norm.weight"  # whose old entries keep their gradient or not, and whose new ones have A's mean
+
+    def plant(folder: Path, factor: float) -> None:
+        saved = torch.load(folder / "optimizer.pt", weights_only=True)
+        names = list(dict(TeleFLMForCausalLM.from_pretrained(folder).named_parameters()))
+        ordered = [n for n in names if "norm" not in n] + [n for n in names if "norm" in n]
+        groups = saved["param_groups"]
+        numbered = [n for g in groups for n in g.get("param_names", ())] or ordered
+        state = saved["state"][numbered.index(name)]
+        state[key][3] = value
+        if factor and key == "exp_avg_sq":
+            state[key][len(TeleFLMForCausalLM.from_pretrained(source).model.norm.weight) :] = value
+        torch.save(saved, folder / "optimizer.pt")
+
+    plant(source, 0.0)
+    found = certify_moments(source, out, source)
+    assert not found.holds
+    assert "is not the state that was given as A's, grown" in found.sentence
+    plant(out, 1.0)
+    found = certify_moments(source, out, source)
+    assert found.holds, found.faults
+    assert found.nonfinite >= 1
+    assert (
+        f" {found.nonfinite:,} of the elements are NaN or infinite as A's are: no optimizer goes on" in found.sentence
+    )
+    assert math.isfinite(found.worst_ulp)
+    result = CliRunner().invoke(app, ["verify", str(source), str(out), "--optimizer", str(source)])
+    assert result.exit_code == 0, result.output
+    assert "expected nan" not in result.output

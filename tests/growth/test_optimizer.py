@@ -342,6 +342,22 @@ def _other_names(saved):
         group["param_names"] = [f"weight.{index}" for index in group["params"]]
 
 
+def _amsgrad(saved):
+    for state in saved["state"].values():
+        state["max_exp_avg_sq"] = state["exp_avg_sq"]
+    for group in saved["param_groups"]:
+        group["amsgrad"] = True
+
+
+def _radam(saved):
+    model = [torch.nn.Parameter(torch.ones(1))]
+    (settings,) = torch.optim.RAdam(model).state_dict()["param_groups"]
+    for group in saved["param_groups"]:
+        members = group["params"]
+        group.clear()
+        group.update({**settings, "params": members})
+
+
 def _nothing(saved):
     saved.clear()
 
@@ -357,8 +373,10 @@ def _nothing(saved):
         (_fewer, r"param_groups have \[23, 6\] parameters, the model has \[30\] or \[23, 7\] or \[2, 21, 7\]"),
         (_lost, r"state of model\.layers\.0\.self_attn\.v_proj\.weight is None"),
         (_integers, r"exp_avg of model\.embed_tokens\.weight is no tensor of floating-point numbers"),
-        (_no_number, r"step of model\.embed_tokens\.weight is a str, expected a number"),
+        (_no_number, r"step of model\.embed_tokens\.weight is 'three', expected a whole number"),
         (_other_names, "param_names are not the 30 parameters of the model"),
+        (_amsgrad, r"the state of model\.embed_tokens\.weight has max_exp_avg_sq, so it is of an Adam with amsgrad"),
+        (_radam, r"parameter group 0 has foreach and no amsgrad, which torch's RAdam leaves"),
         (_nothing, "is no optimizer state"),
     ],
 )
@@ -442,6 +460,7 @@ def test_a_state_that_was_touched_is_noticed(damage, message, trained, tmp_path)
     [
         ("optimizer_0", "FSDP's sharded state; only an unsharded"),
         ("latest", "DeepSpeed's state; only an unsharded"),
+        ("optimizer.bin", r"FSDP's gathered state; .* save with SHARDED_STATE_DICT, of which"),
         ("nothing", r"holds no optimizer\.pt"),
     ],
 )
@@ -451,6 +470,13 @@ def test_sharded_states_are_a_stated_limit(name, message, source, tmp_path):  # 
     with pytest.raises(CheckpointError, match=message):
         grow_checkpoint(source, tmp_path / "out", ALL_AXES, optimizer=tmp_path / "state")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_state_through_a_link_is_not_called_weights(trained, tmp_path):
+    (tmp_path / "optimizer.pt").symlink_to(trained[1] / "optimizer.pt")
+    result = grow_checkpoint(trained[0], tmp_path / "out", ALL_AXES, optimizer=tmp_path, dry_run=True)
+    (note,) = [note for note in result.notes if "through links" in note]
+    assert note.startswith("The optimizer's state was taken through links that lead out of its folder: optimizer.pt (")
 
 
 def test_a_state_of_another_model_is_not_loaded(trained, tmp_path):

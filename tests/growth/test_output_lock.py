@@ -6,6 +6,8 @@
 
 import errno
 import fcntl
+import fnmatch
+import inspect
 import os
 import signal
 import subprocess
@@ -13,9 +15,13 @@ import sys
 from contextlib import ExitStack
 
 import pytest
+from transformers import Trainer
 
+from conversion import convert_checkpoint
+from conversion.hub.release import find_release
 from growth.training.errors import RunError
 from growth.training.output_lock import LOCK, hold_output
+from tests.fixtures.tiny import tiny_model
 
 # Not this module's code: what any process does that has a lock on the file.
 HOLDER = """
@@ -96,3 +102,17 @@ def test_a_folder_of_a_refused_run_is_not_left_behind(tmp_path):
         hold_output(tmp_path / "file" / "out", writes=True),
     ):
         pass
+
+
+def test_the_lock_is_never_published(tmp_path):
+    """It names this host: `publish` takes what is on its list, and a Trainer nothing that begins as this does."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    convert_checkpoint(tmp_path / "model", tmp_path / "run")
+    with hold_output(tmp_path / "run", writes=True):
+        assert (tmp_path / "run" / LOCK).is_file()
+        release = find_release(tmp_path / "run")
+        assert LOCK not in release.files
+        assert release.left_out == [LOCK]
+    pushed = inspect.getsource(Trainer.push_to_hub) + inspect.getsource(Trainer._push_from_checkpoint)
+    assert pushed.count('ignore_patterns=["_*"') == 2
+    assert fnmatch.fnmatch(LOCK, "_*")

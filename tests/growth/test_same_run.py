@@ -83,10 +83,7 @@ def test_what_no_step_depends_on_may_change(keys, checkpoint, caplog):
 
 def test_another_length_is_told(checkpoint, caplog):
     assert check_same_run(checkpoint, described(others={"mup_base_width": 32}, max_steps=9)) is True
-    assert (
-        "max_steps was -1, is 9: the learning rates follow the new length after the next step, which has the old one"
-        in caplog.text
-    )
+    assert "max_steps was -1, is 9: from the next step on the learning rates are those of the new length" in caplog.text
 
 
 def test_a_checkpoint_that_does_not_say_is_told_of_and_a_damaged_one_refused(tmp_path, caplog):

@@ -108,6 +108,68 @@ def test_the_next_stage_goes_on_where_the_first_stopped(grown, root, tmp_path, c
     assert record_of(tmp_path / "again")["continued_schedule"] == lineage["continued_schedule"]
 
 
+@pytest.mark.parametrize(("steps", "kind"), [(4, "linear"), (12, "cosine")])
+def test_a_run_that_goes_on_with_another_length_has_its_rates_from_the_next_step_on(steps, kind, root, tmp_path):
+    """The oracle is a run of that length from its beginning: its rates after step 2."""
+    keys = keys_of(root, root / "source", "", learning_rate=PEAK, lr_scheduler_type=kind, save_strategy="no")
+    whole, resumed = Rates(), Rates()
+    train(*split({**keys, "output_dir": str(tmp_path / "whole"), "max_steps": steps}), [whole])
+    train(*split({**keys, "output_dir": str(tmp_path / "run"), "save_strategy": "steps", "max_steps": 6}))
+    checkpoint = str(tmp_path / "run/checkpoint-2")
+    keys |= {"output_dir": str(tmp_path / "again"), "resume_from_checkpoint": checkpoint, "max_steps": steps}
+    train(*split(keys), [resumed])
+    assert resumed.seen == whole.seen[2:]
+    lineage = record_of(tmp_path / "again")
+    assert lineage["last_learning_rate"] == whole.seen[-1][0]
+    factor = lineage["last_learning_rate"] / PEAK
+    assert 0 < factor < 1
+    assert record_of(tmp_path / "run")["last_learning_rate"] != lineage["last_learning_rate"]
+
+
+def test_a_schedule_that_was_laid_out_anew_after_the_last_step_is_not_believed(root, tmp_path, capsys):
+    """The fault: two thirds of the peak in step 3, of a warm-up over 3 of two epochs; resumed to one epoch, of which
+    nothing is left to do, and by which the warm-up would have been over."""
+    keys = keys_of(root, root / "source", "", learning_rate=PEAK, block_size=64, per_device_train_batch_size=7)
+    keys |= {"max_steps": -1, "num_train_epochs": 2, "warmup_steps": 0.5, "save_steps": 3}
+    train(*split({**keys, "output_dir": str(tmp_path / "long")}))
+    checkpoint = str(tmp_path / "long/checkpoint-3")
+    short = {"output_dir": str(tmp_path / "short"), "resume_from_checkpoint": checkpoint, "num_train_epochs": 1}
+    train(*split({**keys, **short}))
+    lineage = record_of(tmp_path / "short")
+    assert (lineage["steps"], lineage["lr_scheduler"]["warmup_steps"]) == (3, 2)
+    assert lineage["last_learning_rate"] == pytest.approx(PEAK * 2 / 3)
+    grow_checkpoint(tmp_path / "short", tmp_path / "grown", TARGET)
+    given = keys_of(root, tmp_path / "grown", "", output_dir=str(tmp_path / "next"), continue_schedule=1)
+    message = (
+        r"made its last step at the learning rate 0.000666.*, and not at the 0.001 that its schedule over 3 steps has"
+    )
+    refused(given, message, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("form", ["file", "command line"])
+def test_the_default_rate_is_a_rate_where_it_is_given(form, root, tmp_path, capsys):
+    """5e-5, which is transformers' default: given, it contradicts; not given, it says nothing."""
+    keys = keys_of(root, root / "first-6", "", output_dir=str(tmp_path / "run"), continue_schedule=1, max_steps=1)
+    keys |= {"save_strategy": "no"}
+
+    def run(**more) -> int:
+        if form == "file":
+            (tmp_path / "run.json").write_text(json.dumps({**keys, **more}))
+            return main([str(tmp_path / "run.json")])
+        line = [part for key, value in {**keys, **more}.items() for part in (f"--{key}", *_words(value))]
+        return main(line)
+
+    assert run(learning_rate=5e-5) == 2
+    message = "learning_rate is 5e-05, but continue_schedule 1 of the 0.001 at which the run before stopped is 0.001"
+    assert message in capsys.readouterr().err
+    assert run() == 0
+    assert record_of(tmp_path / "run")["learning_rate"] == PEAK
+
+
+def _words(value) -> list[str]:
+    return [str(item) for item in (value if isinstance(value, list) else [value])]
+
+
 def test_a_run_that_ends_without_decay_ended_at_its_peak(root, tmp_path, caplog):
     """transformers' schedule is 0 after its last step, so that is what optimizer.pt has: no rate of any step."""
     settings = {"lr_scheduler_kwargs": {"num_decay_steps": 0}, "max_steps": 2, "learning_rate": PEAK}

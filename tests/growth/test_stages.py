@@ -120,14 +120,14 @@ def test_fresh_moments_want_a_warm_up():
         ([{**SMALL, "token": 1}], {}, "stage 1: token is unknown; did you mean tokens"),
         ([SMALL], {"mfus": 1}, "a.yaml: mfus is unknown; did you mean mfu"),
         ([SMALL], {"mfu": 1.5}, "mfu is 1.5; it is a share"),
-        ([SMALL], {"mfu": 0}, "mfu is 0; it must be above 0"),
+        ([SMALL], {"mfu": 0}, "mfu is 0, expected a number at least 1e-30"),
         ([SMALL], {"disk_speed": "fast"}, "disk_speed: size 'fast' is not"),
         ([SMALL], {"moments": "yes"}, "moments is 'yes'; expected true or false"),
-        ([{**SMALL, "tokens": "many"}], {}, "stage 1: tokens is 'many'; expected a whole number"),
-        ([{**SMALL, "tokens": 10**400}], {}, "tokens is 1000.*; expected a whole number"),
-        ([{**SMALL, "tokens": 1.5}], {}, "tokens is 1.5; expected a whole number"),
+        ([{**SMALL, "tokens": "many"}], {}, "stage 1: tokens is 'many', expected a whole number"),
+        ([{**SMALL, "tokens": 10**400}], {}, "tokens is an integer of about 401 digits, expected a whole"),
+        ([{**SMALL, "tokens": 1.5}], {}, "tokens is 1.5, expected a whole number"),
         ([{**SMALL, "tokens": True}], {}, "tokens is True"),
-        ([{**SMALL, "learning_rate": float("nan")}], {}, "learning_rate is nan; expected a number"),
+        ([{**SMALL, "learning_rate": float("nan")}], {}, "learning_rate is nan, expected a number"),
         ([{**SMALL, "learning_rate": None}], {}, "does not say learning_rate"),
         ([{**SMALL, "gpus": 12}], {}, "gpus is 12, no multiple of tensor_parallel 4 x pipeline_parallel 2"),
         ([{**SMALL, "tensor_parallel": 7}], {}, "gpus is 896|no multiple of tensor_parallel 7"),
@@ -144,6 +144,70 @@ def test_what_makes_no_sense_is_refused(stages, more, message):
     with pytest.raises(CheckpointError, match=message) as error:
         plan_stages(schedule(*stages, **more))
     assert "\n" not in str(error.value)
+
+
+HUGE = 10**400
+DEEPER = {**LARGE, "model": None}
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "message"),
+    [
+        ({"set": {"num_hidden_layers": 10**38}}, {}, "num_hidden_layers is 1000.*, expected at most 10,000"),
+        ({"set": {"num_hidden_layers": 1e38}}, {}, "num_hidden_layers is 1e\\+38, expected an integer"),
+        ({"set": {"num_hidden_layers": 10**9}}, {}, "num_hidden_layers is 1000000000, expected at most 10,000"),
+        ({"set": {"num_hidden_layers": HUGE}}, {}, "num_hidden_layers is 1000"),
+        ({"set": {"intermediate_size": 10**38}}, {}, "intermediate_size is 1000.*, expected at most 2,147,483,647"),
+        ({"model": 10**200}, {}, "model is an integer of about 201 digits: no such file"),
+        ({"tokens": 1e31}, {}, "tokens is 1e\\+31, expected a whole number"),
+        ({"batch_tokens": -HUGE}, {}, "batch_tokens is an integer of about 401 digits, expected a whole number"),
+        ({"learning_rate": 1e-31}, {}, "learning_rate is 1e-31, expected a number at least 1e-30"),
+        ({"gpus": math.inf}, {}, "gpus is inf, expected a whole number"),
+        ({}, {"gpu_memory": "1" * 401}, "gpu_memory: size '1111.* is more than the 9,223"),
+        ({}, {"gpu_memory": HUGE}, "gpu_memory: size an integer of about 401 digits is more than the 9,223"),
+        ({}, {"gpu_memory": math.nan}, "gpu_memory: size nan is not a positive number of bytes"),
+        ({}, {"disk_speed": math.inf}, "disk_speed: size inf is more than"),
+        ({}, {"disk_speed": 0}, "disk_speed: size 0 is not a positive number of bytes"),
+        ({}, {"gpu_tflops": 5e-324}, "gpu_tflops is 5e-324, expected a number at least 1e-30"),
+        ({}, {"mfu": 1e-320}, "mfu is .*e-32\\d, expected a number at least 1e-30"),
+        ({}, {"sequence_length": 1e38}, "sequence_length is 1e\\+38, expected a whole number"),
+        ({}, {"moments": HUGE}, "moments is an integer of about 401 digits; expected true or false"),
+    ],
+)
+def test_numbers_that_no_plan_can_have_are_refused_in_one_line(stage, more, message, tmp_path):
+    """Through the command, from YAML: no traceback, and no minutes of counting layers."""
+    changed = {**(DEEPER if "set" in stage else LARGE), **stage}
+    content = {"stages": [SMALL, {key: value for key, value in changed.items() if value is not None}], **more}
+    (tmp_path / "plan.yaml").write_text(json.dumps(content).replace("Infinity", ".inf").replace("NaN", ".nan"))
+    result = CliRunner().invoke(app, ["grow-plan", str(tmp_path / "plan.yaml")])
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert re.search(message, line), line
+
+
+@pytest.mark.parametrize("value", ["1" * 401, "nan", "inf", "0", "-1", "1e400"])
+@pytest.mark.parametrize("option", ["--gpu-memory", "--disk-speed", "--gpu-tflops", "--mfu"])
+def test_options_that_no_plan_can_have_are_refused_in_one_line(option, value):
+    result = CliRunner().invoke(app, ["grow-plan", "tele-flm-1t", option, value])
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_the_largest_numbers_that_are_read_are_planned(tmp_path):
+    """At the ends of all ranges, nothing becomes infinite, and no text of it fails."""
+    ends = {"tokens": 10**30, "batch_tokens": 1, "learning_rate": 1e-30, "gpus": 1, "set": {"vocab_size": 2**31 - 1}}
+    wide = {"num_hidden_layers": 10_000, "intermediate_size": 2**31 - 8}
+    first = {**ends, "model": "tele-flm-52b", "set": wide}
+    last = {**ends, "learning_rate": 1e30, "set": {**wide, "vocab_size": 2**31 - 1}}
+    content = {"stages": [first, last], "mfu": 1e-30, "gpu_tflops": 1e-30, "sequence_length": 10**30, "disk_speed": 1}
+    (tmp_path / "plan.yaml").write_text(json.dumps(content))
+    command = ["grow-plan", str(tmp_path / "plan.yaml")]
+    plan = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert all(math.isfinite(stage["gpu_hours"]) for stage in plan["stages"])
+    assert plan["train"][0]["max_steps"] == 10**30
+    text = CliRunner().invoke(app, command)
+    assert text.exit_code == 3, text.output
 
 
 def test_the_command(tmp_path):

@@ -18,10 +18,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from conversion.checkpoint.errors import CheckpointError
-from conversion.checkpoint.manifest import MANIFEST
+from conversion.checkpoint.manifest import MANIFEST, seal
 from growth import grow_checkpoint
 from growth.fold import fold_masks
 from growth.method import Mask
@@ -204,11 +205,55 @@ def test_a_checkpoint_without_its_optimizer_is_not_resumed(lost, grown, argument
     assert not (tmp_path / "again/model.safetensors").exists()
 
 
+class Counter(TrainerCallback, ExportableState):
+    """A user's, which goes into trainer_state.json."""
+
+    def state(self):
+        return {"args": {}, "attributes": {"seen": 3}}
+
+
+@pytest.mark.parametrize(
+    "unknown", [["LastRate"], ["AdamStart", "LastRate", "TrainerControl"]], ids=["an older run", "a stock Trainer"]
+)
+def test_what_a_checkpoint_knew_nothing_of_is_saved_once_it_goes_on(unknown, source, arguments, tmp_path):
+    keys = arguments(model_name_or_path=str(source), max_steps=4, save_steps=2)
+    train(*split(keys))
+    file = tmp_path / "run/checkpoint-2/trainer_state.json"
+    state = json.loads(file.read_text())
+    for name in unknown:
+        del state["stateful_callbacks"][name]
+    file.write_text(json.dumps(state))
+    keys |= {"output_dir": str(tmp_path / "again"), "resume_from_checkpoint": str(tmp_path / "run/checkpoint-2")}
+    train(*split(keys), callbacks=[Counter()])
+    saved = json.loads((tmp_path / "again/checkpoint-4/trainer_state.json").read_text())["stateful_callbacks"]
+    assert {*saved} == {"AdamStart", "LastRate", "TrainerControl", "Counter"}
+    assert saved["LastRate"]["attributes"]["rate"] == pytest.approx(1e-3 / 4)
+    keys |= {"output_dir": str(tmp_path / "third"), "resume_from_checkpoint": str(tmp_path / "again/checkpoint-4")}
+    train(*split({**keys, "max_steps": 6}), callbacks=[Counter()])
+    assert (tmp_path / "third/checkpoint-6").is_dir()
+
+
+def test_a_resumed_run_logs_and_saves_as_often_as_its_keys_say(source, arguments, tmp_path):
+    """transformers takes both from the checkpoint."""
+    keys = arguments(model_name_or_path=str(source), max_steps=4, save_steps=2, logging_steps=2)
+    train(*split(keys))
+    keys |= {"output_dir": str(tmp_path / "again"), "resume_from_checkpoint": str(tmp_path / "run/checkpoint-2")}
+    train(*split({**keys, "max_steps": 6, "save_steps": 1, "logging_steps": 0.5}))
+    assert sorted(path.name[-1] for path in (tmp_path / "again").glob("checkpoint-*")) == ["3", "4", "5", "6"]
+    logged = json.loads((tmp_path / "again/trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in logged if "loss" in entry] == [2, 3, 6]
+
+
 def test_a_checkpoint_with_the_optimizer_of_another_step_is_not_resumed(grown, arguments, tmp_path):
     keys = arguments(model_name_or_path=str(grown), max_steps=4, save_steps=2)
     train(*split(keys))
     shutil.copy(tmp_path / "run/checkpoint-4/optimizer.pt", tmp_path / "run/checkpoint-2/optimizer.pt")
     keys |= {"output_dir": str(tmp_path / "again"), "resume_from_checkpoint": str(tmp_path / "run/checkpoint-2")}
+    with pytest.raises(RunError, match=r"optimizer\.pt: has other content, so it is not what was saved with the rest"):
+        train(*split(keys))
+    note = tmp_path / "run/checkpoint-2/run.json"  # as of a run that noted nothing of its files
+    found = {key: value for key, value in json.loads(note.read_text()).items() if key != "files"}
+    note.write_text(json.dumps(seal(found)))
     with pytest.raises(CheckpointError, match="the optimizer is at step 9 after loading it, expected step 7"):
         train(*split(keys))
 

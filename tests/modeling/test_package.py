@@ -4,10 +4,13 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The package: what importing it costs and registers, and what transformers' tools read off the classes."""
 
+import configparser
 import importlib
+import importlib.util
 import json
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,18 @@ def test_importing_it_adds_little_to_importing_llama():
     added = {name.partition(".")[0] for name in json.loads(run.stdout)}
     third_party = added - sys.stdlib_module_names - {"modeling_teleflm", "transformers"}
     assert third_party <= {"sentencepiece", "_sentencepiece", "jinja2", "markupsafe", "tokenizers"}
+
+
+def test_the_entry_point_for_vllm_is_there_and_asks_for_vllm_when_it_is_called():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    name, _, target = config["options.entry_points"]["vllm.general_plugins"].strip().partition(" = ")
+    point = EntryPoint(name, target, "vllm.general_plugins")
+    program = f"import sys, {point.module}; print('vllm' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
+    assert callable(point.load())
+    assert importlib.util.find_spec("modeling_teleflm.vllm_model") is not None  # which it names, and does not import
 
 
 def test_importing_it_twice_does_no_harm():

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 import sft
+from conversion.saved_files import FILES
 from growth.training.errors import RunError
 from growth.training.resume import find_checkpoint, find_fault
-from growth.training.same_run import RUN
+from growth.training.same_run import RUN, read_run, write_run
 from sft.training.recipe import Recipe
 from sft.training.train import train
 from tests.sft.conftest import STRICT
@@ -151,16 +152,25 @@ def test_parts_of_torch_without_their_end_are_not_whole(out):
     assert find_fault(out / "checkpoint-3") is None
 
 
-@pytest.mark.parametrize("damaged", ["optimizer.pt", "rng_state.pth", "model.safetensors"])
+@pytest.mark.parametrize("damaged", ["rng_state.pth", "model.safetensors"])
 def test_what_only_loading_finds_out_is_one_line(damaged, out, make_recipe):
-    """A whole file with the content of another."""
+    """A whole file with the content of another, in a checkpoint whose run noted nothing of its files."""
     if damaged == "model.safetensors":
         save_file({"model.norm.weight": torch.ones(3)}, out / "checkpoint-3" / damaged, {"format": "pt"})
     else:
         shutil.copy(out / "checkpoint-3/scheduler.pt", out / "checkpoint-3" / damaged)
+    found = read_run(out / "checkpoint-3")
+    write_run(out / "checkpoint-3", {key: value for key, value in found.items() if key != FILES})
     with pytest.raises(sft.SFTError, match=r"checkpoint-3 cannot be loaded: .*; name another checkpoint") as error:
         train(make_recipe(**{**SAVED, "max_steps": 4}, max_length=128, resume_from_checkpoint=True), progress=False)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damaged", ["optimizer.pt", "scheduler.pt", "model.safetensors"])
+def test_a_whole_file_of_another_checkpoint_is_passed_over(damaged, out):
+    shutil.copy(out / "checkpoint-2" / damaged, out / "checkpoint-3" / damaged)
+    assert re.search(rf"{damaged}: has .*not what was saved with the rest", find_fault(out / "checkpoint-3") or "")
+    assert find_checkpoint(True, out) == str(out / "checkpoint-2")
 
 
 @pytest.fixture

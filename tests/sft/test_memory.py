@@ -149,8 +149,11 @@ def test_rows_of_unknown_length_are_not_counted(make_recipe, of_machine):
 
 
 def test_a_model_without_formulas_is_let_through(make_recipe, of_machine, tmp_path):
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, MistralConfig
 
     of_machine(1)
-    LlamaConfig().save_pretrained(tmp_path / "llama")
-    check_memory(make_recipe(model_name_or_path=str(tmp_path / "llama")), DistributedType.NO, {}, None)
+    for kind in (LlamaConfig, MistralConfig):
+        kind().save_pretrained(tmp_path / kind.model_type)
+    check_memory(make_recipe(model_name_or_path=str(tmp_path / "mistral")), DistributedType.NO, {}, None)
+    with pytest.raises(MemoryPlanError, match="this run needs at least"):
+        check_memory(make_recipe(model_name_or_path=str(tmp_path / "llama")), DistributedType.NO, {}, None)

@@ -66,7 +66,7 @@ def plan(
     With --write what is not given is chosen so that it fits: strategy, micro-batch, activation checkpointing, dtype. If
     nothing does, the exit status is 2, and nothing is written.
     """
-    from conversion.checkpoint.containers import parse_size
+    from conversion.checkpoint.numbers import parse_size
     from sft import plan as planning
     from sft import plan_files
 

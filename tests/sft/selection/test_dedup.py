@@ -5,6 +5,7 @@
 """Duplicates: sketches against exact sets, edits the threshold was not chosen on, and who is kept."""
 
 import re
+import unicodedata
 from collections import Counter
 from itertools import pairwise
 
@@ -159,3 +160,15 @@ def test_ngrams_stay_within_their_text():
         for value, run in zip(hashes.tolist(), expected, strict=True):
             assert by_hash.setdefault(value, run) == run
         assert len(by_hash) == len(set(expected))
+
+
+def test_a_text_has_the_words_of_its_capitals_and_of_its_letters_taken_apart():
+    """Of every character that has capitals, in whichever normal form it is written."""
+    cased = [chr(code) for code in range(0x80, 0x1F000) if chr(code).upper() != chr(code)]
+    assert len(cased) > 1000
+    for form in ("NFC", "NFD", "NFKC", "NFKD"):
+        for letter in cased:
+            text = f"a{letter}b"
+            assert split_words(unicodedata.normalize(form, text)) == split_words(text), (form, letter)
+            capitals = unicodedata.normalize(form, text.upper())
+            assert split_words(capitals) == split_words(text) or letter in "\u0131\u0345", (form, letter)

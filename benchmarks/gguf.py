@@ -1,0 +1,123 @@
+# Copyright 2026 The TeleFLM authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""`teleflm export --to gguf` against `cp` of what it writes, and the rate of its arithmetic on one core.
+
+bf16 is the same bytes, of query and key in another order; q8_0 and f16 are computed. The bound is 1.5 times `cp` of the
+same files, and the arithmetic: what one core needs for that, over the number of threads.
+"""
+
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from measure import (
+    GIB,
+    ROOT,
+    TELEFLM,
+    Run,
+    arguments,
+    cp,
+    cpu_seconds,
+    interleave,
+    mib,
+    ratios,
+    report,
+    run_processes,
+    seconds,
+    workplace,
+)
+from synthetic import tele_flm_config, write_safetensors
+
+sys.path.insert(0, str(ROOT))
+
+from conversion.checkpoint.block_quant import quantise_q8_0
+from conversion.checkpoint.dtypes import Q8_0
+from tests.fixtures.tiny import tiny_sentencepiece
+
+_BLOCKS = 1 << 15
+_OUTTYPES = ("bf16", "q8_0")
+_COLUMNS = ["", "GiB", "cp, s", "export, s", "x cp", "arithmetic, s", "bound, s", "processor, s", "peak RSS, MiB"]
+
+
+def quantising_rate() -> float:
+    """GiB of Q8_0 that a core makes of bfloat16 in a second, at its best of several tries."""
+    values = np.random.default_rng(0).standard_normal((_BLOCKS, Q8_0.packed)).astype(ml_dtypes.bfloat16)
+    out = np.empty(_BLOCKS, Q8_0.numpy)
+    best = float("inf")
+    for _ in range(30):
+        started = time.thread_time()
+        quantise_q8_0(values, out)
+        best = min(best, time.thread_time() - started)
+    return out.nbytes / GIB / best
+
+
+def export(source: Path, out: Path, *, outtype: str, workers: int) -> Run:
+    command = ["export", str(source), str(out), "--to", "gguf", "--outtype", outtype, "--workers", str(workers)]
+    return run_processes([*TELEFLM, *command])
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--cache", choices=["warm", "cold"], nargs="+", default=["warm", "cold"])
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    rate = quantising_rate()
+    with workplace(options.folder) as place:
+        files = write_safetensors(place / "tele", tele_flm_config(options.size))
+        (place / "tele/tokenizer.model").write_bytes(tiny_sentencepiece())
+        made: dict[str, list[Path]] = {}
+        for outtype in _OUTTYPES:  # what `cp` copies
+            export(place / "tele", place / outtype, outtype=outtype, workers=options.workers)
+            made[outtype] = sorted((place / outtype).glob("*.gguf"))
+        for cache in options.cache:
+            contestants = {}
+            for outtype in _OUTTYPES:
+                contestants[f"cp of {outtype}"] = partial(cp, made[outtype])
+                contestants[outtype] = partial(export, place / "tele", outtype=outtype, workers=options.workers)
+            every = [*files, *(file for part in made.values() for file in part)]
+            runs = interleave(contestants, options.pairs, place, every, cache)
+            rows = []
+            for outtype in _OUTTYPES:
+                size = sum(file.stat().st_size for file in made[outtype])
+                arithmetic = size / GIB / rate / options.workers if outtype == "q8_0" else 0.0
+                bound = 1.5 * statistics.median(run.seconds for run in runs[f"cp of {outtype}"]) + arithmetic
+                rows.append(
+                    [
+                        outtype,
+                        f"{size / GIB:.2f}",
+                        seconds(runs[f"cp of {outtype}"]),
+                        seconds(runs[outtype]),
+                        ratios(runs, outtype, f"cp of {outtype}"),
+                        f"{arithmetic:.2f}",
+                        f"{bound:.2f}",
+                        cpu_seconds(runs[outtype]),
+                        mib(runs[outtype]),
+                    ]
+                )
+            report(
+                f"A bfloat16 model to GGUF, {cache} cache",
+                options.folder,
+                f"{options.pairs} rounds, {options.workers} threads. A core makes {rate:.2f} GiB of q8_0 in a second.",
+                [
+                    "outtype",
+                    "GiB written",
+                    "cp, s",
+                    "export, s",
+                    "x cp",
+                    "arithmetic, s",
+                    "bound, s",
+                    "processor s",
+                    "peak RSS, MiB",
+                ],
+                rows,
+            )
+
+
+if __name__ == "__main__":
+    main()
