@@ -286,7 +286,7 @@ def test_files_of_the_source_that_are_merged_or_made_anew_are_named(tmp_path):
     (folder / "special_tokens_map.json").write_text('{"pad_token": "</s>"}')
     (folder / "tokenizer.json").write_text('{"added_tokens": []}')
     notes = convert_checkpoint(folder, tmp_path / "out").notes
-    assert notes == [
+    assert [note for note in notes if "token" in note] == [
         "tokenizer_config.json says what was in special_tokens_map.json.",
         "tokenizer.json is made of tokenizer.model, and is not the one of the source.",
     ]
