@@ -25,6 +25,7 @@ NEEDED_BY = {
     "eval": ("eval --harness",),
     "sentence": ("sft select --embedder MODEL",),
     "ray": ("sft select --ray",),
+    "fp8": ("loading 8-bit floats in transformers",),
     "qlora": ("sft train, with load_in_4bit",),
     "flash": ("attn_implementation: flash_attention_2",),
     "remote": ("s3://, gs:// and https:// as a source",),

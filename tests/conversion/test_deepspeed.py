@@ -161,9 +161,9 @@ def zero3(root: Path, tensors: Tensors, *, sub_groups: int = 1, frozen: Tensors 
 def universal(root: Path, tensors: Tensors, *, flat: bool) -> Path:
     """A file for each weight: after ZeRO 3 flat, and where the model states hold none."""
     files: dict[str, Any] = {
-        f"zero/{name}/{state}.pt": tensor.flatten() if flat else {"param": tensor, "cat_dim": 0}
+        f"zero/{name}/{state}.pt": value.flatten() if flat else {"param": value, "cat_dim": 0}
         for name, tensor in tensors.items()
-        for state in ("fp32", "exp_avg", "exp_avg_sq")
+        for state, value in (("fp32", tensor), ("exp_avg", tensor), ("exp_avg_sq", tensor.abs()))
     }
     module = {name: torch.empty(0, dtype=torch.bfloat16) for name in tensors} if flat else trained(tensors)
     states = _model_states(module, _groups(tensors))

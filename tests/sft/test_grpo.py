@@ -206,8 +206,8 @@ def test_what_the_tokenizer_has_no_piece_for_is_never_sampled(grpo, monkeypatch)
     trainer.generation_config.suppress_tokens = None
     trainer.generation_kwargs["suppress_tokens"] = None
     trainer._buffered_inputs = None
-    with pytest.raises(IndexError, match="id 620 has no piece"):
-        trainer._prepare_inputs([trainer.train_dataset[0]] * 8)
+    trainer._prepare_inputs([trainer.train_dataset[0]] * 8)
+    assert 620 in trainer._buffered_inputs[0]["completion_ids"]  # where nothing keeps the model from it
 
 
 def test_generation_is_by_the_models_own_forward(grpo):

@@ -119,11 +119,11 @@ CHOICE = "operators: [{operator: domains, own: false}, {operator: random, count:
     ("text", "problem"),
     [
         ("seed: 1" + "0" * 400, "seed is a number of 1,329 bits; it is from 0 to"),
-        ("seed: 0x" + "f" * 5000, "seed is a number of 20,000 bits; it is from 0 to"),
+        ("seed: 0x" + "f" * 2500, "seed is a number of 10,000 bits; it is from 0 to"),
         ("seed: -1" + "0" * 30, r"seed is -1e\+30; it is from 0 to"),
         ("seed: [" + "abc, " * 1000 + "]", r"seed is \['abc', 'abc', .*\.\.\.\]; expected a number"),
-        ("unique_ids: 0x" + "f" * 5000, "unique_ids is a number of 20,000 bits; expected true or false"),
-        ("? 0x" + "f" * 5000 + "\n: 1", "unknown key a number of 20,000 bits; known are seed"),
+        ("unique_ids: 0x" + "f" * 2500, "unique_ids is a number of 10,000 bits; expected true or false"),
+        ("? 0x" + "f" * 2500 + "\n: 1", "unknown key a number of 10,000 bits; known are seed"),
         (f"{'a' * 1000}: 1", r"unknown key 'a{1,60}\.\.\.; known are seed"),
     ],
 )
