@@ -132,6 +132,7 @@ def test_memory_at_true_widths(activation_checkpointing):
     assert estimate.total == pytest.approx(peak["Total"], rel=0.01)
 
 
+@pytest.mark.external  # half a minute, and a shorter test has most of it
 def test_memory_of_a_rank_of_sixteen(small_tiles):
     """torch's tracker of fully_shard counts two micro-batches, without the moments, which it does not shard."""
     dist.init_process_group("fake", rank=0, world_size=16, store=FakeStore())

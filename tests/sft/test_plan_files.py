@@ -221,6 +221,7 @@ def test_options_of_files_need_files():
     assert (status, "--nodes has no effect here; it needs --write FOLDER" in err) == (2, True)
 
 
+@pytest.mark.external  # half a minute, and a shorter test has most of it
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_what_was_written_trains_on_two_processes(method, model_dir, data_file, tmp_path):
     """Its own files, with the device and the length of the run replaced."""

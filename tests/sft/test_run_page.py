@@ -245,6 +245,7 @@ def test_a_run_that_is_interrupted_leaves_its_page(model_dir, data_file, tmp_pat
     assert (out / "loss.png").is_file()
 
 
+@pytest.mark.external  # half a minute, and a shorter test has most of it
 def test_two_processes_make_one_page_one_log_and_each_sample_once(model_dir, data_file, tmp_path):
     """As torchrun starts them: half of the prompts and of the passages on each."""
     out, text = tmp_path / "out", tmp_path / "text.txt"
