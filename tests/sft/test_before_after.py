@@ -86,13 +86,16 @@ def test_a_run_that_is_measured_is_the_run_that_is_not_to_the_bit(keys, make_rec
 
 
 def test_with_an_adapter_after_is_base_and_adapter_and_claimed_of_no_weights(make_recipe, model_dir, text, tmp_path):
-    result = train(make_recipe(**{**RUN, "learning_rate": 1.0}, use_peft=True, eval_texts=str(text)), progress=False)
+    result = train(
+        make_recipe(**{**RUN, "learning_rate": 1.0, "max_steps": 12}, use_peft=True, eval_texts=str(text)),
+        progress=False,
+    )
     base = evaluate(model_dir, texts=[text], loaded=True).texts[0].nats
     assert result.measured["before"]["texts"][0]["nats"] == pytest.approx(base, rel=1e-6)
     export_model(tmp_path / "out", tmp_path / "merged", merge=True)
     merged = evaluate(tmp_path / "merged", texts=[text], loaded=True).texts[0].nats
     assert result.measured["after"]["texts"][0]["nats"] == pytest.approx(merged, rel=1e-5)
-    assert merged != pytest.approx(base, rel=3e-5)
+    assert merged != pytest.approx(base, rel=1e-4)
     assert {found.model for found in read_results(tmp_path / "out" / RESULTS)} == {None}
     assert {found.model for found in read_results(tmp_path / "out" / BASE_RESULTS)} == {
         model_identity(open_checkpoint(model_dir))
