@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""What a file may make us take: less than 100 MiB and a second, or one line; and what real ones need is read."""
+"""What a file may make us take: less than 100 MiB and some seconds, or one line; and what real ones need is read."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tests.fixtures.hostile_pickles import text
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 100 * 2**20
-SECONDS = 2.0  # of the processor; the slowest takes 0.9 where nothing else runs
+YARDSTICKS = 60  # see `bounded_reader.yardstick`; the slowest takes 15, or 24 where others share its core
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ OTHERS: dict[str, tuple[str, str, Callable[[], str], int | None, str]] = {
 
 def check(found: dict[str, Any], outcome: str) -> None:
     assert found["bytes"] < LIMIT
-    assert found["seconds"] < SECONDS
+    assert found["yardsticks"] < YARDSTICKS
     assert re.search(outcome, found["outcome"]), found["outcome"]
     assert outcome == "read" or found["outcome"].startswith("CheckpointError: ")
     assert "\n" not in found["outcome"]
