@@ -178,14 +178,16 @@ def check_gradients_alone(state: AdamState) -> None:
     the two by none.
 
     Raises:
-        CheckpointError: a group says that its decay is not decoupled, and decays; the message names it.
+        CheckpointError: a group says that its decay is not decoupled, and not that it has none; the message names it.
     """
     for number, (settings, _) in enumerate(state.groups):
-        if settings.get("decoupled_weight_decay") is False and settings.get("weight_decay"):
+        decay = settings.get("weight_decay")
+        if settings.get("decoupled_weight_decay") is False and decay != 0:
+            said = "no weight_decay" if decay is None else f"weight_decay {decay:g}"
             raise CheckpointError(
-                f"{state.file}: parameter group {number} has decoupled_weight_decay False and weight_decay "
-                f"{settings['weight_decay']:g}: Adam then adds the decay to the gradients, and its moments hold both, "
-                "which no factor grows; leave --optimizer out and warm up."
+                f"{state.file}: parameter group {number} has decoupled_weight_decay False and {said}: Adam then adds "
+                "the decay to the gradients, and its moments hold both, which no factor grows; leave --optimizer out "
+                "and warm up."
             )
 
 

@@ -23,6 +23,7 @@ from .mapping import weights
 
 OPTIMIZER_FILE = "optimizer.pt"  # beside the weights: where transformers' Trainer has it, and training looks for it
 MOMENTS = ("exp_avg", "exp_avg_sq")
+DECOUPLED = "decoupled_weight_decay"  # of a group: whether its decay leaves the gradients, and so the moments, alone
 MAX_STEPS = 2**24  # torch's counter is a float32, which cannot count on from there
 
 _NAMES = ("params", "param_names")

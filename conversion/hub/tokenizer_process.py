@@ -6,19 +6,26 @@
 
 With 80,000 pieces it takes some 200 MB, most of which a process keeps for itself once it had it. That of a small model
 is made here. A child reads one JSON object, and answers with one.
+
+It also takes four seconds of a processor, which a dry run has not got: what was made and compared once is kept in the
+user's cache ($XDG_CACHE_HOME/teleflm, or ~/.cache/teleflm), under a digest of all that it depends on.
 """
 
 import base64
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.atomic_file import write_atomically
 from ..checkpoint.errors import CheckpointError
 from .rust_tokenizer import rust_tokenizer
 from .tokenizer_settings import (
@@ -71,12 +78,27 @@ def _make(model_file: bytes, config: str) -> MadeTokenizer:
 
 @lru_cache(maxsize=4)
 def _make_apart(model_file: bytes, config: str) -> MadeTokenizer:
+    request = json.dumps({"model": base64.b64encode(model_file).decode(), "config": config}).encode()
+    kept = _cache_file(request)
+    answer = _read_kept(kept)
+    if answer is None:
+        said = _ask_child(request)
+        answer = json.loads(said)
+        if "text" not in answer:
+            raise (TokenizerMismatch if answer["mismatch"] else CheckpointError)(answer["said"])
+        _keep(kept, said)
+    cuts = tuple(SpecialToken(*token) for token in answer["cuts"])
+    settings = TokenizerSettings(cuts, answer["bos"], answer["eos"])
+    return MadeTokenizer(answer["text"], answer["names"], settings)
+
+
+def _ask_child(request: bytes) -> bytes:
     root = str(Path(__file__).parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
         run = subprocess.run(
             [sys.executable, "-P", "-m", __name__],  # -P: what lies in the working folder is not imported
-            input=json.dumps({"model": base64.b64encode(model_file).decode(), "config": config}).encode(),
+            input=request,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             capture_output=True,
             timeout=_PATIENCE,
@@ -89,12 +111,49 @@ def _make_apart(model_file: bytes, config: str) -> MadeTokenizer:
         raise TokenizerMismatch(
             f"tokenizer.model: what makes a tokenizer.json of it ended with status {run.returncode}: {said[:200]}."
         )
-    answer = json.loads(run.stdout)
-    if "text" not in answer:
-        raise (TokenizerMismatch if answer["mismatch"] else CheckpointError)(answer["said"])
-    cuts = tuple(SpecialToken(*token) for token in answer["cuts"])
-    settings = TokenizerSettings(cuts, answer["bos"], answer["eos"])
-    return MadeTokenizer(answer["text"], answer["names"], settings)
+    return run.stdout
+
+
+# What was made before.
+
+
+def _cache_file(request: bytes) -> Path | None:
+    """Where the answer to a request is kept: under the digest of the request and of what answers it."""
+    place = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if not os.path.isabs(place):  # whose user has no home
+        return None
+    return Path(place, "teleflm", "tokenizers", hashlib.sha256(_makers() + request).hexdigest() + ".json")
+
+
+@cache
+def _makers() -> bytes:
+    """What makes and compares the file: this package's modules, and both libraries."""
+    here = Path(__file__)
+    names = ("rust_tokenizer", "sentencepiece_file", "tokenizer_check", "tokenizer_process", "tokenizer_settings")
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(here.with_name(f"{name}.py").read_bytes())
+    return digest.digest() + f"{version('tokenizers')} {version('sentencepiece')}".encode()
+
+
+def _read_kept(path: Path | None) -> dict[str, Any] | None:
+    """An answer that was kept whole; None if there is none. Its first line is the digest of the rest."""
+    if path is None:
+        return None
+    with suppress(OSError):
+        digest, _, said = path.read_bytes().partition(b"\n")
+        if digest.decode(errors="replace") == hashlib.sha256(said).hexdigest():
+            answer: dict[str, Any] = json.loads(said)
+            return answer
+    return None
+
+
+def _keep(path: Path | None, said: bytes) -> None:
+    if path is None:
+        return
+    with suppress(OSError):  # a full disk, or a home that is not writable: it is made again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, hashlib.sha256(said).hexdigest().encode() + b"\n" + said)
 
 
 def main() -> None:

@@ -45,6 +45,7 @@ from .megatron_optimizer import (
     refuse_state_keys,
     settings_of,
     shaped,
+    with_decay,
 )
 from .model_parallel import LAYER, Chunk, Rank, assemble, layer_offsets
 from .table import NativeWeight
@@ -190,7 +191,7 @@ def _read_named(run: DistRun, saved: Mapping[str, Any]) -> DistAdam:
     return DistAdam(
         moments={key: whole[key] for key in MOMENTS},
         masters=masters,
-        groups=settings_of(groups, where),
+        groups=with_decay(settings_of(groups, where), run.args),
         step=one_step(common_step or _steps(groups), where),
         replicas=(),
         notes=left_out({**run.common, **run.checkpoint.objects}, saved, run.args),
@@ -275,7 +276,7 @@ def _read_flat(run: DistRun, kind: str) -> DistAdam:
     return DistAdam(
         moments={key: whole[key] for key in MOMENTS},
         masters=whole[MASTER],
-        groups=settings_of(groups, where),
+        groups=with_decay(settings_of(groups, where), run.args),
         step=objects["step"],
         replicas=replicas,
         notes=left_out({**run.common, **run.checkpoint.objects}, objects, run.args),

@@ -28,7 +28,7 @@ from ..checkpoint.reader import FileReader
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.torch_file import read_torch_file
 from ..mapping import EMBED_TOKENS, LM_HEAD
-from ..optimizer_state import MAX_STEPS, MOMENTS, plain_settings
+from ..optimizer_state import DECOUPLED, MAX_STEPS, MOMENTS, plain_settings
 from .checkpoint import AdamMoments, NativeCheckpoint, Replica
 from .flat_buffers import FlatLayout, lay_out
 from .model_parallel import LAYER, LOST, Chunk, Rank
@@ -120,7 +120,7 @@ def left_out(content: Mapping[str, Any], optimizer: Any, args: Mapping[str, Any]
     notes = []
     if found:
         notes.append(f"Of the run's state for training on, these were not converted: {', '.join(found)}.")
-    if args.get("decoupled_weight_decay") is False:
+    if args.get(DECOUPLED) is False:
         notes.append(
             "The run's Adam added weight decay to the gradients (no decoupled_weight_decay): its moments hold it too."
         )
@@ -165,6 +165,15 @@ def settings_of(groups: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(groups, list) or not groups or not all(isinstance(group, dict) for group in groups):
         raise CheckpointError(f"{where}: the optimizer has no param_groups; {LOST}.")
     return [{key: value for key, value in plain_settings(group).items() if key != "step"} for group in groups]
+
+
+def with_decay(groups: Iterable[Mapping[str, Any]], args: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The settings of groups, with how the run's arguments say that it decays; a group's own word goes first.
+
+    Transformer Engine's and Apex's groups do not say it, and what reads the state would take it for AdamW's.
+    """
+    said = args.get(DECOUPLED)
+    return [{DECOUPLED: said, **group} if isinstance(said, bool) else group for group in groups]
 
 
 def group_by_rule(
@@ -288,7 +297,8 @@ def _groups(
             f"The settings of the {len(settings)} parameter groups (learning rate, weight decay, ...) were left out: "
             "they do not say which weights are in which."
         )
-        return [({}, list(weights))], [note]
+        penalised = any(group.get(DECOUPLED) is False and group.get("weight_decay") for group in settings)
+        return [({DECOUPLED: False} if penalised else {}, list(weights))], [note]
     return [(own, group) for own, group in zip(settings, members, strict=True) if group], []
 
 
@@ -374,7 +384,7 @@ def read_adam_parts(
     groups, members = _merge_groups(ranks, read)
     return AdamParts(
         parts={key: [found.parts[key] for found in read] for key in read[0].parts},
-        groups=groups,
+        groups=with_decay(groups, args),
         members=members,
         step=read[0].step,
         notes=left_out(ranks[0].content, ranks[0].content["optimizer"], args),

@@ -209,7 +209,7 @@ def build_trainer(
     train_dataset, report, eval_dataset, eval_report = _load_data(recipe, tokenizer)
     check_same_data(report, eval_report)
     check_memory(recipe, launched, os.environ, train_dataset, ignore=recipe.run.ignore_memory_plan)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token  # not before: it would count in the data's digest
+    tokenizer.pad_token = padding_token(tokenizer)  # not before: it would count in the data's digest
 
     common: dict[str, Any] = {
         "args": args,
@@ -269,6 +269,17 @@ def load_model(arguments: ModelConfig, *, use_kernels: bool = False) -> PreTrain
     return model
 
 
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What rows are padded with: the tokenizer's own, or <s>, or <unk>, where it has none.
+
+    The one that ends a turn would do no harm here, where padding is known by its place; but whoever trains on with
+    labels that leave out whatever is the padding's id would then train no end of a turn. <unk> comes last, as it is no
+    special token to sentencepiece and is to transformers: the one reads the text "<unk>" as letters, the other as
+    padding, and no tokenizer.json says the former.
+    """
+    return tokenizer.pad_token or tokenizer.bos_token or tokenizer.unk_token
+
+
 def load_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, set[int]]:
     """Load the tokenizer of the model to train, with the recipe's chat template, and the ids that end generation.
 
@@ -282,9 +293,9 @@ def load_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, set[int]]:
             tokenizers.find_template(template).read_text(encoding="utf-8")
     with _naming("model_name_or_path", path):
         loaded, stop_ids = tokenizers.load_tokenizer(path, template, revision)
-    if loaded.pad_token is None and loaded.unk_token is None:
+    if padding_token(loaded) is None:
         raise RecipeError(
-            f"{path}: the tokenizer has neither a pad_token nor an unk_token to pad with; set pad_token in its "
+            f"{path}: the tokenizer has no pad_token, bos_token or unk_token to pad with; set pad_token in its "
             "tokenizer_config.json. Any token will do but the one that ends a turn: padding is never trained on."
         )
     vocab_size = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False).vocab_size

@@ -16,6 +16,7 @@ import pickle
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,32 @@ def test_a_loss_scale_and_a_decay_in_the_gradient_are_said(runs, tmp_path):
     notes = convert(run, tmp_path / "out", "grouped", optimizer=True, dry_run=True).notes
     assert any("were not converted: learning-rate scheduler, random states, loss scale." in note for note in notes)
     assert any("added weight decay to the gradients (no decoupled_weight_decay)" in note for note in notes)
+
+
+@pytest.mark.parametrize("name", ["flat", "dist-gathered-fused"])
+@pytest.mark.parametrize("decoupled", [False, True, None])
+def test_the_state_says_how_it_decays_and_only_what_decays_beside_the_gradients_grows(decoupled, name, runs, tmp_path):
+    """The groups of Transformer Engine and Apex do not say it: the run's arguments do."""
+    run = shutil.copytree(runs / name, tmp_path / "run")
+
+    def say(content: Any) -> None:
+        vars(content["args"])["decoupled_weight_decay"] = decoupled
+        inner = content["optimizer"]
+        for group in inner.get("optimizer", inner)["param_groups"]:
+            del group["decoupled_weight_decay"]  # which torch's AdamW says
+
+    (edit if name == "flat" else edit_common)(say)(run)
+    convert(run, tmp_path / "out", "grouped", optimizer=True)
+    groups = torch.load(tmp_path / "out/optimizer.pt", weights_only=True)["param_groups"]
+    assert any(group["weight_decay"] for group in groups)
+    assert all(group.get("decoupled_weight_decay") == decoupled for group in groups)
+    changes = {"num_hidden_layers": 8}
+    grow = partial(grow_checkpoint, tmp_path / "out", tmp_path / "grown", overrides=changes, dry_run=True)
+    if decoupled is False:
+        with pytest.raises(CheckpointError, match=r"decoupled_weight_decay False and weight_decay .*: Adam then adds"):
+            grow(optimizer=tmp_path / "out")
+    else:
+        assert grow(optimizer=tmp_path / "out").plan
 
 
 def test_the_step_of_fused_optimizers(runs, tmp_path):

@@ -170,13 +170,22 @@ def test_a_broken_file_is_one_line(name, content, said, tmp_path):
     assert "\n" not in str(raised.value)
 
 
-# A large model's is made in a process of its own.
+# A large model's is made in a process of its own, once.
 
 
-def test_a_process_of_its_own_says_the_same(monkeypatch, tmp_path):
-    content, config = tiny_sentencepiece(), {**OLD, "add_eos_token": True, "pad_token": "<pad>"}
-    here = tokenizer_process.make_tokenizer(content, config)
+@pytest.fixture
+def large(monkeypatch, tmp_path):
+    """Takes every model for a large one, of a user with an empty cache."""
     monkeypatch.setattr(tokenizer_process, "_SMALL", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tokenizer_process._make_apart.cache_clear()
+    yield
+    tokenizer_process._make_apart.cache_clear()
+
+
+def test_a_process_of_its_own_says_the_same(large, monkeypatch, tmp_path):
+    content, config = tiny_sentencepiece(), {**OLD, "add_eos_token": True, "pad_token": "<pad>"}
+    here = tokenizer_process._make(content, json.dumps(config))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "conversion.py").write_text("raise SystemExit('not this one')")
     assert tokenizer_process.make_tokenizer(content, config) == here
@@ -187,8 +196,37 @@ def test_a_process_of_its_own_says_the_same(monkeypatch, tmp_path):
     assert not isinstance(raised.value, TokenizerMismatch)
 
 
-def test_a_process_that_ends_early_makes_no_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(tokenizer_process, "_SMALL", 0)
+@pytest.mark.parametrize("damage", ["none", "cut", "changed", "a folder", "other settings", "other makers", "no home"])
+def test_what_was_made_is_kept_and_what_is_damaged_or_of_others_is_made_again(damage, large, monkeypatch, tmp_path):
+    content, config = tiny_sentencepiece(), {"pad_token": "<pad>"}
+    asked = []
+    ask = tokenizer_process._ask_child
+    monkeypatch.setattr(tokenizer_process, "_ask_child", lambda request: asked.append(request) or ask(request))
+    made = tokenizer_process.make_tokenizer(content, config)
+    (kept,) = (tmp_path / "cache/teleflm/tokenizers").iterdir()
+    tokenizer_process._make_apart.cache_clear()
+    match damage:
+        case "cut":
+            kept.write_bytes(kept.read_bytes()[:-9])
+        case "changed":
+            kept.write_bytes(kept.read_bytes().replace(b"<_user>", b"<_uses>"))
+        case "a folder":
+            kept.unlink()
+            kept.mkdir()
+        case "other settings":
+            config = {"pad_token": "</s>"}
+        case "other makers":
+            monkeypatch.setattr(tokenizer_process, "_makers", lambda: b"of another version")
+        case "no home":
+            monkeypatch.delenv("XDG_CACHE_HOME")
+            monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    again = tokenizer_process.make_tokenizer(content, config)
+    assert (again == made) == (damage != "other settings")
+    assert len(asked) == (1 if damage == "none" else 2)
+    assert not Path("~").exists()
+
+
+def test_a_process_that_ends_early_makes_no_file(large, monkeypatch, tmp_path):
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\necho out of luck >&2\nexit 3\n")
     program.chmod(0o755)

@@ -149,6 +149,7 @@ def test_the_output_is_the_published_layout_and_a_hub_folder(finished):
             "config.json",
             "model.safetensors",
             "tokenizer.model",
+            "tokenizer.json",
             "chat_template.jinja",
             "README.md",
             "teleflm_manifest.json",

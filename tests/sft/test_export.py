@@ -277,6 +277,7 @@ def test_an_adapter_is_published_with_a_base_that_others_can_find(trained, tmp_p
         "adapter_config.json",
         "README.md",
         "teleflm_manifest.json",
+        "tokenizer.json",
         "tokenizer.model",
     } <= publication.small_files.keys()
     assert publication.left_out == []

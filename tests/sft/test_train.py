@@ -487,7 +487,7 @@ def test_a_tokenizer_that_cannot_serve_the_model_is_refused_before_the_model_is_
     backend = Tokenizer(models.WordLevel({"</s>": 0, "a": 1}))
     template = (folder / "chat_template.jinja").read_text()
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", chat_template=template).save_pretrained(folder)
-    with pytest.raises(RecipeError, match=r"the tokenizer has neither a pad_token nor an unk_token"):
+    with pytest.raises(RecipeError, match=r"the tokenizer has no pad_token, bos_token or unk_token"):
         train(make_recipe(model_name_or_path=str(folder)))
 
 
