@@ -7,7 +7,8 @@
     python benchmarks/grown_moments.py [--pairs 3] [--folder DIR]
 
 The source has the 52B's hidden size, heads, feed-forward size and vocabulary, one layer, random bfloat16 weights, and
-an optimizer.pt of random float32 moments. It grows to the 102B's width with two layers. Bounds: 0.7 x the rate at which
+an optimizer.pt of float32 moments: random first ones, and second ones of one positive number. It grows to the 102B's
+width with two layers. Bounds: 0.7 x the rate at which
 `dd if=/dev/zero conv=fsync` writes as many bytes, and 300 MiB. `dd` reads nothing, growth reads 21 GB: so a second
 baseline moves what growth moves, a `dd` that reads the source beside one that writes as many zeros as growth writes.
 Zero by plan, and so never written, is what is zero of the weights and of the first moments; the rate counts all bytes,
@@ -45,7 +46,7 @@ from conversion.architecture import Architecture, load_preset
 from conversion.checkpoint.assemble import blocks, is_zero
 from conversion.checkpoint.dtypes import FLOAT32
 from conversion.checkpoint.execute import WriteOptions, make_job, run_job
-from conversion.checkpoint.plan import Box, CheckpointPlan, Normal, TensorPlan
+from conversion.checkpoint.plan import Box, CheckpointPlan, Fill, Normal, TensorPlan
 from conversion.mapping import weights
 from conversion.optimizer_state import MOMENTS, OPTIMIZER_FILE, adam_shard, parameter_names
 from growth import grow_checkpoint
@@ -60,11 +61,11 @@ def write_source(folder: Path) -> None:
     write_safetensors(folder, config)
     architecture = Architecture.from_config(config)
     shapes = {name: weight.shape(architecture) for name, weight, _ in weights(architecture)}
-    names = parameter_names(architecture)
+    names, (first, second) = parameter_names(architecture), MOMENTS
     moments = {
         name: {
-            key: TensorPlan(f"{key} of {name}", shapes[name], FLOAT32, (Normal(Box.whole(shapes[name]), 1e-4),))
-            for key in MOMENTS
+            first: TensorPlan(f"{first} of {name}", shapes[name], FLOAT32, (Normal(Box.whole(shapes[name]), 1e-4),)),
+            second: TensorPlan(f"{second} of {name}", shapes[name], FLOAT32, (Fill(Box.whole(shapes[name]), 1e-8),)),
         }
         for name in names
     }

@@ -83,7 +83,8 @@ def test_every_row_is_in_one_of_the_two_files(out, corpus_file):
 
 
 def test_duplicates_name_the_row_they_repeat(out, corpus):
-    groups = {row["teleflm_id"]: row["group"] for row in [*selected(out), *rejected(out)]}
+    rows = [*selected(out), *rejected(out)]
+    groups = {row["teleflm_id"]: row["group"] for row in rows if "teleflm_id" in row}  # a row that is invalid has none
     duplicates = [row for row in rejected(out) if row["teleflm_reason"].endswith("duplicate")]
     assert {row["teleflm_reason"] for row in duplicates} == {"exact_duplicate", "near_duplicate"}
     for row in duplicates:
