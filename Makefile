@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-external lint format clean
+.PHONY: help demo test test-slow test-external lint format clean
 
 help:
 	@echo "make demo           the whole job on a small model: pretrain, load, grow, fine-tune, chat, publish"
-	@echo "make test           the tests"
+	@echo "make test           the tests, but for those that take long"
+	@echo "make test-slow      the tests that take long: several processes, whole trainings, statistics"
 	@echo "make test-external  the tests that need heavy third parties (transformers' own suite, ...)"
 	@echo "make lint           ruff and mypy"
 
@@ -17,7 +18,10 @@ demo: $(READY)
 
 # Each worker begins with half of the files in one piece, so that what a file sets up is set up in one of them.
 test: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not external"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not external and not slow"
+
+test-slow: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not external"
 
 test-external: $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[external]"

@@ -292,6 +292,7 @@ def test_a_name_that_the_terminal_cannot_show(more, encoding, source, tmp_path):
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "locale"), [(b"s\xfc", {}), ("s\N{SNOWMAN}".encode(), C_LOCALE)], ids=["bytes", "C"])
 @pytest.mark.parametrize(
     ("command", "status"),
@@ -387,6 +388,7 @@ def test_files_of_the_user_with_our_names_are_not_ours(start, source, tmp_path):
         assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launch",
     [

@@ -27,7 +27,10 @@ from tests.fixtures.hub import Hub, running_hub
 from tests.fixtures.megatron_worlds import TOKENS, library_logits, make_checkpoints
 from tests.fixtures.tiny import PIECE_COUNT, tiny_tokenizer
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="megatron-core has wheels for Linux only")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="megatron-core has wheels for Linux only"),
+]
 
 ROOT = Path(__file__).parents[1]
 NAME = "owner/grown-tele-flm"

@@ -98,6 +98,7 @@ def run(code: str, cwd: Path) -> str:
     return result.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("write", "loaded"),
     [(WRITERS["grow"], "TeleFLMForCausalLM"), (WRITERS["llama"], "LlamaForCausalLM")],
@@ -120,6 +121,7 @@ def test_with_a_name_it_is_loaded_by_name(stored, tmp_path):
     assert blocks(card).replace('"owner/name"', '"."') == blocks((tmp_path / "out/README.md").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["", "owner/base"])
 def test_an_adapters_card(base, stored, tmp_path):
     """Where the base has a name, its code names it; else the adapter's own configuration leads to it."""

@@ -227,6 +227,7 @@ def test_equal_fronts_of_unequal_chunks(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_large_world(tmp_path):
     """Three of the 1T's 140 layers: 1,728 chunks of weights, thrice as many of the optimizer, and every rank's plan.
 

@@ -75,6 +75,7 @@ FRESH_PROCESS = """if True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "write", [convert_checkpoint, lambda a, b: grow_checkpoint(a, b, WIDER)], ids=["convert", "grow"]
 )

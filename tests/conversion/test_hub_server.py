@@ -759,6 +759,7 @@ ROUND_TRIP = """if True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disabled", ["1", None])
 def test_the_client_gets_through_with_xet_and_without(hub, disabled, tmp_path, monkeypatch):
     folder = tmp_path / "folder"

@@ -235,6 +235,7 @@ def test_a_folder_that_is_here_is_never_looked_for_elsewhere(here, folders, tmp_
     ]
 
 
+@pytest.mark.slow
 def test_a_thread_holds_one_window_whatever_the_number_of_files(folders, store):
     """And the budget knows of it: --memory is for all threads together."""
     put(store, "m", folders / "sharded")

@@ -414,6 +414,7 @@ def test_turns_are_not_forgotten_for_an_answer_longer_than_the_window(model):
         conversation._fitting([1] * 64)
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_hears_nothing(model):
     command = '"$0" -m teleflm chat "$1" --max-new-tokens 8 | true; exit ${PIPESTATUS[0]}'
     arguments = ["bash", "-c", command, sys.executable, model]
@@ -421,6 +422,7 @@ def test_a_reader_that_leaves_hears_nothing(model):
     assert (result.returncode, result.stderr) == (0, b"")
 
 
+@pytest.mark.slow
 def test_in_a_terminal_ctrl_c_ends_an_answer_and_then_the_program(model, tmp_path):
     """Of a model that would go on for long."""
     endless = Path(shutil.copytree(model, tmp_path / "endless"))
@@ -499,6 +501,7 @@ def test_settings_that_cannot_be_are_one_line(options, message, model):
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("redirection", "message"),
     [

@@ -314,6 +314,7 @@ def test_the_distance_is_that_of_torch(forward, source, text, tmp_path):
     assert found.losses == pytest.approx(losses, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_the_command(source, text, tmp_path):
     out = tmp_path / "out"
     options = ("--set", "num_hidden_layers=5", "--layers", "middle", "--new-layers", "active", "--json")

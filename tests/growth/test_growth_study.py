@@ -19,6 +19,8 @@ from benchmarks.growth_study.presets import PRESETS, SMALL
 from conversion.architecture import Architecture
 from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM
 
+pytestmark = pytest.mark.slow
+
 TOY = PRESETS["toy"]
 DISTRIBUTIONS = {**corpus.TRAIN, **corpus.TUNE, **corpus.HELD_OUT}
 # One of a kind; the others differ in numbers alone.

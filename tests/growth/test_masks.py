@@ -247,6 +247,7 @@ def test_alpha_survives_saving_loading_and_casts(arguments, masked, tmp_path):
         assert compare_logits(load(tmp_path / "plain"), model, IDS).relative < 1e-12
 
 
+@pytest.mark.slow
 def test_steps_do_not_recompile(masked):
     model = load_masked(masked)
     torch._dynamo.reset()
@@ -269,6 +270,7 @@ def test_stock_classes_refuse(stock, masked):
         stock.from_pretrained(masked)
 
 
+@pytest.mark.slow
 def test_without_this_package_only_the_code_of_the_folder_loads_it(masked, tmp_path):
     script = f"""if True:
         import torch, modeling_teleflm
@@ -387,6 +389,7 @@ def test_refusals(source, masked, tmp_path):  # noqa: F811
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_tensor_parallel_masks_are_those_of_one_process(make_source, tmp_path):  # noqa: F811
     """Heads and neurons in two halves, on real processes: logits and gradients, with autograd and without."""
     everything = tmp_path / "everything"

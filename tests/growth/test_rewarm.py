@@ -193,6 +193,7 @@ def test_a_run_that_is_resumed_in_its_ramp_has_the_same_bits(folders, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_spread_over_two_processes(folders, tmp_path):  # noqa: F811
     """FSDP2, whose processes hold blocks of each parameter, and DDP: the steps of one process on the whole batch."""
     keys = {"dtype": "float64", "rewarm_new_steps": 3}

@@ -28,6 +28,8 @@ from growth import grow_checkpoint
 from growth.method import Mask
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 STEP = 700
 TARGET = {"hidden_size": 40, "num_attention_heads": 5, "intermediate_size": 110, "num_hidden_layers": 4}

@@ -115,6 +115,7 @@ def test_resuming_changes_no_bit(arguments, masked, tmp_path):
         assert all(torch.equal(value, optimizers[1]["state"][index][key]) for key, value in state.items())
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(arguments, tmp_path):
     """Half the batch each; real processes, as `accelerate launch` and `torchrun` start them."""
     keys = arguments(max_steps=3, save_strategy="no", mup_base_width=32, per_device_train_batch_size=4)

@@ -759,6 +759,7 @@ def teleflm(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_command(grown, text, tmp_path):
     good = teleflm_verify(*grown, "--growth", "--text", text, "--forward", "streamed", "--report", tmp_path / "report")
     assert good.returncode == 0, good.stderr

@@ -164,6 +164,7 @@ def test_a_hub_folder_loads_where_the_package_is_not_installed(hub_folder, token
     assert result["chat"] == dict(tokenizer.apply_chat_template(chat, return_assistant_tokens_mask=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "correct", "bug", "message"),
     [

@@ -29,6 +29,7 @@ from tests.modeling.oracles import LlamaByHand
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_importing_it_adds_little_to_importing_llama():
     program = (
         "import json, sys; from transformers import LlamaForCausalLM; before = set(sys.modules);"
@@ -40,6 +41,7 @@ def test_importing_it_adds_little_to_importing_llama():
     assert third_party <= {"sentencepiece", "_sentencepiece", "jinja2", "markupsafe", "tokenizers"}
 
 
+@pytest.mark.slow
 def test_the_entry_point_for_vllm_is_there_and_asks_for_vllm_when_it_is_called():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")

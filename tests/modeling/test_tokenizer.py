@@ -215,6 +215,7 @@ def test_a_configuration_of_transformers_4_loads(tokenizer, tmp_path):
     assert loaded("  <_user>a").input_ids == loaded.sp_model.encode("  <_user>a")
 
 
+@pytest.mark.slow
 def test_protobuf_is_not_needed(tokenizer, tmp_path):
     """Protobuf is the package `google`; tiktoken is what transformers asks for when it misses protobuf."""
     program = (

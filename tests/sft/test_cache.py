@@ -227,6 +227,7 @@ def test_what_is_half_made_and_removed_is_made_again(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
+@pytest.mark.slow
 def test_a_lock_that_changes_is_waited_for(tmp_path):
     """As long as it takes: eight times the patience here."""
     worker = start(tmp_path, "time.sleep(8)")

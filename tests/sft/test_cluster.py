@@ -32,6 +32,8 @@ from sft.shipped import find_shipped
 from sft.training.train import train
 from tests.fixtures.tiny import tiny_model
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(sft.__file__).parent
 ROOT = FOLDER.parent
 SMALL = {
@@ -154,7 +156,7 @@ def test_two_shards_train_as_one_process(make_recipe, model_dir, data_file, tmp_
     assert_same_steps(two["log_history"], one_process(make_recipe, tmp_path / "one").log_history)
 
 
-@pytest.mark.external  # half a minute, and a shorter test has most of it
+@pytest.mark.slow
 def test_two_copies_train_as_one_process(make_recipe, model_dir, data_file, tmp_path):
     """The file for copies, with adapters; without dropout, which two processes draw differently from one."""
     keys = {**SMALL, "model_name_or_path": str(model_dir), "data_files": str(data_file), "dtype": "float32"}

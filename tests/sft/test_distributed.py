@@ -23,6 +23,8 @@ from growth.training.launch import check_wrapped
 from sft.training.train import build_trainer, train
 from tests.sft.test_train import losses, weights
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(sft.__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -59,7 +61,7 @@ def write_recipe(model_dir, data_file, tmp_path):
     return write
 
 
-@pytest.mark.external  # half a minute, and a shorter test has most of it
+@pytest.mark.slow
 def test_two_replicas_train_as_one_process_with_twice_the_batch(write_recipe, make_recipe, tmp_path):
     recipe = write_recipe(per_device_train_batch_size=4, num_processes=2, distributed_type="MULTI_CPU")
     result = run(*TORCHRUN, "-m", "sft.train", "--config", recipe, "--json")
@@ -100,7 +102,7 @@ def test_one_of_two_tokenizes_and_the_other_waits_in_no_collective(write_recipe,
     assert found == pytest.approx(losses(one), rel=1e-5)
 
 
-@pytest.mark.external  # half a minute, and a shorter test has most of it
+@pytest.mark.slow
 def test_what_ends_the_one_that_tokenizes_ends_both(write_recipe, tmp_path):
     recipe = write_recipe(dataset_cache_dir=str(tmp_path / "cache"))
     result = run(*TORCHRUN, "-m", "tests.sft.cache_worker", tmp_path / "log", 3, "fail", "--config", recipe)

@@ -71,6 +71,7 @@ def logged(result, name="reward"):
     return [entry[name] for entry in result.log_history if name in entry]
 
 
+@pytest.mark.slow
 def test_what_is_rewarded_becomes_frequent(grpo):
     """A letter that the untrained model says now and then; each reward is a mean of 32 completions."""
     keys = {"per_device_train_batch_size": 32, "num_generations": 8, "max_steps": 30, "learning_rate": 0.2}
@@ -593,6 +594,7 @@ def test_the_record_says_what_was_rewarded(grpo, file):
     assert len(own["digest"]) == 32
 
 
+@pytest.mark.slow
 def test_completions_that_share_a_round_are_told_of_on_resume(grpo, tmp_path, caplog):
     keys = {"max_steps": 3, "num_iterations": 2, "save_strategy": "steps", "save_steps": 1}
     train(grpo(**keys), progress=False)
@@ -619,6 +621,7 @@ def test_evaluation_samples_too(grpo, prompts_file):
     assert logged(result, "eval_reward")
 
 
+@pytest.mark.slow
 def test_two_processes_share_groups_and_end_together(model_dir, prompts_file, file, tmp_path):
     """Each group of four is spread over both; then a reward function fails on one of them alone."""
     recipe = tmp_path / "recipe.yaml"

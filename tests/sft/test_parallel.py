@@ -38,6 +38,7 @@ def one(make_recipe, tmp_path):
     return train(make_recipe(**keys, **schedule, **ROWS, output_dir=str(tmp_path / "one")), progress=False)
 
 
+@pytest.mark.slow
 def test_two_halves_of_each_matrix_train_as_one(one, model_dir, data_file, tmp_path):
     keys = {**SMALL, "model_name_or_path": str(model_dir), "data_files": str(data_file), "dtype": "float32"}
     keys |= {"distributed_type": "MULTI_GPU", "output_dir": str(tmp_path / "two"), "save_strategy": "no"}

@@ -80,6 +80,7 @@ def measured_peak(sizes: dict, setup: Setup) -> int:
     return peak + sum(p.numel() * p.element_size() for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
 @pytest.mark.parametrize(("weight_bytes", "compute_bytes"), [(4, 4), (2, 2), (4, 2)])
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -132,7 +133,7 @@ def test_memory_at_true_widths(activation_checkpointing):
     assert estimate.total == pytest.approx(peak["Total"], rel=0.01)
 
 
-@pytest.mark.external  # half a minute, and a shorter test has most of it
+@pytest.mark.slow
 def test_memory_of_a_rank_of_sixteen(small_tiles):
     """torch's tracker of fully_shard counts two micro-batches, without the moments, which it does not shard."""
     dist.init_process_group("fake", rank=0, world_size=16, store=FakeStore())

@@ -221,7 +221,7 @@ def test_options_of_files_need_files():
     assert (status, "--nodes has no effect here; it needs --write FOLDER" in err) == (2, True)
 
 
-@pytest.mark.external  # half a minute, and a shorter test has most of it
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_what_was_written_trains_on_two_processes(method, model_dir, data_file, tmp_path):
     """Its own files, with the device and the length of the run replaced."""
@@ -239,6 +239,7 @@ def test_what_was_written_trains_on_two_processes(method, model_dir, data_file, 
     assert load_file(tmp_path / "out" / file)
 
 
+@pytest.mark.slow
 def test_the_command_of_one_gpu_trains(model_dir, data_file, tmp_path):
     """The script itself, by accelerate itself; arguments replace the device."""
     given = ["--model", model_dir, "--method", "lora", "--gpus", 1, "--data", data_file, "--write", tmp_path]

@@ -110,6 +110,7 @@ module.prepare(data, out, tiny_tokenizer(tokenizer), Labelling(max_length=64), a
 """
 
 
+@pytest.mark.slow
 def test_one_that_was_killed_goes_on_and_makes_damaged_parts_again(rows_file, tokenizer, tmp_path, monkeypatch):
     command = [sys.executable, "-c", KILLED, str(rows_file), str(tmp_path / "out"), str(tmp_path / "tokenizer")]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == -9
@@ -297,6 +298,7 @@ def test_a_full_disk_says_how_much_it_takes_and_what_was_done_stays(rows_file, t
     assert len(written) == 7
 
 
+@pytest.mark.slow
 def test_the_launcher_says_who_is_who(data_file, model_dir, tmp_path):
     options = ["--model", str(model_dir), "--max-length", "64"]
     teleflm = [sys.executable, "-m", "teleflm", "sft", "prepare", str(data_file), str(tmp_path / "out"), *options]

@@ -235,6 +235,7 @@ def test_the_seed_alone_decides_which_rows(build, two_files, tmp_path):
     assert chosen(two_files[0]) == chosen(turned) != chosen(two_files[0], seed=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_mixture_trains_and_another_one_does_not_resume_it(packing, make_recipe, two_files, cache, tmp_path):
     def recipe(weight, steps, folder, **keys):

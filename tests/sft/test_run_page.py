@@ -123,6 +123,7 @@ def test_a_log_of_another_kind_is_refused_in_one_line(facts, tmp_path):
     assert not (tmp_path / RUN_PAGE).exists()
 
 
+@pytest.mark.slow
 def test_numbers_without_a_plot_are_named(tmp_path):
     for step in (1, 2):
         append_event(tmp_path, "log", {"step": step, **{f"number_{index}": 1.0 for index in range(MOST_OTHERS + 2)}})
@@ -219,6 +220,7 @@ def test_the_command_needs_no_torch(tmp_path):
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_leaves_its_page(model_dir, data_file, tmp_path):
     """As Ctrl-C does it."""
     out = tmp_path / "out"
@@ -245,7 +247,7 @@ def test_a_run_that_is_interrupted_leaves_its_page(model_dir, data_file, tmp_pat
     assert (out / "loss.png").is_file()
 
 
-@pytest.mark.external  # half a minute, and a shorter test has most of it
+@pytest.mark.slow
 def test_two_processes_make_one_page_one_log_and_each_sample_once(model_dir, data_file, tmp_path):
     """As torchrun starts them: half of the prompts and of the passages on each."""
     out, text = tmp_path / "out", tmp_path / "text.txt"

@@ -97,6 +97,7 @@ def test_packing_changes_no_log_probability(attn_implementation, make_recipe):
     assert packed == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_one_large_batch(make_recipe, tmp_path):
     results = [
         train(
@@ -344,6 +345,7 @@ def test_a_checkpoint_of_the_weights_alone_is_not_resumed(make_recipe, tmp_path)
         train(make_recipe(**{**SAVED, "max_steps": 3}, resume_from_checkpoint=True), progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", [None, "", '{"global_step": 2, "log_his'])
 def test_what_a_kill_left_is_passed_over(state, make_recipe, tmp_path, caplog):
     keys = {**SAVED, "lr_scheduler_type": "constant"}
@@ -564,6 +566,7 @@ def test_a_refusal_is_one_line_and_status_2(invoke, arguments, capsys):
     assert printed == "error: the command line: unknown key learnin_rate; did you mean learning_rate?\n"
 
 
+@pytest.mark.slow
 def test_accelerate_launches_it(arguments):
     """One process; that it really ran is read from the saved state."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "sft.train"]

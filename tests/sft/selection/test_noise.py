@@ -24,6 +24,8 @@ from sft.selection.stages import StageFiles
 from .conftest import table, write_rows
 from .pools import NOISE, Messages, chinese_pool, english_pool, plant, real_pool
 
+pytestmark = pytest.mark.slow
+
 SHARE = 0.1  # that is selected
 ROWS = 4000  # of each pool
 SEEDS = (0, 1, 2, 3)

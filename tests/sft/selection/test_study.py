@@ -29,6 +29,8 @@ from sft.selection.scorers import CausalScorer
 
 from .conftest import chat, write_rows
 
+pytestmark = pytest.mark.slow
+
 TOY = Preset(
     "toy",
     bfloat16=False,
