@@ -103,7 +103,8 @@ def parse_size(text: str | int | float) -> int:
     """Read a size as users write it (`5GB`, `500MB`, `2GiB`, or bytes) into bytes.
 
     Raises:
-        ValueError: it is none, less than a byte, or 2^63 bytes or more.
+        ValueError: it is none, less than a byte, or 2^63 bytes or more; or a text of less than 1000 without a unit,
+            which nobody means as bytes.
     """
     if isinstance(text, int | float) and not isinstance(text, bool):
         nbytes = int(min(max(text, 0), 2.0 * MAX_SIZE)) if text == text else 0  # NaN is not itself
@@ -115,6 +116,10 @@ def parse_size(text: str | int | float) -> int:
         # In integers, as 0.1 is no float; and of as many digits as count.
         whole, decimals = match[1][:40], (match[2] or "")[:40]
         nbytes = int(f"0{whole}{decimals}") * unit // 10 ** len(decimals)
+        if match[3] is None and 0 < nbytes < 1000:
+            raise ValueError(
+                f"size {shown(text)} has no unit, and so few bytes hold nothing: {nbytes}GB, or {nbytes}MB?"
+            )
     if nbytes < 1:
         raise ValueError(f"size {shown(text)} {_NO_SIZE}")
     if nbytes > MAX_SIZE:

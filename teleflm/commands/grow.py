@@ -5,7 +5,7 @@
 """The command `teleflm grow`."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +35,12 @@ if TYPE_CHECKING:
     from conversion.checkpoint.execute import WriteOptions
     from growth.grow import GrowthResult
 
-Source = Annotated[str, typer.Argument(metavar="SRC", help="Folder of a Tele-FLM or a Llama; or OWNER/NAME, a URL.")]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC", help="Folder of a Tele-FLM or a Llama; or OWNER/NAME, a URL; a preset with --dry-run."
+    ),
+]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
 To = Annotated[str | None, typer.Option(metavar="PRESET|CONFIG.json", help="What to grow into.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A field of the target; repeatable.")]
@@ -98,6 +103,7 @@ def grow(
 
     The methods random and rms, and --new-layers active and random, are the exceptions: notes, card and record say so.
     """
+    from conversion.hollow import hollow_checkpoint, is_preset
     from growth.grow import grow_checkpoint
     from growth.method import make_method
     from teleflm.plan_report import run_and_report
@@ -105,6 +111,24 @@ def grow(
     def write(options: "WriteOptions") -> "GrowthResult":
         if to is None and not overrides:
             raise ValueError("nothing to grow into: give --to PRESET|CONFIG.json, --set KEY=VALUE, or both.")
+        if not is_preset(source):
+            return grow_from(source, options)
+        refuse_preset(source)
+        with hollow_checkpoint(source) as folder:
+            result = grow_from(folder, options)
+        note = f"{source} is a preset: nothing was read, and what depends on values of its weights is not known."
+        return replace(result, notes=[note, *result.notes])
+
+    def refuse_preset(name: str) -> None:
+        """Raise what a preset, which has no weights, cannot be used for."""
+        needs = {"--layers distance": layers == "distance", "--verify-source": verify_source, "--optimizer": optimizer}
+        asked = [option for option, is_asked in needs.items() if is_asked] if dry_run else ["writing"]
+        if asked:
+            raise ValueError(
+                f"{name} is a preset, and {asked[0]} needs weights: give a folder or OWNER/NAME; --dry-run needs none."
+            )
+
+    def grow_from(source: str | Path, options: "WriteOptions") -> "GrowthResult":
         return grow_checkpoint(
             source,
             out,

@@ -4,7 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The command `teleflm inspect`."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from conversion.inspect import Inspection
 
 Path_ = Annotated[
-    str, typer.Argument(metavar="PATH", help="Folder of a checkpoint, or one weight file; or a URL of such.")
+    str, typer.Argument(metavar="PATH", help="Folder of a checkpoint, or one weight file; a URL of such; or a preset.")
 ]
 Check = Annotated[
     bool,
@@ -45,17 +45,37 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Say what a checkpoint is: architecture, parameters, files, record, problems."""
-    from conversion.inspect import inspect_checkpoint
-
     with exit_codes(debug=debug):
-        with byte_progress("checking") as progress:
-            inspection = inspect_checkpoint(path, check=check, workers=workers, memory=memory, progress=progress)
+        inspection = _inspect_preset(path, check) or _inspect(path, check, workers, memory)
         if as_json:
             print_json(_describe(inspection))
         else:
             _print_inspection(inspection)
     if inspection.damages:
         raise typer.Exit(EXIT_NO)
+
+
+def _inspect(path: str, check: bool, workers: int, memory: str) -> "Inspection":
+    from conversion.inspect import inspect_checkpoint
+
+    with byte_progress("checking") as progress:
+        return inspect_checkpoint(path, check=check, workers=workers, memory=memory, progress=progress)
+
+
+def _inspect_preset(name: str, check: bool) -> "Inspection | None":
+    """What a checkpoint of a preset is; None if the name is none's."""
+    from conversion.checkpoint.errors import CheckpointError
+    from conversion.hollow import hollow_checkpoint, is_preset
+    from conversion.inspect import inspect_checkpoint
+
+    if not is_preset(name):
+        return None
+    if check:
+        raise CheckpointError(f"--check: {name} is a preset, which has no weights to read; give a folder.")
+    with hollow_checkpoint(name) as folder:
+        inspection = inspect_checkpoint(folder)
+    note = "This is a preset: there are no weights here, and the files are what a checkpoint in bfloat16 would have."
+    return replace(inspection, folder=name, lineage=[], chain=(), warnings=[note, *inspection.warnings])
 
 
 def _describe(inspection: "Inspection") -> dict[str, Any]:

@@ -61,7 +61,8 @@ def test_what_is_no_count_is_refused(value):
 
 
 @pytest.mark.parametrize(
-    "text", ["1", "5GB", "500 MB", "2GiB", "0.5kb", "1.000000001 TB", " 3 mib ", "0001", ".25GB", "9223372036854775807"]
+    "text",
+    ["1B", "5GB", "500 MB", "2GiB", "0.5kb", "1.000000001 TB", " 3 mib ", "0001000", ".25GB", "9223372036854775807"],
 )
 def test_sizes_are_exact(text):
     number, unit = text.strip().upper().rstrip("KMGTIB").strip(), text.strip().upper().lstrip("0123456789. ")
@@ -83,6 +84,13 @@ def test_what_is_no_size_is_refused_in_one_line(size):
     with pytest.raises(ValueError, match=r"^size .* (is not a positive number of bytes|is more than the 9,2)") as error:
         parse_size(size)
     assert len(str(error.value)) < 250
+
+
+@pytest.mark.parametrize("size", ["80", "1", "999", " 256 ", "0001", "80.5"])
+def test_a_unit_is_not_forgotten(size):
+    """--gpu-memory 80 is no GPU of 80 bytes, and --max-shard-size 5 no file a tensor."""
+    with pytest.raises(ValueError, match=r"^size .* has no unit, and so few bytes hold nothing: \d+GB, or \d+MB\?$"):
+        parse_size(size)
 
 
 @pytest.mark.parametrize(("size", "nbytes"), [(80e9, 80 * 10**9), (1e16, 10**16), (7, 7), (1.5, 1)])
