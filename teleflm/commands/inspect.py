@@ -75,7 +75,7 @@ def _inspect_preset(name: str, check: bool) -> "Inspection | None":
     with hollow_checkpoint(name) as folder:
         inspection = inspect_checkpoint(folder)
     note = "This is a preset: there are no weights here, and the files are what a checkpoint in bfloat16 would have."
-    return replace(inspection, folder=name, lineage=[], chain=(), warnings=[note, *inspection.warnings])
+    return replace(inspection, folder=name, lineage=[], chain=(), warnings=(note, *inspection.warnings))
 
 
 def _describe(inspection: "Inspection") -> dict[str, Any]:
