@@ -75,11 +75,12 @@ def verify(
     from growth.verification.verify import verify_checkpoints
     from teleflm.reports.page import check_report_folder
 
-    from ..reports.verification import describe, write_report
+    from ..reports.verification import Origin, describe, write_report
 
     with exit_codes(debug=debug):
         if report:
             check_report_folder(report, "verification")
+        origin = Origin.of(["teleflm", *sys.argv[1:]], a, b) if report else None
         recorded = check_recordable(b) if record else None
         verification = verify_checkpoints(
             a,
@@ -95,9 +96,8 @@ def verify(
             notify=lambda note: print(note, file=sys.stderr),
         )
         if report:
-            write_report(
-                verification, report, names=(printable(Path(a).resolve().name), printable(Path(b).resolve().name))
-            )
+            names = printable(Path(a).resolve().name), printable(Path(b).resolve().name)
+            write_report(verification, report, names, origin)
         if recorded:
             record_verification(a, b, verification, recorded)
         if as_json:

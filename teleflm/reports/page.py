@@ -92,11 +92,13 @@ def render_page(template: Path, /, **values: Any) -> str:
     Halves of surrogate pairs, which are no characters, and which UTF-8 cannot hold, are written as `\\ud800`.
     """
     from jinja2 import Environment
+    from markupsafe import Markup
 
+    style = Markup(Path(__file__).with_name("style.css").read_text("utf-8"))
     generator = f'<meta name="generator" content="TeleFLM {{{{ version }}}}; {template.name.partition(".")[0]}">'
     source = template.read_text("utf-8").replace(_CHARSET, f"{_CHARSET}\n{generator}", 1)
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
-    return _without_surrogates(page.render(**values, version=package_version()))
+    return _without_surrogates(page.render(**values, zip=zip, style=style, version=package_version()))
 
 
 def _without_surrogates(text: str) -> str:

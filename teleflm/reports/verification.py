@@ -4,15 +4,21 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """A verification for people and for scripts: one self-contained HTML page, its plots, and all of it as JSON."""
 
+import hashlib
 import math
+import platform
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from conversion.checkpoint.manifest import MANIFEST, package_version
 from evaluation.logit_comparison import BINS
 from growth.verification.certificate import Certificate, TensorResult
 from growth.verification.comparison import Numbers
@@ -169,13 +175,48 @@ def _describe_moments(moments: MomentCertificate) -> dict[str, Any]:
 # The page.
 
 
-def write_report(verification: Verification, folder: Path, names: tuple[str, str] = ("A", "B")) -> None:
+@dataclass(frozen=True)
+class Origin:
+    """What an auditor needs to do a verification again, and to know that it was of these folders.
+
+    Args:
+        date: when it began, ISO 8601, UTC.
+        command: that was given.
+        records: of A and of B, before anything was read: the sha256 of its record, which lists digests of its tensors;
+            None of a folder without one.
+        versions: what it was done with, by name.
+    """
+
+    date: str
+    command: str
+    records: tuple[str | None, str | None]
+    versions: Mapping[str, str]
+
+    @classmethod
+    def of(cls, command: Sequence[str], *places: str | Path) -> "Origin":
+        """That of a verification which begins now, of the folders (or URLs, whose records are not looked at)."""
+        first, second = (_record_digest(Path(place)) for place in places)
+        versions = {"teleflm": package_version(), "python": platform.python_version(), "numpy": np.__version__}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(now, shlex.join(command), (first, second), {**versions, "system": platform.platform()})
+
+
+def _record_digest(folder: Path) -> str | None:
+    with suppress(OSError):
+        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    return None
+
+
+def write_report(
+    verification: Verification, folder: Path, names: tuple[str, str] = ("A", "B"), origin: Origin | None = None
+) -> None:
     """Write `index.html`, self-contained, and beside it the plots and `verification.json`.
 
     Args:
         verification: the verdict and what it rests on.
         folder: where; made if absent, files of an earlier report are replaced.
         names: what to call A and B.
+        origin: when, how and of what it was made.
     """
     certificate, numbers = verification.certificate, verification.numbers
     elements = dict.fromkeys(_RULES, 0)
@@ -186,7 +227,8 @@ def write_report(verification: Verification, folder: Path, names: tuple[str, str
         folder,
         _TEMPLATE,
         _figures(verification),
-        ("verification.json", describe(verification)),
+        ("verification.json", {**describe(verification), **({"origin": asdict(origin)} if origin else {})}),
+        origin=origin,
         verification=verification,
         certificate=certificate,
         numbers=numbers,

@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The numbers that `verify` judges by, against transformers; its verdicts, its report, and the command."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -41,7 +43,7 @@ from growth import Verification, grow_checkpoint, verify_checkpoints
 from growth.method import Tile, Zero
 from growth.verification.comparison import compare_numbers
 from modeling_teleflm import TeleFLMForCausalLM
-from teleflm.reports.verification import describe, write_report
+from teleflm.reports.verification import Origin, describe, write_report
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_sentencepiece
 
 ROOT = Path(__file__).parents[2]
@@ -593,6 +595,22 @@ def test_report_is_one_page_that_needs_nothing_else(grown, text, tmp_path):
     assert json.loads((tmp_path / "report/verification.json").read_text()) == json.loads(
         json.dumps(describe(verification))
     )
+
+
+def test_a_report_says_when_how_and_of_what_it_was_made(grown, tmp_path):
+    origin = Origin.of(["teleflm", "verify", "a b", "<c>"], *grown)
+    before = datetime.now(UTC)
+    write_report(verify_checkpoints(*grown, growth=True), tmp_path / "report", origin=origin)
+    said = json.loads((tmp_path / "report/verification.json").read_text())["origin"]
+    records = [folder / MANIFEST for folder in grown]
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None for path in records]
+    assert said["records"] == digests
+    assert digests[1]
+    assert said["command"] == "teleflm verify 'a b' '<c>'"
+    assert abs(datetime.fromisoformat(said["date"]) - before) < timedelta(minutes=1)
+    page = (tmp_path / "report/index.html").read_text()
+    assert "teleflm verify &#39;a b&#39; &#39;&lt;c&gt;&#39;" in page
+    assert f"sha256 {digests[1]}" in page
 
 
 def test_report_shows_how_the_copied_layers_were_chosen(make_source, text, tmp_path):
