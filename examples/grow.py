@@ -27,7 +27,7 @@ def main(source: str, out: str) -> bool:
     print(*result.notes, sep="\n")
     verification = verify_checkpoints(source, out)
     print(verification.sentence)
-    return verification.same
+    return bool(verification.same)
 
 
 if __name__ == "__main__":

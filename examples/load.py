@@ -8,6 +8,7 @@ python examples/load.py MODEL ["The text that it continues"]
 """
 
 import sys
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,7 +18,7 @@ import modeling_teleflm  # noqa: F401  (registers the architecture; no Python fi
 def main(model_name: str, text: str = "The capital of France is") -> str:
     """The text and what the model makes of it, greedily."""
     tokenizer = AutoTokenizer.from_pretrained(model_name)
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto", device_map="auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto", device_map="auto")
     inputs = tokenizer(text, return_tensors="pt").to(model.device)
     output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
