@@ -183,7 +183,7 @@ def training_args(
         ("attention_bias", architecture.attention_bias, False),
     ):
         if value != accepted:
-            raise CheckpointError(f"{field} is {value!r}; --to megatron knows {accepted!r} only.")
+            raise CheckpointError(f"{field} is {value!r}; --to megatron and torch_dist know {accepted!r} only.")
     a, theta = architecture, float(rope["rope_theta"])
     names = ("use_mup", "input_mult", "output_mult", "mup_scale_factor")
     length = config.get("max_position_embeddings")
@@ -358,7 +358,7 @@ def plan_megatron_export(
     split = sizes.split(target).options()
     notes.append(
         f"Megatron-LM: --load OUT --use-checkpoint-args --use-mp-args-from-checkpoint-args{split} --ckpt-format torch "
-        f"--norm-epsilon {target.rms_norm_eps:g}."
+        f"--norm-epsilon {target.rms_norm_eps!r}."
     )
     if split:
         notes.append(f"Of these,{split} are not taken from the arguments in the files: a run needs them each time.")

@@ -362,7 +362,7 @@ def _notes(target: Architecture, state: OpenState | None) -> Iterable[str]:
     padding = padded_vocab_size(target.vocab_size, 1) - target.vocab_size
     if padding:
         yield f"{padding} rows of zeros follow the {target.vocab_size} of the vocabulary."
-    options = f"--load OUT --use-checkpoint-args --ckpt-format torch_dist --norm-epsilon {target.rms_norm_eps:g}"
+    options = f"--load OUT --use-checkpoint-args --ckpt-format torch_dist --norm-epsilon {target.rms_norm_eps!r}"
     step = _common_step(state.adam) if state else None
     if _is_plain(target):
         folder = RELEASE if step is None else _folder(step)
