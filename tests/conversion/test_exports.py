@@ -393,9 +393,9 @@ def test_refused(message, arguments, tmp_path):
 
 
 MEGATRON_LACKS = {
-    "rope_type is 'linear'; --to megatron knows 'default' only": MODELS["rope"],
-    "attention_bias is True; --to megatron knows False only": MODELS["biases"],
-    "hidden_act is 'gelu'; --to megatron knows 'silu' only": {"hidden_act": "gelu"},
+    "rope_type is 'linear'; --to megatron and torch_dist know 'default' only": MODELS["rope"],
+    "attention_bias is True; --to megatron and torch_dist know False only": MODELS["biases"],
+    "hidden_act is 'gelu'; --to megatron and torch_dist know 'silu' only": {"hidden_act": "gelu"},
     "intermediate_size 87 is not a multiple of --tp 2": {"intermediate_size": 87},
 }
 

@@ -432,6 +432,15 @@ def test_the_record_and_the_digests_of_every_rank(tmp_path):
     assert (damage.file, damage.reason) == ("release/mp_rank_01_001/model_optim_rng.pt", "does not have its digest")
 
 
+@pytest.mark.parametrize("to", ["megatron", "torch_dist"])
+def test_the_epsilon_that_is_printed_is_the_models(to, tmp_path):
+    """Growth leaves no round one, and a run with another is another model, which is refused where it is converted."""
+    save(tmp_path / "source", rms_norm_eps=1e-5 / 1.5)
+    result = export_checkpoint(tmp_path / "source", tmp_path / "out", to=to)
+    [printed] = re.findall(r"--norm-epsilon (\S+)", " ".join(result.notes))
+    assert float(printed.rstrip(".")) == 1e-5 / 1.5
+
+
 def test_the_notes(tmp_path):
     save(tmp_path / "source")
     keep = export_checkpoint(tmp_path / "source", tmp_path / "keep", to="megatron", tp=2, multipliers="keep")
