@@ -341,7 +341,8 @@ def plan_megatron_export(
     check_read_files(model.folder)
     # The card says how transformers loads the model, which is not how this folder is loaded.
     sidecars = {name: path for name, path in small_files(model.folder, {}).items() if name != "README.md"}
-    notes = left_behind(model.folder, sidecars) + folding_notes(source, target, scales, dtype)
+    notes = left_behind(model.folder, sidecars) + model.one_dtype_notes(cast)
+    notes += folding_notes(source, target, scales, dict.fromkeys(scales, dtype))
     if not fold and (source.embedding_scale, source.logit_scale) != (1.0, 1.0):
         notes.append(
             f"The multipliers {source.embedding_scale:g} on the embeddings and {source.logit_scale:g} on the logits "

@@ -127,7 +127,8 @@ def plan_torch_dist(
         sidecars[f"{folder}/{RUN_CONFIG}"] = run_config(arguments, optimizer=state is not None)
     tensors = tuple(tensor for shard in shards for tensor, _ in shard.tensors)
     layout = Layout(tuple(shards), (TRACKER, (RELEASE if state is None else str(common["iteration"])).encode()))
-    notes = [*left_behind(model.folder, sidecars), *folding_notes(source, target, scales, dtype)]
+    notes = left_behind(model.folder, sidecars) + model.one_dtype_notes(cast)
+    notes += folding_notes(source, target, scales, dict.fromkeys(scales, dtype))
     notes += _notes(target, state)
     return CheckpointPlan(tensors, config, sidecars, model.lineage("torch_dist", cast, **details)), layout, notes
 
