@@ -91,6 +91,8 @@ ROPE = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1}
         ({"auto_map": {"AutoConfig": "configuration_x.X"}}, "auto_map names code of the folder for AutoConfig"),
         ({"auto_map": ["AutoModel"]}, r"auto_map is \['AutoModel'\], expected an object or null"),
         ({"rope_parameters": {"rope_theta": None}}, "rope_theta of rope_type default is None, expected a number"),
+        ({"rope_theta": None}, "rope_theta of rope_type default is None, expected a number"),
+        ({"rope_theta": None, "rope_scaling": {"type": "linear", "factor": 2}}, "of rope_type linear is None"),
         ({"sliding_window": 4096}, "sliding_window is 4096, nothing that a Llama of transformers has"),
         ({"use_mup": True}, "use_mup is True"),
         ({"use_mup": 0}, "use_mup is 0"),
