@@ -105,7 +105,11 @@ class Architecture:
             )
         architecture = cls(**values)
         if family is LLAMA:
-            _check_rope(rope_parameters(config, where), where)
+            rope = rope_parameters(config, where)
+            said = config.get("rope_scaling") or config.get("rope_parameters") or {}
+            if "rope_theta" in config and config["rope_theta"] is None and "rope_theta" not in said:
+                rope["rope_theta"] = None  # transformers puts its default where nothing is said, not where null is
+            _check_rope(rope, where)
         if not 0 < architecture.logit_scale < math.inf:
             raise CheckpointError(
                 f"{where}: output_mult {architecture.output_mult} / mup_scale_factor {architecture.mup_scale_factor} "

@@ -17,12 +17,13 @@ from typing import Any
 
 from .architecture import Architecture
 from .checkpoint.dtypes import FLOAT8, FLOAT64, DType
-from .checkpoint.errors import CheckpointError
+from .checkpoint.errors import CheckpointError, printable
 from .checkpoint.plan import Box, Dequantised, RowQuantised, RowScales, TensorPlan, View
 from .checkpoint.sources import Source
 from .mapping import LAYER, axis_size
 
 FP8 = "fp8"
+_FIELD = "quantization_config"
 _BLOCK = 128  # of fp8-block, along rows and columns
 _WEIGHT, _SCALE, _INPUT_SCALE = ".weight", ".weight_scale", ".input_scale"
 _OTHER_SCALE = re.compile(r".+\.(weight|input|output|q|k|v)_(scale|zero_point|packed|shape|g_idx|global_scale)")
@@ -150,14 +151,15 @@ class Float8Weights:
 
 def is_float8(config: Mapping[str, Any] | None) -> bool:
     """Whether a configuration describes weights that `read_float8` reads."""
-    return _other_scheme(config) is None
+    return other_scheme(config) is None
 
 
 def read_float8(source: Source) -> Float8Weights:
     """The weights of a checkpoint whose configuration `is_float8`.
 
     Raises:
-        CheckpointError: a weight has no scale that fits it, a scale no weight, or there is something else beside them.
+        CheckpointError: a weight has no scale that fits it, a scale no weight, there is something else beside them, or
+            nothing is in 8-bit floats.
     """
     tensors, scales, left_out = dict(source.tensors), {}, []
     for name in source.tensors:
@@ -179,6 +181,10 @@ def read_float8(source: Source) -> Float8Weights:
             raise CheckpointError(
                 f"{source.folder}: {name} is {view.dtype}, config.json says 8-bit floats; correct it."
             )
+    if not scales:
+        raise CheckpointError(
+            f"{source.folder}: {_FIELD} of its config.json says 8-bit floats, and no tensor is; remove it from there."
+        )
     return Float8Weights(tensors, scales, left_out)
 
 
@@ -198,22 +204,34 @@ def _scale_of_each(source: Source, weight: str, name: str) -> View:
     return View(scale.file, scale.offset, view.shape, (0 if is_one else 1, 0), scale.dtype)
 
 
-def _other_scheme(config: Mapping[str, Any] | None) -> str | None:
-    """What of a configuration is not 8-bit floats with a scale a tensor or a row; None if nothing is."""
-    settings = (config or {}).get("quantization_config")
+def other_scheme(config: Mapping[str, Any] | None) -> str | None:
+    """What of a configuration is not 8-bit floats with a scale a tensor or a row, and its value; None if nothing is."""
+    settings = (config or {}).get(_FIELD)
     if not isinstance(settings, Mapping) or settings.get("quant_method") != "compressed-tensors":
-        return "its method"
+        return f"its {_FIELD} is none of compressed-tensors"
     groups = settings.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
-        return "config_groups"
+        return _said("config_groups", groups)
     for field in ("kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config"):
-        if settings.get(field):
-            return field
+        if settings.get(field) and not _is_dense(settings[field]):
+            return _said(field, settings[field])
+    wanted = {"type": "float", "num_bits": 8, "symmetric": True}
     for name, group in groups.items():
         weights = group.get("weights") if isinstance(group, Mapping) else None
-        wanted = {"type": "float", "num_bits": 8, "symmetric": True}
-        if not isinstance(weights, Mapping) or weights.get("strategy") not in ("tensor", "channel"):
-            return f"{name}.weights.strategy"
+        if not isinstance(weights, Mapping):
+            return _said(f"config_groups.{name}.weights", weights)
+        if weights.get("strategy") not in ("tensor", "channel"):
+            return _said(f"config_groups.{name}.weights.strategy", weights.get("strategy"))
         if odd := next((field for field, value in wanted.items() if weights.get(field) != value), None):
-            return f"{name}.weights.{odd}"
+            return _said(f"config_groups.{name}.weights.{odd}", weights.get(odd))
     return None
+
+
+def _is_dense(sparsity: Any) -> bool:
+    """Whether a sparsity_config says that nothing is packed, as llm-compressor writes it of whole matrices."""
+    return isinstance(sparsity, Mapping) and sparsity.get("format") == "dense"
+
+
+def _said(field: str, value: Any) -> str:
+    text = printable(repr(value))
+    return f"{printable(field)} of its {_FIELD} is {text if len(text) <= 80 else text[:77] + '...'}"

@@ -22,7 +22,15 @@ from .checkpoint.plan import CheckpointPlan, TensorPlan, View
 from .checkpoint.promises import verify_sources
 from .checkpoint.sharded import ShardedTensor
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
-from .compressed_tensors import Float8Weights, check_scheme, is_float8, quantise_linear, quantised_config, read_float8
+from .compressed_tensors import (
+    Float8Weights,
+    check_scheme,
+    is_float8,
+    other_scheme,
+    quantise_linear,
+    quantised_config,
+    read_float8,
+)
 from .exports.export import exported_weights
 from .family import is_llama
 from .hub.card import model_facts
@@ -31,7 +39,7 @@ from .hub.published_card import CardOptions
 from .hub.remote import local_view
 from .hub.small_files import check_read_files, copied_file, left_behind, small_files
 from .hub.streaming import Streamed, stream_to_hub
-from .input_mult import InputFold, fold_input_mult, folded_lineage, input_mult_warning
+from .input_mult import InputFold, fold_input_mult, folded_lineage, input_mult_warning, input_mult_warning_of
 from .llama import check_complete, why_only_copied
 from .mapping import check_tensors, weights
 from .native.checkpoint import NativeCheckpoint
@@ -300,9 +308,11 @@ def plan_conversion(
         _refuse_quantising(checkpoint, quantize, how, alone=alone)
     float8 = read_float8(checkpoint) if how and dtype and not alone and is_float8(checkpoint.config) else None
     if how and dtype and not float8:
+        other = "of one file alone no config.json is read" if alone else other_scheme(checkpoint.config)
         raise CheckpointError(
             f"{checkpoint.folder}: is quantised ({how}); --dtype {dtype} would round its scales. Without --dtype it is "
-            "copied as it is; for another dtype take the original, or dequantise it first."
+            "copied as it is; for another dtype take the original, or dequantise it first: --dtype does so of "
+            f"compressed-tensors' 8-bit floats with a scale a tensor or a row, and {other}."
         )
     if fold_input:
         _check_foldable(checkpoint, how, alone=alone)
@@ -315,9 +325,11 @@ def plan_conversion(
     if float8:
         notes.append(f"Dequantised ({how}): {len(float8.scales)} weights are products with their scales, rounded once.")
         if float8.left_out:
-            notes.append(f"{len(float8.left_out)} scales of activations were left out.")
+            notes.append(f"{len(float8.left_out)} scales of activations were left out, as {float8.left_out[0]}.")
     elif how:
         notes.append(f"Quantised ({how}): every tensor was kept as it is.")
+        warning = None if alone else input_mult_warning_of(checkpoint.config or {}, quantised=True)
+        notes += [warning] if warning else []
     plan.check()
     return plan, notes
 
@@ -330,7 +342,8 @@ def _check_foldable(checkpoint: Source, how: str | None, *, alone: bool) -> None
     elif said != MODEL_TYPE:
         reason = f"model_type is {said!r}, and --fold-input-mult is for {MODEL_TYPE}; leave it out"
     elif how:
-        reason = f"is quantised ({how}), and is copied as it is; fold the original, or leave --fold-input-mult out"
+        first = ", or what `teleflm convert --dtype bfloat16` makes of it" if is_float8(checkpoint.config) else ""
+        reason = f"is quantised ({how}); fold the original{first}; or leave --fold-input-mult out"
     else:
         return
     raise CheckpointError(f"{checkpoint.folder}: {reason}.")
@@ -400,14 +413,21 @@ def _plan_any(
     notes = [] if checkpoint.config else ["The source has no config.json; the output's is empty."]
     model_type = config.get("model_type")
     if model_type and model_type != MODEL_TYPE:
-        kept = "configuration was kept as it is" if float8 else "tensors and configuration were kept as they are"
-        notes.append(f"A {model_type} model, not a Tele-FLM: {kept}.")
+        notes.append(f"A {model_type} model, not a Tele-FLM: {_kept(dtype, float8)}.")
     if unread := why_only_copied(checkpoint):
         notes.append(f"Whether its weights are all there was not looked at: {unread}.")
     elif is_llama(checkpoint.config):
         check_complete(checkpoint)
     notes += left_behind(folder, sidecars)
     return CheckpointPlan(tensors, config, sidecars, _lineage(checkpoint, dtype, None, float8)), notes
+
+
+def _kept(dtype: DType | None, float8: Float8Weights | None) -> str:
+    """What a copy keeps of a model whose layers are not known here, in words."""
+    if dtype is None:
+        return "tensors and configuration were kept as they are"
+    quantised = " and the quantisation" if float8 else ""
+    return f"floating-point tensors are {dtype} now, the configuration was kept but for the dtype{quantised}"
 
 
 def _plan_alone(checkpoint: Source, dtype: DType | None) -> tuple[CheckpointPlan, list[str]]:

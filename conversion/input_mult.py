@@ -5,12 +5,14 @@
 """The factor on the embeddings, which vLLM's own class leaves out: what to say of it, and how to be rid of it."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from .architecture import Architecture
 from .checkpoint.dtypes import DType
 from .checkpoint.errors import CheckpointError
 from .exports.multipliers import folding_error
+from .family import TELEFLM, find_family
 from .mapping import EMBED_TOKENS
 
 # vLLM's class for TeleFLM has the factor on the logits alone: read in 0.32.0, and seen in what it computes.
@@ -77,15 +79,31 @@ def folded_lineage(fold: InputFold) -> dict[str, float]:
     return {} if fold.factor == 1.0 else {"folded_input_mult": fold.factor}
 
 
-def input_mult_warning(architecture: Architecture) -> str | None:
-    """What a serving engine makes of a model's factor on the embeddings; None if it is 1."""
+def input_mult_warning(architecture: Architecture, *, quantised: bool = False) -> str | None:
+    """What a serving engine makes of a model's factor on the embeddings; None if it is 1.
+
+    Args:
+        architecture: of the model.
+        quantised: whether that is quantised, so that it has to be folded before.
+    """
     if architecture.embedding_scale == 1.0:
         return None
+    of = " of the model that was quantised" if quantised else ""
     return (
         f"input_mult is {architecture.embedding_scale:g}: {_ENGINE}'s own class for TeleFLM ({_VERSION}) leaves it out "
-        "and computes another function, without a word. `teleflm convert --fold-input-mult` makes it 1 for every "
+        f"and computes another function, without a word. `teleflm convert --fold-input-mult`{of} makes it 1 for every "
         f"engine; with the teleflm package installed beside {_ENGINE}, a class that has it takes its place."
     )
 
 
-__all__ = ["InputFold", "fold_input_mult", "folded_lineage", "input_mult_warning"]
+def input_mult_warning_of(config: Mapping[str, Any], *, quantised: bool = False) -> str | None:
+    """The same of a configuration that nobody has checked: None too if it is no Tele-FLM's, or makes no sense."""
+    if find_family(config) is not TELEFLM:
+        return None
+    try:
+        return input_mult_warning(Architecture.from_config(config, with_biases=True), quantised=quantised)
+    except CheckpointError:
+        return None
+
+
+__all__ = ["InputFold", "fold_input_mult", "folded_lineage", "input_mult_warning", "input_mult_warning_of"]

@@ -130,7 +130,7 @@ def inspect_checkpoint(
     folder = Path(source.folder)
     problems: list[str] = []
     alone = Path(path).is_file() and len(source.files) == 1 and _SHARD.search(Path(path).name) is not None
-    refused = why_only_copied(source)
+    refused, quantised = why_only_copied(source), quantisation(source.config, source.tensors)
     architecture = None if refused else _noting(problems, lambda: _architecture(source))
     count = count_token_ids if is_llama(source.config) else count_pieces
     pieces = _noting(problems, lambda: count(folder))
@@ -175,14 +175,14 @@ def inspect_checkpoint(
         checked_files=_count_files(checked),
         checked_tensors=bool(checked and checked.get("digest")),
         chain=_chain(folder, manifest, None if alone else source.tensors),
-        warnings=_warnings(architecture),
+        warnings=_warnings(architecture, quantised=quantised is not None),
         refused=refused,
-        quantised=quantisation(source.config, source.tensors),
+        quantised=quantised,
     )
 
 
-def _warnings(architecture: Architecture | None) -> tuple[str, ...]:
-    warning = input_mult_warning(architecture) if architecture else None
+def _warnings(architecture: Architecture | None, *, quantised: bool) -> tuple[str, ...]:
+    warning = input_mult_warning(architecture, quantised=quantised) if architecture else None
     return (warning,) if warning else ()
 
 

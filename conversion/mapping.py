@@ -108,8 +108,9 @@ def check_tensors(tensors: Mapping[str, View], architecture: Architecture, where
             continue
         if name.endswith(".weight_scale") and name.removesuffix("_scale") in expected:
             raise CheckpointError(
-                f"{where}: is quantised (it holds {name}), and this takes weights that need no scales; `teleflm "
-                "convert --dtype bfloat16` multiplies 8-bit floats by theirs."
+                f"{where}: is quantised (it holds {name}), and this takes weights that need no scales. Take the "
+                "original, or dequantise it first: `teleflm convert --dtype bfloat16` does so of compressed-tensors' "
+                "8-bit floats with a scale a tensor or a row, where config.json says that they are."
             )
         if name not in expected:
             tied = name == LM_HEAD.name and architecture.tie_word_embeddings

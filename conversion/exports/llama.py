@@ -21,4 +21,5 @@ def plan_llama(model: ExportedModel, cast: DType | None) -> tuple[CheckpointPlan
     config = stock_config(model, target, "llama", dtype)
     plan = CheckpointPlan(tensors, config, stock_sidecars(model, config, lineage, dtype), lineage)
     notes = sidecar_notes(model.folder, plan.sidecars, family=model.family, stock=True)
-    return plan, notes + folding_notes(model.architecture, target, scales, dtype)
+    dtypes = {tensor.name: tensor.dtype for tensor in tensors}
+    return plan, notes + folding_notes(model.architecture, target, scales, dtypes)

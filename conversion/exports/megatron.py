@@ -183,7 +183,7 @@ def training_args(
         ("attention_bias", architecture.attention_bias, False),
     ):
         if value != accepted:
-            raise CheckpointError(f"{field} is {value!r}; --to megatron knows {accepted!r} only.")
+            raise CheckpointError(f"{field} is {value!r}; --to megatron and torch_dist know {accepted!r} only.")
     a, theta = architecture, float(rope["rope_theta"])
     names = ("use_mup", "input_mult", "output_mult", "mup_scale_factor")
     length = config.get("max_position_embeddings")
@@ -341,7 +341,8 @@ def plan_megatron_export(
     check_read_files(model.folder)
     # The card says how transformers loads the model, which is not how this folder is loaded.
     sidecars = {name: path for name, path in small_files(model.folder, {}).items() if name != "README.md"}
-    notes = left_behind(model.folder, sidecars) + folding_notes(source, target, scales, dtype)
+    notes = left_behind(model.folder, sidecars) + model.one_dtype_notes(cast)
+    notes += folding_notes(source, target, scales, dict.fromkeys(scales, dtype))
     if not fold and (source.embedding_scale, source.logit_scale) != (1.0, 1.0):
         notes.append(
             f"The multipliers {source.embedding_scale:g} on the embeddings and {source.logit_scale:g} on the logits "
@@ -358,7 +359,7 @@ def plan_megatron_export(
     split = sizes.split(target).options()
     notes.append(
         f"Megatron-LM: --load OUT --use-checkpoint-args --use-mp-args-from-checkpoint-args{split} --ckpt-format torch "
-        f"--norm-epsilon {target.rms_norm_eps:g}."
+        f"--norm-epsilon {target.rms_norm_eps!r}."
     )
     if split:
         notes.append(f"Of these,{split} are not taken from the arguments in the files: a run needs them each time.")

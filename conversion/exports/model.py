@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The model that is exported, and what every folder for stock transformers has."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,6 +59,21 @@ class ExportedModel:
     def dtype(self, cast: DType | None) -> DType:
         """Of the output."""
         return cast or self.checkpoint.tensors[EMBED_TOKENS.name].dtype
+
+    def one_dtype_notes(self, cast: DType | None) -> list[str]:
+        """What becomes of weights in another dtype than the embedding's where the target has that for all of them."""
+        if cast is not None:
+            return []
+        dtype, tensors, notes = self.dtype(None), self.checkpoint.tensors, []
+        for other, count in Counter(tensors[name].dtype for name, *_ in weights(self.architecture)).items():
+            if dtype.itemsize > other.itemsize:
+                notes.append(f"{count} weights that are {other} are {dtype} as the embedding is, with the same values.")
+            elif dtype != other:
+                notes.append(
+                    f"{count} weights that are {other} are rounded to {dtype}, as the embedding is and Megatron has "
+                    f"one dtype for all; --dtype {'float32' if other.itemsize == 2 else other} keeps their values."
+                )
+        return notes
 
     def parts(self, target: Architecture) -> dict[str, ShardedTensor]:
         """The tensors of a model of the target's weights, which may have untied its head."""

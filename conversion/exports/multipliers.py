@@ -26,12 +26,23 @@ def fold_multipliers(architecture: Architecture) -> tuple[Architecture, dict[str
     return architecture.evolve(**NEUTRAL, tie_word_embeddings=tied), scales
 
 
-def folding_notes(source: Architecture, target: Architecture, scales: Mapping[str, float], dtype: DType) -> list[str]:
-    """How exact the folding is: a sentence for each factor, and one if the head was untied."""
+def folding_notes(
+    source: Architecture, target: Architecture, scales: Mapping[str, float], dtypes: Mapping[str, DType]
+) -> list[str]:
+    """How exact the folding is: a sentence for each factor, and one if the head was untied.
+
+    Args:
+        source: what is folded.
+        target: what it becomes.
+        scales: factors by the names of weights.
+        dtypes: of these weights of the output.
+    """
     names = [
         name for name in scales if scales[name] != 1.0 and not (name == LM_HEAD.name and target.tie_word_embeddings)
     ]
-    notes = [f"{name} was multiplied by {scales[name]:g}: {folding_error(scales[name], dtype)}." for name in names]
+    notes = [
+        f"{name} was multiplied by {scales[name]:g}: {folding_error(scales[name], dtypes[name])}." for name in names
+    ]
     if source.tie_word_embeddings and not target.tie_word_embeddings:
         notes.append(f"{LM_HEAD.name} is no longer tied to the embedding: their factors differ.")
     return notes

@@ -127,7 +127,8 @@ def plan_torch_dist(
         sidecars[f"{folder}/{RUN_CONFIG}"] = run_config(arguments, optimizer=state is not None)
     tensors = tuple(tensor for shard in shards for tensor, _ in shard.tensors)
     layout = Layout(tuple(shards), (TRACKER, (RELEASE if state is None else str(common["iteration"])).encode()))
-    notes = [*left_behind(model.folder, sidecars), *folding_notes(source, target, scales, dtype)]
+    notes = left_behind(model.folder, sidecars) + model.one_dtype_notes(cast)
+    notes += folding_notes(source, target, scales, dict.fromkeys(scales, dtype))
     notes += _notes(target, state)
     return CheckpointPlan(tensors, config, sidecars, model.lineage("torch_dist", cast, **details)), layout, notes
 
@@ -362,7 +363,7 @@ def _notes(target: Architecture, state: OpenState | None) -> Iterable[str]:
     padding = padded_vocab_size(target.vocab_size, 1) - target.vocab_size
     if padding:
         yield f"{padding} rows of zeros follow the {target.vocab_size} of the vocabulary."
-    options = f"--load OUT --use-checkpoint-args --ckpt-format torch_dist --norm-epsilon {target.rms_norm_eps:g}"
+    options = f"--load OUT --use-checkpoint-args --ckpt-format torch_dist --norm-epsilon {target.rms_norm_eps!r}"
     step = _common_step(state.adam) if state else None
     if _is_plain(target):
         folder = RELEASE if step is None else _folder(step)

@@ -26,6 +26,7 @@ from ..compressed_tensors import is_float8
 from ..family import LLAMA
 from ..input_mult import input_mult_warning
 from ..masked import MASKED_MODEL_TYPE
+from ..quantisation import quantisation
 from .front_matter import parse_metadata, split_card, write_metadata
 from .lineage import lineage_steps
 from .results import Result, model_index
@@ -67,6 +68,7 @@ class CardFacts:
         own_code: whether it loads with code from its repository.
         is_teleflm: whether it is a Tele-FLM, or an adapter for one.
         is_float8: whether its linear layers are in 8-bit floats with scales, as compressed-tensors has them.
+        is_quantised: whether its configuration says that they are quantised, in these or any other way.
         masked_steps: of a checkpoint that grows by masks: steps of training until they are open; else None.
         adapter: of an adapter, the content of its `adapter_config.json`; else None.
         steps: what it was made from, a sentence a step.
@@ -91,6 +93,7 @@ class CardFacts:
     own_code: bool = True
     is_teleflm: bool = True
     is_float8: bool = False
+    is_quantised: bool = False
     masked_steps: int | None = None
     adapter: Mapping[str, Any] | None = None
     steps: tuple[str, ...] = ()
@@ -134,6 +137,7 @@ def model_facts(config: Mapping[str, Any], dtype: str, lineage: Mapping[str, Any
         own_code=isinstance(classes, dict) and "AutoModelForCausalLM" in classes,
         is_teleflm=is_ours or (architecture is not None and _is_exported(lineage or {})),
         is_float8=is_float8(config),
+        is_quantised=quantisation(config, {}) is not None,
         masked_steps=total if isinstance(total, int) else None,
         inherited=_inherited_keys(lineage or {}),
         steps=tuple(lineage_steps(lineage)),
@@ -552,7 +556,7 @@ def _use(facts: CardFacts) -> str:
             "installed, `import modeling_teleflm` replaces it, and no such file is executed."
         )
     if facts.own_code and facts.architecture and facts.masked_steps is None:
-        warning = input_mult_warning(facts.architecture)
+        warning = input_mult_warning(facts.architecture, quantised=facts.is_quantised)
         parts += [warning] if warning else []
     if facts.is_float8:
         parts.append(

@@ -95,6 +95,10 @@ def plan_run(
             )
     complete = complete_config(run, config, vocab_size, pieces, multipliers)
     architecture = Architecture.from_config(complete, f"{run.folder}: configuration", with_biases=True)
+    if quantize and is_llama(complete):
+        raise CheckpointError(
+            f"{run.folder}: --quantize {quantize} is for a Tele-FLM; by its config.json this is a llama model."
+        )
     check_scheme(quantize, architecture)
     fold = fold_input_mult(architecture, run.folder) if fold_input else InputFold(architecture, 1.0)
     if fold.factor != 1.0:

@@ -300,7 +300,7 @@ def _check_config(model: Any, architecture: Architecture) -> None:
     if not math.isclose(config.layernorm_epsilon, architecture.rms_norm_eps, rel_tol=_EPSILON):
         raise RunError(
             f"the model of megatron-core has layernorm_epsilon {config.layernorm_epsilon!r}, the masked checkpoint "
-            f"{architecture.rms_norm_eps!r}: give --norm-epsilon {architecture.rms_norm_eps:g}."
+            f"{architecture.rms_norm_eps!r}: give --norm-epsilon {architecture.rms_norm_eps!r}."
         )
 
 

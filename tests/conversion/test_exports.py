@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteForCausalLM, LlamaForCausalLM
 
 from conversion import WriteOptions, convert_checkpoint, inspect_checkpoint
@@ -393,9 +393,9 @@ def test_refused(message, arguments, tmp_path):
 
 
 MEGATRON_LACKS = {
-    "rope_type is 'linear'; --to megatron knows 'default' only": MODELS["rope"],
-    "attention_bias is True; --to megatron knows False only": MODELS["biases"],
-    "hidden_act is 'gelu'; --to megatron knows 'silu' only": {"hidden_act": "gelu"},
+    "rope_type is 'linear'; --to megatron and torch_dist know 'default' only": MODELS["rope"],
+    "attention_bias is True; --to megatron and torch_dist know False only": MODELS["biases"],
+    "hidden_act is 'gelu'; --to megatron and torch_dist know 'silu' only": {"hidden_act": "gelu"},
     "intermediate_size 87 is not a multiple of --tp 2": {"intermediate_size": 87},
 }
 
@@ -437,3 +437,14 @@ def test_the_command(tmp_path):
         "already holds latest_checkpointed_iteration.txt, but lineage.to was 'megatron' and is 'llama'"
         in refused.stderr
     )
+
+
+def test_a_folded_head_of_another_dtype_is_said_to_be_rounded_as_it_is(tmp_path):
+    tiny_model(tiny_config(output_mult=0.3), dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    weights = load_file(tmp_path / "source/model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].float()
+    save_file(weights, tmp_path / "source/model.safetensors", {"format": "pt"})
+    notes = export_checkpoint(tmp_path / "source", tmp_path / "out", to="llama").notes
+    assert load_file(tmp_path / "out/model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+    assert any(note.startswith("model.embed_tokens.weight was multiplied by 2.5: rounded to float32") for note in notes)
+    assert any(note.startswith("lm_head.weight was multiplied by 0.075: rounded to bfloat16") for note in notes)

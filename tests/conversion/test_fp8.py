@@ -32,6 +32,7 @@ from conversion.hub.publishing import publish
 from growth import Mask, grow_checkpoint
 from tests.conversion.test_row_quant import by_torch
 from tests.fixtures.checkpoint_runs import Instant, contents, finish, make_sources, run_teleflm, write
+from tests.fixtures.llama import save_llama
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -325,7 +326,8 @@ def test_other_scales(scale_dtype, shape, model_type, fp8, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "teleflm_manifest.json").unlink()
     result = convert_checkpoint(folder, tmp_path / "out", dtype="bfloat16")
-    assert "21 scales of activations were left out." in result.notes
+    left_out = next(note for note in result.notes if note.startswith("21 scales of activations were left out, as "))
+    assert left_out.endswith(".input_scale.")
     found = load(tmp_path / "out")
     assert not any("scale" in name for name in found)
     for name, tensor in expected.items():
@@ -372,6 +374,17 @@ def caches(tensors: Tensors, config: dict[str, Any]) -> None:
     config["kv_cache_scheme"] = {"num_bits": 8}
 
 
+def sparse(tensors: Tensors, config: dict[str, Any]) -> None:
+    config["sparsity_config"] = {"format": "sparse-24-bitmask"}
+
+
+def nothing(tensors: Tensors, config: dict[str, Any]) -> None:
+    """A configuration that outlived what it describes."""
+    for name in [name for name in tensors if name.endswith("_scale")]:
+        weight = name.removesuffix("_scale")
+        tensors[weight] = tensors[weight].to(torch.bfloat16) * tensors.pop(name)
+
+
 def nonsense(tensors: Tensors, config: dict[str, Any]) -> None:
     config["config_groups"] = {"group_0": 7}
 
@@ -384,9 +397,17 @@ def nonsense(tensors: Tensors, config: dict[str, Any]) -> None:
         (not_float8, rf"{UP}_scale is there, but {UP} is bfloat16, expected float8_e4m3fn"),
         (groups, rf"{UP}_scale has shape \(88, 2\), {UP} \(88, 32\); one scale, or one a row, is read"),
         (of_integers, rf"{UP}_scale is int32, expected bfloat16, float16 or float32"),
+        (nothing, r"quantization_config of its config.json says 8-bit floats, and no tensor is; remove it from there"),
         *(
-            (change, "--dtype bfloat16 would round its scales")
-            for change in (int8, four_bits, blocks, caches, nonsense)
+            (change, f"--dtype bfloat16 would round its scales.*, and {field} of its quantization_config is {value}")
+            for change, field, value in (
+                (int8, "config_groups.group_0.weights.type", "'int'"),
+                (four_bits, "config_groups.group_0.weights.num_bits", "4"),
+                (blocks, "config_groups.group_0.weights.strategy", "'block'"),
+                (caches, "kv_cache_scheme", "{'num_bits': 8}"),
+                (sparse, "sparsity_config", "{'format': 'sparse-24-bitmask'}"),
+                (nonsense, "config_groups.group_0.weights", "None"),
+            )
         ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -400,8 +421,44 @@ def test_what_cannot_be_undone(change, says, fp8, tmp_path):
     with pytest.raises(CheckpointError, match=says):
         convert_checkpoint(folder, tmp_path / "out", dtype="bfloat16")
     assert not (tmp_path / "out").exists()
+    if change is nothing:
+        assert any("no tensor is; remove it" in problem for problem in inspect_checkpoint(folder).problems)
+        del config["quantization_config"]
+        (folder / "config.json").write_text(json.dumps(config))
+        convert_checkpoint(folder, tmp_path / "out", dtype="bfloat16")
     if "scale" in says and change is not int8:
         inspect_checkpoint(folder)  # says it, and does not fail
+
+
+def test_advice_on_scales_that_nothing_describes_says_what_it_takes(model, fp8, tmp_path):
+    """`--dtype` goes by config.json: where that is silent, what names it says so, and it says what it lacks."""
+    folder = shutil.copytree(fp8, tmp_path / "in")
+    config = json.loads((folder / "config.json").read_text())
+    described = config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    problem = " ".join(inspect_checkpoint(folder).problems)
+    assert "`teleflm convert --dtype bfloat16` does so of compressed-tensors' 8-bit floats" in problem
+    assert problem.endswith("where config.json says that they are.")
+    with pytest.raises(CheckpointError, match=r"and its quantization_config is none of compressed-tensors\.$"):
+        convert_checkpoint(folder, tmp_path / "out", dtype="bfloat16")
+    with pytest.raises(CheckpointError, match=r"and of one file alone no config\.json is read\.$"):
+        convert_checkpoint(fp8 / "model.safetensors", tmp_path / "out", dtype="bfloat16")
+    dense = {"format": "dense", "global_sparsity": 0.1, "targets": []}  # as llm-compressor writes it beside FP8
+    config["quantization_config"] = {**described, "sparsity_config": dense}
+    (folder / "config.json").write_text(json.dumps(config))
+    convert_checkpoint(folder, tmp_path / "out", dtype="bfloat16")
+    convert_checkpoint(fp8, tmp_path / "back", dtype="bfloat16")
+    assert_same(load(tmp_path / "out"), load(tmp_path / "back"))
+
+
+@pytest.mark.parametrize("to", ["megatron", "torch_dist"])
+def test_a_run_of_a_llama_is_no_more_quantised_than_its_folder(to, tmp_path):
+    export_checkpoint(save_llama(tmp_path / "in", torch.bfloat16), tmp_path / "run", to=to)
+    with pytest.raises(
+        CheckpointError, match=r"run/release: --quantize fp8 is for a Tele-FLM; by its config\.json this"
+    ):
+        convert_checkpoint(tmp_path / "run", tmp_path / "out", quantize="fp8")
+    assert not (tmp_path / "out").exists()
 
 
 # The Hub.

@@ -181,6 +181,23 @@ def test_the_warning_is_where_it_is_looked_for(tmp_path):
     assert own_logits(tmp_path / "folded").equal(own_logits(source))
 
 
+def test_of_a_quantised_model_it_is_the_original_that_is_to_be_folded(tmp_path):
+    """There folding is refused, so the warning of it, which its copy has too, cannot advise it."""
+    source = save(tmp_path / "source", torch.bfloat16, input_mult=16)
+    convert_checkpoint(source, tmp_path / "fp8", quantize="fp8")
+    copied = convert_checkpoint(tmp_path / "fp8", tmp_path / "copy")
+    warnings = [*inspect_checkpoint(tmp_path / "fp8").warnings, next(note for note in copied.notes if WARNING in note)]
+    warnings += [(tmp_path / "fp8/README.md").read_text(), render_card(card_facts(tmp_path / "copy"))]
+    for warning in warnings:
+        assert "`teleflm convert --fold-input-mult` of the model that was quantised makes it 1" in warning
+    says = "; fold the original, or what `teleflm convert --dtype bfloat16` makes of it; or leave --fold-input-mult out"
+    with pytest.raises(CheckpointError, match=says):
+        convert_checkpoint(tmp_path / "fp8", tmp_path / "out", fold_input_mult=True, dtype="bfloat16")
+    convert_checkpoint(tmp_path / "fp8", tmp_path / "back", dtype="bfloat16")
+    convert_checkpoint(tmp_path / "back", tmp_path / "out", fold_input_mult=True)
+    assert inspect_checkpoint(tmp_path / "out").warnings == ()
+
+
 def test_moments_beside_the_weights_are_not_taken_along(tmp_path):
     source = save(tmp_path / "source", input_mult=16)
     (source / "optimizer.pt").write_bytes(b"moments of other embeddings")

@@ -91,6 +91,8 @@ ROPE = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1}
         ({"auto_map": {"AutoConfig": "configuration_x.X"}}, "auto_map names code of the folder for AutoConfig"),
         ({"auto_map": ["AutoModel"]}, r"auto_map is \['AutoModel'\], expected an object or null"),
         ({"rope_parameters": {"rope_theta": None}}, "rope_theta of rope_type default is None, expected a number"),
+        ({"rope_theta": None}, "rope_theta of rope_type default is None, expected a number"),
+        ({"rope_theta": None, "rope_scaling": {"type": "linear", "factor": 2}}, "of rope_type linear is None"),
         ({"sliding_window": 4096}, "sliding_window is 4096, nothing that a Llama of transformers has"),
         ({"use_mup": True}, "use_mup is True"),
         ({"use_mup": 0}, "use_mup is 0"),
@@ -180,6 +182,17 @@ def test_a_weight_that_is_missing_is_seen(damage, message, tmp_path):
             write()
     assert not (tmp_path / "out").exists()
     assert any("lm_head.weight has" in problem or "is missing" in problem for problem in problems(source))
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_a_copy_that_is_cast_is_not_said_to_be_kept_as_it_is(dtype, tmp_path):
+    source = save_llama(tmp_path / "source", torch.bfloat16)
+    [note] = convert_checkpoint(source, tmp_path / "out", dtype=dtype).notes
+    changed = {name for name, value in said(source).items() if said(tmp_path / "out").get(name) != value}
+    assert changed == ({"dtype"} if dtype == "float32" else set())
+    kept = "tensors and configuration were kept as they are"
+    cast = f"floating-point tensors are {dtype} now, the configuration was kept but for the dtype"
+    assert note == f"A llama model, not a Tele-FLM: {cast if dtype else kept}."
 
 
 def problems(folder: Path) -> list[str]:
@@ -291,8 +304,16 @@ def test_to_a_trainer_and_back(to, how, tied, tmp_path):
 @pytest.mark.parametrize(
     ("change", "to", "message"),
     [
-        ({"rope_parameters": LLAMA3}, "megatron", "rope_type is 'llama3'; --to megatron knows 'default' only"),
-        ({"attention_bias": True}, "torch_dist", "attention_bias is True; --to megatron knows False only"),
+        (
+            {"rope_parameters": LLAMA3},
+            "megatron",
+            "rope_type is 'llama3'; --to megatron and torch_dist know 'default' only",
+        ),
+        (
+            {"attention_bias": True},
+            "torch_dist",
+            "attention_bias is True; --to megatron and torch_dist know False only",
+        ),
         ({"sliding_window": 16}, "granite", "sliding_window is 16"),
     ],
 )

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conversion import convert_checkpoint, inspect_checkpoint
@@ -430,6 +430,36 @@ def test_the_record_and_the_digests_of_every_rank(tmp_path):
     (damage,) = inspect_checkpoint(tmp_path / "run", check=True).damages
     assert damage.tensor == "mp_rank_01_001/model1/output_layer.weight"
     assert (damage.file, damage.reason) == ("release/mp_rank_01_001/model_optim_rng.pt", "does not have its digest")
+
+
+@pytest.mark.parametrize("to", ["megatron", "torch_dist"])
+def test_the_epsilon_that_is_printed_is_the_models(to, tmp_path):
+    """Growth leaves no round one, and a run with another is another model, which is refused where it is converted."""
+    save(tmp_path / "source", rms_norm_eps=1e-5 / 1.5)
+    result = export_checkpoint(tmp_path / "source", tmp_path / "out", to=to)
+    [printed] = re.findall(r"--norm-epsilon (\S+)", " ".join(result.notes))
+    assert float(printed.rstrip(".")) == 1e-5 / 1.5
+
+
+@pytest.mark.parametrize("to", ["megatron", "torch_dist"])
+@pytest.mark.parametrize(("most", "few"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_weights_of_another_dtype_are_not_rounded_without_a_word(most, few, to, tmp_path):
+    """Norms in float32 beside matrices in bfloat16 are no rare sight; Megatron has one dtype for all."""
+    save(tmp_path / "source", most)
+    file = tmp_path / "source/model.safetensors"
+    tensors = load_file(file)
+    tensors = {name: weight.to(few) * (1.001 if "norm" in name else 1) for name, weight in tensors.items()}
+    tensors = {name: weight if "norm" in name else weight.to(most) for name, weight in tensors.items()}
+    save_file(tensors, file, {"format": "pt"})
+    notes = " ".join(export_checkpoint(tmp_path / "source", tmp_path / "run", to=to, multipliers="keep").notes)
+    convert_checkpoint(tmp_path / "run", tmp_path / "back", vocab_size=100)
+    back = load_file(tmp_path / "back/model.safetensors")
+    equal = all(torch.equal(back[name].double(), weight.double()) for name, weight in tensors.items())
+    assert equal == (most == torch.float32)
+    assert ("9 weights that are float32 are rounded to bfloat16" in notes) == (not equal)
+    assert ("9 weights that are bfloat16 are float32 as the embedding is, with the same values." in notes) == equal
+    cast = export_checkpoint(tmp_path / "source", tmp_path / "cast", to=to, multipliers="keep", dtype="float32")
+    assert "9 weights" not in " ".join(cast.notes)
 
 
 def test_the_notes(tmp_path):
