@@ -33,7 +33,7 @@ from ..hub.tokenizer_settings import name_of, read_names, special_tokens
 
 Prompts: TypeAlias = Literal["chat", "text"]
 
-_FILE, _CONFIG, _TEMPLATE = "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"
+_FILE, _TEMPLATE = "tokenizer.model", "chat_template.jinja"
 _PADDING_SCORE = -10_000.0
 _BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 _QUOTED = r""" "(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' """
@@ -162,7 +162,7 @@ def _check(model: SentencePieceFile, special: _SpecialTokens, vocab_size: int, p
         "has spaces at the end of words, where llama.cpp has them at the beginning": model.space_as_suffix,
         "changes decoded text, which llama.cpp does not": model.has_denormalizer,
         "has unused pieces, which llama.cpp would use": bool(model.texts(PieceType.UNUSED)),
-        f"has no piece {', '.join(foreign)}, a special token of {_CONFIG}": bool(foreign),
+        f"has no piece {', '.join(foreign)}, a special token of the tokenizer": bool(foreign),
     }
     for reason, holds in reasons.items():
         if holds:
@@ -197,8 +197,9 @@ def _check_cuts(cuts: Iterable[str], symbols: Iterable[str], path: str) -> None:
         )
     names = sorted(cuts | symbols)
     orders = [sorted(some, key=lambda name: -len(name.encode())) for some in (names, names[::-1])]
+    at_cuts, at_symbols = _at(cuts), _at(symbols)
     for text in _overlaps(names):
-        expected = _parts(_parts([text], cuts), symbols)
+        expected = _parts(_parts([text], at_cuts), at_symbols)
         if any(_parts_by_one(text, order) != expected for order in orders):
             raise CheckpointError(
                 f"{path}: the text {text!r} is cut into {', '.join(map(repr, expected))} at symbols and special "
@@ -218,10 +219,14 @@ def _overlaps(names: Sequence[str]) -> Iterator[str]:
             yield from (name[:start] + other for other in begins.get(name[start:], ()))
 
 
-def _parts(texts: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Texts cut at names, the longest where several begin."""
-    by_length = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    return [part for text in texts for part in (re.split(f"({by_length})", text) if by_length else [text]) if part]
+def _at(names: Iterable[str]) -> re.Pattern[str]:
+    """Where texts are cut: at names, the longest where several begin."""
+    return re.compile(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True))) or '(?!)'})")
+
+
+def _parts(texts: Iterable[str], at: re.Pattern[str]) -> list[str]:
+    """Texts, cut."""
+    return [part for text in texts for part in at.split(text) if part]
 
 
 def _parts_by_one(text: str, names: Iterable[str]) -> list[str]:
@@ -229,7 +234,7 @@ def _parts_by_one(text: str, names: Iterable[str]) -> list[str]:
     parts, known = [text], {*names}
     for name in names:
         if name in text:
-            parts = [new for part in parts for new in ([part] if part in known else _parts([part], [name]))]
+            parts = [new for part in parts for new in ([part] if part in known else _parts([part], _at([name])))]
     return parts
 
 
@@ -238,7 +243,7 @@ def _parts_by_one(text: str, names: Iterable[str]) -> list[str]:
 
 def _special_tokens(path: Path, content: bytes, config: Mapping[str, Any]) -> _SpecialTokens:
     pieces = open_model(content, str(path))
-    where = path.with_name(_CONFIG)
+    where = path.parent
     _check_added(config, where)
     names, own = read_names(config, content), pieces.id_to_piece(pieces.unk_id())
     ids: dict[str, int] = {}
@@ -281,7 +286,7 @@ def _special_tokens(path: Path, content: bytes, config: Mapping[str, Any]) -> _S
 
 
 def _check_added(config: Mapping[str, Any], where: Path) -> None:
-    """Check the tokens that a tokenizer_config.json adds to those with a name."""
+    """Check the tokens that a configuration adds to those with a name."""
     for field in ("added_tokens_decoder", "extra_special_tokens", "additional_special_tokens"):
         said = config.get(field) or []
         for value in said.values() if isinstance(said, Mapping) else said if isinstance(said, list) else [said]:
