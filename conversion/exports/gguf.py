@@ -272,11 +272,12 @@ def _notes(tensors: Iterable[TensorPlan], kind: str, begin: str | None, file: st
         )
     if begin is None:
         yield (
-            "Plain texts have the tokenizer's ids in llama.cpp; chats have others, so that no chat template is inside, "
-            "and a server asked for a chat takes one of its own."
+            "Plain texts without names of symbols have the tokenizer's ids in llama.cpp; chats have others, so that no "
+            "chat template is inside, and a server asked for a chat takes one of its own."
         )
     else:
-        text = f"a plain text has them if the prompt begins with {begin!r}" if begin else "plain texts have them too"
+        plain = "a plain text without special tokens has them"
+        text = f"{plain} if the prompt begins with {begin!r}" if begin else f"{plain} too"
         yield (
             f"Chats have the tokenizer's ids in llama.cpp, which puts nothing before a prompt; {text} (--prompts text "
             "is for models that only continue texts)."

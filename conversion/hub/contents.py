@@ -148,10 +148,10 @@ def tokenizer_notes(source: Path, *, family: Family | None = TELEFLM) -> list[st
 def _tokenizer_notes(source: Path, tokenizer: TokenizerFiles, *, stock: bool) -> list[str]:
     if tokenizer.problem and stock:
         return [f"Written without a tokenizer, as stock programs would read other ids: {tokenizer.problem}"]
-    if tokenizer.problem:
-        return [f"There is no {TOKENIZER_JSON}, so only our code reads the tokenizer: {tokenizer.problem}"]
-    merged = [name for name in tokenizer.dropped if (source / name).is_file()]
+    merged = [name for name in tokenizer.dropped if name != TOKENIZER_JSON and (source / name).is_file()]
     notes = [f"{TOKENIZER_CONFIG} says what was in {' and '.join(merged)}."] if merged else []
+    if tokenizer.problem:
+        return [f"There is no {TOKENIZER_JSON}, so only our code reads the tokenizer: {tokenizer.problem}", *notes]
     old = source / TOKENIZER_JSON
     if old.is_file() and old.read_bytes() != tokenizer.files[TOKENIZER_JSON]:
         notes.append(f"{TOKENIZER_JSON} is made of {TOKENIZER_MODEL}, and is not the one of the source.")

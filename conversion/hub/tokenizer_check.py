@@ -7,7 +7,8 @@
 What is compared: texts of many scripts, code, emoji, control characters, spaces and newlines in runs; the names of
 special tokens and of pieces, alone and beside each other; chats of several turns; every piece by itself; and random
 texts of pieces, of Unicode, of symbols and spaces, and of few characters that repeat. The seed is fixed: a file is
-always compared on the same texts.
+always compared on the same texts. Ids are decoded too as a model may write them, which no text makes; of bytes those of
+texts alone, as what is no text differs.
 """
 
 import random
@@ -103,11 +104,9 @@ def check_tokenizer(
         if found != reference.encode(text):
             shortest = _shortest(text, lambda part: ids_of(part) != reference.encode(part))
             _refuse_ids(shortest, reference.encode(shortest), ids_of(shortest))
-        if (again := rust.decode(found, skip_special_tokens=False)) != (decoded := reference.decode(found)):
-            raise TokenizerMismatch(
-                f"tokenizer.model: the ids {_shown(found)} are {_cut(decoded)} to sentencepiece and {_cut(again)} in "
-                "tokenizer.json."
-            )
+        _compare_decoded(rust, reference, found)
+    for ids in _check_ids(model):
+        _compare_decoded(rust, reference, ids)
     _compare_frame(rust, reference, settings)
 
 
@@ -157,6 +156,14 @@ def _compare_vocabulary(rust: Any, model: SentencePieceFile, settings: Tokenizer
                 f"tokenizer.model: the id of {name!r} is {expected.get(name)} and would be {found.get(name)} in "
                 "tokenizer.json."
             )
+
+
+def _compare_decoded(rust: Any, reference: Reference, ids: Sequence[int]) -> None:
+    if (found := rust.decode(ids, skip_special_tokens=False)) != (expected := reference.decode(ids)):
+        raise TokenizerMismatch(
+            f"tokenizer.model: the ids {_shown(ids)} are {_cut(expected)} to sentencepiece and {_cut(found)} in "
+            "tokenizer.json."
+        )
 
 
 def _compare_frame(rust: Any, reference: Reference, settings: TokenizerSettings) -> None:
@@ -256,6 +263,17 @@ def _random_texts(model: SentencePieceFile, names: Sequence[str]) -> Iterator[st
         yield "".join(random_.choices(small, k=random_.randint(1, 10)))
         few = random_.sample(characters, k=min(len(characters), random_.randint(1, 3)))
         yield "".join(random_.choices(few, k=random_.randint(2, 30)))
+
+
+def _check_ids(model: SentencePieceFile) -> Iterator[list[int]]:
+    """Random ids, the first ones often, some without a piece; none of bytes."""
+    random_ = random.Random(0)
+    known = [index for index, piece in enumerate(model.pieces) if piece.type is not PieceType.BYTE]
+    spaced = [index for index in known if model.pieces[index].text.startswith(SPACE)] or known
+    beyond = [len(model.pieces), len(model.pieces) + 9]
+    kinds = (known, known[:8], spaced, beyond)
+    for _ in range(_RANDOM_TEXTS):
+        yield [random_.choice(random_.choice(kinds)) for _ in range(random_.randint(1, 8))]
 
 
 __all__ = ["Reference", "check_texts", "check_tokenizer"]

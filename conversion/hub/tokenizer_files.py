@@ -20,11 +20,12 @@ from ..checkpoint.errors import CheckpointError
 from ..checkpoint.strict_json import read_json_object
 from .small_files import copied_file
 from .tokenizer_process import make_tokenizer
-from .tokenizer_settings import NAMED, TokenizerMismatch, TokenizerSettings
+from .tokenizer_settings import NAMED, TokenizerMismatch, TokenizerSettings, extra_tokens
 
 TOKENIZER_MODEL, TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 _SPECIAL_TOKENS_MAP, _ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
 _MERGED_FILES = (_SPECIAL_TOKENS_MAP, _ADDED_TOKENS)
+_EXTRA, _ADDITIONAL = "extra_special_tokens", "additional_special_tokens"
 _FILES = (TOKENIZER_MODEL, TOKENIZER_JSON, TOKENIZER_CONFIG, *_MERGED_FILES)
 
 # Without these, transformers would encode with a class of its own, and other ids.
@@ -38,6 +39,7 @@ _DROPPED = (
     *("unk_token", "add_bos_token", "add_eos_token", "special_tokens_pattern", "added_tokens_decoder"),
     *("tokenizer_class", "auto_map", "add_prefix_space", "backend", "fast_tokenizer_files", "from_slow", "legacy"),
     *("sp_model_kwargs", "use_fast", "vocab_file", "clean_up_tokenization_spaces", "model_input_names"),
+    *(_EXTRA, _ADDITIONAL, "tokenizer_object"),
 )
 PLACES = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
 
@@ -80,8 +82,10 @@ def tokenizer_files(source: Path, *, stock: bool) -> TokenizerFiles:
     except TokenizerMismatch as error:
         if stock:
             return TokenizerFiles({}, _FILES, str(error))
-        files[TOKENIZER_CONFIG] = _json({**config, **_OWN_CLASS})
-        return TokenizerFiles(files, (TOKENIZER_JSON,), str(error))
+        # The tokens that a tokenizer.json adds are lost with it, unless the configuration has them.
+        adds = bool(merged.get("added_tokens_decoder")) and merged != config
+        files[TOKENIZER_CONFIG] = _json({**(merged if adds else config), **_OWN_CLASS})
+        return TokenizerFiles(files, (TOKENIZER_JSON, *(_MERGED_FILES if adds else ())), str(error))
     except CheckpointError as error:
         raise CheckpointError(f"{source}/{error}") from None
     files[TOKENIZER_JSON] = made.text.encode()
@@ -106,19 +110,54 @@ def _read(folder: Path, name: str) -> dict[str, Any] | None:
 # What the files of a source say, as transformers reads them.
 
 
+def merged_settings(source: Path) -> dict[str, Any]:
+    """What transformers makes of the tokenizer_config.json of a folder and the older files beside it.
+
+    Raises:
+        CheckpointError: a file cannot be read, or is not what its name says.
+    """
+    return _merged(source, public_settings(_read(source, TOKENIZER_CONFIG) or {}))
+
+
 def _merged(source: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json with what transformers adds to it of the files beside it."""
     merged = dict(config)
     if "added_tokens_decoder" in merged:
         return merged
-    merged |= _read(source, _SPECIAL_TOKENS_MAP) or {}
+    older = _read(source, _SPECIAL_TOKENS_MAP) or {}
+    merged = {name: value for name, value in merged.items() if name not in (_EXTRA, _ADDITIONAL)}
+    merged |= {name: _typed(value) for name, value in older.items() if name not in (_EXTRA, _ADDITIONAL)}
+    merged |= _said_extra(*_merged_extra(config, older))
     added: dict[str, Any] = {
         str(index): {"content": name} for name, index in (_read(source, _ADDED_TOKENS) or {}).items()
     }
     if path := copied_file(source, TOKENIZER_JSON):
         tokens = read_json_object(Path(path), infinite=True).get("added_tokens")
-        added |= {str(token["id"]): token for token in tokens or [] if isinstance(token, Mapping) and "id" in token}
+        entries = [dict(token) for token in tokens or [] if isinstance(token, Mapping) and "id" in token]
+        added |= {str(token.pop("id")): token for token in entries}
     return {**merged, "added_tokens_decoder": added}
+
+
+def _typed(value: Any) -> Any:
+    """A token of special_tokens_map.json as tokenizer_config.json says it."""
+    return {**value, "__type": "AddedToken"} if isinstance(value, Mapping) else value
+
+
+def _merged_extra(config: Mapping[str, Any], older: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """Further special tokens of both files: lists of the newer name add up, one of the older stands in for none."""
+    (by_kind, listed), (other_kinds, more) = extra_tokens(config), extra_tokens(older)
+    if other_kinds:
+        listed = []
+    if not listed or (isinstance(older.get(_EXTRA), list) and older[_EXTRA]):
+        listed = [*dict.fromkeys([*listed, *more])]
+    return {**by_kind, **other_kinds}, listed
+
+
+def _said_extra(by_kind: Mapping[str, str], listed: list[str]) -> dict[str, Any]:
+    """Further special tokens in the words of tokenizer_config.json, by name: not every class reads properties there."""
+    if not by_kind:
+        return {_EXTRA: listed} if listed else {}
+    return {_EXTRA: dict(by_kind), **({_ADDITIONAL: listed} if listed else {})}
 
 
 # What an output says.
@@ -140,6 +179,7 @@ def _config(
     return {
         **{name: value for name, value in merged.items() if name not in (*_DROPPED, *NAMED)},
         **{name: text for name, text in named.items() if text and name != "unk_token"},
+        **_said_extra(*extra_tokens(merged)),
         **frame,
         "added_tokens_decoder": added,
         "clean_up_tokenization_spaces": False,
@@ -154,6 +194,7 @@ __all__ = [
     "TOKENIZER_JSON",
     "TOKENIZER_MODEL",
     "TokenizerFiles",
+    "merged_settings",
     "public_settings",
     "tokenizer_files",
 ]

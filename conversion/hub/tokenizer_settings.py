@@ -85,8 +85,7 @@ def read_settings(config: Mapping[str, Any], model_file: bytes) -> TokenizerSett
     pieces = open_model(model_file)
     named = read_names(config, model_file)
     unknown, own = named.pop("unk_token"), pieces.id_to_piece(pieces.unk_id())
-    specials = [text for text in (*named.values(), *_extra(config)) if text]
-    if unknown != own or unknown in specials:
+    if unknown != own or unknown in (*named.values(), *_extra(config)):
         other = f"unk_token is {unknown!r}" if unknown != own else "another special token is that too"
         raise TokenizerMismatch(
             f"tokenizer_config.json: the unknown piece of tokenizer.model is {own!r}, and {other}; tokenizer.json "
@@ -94,6 +93,15 @@ def read_settings(config: Mapping[str, Any], model_file: bytes) -> TokenizerSett
         )
     if config.get("split_special_tokens"):
         raise TokenizerMismatch("tokenizer_config.json: split_special_tokens is true, which tokenizer.json cannot say.")
+    return special_tokens(config, model_file)
+
+
+def special_tokens(config: Mapping[str, Any], model_file: bytes) -> TokenizerSettings:
+    """What `read_settings` reads, whether or not a tokenizer.json can say it: at the unknown piece no text is cut."""
+    pieces = open_model(model_file)
+    named = read_names(config, model_file)
+    unknown = named.pop("unk_token")
+    specials = [text for text in (*named.values(), *_extra(config)) if text and text != unknown]
     ids = {text: index for index, text in _decoder_entries(config) if text != unknown}
     following = max([pieces.get_piece_size() - 1, *ids.values()]) + 1
     for text in dict.fromkeys(specials):
@@ -105,7 +113,7 @@ def read_settings(config: Mapping[str, Any], model_file: bytes) -> TokenizerSett
     cuts = tuple(SpecialToken(text, index, text in specials) for text, index in sorted(ids.items(), key=lambda x: x[1]))
     has_bos, has_eos = _frame(config)
     bos, eos = named["bos_token"], named["eos_token"]
-    return TokenizerSettings(cuts, ids[bos] if has_bos and bos else None, ids[eos] if has_eos and eos else None)
+    return TokenizerSettings(cuts, ids.get(bos or "") if has_bos else None, ids.get(eos or "") if has_eos else None)
 
 
 def _frame(config: Mapping[str, Any]) -> tuple[bool, bool]:
@@ -124,15 +132,34 @@ def name_of(value: Any) -> str | None:
 
 
 def _other_names(config: Mapping[str, Any]) -> list[str]:
-    """Special tokens of other kinds, for example of images: whatever is called a token and is a text."""
-    return [name for name in config if name.endswith("_token") and name not in NAMED and name_of(config[name])]
+    """Special tokens of other kinds, for example of images: whatever is called a token and is one to transformers."""
+    others = (name for name in config if name.endswith("_token") and name not in NAMED)
+    return [name for name in others if _is_token(config[name])]
+
+
+def _is_token(value: Any) -> bool:
+    is_token = isinstance(value, str) or (isinstance(value, Mapping) and value.get("__type") == "AddedToken")
+    return is_token and name_of(value) is not None
 
 
 def _extra(config: Mapping[str, Any]) -> Iterator[str]:
     """Special tokens that have no name of their own in the configuration."""
-    found = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    values = found.values() if isinstance(found, Mapping) else found if isinstance(found, list) else []
-    yield from filter(None, map(name_of, values))
+    by_kind, listed = extra_tokens(config)
+    yield from (*by_kind.values(), *listed)
+
+
+def extra_tokens(config: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """The names of further special tokens: those that have a kind, and the others.
+
+    As transformers reads them, `additional_special_tokens` count only where `extra_special_tokens` is no list of some.
+    """
+    said, older = config.get("extra_special_tokens") or [], config.get("additional_special_tokens") or []
+    by_kind = said if isinstance(said, Mapping) else {}
+    listed = said if isinstance(said, list) and said else older if isinstance(older, list) else []
+    return (
+        {str(kind): name for kind, value in by_kind.items() if (name := name_of(value))},
+        [name for value in listed if (name := name_of(value))],
+    )
 
 
 def _decoder_entries(config: Mapping[str, Any]) -> list[tuple[int, str]]:
@@ -155,7 +182,9 @@ __all__ = [
     "TokenizerMismatch",
     "TokenizerSettings",
     "default_settings",
+    "extra_tokens",
     "name_of",
     "read_names",
     "read_settings",
+    "special_tokens",
 ]

@@ -427,6 +427,56 @@ def change_config(folder: Path, file: str, **changes) -> None:
     (folder / file).write_text(json.dumps({**config, **changes}))
 
 
+def write_settings(folder: Path, file: str, **settings) -> None:
+    """An older file of settings, beside a tokenizer_config.json that leaves it its word."""
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    said.pop("added_tokens_decoder", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    (folder / file).write_text(json.dumps(settings))
+
+
+SPECIALS = {
+    "a map": ("special_tokens_map.json", {"additional_special_tokens": ["<_user>"]}),
+    "an older file": ("added_tokens.json", {"<_user>": 4}),
+    "a name": ("special_tokens_map.json", {"cls_token": "<_user>"}),
+    "a kind": ("tokenizer_config.json", {"tool_token": "<_user>"}),
+    "one of two lists": (
+        "tokenizer_config.json",
+        {"extra_special_tokens": ["<_bot>"], "additional_special_tokens": ["<_user>"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPECIALS, ids=SPECIALS)
+def test_special_tokens_are_those_of_the_tokenizer_wherever_they_are_said(case, tmp_path):
+    """A template writes a space behind these, and none behind symbols."""
+    save(tmp_path / "source")
+    file, said = SPECIALS[case]
+    if file == "tokenizer_config.json":
+        change_config(tmp_path / "source", file, **said)
+    else:
+        write_settings(tmp_path / "source", file, **said)
+    tokenizer = TeleFLMTokenizer.from_pretrained(tmp_path / "source")
+    said = settings(*export(tmp_path / "source", tmp_path / "out"))
+    template = ImmutableSandboxedEnvironment(trim_blocks=True).from_string(said["tokenizer.chat_template"])
+    chat = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two</s>"},
+        {"role": "user", "content": ""},
+    ]
+    prompt = template.render(messages=chat, add_generation_prompt=True, bos_token="<s>", eos_token="</s>")
+    assert llama_ids(said, prompt) == tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+
+
+def test_a_template_is_told_the_names_that_llama_cpp_does_not_tell():
+    template = "{{ unk_token }}{% macro f() %}{{ pad_token }}{% endmacro %}{{ f() }}{# {% generation %} #}"
+    names = {"unk_token": '<"\\n\n>', "pad_token": "<pad>", "eos_token": "</s>", "sep_token": "<sep>"}
+    made = spaced_template(template + "{{ '{% generation %}' }}", ["</s>"], add_space=False, names=names)
+    assert ImmutableSandboxedEnvironment().from_string(made).render() == names["unk_token"] + "<pad>{% generation %}"
+    assert "sep_token" not in made
+    assert "set eos_token" not in made
+
+
 def with_piece(text: str, kind: int) -> bytes:
     """The tiny tokenizer with one piece more: a message of a text, a score of -1 and a type."""
     name = text.encode()
@@ -466,6 +516,9 @@ TOKENIZERS = {
     r"the pieces '<0x0' and 'A>', of which llama.cpp would make '<0x0A>'": lambda: (
         with_piece("<0x0", 1) + with_piece("A>", 1)[len(tiny_sentencepiece()) :]
     ),
+    "has the symbol 'a\u2581b', for which llama.cpp looks before": lambda: with_piece("a\u2581b", 4),
+    "the text '<_user>xyzabc' is cut into '<_user>', 'xyzabc' at symbols": lambda: with_piece("er>xyzabc", 4),
+    "the text 'x</s>' is cut into 'x', '</s>' at symbols": lambda: with_piece("x</s>", 4),
     "not a sentencepiece model": lambda: b"\x0a\xff\xff",
 }
 
@@ -493,8 +546,30 @@ REFUSED = {
     "eos_token is '<end>', which is no piece of tokenizer.model": (
         lambda folder: change_config(folder, "tokenizer_config.json", eos_token="<end>"), {}
     ),
-    "has no piece <tool>, a special token of tokenizer_config.json": (
+    "has no piece <tool>, a special token of the tokenizer": (
         lambda folder: change_config(folder, "tokenizer_config.json", extra_special_tokens=["<tool>"]), {}
+    ),
+    "has no piece <tool>, a special token of the": (
+        lambda folder: write_settings(folder, "special_tokens_map.json", cls_token="<tool>"), {}
+    ),
+    "has no piece <tool>, a special token": (
+        lambda folder: change_config(folder, "tokenizer_config.json", tool_token="<tool>"), {}
+    ),
+    "the id of '<_user>' is 7, and 4 in tokenizer.model": (
+        lambda folder: write_settings(folder, "added_tokens.json", **{"<_user>": 7}), {}
+    ),
+    "unk_token is '</s>', and the unknown piece of tokenizer.model is '<unk>'": (
+        lambda folder: change_config(folder, "tokenizer_config.json", unk_token="</s>"), {}
+    ),
+    "split_special_tokens is true, and llama.cpp does not split them": (
+        lambda folder: change_config(folder, "tokenizer_config.json", split_special_tokens=True), {}
+    ),
+    "the chat template has '{% raw %}', which llama.cpp does not read": (
+        lambda folder: (folder / "chat_template.jinja").write_text("{# {% with %} #}{{ '{% do %}' }}{% raw %}x"),
+        {},
+    ),
+    "the chat template has '{%[+] if x %}', which llama.cpp does not read": (
+        lambda folder: (folder / "chat_template.jinja").write_text("{%+ if x %}{% endif %}"), {}
     ),
     "extra_special_tokens has '7', expected names of tokens": (
         lambda folder: change_config(folder, "tokenizer_config.json", extra_special_tokens=[7]), {}

@@ -242,6 +242,15 @@ def test_a_file_that_differs_is_found(mutant):
         check_tokenizer(json.dumps(made), model, content, settings)
 
 
+def test_ids_that_no_text_makes_are_compared_too():
+    """An unknown piece without a surface, at the beginning: where a text has a space before it."""
+    content = tiny_sentencepiece(unk_surface="", byte_fallback=False, vocab_size=400)
+    with pytest.raises(
+        TokenizerMismatch, match=r"^tokenizer\.model: the ids \[.*\b0, .*\] are '.*' to sentencepiece and ' "
+    ):
+        rust_tokenizer(content)
+
+
 def test_the_message_names_the_text_and_both_readings():
     content = tiny_sentencepiece()
     model, settings = read_sentencepiece(content), default_settings(content)

@@ -73,6 +73,23 @@ SETTINGS = {
     "of another kind": {
         "tokenizer_config.json": {**OLD, "tool_token": "<_tool>", "extra_special_tokens": ["<_extra>"]}
     },
+    "of two kinds": {
+        "tokenizer_config.json": {
+            **OLD,
+            "extra_special_tokens": {"tool_token": "<_tool>"},
+            "additional_special_tokens": ["<_extra>"],
+        }
+    },
+    "no token to transformers": {"tokenizer_config.json": {**OLD, "tool_token": special("<_tool>")}},
+    "a map of tokens": {"special_tokens_map.json": {"extra_special_tokens": [special("<_user>"), special("<_tool>")]}},
+    "lists that add up": {
+        "tokenizer_config.json": {**OLD, "extra_special_tokens": ["<_tool>"]},
+        "special_tokens_map.json": {"extra_special_tokens": ["<_tool>", "<_extra>"]},
+    },
+    "lists of which one counts": {
+        "tokenizer_config.json": {**OLD, "additional_special_tokens": ["<_tool>"]},
+        "special_tokens_map.json": {"additional_special_tokens": ["<_extra>"]},
+    },
 }
 
 
@@ -135,6 +152,40 @@ def test_settings_that_only_our_class_has_are_named(case, tmp_path):
         raise AssertionError(ours.problem)
     assert (ours.files.keys(), stock.files.keys()) == ({"tokenizer.model", "tokenizer_config.json"}, set())
     assert json.loads(ours.files["tokenizer_config.json"]) == {**OLD, **config}
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_tokens_with_properties_are_written_by_name(file, tmp_path):
+    """A stock client stops at properties in such a list."""
+    tokens = {"additional_special_tokens": [special("<_user>", lstrip=True), "<_tool>"]}
+    folder = beside_a_model(tmp_path / "source", {file: tokens})
+    for stock in (False, True):
+        out = tmp_path / f"out-{stock}"
+        out.mkdir()
+        for name, content in tokenizer_files(folder, stock=stock).files.items():
+            (out / name).write_bytes(content)
+        for loader in (PreTrainedTokenizerFast, *([] if stock else [TeleFLMTokenizer])):
+            tokenizer = loader.from_pretrained(out)
+            assert tokenizer.extra_special_tokens == ["<_user>", "<_tool>"]
+            assert tokenizer("<_user>a<_tool>").input_ids == [1, 4, 264, 600]
+
+
+def test_tokens_of_a_file_that_is_not_written_stay(tmp_path):
+    """An id with none before it cannot be said in a tokenizer.json; the one of the source has it."""
+    added = [{"id": 605, **special("<_tool>", special=True)}]
+    folder = beside_a_model(
+        tmp_path / "source",
+        {"tokenizer.json": {"added_tokens": added}, "special_tokens_map.json": {"pad_token": special("<_pad>")}},
+    )
+    tiny_model().save_pretrained(folder)
+    before = TeleFLMTokenizer.from_pretrained(folder)
+    notes = convert_checkpoint(folder, tmp_path / "out").notes
+    assert not {"tokenizer.json", "special_tokens_map.json"} & {path.name for path in (tmp_path / "out").iterdir()}
+    after = TeleFLMTokenizer.from_pretrained(tmp_path / "out")
+    for text in (*TEXTS, "a<_pad>"):
+        assert after(text).input_ids == before(text).input_ids
+    assert after.pad_token_id == before.pad_token_id
+    assert "tokenizer_config.json says what was in special_tokens_map.json." in notes
 
 
 @pytest.mark.parametrize(

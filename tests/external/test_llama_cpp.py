@@ -119,6 +119,28 @@ def test_ids(tmp_path):
         assert server.ids(text) == tokenizer(text).input_ids, text
 
 
+TEMPLATE = (
+    "{{ unk_token }}{# {% generation %} #}{%- for m in messages %}\n<_user>{% generation %}{{ m.role ~ m.content }}"
+    "{% endgeneration %}{{ eos_token }}{% endfor %}{{ '{% generation %}' if add_generation_prompt }}"
+)
+
+
+def test_ids_with_settings_of_the_users_own(tmp_path):
+    """Special tokens in an older file, and a template with names and marks that llama.cpp does not have."""
+    save(tmp_path / "tele")
+    (tmp_path / "tele/tokenizer_config.json").write_text('{"tokenizer_class": "TeleFLMTokenizer"}')
+    (tmp_path / "tele/special_tokens_map.json").write_text('{"cls_token": "<_user>", "pad_token": "</s>"}')
+    (tmp_path / "tele/chat_template.jinja").write_text(TEMPLATE)
+    tokenizer = TeleFLMTokenizer.from_pretrained(tmp_path / "tele")
+    export_checkpoint(tmp_path / "tele", tmp_path / "out", to="gguf")
+    server, rng = Server(tmp_path / "out/tele-F32.gguf"), random.Random(0)
+    for _ in range(30):
+        chat = some_chat(rng)
+        prompt = server.post("/apply-template", messages=chat)["prompt"]
+        expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        assert server.ids(prompt) == expected, chat
+
+
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
 def test_the_same_function(fields, tmp_path):
     """In several files; states are float32, and so are the sums, in another order."""
