@@ -20,7 +20,7 @@ from .checkpoint.reader import FileReader
 from .checkpoint.strict_json import read_json_object
 from .checkpoint.torch_file import read_torch_file
 from .mapping import weights
-from .optimizer_state import MAX_STEPS, MOMENTS, OPTIMIZER_FILE, check_settings, parameter_names
+from .optimizer_state import MAX_STEPS, MOMENTS, OPTIMIZER_FILE, check_is_adam, check_settings, parameter_names
 from .parameter_kinds import group_names
 from .saved_files import check_saved_files
 
@@ -245,16 +245,7 @@ def _read(file: str, shapes: Mapping[str, tuple[int, ...]], *, whose: str, must_
         settled = tuple((_plain_settings(settings, reader), names) for settings, names in groups)
     for number, (settings, _) in enumerate(settled):
         check_settings(settings, f"{file}: parameter group {number}")
-        if "foreach" in settings and "amsgrad" not in settings:  # of torch's optimizers RAdam alone has Adam's moments
-            raise CheckpointError(
-                f"{file}: parameter group {number} has foreach and no amsgrad, which torch's RAdam leaves and its Adam "
-                "and AdamW do not; only these can grow, and be exported."
-            )
-        if settings.get("amsgrad"):
-            raise CheckpointError(
-                f"{file}: parameter group {number}: amsgrad is True, and the state has no max_exp_avg_sq for it; only "
-                "Adam and AdamW without it can grow, and be exported."
-            )
+        check_is_adam(settings, f"{file}: parameter group {number}")
     return AdamState(file, settled, steps, moments)
 
 
