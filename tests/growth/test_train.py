@@ -115,6 +115,19 @@ def test_resuming_changes_no_bit(arguments, masked, tmp_path):
         assert all(torch.equal(value, optimizers[1]["state"][index][key]) for key, value in state.items())
 
 
+def test_text_that_was_exchanged_is_read_anew_whatever_its_time_of_change(arguments, text, tmp_path):
+    """As of a copy that keeps the time: `datasets` would take what it has in its cache."""
+    file, time = tmp_path / "text.jsonl", text.stat().st_mtime_ns
+    found = []
+    for content in (text.read_text(), text.read_text().replace("the", "teh")):
+        file.write_text(content)
+        os.utime(file, ns=(time, time))
+        growth, _ = split(arguments(train_files=[str(file)]))
+        tokenizer = AutoTokenizer.from_pretrained(growth.model_name_or_path)
+        found.append(load_blocks(growth.train_files, tokenizer, growth)["input_ids"][:])
+    assert found[0] != found[1]
+
+
 def test_a_run_that_is_done_does_no_further_step(arguments, tmp_path, caplog):
     """The same command again, as a scheduler gives it; a Trainer would do one more step each time."""
     keys = arguments(max_steps=2, save_steps=2)
