@@ -251,8 +251,9 @@ def hold_to_run(trainer: Trainer, describe: Callable[[], Mapping[str, Any]], che
     def look() -> bool | None:
         if not trainer.is_world_process_zero():
             return None
+        model: Any = trainer.model
         if checkpoint:
-            check_same_model(checkpoint, trainer.model.config)  # type: ignore[union-attr]
+            check_same_model(checkpoint, model.config)
         run = describe()
         trainer.run_description = run  # type: ignore[attr-defined]
         same = check_same_run(checkpoint, run) if checkpoint else None

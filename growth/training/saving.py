@@ -83,7 +83,7 @@ class CheckpointMixin(ShardedSaveMixin):
         known = self.state.stateful_callbacks
         for name, state in fresh.items():
             known.setdefault(name, state)
-        known.setdefault(type(self.control).__name__, self.control.state())  # type: ignore[attr-defined]
+        known.setdefault(type(self.control).__name__, self.control.state())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer.save_model; into a checkpoint comes what it is of."""
