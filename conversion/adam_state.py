@@ -4,8 +4,10 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The reader of Adam's state as torch.save keeps it, the counterpart of `optimizer_state.py`; nothing is executed."""
 
+import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,7 +22,8 @@ from .checkpoint.reader import FileReader
 from .checkpoint.strict_json import read_json_object
 from .checkpoint.torch_file import read_torch_file
 from .mapping import weights
-from .optimizer_state import MAX_STEPS, MOMENTS, OPTIMIZER_FILE, check_settings, parameter_names
+from .masked import is_masked, split_masked_config
+from .optimizer_state import MAX_STEPS, MOMENTS, OPTIMIZER_FILE, check_is_adam, check_settings, parameter_names
 from .parameter_kinds import group_names
 from .saved_files import check_saved_files
 
@@ -35,6 +38,12 @@ ADAMW_UNSAID = {
     "differentiable": False,
     "fused": None,
     "decoupled_weight_decay": True,
+}
+_CONFIG = "config.json"
+_FACTORS = {
+    "embedding_scale": "the factor on the embeddings",
+    "logit_scale": "the factor on the logits",
+    "rms_norm_eps": "rms_norm_eps",
 }
 _LAYOUT = {"state": dict, "param_groups": list}
 _NAMES = ("params", "param_names")
@@ -76,8 +85,8 @@ def read_adam_state(path: str | os.PathLike[str], architecture: Architecture, *,
         as_recorded: whether it has to be what the record in its folder knows.
 
     Raises:
-        CheckpointError: there is no such file, it is not the state of Adam for that architecture, or it is not the one
-            that the record knows.
+        CheckpointError: there is no such file, it is not the state of Adam for that architecture, it is not the one
+            that the record knows, or it lies beside a model with other multipliers, or with masks that still rise.
     """
     sizes = {name: weight.shape(architecture) for name, weight, _ in weights(architecture)}
     shapes = {name: sizes[name] for name in parameter_names(architecture)}
@@ -85,7 +94,42 @@ def read_adam_state(path: str | os.PathLike[str], architecture: Architecture, *,
     state = _read(file, shapes, whose="config.json says", must_name=False)
     if as_recorded:
         check_recorded_state(file)
+    _check_model_beside(file, architecture)
     return state
+
+
+def _check_model_beside(file: str, architecture: Architecture) -> None:
+    """Check that the model beside a state, if one is there, has the weights that the state is to be of.
+
+    Sizes do not tell: multipliers that were folded into weights, and masks that were, change the weights alone.
+
+    Raises:
+        CheckpointError: it computes with other factors, or its masks still rise.
+    """
+    path = Path(file).parent / _CONFIG
+    config: dict[str, Any] = {}
+    with suppress(CheckpointError):  # of a folder that is no model's, nothing is known
+        config = read_json_object(path, nan=True)
+    where, way_out = f"{file}: {_CONFIG} beside it", "grow the model that is there, or leave --optimizer out."
+    if is_masked(config):
+        config, masks = split_masked_config(config, str(path))
+        if masks["step"] < masks["total_steps"]:
+            raise CheckpointError(
+                f"{where} is of masks at step {masks['step']} of {masks['total_steps']}, which `teleflm fold` "
+                "multiplied into the weights, and its moments are of those from before; raise the masks to the end and "
+                "fold again, or leave --optimizer out."
+            )
+    try:
+        beside = Architecture.from_config(config, str(path), with_biases=True)
+    except CheckpointError:
+        return
+    for name in ("embedding_scale", "logit_scale", "rms_norm_eps"):
+        own, other = getattr(architecture, name), getattr(beside, name)
+        if not math.isclose(own, other, rel_tol=1e-12):
+            raise CheckpointError(
+                f"{where} has {_FACTORS[name]} {other:.12g}, and the model {own:.12g}, so its moments are of other "
+                f"weights; {way_out}"
+            )
 
 
 def read_grown_state(
@@ -245,16 +289,7 @@ def _read(file: str, shapes: Mapping[str, tuple[int, ...]], *, whose: str, must_
         settled = tuple((_plain_settings(settings, reader), names) for settings, names in groups)
     for number, (settings, _) in enumerate(settled):
         check_settings(settings, f"{file}: parameter group {number}")
-        if "foreach" in settings and "amsgrad" not in settings:  # of torch's optimizers RAdam alone has Adam's moments
-            raise CheckpointError(
-                f"{file}: parameter group {number} has foreach and no amsgrad, which torch's RAdam leaves and its Adam "
-                "and AdamW do not; only these can grow, and be exported."
-            )
-        if settings.get("amsgrad"):
-            raise CheckpointError(
-                f"{file}: parameter group {number}: amsgrad is True, and the state has no max_exp_avg_sq for it; only "
-                "Adam and AdamW without it can grow, and be exported."
-            )
+        check_is_adam(settings, f"{file}: parameter group {number}")
     return AdamState(file, settled, steps, moments)
 
 

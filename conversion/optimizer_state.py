@@ -62,6 +62,7 @@ _RATES = ("lr", "initial_lr", "max_lr", "min_lr", "lr_mult", "pre_lr_mult")
 _DECAYS = ("weight_decay", "initial_weight_decay", "start_wd", "end_wd", "wd_mult", "pre_wd_mult")
 _NOT_NEGATIVE = frozenset((*_RATES, *_DECAYS, "eps"))
 _SWITCHES = ("amsgrad", "maximize")  # what they are decides every update
+_NEEDED = ("lr", "betas", "eps", "weight_decay")  # by every step of torch's Adam
 
 
 def check_settings(settings: Mapping[Any, Any], where: str, *, others: bool = False) -> None:
@@ -97,6 +98,42 @@ def check_settings(settings: Mapping[Any, Any], where: str, *, others: bool = Fa
             for item in values:
                 if isinstance(item, int | float) and not isinstance(item, bool):
                     read_number(item, place)
+
+
+def check_is_adam(settings: Mapping[Any, Any], where: str) -> None:
+    """Check that a group whose state has two moments is of torch's Adam or AdamW, without amsgrad.
+
+    Args:
+        settings: the group, without the parameters.
+        where: which it is, for the message: file and group.
+
+    Raises:
+        CheckpointError: it is of RAdam, or of an Adam whose third moment is missing.
+    """
+    if "foreach" in settings and "amsgrad" not in settings:  # of torch's optimizers RAdam alone has Adam's moments
+        raise CheckpointError(
+            f"{where} has foreach and no amsgrad, which torch's RAdam leaves and its Adam and AdamW do not; only these "
+            "can be converted, grow, and be exported."
+        )
+    if settings.get("amsgrad"):
+        raise CheckpointError(
+            f"{where}: amsgrad is True, and the state has no max_exp_avg_sq for it; only Adam and AdamW without it can "
+            "be converted, grow, and be exported."
+        )
+
+
+def unsaid_notes(groups: Sequence[Group]) -> list[str]:
+    """A note on what the groups of a run do not say, without which torch's AdamW loads the state and makes no step."""
+    lacking = {
+        key: [str(number) for number, (settings, _) in enumerate(groups) if key not in settings] for key in _NEEDED
+    }
+    unsaid = [f"{key} of group {', '.join(numbers)}" for key, numbers in lacking.items() if numbers]
+    if not unsaid:
+        return []
+    return [
+        f"{OPTIMIZER_FILE} has no {', no '.join(unsaid)}, as the run does not say them: `teleflm grow` and `teleflm "
+        "train` take its moments, and a Trainer cannot go on from it."
+    ]
 
 
 def adam_shard(

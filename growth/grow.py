@@ -304,14 +304,23 @@ def _check_optimizer_in_the_way(out: Path, state: AdamState | None, *, overwrite
 
 
 def _base_width(lineage: Any) -> int | None:
-    """The `mup_base_width` of the last run of training in a lineage; None if it had none, or there was no run."""
+    """The width that the learning rate of the last run of training is for: its `mup_base_width`, else what it trained.
+
+    Growths since then have moved the weights, and no rate. None where no growth says a width.
+    """
+    width = None
     while isinstance(lineage, Mapping):
-        width = lineage.get("mup_base_width")
-        if lineage.get("operation") == "train":
-            return width if type(width) is int else None
+        operation = lineage.get("operation")
+        if operation == "grow":
+            source = lineage.get("source")
+            width = source.get("hidden_size") if isinstance(source, Mapping) else None
+        elif operation not in ("fold", "convert") or "parallel" in lineage:
+            base = lineage.get("mup_base_width") if operation == "train" else None
+            width = base if type(base) is int else width
+            break
         parent = lineage.get("parent")
         lineage = parent.get("lineage") if isinstance(parent, Mapping) else None
-    return None
+    return width if type(width) is int else None
 
 
 def _check_step(source: Path, adam: AdamState) -> None:

@@ -22,7 +22,7 @@ def growth_notes(growth: Growth, dtype: DType, *, is_cast: bool, base_width: int
         growth: what grows into what.
         dtype: of the grown model's weights.
         is_cast: whether it cannot hold all values of the source's.
-        base_width: `mup_base_width` of the run that trained the source, if it had one.
+        base_width: that the learning rate of the last run of training is for; the source's own unless given.
     """
     source, target = growth.source, growth.target
     notes = [

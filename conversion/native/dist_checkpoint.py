@@ -317,7 +317,7 @@ def _read_hub_names(checkpoint: DistributedCheckpoint, adam: AdamMoments | None)
 
 _FSDP_OPTIMIZER = "optimizer_0"
 _STATE = re.compile(r"optimizer\.state\.(.+)\.(\w+)")
-_GROUP = re.compile(r"optimizer\.param_groups\.(\d+)\.(\w+)")
+_GROUP = re.compile(r"optimizer\.param_groups\.(.+)\.(\w+)")  # the number of a group, or the name of a weight
 
 
 def _read_adam(weights: Path) -> AdamMoments:
@@ -342,7 +342,9 @@ def _adam_of(checkpoint: DistributedCheckpoint) -> AdamMoments:
                 continue
             name, key = hub_name(match[1]), match[2]
             if key == "step":
-                steps[name] = _scalar(tensor, reader, f"{checkpoint.folder}: {own_name}")
+                where = f"{checkpoint.folder}: {own_name}"
+                count = read_count(_one_value(tensor, reader, where), where, most=MAX_STEPS, way_out=_LOST)
+                steps[name] = float(count)
             elif key in moments:
                 moments[key][name] = tensor
             else:
@@ -355,23 +357,56 @@ def _adam_of(checkpoint: DistributedCheckpoint) -> AdamMoments:
     return AdamMoments(moments, steps, _fsdp_groups(checkpoint, first))
 
 
-def _scalar(tensor: ShardedTensor, reader: FileReader, where: str) -> float:
+def _one_value(tensor: ShardedTensor, reader: FileReader, where: str) -> Any:
     views = [view for _, view in tensor.chunks if view is not None]
     if tensor.numel != 1 or len(views) != 1:
         raise CheckpointError(f"{where} has shape {tensor.shape}, expected one number.")
-    return float(read_count(plain_value(views[0], reader), where, most=MAX_STEPS, way_out=_LOST))
+    return plain_value(views[0], reader)
 
 
 def _fsdp_groups(checkpoint: DistributedCheckpoint, names: Collection[str]) -> list[tuple[dict[str, Any], list[str]]]:
     """The parameter groups; one of all weights where they are not said, or not of these."""
-    groups: dict[int, dict[str, Any]] = {}
-    for own_name in checkpoint.objects:
-        if match := _GROUP.fullmatch(own_name):
-            groups.setdefault(int(match[1]), {})[match[2]] = _read_object(checkpoint, own_name)
-    ordered = [group for _, group in sorted(groups.items())]
+    said = _said_of_groups(checkpoint)
+    if said and not any(map(str.isdigit, said)):
+        return _joined_groups({hub_name(name): settings for name, settings in said.items()}, names)
+    numbered = {int(number): settings for number, settings in said.items() if number.isdigit()}
+    ordered = [settings for _, settings in sorted(numbered.items())]
     members = [group.get("params") for group in ordered]
     if all(isinstance(own, list) and all(isinstance(name, str) for name in own) for own in members):
         named = [[hub_name(name) for name in own] for own in members if own is not None]
         if sorted(name for own in named for name in own) == sorted(names):
             return [(plain_settings(group), own) for group, own in zip(ordered, named, strict=True)]
     return [({}, sorted(names))]
+
+
+def _said_of_groups(checkpoint: DistributedCheckpoint) -> dict[str, dict[str, Any]]:
+    """What is said of each group, or of each weight, by its number or name; numbers are kept as tensors too."""
+    said: dict[str, dict[str, Any]] = {}
+    for own_name in checkpoint.objects:
+        if match := _GROUP.fullmatch(own_name):
+            said.setdefault(match[1], {})[match[2]] = _read_object(checkpoint, own_name)
+    with FileReader() as reader:
+        for own_name, tensor in checkpoint.tensors.items():
+            if match := _GROUP.fullmatch(own_name):
+                number = _one_value(tensor, reader, f"{checkpoint.folder}: {own_name}")
+                said.setdefault(match[1], {})[match[2]] = number
+    return said
+
+
+def _joined_groups(
+    said: Mapping[str, Mapping[str, Any]], names: Collection[str]
+) -> list[tuple[dict[str, Any], list[str]]]:
+    """The groups of a state that torch has flattened, which says all settings of each weight: those that say the same.
+
+    They are in the order that a Trainer's have, and those of muP: embeddings, matrices, norms.
+    """
+    groups: list[tuple[dict[str, Any], list[str]]] = []
+    for name in sorted(names, key=lambda name: ("norm" in name, "embed_tokens" not in name, name)):
+        settings = plain_settings(said.get(name, {}))
+        for others, members in groups:
+            if others == settings:
+                members.append(name)
+                break
+        else:
+            groups.append((settings, [name]))
+    return groups

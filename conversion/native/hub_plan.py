@@ -29,7 +29,7 @@ from ..hub.contents import CODE_FILES, count_pieces, hub_config, hub_sidecars, s
 from ..input_mult import InputFold, fold_input_mult, folded_lineage, input_mult_warning
 from ..mapping import EMBED_TOKENS, LM_HEAD, Weight, is_derived, weights
 from ..masked import MASKED_CODE, is_masked, masked_config, split_masked_config
-from ..optimizer_state import OPTIMIZER_FILE, adam_shard, check_settings, parameter_names
+from ..optimizer_state import OPTIMIZER_FILE, adam_shard, check_is_adam, check_settings, parameter_names, unsaid_notes
 from ..saved_files import check_saved_files
 from .checkpoint import AdamMoments, NativeCheckpoint, Replica
 from .find import exported_folder
@@ -139,6 +139,7 @@ def plan_run(
         states = [plan_adam(run, run.adam, architecture)]
         tensors += [tensor for shard in states for tensor, _ in shard.tensors]
         notes.append(f"{OPTIMIZER_FILE}: Adam's moments after {max(run.adam.steps.values()):.0f} steps.")
+        notes += unsaid_notes(run.adam.groups)
     plan = CheckpointPlan(tuple(tensors), hub, sidecars, lineage)
     plan.check()
     if tokenizer or beside:  # what else lies in a run's own folder is the run
@@ -398,7 +399,9 @@ def plan_adam(run: NativeCheckpoint, adam: AdamMoments, architecture: Architectu
             setting that Adam cannot have.
     """
     for number, (settings, _) in enumerate(adam.groups):
-        check_settings(settings, f"{run.folder}: parameter group {number} of the optimizer")
+        where = f"{run.folder}: parameter group {number} of the optimizer"
+        check_settings(settings, where)
+        check_is_adam(settings, where)
     names = parameter_names(architecture)
     frozen = [name for name in names if name not in adam.steps]
     if frozen:

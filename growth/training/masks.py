@@ -60,7 +60,11 @@ class MaskCallback(TrainerCallback, ExportableState):
         callbacks: Any = state.stateful_callbacks  # by name, although declared a list
         recorded = callbacks.get(type(self).__name__) if state.global_step else None
         self.first_step = recorded["attributes"]["first_step"] if recorded else masked.mask_step - state.global_step
-        last, total = self.first_step + state.max_steps, masked.config.growth_state["total_steps"]
+        masked.set_mask_step(self.first_step + state.global_step)  # where it stays if no step is left to do
+        last, total = (
+            self.first_step + max(state.max_steps, state.global_step),
+            masked.config.growth_state["total_steps"],
+        )
         logger.info("masks go from step %d to %d of %d", self.first_step + state.global_step, last, total)
         if last < total:
             logger.warning("training ends at mask step %d of %d: go on from its checkpoint, or fold it", last, total)

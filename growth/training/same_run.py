@@ -16,6 +16,9 @@ it has what was saved with it, see `conversion.saved_files`.) Three kinds:
 - all else, which has to be the same.
 
 A key that only one of the two versions of transformers knows is not compared.
+
+A checkpoint's weights are loaded into the model of `model_name_or_path`, so that has to compute what the checkpoint's
+does: its configuration is compared with the one that was saved.
 """
 
 import json
@@ -25,9 +28,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 from conversion.checkpoint.atomic_file import write_atomically
+from conversion.checkpoint.errors import one_line
 from conversion.checkpoint.manifest import is_edited, seal
 from conversion.saved_files import RUN
 
@@ -58,6 +62,14 @@ MAY_CHANGE = "|".join(
         "model_name_or_path|model_revision|dataset_cache_dir|data_files|eval_data_files|train_files|eval_files|chat_template_path",
         "fresh_optimizer",  # a checkpoint has its own
     )
+)
+
+
+# Of a config.json, what no step depends on: names, what is chosen anew when a model is loaded, and token ids, which a
+# Trainer sets to the tokenizer's.
+_NOT_OF_THE_MODEL = (
+    "_name_or_path|transformers_version|architectures|auto_map|(torch_)?dtype|use_cache|_?attn_implementation.*"
+    "|.*_token_ids?|quantization_config"
 )
 
 
@@ -138,6 +150,41 @@ def check_same_run(checkpoint: str | Path, run: Mapping[str, Any]) -> bool | Non
     return True
 
 
+def check_same_model(checkpoint: str | Path, config: PreTrainedConfig) -> None:
+    """Compare the configuration of a model with the one that a checkpoint was saved with.
+
+    Args:
+        checkpoint: folder that is resumed; of an adapter it has none.
+        config: of the model into which its weights are loaded.
+
+    Raises:
+        RunError: they differ, with all fields and both values; or the file cannot be read.
+    """
+    path = Path(checkpoint) / "config.json"
+    if not path.is_file():
+        return
+    try:
+        saved = type(config).from_pretrained(checkpoint)
+    except Exception as error:  # of transformers, or of what reads or checks the file
+        raise RunError(f"{path} cannot be read ({one_line(error)}), so what model it is of is not known.") from error
+    was, now = (_deciding(one.to_dict()) for one in (saved, config))
+    differing = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    if differing:
+        what = "; ".join(f"{name} is {_short(now.get(name))}, was {_short(was.get(name))}" for name in differing)
+        raise RunError(
+            f"{checkpoint} is of another model than model_name_or_path: {what}. Name the model with which the run "
+            "began, or the checkpoint itself."
+        )
+
+
+def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration decides what the model computes; how far masks have risen the checkpoint says itself."""
+    kept = {name: value for name, value in config.items() if not re.fullmatch(_NOT_OF_THE_MODEL, name)}
+    masks = kept.pop("growth_state", None) or {}
+    kept |= {f"growth_state.{name}": value for name, value in masks.items() if name != "step"}
+    return json.loads(json.dumps(kept, default=str))
+
+
 def read_run(checkpoint: Path) -> dict[str, Any]:
     """What `run.json` in a checkpoint says; see [`describe_run`].
 
@@ -204,6 +251,9 @@ def hold_to_run(trainer: Trainer, describe: Callable[[], Mapping[str, Any]], che
     def look() -> bool | None:
         if not trainer.is_world_process_zero():
             return None
+        model: Any = trainer.model
+        if checkpoint:
+            check_same_model(checkpoint, model.config)
         run = describe()
         trainer.run_description = run  # type: ignore[attr-defined]
         same = check_same_run(checkpoint, run) if checkpoint else None
@@ -215,4 +265,13 @@ def hold_to_run(trainer: Trainer, describe: Callable[[], Mapping[str, Any]], che
     return on_every_process(look)
 
 
-__all__ = ["MAY_CHANGE", "RUN", "check_same_run", "describe_run", "hold_to_run", "read_run", "write_run"]
+__all__ = [
+    "MAY_CHANGE",
+    "RUN",
+    "check_same_model",
+    "check_same_run",
+    "describe_run",
+    "hold_to_run",
+    "read_run",
+    "write_run",
+]

@@ -42,6 +42,7 @@ class CheckpointMixin(ShardedSaveMixin):
 
     state: Any
     callback_handler: Any
+    control: Any
     is_fsdp_enabled: bool
     is_deepspeed_enabled: bool
     run_description: Mapping[str, Any] | None = None
@@ -82,7 +83,7 @@ class CheckpointMixin(ShardedSaveMixin):
         known = self.state.stateful_callbacks
         for name, state in fresh.items():
             known.setdefault(name, state)
-        known.setdefault(type(self.control).__name__, self.control.state())  # type: ignore[attr-defined]
+        known.setdefault(type(self.control).__name__, self.control.state())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer.save_model; into a checkpoint comes what it is of."""
@@ -121,6 +122,18 @@ class CheckpointMixin(ShardedSaveMixin):
             if checkpoint is not None:
                 check_loaded_moments(self.optimizer)
                 follow_schedule(self.lr_scheduler)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer._run_epoch, which asks after each step whether it was the last one; where none is left, none is
+        done."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+            return
+        if self.state.is_world_process_zero:
+            logger.warning(
+                "step %d is done, of %d: there is no step left to do", *(self.state.global_step, self.state.max_steps)
+            )
+        self.control.should_training_stop = True
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         with _loading(checkpoint):

@@ -10,6 +10,7 @@ files are read once more, slowly, up to the first fault.
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import datasets
 import pyarrow
 import pyarrow.parquet
+import xxhash
 
 from conversion.checkpoint.errors import CheckpointError, one_line
 
@@ -47,7 +49,7 @@ def load_documents(files: Sequence[str], column: str) -> datasets.Dataset:
         raise CheckpointError(f"{', '.join(files)}: expected files of one kind, each ending in one of {known}.")
     whole = {"sample_by": "document"} if kind == "text" else {}
     try:
-        documents = datasets.load_dataset(kind, data_files=list(files), split="train", **whole)
+        documents = datasets.load_dataset(kind, _state_of(files), data_files=list(files), split="train", **whole)
     except Exception as error:  # datasets raises its own, those of pyarrow, and whatever its readers meet
         fault = (
             _first_fault(files, column) or f"{', '.join(files)}: cannot be read: {one_line(error.__cause__ or error)}"
@@ -62,6 +64,15 @@ def load_documents(files: Sequence[str], column: str) -> datasets.Dataset:
         other = f"{', '.join(files)}: {column} holds {kind_of_text}, expected text."
         raise CheckpointError(_first_fault(files, column) or other)
     return documents
+
+
+def _state_of(files: Sequence[str]) -> str:
+    """A name that other content of the files has not, for the cache of `datasets`, which looks at the time of change.
+
+    A copy may keep that time, of other text of the same size too; the time of any change no program can set.
+    """
+    stamps = [(status.st_size, status.st_mtime_ns, status.st_ctime_ns) for status in map(os.stat, files)]
+    return f"text-{xxhash.xxh3_64_hexdigest(repr(stamps).encode())}"
 
 
 def _is_utf8(texts: pyarrow.ChunkedArray) -> bool:

@@ -53,7 +53,7 @@ from .optimizer_layout import parameter_shapes
 from .output_lock import hold_output
 from .parallel import check_parallelism, read_parallelism
 from .record import count_tokens, digest_examples, start_record
-from .resume import checkpoints
+from .resume import checkpoints, step_of
 from .resume import find_checkpoint as find_resumed
 from .rewarm import RewarmCallback, check_optimizer_choice, find_new_parts
 from .same_run import describe_run, hold_to_run
@@ -203,7 +203,8 @@ def train(
     A masked model stays one until `teleflm fold` is run on it.
 
     Returns:
-        the metrics of the run, as transformers' `TrainOutput.metrics`.
+        the metrics of the run, as transformers' `TrainOutput.metrics`; of a run that had no step left to do without a
+        loss.
 
     Raises:
         CheckpointError: the data, the model or its state is refused; no step was done.
@@ -220,6 +221,8 @@ def train(
         record = start_record(trainer, Path(growth.model_name_or_path), checkpoint)
         output = trainer.train(resume_from_checkpoint=checkpoint)
         record.save_model()
+    if checkpoint and trainer.state.global_step == step_of(checkpoint):
+        output.metrics.pop("train_loss", None)
     return output.metrics
 
 
@@ -427,7 +430,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = _refuse(error)
     leave_processes(together=status == 0)
     if status == 0 and os.environ.get("RANK", "0") == "0":
-        print(f"{args.output_dir}: mean loss {metrics['train_loss']:.4f} in {metrics['train_runtime']:.0f} s")
+        done = f"mean loss {metrics['train_loss']:.4f}" if "train_loss" in metrics else "no step was left to do"
+        print(f"{args.output_dir}: {done} in {metrics['train_runtime']:.0f} s")
     return status
 
 

@@ -412,6 +412,23 @@ def certify_moments(
     return MomentCertificate(before.file, after.file, found, faults, is_sampled, identity)
 
 
+def why_not_certified(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> str | None:
+    """Why [`certify_moments`] would refuse B's optimizer.pt, whatever state is given as A's; None: it would not.
+
+    Args:
+        a: folder of the source.
+        b: folder of the grown model.
+    """
+    try:
+        first, second = open_checkpoint(a), open_checkpoint(b)
+        manifest = read_manifest(Path(second.folder))
+        source, target = _architecture(first), _architecture(second)
+        state_moment_conditions(source, target, growth_steps(source, target, manifest["lineage"] if manifest else None))
+    except CheckpointError as error:
+        return str(error).partition("; ")[0].rstrip(".")
+    return None
+
+
 def _architecture(checkpoint: Source) -> Architecture:
     where = f"{checkpoint.folder}/config.json"
     config = checkpoint.config
@@ -640,4 +657,4 @@ def _mean(view: View, reader: FileReader) -> float:
     return total / count
 
 
-__all__ = ["MomentCertificate", "certify_moments", "model_order", "state_moment_conditions"]
+__all__ = ["MomentCertificate", "certify_moments", "model_order", "state_moment_conditions", "why_not_certified"]

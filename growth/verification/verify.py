@@ -28,7 +28,7 @@ from evaluation.vocabulary import SENTENCEPIECE, TOKENIZER
 from .certificate import Certificate, certify
 from .comparison import COMPUTE_DTYPES, Forward, Numbers, Progress, compare_numbers, no_progress
 from .conditions import MeasuredLayer, growth_steps, measured_layers
-from .moment_certificate import MomentCertificate, certify_moments
+from .moment_certificate import MomentCertificate, certify_moments, why_not_certified
 
 FORWARDS = ("auto", "loaded", "streamed")
 Verdict: TypeAlias = Literal["same-bytes", "certified", "indistinguishable", "not-certified", "different", "unjudged"]
@@ -243,8 +243,10 @@ def verify_checkpoints(
     moments = None
     if optimizer is None:
         if is_here and (Path(b) / OPTIMIZER_FILE).is_file():
+            reason = why_not_certified(a, b)
             notes.append(
-                f"{OPTIMIZER_FILE} of B was not looked at; --optimizer DIR, the state that grew, certifies it."
+                f"{OPTIMIZER_FILE} of B was not looked at"
+                + (f": {reason}." if reason else "; --optimizer DIR, the state that grew, certifies it.")
             )
     elif certificate and not certificate.tensors:
         notes.append(f"{OPTIMIZER_FILE} of B was not looked at: {certificate.broken_fields[0]}")

@@ -595,7 +595,9 @@ def _summary(result: TrainResult) -> str:
     rewards = [entry["reward"] for entry in new if "reward" in entry]
     # GRPO's loss is about 0 whatever is learned.
     learned = f"reward {rewards[0]:.3f} at first, {rewards[-1]:.3f} at last" if rewards else f"mean loss {loss:.4f}"
-    if (step := lost_from(new, "loss")) is not None:
+    if result.resumed_step and result.global_step == result.resumed_step:
+        learned = "which was the last"
+    elif (step := lost_from(new, "loss")) is not None:
         learned += f": from step {step} on the loss is no finite number, and the model is of no use"
     elif (step := lost_from(new, "grad_norm")) is not None:
         learned += f": from step {step} on the gradient norm is no finite number, and the model may be of no use"

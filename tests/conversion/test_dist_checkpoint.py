@@ -24,6 +24,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from transformers import Trainer, TrainingArguments
 
 from conversion import convert_checkpoint
@@ -32,6 +33,7 @@ from conversion.checkpoint.errors import CheckpointError
 from conversion.native.dist_checkpoint import dist_format, read_dist_checkpoint
 from conversion.native.table import MEGATRON, NativeWeight
 from growth import grow_checkpoint
+from growth.training.mup import parameter_groups
 from tests.fixtures.hostile_pickles import harm_done, hostile_pickles
 from tests.fixtures.sharded_tensors import holds
 from tests.fixtures.tiny import tiny_config, tiny_model
@@ -357,6 +359,64 @@ def test_the_moments_of_fsdp2_become_those_of_a_trainer(world, tmp_path):
         CheckpointError, match=r"already holds model\.safetensors, but lineage\.optimizer was True and is None"
     ):
         convert_checkpoint(world / "checkpoint-5", tmp_path / "out", config=config)
+
+
+def _save_state(folder: Path, optimizer_class, *, flat: bool, **settings) -> tuple:
+    """A folder of DCP with the model and its optimizer after a step, as torch gathers both; in muP's groups."""
+    model = hub_model().float()
+    groups = parameter_groups(model, learning_rate=1e-3, weight_decay=0.1, width_ratio=2.0)
+    optimizer = optimizer_class([{**group, **settings} for group in groups])
+    tokens = torch.arange(12)[None]
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    weights, state = get_state_dict(model, optimizer, options=options)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder, no_dist=True)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("rate", ["a number", "a tensor"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_groups_of_torch_are_kept_however_it_saves_them(flat, rate, tmp_path):
+    """Flattened, as torchtitan has it, all settings stand with each weight; a rate that is a tensor, with tensors."""
+    model, optimizer = _save_state(tmp_path / "run", torch.optim.AdamW, flat=flat)
+    if rate == "a tensor":
+        shutil.rmtree(tmp_path / "run")
+        model, optimizer = _save_state(tmp_path / "run", torch.optim.AdamW, flat=flat, lr=torch.tensor(0.5))
+    result = convert_checkpoint(tmp_path / "run", tmp_path / "out", config=model.config.to_dict(), optimizer=True)
+    saved = torch.load(tmp_path / "out/optimizer.pt", weights_only=True)
+    assert not any("has no" in note for note in result.notes)
+    own = optimizer.state_dict()["param_groups"]
+    for found, expected in zip(saved["param_groups"], own, strict=True):
+        assert len(found["params"]) == len(expected["params"])
+        assert {key: found[key] for key in expected if key != "params"} == {
+            key: value for key, value in expected.items() if key != "params"
+        }
+    names = [name for group in saved["param_groups"] for name in group["param_names"]]
+    parameters = dict(model.named_parameters())
+    for index, name in enumerate(names):
+        assert torch.equal(saved["state"][index]["exp_avg"], optimizer.state[parameters[name]]["exp_avg"])
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_radam_is_not_taken_for_adam(flat, tmp_path):
+    model, _ = _save_state(tmp_path / "run", torch.optim.RAdam, flat=flat)
+    with pytest.raises(
+        CheckpointError, match="group 0 of the optimizer has foreach and no amsgrad, which torch's RAdam"
+    ):
+        convert_checkpoint(tmp_path / "run", tmp_path / "out", config=model.config.to_dict(), optimizer=True)
+
+
+def test_what_no_group_says_is_said(tmp_path):
+    model, _ = _save_state(tmp_path / "run", torch.optim.AdamW, flat=False)
+    state = dcp.state_dict_loader._load_state_dict_from_keys(checkpoint_id=tmp_path / "run")
+    del state["optimizer"]["param_groups"]
+    shutil.rmtree(tmp_path / "run")
+    dcp.save(state, checkpoint_id=tmp_path / "run", no_dist=True)
+    result = convert_checkpoint(tmp_path / "run", tmp_path / "out", config=model.config.to_dict(), optimizer=True)
+    assert [note for note in result.notes if "no lr of group 0, no betas of group 0" in note]
 
 
 def test_moments_grow_after_they_were_converted(world, tmp_path):

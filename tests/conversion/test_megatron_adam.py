@@ -196,7 +196,9 @@ def test_the_state_says_how_it_decays_and_only_what_decays_beside_the_gradients_
     def say(content: Any) -> None:
         vars(content["args"])["decoupled_weight_decay"] = decoupled
         inner = content["optimizer"]
-        for group in inner.get("optimizer", inner)["param_groups"]:
+        while "param_groups" not in inner:
+            inner = inner.get("optimizer") or inner[0]
+        for group in inner["param_groups"]:
             del group["decoupled_weight_decay"]  # which torch's AdamW says
 
     (edit if name == "flat" else edit_common)(say)(run)

@@ -35,7 +35,7 @@ from growth import grow_checkpoint
 from growth.fold import fold_masks
 from growth.method import Mask, Random, Tile, Zero
 from growth.training.mup import parameter_groups
-from growth.verification.moment_certificate import certify_moments, model_order
+from growth.verification.moment_certificate import certify_moments, model_order, why_not_certified
 from growth.verification.verify import verify_checkpoints
 from modeling_teleflm import TeleFLMForCausalLM
 from teleflm.app import app
@@ -541,6 +541,10 @@ def test_what_cannot_be_judged_is_refused(grown, make_source, tmp_path):
     grow_checkpoint(source, tmp_path / "random", heads(12, 3), optimizer=source, method=Random())
     with pytest.raises(CheckpointError, match=r"growth by method random, which does not preserve the function"):
         certify_moments(source, tmp_path / "random", source)
+    assert why_not_certified(source, out) is None
+    for folder, reason in (("random", "growth by method random"), ("twice", "B is 2 growths away from A")):
+        assert reason in (why_not_certified(source, tmp_path / folder) or "")
+    assert [note for note in verify_checkpoints(source, tmp_path / "twice").notes if "at: B is 2 growths away" in note]
     grow_checkpoint(source, tmp_path / "active", {"num_hidden_layers": 4}, optimizer=source, new_layers="active")
     with pytest.raises(CheckpointError, match=r"growth by new_layers active, which does not preserve the function"):
         certify_moments(source, tmp_path / "active", source)

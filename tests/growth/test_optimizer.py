@@ -32,7 +32,8 @@ from conversion.hub.saved_model import record_saved_model
 from conversion.inspect import inspect_checkpoint
 from conversion.optimizer_state import parameter_names
 from growth import grow_checkpoint
-from growth.method import Tile, Zero
+from growth.fold import fold_masks
+from growth.method import Mask, Tile, Zero
 from growth.moments import read_adam_state, read_grown_state
 from growth.training.grown_adam import check_adam_state, find_grown_state, load_adam_state
 from growth.training.mup import parameter_groups
@@ -501,6 +502,42 @@ def test_moments_are_read_without_loading_them(trained):
     assert state.groups[0][0]["betas"] == (0.9, 0.999)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_mult": 5.0}, "the factor on the embeddings 5, and the model 2.5, so its moments are of other weights"),
+        ({"output_mult": 1.0}, "the factor on the logits 0.25, and the model 0.125"),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps 1e-06, and the model 1e-05"),
+    ],
+)
+def test_moments_beside_a_model_with_other_factors_are_none_of_this_one(change, message, source, tmp_path):  # noqa: F811
+    """As of weights into which a factor was folded: sizes do not tell them apart."""
+    save_state(source, tmp_path / "optimizer.pt")
+    config = json.loads((source / "config.json").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    architecture = Architecture.from_config(config)
+    with pytest.raises(CheckpointError, match=rf"optimizer\.pt: config\.json beside it has {message}"):
+        read_adam_state(tmp_path, architecture)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "other"}))
+    read_adam_state(tmp_path, architecture)
+
+
+def test_moments_from_under_masks_are_those_of_a_fold_at_their_end_alone(source, tmp_path):  # noqa: F811
+    grow_checkpoint(source, tmp_path / "masked", {"num_hidden_layers": 4}, method=Mask(8))
+    path, plain = tmp_path / "masked/config.json", tmp_path / "plain"
+    config = json.loads(path.read_bytes())
+    config["growth_state"]["step"] = 8
+    path.write_text(json.dumps(config))
+    fold_masks(tmp_path / "masked", plain)
+    save_state(plain, tmp_path / "masked/optimizer.pt")
+    architecture = Architecture.from_config(json.loads((plain / "config.json").read_bytes()))
+    read_adam_state(tmp_path / "masked", architecture)
+    config["growth_state"]["step"] = 7
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"is of masks at step 7 of 8, which `teleflm fold` multiplied into"):
+        read_adam_state(tmp_path / "masked", architecture)
+
+
 # Whose moments lie beside the weights.
 
 
@@ -872,3 +909,14 @@ def test_the_base_width_of_the_run_before_is_the_one_to_go_on_with(make_source, 
     notes = " ".join(grow_checkpoint(source, tmp_path / "out", TARGET, multipliers="target").notes)
     assert "--mup_base_width 16`" in notes
     assert "--mup_base_width 32" not in notes
+
+
+def test_the_base_width_of_a_second_growth_is_that_of_the_last_training(source, tmp_path):  # noqa: F811
+    """Which is what `continue_schedule` takes; nothing was trained at the width between the two."""
+    grow_checkpoint(source, tmp_path / "wider", {"hidden_size": 40, "num_attention_heads": 5})
+    wider = {"hidden_size": 48, "num_attention_heads": 6}
+    again = grow_checkpoint(tmp_path / "wider", tmp_path / "again", wider, dry_run=True)
+    assert "--mup_base_width 32`" in " ".join(again.notes)
+    record_saved_model(tmp_path / "wider", {"operation": "fine-tune", "parent": None}, 0)
+    again = grow_checkpoint(tmp_path / "wider", tmp_path / "again", wider, dry_run=True)
+    assert "--mup_base_width 40`" in " ".join(again.notes)

@@ -115,6 +115,55 @@ def test_resuming_changes_no_bit(arguments, masked, tmp_path):
         assert all(torch.equal(value, optimizers[1]["state"][index][key]) for key, value in state.items())
 
 
+def test_text_that_was_exchanged_is_read_anew_whatever_its_time_of_change(arguments, text, tmp_path):
+    """As of a copy that keeps the time: `datasets` would take what it has in its cache."""
+    file, time = tmp_path / "text.jsonl", text.stat().st_mtime_ns
+    found = []
+    for content in (text.read_text(), text.read_text().replace("the", "teh")):
+        file.write_text(content)
+        os.utime(file, ns=(time, time))
+        growth, _ = split(arguments(train_files=[str(file)]))
+        tokenizer = AutoTokenizer.from_pretrained(growth.model_name_or_path)
+        found.append(load_blocks(growth.train_files, tokenizer, growth)["input_ids"][:])
+    assert found[0] != found[1]
+
+
+def test_a_run_that_is_done_does_no_further_step(arguments, tmp_path, caplog):
+    """The same command again, as a scheduler gives it; a Trainer would do one more step each time."""
+    keys = arguments(max_steps=2, save_steps=2)
+    train(*split(keys))
+    for steps in (2, 1):
+        caplog.clear()
+        metrics = train(*split({**keys, "max_steps": steps, "resume_from_checkpoint": "true"}))
+        assert "train_loss" not in metrics
+        assert f"step 2 is done, of {steps}: there is no step left to do" in caplog.text
+        lineage = json.loads((tmp_path / "run" / MANIFEST).read_bytes())["lineage"]
+        assert (lineage["steps"], lineage["masks"]["end"]) == (2, 0.1)
+        assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    kept, final = weights(tmp_path / "run/checkpoint-2"), weights(tmp_path / "run")
+    assert all(torch.equal(kept[name], final[name]) for name in kept)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_mult": 0.25}, "output_mult is 0.25, was 0.5"),
+        ({"growth_state": {"total_steps": 40}}, "growth_state.total_steps is 40, was 20"),
+    ],
+)
+def test_a_checkpoint_is_resumed_in_its_own_model(changes, message, arguments, masked, tmp_path):
+    """Its weights fit every model of their shapes, whatever that computes."""
+    train(*split(arguments(max_steps=1, save_steps=1)))
+    shutil.copytree(masked, tmp_path / "other")
+    config = json.loads((masked / "config.json").read_bytes())
+    for name, value in changes.items():
+        config[name] = {**config[name], **value} if isinstance(value, dict) else value
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    keys = arguments(model_name_or_path=str(tmp_path / "other"), max_steps=2, resume_from_checkpoint="true")
+    with pytest.raises(RunError, match=rf"checkpoint-1 is of another model than model_name_or_path: {message}\. Name"):
+        train(*split(keys))
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(arguments, tmp_path):
     """Half the batch each; real processes, as `accelerate launch` and `torchrun` start them."""
