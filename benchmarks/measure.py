@@ -12,6 +12,7 @@ import argparse
 import os
 import platform
 import random
+import re
 import resource
 import shlex
 import shutil
@@ -230,7 +231,10 @@ def mib(runs: Sequence[Run]) -> str:
 
 
 def report(title: str, folder: Path, about: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, and put it on top of RESULTS.md with the date, the command and the machine."""
+    """Print a table, and put it on top of RESULTS.md with the date, the command and the machine.
+
+    It replaces an older one of the same title and options, whatever the number of rounds.
+    """
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)
@@ -243,8 +247,20 @@ def report(title: str, folder: Path, about: str, columns: Sequence[str], rows: S
         f"{about} {machine(folder)}",
     ]
     lines += ["", *("| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows]), ""]
-    head, mark, older = RESULTS.read_text().partition("\n## ")
-    RESULTS.write_text(head.rstrip("\n") + "\n\n" + "\n".join(lines) + (mark + older if mark else ""))
+    RESULTS.write_text(put_on_top("\n".join(lines), RESULTS.read_text()))
+
+
+def put_on_top(section: str, results: str) -> str:
+    """A page of sections with another one before them, without that which it replaces."""
+    head, *older = results.split("\n## ")
+    kept = [old for old in older if _claim("## " + old) != _claim(section)]
+    return "\n## ".join([head.rstrip("\n") + "\n\n" + section, *kept])
+
+
+def _claim(section: str) -> tuple[str, str]:
+    """A section's title, and its command without what decides how often something is run, or where."""
+    title, command = section.partition("\n")[0], re.search(r"UTC\. `(.*)`", section)
+    return title, re.sub(r" --(pairs|runs|kills|folder) \S+", "", command[1]) if command else ""
 
 
 def _command() -> str:
