@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""README, sentence by sentence: what it promises stands there as it is tested here.
+"""README and the guides, sentence by sentence: what they promise stands there as it is tested here.
 
 Each of these has tests of its own that go further; this file fails when a sentence changes and its test does not.
 """
@@ -25,15 +25,16 @@ from teleflm.app import app
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
-README = " ".join((ROOT / "README.md").read_text().split())
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SAID = " ".join(" ".join(page.read_text().split()) for page in GUIDES)
 WIDER = ("--set", "hidden_size=40", "--set", "num_attention_heads=5")
 
 
 def promise(sentence: str) -> Callable[[Callable], Callable]:
-    """A test of a sentence, or a part of one, that README has word for word."""
+    """A test of a sentence, or a part of one, that README or a guide has word for word."""
 
     def marked(test: Callable) -> Callable:
-        assert " ".join(sentence.split()) in README, f"README does not say: {sentence}"
+        assert " ".join(sentence.split()) in SAID, f"README and the guides do not say: {sentence}"
         return test
 
     return marked

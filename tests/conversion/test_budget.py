@@ -44,6 +44,8 @@ from conversion.checkpoint.plan import (
 )
 from conversion.checkpoint.reader import FileReader
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 ROWS, WIDTH = 1024, 1536  # of a source; no power of two, so that rows lie across grid cells
 

@@ -32,6 +32,8 @@ from modeling_teleflm import TeleFLMForCausalLM
 from tests.fixtures.checkpoint_runs import contents, run_teleflm
 from tests.fixtures.tiny import tiny_config, tiny_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 WEIGHTS, OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
 SMALL = WriteOptions(max_shard_size="4KB")  # so that tensors have many chunks, and files few

@@ -34,6 +34,8 @@ from conversion.checkpoint.execute import WriteOptions, write_checkpoint
 from conversion.checkpoint.plan import CheckpointPlan
 from tests.fixtures.hostile_pickles import harm_done, hostile_pickles
 
+pytestmark = pytest.mark.slow
+
 
 def state_dict() -> dict:
     generator = torch.Generator().manual_seed(0)
@@ -227,7 +229,6 @@ def test_equal_fronts_of_unequal_chunks(tmp_path):
     )
 
 
-@pytest.mark.slow
 def test_a_large_world(tmp_path):
     """Three of the 1T's 140 layers: 1,728 chunks of weights, thrice as many of the optimizer, and every rank's plan.
 

@@ -21,6 +21,8 @@ from conversion.checkpoint.sources import WEIGHT_FILES
 from tests.fixtures.checkpoint_runs import contents, disk_cannot_preallocate, disk_seems_empty, run_teleflm
 from tests.fixtures.tiny import tiny_model
 
+pytestmark = pytest.mark.slow
+
 SIZE = 4 << 20
 
 

@@ -43,7 +43,10 @@ from tests.fixtures.megatron_reference import VOCAB_SIZE, reference_config, refe
 from tests.fixtures.megatron_variants import VARIANTS, write_variant
 from tests.fixtures.sharded_tensors import materialise
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="megatron-core has wheels for Linux only")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="megatron-core has wheels for Linux only"),
+]
 OUTER = ("model.embed_tokens.weight", "lm_head.weight")
 
 

@@ -105,7 +105,7 @@ def assert_nothing_loads_unless_complete(out: Path, finished: dict[str, bytes], 
         assert {name: data for name, data in found.items() if not name.startswith(FOLDER)} == finished, where
 
 
-@pytest.mark.parametrize("digest", [True, False], ids=["digests", "no digests"])
+@pytest.mark.parametrize("digest", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["digests", "no digests"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_killed_and_resumed(shape, digest, sources, tmp_path):
     rng = random.Random(f"{shape}, {digest}")

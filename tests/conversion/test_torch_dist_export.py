@@ -26,6 +26,8 @@ from tests.fixtures.megatron_reference import Chunk, chunk_weights
 from tests.fixtures.megatron_worlds import ROOT, TOKENS
 from tests.fixtures.tiny import tiny_config, tiny_model
 
+pytestmark = pytest.mark.slow
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = 700
 SMALL = WriteOptions(max_shard_size="2KB")  # so that tensors have many chunks

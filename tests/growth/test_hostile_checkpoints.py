@@ -25,6 +25,8 @@ from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 from tests.growth.test_growth import one_thread  # noqa: F401
 from tests.growth.test_train import split
 
+pytestmark = pytest.mark.slow
+
 HUGE = 10**400
 
 

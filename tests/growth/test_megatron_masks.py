@@ -37,6 +37,8 @@ from tests.fixtures.tiny import tiny_config, tiny_model
 from tests.growth.megatron_mask_worker import RATE, STEPS, TRAINED, probe
 from tests.growth.test_growth import one_thread  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 real = pytest.mark.skipif(sys.platform != "linux", reason="megatron-core has wheels for Linux only")
 VOCAB = 100
 # Groups of four of what were two: new heads lie between old ones, on either rank.

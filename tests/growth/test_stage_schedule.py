@@ -25,6 +25,8 @@ from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 from tests.growth.test_growth import one_thread  # noqa: F401
 from tests.growth.test_train import split
 
+pytestmark = pytest.mark.slow
+
 TARGET = {"hidden_size": 40, "num_attention_heads": 5, "intermediate_size": 110, "num_hidden_layers": 4}
 PEAK = 1e-3
 WSD = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 2}}

@@ -23,6 +23,8 @@ from sft.data.validate import validate_conversations
 from tests.fixtures.chat_formula import stretches
 from tests.fixtures.tiny import tiny_sentencepiece, tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 WORDS = [
     "Why",
     "because",

@@ -24,6 +24,8 @@ from sft.training.run_log import read_history
 from sft.training.train import main, train
 from tests.sft.test_train import losses, weights
 
+pytestmark = pytest.mark.slow
+
 RUN = {"max_steps": 3, "learning_rate": 0.05, "max_length": 128, "per_device_train_batch_size": 4}
 
 

@@ -549,6 +549,7 @@ def test_what_nobody_foresaw_is_told_of_the_first_step(grpo, monkeypatch, tmp_pa
 # --- record and resume ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_peft", [False, True])
 def test_a_resumed_run_is_the_run_that_went_on(use_peft, grpo, file, tmp_path):
     keys = {"max_steps": 6, "use_peft": use_peft, "save_strategy": "steps", "save_steps": 3}

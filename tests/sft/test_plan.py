@@ -225,7 +225,11 @@ def test_alternatives_fit_and_nothing_smaller_does():
         (["--model", "tele-flm-52b", "--method", "all"], 2, "method is 'all'; expected one of full, lora, qlora."),
         (["--model", "tele-flm-52b", "--strategy", "x"], 2, "strategy is 'x'; expected one of fsdp2, zero3, ddp."),
         (["--model", "tele-flm-52b", "--dtype", "int8"], 2, "dtype is 'int8'; expected bfloat16 or float32."),
-        (["--model", "tele-flm-52b", "--gpu-memory", "80"], 3, "It does not fit."),
+        (
+            ["--model", "tele-flm-52b", "--gpu-memory", "80"],
+            2,
+            "size '80' has no unit, and so few bytes hold nothing: 80GB",
+        ),
         (["--model", "tele-flm-52b", "--gpu-memory", "lots"], 2, "size 'lots' is not a positive number of bytes"),
         (["--model", "tele-flm-52b", "--mfu", 35], 2, "mfu is 35.0; it is a share, above 0 and at most 1."),
         (["--model", "tele-flm-52b", "--gpu-tflops", 0], 2, "gpu_tflops is 0.0; it must be above 0."),

@@ -21,6 +21,8 @@ from sft.training.train import build_trainer, train
 from tests.sft.test_dpo import dpo, pairs, pairs_file  # noqa: F401
 from tests.sft.test_train import losses, weights
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["What is assert?", [{"role": "system", "content": "Be brief.\n"}, {"role": "user", "content": "Who?"}]]
 RUN = {"max_steps": 4, "learning_rate": 0.05, "max_length": 128, "per_device_train_batch_size": 4}
 

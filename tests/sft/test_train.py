@@ -178,6 +178,7 @@ def documents(batch):
     return list(zip(*(column[0].split(lengths) for column in columns), strict=True))
 
 
+@pytest.mark.slow
 def test_weights_reach_the_gradient_and_the_evaluation(make_recipe, weighted_file, tmp_path):
     """Half the weight everywhere is half the loss and half the gradient."""
     half = tmp_path / "half.jsonl"
@@ -271,6 +272,7 @@ def test_lora_trains_adapters_only_and_merges(make_recipe, model_dir):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{"packing": True, "max_length": 64}, {"use_peft": True}], ids=["packed", "lora"])
 def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(keys, make_recipe, tmp_path):
     common = {
@@ -387,6 +389,7 @@ def test_data_that_begin_anew_are_not_the_same_run(make_recipe, caplog):
     assert details["resumed"] == {"step": 2, "same_run": False}
 
 
+@pytest.mark.slow
 def test_a_record_says_whether_a_resumed_run_was_compared(make_recipe, tmp_path):
     keys = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     train(make_recipe(**keys), progress=False)

@@ -25,6 +25,8 @@ from sft.training.watch import Stopwatch, count_tokens, public_name, source_name
 from tests.sft.test_dpo import dpo, pairs, pairs_file  # noqa: F401
 from tests.sft.test_train import losses, weighted_file, weights  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 RUN = {"max_steps": 4, "learning_rate": 0.05, "max_length": 128, "per_device_train_batch_size": 4}
 
 

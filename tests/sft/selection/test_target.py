@@ -368,8 +368,7 @@ def held(corpus, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("held")
     data, seen = corpus[:300], {row["group"] for row in corpus[:300]}
     others = {row["group"]: row["messages"] for row in corpus[300:] if row["group"] not in seen}
-    long = [group for group in sorted(others) if len(others[group][0]["content"].split()) > 30]  # in no row by chance
-    dev = [others[group] for group in long[:10]]
+    dev = [others[group] for group in sorted(others)[:10]]
     copied = [chat("Hello! Are you there?", "Good day.", *(message["content"] for message in own)) for own in dev]
     return tuple(
         write_rows(folder / name, [{"messages": messages} for messages in chats])
@@ -387,8 +386,11 @@ def test_rows_are_selected_by_targets(held, tmp_path):
     settings = SelectionSettings(count=30, target=str(dev))
     select_conversations(data, tmp_path / "out", settings, notify=told.append)
     assert told[0] == "target-copies: drops what contains one of the 10 targets; --keep-target-copies keeps it"
-    assert stages(tmp_path / "out")["target-copies"]["dropped"] == {"contains_target": 10}
+    dropped = stages(tmp_path / "out")["target-copies"]["dropped"]
+    assert dropped.keys() == {"contains_target"}
+    assert 10 <= dropped["contains_target"] <= 12  # where all texts are of one manual, a row may have one by chance
     rows = selected(tmp_path / "out")
+    assert not any("Are you there?" in row["messages"][0]["content"] for row in rows)
     assert sorted(row["teleflm_target"] for row in rows) == sorted([*range(1, 11)] * 3), "each takes as many"
     assert all(-1 <= row["teleflm_similarity"] < 0.99 for row in rows)
     assert not any("teleflm_score" in row for row in rows)
