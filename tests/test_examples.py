@@ -78,6 +78,7 @@ def test_serve(to, converted, tmp_path):
     assert str(tmp_path / "out") in example("serve", converted, tmp_path / "out", to)
 
 
+@pytest.mark.slow
 def test_publish(converted, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert {"model.safetensors", "tokenizer.json", "README.md"} <= set(example("publish", converted, "owner/name"))

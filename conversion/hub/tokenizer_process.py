@@ -156,18 +156,21 @@ def _keep(path: Path | None, said: bytes) -> None:
         write_atomically(path, hashlib.sha256(said).hexdigest().encode() + b"\n" + said)
 
 
-def main() -> None:
-    """Answer the request on stdin."""
-    asked = json.load(sys.stdin)
+def answer_to(request: bytes) -> bytes:
+    """What the child answers."""
+    asked = json.loads(request)
     try:
         made = _make(base64.b64decode(asked["model"]), asked["config"])
     except CheckpointError as error:
-        answer: dict[str, Any] = {"said": str(error), "mismatch": isinstance(error, TokenizerMismatch)}
-    else:
-        settings = asdict(made.settings)
-        settings["cuts"] = [list(token.values()) for token in settings["cuts"]]
-        answer = {"text": made.text, "names": dict(made.names), **settings}
-    json.dump(answer, sys.stdout)
+        return json.dumps({"said": str(error), "mismatch": isinstance(error, TokenizerMismatch)}).encode()
+    settings = asdict(made.settings)
+    settings["cuts"] = [list(token.values()) for token in settings["cuts"]]
+    return json.dumps({"text": made.text, "names": dict(made.names), **settings}).encode()
+
+
+def main() -> None:
+    """Answer the request on stdin."""
+    sys.stdout.buffer.write(answer_to(sys.stdin.buffer.read()))
 
 
 if __name__ == "__main__":
