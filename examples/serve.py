@@ -14,7 +14,7 @@ from conversion import export_checkpoint
 COMMANDS = {
     "granite": "vllm serve {out}",
     "llama": "vllm serve {out}",
-    "gguf": "llama-server --jinja -m {out}/*.gguf",
+    "gguf": "llama-server --jinja -m {out}/{file}",  # the first of several names the others
 }
 
 
@@ -22,7 +22,7 @@ def main(model: str, out: str, to: str = "granite") -> str:
     """The command."""
     result = export_checkpoint(model, out, to=to)
     print(*result.notes, sep="\n")
-    command = COMMANDS[to].format(out=out)
+    command = COMMANDS[to].format(out=out, file=result.shards[0].filename)
     print(command)
     return command
 
