@@ -19,10 +19,10 @@ import torch
 
 from conversion.checkpoint.manifest import MANIFEST
 from tests.fixtures.hostile_pickles import text
+from tests.fixtures.yardstick import TWO_SECONDS
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 100 * 2**20
-YARDSTICKS = 30  # two seconds by the definition of `bounded_reader.yardstick`; the slowest takes 24
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ OTHERS: dict[str, tuple[str, str, Callable[[], str], int | None, str]] = {
 
 def check(found: dict[str, Any], outcome: str) -> None:
     assert found["bytes"] < LIMIT
-    assert found["yardsticks"] < YARDSTICKS
+    assert found["yardsticks"] < TWO_SECONDS  # the slowest takes 24 yardsticks of 30
     assert re.search(outcome, found["outcome"]), found["outcome"]
     assert outcome == "read" or found["outcome"].startswith("CheckpointError: ")
     assert "\n" not in found["outcome"]

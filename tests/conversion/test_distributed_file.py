@@ -7,7 +7,6 @@
 import io
 import pickle
 import shutil
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -236,13 +235,11 @@ def test_a_large_world(tmp_path):
     """
     write_large_metadata(tmp_path, layers=3, ranks=64)
     tracemalloc.start()
-    begin = time.perf_counter()
     checkpoint = read_distributed_checkpoint(tmp_path, lambda name: not name.startswith("optimizer."))
-    seconds, (_, peak) = time.perf_counter() - begin, tracemalloc.get_traced_memory()
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert sum(len(tensor.chunks) for tensor in checkpoint.tensors.values()) == 9 * 3 * 64
     assert peak < 4 * 9 * 3 * 64 * 2_000
-    assert seconds < 30  # traced, on a busy machine; 0.3 otherwise
 
 
 def write_large_metadata(folder: Path, layers: int, ranks: int) -> None:
