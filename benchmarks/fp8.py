@@ -55,7 +55,7 @@ def arithmetic_rate(columns: int, rounds: int = 15) -> float:
     for _ in range(rounds):
         started = time.perf_counter()
         scales = row_quant.scales_of(row_quant.largest_of(rows), BFLOAT16)
-        row_quant.quantise(rows, scales, BFLOAT16, codes)
+        row_quant.quantise(rows, scales, codes)
         best = min(best, time.perf_counter() - started)
     return rows.size / best
 

@@ -15,8 +15,8 @@ import numpy as np
 from .dtypes import Q8_0
 from .scratch import scratch
 
-BLOCK_QUANTISING_BYTES = 2**20  # of arrays that a thread holds to quantise, beside what it reads and what it makes
-_AT_A_TIME = 1 << 10  # blocks, whose values stay in a core's cache
+BLOCK_QUANTISING_BYTES = 2 * 2**20  # of arrays that a thread holds to quantise, beside what it reads and what it makes
+_AT_A_TIME = 1 << 12  # blocks of a step: fewer stay in a core's cache, and two threads wait longer for each other
 _BLOCK = np.dtype([("scale", "<f2"), ("codes", "i1", (Q8_0.packed,))])
 _FLOAT32 = np.dtype(np.float32)
 _SIGN = np.uint32(1 << 31)

@@ -24,7 +24,7 @@ _FRACTION = {"float16": 10, "bfloat16": 7, "float32": 23, "float64": 52}  # bits
 _SIGNIFICANT = {np.dtype(np.float32): 24, np.dtype(np.float64): 53}
 KEPT_TABLES = 16  # of all threads
 _making_tables = threading.Lock()
-_AT_A_TIME = 1 << 15  # elements, which stay in a core's cache
+_AT_A_TIME = 1 << 16  # elements, which stay in a core's cache
 _MIDDLE = 0x8000  # of the bits that float32 has and bfloat16 has not
 
 
@@ -173,16 +173,16 @@ def first_overflow(source: np.ndarray, result: np.ndarray) -> int | None:
 def first_nonfinite(data: memoryview, dtype: np.dtype) -> int | None:
     """Index of the first NaN or infinity among little-endian elements of a floating type of IEEE's, or None.
 
-    Looks at bits: whatever has every exponent bit set is one of the two.
+    Looks at bits: whatever has every exponent bit set is one of the two. As whole numbers with a sign, all that are
+    negative are below the rest, and as numbers without one above it; in both, a larger magnitude is above a smaller.
     """
     all_words = np.frombuffer(data, f"<u{dtype.itemsize}")
+    sign = 1 << (8 * dtype.itemsize - 1)
     infinity = int(np.asarray(np.inf, dtype).view(all_words.dtype))
     for start in range(0, all_words.size, _AT_A_TIME):
         words = all_words[start : start + _AT_A_TIME]
-        magnitudes = scratch("low", words.size, words.dtype)
-        np.bitwise_and(words, words.dtype.type((1 << (8 * words.itemsize - 1)) - 1), out=magnitudes)
-        if int(magnitudes.max()) >= infinity:
-            return start + int(np.argmax(magnitudes >= infinity))
+        if int(words.max()) >= sign + infinity or int(words.view(f"<i{dtype.itemsize}").max()) >= infinity:
+            return start + int(np.argmax((words & (sign - 1)) >= infinity))
     return None
 
 

@@ -30,7 +30,7 @@ from .containers import Shard
 from .errors import CheckpointError, CorruptData
 from .folder_formats import format_folders
 from .job import Finished, Job, first_difference, read_json, source_identities
-from .kernel_copy import PassingCache, available_memory, preallocate, write_all
+from .kernel_copy import PassingCache, available_memory, begin_writing, preallocate, write_all
 from .manifest import MANIFEST, sample_descriptor, tensor_digest
 from .preflight import FOLDER, PARTIAL, RUN, Done, New, Refused, Resume, lies_in, preflight
 from .ranks import Ranks
@@ -355,6 +355,8 @@ class ShardFile:
         """
         if nbytes and self._passing:
             self._passing.passed(position, nbytes)
+        elif nbytes:
+            begin_writing(self.descriptor, position, nbytes)
         with self._lock:
             self._pending -= 1
             if self._pending:

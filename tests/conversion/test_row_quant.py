@@ -55,7 +55,7 @@ def as_torch(array: np.ndarray, dtype: DType) -> torch.Tensor:
 
 def quantised(rows: np.ndarray, dtype: DType) -> tuple[torch.Tensor, torch.Tensor]:
     scales, codes = row_quant.scales_of(row_quant.largest_of(rows), dtype), np.empty(rows.shape, np.uint8)
-    row_quant.quantise(rows, scales, dtype, codes)
+    row_quant.quantise(rows, scales, codes)
     return as_torch(scales[:, None], dtype), torch.from_numpy(codes)
 
 
@@ -72,16 +72,16 @@ def test_rows_of_every_size(dtype):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("exponent", [1, 63, 64, 119, 127, 200, 245])
+@pytest.mark.parametrize("exponent", [1, 64, 119, 127, 200, 245])
 def test_every_bfloat16_over_scales_of_every_fraction(exponent):
-    """All finite bfloat16 that a row may have beside its scale; the two ways to codes meet at an exponent of 64."""
+    """All finite bfloat16 that a row may have beside its scale."""
     words = np.arange(1 << 16, dtype=np.uint16)
     row = words[(words & 0x7F80) != 0x7F80].view(ml_dtypes.bfloat16)
     for fraction in range(0, 128, 7):
         scale = np.array([exponent << 7 | fraction], np.uint16).view(ml_dtypes.bfloat16)
         kept = row[np.abs(row.astype(np.float64)) <= 449.75 * float(scale[0])]  # the scale was rounded, perhaps down
         codes = np.empty((1, len(kept)), np.uint8)
-        row_quant.quantise(kept[None], scale, BFLOAT16, codes)
+        row_quant.quantise(kept[None], scale, codes)
         quotients = as_torch(kept, BFLOAT16).float() / as_torch(scale, BFLOAT16).float()
         expected = quotients.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
         assert torch.equal(torch.from_numpy(codes[0]), expected), fraction
@@ -111,7 +111,7 @@ def test_float32_cut_to_16_bits_loses_nothing_that_decides():
     values = np.concatenate([np.nextafter(middles, np.float32(0)), middles, np.nextafter(middles, np.float32(999))])
     values = np.concatenate([values, -values, np.float32([464, 1e30, -1e30])])
     found = np.empty(values.shape, np.uint8)
-    row_quant.quantise_quotients(values, np.float32(1), found)
+    row_quant.quantise(values[None], np.ones(1, np.float32), found[None])
     expected = torch.from_numpy(values).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
     assert torch.equal(torch.from_numpy(found), expected)
 
