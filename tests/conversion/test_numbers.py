@@ -15,7 +15,7 @@ import yaml
 from conversion.checkpoint import inert_pickle
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.numbers import LARGEST, parse_size, read_count, read_number, shown
-from conversion.checkpoint.rounding import first_negative
+from conversion.checkpoint.rounding import first_negative, first_nonfinite
 from conversion.checkpoint.strict_json import parse_json_object
 from sft.yaml_text import load_yaml
 
@@ -139,3 +139,29 @@ def test_the_first_negative_number_is_found(dtype):
     for at in (299_999, 7):
         values[at] = tiny[0]
         assert first_negative(values.view(np.uint8).data, kind) == at == int(np.argmax(values < 0))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_the_first_number_that_is_not_finite_is_found(dtype):
+    """Infinities and NaN of both signs, each alone at any place, beside the largest and the smallest finite numbers."""
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    bounds = ml_dtypes.finfo(kind)
+    finite = np.array([0.0, -0.0, bounds.max, bounds.min, bounds.tiny, -bounds.tiny], kind)
+    values = np.resize(finite, 200_003)  # more than is looked at in a step
+    assert first_nonfinite(values.view(np.uint8).data, kind) is None
+    words = values.view(f"<u{kind.itemsize}")
+    sign, infinity = 1 << (8 * kind.itemsize - 1), int(np.array(np.inf, kind).view(words.dtype))
+    for word in (infinity, infinity + 1, sign - 1, sign + infinity, sign + infinity + 1, 2 * sign - 1):
+        for at in (200_002, 70_000, 65_535, 0):
+            kept = words[at]
+            words[at] = word
+            assert first_nonfinite(values.view(np.uint8).data, kind) == at
+            words[at] = kept
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_each_number_of_16_bits_is_finite_or_not(dtype):
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    values = np.arange(1 << 16, dtype=np.uint16).view(kind)
+    found = [first_nonfinite(values[i : i + 1].view(np.uint8).data, kind) is None for i in range(1 << 16)]
+    assert found == np.isfinite(values.astype(np.float32)).tolist()
