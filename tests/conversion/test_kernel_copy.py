@@ -8,6 +8,7 @@ import ctypes
 import errno
 import mmap
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +227,33 @@ def test_a_passing_cache_keeps_the_last_bytes(files, a_disk):
     assert path.read_bytes() == DATA[:unit] * 10
     cache.close()
     assert not any(cached_pages(path))
+
+
+def test_the_system_takes_the_hint_to_begin_writing(files):
+    _, target, _ = files
+    write_all(target, DATA, 0)
+    hint = kernel_copy._find_sync_file_range()
+    assert hint is None or hint(target, 0, len(DATA), kernel_copy._SYNC_FILE_RANGE_WRITE) == 0
+    assert hint is not None or sys.platform != "linux"
+
+
+def test_every_byte_begins_its_way_to_the_disk_when_it_is_written(tmp_path, monkeypatch):
+    """And where the system has no such hint, the output is the same."""
+    make_sources(tmp_path / "sources")
+    plan, asked = mixed_plan(tmp_path / "sources"), set()
+
+    def note(descriptor: int, offset: int, count: int, flags: int) -> int:
+        assert flags == kernel_copy._SYNC_FILE_RANGE_WRITE
+        asked.update(range(offset, offset + count))
+        return -1  # what fails here is for fsync to find
+
+    monkeypatch.setattr(kernel_copy, "_sync_file_range", note)
+    write_checkpoint(plan, tmp_path / "hinted", WriteOptions())
+    size, nbytes = (tmp_path / "hinted/model.safetensors").stat().st_size, plan.nbytes
+    assert asked == set(range(size - nbytes, size))
+    monkeypatch.setattr(kernel_copy, "_sync_file_range", None)
+    write_checkpoint(plan, tmp_path / "without", WriteOptions())
+    assert contents(tmp_path / "hinted") == contents(tmp_path / "without")
 
 
 @pytest.mark.parametrize("digest", [False, True])

@@ -8,6 +8,7 @@ import math
 import pickle
 from fractions import Fraction
 
+import ml_dtypes
 import numpy as np
 import pytest
 import yaml
@@ -129,8 +130,6 @@ def test_an_integer_of_yaml_that_python_cannot_write_out_is_refused():
 
 @pytest.mark.parametrize("dtype", ["<f4", "<f8", "<f2", "bfloat16"])
 def test_the_first_negative_number_is_found(dtype):
-    import ml_dtypes
-
     kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
     values = np.zeros(300_000, kind)
     values[:5] = [0.0, -0.0, 1.0, 3e-5, -0.0]
