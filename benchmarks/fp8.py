@@ -9,19 +9,15 @@ cores there are; less than 300 MiB; the same bytes after 20 kills at random inst
 """
 
 import argparse
-import hashlib
 import os
-import random
-import signal
 import statistics
-import subprocess
 import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from kills import digests, kill_and_resume, said_of_kills
 from measure import (
-    ROOT,
     TELEFLM,
     Run,
     arguments,
@@ -60,31 +56,6 @@ def arithmetic_rate(columns: int, rounds: int = 15) -> float:
     return rows.size / best
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
-
-
-def kill_and_resume(source: Path, place: Path, kills: int, whole: float, expected: dict[str, str]) -> tuple[int, int]:
-    """How many runs were killed before they were done, and how many of the outputs were not those of a whole run."""
-    struck = wrong = 0
-    command = [*TELEFLM, "convert", str(source), str(place), "--quantize", "fp8"]
-    while struck < kills:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(random.uniform(0.2, whole))
-        process.send_signal(signal.SIGKILL)
-        struck += process.wait() == -signal.SIGKILL
-        if struck % 4 == 0 or process.returncode == 0:  # else the next run goes on where this one was
-            run_processes(command)
-            wrong += digests(place) != expected
-            subprocess.run(["rm", "-r", str(place)], check=True)
-    return struck, wrong
-
-
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--kills", type=int, default=20)
@@ -117,16 +88,16 @@ def main() -> None:
                 [name, seconds(made), cpu_seconds(made), spread(times), spread(rest) if is_quantised else "", mib(made)]
             )
         expected = digests(place / "fp8")
-        struck, wrong = kill_and_resume(place / "source", place / "killed", options.kills, whole.seconds, expected)
+        command = [*TELEFLM, "convert", str(place / "source"), str(place / "killed"), "--quantize", "fp8"]
+        outcome = kill_and_resume(command, place / "killed", options.kills, whole.seconds, expected)
         read, size = sum(file.stat().st_size for file in files), sum(file.stat().st_size for file in written)
-        console.print(f"{struck} kills, {wrong} wrong; {statistics.median(r.seconds for r in baseline):.2f} s of cp")
+        console.print(f"{outcome}; {statistics.median(run.seconds for run in baseline):.2f} s of cp")
         report(
             "A .bin to 8-bit floats",
             options.folder,
             f"{read:,} bytes read, {size:,} written, {options.cache} cache; {options.pairs} rounds. One core makes "
             f"{rate / 1e9:.2f} G elements a second ({2 * rate / 1e9:.2f} GB/s of bfloat16, rows of "
-            f"{config['hidden_size']:,}), which comes to {arithmetic:.2f} s here. {struck} runs were killed at random "
-            f"instants and started again; {wrong} outputs were not those of a whole run, byte by byte.",
+            f"{config['hidden_size']:,}), which comes to {arithmetic:.2f} s here. {said_of_kills(outcome)}",
             ("", "seconds", "processor seconds", "x the time of cp", "the same, less arithmetic", "peak RSS, MiB"),
             rows,
         )

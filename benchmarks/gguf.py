@@ -16,6 +16,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from kills import Outcome, digests, kill_and_resume, said_of_kills
 from measure import (
     GIB,
     ROOT,
@@ -57,24 +58,33 @@ def quantising_rate() -> float:
     return out.nbytes / GIB / best
 
 
+def command(source: Path, out: Path, outtype: str, workers: int) -> list[str]:
+    options = ["--to", "gguf", "--outtype", outtype, "--workers", str(workers)]
+    return [*TELEFLM, "export", str(source), str(out), *options]
+
+
 def export(source: Path, out: Path, *, outtype: str, workers: int) -> Run:
-    command = ["export", str(source), str(out), "--to", "gguf", "--outtype", outtype, "--workers", str(workers)]
-    return run_processes([*TELEFLM, *command])
+    return run_processes(command(source, out, outtype, workers))
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--cache", choices=["warm", "cold"], nargs="+", default=["warm", "cold"])
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--kills", type=int, default=20)
     options = parser.parse_args()
     rate = quantising_rate()
     with workplace(options.folder) as place:
         files = write_safetensors(place / "tele", tele_flm_config(options.size))
         (place / "tele/tokenizer.model").write_bytes(tiny_sentencepiece())
         made: dict[str, list[Path]] = {}
+        outcomes: dict[str, Outcome] = {}
         for outtype in _OUTTYPES:  # what `cp` copies
-            export(place / "tele", place / outtype, outtype=outtype, workers=options.workers)
+            whole = export(place / "tele", place / outtype, outtype=outtype, workers=options.workers)
             made[outtype] = sorted((place / outtype).glob("*.gguf"))
+            again = command(place / "tele", place / "killed", outtype, options.workers)
+            expected = digests(place / outtype)
+            outcomes[outtype] = kill_and_resume(again, place / "killed", options.kills, whole.seconds, expected)
         for cache in options.cache:
             contestants = {}
             for outtype in _OUTTYPES:
@@ -103,7 +113,8 @@ def main() -> None:
             report(
                 f"A bfloat16 model to GGUF, {cache} cache",
                 options.folder,
-                f"{options.pairs} rounds, {options.workers} threads. A core makes {rate:.2f} GiB of q8_0 in a second.",
+                f"{options.pairs} rounds, {options.workers} threads. A core makes {rate:.2f} GiB of q8_0 in a second. "
+                + " ".join(f"{outtype}: {said_of_kills(outcome)}" for outtype, outcome in outcomes.items()),
                 [
                     "outtype",
                     "GiB written",

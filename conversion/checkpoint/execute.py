@@ -11,11 +11,13 @@ finished is journalled (`workspace.py`), and the file that makes the folder load
 is complete.
 """
 
+import gc
 import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -516,10 +518,27 @@ def write_shards(
         advance(block.nbytes)
 
     try:
-        _run(work_items(), work, share.workers)
+        with _without_old_garbage():
+            _run(work_items(), work, share.workers)
     finally:
         for file in open_files:
             file.close()
+
+
+@contextmanager
+def _without_old_garbage() -> Iterator[None]:
+    """Keep the collector from what exists already: a large plan, which it looked through again and again for nothing.
+
+    Whoever has frozen something himself (`gc.freeze`) keeps it so.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _in_order(shard: Shard) -> list[tuple[TensorPlan, int]]:

@@ -175,7 +175,7 @@ def _check_names(names: Sequence[str], types: Sequence[PieceType], path: str) ->
     others = [name for name, kind in zip(names, types, strict=True) if kind in (PieceType.UNUSED, PieceType.BYTE)]
     for name in others:
         for cut in range(1, len(name)):
-            if all(len(part) == 1 or part in whole for part in (name[:cut], name[cut:])):
+            if (cut == 1 or name[:cut] in whole) and (cut == len(name) - 1 or name[cut:] in whole):
                 raise CheckpointError(
                     f"{path}: has the pieces {name[:cut]!r} and {name[cut:]!r}, of which llama.cpp would make "
                     f"{name!r}, a piece that no text has; {_ELSEWHERE}."

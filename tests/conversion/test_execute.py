@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The executor against a dense oracle: every piece in numpy, on arrays that fit."""
 
+import gc
 import itertools
 import json
 import math
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from conversion.checkpoint import assemble as assemble_module
+from conversion.checkpoint import execute
 from conversion.checkpoint.assemble import measure
 from conversion.checkpoint.bytes import identify
 from conversion.checkpoint.containers import safetensors_shards
@@ -274,6 +276,27 @@ def test_second_call_is_already_done_and_another_plan_is_refused(tmp_path):
     assert digest_of_files(out) == before
     assert not write_checkpoint(other, out, WriteOptions(overwrite=True, max_shard_size="1KB")).already_done
     assert not (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_garbage_collector_is_as_it_was(frozen, tmp_path, monkeypatch):
+    """Also of somebody who has frozen something himself, and after an error."""
+    plan, seen = mixed_plan(tmp_path), []
+    options = WriteOptions(progress=lambda nbytes, total: seen.append(gc.get_freeze_count()))
+    if frozen:
+        gc.freeze()
+    before = gc.get_freeze_count()
+    try:
+        write_checkpoint(plan, tmp_path / "out", options)
+        assert gc.get_freeze_count() == before
+        monkeypatch.setattr(execute, "_written", lambda block, data: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write_checkpoint(plan, tmp_path / "failed", WriteOptions())
+        assert gc.get_freeze_count() == before
+    finally:
+        gc.unfreeze()
+    assert max(seen) > 1000
+    assert (before > 0) == frozen
 
 
 def test_bad_plan_touches_nothing(tmp_path):
