@@ -20,7 +20,6 @@ function: unlike repeated features, whose noise can be made to cancel, experts a
 to token.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from conversion.architecture import Architecture
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execute
-from conversion.checkpoint.plan import Box, CheckpointPlan, Copy, Noise, Normal, Statistic, TensorPlan, View
+from conversion.checkpoint.plan import Box, CheckpointPlan, Copy, Noise, Normal, Statistic, TensorPlan
 from conversion.experts import GRANITEMOE, INPUT_LINEAR, OUTPUT_LINEAR, ROUTER, Experts
 from conversion.exports.granite import granite_multipliers
 from conversion.exports.model import ExportedModel, open_model, stock_config, stock_sidecars
@@ -188,9 +187,7 @@ def _stacked(
     views = [model.checkpoint.tensors[original] for original in originals]
     dtypes = {cast or view.dtype for view in views}
     if len(dtypes) > 1:
-        found = " and ".join(
-            f"{original} is {view.dtype}" for original, view in zip(originals, views, strict=True)
-        )
+        found = " and ".join(f"{original} is {view.dtype}" for original, view in zip(originals, views, strict=True))
         raise CheckpointError(f"{found}: experts have both in one tensor; --dtype gives them one dtype.")
     pieces, start = [], 0
     for original, view in zip(originals, views, strict=True):

@@ -120,9 +120,9 @@ def open_model(source: str | Path, *, masked: bool = False, doing: str = "export
     where, state = f"{checkpoint.folder}/config.json", None
     if is_masked(config):
         if not masked:
+            trainer = "a trainer can raise (--to megatron)" if doing == "export" else "a trainer can raise"
             raise CheckpointError(
-                f"{where}: grows by masks, which only a trainer can raise{' (--to megatron)' if doing == 'export' else ''}; "
-                "`teleflm fold` makes it a plain model."
+                f"{where}: grows by masks, which only {trainer}; `teleflm fold` makes it a plain model."
             )
         config, state = split_masked_config(config, where)
     architecture = Architecture.from_config(config, where, with_biases=True)
