@@ -127,9 +127,11 @@ def plan_upcycling(
         CheckpointError: GraniteMoE has no way to say what the model is, or its tensors are not floating-point.
     """
     sources = model.checkpoint.tensors
-    for name, view in sources.items():
-        if not view.dtype.is_floating:
-            raise CheckpointError(f"{name} has dtype {view.dtype}; experts are made of floating-point weights.")
+    for name, *_ in weights(model.architecture):
+        if not sources[name].dtype.is_floating:
+            raise CheckpointError(
+                f"{name} has dtype {sources[name].dtype}; experts are made of floating-point weights, use the originals."
+            )
     tensors: list[TensorPlan] = []
     for name, _, layer in weights(model.architecture):
         stem, _, kind = name.removesuffix(".weight").rpartition(".")
