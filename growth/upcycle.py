@@ -128,10 +128,9 @@ def plan_upcycling(
     """
     sources = model.checkpoint.tensors
     for name, *_ in weights(model.architecture):
-        if not sources[name].dtype.is_floating:
-            raise CheckpointError(
-                f"{name} has dtype {sources[name].dtype}; experts are made of floating-point weights, use the originals."
-            )
+        dtype = sources[name].dtype
+        if not dtype.is_floating:
+            raise CheckpointError(f"{name} has dtype {dtype}; experts are made of floating-point weights.")
     tensors: list[TensorPlan] = []
     for name, _, layer in weights(model.architecture):
         stem, _, kind = name.removesuffix(".weight").rpartition(".")
