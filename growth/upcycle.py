@@ -36,7 +36,7 @@ from conversion.exports.model import ExportedModel, open_model, stock_config, st
 from conversion.hub.contents import sidecar_notes
 from conversion.mapping import weights
 
-MOST_EXPERTS = 4096  # several times what any model has; each is two pieces of a plan in every layer
+MOST_EXPERTS = 1024  # twice what published models have; each is three pieces of a plan in every layer
 AUX_LOSS_COEF = 0.001  # GraniteMoeConfig's own
 
 

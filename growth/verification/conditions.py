@@ -675,11 +675,11 @@ def expert_departure(lineage: Mapping[str, Any] | None) -> str:
     Raises:
         CheckpointError: the record is not readable.
     """
-    record = lineage
-    while record and record.get("operation") != "upcycle":
+    record: Any = lineage
+    while isinstance(record, Mapping) and record.get("operation") != "upcycle":
         parent = record.get("parent")
         record = parent.get("lineage") if isinstance(parent, Mapping) else None
-    noise = (record or {}).get("noise", 0)
+    noise = record.get("noise", 0) if isinstance(record, Mapping) else 0
     if isinstance(noise, bool) or not isinstance(noise, int | float):
         raise CheckpointError(f"teleflm_manifest.json: noise of experts in the lineage is {noise!r}; restore the file.")
     return f"experts with noise {noise:g}" if noise else ""

@@ -282,8 +282,8 @@ def print_experts(result: "Upcycling", out: Path, options: "WriteOptions") -> No
 
     made, source = result.experts, result.source.num_parameters
     fields = Table("", "source", "target", title="Experts", title_justify="left")
-    fields.add_row("num_local_experts", "1", f"{made.num_local_experts:,}")
-    fields.add_row("num_experts_per_tok", "1", f"{made.num_experts_per_tok:,}")
+    fields.add_row("num_local_experts", "none", f"{made.num_local_experts:,}")
+    fields.add_row("num_experts_per_tok", "none", f"{made.num_experts_per_tok:,}")
     fields.add_row("parameters", f"{source:,}", f"{made.num_parameters:,}")
     fields.add_row("active for a token", f"{source:,}", f"{made.num_active_parameters:,}")
     print_table(fields)
