@@ -397,7 +397,7 @@ def exactness(lineage: Mapping[str, Any] | None) -> list[str]:
         case {"operation": "grow", "source": dict() as old, "target": dict() as new}:
             now = _of_growth(old, new)
         case {"operation": "upcycle", "num_experts_per_tok": int() as top}:
-            now = [_of_experts(top)]
+            now = [_of_experts(top, is_cast=bool(cast))]
         case {"operation": "convert", "quantized": _}:
             now = [
                 "Quantisation changes the function: each weight of a linear layer, the head aside, is an 8-bit float "
@@ -453,10 +453,11 @@ def _of_input_fold(factor: float, *, others_kept: bool, cast: bool) -> str:
     return f"Embeddings are multiplied by {factor:g}, {how}; input_mult, which said so, is 1 now.{rest}"
 
 
-def _of_experts(top: int) -> str:
+def _of_experts(top: int, *, is_cast: bool) -> str:
+    rounded = ", as far as its weights did not have to be rounded to their dtype" if is_cast else ""
     said = (
         "Experts that are copies of one feed-forward layer compute what it computes, as the gates of those that are "
-        "chosen add up to 1, whatever the router: in exact arithmetic this model gives its source's logits."
+        f"chosen add up to 1, whatever the router: in exact arithmetic this model gives its source's logits{rounded}."
     )
     return said if top == 1 else f"{said} Computed, gates are rounded, and logits differ as roundings do."
 

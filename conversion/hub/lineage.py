@@ -203,7 +203,8 @@ def _describe(lineage: Mapping[str, Any], *, refuted: bool) -> str:
             else:
                 exactly = "" if refuted else " without changing the function it computes, rounding aside"
             made = f"{_count(count)} experts in each layer, copies of its feed-forward layer"
-            return f"Grown{exactly}: {made}, {_count(top)} of which compute a token{_cast(lineage)}."
+            chosen = f"{_count(top)} of which {'computes' if top == 1 else 'compute'} a token"
+            return f"Grown{exactly}: {made}, {chosen}{_cast(lineage)}."
         case {"operation": "train"}:
             return _training(lineage)
         case {

@@ -81,10 +81,12 @@ def state_expert_conditions(
     _check_shapes(tensors, dict(_shapes(source, experts)), where)
     fields = tuple(_fields(a, b, said, source))
     conditions = tuple(_tensor_conditions(source, experts))
-    note = (
-        f"All {experts} experts of a layer are A's feed-forward layer, and in GraniteMoE the gates of the {top} that "
-        "compute a token add up to 1, whatever the router; computed, they are rounded."
+    gates = (
+        "the gate of the one that computes a token is 1, whatever the router"
+        if top == 1
+        else f"the gates of the {top} that compute a token add up to 1, whatever the router; computed, they are rounded"
     )
+    note = f"All {experts} experts of a layer are A's feed-forward layer, and in GraniteMoE {gates}."
     return Conditions(1, 1, fields, conditions, _is_exact(said, source), (note,))
 
 

@@ -114,7 +114,8 @@ def _print_inspection(inspection: "Inspection") -> None:
         table.add_row("layers", f"{a.num_hidden_layers}")
         table.add_row("hidden size", f"{a.hidden_size:,}, feed-forward {a.intermediate_size:,}")
         if experts:
-            chosen = f"{experts.num_experts_per_tok} of which compute a token"
+            top = experts.num_experts_per_tok
+            chosen = f"{top} of which {'computes' if top == 1 else 'compute'} a token"
             table.add_row("experts", f"{experts.num_local_experts} in each layer, {chosen}")
         table.add_row("heads", f"{a.num_attention_heads} of {a.head_dim}, {a.num_key_value_heads} key/value")
         table.add_row("multipliers", f"embeddings x {a.embedding_scale:g}, logits x {a.logit_scale:g}")

@@ -34,6 +34,7 @@ from evaluation.text import tokenize
 from growth import grow_checkpoint, upcycle_checkpoint, verify_checkpoints
 from growth.method import Mask
 from growth.verification.certificate import certify
+from growth.verification.conditions import expert_departure
 from modeling_teleflm import TeleFLMForCausalLM
 from teleflm.app import app
 from tests.fixtures.checkpoint_runs import contents, kill_itself, run_teleflm, use_small_blocks
@@ -610,6 +611,42 @@ def test_what_the_commands_say(source, made, tmp_path):
     assert "| Parameters that compute a token | 101,472 |" in card
     assert "4 experts in each layer, copies of its feed-forward layer, 2 of which compute a token" in card
     assert "in exact arithmetic this model gives its source's logits" in card
+
+
+def test_a_card_says_what_was_rounded_and_of_whom_it_is(source, tmp_path):
+    upcycle_checkpoint(source, tmp_path / "one", 8, 1, dtype="bfloat16")
+    card = (tmp_path / "one/README.md").read_text()
+    assert "1 of which computes a token, cast to bfloat16" in card
+    assert "as far as its weights did not have to be rounded to their dtype" in card
+    assert "gates are rounded" not in card
+    assert "1 of which computes a token" in teleflm("inspect", tmp_path / "one")
+    assert "the gate of the one that computes a token is 1" in teleflm("verify", source, tmp_path / "one")
+    upcycle_checkpoint(save_llama(tmp_path / "llama"), tmp_path / "two", 2, 2)
+    card = (tmp_path / "two/README.md").read_text()
+    assert "A mixture-of-experts, decoder-only language model with" in card
+    assert "license: llama3.1" in card
+    assert "TeleFLM" not in card
+
+
+@pytest.mark.parametrize(
+    ("lineage", "expected"),
+    [
+        (None, ""),
+        ({"operation": "upcycle", "noise": 0.0}, ""),
+        ({"operation": "upcycle", "noise": 0.25}, "experts with noise 0.25"),
+        ({"operation": "convert", "parent": {"lineage": {"operation": "upcycle", "noise": 1}}}, "experts with noise 1"),
+        ({"operation": "convert", "parent": {"lineage": [1]}}, ""),
+        ({"operation": "convert", "parent": 3}, ""),
+    ],
+)
+def test_a_record_may_come_from_anyone(lineage, expected):
+    assert expert_departure(lineage) == expected
+
+
+@pytest.mark.parametrize("noise", ["x", None, True, [0.1]])
+def test_a_record_of_no_number(noise):
+    with pytest.raises(CheckpointError, match="noise of experts in the lineage is"):
+        expert_departure({"operation": "upcycle", "noise": noise})
 
 
 def test_inspect_names_what_is_wrong(copy):
