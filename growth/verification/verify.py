@@ -187,7 +187,7 @@ def verify_checkpoints(
     of layers in B's record; every byte is held against them, in bounded memory and without torch. From numbers: both
     models' logits on a text, against A's own rounding; they can show a difference, never that there is none. What is
     loaded takes transformers' Llama; what does not fit in memory is computed layer by layer from the files, a few
-    blocks at a time.
+    blocks at a time. B may be a GraniteMoE whose experts were made of A, which is always computed so.
 
     Args:
         a: folder of the source.
