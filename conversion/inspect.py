@@ -26,6 +26,7 @@ from .checkpoint.parent import record_mismatch
 from .checkpoint.plan import View
 from .checkpoint.sources import WEIGHT_FILES, Source, open_checkpoint
 from .compressed_tensors import is_float8, read_float8
+from .experts import Experts, check_expert_tensors, has_experts, read_experts
 from .exports.export import exported_weights
 from .exports.gguf import gguf_mismatch
 from .family import TELEFLM, find_family, is_llama
@@ -53,7 +54,9 @@ class Inspection:
         parallel: of a training run: how it is cut, in words.
         iteration: of a training run: the step it was saved at.
         model_type: of its config.json, None without one.
-        architecture: its numbers, for a Tele-FLM or a Llama with a usable config.json.
+        architecture: its numbers, for a Tele-FLM or a Llama with a usable config.json; of a GraniteMoE, those of the
+            dense model each of whose feed-forward layers is one expert.
+        experts: what a GraniteMoE has in place of feed-forward layers; None for any other model.
         parameters: elements of all tensors; without the scales of 8-bit floats.
         dtypes: dtype -> number of tensors.
         nbytes: bytes of all tensors.
@@ -94,6 +97,7 @@ class Inspection:
     warnings: tuple[str, ...] = ()
     refused: str | None = None
     quantised: str | None = None
+    experts: Experts | None = None
 
 
 def inspect_checkpoint(
@@ -132,13 +136,17 @@ def inspect_checkpoint(
     alone = Path(path).is_file() and len(source.files) == 1 and _SHARD.search(Path(path).name) is not None
     refused, quantised = why_only_copied(source), quantisation(source.config, source.tensors)
     architecture = None if refused else _noting(problems, lambda: _architecture(source))
-    count = count_token_ids if is_llama(source.config) else count_pieces
+    experts = _noting(problems, lambda: _experts(source)) if not quantised else None
+    architecture = experts.dense if experts else architecture
+    count = count_token_ids if is_llama(source.config) or experts else count_pieces
     pieces = _noting(problems, lambda: count(folder))
     manifest = _noting(problems, lambda: read_manifest(folder))
     has_scales = is_float8(source.config) and not alone
     float8 = _noting(problems, lambda: read_float8(source)) if has_scales else None
     tensors = float8.tensors if float8 else source.tensors
-    if architecture:
+    if experts and not alone:
+        _noting(problems, lambda: check_expert_tensors(source.tensors, experts, source.folder))
+    elif architecture:
         if not alone and is_llama(source.config):
             _noting(problems, lambda: check_complete(source))
             refused = (
@@ -175,9 +183,10 @@ def inspect_checkpoint(
         checked_files=_count_files(checked),
         checked_tensors=bool(checked and checked.get("digest")),
         chain=_chain(folder, manifest, None if alone else source.tensors),
-        warnings=_warnings(architecture, quantised=quantised is not None),
+        warnings=() if experts else _warnings(architecture, quantised=quantised is not None),
         refused=refused,
         quantised=quantised,
+        experts=experts,
     )
 
 
@@ -348,6 +357,10 @@ def _architecture(source: Source) -> Architecture | None:
     if source.config is None:
         raise CheckpointError(f"{where}: no such file.")
     return Architecture.from_config(source.config, where, with_biases=True) if find_family(source.config) else None
+
+
+def _experts(source: Source) -> Experts | None:
+    return read_experts(source.config or {}, f"{source.folder}/config.json") if has_experts(source.config) else None
 
 
 def _complaint(look: Callable[[], Any]) -> str | None:

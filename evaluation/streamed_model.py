@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The forward pass of a Tele-FLM or a Llama in numpy, its weights read from the files row block by row block.
+"""The forward pass of a Tele-FLM, a Llama or a GraniteMoE in numpy, its weights read from the files row block by block.
 
 A layer of the 1T is 15.4 GB in bfloat16; here no more than a few blocks of it are in memory at a time, beside the
 activations. Written from the definition of the architecture (Llama, with a factor on the embeddings and one on the
@@ -10,11 +10,13 @@ logits), not from any implementation, so that it can judge both. Shapes: T token
 after another without padding; a layer is told their lengths.
 """
 
+import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,15 @@ from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.row_quant import dequantise
 from conversion.checkpoint.sources import Source
 from conversion.compressed_tensors import is_float8, read_float8, scale_name
+from conversion.experts import (
+    INPUT_LINEAR,
+    OUTPUT_LINEAR,
+    ROUTER,
+    Experts,
+    check_expert_tensors,
+    has_experts,
+    read_experts,
+)
 from conversion.mapping import EMBED_TOKENS, LM_HEAD, NORM, check_tensors
 from conversion.model_identity import TensorDigest
 
@@ -101,6 +112,34 @@ def swiglu(gate: np.ndarray, up: np.ndarray, precision: Precision) -> np.ndarray
     return precision.round(activated * up)
 
 
+def route(logits: np.ndarray, top: int, precision: Precision) -> tuple[np.ndarray, np.ndarray]:
+    """Of router logits [T, N] the experts [T, top] with the largest ones, and their gates: the softmax over these."""
+    chosen = np.argsort(-logits, axis=-1, kind="stable")[:, :top]
+    largest = np.take_along_axis(logits, chosen, axis=-1)
+    weights = np.exp(largest - largest[:, :1])
+    return chosen, precision.round(weights / weights.sum(-1, keepdims=True))
+
+
+def _matrix(stack: View, index: int) -> View:
+    """One matrix [rows, columns] of a stack [matrices, rows, columns]."""
+    part = stack[index : index + 1]
+    return replace(part, shape=part.shape[1:], strides=part.strides[1:])
+
+
+def _read_experts(config: Mapping[str, Any], where: str) -> Experts:
+    """The numbers of a GraniteMoE, if it adds up and weighs scores as a Llama does, and has no biases."""
+    experts = read_experts(config, where)
+    expected = {"attention_multiplier": experts.dense.head_dim**-0.5, "residual_multiplier": 1.0}
+    for name, number in {**expected, "attention_bias": False}.items():
+        found = config.get(name, number if name == "attention_bias" else 1.0)
+        if not isinstance(found, int | float) or not math.isclose(found, number, rel_tol=1e-12):
+            raise CheckpointError(
+                f"{where}: {name} is {str(found)[:80]}; the streamed forward pass computes a GraniteMoE with {number} "
+                "alone."
+            )
+    return experts
+
+
 class StreamedModel:
     """A checkpoint that computes without being loaded.
 
@@ -123,15 +162,20 @@ class StreamedModel:
     ):
         config: dict[str, Any] = checkpoint.config or {}
         where = f"{checkpoint.folder}/config.json"
-        self.architecture = Architecture.from_config(config, where)
+        self.experts = _read_experts(config, where) if has_experts(config) else None
+        self.architecture = self.experts.dense if self.experts else Architecture.from_config(config, where)
         float8 = read_float8(checkpoint) if is_float8(config) else None
         tensors = float8.tensors if float8 else checkpoint.tensors
-        check_tensors(tensors, self.architecture, checkpoint.folder)
+        if self.experts:
+            check_expert_tensors(tensors, self.experts, checkpoint.folder)
+        else:
+            check_tensors(tensors, self.architecture, checkpoint.folder)
         rope, activation = rope_parameters(config), config.get("hidden_act") or "silu"
         if rope["rope_type"] not in KINDS or activation != "silu":
             raise CheckpointError(
                 f"{where}: rope_type is {rope['rope_type']} and hidden_act {activation}; the streamed forward pass "
-                f"computes {', '.join(KINDS)} and silu alone. Use a machine with the memory to load the model."
+                f"computes {', '.join(KINDS)} and silu alone."
+                + ("" if self.experts else " Use a machine with the memory to load the model.")
             )
         length = trained_length(config, where) if rope["rope_type"] in OF_TRAINED_LENGTH else 0
         try:
@@ -221,10 +265,27 @@ class StreamedModel:
         del attended
 
         normed = self._norm(hidden, f"{name}.post_attention_layernorm.weight")
+        if self.experts:
+            return self.precision.round(hidden + self._mixture(normed, number, self.experts))
         gate, up = (self._linear(normed, f"{name}.mlp.{kind}_proj.weight") for kind in ("gate", "up"))
         inner = swiglu(gate, up, self.precision)
         del gate, up
         return self.precision.round(hidden + self._linear(inner, f"{name}.mlp.down_proj.weight"))
+
+    def _mixture(self, normed: np.ndarray, layer: int, experts: Experts) -> np.ndarray:
+        """What the experts of a layer make of [T, hidden_size], one expert after the other."""
+        inputs, outputs = (self._tensors[name.format(layer)] for name in (INPUT_LINEAR, OUTPUT_LINEAR))
+        chosen, gates = route(self._linear(normed, ROUTER.format(layer)), experts.num_experts_per_tok, self.precision)
+        mixed = np.zeros_like(normed)
+        for expert in range(experts.num_local_experts):
+            tokens, place = np.nonzero(chosen == expert)
+            if not len(tokens):
+                self.progress((inputs.nbytes + outputs.nbytes) // experts.num_local_experts)
+                continue
+            gate, up = np.split(self._product(normed[tokens], _matrix(inputs, expert)), 2, axis=-1)
+            computed = self._product(swiglu(gate, up, self.precision), _matrix(outputs, expert))
+            mixed[tokens] += self.precision.round(computed * gates[tokens, place, None])
+        return self.precision.round(mixed)
 
     def logits(self, hidden: np.ndarray, rows: int) -> Iterator[np.ndarray]:
         """The logits [T, rows] of the last hidden state, block by block of that many vocabulary rows."""
@@ -234,7 +295,7 @@ class StreamedModel:
 
     def seconds_a_byte(self, tokens: int) -> float:
         """Measured on one block of the first layer: reading it, and multiplying it with that many tokens."""
-        view = self._tensors["model.layers.0.mlp.gate_proj.weight"]
+        view = self._tensors["model.layers.0.self_attn.q_proj.weight"]
         view = view[: block_rows(view.shape[1])]
         hidden = np.ones((tokens, view.shape[1]), self.precision.compute)
         begin = time.perf_counter()
@@ -252,9 +313,12 @@ class StreamedModel:
 
     def _linear(self, values: np.ndarray, name: str) -> np.ndarray:
         """values [T, in] times the transpose of a weight [out, in]."""
-        view = self._tensors[name]
+        return self._product(values, self._tensors[name], self._blocks(name))
+
+    def _product(self, values: np.ndarray, view: View, blocks: Iterator[np.ndarray] | None = None) -> np.ndarray:
+        """values [T, in] times the transpose of a matrix [out, in]; its `blocks` of rows, where they are hashed too."""
         output, start = np.empty((len(values), view.shape[0]), self.precision.compute), 0
-        for block in self._blocks(name):
+        for block in blocks or (rounded for _, rounded in self._ahead(view, block_rows(view.shape[1]))):
             output[:, start : start + len(block)] = values @ block.T
             start += len(block)
         return self.precision.round(output)
@@ -263,7 +327,16 @@ class StreamedModel:
         """A weight's rows in blocks, the next one being read while one is used; all of them, for its digest."""
         view = self._tensors[name]
         rows = rows or (block_rows(view.shape[1]) if len(view.shape) > 1 else view.shape[0])
-        digest, scales = TensorDigest(), self._read_scales(name)
+        digest = TensorDigest()
+        for values, rounded in self._ahead(view, rows, self._read_scales(name)):
+            digest.update(values)
+            yield rounded
+        self._digests[name] = digest.hexdigest()
+
+    def _ahead(
+        self, view: View, rows: int, scales: np.ndarray | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The rows of a matrix in blocks, as `_read` gives them, the next one being read while one is used."""
         ahead: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
         for start in range(0, view.shape[0], rows):
             stop = min(start + rows, view.shape[0])
@@ -271,16 +344,9 @@ class StreamedModel:
                 self._pool.submit(self._read, view[start:stop], scales if scales is None else scales[start:stop])
             )
             if len(ahead) > 1:
-                yield self._hashed(ahead.popleft(), digest)
+                yield ahead.popleft().result()
         while ahead:
-            yield self._hashed(ahead.popleft(), digest)
-        self._digests[name] = digest.hexdigest()
-
-    @staticmethod
-    def _hashed(read: "Future[tuple[np.ndarray, np.ndarray]]", digest: TensorDigest) -> np.ndarray:
-        values, rounded = read.result()
-        digest.update(values)
-        return rounded
+            yield ahead.popleft().result()
 
     def _read_scales(self, name: str) -> np.ndarray | None:
         """The scales [rows, 1] of a weight in 8-bit floats; None if it is in none."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .grow import GrowthResult, grow_checkpoint, plan_growth
     from .method import Mask, Method, Random, Rms, Tile, Zero
     from .spec import Growth
+    from .upcycle import Upcycling, upcycle_checkpoint
     from .verification.verify import Verification, verify_checkpoints
 
 __all__ = [
@@ -25,11 +26,13 @@ __all__ = [
     "Random",
     "Rms",
     "Tile",
+    "Upcycling",
     "Verification",
     "Zero",
     "fold_masks",
     "grow_checkpoint",
     "plan_growth",
+    "upcycle_checkpoint",
     "verify_checkpoints",
 ]
 
@@ -41,11 +44,13 @@ _MODULES = {
     "Random": "method",
     "Rms": "method",
     "Tile": "method",
+    "Upcycling": "upcycle",
     "Verification": "verification.verify",
     "Zero": "method",
     "fold_masks": "fold",
     "grow_checkpoint": "grow",
     "plan_growth": "grow",
+    "upcycle_checkpoint": "upcycle",
     "verify_checkpoints": "verification.verify",
 }
 

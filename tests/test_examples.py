@@ -47,12 +47,16 @@ def test_all_of_them_are_told_and_tested():
     told = (EXAMPLES / "README.md").read_text()
     here = Path(__file__).read_text()
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert len(names) == 8
+    assert len(names) == 9
     assert all(f"[{name}.py]({name}.py)" in told and f'example("{name}"' in here for name in names)
 
 
 def test_load(model):
     assert example("load", model, "What is json?").startswith("What is json?")
+
+
+def test_experts(converted, tmp_path):
+    assert example("experts", converted, tmp_path / "out")
 
 
 def test_train_on(grown, tmp_path):

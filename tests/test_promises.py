@@ -40,7 +40,7 @@ def promise(sentence: str) -> Callable[[Callable], Callable]:
     return marked
 
 
-def teleflm(*arguments: str | Path, status: int = 0) -> str:
+def teleflm(*arguments: str | Path | int, status: int = 0) -> str:
     """Run a command in this process; everything it says."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == status, (result.output, result.exception)
@@ -206,6 +206,13 @@ def test_to_megatron_and_back(model, tmp_path):
     before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "back"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@promise("options of the other growth are refused beside `--experts`")
+def test_experts_go_with_no_other_growth(model, tmp_path):
+    said = teleflm("grow", model, tmp_path / "out", "--experts", 4, "--top-k", 2, *WIDER, status=2)
+    assert "--experts does not go with --set: grow first, then make experts of the result." in said
+    assert not (tmp_path / "out").exists()
 
 
 @promise("An option that growth cannot honour is refused, never dropped.")

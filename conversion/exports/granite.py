@@ -4,11 +4,14 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Granite, which has both multipliers in its configuration: the weights are the same bytes, or links to them."""
 
+import math
 import re
 from pathlib import Path
 
+from ..architecture import Architecture
 from ..checkpoint.containers import Layout, Shard, indexed_layout
 from ..checkpoint.dtypes import DType
+from ..checkpoint.errors import CheckpointError
 from ..checkpoint.execute import WriteOptions
 from ..checkpoint.finish import link_kind
 from ..checkpoint.plan import CheckpointPlan, TensorPlan
@@ -24,16 +27,30 @@ _HUB_SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 def plan_granite(model: ExportedModel, cast: DType | None) -> CheckpointPlan:
     """The plan of a folder that stock transformers loads as Granite."""
     a = model.architecture
-    multipliers = {
-        "embedding_multiplier": a.embedding_scale,
-        "logits_scaling": 1.0 / a.logit_scale,
-        "attention_multiplier": a.head_dim**-0.5,
-        "residual_multiplier": 1.0,
-    }
     tensors = tuple(TensorPlan.copy_of(name, model.checkpoint.tensors[name], cast) for name, *_ in weights(a))
-    config = {**stock_config(model, a, "granite", model.dtype(cast)), **multipliers}
+    config = {**stock_config(model, a, "granite", model.dtype(cast)), **granite_multipliers(a)}
     lineage = model.lineage("granite", cast)
     return CheckpointPlan(tensors, config, stock_sidecars(model, config, lineage, model.dtype(cast)), lineage)
+
+
+def granite_multipliers(architecture: Architecture) -> dict[str, float]:
+    """The fields of Granite's configuration, and of GraniteMoE's, by which it computes what a Tele-FLM computes.
+
+    Raises:
+        CheckpointError: logits would be divided by what no float holds.
+    """
+    divisor = 1.0 / architecture.logit_scale
+    if math.isinf(divisor):
+        raise CheckpointError(
+            f"logits are multiplied by {architecture.logit_scale:g}, and Granite divides them by logits_scaling, which "
+            "would be infinite; ask for an output_mult and mup_scale_factor nearer to each other."
+        )
+    return {
+        "embedding_multiplier": architecture.embedding_scale,
+        "logits_scaling": divisor,
+        "attention_multiplier": architecture.head_dim**-0.5,
+        "residual_multiplier": 1.0,
+    }
 
 
 def linked_layout(checkpoint: Source, plan: CheckpointPlan) -> Layout | None:

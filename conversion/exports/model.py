@@ -17,6 +17,7 @@ from ..checkpoint.errors import CheckpointError
 from ..checkpoint.parent import parent_of
 from ..checkpoint.sharded import ShardedTensor
 from ..checkpoint.sources import Source, open_checkpoint
+from ..experts import GRANITEMOE, GRANITEMOE_CLASS
 from ..family import Family, require_family
 from ..hub.card import model_facts
 from ..hub.contents import hub_config, hub_sidecars
@@ -28,7 +29,7 @@ from .multipliers import NEUTRAL
 
 Target: TypeAlias = Literal["granite", "llama", "gguf", "megatron", "torch_dist", "dcp"]
 
-_STOCK_CLASSES = {"granite": "GraniteForCausalLM", "llama": "LlamaForCausalLM"}
+_STOCK_CLASSES = {"granite": "GraniteForCausalLM", GRANITEMOE: GRANITEMOE_CLASS, "llama": "LlamaForCausalLM"}
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,13 @@ class ExportedModel:
         }
 
 
-def open_model(source: str | Path, *, masked: bool = False) -> ExportedModel:
-    """Open a Tele-FLM or a Llama in Hub format for export.
+def open_model(source: str | Path, *, masked: bool = False, doing: str = "export") -> ExportedModel:
+    """Open a Tele-FLM or a Llama in Hub format for export, or for what is made of it likewise.
 
     Args:
         source: its folder.
         masked: whether it may be a masked checkpoint, in the middle of its growth.
+        doing: what is done with it, for the messages.
 
     Raises:
         CheckpointError: it is none, or quantised; or masked, and may not be.
@@ -112,15 +114,15 @@ def open_model(source: str | Path, *, masked: bool = False) -> ExportedModel:
     config = checkpoint.config
     if config is None:
         raise CheckpointError(
-            f"{checkpoint.folder}/config.json: no such file; only a Tele-FLM or a Llama can be exported."
+            f"{checkpoint.folder}/config.json: no such file; only a Tele-FLM or a Llama can be exported or get experts."
         )
-    refuse_quantised(checkpoint, "export")
+    refuse_quantised(checkpoint, doing)
     where, state = f"{checkpoint.folder}/config.json", None
     if is_masked(config):
         if not masked:
+            trainer = "a trainer can raise (--to megatron)" if doing == "export" else "a trainer can raise"
             raise CheckpointError(
-                f"{where}: grows by masks, which only a trainer can raise (--to megatron); `teleflm fold` makes it a "
-                "plain model."
+                f"{where}: grows by masks, which only {trainer}; `teleflm fold` makes it a plain model."
             )
         config, state = split_masked_config(config, where)
     architecture = Architecture.from_config(config, where, with_biases=True)

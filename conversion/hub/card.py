@@ -23,6 +23,7 @@ from ..checkpoint.sizes import format_bytes
 from ..checkpoint.sources import open_checkpoint, outside_target
 from ..checkpoint.strict_json import read_json_object
 from ..compressed_tensors import is_float8
+from ..experts import Experts, has_experts, read_experts
 from ..family import LLAMA
 from ..input_mult import input_mult_warning
 from ..masked import MASKED_MODEL_TYPE
@@ -64,6 +65,7 @@ class CardFacts:
         num_parameters: how many weights it has.
         num_bytes: of them.
         architecture: the model's numbers; None if it is an adapter, or not of this family.
+        experts: what it has in place of feed-forward layers; None if it is dense.
         context: positions that it was trained for, if the configuration says so.
         own_code: whether it loads with code from its repository.
         is_teleflm: whether it is a Tele-FLM, or an adapter for one.
@@ -89,6 +91,7 @@ class CardFacts:
     num_parameters: int
     num_bytes: int
     architecture: Architecture | None = None
+    experts: Experts | None = None
     context: int | None = None
     own_code: bool = True
     is_teleflm: bool = True
@@ -123,8 +126,10 @@ def model_facts(config: Mapping[str, Any], dtype: str, lineage: Mapping[str, Any
         dtype: of its weights.
         lineage: of its record, if it has one.
     """
-    architecture = _architecture(config)
-    num_parameters = architecture.num_parameters if architecture else 0
+    experts = _experts(config)
+    architecture = experts.dense if experts else _architecture(config)
+    counted = experts or architecture
+    num_parameters = counted.num_parameters if counted else 0
     context, growth = config.get("max_position_embeddings"), config.get("growth_state")
     total = growth.get("total_steps") if isinstance(growth, dict) else None
     classes, is_ours = config.get("auto_map"), config.get("model_type") in (MODEL_TYPE, MASKED_MODEL_TYPE)
@@ -133,6 +138,7 @@ def model_facts(config: Mapping[str, Any], dtype: str, lineage: Mapping[str, Any
         num_parameters=num_parameters,
         num_bytes=num_parameters * _itemsize(dtype),
         architecture=architecture,
+        experts=experts,
         context=context if isinstance(context, int) and context > 0 else None,
         own_code=isinstance(classes, dict) and "AutoModelForCausalLM" in classes,
         is_teleflm=is_ours or (architecture is not None and _is_exported(lineage or {})),
@@ -148,8 +154,8 @@ def model_facts(config: Mapping[str, Any], dtype: str, lineage: Mapping[str, Any
 
 
 def _is_exported(lineage: Mapping[str, Any]) -> bool:
-    """Whether a lineage ends with the export of a Tele-FLM, to a folder that does not say so itself."""
-    return lineage.get("operation") == "export" and lineage.get("model_type", MODEL_TYPE) == MODEL_TYPE
+    """Whether a lineage ends with a Tele-FLM in the format of another model, whose folder does not say so itself."""
+    return lineage.get("operation") in ("export", "upcycle") and lineage.get("model_type", MODEL_TYPE) == MODEL_TYPE
 
 
 def _hub_parent(lineage: Mapping[str, Any]) -> tuple[str, ...]:
@@ -189,7 +195,7 @@ def adapter_facts(
 
 def _inherited_keys(lineage: Mapping[str, Any]) -> tuple[str, ...]:
     match lineage:
-        case {"operation": "grow"}:
+        case {"operation": "grow" | "upcycle"}:
             return _GROWN_KEYS
         case {"steps": int()} | {"operation": "merge"}:
             return _TRAINED_KEYS
@@ -348,6 +354,14 @@ def _architecture(config: Mapping[str, Any]) -> Architecture | None:
         return None
 
 
+def _experts(config: Mapping[str, Any]) -> Experts | None:
+    """The numbers of a GraniteMoE; None if it is none, or they are not usable."""
+    try:
+        return read_experts(config) if has_experts(config) else None
+    except CheckpointError:
+        return None
+
+
 def _itemsize(dtype: str) -> int:
     return BY_NAME[dtype].itemsize if dtype in BY_NAME else 4
 
@@ -373,7 +387,7 @@ def exactness(lineage: Mapping[str, Any] | None) -> list[str]:
     cast = lineage.get("dtype") if lineage.get("operation") != "train" else None
     folded = _folded_factor(lineage)
     match lineage:
-        case {"operation": "grow", "preserves_function": False}:
+        case {"operation": "grow" | "upcycle", "preserves_function": False}:
             now = [
                 "This growth did not preserve the function: the grown model computes another one than its source, and "
                 "what is said above does not hold beyond it."
@@ -382,6 +396,8 @@ def exactness(lineage: Mapping[str, Any] | None) -> list[str]:
             ]
         case {"operation": "grow", "source": dict() as old, "target": dict() as new}:
             now = _of_growth(old, new)
+        case {"operation": "upcycle", "num_experts_per_tok": int() as top}:
+            now = [_of_experts(top, is_cast=bool(cast))]
         case {"operation": "convert", "quantized": _}:
             now = [
                 "Quantisation changes the function: each weight of a linear layer, the head aside, is an 8-bit float "
@@ -435,6 +451,15 @@ def _of_input_fold(factor: float, *, others_kept: bool, cast: bool) -> str:
     how = "exactly, but for products that are too small to be normal numbers" if is_exact else "each rounded once"
     rest = "" if not others_kept else " Every other weight keeps its value, bit by bit."
     return f"Embeddings are multiplied by {factor:g}, {how}; input_mult, which said so, is 1 now.{rest}"
+
+
+def _of_experts(top: int, *, is_cast: bool) -> str:
+    rounded = ", as far as its weights did not have to be rounded to their dtype" if is_cast else ""
+    said = (
+        "Experts that are copies of one feed-forward layer compute what it computes, as the gates of those that are "
+        f"chosen add up to 1, whatever the router: in exact arithmetic this model gives its source's logits{rounded}."
+    )
+    return said if top == 1 else f"{said} Computed, gates are rounded, and logits differ as roundings do."
 
 
 def _of_growth(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -503,11 +528,14 @@ def _title(facts: CardFacts) -> str:
         of = f"[{facts.base_models[0]}](https://huggingface.co/{facts.base_models[0]})" if facts.base_models else None
         what = f"A LoRA adapter for {of or 'a Tele-FLM'}: a few weights that change what that model says."
         return f"# {name or 'A LoRA adapter for a Tele-FLM'}\n\n{what}"
+    size, shape = f"{_count(facts.num_parameters)} parameters", "dense"
+    if facts.experts:
+        size += f", of which {_count(facts.experts.num_active_parameters)} compute a token"
+        shape = "mixture-of-experts"
     if not facts.is_teleflm:
-        what = f"A dense, decoder-only language model with {_count(facts.num_parameters)} parameters."
+        what = f"A {shape}, decoder-only language model with {size}."
         return f"# {name or 'A model'}" + (f"\n\n{what}" if facts.architecture else "")
-    size = f"{_count(facts.num_parameters)} parameters"
-    kind = "A dense, decoder-only language model of the Tele-FLM (FLM-2) architecture"
+    kind = f"A {shape}, decoder-only language model of the Tele-FLM (FLM-2) architecture"
     stock = "" if facts.own_code else ", in the format of a model that transformers has itself"
     return f"# {name or _NO_NAME}\n\n{kind} with {size}{stock}."
 
@@ -521,6 +549,11 @@ def _count(number: int) -> str:
 
 def _table(facts: CardFacts) -> str:
     rows: dict[str, Any] = {"Parameters": f"{facts.num_parameters:,}"} if facts.num_parameters else {}
+    if e := facts.experts:
+        rows |= {
+            "Parameters that compute a token": f"{e.num_active_parameters:,}",
+            "Experts in a layer (that compute a token)": f"{e.num_local_experts:,} ({e.num_experts_per_tok:,})",
+        }
     if a := facts.architecture:
         rows |= {
             "Layers": a.num_hidden_layers,

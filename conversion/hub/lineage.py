@@ -197,6 +197,14 @@ def _describe(lineage: Mapping[str, Any], *, refuted: bool) -> str:
         case {"operation": "fold", "alpha": float() | int() as alpha}:
             other = "" if alpha == 0 else ", where what was added is heard: another function than before the growth"
             return f"Growth masks folded into the weights at alpha {_show(alpha)}{other}."
+        case {"operation": "upcycle", "num_local_experts": int() as count, "num_experts_per_tok": int() as top}:
+            if lineage.get("preserves_function") is False:
+                exactly = f", not preserving the function it computes{_departures(lineage)}"
+            else:
+                exactly = "" if refuted else " without changing the function it computes, rounding aside"
+            made = f"{_count(count)} experts in each layer, copies of its feed-forward layer"
+            chosen = f"{_count(top)} of which {'computes' if top == 1 else 'compute'} a token"
+            return f"Grown{exactly}: {made}, {chosen}{_cast(lineage)}."
         case {"operation": "train"}:
             return _training(lineage)
         case {

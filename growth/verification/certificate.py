@@ -8,6 +8,7 @@ What a condition allows is worked out here from A's bytes, so that the certifica
 did or recorded, except for its method and the map of its layers.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,18 @@ from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.sources import Source, open_checkpoint
 from conversion.mapping import check_tensors
 
-from .conditions import Block, Conditions, FieldCondition, TensorConditions, growth_steps, state_conditions
+from .conditions import (
+    Block,
+    Conditions,
+    FieldCondition,
+    TensorConditions,
+    Window,
+    expert_departure,
+    growth_steps,
+    not_preserved,
+    state_conditions,
+)
+from .expert_conditions import EXPERTS_TYPE, state_expert_conditions
 
 _MASKED = "TeleFLMMasked"
 _LARGEST_COPY = 16.0  # of copies that add up, in units of the largest value of A among them
@@ -48,6 +60,7 @@ class Violation:
         count: elements of the tensor that break a condition.
         reason: where the condition comes from.
         others: columns of the further copies that have to add up with this one.
+        index: of the matrix, in a stack of them.
     """
 
     tensor: str
@@ -58,10 +71,11 @@ class Violation:
     count: int
     reason: str
     others: tuple[int, ...] = ()
+    index: int | None = None
 
     def __str__(self) -> str:
-        columns = (self.column, *self.others)
-        place = " + ".join(f"[{column}]" if self.row is None else f"[{self.row}, {column}]" for column in columns)
+        before = "".join(f"{index}, " for index in (self.index, self.row) if index is not None)
+        place = " + ".join(f"[{before}{column}]" for column in (self.column, *self.others))
         more = f" (and {self.count - 1:,} more of its elements)" if self.count > 1 else ""
         return f"{self.tensor}{place} is {self.found!r}, expected {self.expected}: {self.reason}{more}."
 
@@ -127,20 +141,23 @@ class TensorResult:
         if not faults:
             return None
         block, fault = min(faults, key=lambda found: (found[1].row, found[1].column))
+        window = self.conditions.window
         return Violation(
             tensor=self.conditions.name,
-            row=fault.row if len(self.shape) > 1 else None,
+            row=fault.row + (window.first if window else 0) if len(self.shape) > 1 else None,
             column=fault.column,
             found=fault.found,
             expected=self._expected(block, fault),
             count=sum(result.violations for result in self.blocks),
             reason=block.reason,
             others=tuple(start + fault.column - block.columns[0] for start in block.others),
+            index=window.index if window else None,
         )
 
     def _expected(self, block: Block, fault: Fault) -> str:
         if block.rule not in ("copy", "sum"):
-            return {"zero": "0", "free": "a finite number"}[block.rule]
+            bounded = "" if block.largest == math.inf else f" of at most {block.largest:g}"
+            return {"zero": "0", "free": f"a finite number{bounded}"}[block.rule]
         row, column = (
             source + index - first
             for source, index, first in zip(
@@ -243,7 +260,7 @@ class Certificate:
     @property
     def notes(self) -> list[str]:
         """What holds or does not, beyond yes and no."""
-        notes = []
+        notes = [*self.conditions.notes] if self.holds else []
         if self.conditions.growths > 1:
             notes.append(f"B is {self.conditions.growths} growths away from A; their layer maps were composed.")
         dead = [tensor.conditions.name for tensor in self.tensors if tensor.is_dead]
@@ -279,15 +296,8 @@ def certify(
         CheckpointError: a checkpoint cannot be read, or B's record does not lead back to A.
     """
     first, second = open_checkpoint(a), open_checkpoint(b)
-    source, target = (
-        Architecture.from_config(_config(checkpoint), f"{checkpoint.folder}/config.json")
-        for checkpoint in (first, second)
-    )
-    check_tensors(first.tensors, source, first.folder)
-    check_tensors(second.tensors, target, second.folder)
-    manifest = read_manifest(Path(second.folder))
-    steps = growth_steps(source, target, manifest["lineage"] if manifest else None)
-    conditions = state_conditions(_config(first), _config(second), steps)
+    is_stack = _config(second).get("model_type") == EXPERTS_TYPE
+    conditions = (_expert_conditions if is_stack else _growth_conditions)(first, second)
     results = tuple(_check_all(first, second, conditions, workers, progress))
     return Certificate(
         conditions,
@@ -296,6 +306,28 @@ def certify(
         (_asked(_config(first)), _asked(_config(second))),
         (_stored(first), _stored(second)),
     )
+
+
+def _growth_conditions(a: Source, b: Source) -> Conditions:
+    """What B, a larger model of A's kind, has to be."""
+    source, target = (
+        Architecture.from_config(_config(checkpoint), f"{checkpoint.folder}/config.json") for checkpoint in (a, b)
+    )
+    check_tensors(a.tensors, source, a.folder)
+    check_tensors(b.tensors, target, b.folder)
+    manifest = read_manifest(Path(b.folder))
+    steps = growth_steps(source, target, manifest["lineage"] if manifest else None)
+    return state_conditions(_config(a), _config(b), steps)
+
+
+def _expert_conditions(a: Source, b: Source) -> Conditions:
+    """What B, a GraniteMoE, has to be."""
+    source = Architecture.from_config(_config(a), f"{a.folder}/config.json", with_biases=True)
+    check_tensors(a.tensors, source, a.folder)
+    manifest = read_manifest(Path(b.folder))
+    if departure := expert_departure(manifest["lineage"] if manifest else None):
+        raise CheckpointError(not_preserved(departure))
+    return state_expert_conditions(_config(a), _config(b), b.tensors, b.folder)
 
 
 def _asked(config: Mapping[str, object]) -> str | None:
@@ -319,8 +351,8 @@ def _holds(asked: str, stored: str) -> bool:
 
 def _is_byte_copy(a: Source, result: TensorResult) -> bool:
     """Whether what a tensor has of A's was compared byte by byte."""
-    rules = {block.block.rule for block in result.blocks}
-    plain = result.conditions.factor == 1.0 and result.dtype == a.tensors[result.conditions.source].dtype
+    rules, source = {block.block.rule for block in result.blocks}, result.conditions.source
+    plain = result.conditions.factor == 1.0 and source is not None and result.dtype == a.tensors[source].dtype
     return "sum" not in rules and (plain or "copy" not in rules)
 
 
@@ -338,13 +370,13 @@ def _config(checkpoint: Source) -> dict[str, object]:
 def _check_all(
     a: Source, b: Source, conditions: Conditions, workers: int, progress: Callable[[int, int], None]
 ) -> Iterator[TensorResult]:
-    total = sum(b.tensors[tensor.name].nbytes for tensor in conditions.tensors)
+    total = sum(_window(b.tensors[tensor.name], tensor.window).nbytes for tensor in conditions.tensors)
     with FileReader() as reader, ThreadPoolExecutor(workers) as pool:
         # A tensor is a task: a thousand of them, in the order in which the first fault is to be named.
         yield from pool.map(
             lambda tensor: check_tensor(
-                a.tensors[tensor.source],
-                b.tensors[tensor.name],
+                a.tensors[tensor.source] if tensor.source is not None else None,
+                _window(b.tensors[tensor.name], tensor.window),
                 tensor,
                 reader,
                 roundings=conditions.roundings,
@@ -354,8 +386,16 @@ def _check_all(
         )
 
 
+def _window(view: View, window: Window | None) -> View:
+    """The rows [rows, columns] of one matrix of a stack; of no stack, all of it."""
+    if window is None:
+        return view
+    part = view[window.index : window.index + 1, window.first : window.first + window.rows]
+    return replace(part, shape=part.shape[1:], strides=part.strides[1:])
+
+
 def check_tensor(
-    a: View,
+    a: View | None,
     b: View,
     conditions: TensorConditions,
     reader: FileReader,
@@ -366,7 +406,7 @@ def check_tensor(
     """Hold one tensor against its conditions.
 
     Args:
-        a: the source's tensor, [rows, columns] or [n].
+        a: the source's tensor, [rows, columns] or [n]; None if nothing is copied.
         b: the grown model's.
         conditions: what B's has to be.
         reader: reads both.
@@ -376,11 +416,11 @@ def check_tensor(
     Raises:
         CheckpointError: a tensor is not floating-point.
     """
-    for view in (a, b):
+    for view in filter(None, (a, b)):
         if not view.dtype.is_floating:
             raise CheckpointError(f"{view.file}: {conditions.name} has dtype {view.dtype}, expected a floating one.")
-    shape, rounding = b.shape, _Rounding(conditions.factor, a.dtype, b.dtype, roundings)
-    a, b = (view if len(view.shape) > 1 else view.unflatten(0, (1, view.numel)) for view in (a, b))
+    shape, rounding = b.shape, _Rounding(conditions.factor, (a or b).dtype, b.dtype, roundings)
+    a, b = _as_matrix(a or b), _as_matrix(b)
     results: list[BlockResult] = []
     for (start, stop), band in groupby(conditions.blocks, key=lambda block: block.rows):
         blocks = list(band)
@@ -397,6 +437,10 @@ def check_tensor(
                 ]
         results += found
     return TensorResult(conditions, b.dtype, shape, tuple(results))
+
+
+def _as_matrix(view: View) -> View:
+    return view if len(view.shape) > 1 else view.unflatten(0, (1, view.numel))
 
 
 def row_ranges(start: int, stop: int, columns: int) -> Iterator[tuple[int, int]]:
@@ -464,6 +508,8 @@ def _check_block(
         original = originals[:, block.source[1] : block.source[1] + found.shape[1]]
     if original is None:
         broken = _is_nonzero(found) if block.rule == "zero" else _is_not_finite(found)
+        if block.largest != math.inf:
+            broken |= np.abs(found.astype(np.float64)) > block.largest
     elif block.rule == "sum":
         copies = [values[:, start : start + found.shape[1]] for start in (block.columns[0], *block.others)]
         found, broken, worst = _check_sum(copies, original, rounding)

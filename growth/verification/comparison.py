@@ -14,7 +14,6 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from conversion.architecture import Architecture
 from conversion.checkpoint.dtypes import DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.limits import default_workers
@@ -23,6 +22,7 @@ from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.sizes import format_bytes
 from conversion.checkpoint.sources import Source
 from conversion.compressed_tensors import is_float8
+from conversion.experts import decoder_architecture, has_experts
 from evaluation.logit_comparison import LogitComparer, LogitComparison
 from evaluation.streamed_model import StreamedModel, available_memory, block_rows
 
@@ -167,6 +167,10 @@ def compare_numbers(
         if forward == "loaded":
             raise CheckpointError("--forward loaded takes no quantised model; streamed multiplies weights by scales.")
         forward = "streamed"
+    if any(has_experts(source.config) for source in (a, b)):  # transformers rounds gates to float32 in float64 too
+        if forward == "loaded":
+            raise CheckpointError("--forward loaded takes no experts; streamed computes them one after the other.")
+        forward = "streamed"
     if forward == "auto":
         forward = "loaded" if need <= _MEMORY_SHARE * free else "streamed"
     begin = time.perf_counter()
@@ -289,7 +293,7 @@ def _last(states: Iterator[np.ndarray]) -> np.ndarray:
 def _layer_map(a: Source, b: Source) -> tuple[LayerSource, ...] | None:
     """Where B's layers come from, None if that is not known: the logits can be compared all the same."""
     manifest = read_manifest(Path(b.folder))
-    source, target = (Architecture.from_config(checkpoint.config or {}) for checkpoint in (a, b))
+    source, target = (decoder_architecture(checkpoint.config or {}) for checkpoint in (a, b))
     if target.hidden_size < source.hidden_size:
         return None
     try:

@@ -163,6 +163,7 @@ class Block:
         reason: why.
         source: first row and column of the block in A's tensor, for a copy or a sum.
         others: first columns of the further copies, for a sum.
+        largest: of a free block: the largest magnitude there may be.
     """
 
     rule: Rule
@@ -171,6 +172,7 @@ class Block:
     reason: str
     source: tuple[int, int] = (0, 0)
     others: tuple[int, ...] = ()
+    largest: float = math.inf
 
     @property
     def numel(self) -> int:
@@ -179,20 +181,37 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Window:
+    """Some rows of one matrix of a stack [matrices, rows, columns].
+
+    Args:
+        index: of the matrix.
+        first: row.
+        rows: how many.
+    """
+
+    index: int
+    first: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class TensorConditions:
     """What a tensor of B has to be.
 
     Args:
         name: its name.
-        source: name of A's tensor that its copies come from.
+        source: name of A's tensor that its copies come from; None if it has none.
         factor: on the copies, or on what they add up to.
         blocks: tile the tensor, in bands: blocks of the same rows are neighbours, from left to right.
+        window: of a tensor that is a stack, the part that is meant: its rows are those of the blocks.
     """
 
     name: str
-    source: str
+    source: str | None
     factor: float
     blocks: tuple[Block, ...]
+    window: Window | None = None
 
 
 @dataclass(frozen=True)
@@ -206,6 +225,7 @@ class Conditions:
         tensors: conditions on the weights, in data-flow order; none if the configurations are not comparable.
         exact: whether every number and factor that they ask for is one that binary numbers hold: where they are,
             weights that equal what is asked for compute A's function in exact arithmetic.
+        notes: why they suffice, a sentence each, said where they hold.
     """
 
     growths: int
@@ -213,6 +233,7 @@ class Conditions:
     fields: tuple[FieldCondition, ...]
     tensors: tuple[TensorConditions, ...]
     exact: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def state_conditions(a: Mapping[str, Any], b: Mapping[str, Any], steps: Sequence[Step]) -> Conditions:
@@ -252,11 +273,7 @@ def state_conditions(a: Mapping[str, Any], b: Mapping[str, Any], steps: Sequence
 
 def _check_method(step: Step) -> None:
     if step.departure:
-        raise CheckpointError(
-            f"the lineage has growth by {step.departure}, which does not preserve the function, so there is nothing to "
-            "certify, of its function or of moments; how far B is from A is measured on a text: --text FILE, without "
-            "--optimizer."
-        )
+        raise CheckpointError(not_preserved(step.departure))
     if step.method not in METHODS:
         raise CheckpointError(
             f"the lineage has growth by {step.method}; a certificate can be stated for {', '.join(METHODS)} alone: "
@@ -268,6 +285,15 @@ def _check_method(step: Step) -> None:
             f"the masks of B are {state}; only at alpha 0 does it compute A's function: write that with `teleflm fold "
             "--alpha 0`, from the masked checkpoint."
         )
+
+
+def not_preserved(departure: str) -> str:
+    """Why there is nothing to certify: by which choice a growth did not preserve the function."""
+    return (
+        f"the lineage has growth by {departure}, which does not preserve the function, so there is nothing to "
+        "certify, of its function or of moments; how far B is from A is measured on a text: --text FILE, without "
+        "--optimizer."
+    )
 
 
 def _check_growths(steps: Sequence[Step]) -> None:
@@ -325,10 +351,7 @@ def _function_conditions(
         known["max_position_embeddings"] = (a.get("max_position_embeddings"), b.get("max_position_embeddings"))
     for field, (old, new) in known.items():
         yield FieldCondition(field, new, old, new == old, "another value is another function")
-    for field in sorted((a.keys() | b.keys()) - {*known, *_NUMBERS, *_NO_FUNCTION, "rope_theta", "rope_scaling"}):
-        if a.get(field) != b.get(field):
-            reason = "nothing is known of it that would make another value the same function"
-            yield FieldCondition(field, b.get(field), a.get(field), False, reason)
+    yield from is_another_function(a, b, known)
     d, width = source.hidden_size, target.hidden_size
     eps, found = source.rms_norm_eps * live / width, target.rms_norm_eps
     holds = math.isclose(found, eps, rel_tol=_EXACT)
@@ -341,6 +364,14 @@ def _function_conditions(
         holds = math.isclose(found, ratio, rel_tol=_EXACT)
         reason = "tied, one matrix is embedding and head, and can make up for one factor only"
         yield FieldCondition("output_mult", f"to be made up by x {found:g}", f"x {ratio:g}", holds, reason)
+
+
+def is_another_function(a: Mapping[str, Any], b: Mapping[str, Any], known: Iterable[str]) -> Iterator[FieldCondition]:
+    """Fields with different values of which nothing is known, beside those that are `known` or decide no logit."""
+    for field in sorted((a.keys() | b.keys()) - {*known, *_NUMBERS, *_NO_FUNCTION, "rope_theta", "rope_scaling"}):
+        if a.get(field) != b.get(field):
+            reason = "nothing is known of it that would make another value the same function"
+            yield FieldCondition(field, b.get(field), a.get(field), False, reason)
 
 
 def _is_exact(source: Architecture, target: Architecture, tensors: Sequence[TensorConditions], live: int) -> bool:
@@ -636,6 +667,22 @@ def growth_steps(a: Architecture, b: Architecture, lineage: Mapping[str, Any] | 
         f"B was grown from a model with {differ} {getattr(oldest, differ)}, A has {getattr(a, differ)}; "
         "give the model that B's teleflm_manifest.json names."
     )
+
+
+def expert_departure(lineage: Mapping[str, Any] | None) -> str:
+    """By which choice the experts that a lineage ends with are not those of its source; an empty text if they are.
+
+    Raises:
+        CheckpointError: the record is not readable.
+    """
+    record: Any = lineage
+    while isinstance(record, Mapping) and record.get("operation") != "upcycle":
+        parent = record.get("parent")
+        record = parent.get("lineage") if isinstance(parent, Mapping) else None
+    noise = record.get("noise", 0) if isinstance(record, Mapping) else 0
+    if isinstance(noise, bool) or not isinstance(noise, int | float):
+        raise CheckpointError(f"teleflm_manifest.json: noise of experts in the lineage is {noise!r}; restore the file.")
+    return f"experts with noise {noise:g}" if noise else ""
 
 
 def _sizes(architecture: Architecture) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from conversion.checkpoint.limits import default_workers
 from conversion.checkpoint.manifest import read_manifest
 from conversion.checkpoint.sources import Source, open_checkpoint
 from conversion.compressed_tensors import is_float8
+from conversion.experts import decoder_architecture, has_experts
 from conversion.hub.remote import is_remote, local_view
 from conversion.masked import is_masked
 from conversion.optimizer_state import OPTIMIZER_FILE
@@ -27,7 +28,7 @@ from evaluation.vocabulary import SENTENCEPIECE, TOKENIZER
 
 from .certificate import Certificate, certify
 from .comparison import COMPUTE_DTYPES, Forward, Numbers, Progress, compare_numbers, no_progress
-from .conditions import MeasuredLayer, growth_steps, measured_layers
+from .conditions import MeasuredLayer, expert_departure, growth_steps, measured_layers
 from .moment_certificate import MomentCertificate, certify_moments, why_not_certified
 
 FORWARDS = ("auto", "loaded", "streamed")
@@ -186,7 +187,7 @@ def verify_checkpoints(
     of layers in B's record; every byte is held against them, in bounded memory and without torch. From numbers: both
     models' logits on a text, against A's own rounding; they can show a difference, never that there is none. What is
     loaded takes transformers' Llama; what does not fit in memory is computed layer by layer from the files, a few
-    blocks at a time.
+    blocks at a time. B may be a GraniteMoE whose experts were made of A, which is always computed so.
 
     Args:
         a: folder of the source.
@@ -215,6 +216,8 @@ def verify_checkpoints(
         raise CheckpointError(f"{b}: is not on this machine, and its {OPTIMIZER_FILE} is read here: download it first.")
     is_here = not is_remote(b)
     a, b = local_view(a), local_view(b)
+    if optimizer is not None and has_experts(open_checkpoint(b).config):
+        raise CheckpointError("--optimizer is for a growth with moments, and B's experts began without; leave it out.")
     manifest = read_manifest(Path(b))
     layers = measured_layers(manifest["lineage"] if manifest else None)
     notes: list[str] = []
@@ -271,6 +274,8 @@ def _departure(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> str:
     first, second = open_checkpoint(a), open_checkpoint(b)
     manifest = read_manifest(Path(b))
     try:
+        if has_experts(second.config):
+            return expert_departure(manifest["lineage"] if manifest else None)
         source, target = (Architecture.from_config(end.config or {}) for end in (first, second))
         steps = growth_steps(source, target, manifest["lineage"] if manifest else None)
     except CheckpointError:
@@ -284,7 +289,7 @@ def _departure(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> str:
 def _check_ids(input_ids: np.ndarray, *checkpoints: Source) -> None:
     for checkpoint in checkpoints:
         where = f"{checkpoint.folder}/config.json"
-        rows = Architecture.from_config(checkpoint.config or {}, where).vocab_size
+        rows = decoder_architecture(checkpoint.config or {}, where).vocab_size
         if int(input_ids.max()) >= rows:
             raise CheckpointError(f"{where}: vocab_size is {rows}, the text has token {int(input_ids.max())}.")
 

@@ -34,6 +34,7 @@ from teleflm.terminal import (
 if TYPE_CHECKING:
     from conversion.checkpoint.execute import WriteOptions
     from growth.grow import GrowthResult
+    from growth.upcycle import Upcycling
 
 Source = Annotated[
     str,
@@ -53,7 +54,10 @@ Method = Annotated[
 ]
 Noise = Annotated[
     float | None,
-    typer.Option(help="tile: what tells copies apart, of a weight's spread; else 0.3."),
+    typer.Option(
+        help="What tells copies apart, of a weight's spread. tile: else 0.3. --experts: else 0, and more does not "
+        "preserve the function."
+    ),
 ]
 MaskSteps = Annotated[int | None, typer.Option(help="mask: steps over which the masks rise; else 5000.", min=1)]
 Optimizer = Annotated[Path | None, typer.Option(metavar="DIR", help="Trainer checkpoint whose optimizer.pt grows too.")]
@@ -70,6 +74,17 @@ NewLayers = Annotated[
 Calibration = Annotated[Path | None, typer.Option(metavar="TEXTFILE", help="distance: the text to measure on.")]
 Multipliers = Annotated[str, typer.Option(help="preserve the logit factor, or take the target's and rescale lm_head.")]
 
+NumExperts = Annotated[
+    int | None,
+    typer.Option(
+        "--experts",
+        metavar="N",
+        help="Make a GraniteMoE with N experts in each layer, copies of its feed-forward layer; with --top-k.",
+    ),
+]
+TopK = Annotated[int | None, typer.Option("--top-k", metavar="K", help="--experts: experts that compute a token.")]
+_FIRST = "grow first, then make experts of the result"
+
 
 def grow(
     source: Source,
@@ -84,6 +99,8 @@ def grow(
     new_layers: NewLayers = "silent",
     calibration: Calibration = None,
     multipliers: Multipliers = "preserve",
+    experts: NumExperts = None,
+    top_k: TopK = None,
     dtype: Dtype = None,
     seed: Seed = 0,
     allow_nonfinite: AllowNonfinite = False,
@@ -99,25 +116,56 @@ def grow(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Grow a checkpoint into a larger one that computes the same function.
+    """Grow a checkpoint into a larger one that computes the same function: wider, deeper, or with experts.
 
-    The methods random and rms, and --new-layers active and random, are the exceptions: notes, card and record say so.
+    The methods random and rms, --new-layers active and random, and --experts with --noise are the exceptions: notes,
+    card and record say so.
     """
     from conversion.hollow import hollow_checkpoint, is_preset
     from growth.grow import grow_checkpoint
     from growth.method import make_method
+    from growth.upcycle import upcycle_checkpoint
     from teleflm.plan_report import run_and_report
 
-    def write(options: "WriteOptions") -> "GrowthResult":
-        if to is None and not overrides:
+    def write(options: "WriteOptions") -> "GrowthResult | Upcycling":
+        check_experts()
+        if experts is None and to is None and not overrides:
             raise ValueError("nothing to grow into: give --to PRESET|CONFIG.json, --set KEY=VALUE, or both.")
+        make = grow_from if experts is None else upcycle
         if not is_preset(source):
-            return grow_from(source, options)
+            return make(source, options)
         refuse_preset(source)
         with hollow_checkpoint(source) as folder:
-            result = grow_from(folder, options)
+            result = make(folder, options)
         note = f"{source} is a preset: nothing was read, and what depends on values of its weights is not known."
         return replace(result, notes=[note, *result.notes])
+
+    def check_experts() -> None:
+        """Raise what does not go with --experts, or is for it alone."""
+        if experts is None:
+            if top_k is not None:
+                raise ValueError(f"--top-k {top_k} is for --experts N, which is not given.")
+            return
+        grown = {
+            "--to": to is not None,
+            "--set": bool(overrides),
+            "--method": method != "zero",
+            "--mask-steps": mask_steps is not None,
+            "--layers": layers != "interleave",
+            "--new-layers": new_layers != "silent",
+            "--calibration": calibration is not None,
+            "--multipliers": multipliers != "preserve",
+        }
+        asked = [option for option, is_asked in grown.items() if is_asked]
+        if asked:
+            raise ValueError(f"--experts does not go with {', '.join(asked)}: {_FIRST}.")
+        if optimizer is not None:
+            raise ValueError(
+                "--experts does not go with --optimizer: experts begin with fresh moments, as the model that they were "
+                "copied from had one feed-forward layer; leave it out."
+            )
+        if top_k is None:
+            raise ValueError(f"--experts {experts} needs --top-k K: how many of them compute a token.")
 
     def refuse_preset(name: str) -> None:
         """Raise what a preset, which has no weights, cannot be used for."""
@@ -146,6 +194,19 @@ def grow(
             dry_run=dry_run,
         )
 
+    def upcycle(source: str | Path, options: "WriteOptions") -> "Upcycling":
+        return upcycle_checkpoint(
+            source,
+            out,
+            experts or 0,
+            top_k or 0,
+            noise=noise or 0.0,
+            dtype=dtype,
+            seed=seed,
+            options=options,
+            dry_run=dry_run,
+        )
+
     run_and_report(
         "growing",
         out,
@@ -162,8 +223,8 @@ def grow(
         as_json=as_json,
         debug=debug,
         allow_nonfinite=allow_nonfinite,
-        describe=describe,
-        show=print_growth,
+        describe=describe if experts is None else describe_experts,
+        show=print_growth if experts is None else print_experts,
     )
 
 
@@ -195,6 +256,38 @@ def describe(result: "GrowthResult", out: Path, options: "WriteOptions") -> dict
         "layer_distances": [asdict(distance) for distance in result.distances],
         **describe_result(result, out, options),
     }
+
+
+def describe_experts(result: "Upcycling", out: Path, options: "WriteOptions") -> dict[str, Any]:
+    """The experts as one JSON object; a dry run's has every tensor."""
+    from teleflm.plan_report import describe_result
+
+    return {
+        "source": asdict(result.source),
+        "num_local_experts": result.experts.num_local_experts,
+        "num_experts_per_tok": result.experts.num_experts_per_tok,
+        "noise": result.noise,
+        "parameters": result.experts.num_parameters,
+        "active_parameters": result.experts.num_active_parameters,
+        "preserves_function": not result.noise,
+        **describe_result(result, out, options),
+    }
+
+
+def print_experts(result: "Upcycling", out: Path, options: "WriteOptions") -> None:
+    """A summary for people: what became of how much, then the plan or what was written."""
+    from rich.table import Table
+
+    from teleflm.plan_report import print_result
+
+    made, source = result.experts, result.source.num_parameters
+    fields = Table("", "source", "target", title="Experts", title_justify="left")
+    fields.add_row("num_local_experts", "none", f"{made.num_local_experts:,}")
+    fields.add_row("num_experts_per_tok", "none", f"{made.num_experts_per_tok:,}")
+    fields.add_row("parameters", f"{source:,}", f"{made.num_parameters:,}")
+    fields.add_row("active for a token", f"{source:,}", f"{made.num_active_parameters:,}")
+    print_table(fields)
+    print_result(result, out, options)
 
 
 def print_growth(result: "GrowthResult", out: Path, options: "WriteOptions") -> None:

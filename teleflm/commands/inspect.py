@@ -81,7 +81,9 @@ def _inspect_preset(name: str, check: bool) -> "Inspection | None":
 def _describe(inspection: "Inspection") -> dict[str, Any]:
     """The inspection as one JSON object, with the numbers that follow from the architecture."""
     architecture = inspection.architecture
-    derived = {"logit_scale": architecture.logit_scale} if architecture else {}
+    derived: dict[str, Any] = {"logit_scale": architecture.logit_scale} if architecture else {}
+    if inspection.experts:
+        derived["active_parameters"] = inspection.experts.num_active_parameters
     return {**asdict(inspection), **derived}
 
 
@@ -97,7 +99,9 @@ def _print_inspection(inspection: "Inspection") -> None:
     if inspection.parallel is not None:
         step = f", iteration {inspection.iteration}" if inspection.iteration is not None else ""
         table.add_row("training run", f"{inspection.format}, {inspection.parallel}{step}")
-    table.add_row("parameters", f"{inspection.parameters:,}")
+    experts = inspection.experts
+    active = f", of which {experts.num_active_parameters:,} compute a token" if experts else ""
+    table.add_row("parameters", f"{inspection.parameters:,}{active}")
     table.add_row("dtypes", ", ".join(f"{name} ({count} tensors)" for name, count in inspection.dtypes.items()))
     if inspection.quantised:
         table.add_row("quantised", printable(inspection.quantised))
@@ -109,9 +113,13 @@ def _print_inspection(inspection: "Inspection") -> None:
         a = inspection.architecture
         table.add_row("layers", f"{a.num_hidden_layers}")
         table.add_row("hidden size", f"{a.hidden_size:,}, feed-forward {a.intermediate_size:,}")
+        if experts:
+            top = experts.num_experts_per_tok
+            chosen = f"{top} of which {'computes' if top == 1 else 'compute'} a token"
+            table.add_row("experts", f"{experts.num_local_experts} in each layer, {chosen}")
         table.add_row("heads", f"{a.num_attention_heads} of {a.head_dim}, {a.num_key_value_heads} key/value")
         table.add_row("multipliers", f"embeddings x {a.embedding_scale:g}, logits x {a.logit_scale:g}")
-        unit = "token ids" if inspection.model_type == "llama" else "pieces"
+        unit = "token ids" if experts or inspection.model_type == "llama" else "pieces"
         pieces = f", {inspection.pieces:,} {unit}" if inspection.pieces else ", no tokenizer"
         padding = f", {inspection.padding_rows:,} rows of padding" if inspection.padding_rows else ""
         padding = ", padding included" if inspection.parallel is not None else padding
