@@ -558,6 +558,7 @@ def test_the_bytes_depend_on_the_seed_alone(source, made, tmp_path):
         assert torch.equal(tensor, other[name]) == ("router" not in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [(), ("--noise", "0.1")], ids=["equal", "noise"])
 def test_killed_and_resumed(noise, source, tmp_path):
     command = ("grow", source, "--experts", 3, "--top-k", 2, *noise, "--max-shard-size", "200KB", "--workers", 2)
