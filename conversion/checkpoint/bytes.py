@@ -195,15 +195,15 @@ class OpenFile(OpenBytes):
         path: an absolute path.
 
     Raises:
-        OSError: there is none, or it is a folder, a pipe or a device, which might never end, or never begin.
+        OSError: there is none, or it is a folder, a pipe or a device, which might never end, or never begin; or this
+            is Windows.
     """
 
     def __init__(self, path: str) -> None:
         self.name = path
         if not hasattr(os, "pread"):
-            raise CheckpointError(
-                f"{path}: this system has no os.pread, by which checkpoints are read; use Linux, macOS or WSL."
-            )
+            reason = "this system has no os.pread, by which checkpoints are read; use Linux, macOS or WSL"
+            raise OSError(errno.ENOSYS, reason, path)
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for a writer
         try:
             status = os.fstat(self._descriptor)
