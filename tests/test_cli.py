@@ -164,7 +164,7 @@ def test_doctor_fails_where_the_package_itself_cannot_work(monkeypatch, capsys):
 def test_every_extra_that_users_choose_is_told_by_doctor():
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
-    assert {*settings["options.extras_require"]} - {"convert", "bench", "dev", "external"} == {*NEEDED_BY}
+    assert {*settings["options.extras_require"]} - {"convert", "docs", "bench", "dev", "external"} == {*NEEDED_BY}
 
 
 def test_grow_and_again(source, tmp_path):
