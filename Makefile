@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-slow test-external lint format clean
+.PHONY: help demo test test-slow test-external lint format docs clean
 
 help:
 	@echo "make demo           the whole job on a small model: pretrain, load, grow, fine-tune, chat, publish"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-slow      the tests that take long: several processes, whole trainings, statistics"
 	@echo "make test-external  the tests that need heavy third parties (transformers' own suite, ...)"
 	@echo "make lint           ruff and mypy"
+	@echo "make docs           the documents as a site, in site/; a warning is an error"
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m demo
@@ -36,6 +37,19 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# In an environment of its own: the site is made of text, and needs nothing of what it describes.
+DOCS := .venv-docs
+
+docs: $(DOCS)/.ready
+	$(DOCS)/bin/python docs/recipe_keys.py
+	$(DOCS)/bin/python docs/stage.py
+	$(DOCS)/bin/python -m mkdocs build --strict --quiet
+
+$(DOCS)/.ready: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install -q -c constraints.txt -e ".[docs]"
+	@touch $@
+
 # torch comes first and pinned: whatever depends on it must find it there, not choose one.
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -46,4 +60,4 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info
+	rm -rf $(VENV) $(DOCS) out site build dist *.egg-info

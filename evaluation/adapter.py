@@ -19,6 +19,7 @@ from conversion.checkpoint.manifest import is_edited, read_manifest
 from conversion.checkpoint.parent import record_mismatch
 from conversion.checkpoint.sources import Source, check_utf8, open_checkpoint
 from conversion.checkpoint.strict_json import read_json_object
+from conversion.extras import needs
 from conversion.model_identity import base_digest, is_base
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def check_adapter(folder: Path) -> None:
     try:
         import peft  # noqa: F401
     except ImportError:
-        raise CheckpointError("--adapter needs peft, which is not installed; pip install peft.") from None
+        raise CheckpointError(needs("--adapter", "peft", "sft")) from None
 
 
 def check_base(folder: Path, model: str) -> list[str]:

@@ -20,6 +20,7 @@ from conversion.architecture import MODEL_TYPE, Architecture
 from conversion.checkpoint.errors import CheckpointError, one_line
 from conversion.checkpoint.limits import default_workers
 from conversion.checkpoint.sources import Source, check_utf8, open_checkpoint
+from conversion.extras import install_line
 from conversion.family import is_llama
 from conversion.hub.remote import is_remote, local_view
 from conversion.llama import check_complete, why_only_copied
@@ -106,7 +107,7 @@ def require_harness() -> None:
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise CheckpointError(
-            f'--harness needs lm-evaluation-harness ({one_line(error)}); pip install "teleflm[eval]".'
+            f"--harness needs lm-evaluation-harness ({one_line(error)}); {install_line('eval')}."
         ) from None
 
 

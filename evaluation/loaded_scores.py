@@ -14,6 +14,7 @@ from conversion.architecture import MODEL_TYPE
 from conversion.checkpoint.errors import CheckpointError, one_line
 from conversion.checkpoint.mirror import origin
 from conversion.checkpoint.sources import check_utf8
+from conversion.extras import install_line
 
 from .passages import Passage
 from .streamed_scores import require_finite
@@ -114,7 +115,7 @@ def require_torch() -> Any:
         import transformers  # noqa: F401
     except ImportError as error:
         raise CheckpointError(
-            f"a loaded model needs torch and transformers ({one_line(error)}); pip install torch, then teleflm."
+            f"a loaded model needs torch and transformers ({one_line(error)}); {install_line('model')}."
         ) from None
     return torch
 

@@ -11,7 +11,6 @@ after another without padding; a layer is told their lengths.
 """
 
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ import numpy as np
 from conversion.architecture import Architecture, rope_parameters, trained_length
 from conversion.checkpoint.dtypes import FLOAT32, FLOAT64, DType
 from conversion.checkpoint.errors import CheckpointError
+from conversion.checkpoint.kernel_copy import available_memory as machine_memory
 from conversion.checkpoint.plan import View
 from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.row_quant import dequantise
@@ -375,5 +375,5 @@ def available_memory() -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (OSError, StopIteration):  # no Linux
+        return machine_memory() // 2

@@ -72,8 +72,6 @@ def _open_tokenizer(path: Path) -> Vocabulary:
         from tokenizers import Tokenizer
 
         return _Tokenizer(Tokenizer.from_str(path.read_text(encoding="utf-8")))
-    except ImportError:
-        raise CheckpointError(f"{path}: needs the package tokenizers; pip install tokenizers.") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}.") from None
     except Exception as error:  # the library has no class of its own

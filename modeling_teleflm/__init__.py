@@ -6,15 +6,23 @@
 
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-)
+try:
+    import torch  # noqa: F401  # without which transformers gives classes that fail later
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForQuestionAnswering,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        AutoTokenizer,
+    )
+except ModuleNotFoundError as _error:
+    if _error.name not in ("torch", "transformers"):
+        raise
+    raise ModuleNotFoundError(
+        f'modeling_teleflm needs {_error.name}, which is not installed; pip install "teleflm[model]".', name=_error.name
+    ) from None
 
 from .configuration_teleflm import TeleFLMConfig
 from .modeling_teleflm import (

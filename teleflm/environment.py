@@ -18,10 +18,14 @@ from packaging.requirements import Requirement
 from conversion.checkpoint.errors import CheckpointError, one_line
 from conversion.checkpoint.kernel_copy import available_memory
 from conversion.checkpoint.limits import default_workers
+from conversion.extras import install_line
 
 # What each extra of the package is for, by the command lines that need it; whatever is not named needs no extra.
 NEEDED_BY = {
-    "sft": ("sft validate, select, prepare, preview, train", "sft export --merge", "chat --adapter"),
+    "report": ("verify --text --report", "grow-plan --plot"),
+    "model": ("chat", "eval --loaded", "verify --forward loaded", "publish, to try the folder", "modeling_teleflm"),
+    "train": ("train",),
+    "sft": ("sft validate --model, select, prepare, preview, train", "sft export --merge", "chat --adapter"),
     "eval": ("eval --harness",),
     "sentence": ("sft select --embedder MODEL",),
     "ray": ("sft select --ray",),
@@ -75,7 +79,7 @@ class Need:
     @property
     def way_out(self) -> str:
         """The command that installs what is missing."""
-        return f'pip install "{_DISTRIBUTION}[{self.extra}]"' if self.extra else f"pip install {_DISTRIBUTION}"
+        return install_line(self.extra) if self.extra else f"pip install {_DISTRIBUTION}"
 
 
 @dataclass(frozen=True)
@@ -111,9 +115,16 @@ class Environment:
         """What keeps every command from working, a sentence each."""
         base = self.needs[0]
         found = [f"{shown(package)}; {base.way_out}." for package in base.missing]
-        if not self.system.startswith("Linux"):
-            found.append(f"{self.system} is not Linux, on which alone the tests run.")
+        if not hasattr(os, "pread"):
+            found.append(f"{self.system} has no os.pread, by which checkpoints are read: use Linux, macOS or WSL.")
         return found
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What is worth knowing and keeps nothing from working, a sentence each."""
+        if self.system.startswith("Linux"):
+            return []
+        return [f"{self.system} is not Linux, on which alone the tests run; calls that only Linux has are replaced."]
 
 
 def shown(package: Package) -> str:

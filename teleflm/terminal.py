@@ -23,6 +23,7 @@ from conversion.checkpoint.dtypes import dtype_name
 from conversion.checkpoint.errors import CorruptData
 from conversion.checkpoint.limits import default_workers
 from conversion.checkpoint.sizes import format_bytes
+from conversion.extras import missing_package
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,6 +87,8 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
 def failures_named(*, debug: bool) -> Iterator[None]:
     """Turn what the system refuses, such as space on a disk, into one line on stderr and exit status 1.
 
+    A package that an extra would install is one line and exit status 2.
+
     Whoever reads the output may have enough of it, as `head` has: that is no failure and nothing is said, but the exit
     status is that of a program which SIGPIPE ends.
     """
@@ -93,6 +96,11 @@ def failures_named(*, debug: bool) -> Iterator[None]:
         yield
         if sys.stdout is not None:  # as it is where it was closed by whoever started this
             sys.stdout.flush()  # what cannot be printed is a failure as well
+    except ModuleNotFoundError as error:
+        said = missing_package(error)
+        if debug or said is None:
+            raise
+        fail(said, EXIT_BAD_INPUT)
     except OSError as error:
         if error.errno == errno.EPIPE and error.filename == "stdout":
             raise typer.Exit(EXIT_UNREAD) from None

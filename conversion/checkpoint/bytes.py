@@ -195,11 +195,15 @@ class OpenFile(OpenBytes):
         path: an absolute path.
 
     Raises:
-        OSError: there is none, or it is a folder, a pipe or a device, which might never end, or never begin.
+        OSError: there is none, or it is a folder, a pipe or a device, which might never end, or never begin; or this
+            is Windows.
     """
 
     def __init__(self, path: str) -> None:
         self.name = path
+        if not hasattr(os, "pread"):
+            reason = "this system has no os.pread, by which checkpoints are read; use Linux, macOS or WSL"
+            raise OSError(errno.ENOSYS, reason, path)
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for a writer
         try:
             status = os.fstat(self._descriptor)
@@ -268,10 +272,19 @@ def read_fully(descriptor: int, target: memoryview, offset: int) -> None:
     """
     done = 0
     while done < len(target):
-        count = os.preadv(descriptor, [target[done:]], offset + done)
+        count = _read_some(descriptor, target[done:], offset + done)
         if count == 0:
             raise EOFError
         done += count
+
+
+def _read_some(descriptor: int, target: memoryview, offset: int) -> int:
+    """Read into a buffer as much as comes; how many bytes that was, 0 at the end."""
+    if hasattr(os, "preadv"):  # macOS has it since version 11
+        return os.preadv(descriptor, [target], offset)
+    data = os.pread(descriptor, min(len(target), _PART), offset)
+    target[: len(data)] = data
+    return len(data)
 
 
 def spread(size: int) -> Iterator[tuple[int, int]]:

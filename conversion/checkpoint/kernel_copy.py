@@ -15,6 +15,7 @@ from pathlib import Path
 PAGE = 4096
 _UNSUPPORTED = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_SMALL_MACHINE = 4 << 30  # memory of one that does not say what it has
 _BUFFER = 256 * 1024  # stays in a core's cache between the reading and the writing
 # The page cache allocates in units as large as the writes are. On a virtual machine the host has often taken the large
 # ones back, and must find memory first: 3.5 GiB took 7.6 s here in writes of 256 KiB, 1.4 s in writes of 32 KiB. Where
@@ -155,7 +156,10 @@ def preallocate(descriptor: int, size: int) -> None:
 
 def available_memory() -> int:
     """Bytes of memory of this machine, or of the container this process is in."""
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf, others may not have these names
+        machine = _SMALL_MACHINE
     try:
         return min(machine, int(_CONTAINER_LIMIT.read_text()))
     except (OSError, ValueError):  # none, or "max"

@@ -6,10 +6,14 @@
 
 import os
 import re
-import resource
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 DEFAULT_MEMORY = "256MB"  # of all threads together
 _MOST = 16  # more threads are of no use: they write to one file system, and share one interpreter
@@ -138,6 +142,16 @@ def high_water() -> int:
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:  # macOS, where the unit is a byte
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
     match = re.search(r"VmHWM:\s*(\d+) kB", status)  # not ru_maxrss, which a child begins with its parent's
     return int(match[1]) * 1024 if match else 0
+
+
+def allow_many_files() -> None:
+    """Raise the soft limit on open files to the hard one: a checkpoint may have a file for each of a thousand ranks."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):  # macOS says unlimited and means less
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

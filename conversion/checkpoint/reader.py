@@ -5,10 +5,9 @@
 """Reading windows of files: bounded memory, no mapping, any number of threads."""
 
 import os
-import resource
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from types import TracebackType
 
 import numpy as np
@@ -16,6 +15,7 @@ import numpy as np
 from .bytes import ByteSource, OpenBytes, read_fully
 from .errors import CorruptData
 from .kernel_copy import copy_range, write_all
+from .limits import allow_many_files
 from .plan import Box, Shape, View
 from .scratch import scratch
 
@@ -38,7 +38,7 @@ class FileReader:
     """
 
     def __init__(self) -> None:
-        _allow_many_files()
+        allow_many_files()
         self._stack = ExitStack()
         self._files: dict[ByteSource, OpenBytes] = {}
         self._lock = threading.Lock()
@@ -159,14 +159,6 @@ def _run_bytes(view: View) -> int:
             break
         run *= size
     return run * view.dtype.itemsize
-
-
-def _allow_many_files() -> None:
-    """Raise the soft limit on open files to the hard one: a checkpoint may have a file for each of a thousand ranks."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with suppress(ValueError, OSError):  # macOS says unlimited and means less
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def read_chunks(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:

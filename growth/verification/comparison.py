@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -172,7 +173,7 @@ def compare_numbers(
             raise CheckpointError("--forward loaded takes no experts; streamed computes them one after the other.")
         forward = "streamed"
     if forward == "auto":
-        forward = "loaded" if need <= _MEMORY_SHARE * free else "streamed"
+        forward = "loaded" if need <= _MEMORY_SHARE * free and find_spec("torch") else "streamed"
     begin = time.perf_counter()
     if forward == "loaded":
         note = f"{len(input_ids)} tokens in {dtype}, models loaded one after the other"

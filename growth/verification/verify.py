@@ -198,7 +198,7 @@ def verify_checkpoints(
         optimizer: a checkpoint of transformers' Trainer, or its optimizer.pt, that grew with A: B's optimizer.pt is
             held against it too. Masked checkpoints, whose function bytes alone do not say, are judged by that alone.
         dtype: what to compute logits in: `float64`, `float32` or `bfloat16`.
-        forward: `loaded`, `streamed`, or `auto`: loaded if the larger model fits in free memory.
+        forward: `loaded`, `streamed`, or `auto`: loaded if the larger model fits in free memory and torch is installed.
         max_tokens: of the text, at most.
         workers: threads.
         progress: makes a progress display, see `teleflm.terminal.byte_progress`.

@@ -221,7 +221,8 @@ def _tell_failure(lock: Lock, reason: str) -> None:
 
 def _sync(folder: Path) -> None:
     """Bring all files of a folder to the disk, so that a name that is there after a power cut has its content."""
-    for path in [*folder.rglob("*"), folder]:
+    folders = hasattr(os, "O_DIRECTORY")  # Windows opens none
+    for path in filter(lambda path: folders or path.is_file(), [*folder.rglob("*"), folder]):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

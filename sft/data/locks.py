@@ -199,6 +199,8 @@ def is_known_gone(name: str) -> bool | None:
 
 
 def _is_dead(pid: int) -> bool:
+    if os.name == "nt":  # where this would not ask the process, but end it
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -45,7 +45,7 @@ _REPORT_BYTES = 1 << 16
 # To start an interpreter and make namespaces, to end all of it, to remove what it wrote; not of the code's own time.
 _STARTING_SECONDS, _ENDING_SECONDS, _REMOVING_SECONDS = 30.0, 2.0, 30.0
 LONGEST_SECONDS = 86400
-_A_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+_A_FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)  # Windows has neither
 # What can be set: days are no limit on a function, and the kernel takes no number of more than 63 bits of bytes.
 _MOST = {
     "seconds": LONGEST_SECONDS,
@@ -116,6 +116,8 @@ def run_tests(code: str, tests: list[str], limits: Limits) -> Outcome:
     Raises:
         SandboxError: the sandbox itself could not be made.
     """
+    if not hasattr(os, "pidfd_open"):
+        raise SandboxError("code is run in a process of its own on Linux alone, and this is no Linux.")
     token = secrets.token_hex(16)
     with _temporary_folder() as folder:
         job = {"code": code, "tests": tests, "token": token, "folder": folder, "limits": asdict(limits)}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Say what is installed, what each command would need, and what this machine has.
 
-    Exit status 1 if the package's own requirements are not met, or the system is not one on which it is tested.
+    Exit status 1 if the package's own requirements are not met, or checkpoints cannot be read on this system.
     """
     from teleflm.environment import examine_environment
 
@@ -34,7 +34,7 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 
 
 def _describe(environment: "Environment") -> dict[str, Any]:
-    return {**asdict(environment), "problems": environment.problems}
+    return {**asdict(environment), "notes": environment.notes, "problems": environment.problems}
 
 
 def _print_environment(environment: "Environment") -> None:
@@ -65,5 +65,7 @@ def _print_environment(environment: "Environment") -> None:
         commands.add_row(what, "missing" if need.missing else "present", "\n".join(lacks))
     print_table(commands)
     console = make_console()
+    for note in environment.notes:
+        console.print(note)
     for problem in environment.problems:
         console.print(problem, style="bold red")

@@ -42,7 +42,9 @@ Optimizer = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Trainer checkpoint of A whose optimizer.pt grew: certify B's too.")
 ]
 ComputeDtype = Annotated[str, typer.Option(help="What logits are computed in: float64, float32 or bfloat16.")]
-ForwardPass = Annotated[str, typer.Option(help="loaded, streamed from the files, or auto: loaded if it fits.")]
+ForwardPass = Annotated[
+    str, typer.Option(help="loaded, streamed from the files, or auto: loaded if it fits, and torch is here.")
+]
 MaxTokens = Annotated[int, typer.Option(help="Tokens of the text, at most.", min=2)]
 ReportFolder = Annotated[Path | None, typer.Option("--report", metavar="DIR", help="Write an HTML page, PNG and JSON.")]
 Record = Annotated[bool, typer.Option("--record", help="Add the verdict to B's record, teleflm_manifest.json.")]
@@ -80,6 +82,8 @@ def verify(
     with exit_codes(debug=debug):
         if report:
             check_report_folder(report, "verification")
+            if text:
+                import matplotlib  # noqa: F401  # before the hours of work that its plots show
         origin = Origin.of(["teleflm", *sys.argv[1:]], a, b) if report else None
         recorded = check_recordable(b) if record else None
         verification = verify_checkpoints(
