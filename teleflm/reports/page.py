@@ -113,19 +113,18 @@ def write_report_files(
 
     Args:
         folder: made if absent.
-        template: of the page; `plots` holds the plots by name, for `data:image/png;base64,` addresses.
+        template: of the page; `plots` holds the plots by name, as addresses of pictures that are inside.
         figures: the plots.
         numbers: name and content of the JSON file.
         **values: what else the template shows.
     """
-    plots = {name: _png(figure) for name, figure in figures.items()}
-    encoded = {name: base64.b64encode(png).decode() for name, png in plots.items()}
+    plots = {name: address_of(figure) for name, figure in figures.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, png in plots.items():
-        (folder / f"{name}.png").write_bytes(png)
+    for name, figure in figures.items():
+        (folder / f"{name}.png").write_bytes(_png(figure))
     told = _without_surrogates(json.dumps(numbers[1], indent=1, ensure_ascii=False))
     (folder / numbers[0]).write_text(told, encoding="utf-8")
-    (folder / "index.html").write_text(render_page(template, plots=encoded, **values), encoding="utf-8")
+    (folder / "index.html").write_text(render_page(template, plots=plots, **values), encoding="utf-8")
 
 
 def new_figure(height: float = 3.8) -> tuple["Figure", Any]:
@@ -144,6 +143,16 @@ def legend_above(axes: Any, markerscale: float = 1) -> None:
     axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), markerscale=markerscale)
 
 
+def address_of(figure: "Figure") -> str:
+    """A figure as SVG inside an address, sharp at any size; the same from the same numbers."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "teleflm"}):  # names inside are random otherwise
+        figure.savefig(buffer, format="svg", dpi=160, metadata={"Date": None, "Creator": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
 def _png(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})  # the same bytes from the same numbers
@@ -151,6 +160,7 @@ def _png(figure: "Figure") -> bytes:
 
 
 __all__ = [
+    "address_of",
     "check_page",
     "check_report_folder",
     "kind_of_page",

@@ -4,7 +4,6 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """A fine-tuning run for people: one self-contained HTML page of what it has logged so far."""
 
-import base64
 import math
 import re
 from collections.abc import Mapping
@@ -25,12 +24,11 @@ from sft.training.loss_plot import (
     neighbours,
     other_figures,
     other_names,
-    png_of,
     smoothed,
     write_loss_plot,
 )
 from sft.training.run_log import RUN_LOG, RunHistory, RunLogError, lost_from, lost_steps, points, read_history
-from teleflm.reports.page import check_page, render_page
+from teleflm.reports.page import address_of, check_page, render_page
 
 RUN_PAGE = "training_report.html"
 _TEMPLATE = Path(__file__).with_name("run.html.jinja")
@@ -59,7 +57,7 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot in two widths, as base64 of PNG."""
+    """A plot in two widths, as addresses of pictures that are inside."""
 
     name: str
     title: str
@@ -198,13 +196,13 @@ def _number(value: float) -> str:
 def _loss_plot(history: RunHistory) -> Plot | None:
     if not (history.points("loss") or history.points("eval_loss")):
         return None
-    wide, narrow = (_encoded(loss_figure(history, width=width), width) for width in (_WIDE, _NARROW))
+    wide, narrow = (address_of(loss_figure(history, width=width)) for width in (_WIDE, _NARROW))
     return Plot("loss", "Loss", "", wide, narrow)
 
 
 def _plots(history: RunHistory) -> list[Plot]:
     wide, narrow = (
-        {name: _encoded(figure, width) for name, figure in other_figures(history, width=width).items()}
+        {name: address_of(figure) for name, figure in other_figures(history, width=width).items()}
         for width in (_WIDE, _NARROW)
     )
     plots = [Plot(name, *_TITLES[name], wide[name], narrow[name]) for name in wide]
@@ -212,10 +210,6 @@ def _plots(history: RunHistory) -> list[Plot]:
         note = f"{len(left)} more numbers have no plot here: {', '.join(map(visible, left))}."
         plots = [replace(plot, note=note) if plot.name == "other" else plot for plot in plots]
     return plots
-
-
-def _encoded(figure: Any, width: float) -> str:
-    return base64.b64encode(png_of(figure, dpi=130 if width == _WIDE else 180)).decode()
 
 
 def _unfinite(history: RunHistory) -> list[str]:

@@ -279,7 +279,9 @@ def _map_figure(points: np.ndarray, fates: Sequence[str]) -> "Figure":
     drawn = (("filtered out", _RED, 5), ("not selected", _GREY, 5), ("selected", _BLUE, 7))
     for fate, color, size in drawn:
         some = points[[found == fate for found in fates]]
-        axes.scatter(*some.T, s=size, color=color, alpha=0.6, linewidths=0, label=f"{fate} ({len(some):,})")
+        axes.scatter(
+            *some.T, s=size, color=color, alpha=0.6, linewidths=0, rasterized=True, label=f"{fate} ({len(some):,})"
+        )
     axes.set_xlabel("first principal component of the embeddings")
     axes.set_ylabel("second")
     legend_above(axes, markerscale=3)

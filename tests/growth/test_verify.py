@@ -590,7 +590,7 @@ def test_report_is_one_page_that_needs_nothing_else(grown, text, tmp_path):
     assert "A is small, B is &lt;large&gt;: certified." in page
     assert "every condition on its configuration and its weights holds" in page
     assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?(?!data:)[\w/.:]""", page)
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/svg+xml;base64,") == 2
     assert "layers.*.mlp.down_proj" in page
     assert json.loads((tmp_path / "report/verification.json").read_text()) == json.loads(
         json.dumps(describe(verification))

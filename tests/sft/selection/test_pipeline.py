@@ -462,8 +462,8 @@ def test_report(lines, corpus, tmp_path):
     assert "&lt;script&gt;1" in page
     shown = sum(min(EXAMPLES, count) for count in selection.domains.values())
     assert page.count("<details") == shown + sum(len(stage.dropped) for stage in selection.stages)
-    assert not re.findall(r"(?:src|href)=\"(?!data:image/png)", page), "nothing is loaded"
-    assert page.count("data:image/png;base64,") == 4
+    assert not re.findall(r"(?:src|href)=\"(?!data:image/svg\+xml)", page), "nothing is loaded"
+    assert page.count("data:image/svg+xml;base64,") == 4
     assert {path.name for path in (tmp_path / "report").iterdir()} == {
         "index.html",
         "selection.json",
