@@ -306,6 +306,7 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_fsdp_has_no_second_copy_of_the_weights(world):
     with pytest.raises(CheckpointError, match="FSDP keeps no second copy of the weights; leave --fp32-master out"):
         read_dist_checkpoint(world / "checkpoint-5", fp32_master=True)

@@ -161,6 +161,7 @@ def _masks(model: TeleFLMMaskedForCausalLM) -> dict[str, TeleFLMGrowthMask]:
     return {name: mask for name, mask in modules.items() if "norm" not in name}
 
 
+@pytest.mark.slow
 def test_every_forgotten_mask_and_every_wrong_norm_is_caught(masked, tmp_path):
     fold_masks(masked, tmp_path / "out", alpha=0.5)
     oracle, model = load(tmp_path / "out"), load_masked(masked)
@@ -331,6 +332,7 @@ def train(model, folder: Path, steps: int, resume: str | None = None, **argument
     return recorder.alphas
 
 
+@pytest.mark.slow
 def test_the_callback_follows_the_steps_and_resumes(masked, tmp_path):
     def fresh(folder: Path = masked) -> TeleFLMMaskedForCausalLM:
         return load_masked(folder, dtype=torch.float32)

@@ -90,6 +90,7 @@ def train(trainer_class, folder, resume=None, **arguments) -> list[list[float]]:
     return rates.rates
 
 
+@pytest.mark.slow
 def test_the_ratio_survives_schedule_and_resume(tmp_path):
     plain = train(MupTrainer, tmp_path / "plain")
     rates = train(MupTrainer, tmp_path / "mup", base_width=8)
@@ -170,6 +171,7 @@ def movement(width: int, mup: bool, steps: int = 4) -> dict[str, float]:
     return {name: (last[name] - first[name]).square().mean().sqrt().item() for name in last}
 
 
+@pytest.mark.slow
 def test_coordinate_check():
     widths = (64, 128, 256, 512)
     with_mup, without = ([movement(width, mup) for width in widths] for mup in (True, False))

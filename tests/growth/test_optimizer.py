@@ -277,6 +277,7 @@ def run(model, folder: Path, trainer_class=Trainer, **arguments) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_from_one_trainer_to_the_next(trained, tmp_path):
     folder, checkpoint = trained
     grow_checkpoint(folder, tmp_path / "out", ALL_AXES, optimizer=checkpoint)
@@ -640,6 +641,7 @@ app()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [-0.6, 0.05, 0.999], ids=str)
 def test_a_full_disk_under_the_moments(room, folder_with_moments, source, tmp_path):  # noqa: F811
     """Torch says it with an error of its own, from other places: while it writes, and while it closes the file."""

@@ -178,6 +178,7 @@ def test_a_ramp_of_one_step_is_none(folders, tmp_path):  # noqa: F811
     assert all(torch.equal(weight, ramp[name]) for name, weight in plain.items())
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_in_its_ramp_has_the_same_bits(folders, tmp_path):  # noqa: F811
     """And when the model is named by the checkpoint, whose own record ends with training."""
     keys = {"max_steps": 4, "rewarm_new_steps": 4, "save_strategy": "steps", "save_steps": 2}

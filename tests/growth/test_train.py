@@ -93,6 +93,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_resuming_changes_no_bit(arguments, masked, tmp_path):
     """Ten steps, and five that another process continues: masks, muP groups, moments, schedule and data go on."""
     keys = arguments(mup_base_width=32, weight_decay=0.1, lr_scheduler_type="cosine", warmup_steps=2)
@@ -128,6 +129,7 @@ def test_text_that_was_exchanged_is_read_anew_whatever_its_time_of_change(argume
     assert found[0] != found[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_does_no_further_step(arguments, tmp_path, caplog):
     """The same command again, as a scheduler gives it; a Trainer would do one more step each time."""
     keys = arguments(max_steps=2, save_steps=2)
@@ -195,6 +197,7 @@ def test_two_processes_train_as_one(arguments, tmp_path):
         torch.testing.assert_close(weights(tmp_path / "two")[name], weight, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_was_trained_folds_and_has_learnt(arguments, source, tmp_path):
     keys = arguments(max_steps=60, save_strategy="no", learning_rate=0.02, per_device_train_batch_size=4)
     growth, args = split(keys)
@@ -222,6 +225,7 @@ def grown(source, text, tmp_path_factory) -> Path:
     return root / "grown"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fresh", "first"), [(False, 5), (True, 0)])
 def test_moments_that_grew_with_the_weights_are_used(fresh, first, grown, arguments, tmp_path):
     keys = arguments(model_name_or_path=str(grown), fresh_optimizer=fresh, mup_base_width=32, max_steps=3, save_steps=3)
