@@ -9,7 +9,7 @@
 All multipliers are 1, so that both compute the same function; their logits have to be equal bit by bit before anything
 is timed. The rows `with multipliers` are ours with those of the published model, which Llama cannot have: what they
 cost. Within a round the order is random; the ratio is of throughputs, ours over Llama's, and the interval that of its
-median (order statistics, 95 %). What the memory or the installed packages do not allow is left out, and the row says so.
+median (order statistics, 95 %). What memory or the installed packages do not allow is left out, and the row says so.
 
 On a CPU the shape 1b has 2 layers instead of 24, and sequences are shorter. 52b and 1t are one layer of the true width,
 with a vocabulary of --vocabulary: the head of a whole model is shared by 64 or 140 layers.
@@ -60,7 +60,7 @@ _LEAST_ROUNDS = 5
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model, and how much of each row it is given: (batch, tokens) of a forward pass, steps of decoding."""
+    """The sizes of a model, and what it is given: (batch, tokens) of a forward pass, and steps of decoding."""
 
     name: str
     config: dict[str, int]

@@ -21,8 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from measure import ROOT, arguments, console, report
+from results import Goal
 
 WAYS = ("Llama, forward(labels)", "Tele-FLM, forward(labels)", "teleflm train", "sft train")
+
+GOALS = (
+    Goal("labels cost no more memory than in a stock Llama", "times less", 0.99, at_least=True, rows="^Tele-FLM, "),
+    Goal("training takes a quarter of the memory of a stock loss", "times less", 4, at_least=True, rows=" train "),
+    Goal("the loss in parts is the loss", "loss", 1e-5),
+    Goal("its gradients are the gradients", "gradient norm", 1e-4),
+)
 
 
 def main() -> None:
@@ -54,7 +62,7 @@ def main() -> None:
             [
                 way,
                 f"{peak / 2**20:,.0f}",
-                f"{least / peak:.1f}",
+                f"{least / peak:.2f}",
                 f"{statistics.median(paired):.2f} [{min(paired):.2f}, {max(paired):.2f}]",
                 f"{apart:.0e}",
                 f"{norm:.0e}",
@@ -67,7 +75,7 @@ def main() -> None:
         f"{8 * options.vocabulary * options.hidden / 2**20:,.0f}. Factor on the logits 1/32 in all."
     )
     columns = ("loss by", "peak above the model, MiB", "times less", "time against the first", "loss", "gradient norm")
-    report("Memory of the loss", options.folder, about, columns, table)
+    report("Memory of the loss", options.folder, about, columns, table, GOALS)
 
 
 def _measure(way: str, length: int, vocabulary: int, hidden: int) -> dict[str, Any]:

@@ -19,11 +19,12 @@ PAGE = Path(__file__).with_name("RESULTS.md")
 
 HEAD = """# Benchmark results
 
-Made by the scripts beside this page from `results.json`; `make bench` runs those that a CPU does in minutes. First every
-claim that has a bound, then a section a table, the newest first. `cp` is plain `cp` followed by fsync of the copy, and
-every other run that writes ends with its output on the disk too. Times are median (least - most) of the rounds; ratios
-are of runs of the same round, in which the order is random. Peak RSS is the sum of the high-water marks of all
-processes of a run. The load average beside each table says how busy the machine was, the benchmark itself included.
+Made by the scripts beside this page from `results.json`; `make bench` runs those that a CPU does in minutes. First
+every claim that has a bound, then a section a table, the newest first. `cp` is plain `cp` followed by fsync of the
+copy, and every other run that writes ends with its output on the disk too. Times are median (least - most) of the
+rounds; ratios are of runs of the same round, in which the order is random. Peak RSS is the sum of the high-water marks
+of all processes of a run. The load average beside each table says how busy the machine was, the benchmark itself
+included.
 """
 SUMMARY_COLUMNS = ("claim", "measured", "spread", "goal", "held", "date")
 
@@ -40,7 +41,7 @@ class Goal:
         column: the name of the column.
         bound: the most that a figure may be, or the least if `at_least`.
         at_least: which of both.
-        rows: a regular expression that the cells of a row, joined by " | ", have to match; of several, the worst counts.
+        rows: a regular expression that a row, its cells joined by " | ", has to match; of several, the worst counts.
     """
 
     claim: str
