@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-slow test-external lint format clean
+.PHONY: help demo test test-slow test-external lint format bench clean
 
 help:
 	@echo "make demo           the whole job on a small model: pretrain, load, grow, fine-tune, chat, publish"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-slow      the tests that take long: several processes, whole trainings, statistics"
 	@echo "make test-external  the tests that need heavy third parties (transformers' own suite, ...)"
 	@echo "make lint           ruff and mypy"
+	@echo "make bench          the benchmarks that a CPU does in minutes, at small sizes; rewrites benchmarks/RESULTS.md"
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m demo
@@ -35,6 +36,9 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python benchmarks
 
 # torch comes first and pinned: whatever depends on it must find it there, not choose one.
 $(READY): setup.cfg pyproject.toml constraints.txt

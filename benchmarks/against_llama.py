@@ -50,7 +50,13 @@ GOALS = (
         at_least=True,
         rows=r"^((?!with multipliers).)*$",
     ),
-    Goal("with its multipliers, too", "x Llama's throughput", 1.0, at_least=True, rows=r"with multipliers"),
+    Goal(
+        "multipliers cost no time",
+        "x Llama's throughput",
+        1.0,
+        at_least=True,
+        rows=r"with multipliers",
+    ),
 )
 COLUMNS = ("shape", "what", "tokens a second", "Llama's", "rounds", "x Llama's throughput", "note")
 LOGITS_FACTOR = {"use_mup": True, "output_mult": 0.5, "mup_scale_factor": 16.0}

@@ -242,8 +242,10 @@ def report(
 ) -> None:
     """Print a table, and keep it with the date, the command and the machine; RESULTS.md is made anew.
 
-    It takes the place of the older one of the same title.
+    It takes the place of the older one of the same title, to which TELEFLM_BENCHMARK_LABEL adds what sets apart a run
+    of another size.
     """
+    title = ", ".join(filter(None, [title, os.environ.get("TELEFLM_BENCHMARK_LABEL")]))
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)

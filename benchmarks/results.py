@@ -26,7 +26,7 @@ rounds; ratios are of runs of the same round, in which the order is random. Peak
 of all processes of a run. The load average beside each table says how busy the machine was, the benchmark itself
 included.
 """
-SUMMARY_COLUMNS = ("claim", "measured", "spread", "goal", "held", "date")
+SUMMARY_COLUMNS = ("claim", "table", "measured", "spread", "goal", "held", "date")
 
 _NUMBER = r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?"
 _CELL = re.compile(rf"\s*({_NUMBER})(?:/(\d+))?[^(\[]*(?:[(\[]({_NUMBER})(?: - |, )({_NUMBER})[)\]])?")
@@ -146,7 +146,8 @@ def summary(sections: Iterable[Section]) -> list[tuple[str, ...]]:
             figure = worst(goal, section)
             rows.append(
                 (
-                    f"[{goal.claim}](#{anchor(section.title)})",
+                    goal.claim,
+                    f"[{section.title}](#{anchor(section.title)})",
                     f"{figure.value:,.4g}" if figure else "",
                     f"{figure.least:,.4g} - {figure.most:,.4g}" if figure and figure.least is not None else "",
                     f"{'>=' if goal.at_least else '<='} {goal.bound:,g}",
