@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-slow test-external lint format docs clean
+.PHONY: help demo test test-slow test-external lint format bench docs clean
 
 help:
 	@echo "make demo           the whole job on a small model: pretrain, load, grow, fine-tune, chat, publish"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-external  the tests that need heavy third parties (transformers' own suite, ...)"
 	@echo "make lint           ruff and mypy"
 	@echo "make docs           the documents as a site, in site/; a warning is an error"
+	@echo "make bench          the benchmarks that a CPU does in minutes, at small sizes; rewrites benchmarks/RESULTS.md"
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m demo
@@ -49,6 +50,9 @@ $(DOCS)/.ready: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/python -m pip install -q -c constraints.txt -e ".[docs]"
 	@touch $@
+
+bench: $(READY)
+	$(BIN)/python benchmarks
 
 # torch comes first and pinned: whatever depends on it must find it there, not choose one.
 $(READY): setup.cfg pyproject.toml constraints.txt

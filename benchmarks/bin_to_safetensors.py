@@ -25,7 +25,21 @@ from measure import (
     run_processes,
     workplace,
 )
+from results import Goal
 from synthetic import tele_flm_config, write_bin
+
+GOALS = (
+    Goal("convert takes at most 1.25 x cp without digests", "x the time of cp", 1.25, rows=r"^convert --no-digest"),
+    Goal("convert takes at most 1.5 x cp with digests", "x the time of cp", 1.5, rows=r"^convert \|"),
+    Goal(
+        "convert is 4 times faster than loading all",
+        "times faster than loading all",
+        4,
+        at_least=True,
+        rows=r"^convert",
+    ),
+    Goal("convert takes less than 300 MiB", "peak RSS, MiB", 300, rows=r"^convert"),
+)
 
 LOAD_ALL = "load all, save_file"
 
@@ -59,6 +73,7 @@ def main() -> None:
                 f"One file of {size:,} bytes, {cache}; {options.pairs} rounds.",
                 AGAINST_CP,
                 against_cp(runs, LOAD_ALL),
+                GOALS,
             )
 
 

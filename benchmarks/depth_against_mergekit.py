@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 from measure import TELEFLM, Run, arguments, interleave, mib, ratios, report, run_processes, seconds, workplace
+from results import Goal
 
 from conversion.architecture import MODEL_TYPE, Architecture
 from conversion.checkpoint.execute import WriteOptions, write_checkpoint
@@ -29,6 +30,17 @@ from conversion.checkpoint.plan import CheckpointPlan, TensorPlan
 from conversion.checkpoint.reader import FileReader
 from conversion.checkpoint.sources import open_checkpoint
 from conversion.mapping import weights
+
+GOALS = (
+    Goal(
+        "twice the depth is 4 times faster than mergekit",
+        "times faster than mergekit",
+        4,
+        at_least=True,
+        rows=r"^(teleflm|our)",
+    ),
+    Goal("twice the depth takes a twentieth of mergekit's memory", "of mergekit's", 0.05, rows=r"^(teleflm|our)"),
+)
 
 MERGEKIT = "mergekit==0.1.5"
 OURS = "our executor, passthrough"
@@ -138,7 +150,7 @@ def main() -> None:
     ]
     about = f"{layers} to {2 * layers} layers, {size:,} bytes written, warm cache; {options.pairs} rounds."
     columns = ["", "seconds", "times faster than mergekit", "peak RSS, MiB", "of mergekit's"]
-    report("Depth duplication against mergekit", options.folder, about, columns, rows)
+    report("Depth duplication against mergekit", options.folder, about, columns, rows, GOALS)
 
 
 if __name__ == "__main__":

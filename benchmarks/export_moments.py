@@ -13,12 +13,15 @@ from pathlib import Path
 
 import numpy as np
 from measure import GIB, TELEFLM, arguments, mib, report, run_processes, seconds, workplace
+from results import Goal
 from synthetic import shapes, tele_flm_config, write_bin
 
 from conversion.architecture import Architecture, load_preset
 from conversion.checkpoint.dtypes import FLOAT32
 from conversion.checkpoint.plan import TensorPlan
 from conversion.optimizer_state import MOMENTS, OPTIMIZER_FILE, adam_shard, parameter_names
+
+GOALS = (Goal("moments in parts take less than 300 MiB", "peak RSS, MiB", 300, rows=r"^[\d.]+ GiB"),)
 
 _STEP = 700.0
 
@@ -65,7 +68,9 @@ def main() -> None:
                 rows.append([name, f"{size:.1f}", how, seconds(runs), mib(runs)])
             shutil.rmtree(place / "source")
     columns = ["checkpoint", "GiB of moments", "command", "seconds", "peak RSS, MiB"]
-    report("Moments in parts: peak memory", options.folder, f"Rounds: {options.pairs}. Warm cache.", columns, rows)
+    report(
+        "Moments in parts: peak memory", options.folder, f"Rounds: {options.pairs}. Warm cache.", columns, rows, GOALS
+    )
 
 
 if __name__ == "__main__":

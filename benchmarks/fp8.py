@@ -32,10 +32,18 @@ from measure import (
     spread,
     workplace,
 )
+from results import Goal
 from synthetic import tele_flm_config, write_bin
 
 from conversion.checkpoint import row_quant
 from conversion.checkpoint.dtypes import BFLOAT16
+
+GOALS = (
+    Goal(
+        "8-bit floats take at most 1.5 x cp, and the arithmetic", "the same, less arithmetic", 1.5, rows=r"--quantize"
+    ),
+    Goal("8-bit floats take less than 300 MiB", "peak RSS, MiB", 300, rows=r"^convert"),
+)
 
 QUANTIZE = "convert --quantize fp8"
 
@@ -100,6 +108,7 @@ def main() -> None:
             f"{config['hidden_size']:,}), which comes to {arithmetic:.2f} s here. {said_of_kills(outcome)}",
             ("", "seconds", "processor seconds", "x the time of cp", "the same, less arithmetic", "peak RSS, MiB"),
             rows,
+            GOALS,
         )
 
 

@@ -44,6 +44,7 @@ from measure import (
     workplace,
 )
 from real_widths import GB, dd
+from results import Goal
 from synthetic import write_safetensors
 
 from conversion.architecture import Architecture, load_preset
@@ -54,6 +55,11 @@ from conversion.checkpoint.plan import Box, CheckpointPlan, Fill, Normal, Tensor
 from conversion.mapping import weights
 from conversion.optimizer_state import MOMENTS, OPTIMIZER_FILE, adam_shard, parameter_names
 from growth import grow_checkpoint
+
+GOALS = (
+    Goal("growth with moments has 0.7 of the rate of dd", "x the rate of dd", 0.7, at_least=True, rows=r"^grow"),
+    Goal("growth with moments takes less than 300 MiB", "peak RSS, MiB", 300, rows=r"^grow"),
+)
 
 BOTH_WAYS = "dd that reads, dd that writes"
 TARGET = ["--to", "tele-flm-102b", "--set", "num_hidden_layers=2"]
@@ -191,7 +197,8 @@ def main() -> None:
         "x the rate of both dd",
         "peak RSS, MiB",
     ]
-    report(f"Growth with Adam's moments at true widths, {options.cache} cache", options.folder, about, columns, rows)
+    title = f"Growth with Adam's moments at true widths, {options.cache} cache"
+    report(title, options.folder, about, columns, rows, GOALS)
 
 
 def _rate(runs: list[Run], nbytes: int) -> str:

@@ -23,12 +23,18 @@ import torch
 import yaml
 from depth_against_mergekit import MERGEKIT, make_llama, mergekit_command
 from measure import TELEFLM, Run, arguments, interleave, mib, ratios, report, run_processes, seconds, workplace
+from results import Goal
 from safetensors.torch import save_file
 from synthetic import shapes, tele_flm_config, write_safetensors
 from transformers import LlamaForCausalLM
 
 from evaluation.logit_comparison import LogitComparison
 from evaluation.logits import compare_logits
+
+GOALS = (
+    Goal("growth is faster than its peers", "x the time of teleflm grow", 1, at_least=True, rows=r"mergekit|in memory"),
+    Goal("growth keeps the function", "largest difference of a logit", 1e-06, rows=r"teleflm grow"),
+)
 
 OURS = "teleflm grow"
 WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
@@ -171,7 +177,7 @@ def main() -> None:
         f"{logits[f'depth: {OURS}'].max_logit:.2f}."
     )
     columns = ["twice the", "seconds", "x the time of teleflm grow", "peak RSS, MiB", "largest difference of a logit"]
-    report("Growth beside its peers", options.folder, about, columns, rows)
+    report("Growth beside its peers", options.folder, about, columns, rows, GOALS)
 
 
 if __name__ == "__main__":

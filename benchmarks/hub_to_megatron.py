@@ -12,9 +12,12 @@ from functools import partial
 from pathlib import Path
 
 from measure import GIB, TELEFLM, Run, arguments, cp, interleave, mib, ratios, report, run_processes, seconds, workplace
+from results import Goal
 from synthetic import write_safetensors
 
 from conversion.architecture import load_preset
+
+GOALS = (Goal("a Hub folder to Megatron takes less than 300 MiB", "peak RSS, MiB", 300, rows=r"^--tp"),)
 
 
 def export(source: Path, out: Path, *, flags: tuple[str, ...]) -> Run:
@@ -44,6 +47,7 @@ def main() -> None:
         f"{options.layers} layers of the 52B, {size / GIB:.2f} GiB, {options.cache} cache, {options.pairs} rounds.",
         ["", "seconds", "x the time of cp", "peak RSS, MiB"],
         rows,
+        GOALS,
     )
 
 

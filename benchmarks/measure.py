@@ -12,7 +12,6 @@ import argparse
 import os
 import platform
 import random
-import re
 import resource
 import shlex
 import shutil
@@ -29,11 +28,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
+import results
 from rich.console import Console
 from rich.table import Table
 
-RESULTS = Path(__file__).with_name("RESULTS.md")
-ROOT = RESULTS.parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 TELEFLM = [sys.executable, "-m", "teleflm"]
 GIB = 1 << 30
 _SAMPLE_SECONDS = 0.02
@@ -233,37 +232,37 @@ def mib(runs: Sequence[Run]) -> str:
     return f"{max(run.peak_rss for run in runs) / (1 << 20):,.0f}"
 
 
-def report(title: str, folder: Path, about: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, and put it on top of RESULTS.md with the date, the command and the machine.
+def report(
+    title: str,
+    folder: Path,
+    about: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    goals: Sequence[results.Goal] = (),
+) -> None:
+    """Print a table, and keep it with the date, the command and the machine; RESULTS.md is made anew.
 
-    It replaces an older one of the same title and options, whatever the number of rounds.
+    It takes the place of the older one of the same title, to which TELEFLM_BENCHMARK_LABEL adds what sets apart a run
+    of another size.
     """
+    title = ", ".join(filter(None, [title, os.environ.get("TELEFLM_BENCHMARK_LABEL")]))
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    lines = [
-        f"## {title}",
-        "",
-        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC. `{_command()}`",
-        "",
-        f"{about} {machine(folder)}",
-    ]
-    lines += ["", *("| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows]), ""]
-    RESULTS.write_text(put_on_top("\n".join(lines), RESULTS.read_text()))
-
-
-def put_on_top(section: str, results: str) -> str:
-    """A page of sections with another one before them, without that which it replaces."""
-    head, *older = results.split("\n## ")
-    kept = [old for old in older if _claim("## " + old) != _claim(section)]
-    return "\n## ".join([head.rstrip("\n") + "\n\n" + section, *kept])
-
-
-def _claim(section: str) -> tuple[str, str]:
-    """A section's title, and its command without what decides how often something is run, or where."""
-    title, command = section.partition("\n")[0], re.search(r"UTC\. `(.*)`", section)
-    return title, re.sub(r" --(pairs|runs|kills|folder) \S+", "", command[1]) if command else ""
+    section = results.Section(
+        title=title,
+        date=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
+        command=_command(),
+        about=f"{about} {machine(folder)}",
+        columns=list(columns),
+        rows=[list(row) for row in rows],
+        goals=list(goals),
+    )
+    for goal in goals:
+        found = results.worst(goal, section)
+        console.print(f"{goal.claim}: {found.value if found else '-'}, held: {results.held(goal, found)}")
+    results.write(results.put_on_top(section, results.read()))
 
 
 def _command() -> str:

@@ -20,13 +20,42 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from measure import AGAINST_CP, TELEFLM, Run, against_cp, arguments, cp, interleave, report, run_processes, workplace
+from results import Goal
 
 from conversion.architecture import Architecture
+
+GOALS = (
+    Goal(
+        "convert from Megatron stays near cp, without them",
+        "x the time of cp",
+        1.25,
+        rows=r"--allow-nonfinite",
+    ),
+    Goal(
+        "convert from Megatron stays near cp, with digests and checks",
+        "x the time of cp",
+        1.5,
+        rows=r"^convert \|",
+    ),
+    Goal(
+        "convert from Megatron is 4 times faster than loading all",
+        "times faster than loading all",
+        4,
+        at_least=True,
+        rows=r"^convert",
+    ),
+    Goal("convert from Megatron takes less than 300 MiB", "peak RSS, MiB", 300, rows=r"^convert"),
+)
+# Beside an optimizer, and without the one whose memory would have to hold all files, which may be left out.
+OPTIMIZER_GOALS = tuple(
+    replace(goal, bound=1.3) if goal.bound == 1.5 else goal for goal in GOALS if "loading all" not in goal.claim
+)
 
 RANKS = 4
 PADDING = 128  # Megatron's make_vocab_size_divisible_by: the vocabulary of a run is a multiple of this a rank
@@ -232,6 +261,7 @@ def main() -> None:
                 f"{about}; {cache}; {options.pairs} rounds.",
                 AGAINST_CP,
                 against_cp(runs, LOAD_ALL),
+                OPTIMIZER_GOALS if options.optimizer else GOALS,
             )
 
 

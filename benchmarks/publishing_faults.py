@@ -20,12 +20,19 @@ from collections import Counter
 from pathlib import Path
 
 from measure import ROOT, arguments, report, workplace
+from results import Goal
 
 sys.path.insert(0, str(ROOT))
 
 from conversion import WriteOptions, convert_checkpoint
 from tests.fixtures.hub import Fault, running_hub
 from tests.fixtures.tiny import tiny_config, tiny_model, tiny_tokenizer
+
+GOALS = (
+    Goal("a repository is whole wherever publishing stops", "repository not whole", 0),
+    Goal("publishing again sends no byte twice", "bytes sent twice", 0),
+    Goal("no published byte is wrong", "wrong bytes", 0),
+)
 
 REPO = "owner/model"
 FAULTS = {
@@ -50,7 +57,9 @@ def main() -> None:
     with workplace(options.folder) as place:
         rows = [*publish_rows(place, options.points), stream_row(place, options.kills)]
         columns = ["fault", "runs", "failed, then completed", "repository not whole", "bytes sent twice", "wrong bytes"]
-        report("Publishing, stopped anywhere", options.folder, f"{options.points} points, seed 0.", columns, rows)
+        report(
+            "Publishing, stopped anywhere", options.folder, f"{options.points} points, seed 0.", columns, rows, GOALS
+        )
 
 
 def make(place: Path, layers: int) -> Path:

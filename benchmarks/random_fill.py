@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from measure import GIB, arguments, console, report, spread, workplace
+from results import Goal
 
 from conversion.checkpoint.assemble import BLOCK, blocks, resolve, stream
 from conversion.checkpoint.bytes import identify
@@ -23,6 +24,10 @@ from conversion.checkpoint.dtypes import BFLOAT16, FLOAT32, DType
 from conversion.checkpoint.normal_stream import draw_words, normal_table
 from conversion.checkpoint.plan import Box, Copy, Normal, TensorPlan, View
 from conversion.checkpoint.reader import FileReader
+
+GOALS = (
+    Goal("a core fills and casts 1 GiB a second", "1 thread", 1, at_least=True, rows=r"^(normal fill|bfloat16 x)"),
+)
 
 SOURCE_BLOCKS = 8
 Job = tuple[int, Callable[[int, int], None]]
@@ -110,7 +115,7 @@ def main() -> None:
     ]
     about = f"{numel:,} elements a run, {options.pairs} rounds in random order."
     columns = ["GiB/s of output", "1 thread", "2 threads", "gain"]
-    report("Random fills and casts", options.folder, about, columns, rows)
+    report("Random fills and casts", options.folder, about, columns, rows, GOALS)
 
 
 def _gain(one: list[float], two: list[float]) -> float:

@@ -17,12 +17,18 @@ from functools import partial
 from pathlib import Path
 
 from measure import TELEFLM, Run, arguments, interleave, mib, report, run_processes, seconds, spread, workplace
+from results import Goal
 from synthetic import write_safetensors
 
 from conversion.architecture import Architecture, load_preset
 from conversion.checkpoint.assemble import blocks, is_zero
 from conversion.checkpoint.dtypes import BFLOAT16
 from growth import grow_checkpoint
+
+GOALS = (
+    Goal("growth at true widths has 0.7 of the rate of dd", "x the rate of dd", 0.7, at_least=True, rows=r"\| grow"),
+    Goal("growth at true widths takes less than 300 MiB", "peak RSS, MiB", 300, rows=r"\| grow"),
+)
 
 GB = 10**9
 
@@ -121,7 +127,7 @@ def main() -> None:
         "the same, bytes written only",
         "peak RSS, MiB",
     ]
-    report("Growth at true widths", options.folder, about, columns, rows)
+    report("Growth at true widths", options.folder, about, columns, rows, GOALS)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,12 @@ from functools import partial
 from pathlib import Path
 
 from measure import GIB, TELEFLM, Run, arguments, interleave, mib, ratios, report, run_processes, seconds, workplace
+from results import Goal
 from synthetic import tele_flm_config, write_safetensors
+
+GOALS = (
+    Goal("two workers or ranks are not slower than one", "times as fast", 1, at_least=True, rows=r"2 workers|2 ranks"),
+)
 
 SHARDS = 8
 WAYS = {"1 rank, 1 worker": (1, 1), "1 rank, 2 workers": (1, 2), "2 ranks, 1 worker each": (2, 1)}
@@ -51,7 +56,7 @@ def main() -> None:
             rows += [[job, way, seconds(runs[way]), ratios(runs, BASE, way), mib(runs[way])] for way in contestants]
     about = f"Source of {source_bytes:,} bytes, warm; about {SHARDS} shards; {options.pairs} rounds."
     columns = ["job", "way", "seconds", "times as fast", "peak RSS, MiB"]
-    report("Workers and ranks", options.folder, about, columns, rows)
+    report("Workers and ranks", options.folder, about, columns, rows, GOALS)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from conversations import EDITS, POOL, write_corpus
 from measure import TELEFLM, Run, arguments, console, cpu_seconds, mib, report, run_processes, seconds, workplace
+from results import Goal
+
+FOUND_GOALS = (
+    Goal("selection drops no unique conversation as a copy", "false positives", 0),
+    Goal("selection finds every exact copy", "exact", 100, at_least=True),
+    Goal("selection finds 95 % of copies with swapped words", "word swaps", 95, at_least=True),
+)
 
 SELECTED = 30_000
 ROWS_A_FILE = 50_000
@@ -47,7 +54,14 @@ def main() -> None:
     columns = ("rows", "bytes a row", "seconds", "processor seconds", "ms a row", "peak RSS, MiB", "slowest stages, s")
     report("Selection: cost", options.folder, about, columns, costs)
     kinds = ("rows", "exact", *EDITS, "evaluation items", "false positives")
-    report("Selection: planted copies and evaluation items that are found", options.folder, about, kinds, found)
+    report(
+        "Selection: planted copies and evaluation items that are found",
+        options.folder,
+        about,
+        kinds,
+        found,
+        FOUND_GOALS,
+    )
 
 
 def _select(files: list[Path], evaluation: Path, count: int, out: Path) -> Run:

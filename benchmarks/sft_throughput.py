@@ -35,6 +35,7 @@ from typing import Any
 import measure
 import sentencepiece
 import yaml
+from results import Goal
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(measure.ROOT))
@@ -42,6 +43,17 @@ from modeling_teleflm import TeleFLMConfig, TeleFLMForCausalLM, TeleFLMTokenizer
 from sft.data.checks import Conversation, check_rows
 from sft.training.recipe import Recipe
 from sft.training.train import build_trainer
+
+PEERS_GOALS = (
+    Goal(
+        "fine-tuning is as fast as trl sft on a stock Llama",
+        "x the other's throughput",
+        1,
+        at_least=True,
+        rows=r"^teleflm",
+    ),
+)
+PACKING_GOALS = (Goal("packing wins 0.9 of the padding", "of what can be won", 0.9, at_least=True, rows=r"^packed"),)
 
 SHAPE = {
     "vocab_size": 4096,
@@ -191,6 +203,7 @@ def peers(place: Path, pairs: int, steps: int) -> None:
         "95 % interval (Student's t on logarithms).",
         ["", "seconds", "processor seconds", "x the other's throughput"],
         rows,
+        PEERS_GOALS,
     )
 
 
@@ -230,6 +243,7 @@ def packing(place: Path, pairs: int) -> None:
         "logarithms).",
         ["", "steps", "tokens computed / real", "seconds", "real tokens a second", "x padded", "of what can be won"],
         rows,
+        PACKING_GOALS,
     )
 
 

@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 from measure import GIB, ROOT, TELEFLM, arguments, mib, report, run_processes, seconds, workplace
+from results import Goal
 from synthetic import tele_flm_config, write_safetensors
 
 sys.path.insert(0, str(ROOT))
@@ -21,6 +22,8 @@ from conversion.checkpoint.numbers import parse_size
 from evaluation.passages import document_passages
 from evaluation.streamed_scores import memory_need
 from tests.fixtures.tiny import tiny_tokenizer
+
+GOALS = (Goal("streamed evaluation takes what it states, and 150 MB", "less what is stated, MiB", 143),)
 
 _WINDOW = 128
 _TEXT = "The value of a subscription is the item that the key selects. "
@@ -48,12 +51,22 @@ def main() -> None:
                 runs = [run_processes(command) for _ in range(options.pairs)]
                 weights = sum(file.stat().st_size for file in files) / GIB
                 stated = memory_need(architecture, tokens, _WINDOW, "float32", parse_size(memory))
-                rows.append([f"{weights:.2f}", memory, f"{stated / 2**20:,.0f}", mib(runs), seconds(runs)])
+                beyond = max(run.peak_rss for run in runs) - stated
+                rows.append(
+                    [
+                        f"{weights:.2f}",
+                        memory,
+                        f"{stated / 2**20:,.0f}",
+                        mib(runs),
+                        f"{beyond / 2**20:,.0f}",
+                        seconds(runs),
+                    ]
+                )
     about = (
         f"Sparse weights; {options.repeats} sentences in windows of {_WINDOW} tokens, float32; {options.pairs} runs."
     )
-    columns = ["GiB of weights", "--memory", "stated, MiB", "peak RSS, MiB", "seconds"]
-    report("Streamed evaluation: memory", options.folder, about, columns, rows)
+    columns = ["GiB of weights", "--memory", "stated, MiB", "peak RSS, MiB", "less what is stated, MiB", "seconds"]
+    report("Streamed evaluation: memory", options.folder, about, columns, rows, GOALS)
 
 
 if __name__ == "__main__":

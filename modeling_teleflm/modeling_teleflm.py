@@ -92,7 +92,8 @@ class TeleFLMModel(TeleFLMPreTrainedModel, LlamaModel):
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        inputs_embeds = inputs_embeds * self.config.embedding_scale  # main diff with Llama
+        if self.config.embedding_scale != 1:  # main diff with Llama; 1 in all published models
+            inputs_embeds = inputs_embeds * self.config.embedding_scale
 
         return super().forward(
             attention_mask=attention_mask,
@@ -145,7 +146,9 @@ class TeleFLMForCausalLM(TeleFLMPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        logits = outputs.logits * self.config.logit_scale  # main diff with Llama
+        if self.config.logit_scale != 1:  # main diff with Llama
+            outputs.logits = outputs.logits * self.config.logit_scale  # the unscaled ones are freed before the loss
+        logits = outputs.logits
 
         loss = None
         if labels is not None:
