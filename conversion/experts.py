@@ -85,7 +85,7 @@ def read_experts(config: Mapping[str, Any], where: str = "config.json") -> Exper
     Raises:
         CheckpointError: a field has the wrong type, or contradicts another.
     """
-    said = {**_DEFAULTS, **{name: value for name, value in config.items() if value is not None}}
+    said = {**_DEFAULTS, **config}
     numbers = [said["num_local_experts"], said["num_experts_per_tok"]]
     for name, value in zip(("num_local_experts", "num_experts_per_tok"), numbers, strict=True):
         if type(value) is not int or value < 1:

@@ -25,8 +25,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+
 from conversion.architecture import Architecture
-from conversion.checkpoint.dtypes import DType, parse_dtype
+from conversion.checkpoint.dtypes import FLOAT64, DType, parse_dtype
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import CheckpointResult, WriteOptions, execute
 from conversion.checkpoint.plan import Box, CheckpointPlan, Copy, Noise, Normal, Statistic, TensorPlan
@@ -131,6 +133,7 @@ def plan_upcycling(
         dtype = sources[name].dtype
         if not dtype.is_floating:
             raise CheckpointError(f"{name} has dtype {dtype}; experts are made of floating-point weights.")
+    _check_heard(noise, model.dtype(cast))
     tensors: list[TensorPlan] = []
     for name, _, layer in weights(model.architecture):
         stem, _, kind = name.removesuffix(".weight").rpartition(".")
@@ -149,6 +152,16 @@ def plan_upcycling(
     plan = CheckpointPlan(tuple(tensors), config, sidecars, lineage, seed)
     plan.check()
     return plan
+
+
+def _check_heard(noise: float, dtype: DType) -> None:
+    """Refuse noise that nearly all weights are rounded out of: of it nobody could say that experts differ."""
+    least = float(ml_dtypes.finfo(dtype.numpy).eps) / 16
+    if 0 < noise < least:
+        raise CheckpointError(
+            f"noise is {noise:g}, which is lost where weights are rounded to {dtype}; expected 0 for none, or "
+            f"{least:.2g} or more."
+        )
 
 
 def expert_config(model: ExportedModel, experts: Experts, dtype: DType) -> dict[str, Any]:
@@ -262,6 +275,10 @@ def upcycling_notes(experts: Experts, noise: float, tensors: Sequence[TensorPlan
         "To train it, set output_router_logits to true in config.json: the loss then has the load-balancing loss, "
         f"times router_aux_loss_coef ({AUX_LOSS_COEF:g}). Without, nothing keeps the router from a few experts.",
     ]
+    if dtype == FLOAT64:
+        notes.append(
+            'transformers computes experts in float64 only where it is loaded with experts_implementation="eager".'
+        )
     if top == 1:
         notes.append(
             "With one expert a token, its gate is 1 whatever the router says: the load-balancing loss alone ever moves "

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -33,6 +33,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 
+_WEIGHTS_FIELD = "transformers_weights"  # of a config.json: the file that transformers loads, whatever others there are
 _INDEX_SUFFIX = ".index.json"
 _SHARD = re.compile(r"(?P<stem>.+)-\d+-of-\d+(?P<suffix>\.\w+)")
 # The published models have 400 at most, a training run one for each of some thousand ranks.
@@ -48,7 +49,7 @@ class Source:
         format: the container of its weight files.
         tensors: every tensor by name; in the order of the files, and within a file in the file's order.
         files: the weight files.
-        config: the content of config.json; None if there is none.
+        config: the content of config.json, but for the name of the weights' file; None if there is none.
         metadata: `__metadata__` of the one safetensors file, or `metadata` of the index; empty otherwise.
     """
 
@@ -70,9 +71,20 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Source:
         CheckpointError: there is none, a file is damaged, or the index and its shards disagree.
     """
     try:
-        return _open(_find_weights(Path(os.path.abspath(path))))
+        place = Path(os.path.abspath(path))
+        source = _open(weights := _find_weights(place))
     except OSError as error:
         raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror}.") from None
+    if not source.config or _WEIGHTS_FIELD not in source.config:
+        return source
+    named = source.config[_WEIGHTS_FIELD]
+    if place != weights and named not in (None, weights.name):
+        raise CheckpointError(
+            f"{source.folder}/config.json: {_WEIGHTS_FIELD} is {str(named)[:80]!r}, which transformers loads in place "
+            f"of {weights.name}; remove it, or give that file the usual name."
+        )
+    # It is true of this folder alone: what is made of it has files of its own.
+    return replace(source, config={key: value for key, value in source.config.items() if key != _WEIGHTS_FIELD})
 
 
 def _open(weights: Path) -> Source:

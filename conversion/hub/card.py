@@ -613,6 +613,10 @@ def _code(facts: CardFacts) -> str:
     trust = ", trust_remote_code=True" if facts.own_code else ""
     tokens = ", trust_remote_code=True" if facts.tokenizer_code else trust
     pipe = tokens if facts.has_tokenizer else trust
+    how = ""
+    if facts.experts and facts.dtype == "float64":  # in which what transformers would take does not compute
+        how = ', experts_implementation="eager"'
+        pipe += ', model_kwargs={"experts_implementation": "eager"}'
     auto = ["AutoModelForCausalLM", *(["AutoTokenizer"] if facts.has_tokenizer else [])]
     tokenizer = [f"tokenizer = AutoTokenizer.from_pretrained({here}{tokens})"] if facts.has_tokenizer else []
     if facts.adapter is not None and facts.base_models:
@@ -638,7 +642,7 @@ def _code(facts: CardFacts) -> str:
             f"from transformers import {', '.join(auto)}",
             "",
             *tokenizer,
-            f"model = AutoModelForCausalLM.from_pretrained({here}{trust})",
+            f"model = AutoModelForCausalLM.from_pretrained({here}{trust}{how})",
         ]
     blocks = [load]
     if facts.has_tokenizer and facts.adapter is None:

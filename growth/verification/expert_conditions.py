@@ -18,7 +18,10 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
+import ml_dtypes
+
 from conversion.architecture import Architecture, rope_parameters
+from conversion.checkpoint.dtypes import BY_NAME
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.plan import Shape, View
 from conversion.mapping import is_derived, weights
@@ -27,7 +30,8 @@ from .conditions import Block, Conditions, FieldCondition, TensorConditions, Win
 
 EXPERTS_TYPE, _CLASS = "granitemoe", "GraniteMoeForCausalLM"
 _EXACT = 1e-12  # two numbers of a configuration agree: JSON has them as decimals of 15 digits or more
-_LARGEST = 2.0**20  # of a router's entries: logits are then far from what overflows in float32 and bfloat16
+_LARGEST = 2.0**20  # of a router's entries: more is no router's, though float32 and bfloat16 hold its logits
+_LARGEST_NORM = 16.0  # of the norm weights for which a router's logits are sure to be held by a smaller dtype
 # What GraniteMoeConfig has where a config.json does not say.
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
@@ -67,7 +71,7 @@ def state_expert_conditions(
         CheckpointError: a configuration or the tensors are unusable, or B's experts are of a model of other sizes.
     """
     source = Architecture.from_config(a, "A's config.json", with_biases=True)
-    said = {**_DEFAULTS, **{name: value for name, value in b.items() if value is not None}}
+    said = {**_DEFAULTS, **b}  # null is nothing that the class would replace: it is refused, or no number
     for name in _STACKED:
         if said[name] != (size := getattr(source, name)):
             raise CheckpointError(
@@ -80,7 +84,7 @@ def state_expert_conditions(
             raise CheckpointError(f"B's config.json: {name} is {str(value)[:80]}, expected an integer.")
     _check_shapes(tensors, dict(_shapes(source, experts)), where)
     fields = tuple(_fields(a, b, said, source))
-    conditions = tuple(_tensor_conditions(source, experts))
+    conditions = tuple(_tensor_conditions(source, experts, _largest_entry(source, b, tensors)))
     gates = (
         "the gate of the one that computes a token is 1, whatever the router"
         if top == 1
@@ -107,7 +111,7 @@ def _fields(
     same, heads = "it is no size that experts change", said["num_attention_heads"]
     defaults = {"num_key_value_heads": heads, "head_dim": _quotient(source.hidden_size, heads)}
     for name in _HEADS:
-        found, expected = said.get(name, defaults.get(name)), getattr(source, name)
+        found, expected = defaults.get(name) if said.get(name) is None else said[name], getattr(source, name)
         yield FieldCondition(name, found, expected, _is_same(found, expected), same)
     multipliers = {
         "embedding_multiplier": (source.embedding_scale, "A multiplies embeddings by it"),
@@ -116,8 +120,7 @@ def _fields(
         "residual_multiplier": (1.0, "A adds up what its layers compute as it is"),
     }
     for name, (number, reason) in multipliers.items():
-        found = b[name] if name in b else said[name]  # null is no number to GraniteMoE
-        yield FieldCondition(name, found, number, _is_close(found, number), reason)
+        yield FieldCondition(name, said[name], number, _is_close(said[name], number), reason)
     eps = said["rms_norm_eps"]
     yield FieldCondition("rms_norm_eps", eps, source.rms_norm_eps, _is_close(eps, source.rms_norm_eps), same)
     old, new = rope_parameters(a, "A's config.json"), rope_parameters(b, "B's config.json")
@@ -130,7 +133,8 @@ def _fields(
     if any(rope["rope_type"] != "default" for rope in (old, new)):
         others["max_position_embeddings"] = (a.get("max_position_embeddings"), b.get("max_position_embeddings"))
     for name, (expected, found) in others.items():
-        yield FieldCondition(name, found, expected, found == expected, "another value is another function")
+        holds = type(found) is type(expected) and found == expected  # 0 is not false to the class, which refuses it
+        yield FieldCondition(name, found, expected, holds, "another value is another function")
     known = {*_STACKED, *_HEADS, *multipliers, *others, *_NO_FUNCTION, "num_local_experts", "num_experts_per_tok"}
     yield from is_another_function(a, b, {*known, "rms_norm_eps"})
     if b.get("mlp_bias"):
@@ -199,8 +203,28 @@ def _check_shapes(tensors: Mapping[str, View], expected: Mapping[str, Shape], wh
             raise CheckpointError(f"{where}: {name} has shape {view.shape}, its config.json says {expected[name]}.")
 
 
-def _tensor_conditions(source: Architecture, experts: int) -> Iterator[TensorConditions]:
-    """What every weight has to be, in data-flow order: A's, in each expert, and routers of finite numbers."""
+def _largest_entry(source: Architecture, b: Mapping[str, Any], tensors: Mapping[str, View]) -> float:
+    """The largest magnitude of a router's entries with which no router logit is infinite, as their softmax is NaN then.
+
+    GraniteMoE computes router logits in the dtype of the model, which is that of the weights or the one that
+    config.json asks for. Of a normalised x with `hidden` features, the magnitudes add up to `hidden` times the largest
+    norm weight at most.
+    """
+    asked = [str(b.get(key)).removeprefix("torch.") for key in ("dtype", "torch_dtype")]
+    stored = [view.dtype.name for view in tensors.values()]
+    dtypes = [BY_NAME[name] for name in {*asked, *stored} if name in BY_NAME and BY_NAME[name].is_floating]
+    logit = min((float(ml_dtypes.finfo(dtype.numpy).max) for dtype in dtypes), default=math.inf)
+    return min(_LARGEST, logit / (source.hidden_size * _LARGEST_NORM))
+
+
+def _tensor_conditions(source: Architecture, experts: int, largest: float) -> Iterator[TensorConditions]:
+    """What every weight has to be, in data-flow order: A's, in each expert, and routers of finite numbers.
+
+    Args:
+        source: the dense model's numbers.
+        experts: how many there are.
+        largest: of a router's entries.
+    """
     for name, weight, layer in weights(source):
         shape = weight.shape(source)
         rows, columns = (shape[0] if len(shape) > 1 else 1), shape[-1]
@@ -209,7 +233,7 @@ def _tensor_conditions(source: Architecture, experts: int) -> Iterator[TensorCon
             continue
         router, inputs, outputs = _names(layer)
         if name.endswith(".gate_proj.weight"):
-            free = Block("free", (0, experts), (0, columns), "router logits have to be numbers", largest=_LARGEST)
+            free = Block("free", (0, experts), (0, columns), "router logits have to be numbers", largest=largest)
             yield TensorConditions(router, None, 1.0, (free,))
         # The activation is on the upper half of what input_linear computes, as chunk(2) has it.
         place = {"gate_proj": (inputs, 0), "up_proj": (inputs, rows), "down_proj": (outputs, 0)}

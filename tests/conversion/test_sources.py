@@ -112,6 +112,23 @@ def test_a_path_to_a_file(folder, name, tensors):
     assert source.config == {"model_type": "teleflm"}
 
 
+def test_weights_of_another_name(folder):
+    """A field of config.json that transformers goes by; what is made of the folder must not inherit it."""
+    shutil.copy(folder / FIRST, folder / "others.safetensors")
+    for named, says in (
+        (INDEX, None),
+        (None, None),
+        ("others.safetensors", "'others.safetensors', which transformers"),
+    ):
+        (folder / "config.json").write_text(json.dumps({"model_type": "teleflm", "transformers_weights": named}))
+        if says:
+            with pytest.raises(CheckpointError, match=f"transformers_weights is {says} loads in place of {INDEX}"):
+                open_checkpoint(folder)
+        else:
+            assert open_checkpoint(folder).config == {"model_type": "teleflm"}
+    assert list(open_checkpoint(folder / "others.safetensors").tensors) == ["a", "b"]
+
+
 def test_paths_are_absolute_and_metadata_is_read(folder, monkeypatch):
     save_file({"a": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").unlink()

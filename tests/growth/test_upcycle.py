@@ -238,6 +238,19 @@ def test_the_tokenizer_is_read_by_stock_clients(source, made):
     assert not list(made.glob("*.py"))
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_what_the_card_says_to_run_runs(dtype, source, tmp_path, monkeypatch):
+    result = upcycle_checkpoint(source, tmp_path / "out", 4, 2, dtype=dtype)
+    assert any('experts_implementation="eager"' in note for note in result.notes) == (dtype == "float64")
+    monkeypatch.chdir(tmp_path / "out")
+    blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["model"].dtype == getattr(torch, dtype)
+
+
 def test_saved_by_transformers_it_is_certified_still(source, made, tmp_path):
     """Its names and stacks are those of the class."""
     load_experts(made, torch.float64).save_pretrained(tmp_path / "again")
@@ -411,6 +424,59 @@ def test_what_the_class_puts_in_place_of_a_field_counts(missing, source, copy):
     assert verify_checkpoints(source, copy).verdict == "not-certified"
 
 
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory) -> tuple[Path, Path]:
+    """A model of which every field is what GraniteMoE has where nothing is said; and its experts."""
+    folder = tmp_path_factory.mktemp("usual")
+    save_teleflm(folder / "source", rms_norm_eps=1e-6)
+    upcycle_checkpoint(folder / "source", folder / "out", 8, 2)
+    return folder / "source", folder / "out"
+
+
+@pytest.mark.parametrize("field", ["rms_norm_eps", "hidden_act", "tie_word_embeddings", "attention_bias"])
+def test_null_is_not_the_default_of_the_class(field, usual, tmp_path):
+    """Transformers refuses it."""
+    source, out = usual[0], shutil.copytree(usual[1], tmp_path / "out")
+    edit_config(out, lambda config: config.pop(field))
+    assert certify(source, out, workers=2).holds
+    edit_config(out, lambda config: config.update({field: None}))
+    assert [broken.field for broken in certify(source, out, workers=2).broken_fields] == [field]
+
+
+@pytest.mark.parametrize("field", ["num_local_experts", "num_experts_per_tok"])
+def test_null_is_no_number_of_experts(field, usual, tmp_path):
+    """Transformers fails by it."""
+    out = shutil.copytree(usual[1], tmp_path / "out")
+    edit_config(out, lambda config: config.update({field: None}))
+    with pytest.raises(CheckpointError, match=f"{field} is None, expected an integer"):
+        certify(usual[0], out, workers=2)
+    assert any(f"{field} is None" in problem for problem in inspect_checkpoint(out).problems)
+
+
+def test_neither_is_zero_false(source, copy):
+    edit_config(copy, lambda config: config.update(attention_bias=0))
+    assert "attention_bias is 0, expected False" in verify_checkpoints(source, copy).sentence
+
+
+@pytest.mark.parametrize(("stored", "asked"), [("float16", None), ("float32", "float16")])
+def test_a_router_whose_logits_float16_does_not_hold(stored, asked, tmp_path):
+    """They would be infinite, and the softmax over them NaN; of float32 it is a router like another."""
+    dtype = getattr(torch, stored)
+    source = save_teleflm(tmp_path / "source", dtype)
+    upcycle_checkpoint(source, tmp_path / "out", 4, 2)
+    assert certify(source, tmp_path / "out", workers=2).holds
+    out = tmp_path / "out"
+    plant(out, out, lambda tensors: [tensor.fill_(6e4) for name, tensor in tensors.items() if "router" in name])
+    if asked:
+        assert certify(source, tmp_path / "out", workers=2).holds
+        edit_config(tmp_path / "out", lambda config: config.update(dtype=asked))
+    with torch.no_grad():
+        assert load_experts(tmp_path / "out", torch.float16)(IDS).logits.isnan().any()
+    verification = verify_checkpoints(source, tmp_path / "out")
+    assert verification.verdict == "not-certified"
+    assert "router.layer.weight[0, 0] is 60000.0, expected a finite number of at most" in verification.sentence
+
+
 @pytest.mark.parametrize("missing", ["residual_multiplier", "hidden_act", "tie_word_embeddings", "attention_bias"])
 def test_and_the_same_value_is_no_fault(missing, source, copy):
     edit_config(copy, lambda config: config.pop(missing))
@@ -524,6 +590,14 @@ def test_a_record_that_claims_no_noise_does_not_make_it_so(source, tmp_path):
     manifest["lineage"]["noise"] = 0.0
     path.write_text(json.dumps(manifest))
     assert verify_checkpoints(source, tmp_path / "out").verdict == "not-certified"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_noise_that_rounding_takes_is_refused(dtype, source, tmp_path):
+    """Its experts would be equal, and notes, card and record say that they differ."""
+    with pytest.raises(CheckpointError, match=f"noise is 1e-10, which is lost where weights are rounded to {dtype}"):
+        upcycle_checkpoint(source, tmp_path / "out", 4, 2, noise=1e-10, dtype=dtype)
+    assert upcycle_checkpoint(source, tmp_path / "out", 4, 2, noise=1e-10, dry_run=True).noise == 1e-10  # in float64
 
 
 def test_noise_has_the_spread_that_was_asked_for_and_is_each_experts_own(source, tmp_path):
