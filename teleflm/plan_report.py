@@ -78,7 +78,7 @@ def _would_write(result: CheckpointResult, size: str, out: Path, options: WriteO
     threads = _threads(options.share(result.plan.tensors).workers, options.workers)
     foreseen = result.foreseen
     if foreseen and foreseen.refused:
-        return f"Would be refused, and write none of {size} to {out} ({free} free)."
+        return f"Would be refused, and write none of {size} to {out} ({free} free); it takes at most {memory} of memory."
     if foreseen and isinstance(foreseen.decision, Done):
         return f"Would write no weights: {size} are in {out}."
     rest = f"{format_bytes(foreseen.left)} of " if foreseen and isinstance(foreseen.decision, Resume) else ""

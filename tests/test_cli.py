@@ -154,6 +154,19 @@ def test_doctor_names_what_is_missing_and_what_for(monkeypatch, capsys):
     assert 'pip install "teleflm[eval]"' in shown
 
 
+@pytest.mark.parametrize(
+    ("variable", "cache"),
+    [("HF_HUB_CACHE", "."), ("HUGGINGFACE_HUB_CACHE", "."), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")],
+)
+def test_doctor_knows_what_moves_the_cache_of_the_hub(variable, cache, monkeypatch, tmp_path):
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    program = "from teleflm import environment; print(environment._hub_cache())"
+    said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert Path(said.strip()) == tmp_path / cache
+
+
 def test_doctor_fails_where_the_package_itself_cannot_work(monkeypatch, capsys):
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "1.20" if name == "numpy" else real(name))
