@@ -50,7 +50,9 @@ def growth_notes(growth: Growth, dtype: DType, *, is_cast: bool, base_width: int
         )
     if source.vocab_size != target.vocab_size:
         if growth.unused_rows is None:
-            rows = "The source has no tokenizer that tells its unused vocabulary rows, so new ones repeat the mean of all"
+            rows = (
+                "The source has no tokenizer that tells its unused vocabulary rows, so new ones repeat the mean of all"
+            )
         elif growth.unused_rows < source.vocab_size:
             unused = source.vocab_size - growth.unused_rows
             rows = f"New lm_head rows repeat the mean of the {unused} rows without a piece"

@@ -180,6 +180,14 @@ def test_every_extra_that_users_choose_is_told_by_doctor():
     assert {*settings["options.extras_require"]} - {"convert", "docs", "bench", "dev", "external"} == {*NEEDED_BY}
 
 
+def test_links_are_not_said_to_be_written(source, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "linked"
+    beginnings = ((["--dry-run"], f"Would make {out}, of "), ([], f"Made {out}, of "), ([], f"{out} is already done: "))
+    for more, said in beginnings:
+        assert not run_here(monkeypatch, "export", source, out, "--to", "granite", "--link", *more)
+        assert capsys.readouterr().out.splitlines()[-1].startswith(said)
+
+
 def test_grow_and_again(source, tmp_path):
     result = teleflm("grow", source, tmp_path / "out", *WIDER, "--workers", 1, "--max-shard-size", "100KB")
     assert (result.returncode, result.stderr.splitlines()) == (0, [result.stderr.strip()])

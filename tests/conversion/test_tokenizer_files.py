@@ -250,8 +250,18 @@ def test_a_process_of_its_own_says_the_same(large, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "damage",
-    ["none", "cut", "changed", "a folder", "a pipe", "another's", "a stranger's", "other settings", "other makers"]
-    + ["no home"],
+    [
+        "none",
+        "cut",
+        "changed",
+        "a folder",
+        "a pipe",
+        "another's",
+        "a stranger's",
+        "other settings",
+        "other makers",
+        "no home",
+    ],
 )
 def test_what_was_made_is_kept_and_what_is_damaged_or_of_others_is_made_again(damage, large, monkeypatch, tmp_path):
     content, config = tiny_sentencepiece(), {"pad_token": "<pad>"}
