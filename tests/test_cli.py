@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -114,6 +115,26 @@ def test_completion_completes(monkeypatch, capsys):
     monkeypatch.setenv("COMP_CWORD", "1")
     assert not run_here(monkeypatch)
     assert capsys.readouterr().out.split() == ["grow", "grow-plan"]
+
+
+@pytest.mark.parametrize("module", ["ml_dtypes", "rich", "teleflm.commands.verify"])
+def test_ctrl_c_at_any_moment_is_one_line(module, tmp_path):
+    """Modules take seconds on a slow disk: here one of them is interrupted as it is imported."""
+    program = f"""
+import importlib.abc, signal, sys
+class Slow(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Slow())
+sys.argv = ["teleflm", "inspect", {str(tmp_path)!r}]
+from teleflm.app import main
+main()
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode in (-signal.SIGINT, 130)
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("teleflm: ")
 
 
 def test_whoever_reads_may_have_enough(source):
