@@ -5,6 +5,7 @@
 """A preset as a checkpoint whose weights are holes in files: enough to plan with before anything is downloaded."""
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +21,8 @@ _SHARD_BYTES = 5 * 10**9
 
 
 def is_preset(source: str) -> bool:
-    """Whether a source names a preset; a folder or file of that name goes first."""
-    return source in preset_names() and not Path(source).exists()
+    """Whether a source names a preset; a folder, file or link of that name goes first, also one that leads nowhere."""
+    return source in preset_names() and not os.path.lexists(source)
 
 
 @contextmanager

@@ -16,11 +16,12 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "out/docs"
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "model_card.md", "docs/*.md", "docs/*.svg")
 PAGES += ("examples/README.md", "benchmarks/RESULTS.md")
+_DIAGRAM = re.compile(r"^```mermaid\n.*?^```\n+", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def staged(text: str, page: Path, pages: set[Path]) -> str:
-    """A page as the site has it: without links to what is no page.
+    """A page as the site has it: without links to what is no page, and without what a script from elsewhere would draw.
 
     Args:
         text: of the page.
@@ -32,7 +33,7 @@ def staged(text: str, page: Path, pages: set[Path]) -> str:
         elsewhere = "://" in match[2] or (page.parent / match[2]).resolve() in pages
         return match[0] if elsewhere else match[1]
 
-    return _LINK.sub(kept, text)
+    return _LINK.sub(kept, _DIAGRAM.sub("", text))
 
 
 def stage(out: Path = OUT) -> set[Path]:

@@ -49,12 +49,15 @@ def growth_notes(growth: Growth, dtype: DType, *, is_cast: bool, base_width: int
             f"{target.rms_norm_eps:.6g}: the mean square of a wider stream is smaller."
         )
     if source.vocab_size != target.vocab_size:
-        known = growth.unused_rows is not None and growth.unused_rows < source.vocab_size
-        rows = (
-            f"New lm_head rows repeat the mean of the {source.vocab_size - growth.unused_rows} rows without a piece"
-            if known and growth.unused_rows is not None
-            else "The source has no unused vocabulary rows, so new ones repeat the mean of all"
-        )
+        if growth.unused_rows is None:
+            rows = (
+                "The source has no tokenizer that tells its unused vocabulary rows, so new ones repeat the mean of all"
+            )
+        elif growth.unused_rows < source.vocab_size:
+            unused = source.vocab_size - growth.unused_rows
+            rows = f"New lm_head rows repeat the mean of the {unused} rows without a piece"
+        else:
+            rows = "The source has no unused vocabulary rows, so new ones repeat the mean of all"
         change = (
             "probabilities change, whatever becomes of the old logits"
             if growth.departures

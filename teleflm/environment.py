@@ -135,13 +135,16 @@ def shown(package: Package) -> str:
 
 
 def examine_environment() -> Environment:
-    """Look at the machine. Nothing is imported but torch, which alone knows its devices.
+    """Look at the machine.
+
+    Nothing is imported but torch, which alone knows its devices, and the Hub's client's constants, as several variables
+    of the environment move its cache.
 
     Raises:
         CheckpointError: the package runs from its files, without having been installed.
     """
     accelerators, note = _accelerators()
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub")
+    cache = _hub_cache()
     return Environment(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()}, {platform.machine()}",
@@ -152,7 +155,7 @@ def examine_environment() -> Environment:
         processors=default_workers(),
         memory=available_memory(),
         disk=shutil.disk_usage(".").free,
-        cache=(str(cache.expanduser()), shutil.disk_usage(_existing(cache.expanduser())).free),
+        cache=(str(cache), shutil.disk_usage(_existing(cache)).free),
     )
 
 
@@ -210,6 +213,14 @@ def _accelerators() -> tuple[tuple[tuple[str, int], ...], str]:
         return (("Apple GPU", 0),), "its memory is the machine's"
     built = torch.version.cuda or torch.version.hip
     return (), f"torch {torch.__version__} {'finds no device' if built else 'is built for the CPU alone'}"
+
+
+def _hub_cache() -> Path:
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+    except ImportError:  # which is said as a problem; this is where it would be
+        return Path("~/.cache/huggingface/hub").expanduser()
+    return Path(HF_HUB_CACHE)
 
 
 def _existing(path: Path) -> Path:

@@ -68,6 +68,8 @@ def print_result(result: CheckpointResult, out: Path, options: WriteOptions) -> 
         console.print(_would_write(result, size, out, options))
     elif result.written.already_done:
         console.print(f"{out} is already done: {size}.")
+    elif any(shard.twin for shard in result.shards):
+        console.print(f"Made {out}, of {size}.")  # which a note calls links, or copies
     else:
         console.print(f"Wrote {size} to {out}.")
 
@@ -78,9 +80,13 @@ def _would_write(result: CheckpointResult, size: str, out: Path, options: WriteO
     threads = _threads(options.share(result.plan.tensors).workers, options.workers)
     foreseen = result.foreseen
     if foreseen and foreseen.refused:
-        return f"Would be refused, and write none of {size} to {out} ({free} free)."
+        return (
+            f"Would be refused, and write none of {size} to {out} ({free} free); it takes at most {memory} of memory."
+        )
     if foreseen and isinstance(foreseen.decision, Done):
         return f"Would write no weights: {size} are in {out}."
+    if any(shard.twin for shard in result.shards):
+        return f"Would make {out}, of {size} ({free} free)."
     rest = f"{format_bytes(foreseen.left)} of " if foreseen and isinstance(foreseen.decision, Resume) else ""
     return f"Would write {rest}{size} to {out} ({free} free), in at most {memory} of memory, by {threads}."
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -116,6 +117,26 @@ def test_completion_completes(monkeypatch, capsys):
     assert capsys.readouterr().out.split() == ["grow", "grow-plan"]
 
 
+@pytest.mark.parametrize("module", ["ml_dtypes", "rich", "teleflm.commands.verify"])
+def test_ctrl_c_at_any_moment_is_one_line(module, tmp_path):
+    """Modules take seconds on a slow disk: here one of them is interrupted as it is imported."""
+    program = f"""
+import importlib.abc, signal, sys
+class Slow(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Slow())
+sys.argv = ["teleflm", "inspect", {str(tmp_path)!r}]
+from teleflm.app import main
+main()
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode in (-signal.SIGINT, 130)
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("teleflm: ")
+
+
 def test_whoever_reads_may_have_enough(source):
     """As `head` has; only what nobody reads is lost, and nothing is said of a disk."""
     command = [sys.executable, "-m", "teleflm", "inspect", source, "--json"]
@@ -154,6 +175,19 @@ def test_doctor_names_what_is_missing_and_what_for(monkeypatch, capsys):
     assert 'pip install "teleflm[eval]"' in shown
 
 
+@pytest.mark.parametrize(
+    ("variable", "cache"),
+    [("HF_HUB_CACHE", "."), ("HUGGINGFACE_HUB_CACHE", "."), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")],
+)
+def test_doctor_knows_what_moves_the_cache_of_the_hub(variable, cache, monkeypatch, tmp_path):
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    program = "from teleflm import environment; print(environment._hub_cache())"
+    said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert Path(said.strip()) == tmp_path / cache
+
+
 def test_doctor_fails_where_the_package_itself_cannot_work(monkeypatch, capsys):
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "1.20" if name == "numpy" else real(name))
@@ -165,6 +199,14 @@ def test_every_extra_that_users_choose_is_told_by_doctor():
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
     assert {*settings["options.extras_require"]} - {"convert", "docs", "bench", "dev", "external"} == {*NEEDED_BY}
+
+
+def test_links_are_not_said_to_be_written(source, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "linked"
+    beginnings = ((["--dry-run"], f"Would make {out}, of "), ([], f"Made {out}, of "), ([], f"{out} is already done: "))
+    for more, said in beginnings:
+        assert not run_here(monkeypatch, "export", source, out, "--to", "granite", "--link", *more)
+        assert capsys.readouterr().out.splitlines()[-1].startswith(said)
 
 
 def test_grow_and_again(source, tmp_path):

@@ -7,6 +7,7 @@
 import configparser
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -216,3 +217,14 @@ def test_the_source_distribution_is_the_repository(built):
     assert {*names} - made == repository - left_out
     assert {"LICENSE", "CITATION.cff", "CHANGELOG.md", "tests/test_distribution.py"} <= {*names}
     assert not [name for name in names for pattern in JUNK if fnmatch(f"/{name}", pattern)]
+
+
+def test_the_site_shows_no_source_of_a_diagram():
+    """Its theme would fetch from elsewhere what draws one."""
+    stage = runpy.run_path(str(ROOT / "docs/stage.py"))
+    page = ROOT / "README.md"
+    text, shown = page.read_text(), stage["staged"](page.read_text(), page, set())
+    assert "```mermaid" in text
+    assert "mermaid" not in shown
+    assert shown.count("```") == text.count("```") - 2
+    assert "docs/stage.py" in (ROOT / "mkdocs.yml").read_text()

@@ -6,12 +6,14 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from conversion import inspect_checkpoint
 from conversion.architecture import Architecture, load_preset, preset_names
+from conversion.checkpoint import execute
 from conversion.hollow import hollow_checkpoint, is_preset
 from growth import grow_checkpoint
 from teleflm.app import main
@@ -62,6 +64,19 @@ def test_grow_plans_with_a_preset_what_it_plans_with_weights(capsys, monkeypatch
     assert os.listdir() == []
 
 
+def test_a_plan_says_its_memory_where_it_would_be_refused_and_nothing_of_rows_that_no_tokenizer_tells(
+    capsys, monkeypatch, tmp_path
+):
+    """The published models have rows without a piece: a preset, which has no tokenizer, is not known to have none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(execute, "free_space", lambda folder: 10**9)
+    assert teleflm(monkeypatch, "grow", "tele-flm-102b", "out", "--to", "tele-flm-1t", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^Would be refused, .*; it takes at most \d+ MB of memory\.$", said, re.MULTILINE)
+    assert "The source has no tokenizer that tells its unused vocabulary rows, so new ones repeat the mean of" in said
+    assert "has no unused vocabulary rows" not in said
+
+
 @pytest.mark.parametrize(
     ("more", "asked"),
     [
@@ -83,3 +98,5 @@ def test_a_folder_of_that_name_goes_first(monkeypatch, tmp_path):
     assert is_preset("tele-flm-1t")
     Path("tele-flm-1t").mkdir()
     assert not is_preset("tele-flm-1t")
+    Path("tele-flm-52b").symlink_to("a disk that is not mounted")
+    assert not is_preset("tele-flm-52b")

@@ -23,7 +23,8 @@ LARGEST = sys.float_info.max  # an integer of Python's may be larger than any fl
 MAX_COUNT = 2**53  # up to there a float holds every whole number
 MAX_SIZE = 2**63 - 1  # bytes: no file system counts further
 _INTEGERS = ("int8", "uint8", "int16", "int32", "int64")
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SHOWN = 80
 _NO_SIZE = "is not a positive number of bytes with an optional unit such as MB or GiB."
 
@@ -109,7 +110,7 @@ def parse_size(text: str | int | float) -> int:
     if isinstance(text, int | float) and not isinstance(text, bool):
         nbytes = int(min(max(text, 0), 2.0 * MAX_SIZE)) if text == text else 0  # NaN is not itself
     else:
-        match = re.fullmatch(r"\s*0*(\d*)(?:\.(\d+))?\s*([KMGT]I?B)?\s*", str(text).upper(), re.ASCII)
+        match = re.fullmatch(r"\s*0*(\d*)(?:\.(\d+))?\s*((?:[KMGT]I?)?B)?\s*", str(text).upper(), re.ASCII)
         unit = _UNITS.get(match[3] or "") if match and (match[1] or match[2] or "0" in str(text)) else None
         if match is None or unit is None:
             raise ValueError(f"size {shown(text)} {_NO_SIZE}")

@@ -8,7 +8,7 @@
 def format_bytes(count: float) -> str:
     """A size for people: 1.5 GB."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:  # what is nearer to 1000 is one of the next unit, as 1e+03 of this one is for nobody
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:,.4g} TB"
+    return f"{count:.4g} TB" if count < 999.95 else f"{count:,.0f} TB"

@@ -15,6 +15,7 @@ import base64
 import hashlib
 import json
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -137,15 +138,23 @@ def _makers() -> bytes:
 
 
 def _read_kept(path: Path | None) -> dict[str, Any] | None:
-    """An answer that was kept whole; None if there is none. Its first line is the digest of the rest."""
+    """An answer that this user kept whole under this name; None if there is none."""
     if path is None:
         return None
-    with suppress(OSError):
-        digest, _, said = path.read_bytes().partition(b"\n")
-        if digest.decode(errors="replace") == hashlib.sha256(said).hexdigest():
+    with suppress(OSError), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe is not waited for
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():  # what others wrote may be anything
+            return None
+        digest, _, said = file.read().partition(b"\n")
+        if digest == _seal(path, said):
             answer: dict[str, Any] = json.loads(said)
             return answer
     return None
+
+
+def _seal(path: Path, said: bytes) -> bytes:
+    """The first line of what is kept: the digest of the rest and of its name, as the answer to another is whole too."""
+    return hashlib.sha256(path.name.encode() + said).hexdigest().encode()
 
 
 def _keep(path: Path | None, said: bytes) -> None:
@@ -153,7 +162,7 @@ def _keep(path: Path | None, said: bytes) -> None:
         return
     with suppress(OSError):  # a full disk, or a home that is not writable: it is made again
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, hashlib.sha256(said).hexdigest().encode() + b"\n" + said)
+        write_atomically(path, _seal(path, said) + b"\n" + said)
 
 
 def answer_to(request: bytes) -> bytes:

@@ -19,7 +19,8 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,7 +113,10 @@ def select_conversations(
     rejects = rejects or (recorded and before is not None and before["digest"] == digest)
     kept = before if not obstacle and _has_finished(out, digest) else None
     already_done = kept is not None and (not rejects or _has_rejects(out, kept))
-    with open_executor(workers, use_ray=use_ray) as executor:
+    with (
+        _no_empty_folders(out, out / STAGES, *workspace.folders),
+        open_executor(workers, use_ray=use_ray) as executor,
+    ):
         if kept is None:
             for name in (SELECTED, *((REJECTS,) if rejects or recorded else ()), SUMMARY):
                 (out / name).unlink(missing_ok=True)  # rows without a record would be somebody's
@@ -134,6 +138,18 @@ def select_conversations(
         for name in (*(() if kept else (SELECTED,)), *((REJECTS,) if rejects else ()), SUMMARY):
             (out / f"{name}{_PARTIAL}").replace(out / name)
     return selection
+
+
+@contextmanager
+def _no_empty_folders(*folders: Path) -> Iterator[None]:
+    """Remove the folders that were made meanwhile and hold nothing, as when no file could be read."""
+    made = [folder for folder in folders if not folder.exists()]
+    try:
+        yield
+    finally:
+        for folder in reversed(made):
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
 
 
 # --- the stages -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from conversion.checkpoint import inert_pickle
 from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.numbers import LARGEST, parse_size, read_count, read_number, shown
 from conversion.checkpoint.rounding import first_negative, first_nonfinite
+from conversion.checkpoint.sizes import format_bytes
 from conversion.checkpoint.strict_json import parse_json_object
 from sft.yaml_text import load_yaml
 
@@ -63,12 +64,25 @@ def test_what_is_no_count_is_refused(value):
 
 @pytest.mark.parametrize(
     "text",
-    ["1000", "5GB", "500 MB", "2GiB", "0.5kb", "1.000000001 TB", " 3 mib ", "01000", ".25GB", "9223372036854775807"],
+    [
+        "1000",
+        "5GB",
+        "500 MB",
+        "2GiB",
+        "0.5kb",
+        "1.000000001 TB",
+        " 3 mib ",
+        "01000",
+        ".25GB",
+        "9223372036854775807",
+        "300 B",
+        "1TiB",
+    ],
 )
 def test_sizes_are_exact(text):
     number, unit = text.strip().upper().rstrip("KMGTIB").strip(), text.strip().upper().lstrip("0123456789. ")
     base = 1024 if "I" in unit else 1000
-    factor = base ** ("KMGT".index(unit[0]) + 1) if unit else 1
+    factor = base ** "BKMGT".index(unit[0]) if unit else 1
     assert parse_size(text) == math.floor(Fraction(number) * factor)
 
 
@@ -164,3 +178,22 @@ def test_each_number_of_16_bits_is_finite_or_not(dtype):
     values = np.arange(1 << 16, dtype=np.uint16).view(kind)
     found = [first_nonfinite(values[i : i + 1].view(np.uint8).data, kind) is None for i in range(1 << 16)]
     assert found == np.isfinite(values.astype(np.float32)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (999499, "999 kB"),
+        (999500, "1 MB"),
+        (999999999, "1 GB"),
+        (1234000000.0, "1.23 GB"),
+        (999600000000.0, "0.9996 TB"),
+        (8700000000000.0, "8.7 TB"),
+        (9999600000000000.0, "10,000 TB"),
+        (9.2e18, "9,200,000 TB"),
+    ],
+)
+def test_sizes_are_shown_as_people_write_them(count, shown):
+    assert format_bytes(count) == shown

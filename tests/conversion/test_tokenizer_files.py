@@ -5,6 +5,7 @@
 """The tokenizer of what we write: ours where our code is, and the same ids where it is not."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -247,7 +248,21 @@ def test_a_process_of_its_own_says_the_same(large, monkeypatch, tmp_path):
     assert not isinstance(raised.value, TokenizerMismatch)
 
 
-@pytest.mark.parametrize("damage", ["none", "cut", "changed", "a folder", "other settings", "other makers", "no home"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "none",
+        "cut",
+        "changed",
+        "a folder",
+        "a pipe",
+        "another's",
+        "a stranger's",
+        "other settings",
+        "other makers",
+        "no home",
+    ],
+)
 def test_what_was_made_is_kept_and_what_is_damaged_or_of_others_is_made_again(damage, large, monkeypatch, tmp_path):
     content, config = tiny_sentencepiece(), {"pad_token": "<pad>"}
     asked = []
@@ -264,6 +279,17 @@ def test_what_was_made_is_kept_and_what_is_damaged_or_of_others_is_made_again(da
         case "a folder":
             kept.unlink()
             kept.mkdir()
+        case "a pipe":
+            kept.unlink()
+            os.mkfifo(kept)
+        case "another's":
+            tokenizer_process.make_tokenizer(content, {"pad_token": "</s>"})
+            (other,) = set(kept.parent.iterdir()) - {kept}
+            other.replace(kept)
+            asked.pop()
+            tokenizer_process._make_apart.cache_clear()
+        case "a stranger's":
+            monkeypatch.setattr("os.geteuid", lambda: kept.stat().st_uid + 1)
         case "other settings":
             config = {"pad_token": "</s>"}
         case "other makers":

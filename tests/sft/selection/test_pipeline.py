@@ -542,6 +542,7 @@ def test_unusable_input_is_refused(rows, settings, message, lines, tmp_path):
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match=r"nowhere.jsonl: No such file"):
         select_conversations(tmp_path / "nowhere.jsonl", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(DataError, match=r"nowhere.jsonl: No such file"):
         select_conversations(tmp_path / "nowhere.jsonl", tmp_path / "two", workers=2)
 
