@@ -72,6 +72,7 @@ def on_linux(inputs, tmp_path_factory) -> dict[str, bytes]:
     return contents(folder)
 
 
+@pytest.mark.slow
 def test_the_same_bytes_without_what_only_linux_has(inputs, on_linux, tmp_path):
     """macOS: no /proc, no cgroups, none of Linux's calls."""
     folder = shutil.copytree(inputs, tmp_path / "here")

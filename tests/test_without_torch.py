@@ -169,6 +169,7 @@ def test_the_bytes_are_those_of_a_machine_with_torch(folder, results, tmp_path):
             assert (tmp_path / name / file).read_bytes() == (folder / name / file).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["torch", "datasets", "trl"])
 def test_with_one_package_less(package, folder):
     """As an installation that was broken off: still a line, and the extra of what was asked for."""

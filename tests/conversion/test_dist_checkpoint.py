@@ -312,6 +312,7 @@ def test_fsdp_has_no_second_copy_of_the_weights(world):
         read_dist_checkpoint(world / "checkpoint-5", fp32_master=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ["", "pytorch_model_fsdp_0"])
 def test_fsdp2_as_accelerate_writes_it(inner, world):
     found = read_dist_checkpoint(world / "checkpoint-5" / inner)

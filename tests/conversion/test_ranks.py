@@ -262,6 +262,7 @@ def test_a_failure_is_known_to_all_in_seconds(sources, tmp_path):
         assert not [path for path in (tmp_path / "out").iterdir() if path.name in WEIGHT_FILES]
 
 
+@pytest.mark.slow
 def test_one_that_is_killed_is_missed(sources, alone, tmp_path):
     killed = start(sources, tmp_path / "out", 1, 2, {}, Instant("write shard.journal", 1, "within"))
     options = WriteOptions(**OPTIONS, rank=0, world_size=2, patience=3.0)

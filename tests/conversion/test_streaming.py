@@ -137,6 +137,7 @@ def test_stopped_anywhere_it_goes_on_and_sends_nothing_twice(seed, here, source,
     assert len(twice) <= stops, "only what the answer to was lost may have been sent again"
 
 
+@pytest.mark.slow
 def test_killed_processes_leave_what_the_next_one_goes_on_with(hub, source, expected, tmp_path):
     """SIGKILL at some request; each process goes on where the one before it was killed."""
     command = [sys.executable, "-m", "teleflm", "convert", source, f"hf://{REPO}", "--low-disk", "170KB"]

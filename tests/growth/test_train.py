@@ -236,6 +236,7 @@ def test_moments_that_grew_with_the_weights_are_used(fresh, first, grown, argume
     assert state["stateful_callbacks"]["AdamStart"]["attributes"] == {"first_step": first}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_moments_of_its_checkpoint(grown, arguments, tmp_path):
     """Also where its model is named by the checkpoint, whose optimizer.pt did not grow."""
     keys = arguments(model_name_or_path=str(grown), max_steps=4, save_steps=2)

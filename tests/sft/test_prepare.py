@@ -40,6 +40,7 @@ def prepared(data_file, tokenizer, tmp_path):
     return tmp_path / "prepared"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_proc", [None, 2])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_it_is_what_training_would_tokenize(weighted, num_proc, conversations, tokenizer, tmp_path):

@@ -119,6 +119,7 @@ def test_layouts_and_invalid_rows(lines, tmp_path):
 # --- the same again ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_selects_the_same(out, corpus, corpus_file, tmp_path):
     """With two workers parts of two files are made out of order; one file whole or in two is another input, though."""
     select_conversations(corpus_file, tmp_path / "out", SETTINGS, workers=2)
@@ -416,6 +417,7 @@ def test_quality_by_a_column(corpus, lines, tmp_path):
     assert np.mean([row["points"] for row in chosen]) > 85
 
 
+@pytest.mark.slow
 def test_k_center_is_an_option(corpus_file, tmp_path):
     for method in ("teleflm", "k-center"):
         settings = SelectionSettings(count=120, method=method)
