@@ -57,7 +57,13 @@ from conversion.optimizer_state import MOMENTS, OPTIMIZER_FILE, adam_shard, para
 from growth import grow_checkpoint
 
 GOALS = (
-    Goal("growth with moments has 0.7 of the rate of dd", "x the rate of dd", 0.7, at_least=True, rows=r"^grow"),
+    Goal(
+        "growth with moments has 0.7 of the rate of dd",
+        "the same, bytes written only",
+        0.7,
+        at_least=True,
+        rows=r"^grow",
+    ),
     Goal("growth with moments takes less than 300 MiB", "peak RSS, MiB", 300, rows=r"^grow"),
 )
 

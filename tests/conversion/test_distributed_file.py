@@ -32,6 +32,7 @@ from conversion.checkpoint.errors import CheckpointError
 from conversion.checkpoint.execute import WriteOptions, write_checkpoint
 from conversion.checkpoint.plan import CheckpointPlan
 from tests.fixtures.hostile_pickles import harm_done, hostile_pickles
+from tests.fixtures.yardstick import TWO_SECONDS, counted
 
 pytestmark = pytest.mark.slow
 
@@ -238,8 +239,11 @@ def test_a_large_world(tmp_path):
     checkpoint = read_distributed_checkpoint(tmp_path, lambda name: not name.startswith("optimizer."))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
+    with counted() as taken:
+        read_distributed_checkpoint(tmp_path, lambda name: not name.startswith("optimizer."))
     assert sum(len(tensor.chunks) for tensor in checkpoint.tensors.values()) == 9 * 3 * 64
     assert peak < 4 * 9 * 3 * 64 * 2_000
+    assert taken.yardsticks < TWO_SECONDS  # a third of a second
 
 
 def write_large_metadata(folder: Path, layers: int, ranks: int) -> None:
